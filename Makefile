@@ -1,0 +1,167 @@
+# The newcomer's two commands are `make demo` and `make ui`; the developer's stand below them.
+# Needed on the machine: Debian or Ubuntu with python3 >= 3.11 (and python3-venv), make and git. Everything else goes
+# into .venv, once, from requirements.lock.
+
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.ONESHELL:
+.DEFAULT_GOAL := help
+MAKEFLAGS += --no-print-directory
+
+PYTHON ?= python3
+PORT ?= 5000
+CORES ?= all
+PYTEST_WORKERS ?= 2
+PYTEST_ARGS ?=
+LOCK_ARGS ?=
+STUDY := config/studies/digits.yaml
+UV_VERSION := 0.13.8
+
+# Named by what it was installed from and where: a changed lock, changed metadata or a moved checkout asks for a new one.
+STAMP := .venv/.installed-$(shell { cat requirements.lock pyproject.toml; pwd -P; } | sha256sum | cut -c1-16)
+INSTALLING := .venv/.installing
+
+# Snakemake's shell jobs find the environment's `python` by PATH; a PYTHONPATH from outside must not shadow the lock.
+OUTSIDE_PATH := $(PATH)
+export PATH := $(CURDIR)/.venv/bin:$(PATH)
+export UV_HTTP_TIMEOUT ?= 300
+export DO_NOT_TRACK := 1
+export DVC_NO_ANALYTICS := 1
+export MLFLOW_DISABLE_TELEMETRY := true
+unexport PYTHONPATH PYTHONHOME VIRTUAL_ENV
+
+.PHONY: help demo reproduce ui test lint format install lock clean
+
+help: ## this list
+	@sed -nE 's/^([a-z]+):.*## (.*)/  make \1\t\2/p' Makefile | expand -t 18
+
+demo: reproduce ## the digits study end to end: data, teacher, coefficients, students, scores, report
+	@exec python -m consistency summary --study $(STUDY)
+
+# The lock's descriptor is inherited by Snakemake: it is held as long as Snakemake lives, even if make is killed.
+# Snakemake's own directory lock survives a `kill -9`; it is removed only when nothing of that run is still at work.
+reproduce: install
+	@exec 9>>.snakemake-demo.lock
+	if ! flock -n 9; then
+	  echo "Another \`make demo\` is running in this directory: wait for it, or stop it with Ctrl-C in its terminal." >&2
+	  exit 1
+	fi
+	if [ -n "$$(ls -A .snakemake/locks 2>/dev/null)" ]; then
+	  for second in {60..0}; do
+	    left=
+	    for process in /proc/[0-9]*; do
+	      [ "$$(readlink "$$process/cwd" 2>/dev/null)" = "$$(pwd -P)" ] || continue
+	      mapfile -d '' -t -n 3 words 2>/dev/null <"$$process/cmdline" || continue
+	      case "$${words[*]} " in
+	        *bin/snakemake\ * | *"-m snakemake "* | *"-m consistency "*) left="$$left $${process#/proc/}" ;;
+	      esac
+	    done
+	    [ -n "$$left" ] || break
+	    if [ "$$second" = 0 ]; then
+	      echo "An earlier run is still at work in this directory. Wait until it ends, or stop it: kill$$left" >&2
+	      exit 1
+	    fi
+	    if [ "$$second" = 60 ]; then echo "An earlier run is still at work here; waiting for its jobs to save and leave."; fi
+	    sleep 1
+	  done
+	  echo "An earlier run was killed; going on where it stopped."
+	  snakemake --unlock --quiet all
+	fi
+	exec snakemake --cores $(CORES) --rerun-incomplete
+
+ui: install ## the MLflow page of what was recorded, on 127.0.0.1 (PORT=5000)
+	@store=$${MLFLOW_TRACKING_URI:-sqlite:///mlflow.db}
+	case "$$store" in
+	  http*) echo "MLFLOW_TRACKING_URI names a running server; open $$store"; exit 0 ;;
+	  sqlite:///mlflow.db)
+	    if [ ! -e mlflow.db ]; then echo "Nothing is recorded here yet: run \`make demo\` first." >&2; exit 1; fi ;;
+	esac
+	echo "MLflow: http://127.0.0.1:$(PORT)  (Ctrl-C ends it; another port: make ui PORT=5001)"
+	exec mlflow ui --backend-store-uri "$$store" --host 127.0.0.1 --port $(PORT) --workers 1
+
+test: install ## the tests (PYTEST_ARGS="-k coefficients" for some of them, PYTEST_WORKERS=4 for more at once)
+	@export OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1}
+	exec python -m pytest -n $(PYTEST_WORKERS) --dist loadfile $(PYTEST_ARGS)
+
+lint: install ## ruff, mypy, snakefmt and snakemake --lint; changes nothing
+	@set -x
+	ruff check .
+	ruff format --check .
+	mypy src
+	snakefmt --check Snakefile workflow
+	snakemake --lint
+
+format: install ## let ruff and snakefmt rewrite what they can
+	@set -x
+	ruff check --fix-only .
+	ruff format .
+	snakefmt Snakefile workflow
+
+install: $(STAMP) ## the environment in .venv (every target does this first, once)
+	@:
+
+# A marker stands while the environment is being filled: where it is found, the installation before was interrupted.
+$(STAMP):
+	@export PATH="$(OUTSIDE_PATH)"
+	fail() { echo "error: $$*" >&2; exit 1; }
+	exec 8>>.install.lock
+	flock -n 8 || { echo "Waiting: another make is installing the environment of this directory."; flock 8; }
+	if [ -e $@ ]; then exit 0; fi
+	if [ -e $(INSTALLING) ]; then
+	  echo "The last installation was interrupted: starting .venv afresh."
+	  rm -rf .venv
+	elif cat .venv/.installed-* 2>/dev/null | grep -qvxF -- "$$(pwd -P)"; then
+	  echo "This directory was moved or copied after its installation: starting .venv afresh."
+	  rm -rf .venv
+	elif [ -e .venv ] && ! .venv/bin/python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
+	  echo "The Python that .venv was made with is gone or too old: starting it afresh."
+	  rm -rf .venv
+	fi
+	if [ ! -e .venv ]; then
+	  hash -r
+	  packages="python3 python3-venv"
+	  case "$(PYTHON)" in python3.*) packages="$(PYTHON) $(PYTHON)-venv" ;; esac
+	  command -v "$(PYTHON)" >/dev/null || fail "$(PYTHON) is not installed. Run: sudo apt-get install $$packages"
+	  found=$$("$(PYTHON)" -c 'import sys; print("%d.%d" % sys.version_info[:2])') || fail "$(PYTHON) does not start."
+	  printf '3.11\n%s\n' "$$found" | sort -V -C || fail "$(PYTHON) is Python $$found; 3.11 or newer is needed." \
+	    "Run: sudo apt-get install python3.11 python3.11-venv (on Debian 12 or Ubuntu 22.04; a newer release may have" \
+	    "python3.12 instead), then the same command with PYTHON=python3.11 after make."
+	  "$(PYTHON)" -c 'import ensurepip, venv' 2>/dev/null ||
+	    fail "$(PYTHON) cannot make virtual environments. Run: sudo apt-get install $${packages#* }"
+	  echo "Installing the environment into .venv, once: about 230 packages, 5.4 GB on disk with PyTorch for CPU and GPU."
+	  echo "One to a few minutes, depending on the network; later commands start at once."
+	  mkdir .venv
+	  touch $(INSTALLING)
+	  "$(PYTHON)" -m venv .venv || fail "$(PYTHON) -m venv did not work. Run: sudo apt-get install $${packages#* }"
+	else
+	  echo "Bringing .venv to requirements.lock."
+	fi
+	touch $(INSTALLING)
+	export VIRTUAL_ENV="$$(pwd)/.venv"
+	{
+	  echo "[1/3] the installer (uv $(UV_VERSION))"
+	  .venv/bin/python -m pip install --quiet --disable-pip-version-check uv==$(UV_VERSION) &&
+	  echo "[2/3] the packages of requirements.lock, each checked against its hash" &&
+	  .venv/bin/uv pip sync --python .venv/bin/python --require-hashes requirements.lock &&
+	  echo "[3/3] this repository's own package, in place" &&
+	  .venv/bin/uv pip install --quiet --python .venv/bin/python --no-deps --no-build-isolation --offline --editable .
+	} || fail "the installation stopped; the reason stands above." \
+	  "It needs the package registry within reach and 6 GB of free disk (free here:$$(df -h --output=avail . | tail -n 1))." \
+	  "Run the same command again: what was downloaded already is kept."
+	rm -f .venv/.installed-*
+	pwd -P >$@
+	rm $(INSTALLING)
+	echo "The environment is ready."
+
+lock: install ## compile requirements.in into requirements.lock (LOCK_ARGS=--upgrade for newer indirect packages)
+	@set -x
+	uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-header $(LOCK_ARGS) requirements.in -o requirements.lock
+
+clean: ## remove results/, state/, mlflow.db and mlruns/: asks for CONFIRM=yes
+	@if [ "$(CONFIRM)" != yes ]; then
+	  echo "This removes results/, state/, mlflow.db and mlruns/, trained networks included. To do it: make clean CONFIRM=yes" >&2
+	  exit 1
+	fi
+	exec 9>>.snakemake-demo.lock
+	flock -n 9 || { echo "\`make demo\` is running in this directory; stop it first." >&2; exit 1; }
+	rm -rf results state mlruns mlflow.db mlflow.db-*

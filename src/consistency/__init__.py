@@ -1,0 +1,3 @@
+"""Consistency distillation with analytically fitted preconditioning: a reproducibility workflow."""
+
+__version__ = "0.1.0"

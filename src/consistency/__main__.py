@@ -1,0 +1,224 @@
+"""The verbs: `python -m consistency <verb> --study config/studies/digits.yaml`, one a stage, and a few to look."""
+
+import argparse
+import os
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType
+
+from consistency import __version__
+from consistency.errors import UserError
+from consistency.layout import Layout
+from consistency.supervision import watch_supervisor
+
+# torch, mlflow and matplotlib are imported inside the verbs that use them: --help must not wait for them.
+Arguments = argparse.Namespace
+
+
+def _dataset(args: Arguments) -> None:
+    """images to one memory-mapped array"""
+    from consistency.stages.dataset import make_dataset
+
+    make_dataset(args.study, args.layout)
+
+
+def _teacher(args: Arguments) -> None:
+    """train the EDM denoiser (resumes)"""
+    from consistency.stages.teacher import make_teacher
+
+    make_teacher(args.study, args.layout, args.device)
+
+
+def _coefficients(args: Arguments) -> None:
+    """fit l_t and s_t from the teacher"""
+    from consistency.stages.coefficients import make_coefficients
+
+    make_coefficients(args.study, args.layout, args.device)
+
+
+def _student(args: Arguments) -> None:
+    """distil one student (resumes)"""
+    from consistency.stages.student import make_student
+
+    make_student(args.study, args.layout, args.run, args.seed, args.device)
+
+
+def _samples(args: Arguments) -> None:
+    """draw images of a student, or of the teacher without --run"""
+    from consistency.stages.samples import make_samples
+
+    make_samples(args.study, args.layout, args.run, args.seed, args.device)
+
+
+def _extractor(args: Arguments) -> None:
+    """train the classifier (or open Inception) and extract the data's features"""
+    from consistency.stages.extractor import make_extractor
+
+    make_extractor(args.study, args.layout, args.device)
+
+
+def _calibration(args: Arguments) -> None:
+    """score data against data and the teacher against data"""
+    from consistency.stages.scores import make_calibration
+
+    make_calibration(args.study, args.layout, args.device)
+
+
+def _scores(args: Arguments) -> None:
+    """score one student"""
+    from consistency.stages.scores import make_scores
+
+    make_scores(args.study, args.layout, args.run, args.seed, args.device)
+
+
+def _report(args: Arguments) -> None:
+    """tables, figures and report.html"""
+    from consistency.stages.report import make_report
+
+    make_report(args.study, args.layout)
+
+
+def _track(args: Arguments) -> None:
+    """upload the results to MLflow (idempotent)"""
+    from consistency.tracking import track_study
+
+    track_study(args.study, args.layout)
+
+
+def _summary(args: Arguments) -> None:
+    """print the score table and where the report is"""
+    from consistency.stages.report import print_summary
+
+    print_summary(args.study, args.layout)
+
+
+def _check(args: Arguments) -> None:
+    """check a study and print it with every default written out"""
+    import yaml
+
+    print(yaml.safe_dump(args.study.model_dump(mode="json"), sort_keys=False).rstrip())
+    for run in args.study.students:
+        print(f"# {run}: {args.study.resolved(run).model_dump(mode='json')}")
+
+
+# verb: (function, whether it uses the device, how it takes --run and --seed)
+_VERBS: dict[str, tuple[Callable[[Arguments], None], bool, str]] = {
+    "check": (_check, False, "none"),
+    "dataset": (_dataset, False, "none"),
+    "teacher": (_teacher, True, "none"),
+    "coefficients": (_coefficients, True, "none"),
+    "student": (_student, True, "required"),
+    "samples": (_samples, True, "optional"),
+    "extractor": (_extractor, True, "none"),
+    "calibration": (_calibration, True, "none"),
+    "scores": (_scores, True, "required"),
+    "report": (_report, False, "none"),
+    "track": (_track, False, "none"),
+    "summary": (_summary, False, "none"),
+}
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser("consistency", description=__doc__)
+    parser.add_argument("--version", action="version", version=__version__)
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
+    for name, (function, computes, student) in _VERBS.items():
+        verb = verbs.add_parser(name, help=function.__doc__, description=function.__doc__)
+        verb.set_defaults(function=function, computes=computes)
+        verb.add_argument("--study", required=True, metavar="FILE", help="the study, config/studies/NAME.yaml")
+        verb.add_argument("--results", type=Path, default=Path("results"), metavar="DIR", help="default: results")
+        verb.add_argument("--state", type=Path, default=Path("state"), metavar="DIR", help="default: state")
+        if computes:
+            verb.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
+            verb.add_argument("--threads", type=int, default=1, help="CPU threads (default: 1)")
+        if student != "none":
+            verb.add_argument("--run", required=student == "required", metavar="NAME", help="the student")
+            verb.add_argument("--seed", type=int, required=student == "required", help="its seed")
+    validate = verbs.add_parser("validate", help=_validate.__doc__, description=_validate.__doc__)
+    validate.set_defaults(function=_validate, computes=False, study=None)
+    schema = verbs.add_parser("schema", help=_schema.__doc__, description=_schema.__doc__)
+    schema.set_defaults(function=_schema, computes=False, study=None)
+    stage = verbs.add_parser("stage-inception", help=_stage_inception.__doc__, description=_stage_inception.__doc__)
+    stage.set_defaults(function=_stage_inception, computes=False, study=None)
+    return parser
+
+
+def _validate(args: Arguments) -> None:
+    """hold this machine against the closed-form oracles of the method"""
+    from consistency.stages.validate import validate
+
+    validate()
+
+
+def _schema(args: Arguments) -> None:
+    """write the JSON schema and the field reference of a study"""
+    from consistency.schema import write_schema
+
+    write_schema()
+
+
+def _stage_inception(args: Arguments) -> None:
+    """download the Inception weights into resources/ and check their sha256"""
+    from consistency.download import download
+    from consistency.features import INCEPTION_SHA256, INCEPTION_URL
+    from consistency.stages.extractor import INCEPTION_WEIGHTS
+
+    download(INCEPTION_URL, INCEPTION_WEIGHTS, INCEPTION_SHA256)
+
+
+def main(words: list[str] | None = None) -> int:
+    """Run a verb. Returns the exit code: 0, 2 for a mistake the user can mend, 128 + signal when interrupted."""
+    args = _parser().parse_args(words)
+    signal.signal(signal.SIGTERM, _terminated)
+    watch_supervisor()
+    try:
+        if args.study is not None:
+            from consistency.study import load_study
+
+            args.study = load_study(args.study)
+            args.layout = Layout(args.study.name, args.results, args.state)
+        if args.computes:
+            _prepare(args)
+        args.function(args)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted; run the same command again to go on", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except Exception as error:
+        # Interrupted lives beside torch, which is not imported for the error of a verb that never used it.
+        signum = getattr(error, "signum", None)
+        if signum is None:
+            raise
+        print(str(error), file=sys.stderr)
+        return 128 + int(signum)
+    return 0
+
+
+def _terminated(signum: int, frame: FrameType | None) -> None:
+    """SIGTERM unwinds like any error, so that temporary files are removed; a training saves its state instead."""
+    sys.exit(128 + signum)
+
+
+def _prepare(args: Arguments) -> None:
+    """Device and threads. One thread by default: the number of threads is part of what decides the last bit."""
+    import torch
+
+    from consistency.stages.inputs import pick_device
+
+    if args.threads < 1:
+        raise UserError(f"--threads must be at least 1, got {args.threads}")
+    torch.set_num_threads(args.threads)
+    torch.backends.cuda.matmul.allow_tf32 = False
+    torch.backends.cudnn.benchmark = True
+    args.device = pick_device(args.device)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

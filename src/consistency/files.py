@@ -1,0 +1,75 @@
+"""Files that are whole or absent: atomic writes, digests, and one clear error when a disk is full."""
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from consistency.errors import UserError
+
+
+@contextmanager
+def atomic(path: Path) -> Iterator[Path]:
+    """A temporary path beside `path`, moved onto it when the block ends well and removed when it does not.
+
+    Raises UserError when the file cannot be written (a full disk, no permission): the old file is still whole.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield temporary
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError as error:
+        raise UserError(
+            f"cannot write {path}: {error.strerror or error}. What was there before is untouched; "
+            "make room (or mend the permission) and run the same command again"
+        ) from None
+    finally:
+        with suppress(FileNotFoundError):
+            temporary.unlink()
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write a small file atomically."""
+    with atomic(path) as temporary:
+        temporary.write_bytes(content)
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write JSON atomically, readable and with sorted keys."""
+    write_bytes(path, (json.dumps(content, indent=2, sort_keys=True) + "\n").encode())
+
+
+def read_json(path: Path, made_by: str) -> Any:
+    """Read JSON. made_by names the verb that writes it, for the error."""
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError:
+        raise UserError(f"{path} is missing: run `python -m consistency {made_by}` first") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} is damaged ({error}): delete it and run `{made_by}` again") from None
+
+
+def sha256(path: Path) -> str:
+    """Hex digest of a file, read in pieces."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_with(path: Path, writer: Callable[[Path], None]) -> None:
+    """Write a file atomically by a function that takes its path."""
+    with atomic(path) as temporary:
+        try:
+            writer(temporary)
+        except OSError:
+            raise
+        except Exception as error:
+            # safetensors and zip writers wrap the system's error in their own.
+            if "os error 28" in str(error) or "No space left" in str(error) or "unexpected pos" in str(error):
+                raise OSError(28, "No space left on device") from error
+            raise

@@ -1,0 +1,1 @@
+"""Networks and the EDM-preconditioned denoiser around them."""

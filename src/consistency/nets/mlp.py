@@ -1,0 +1,117 @@
+"""A residual multi-layer perceptron for small or low-dimensional data."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from consistency.nets.layers import ZERO_INIT, Init, Linear, check_conditions, half_channels
+
+_INIT = Init("xavier_uniform")
+_INIT_SMALL = Init("xavier_uniform", weight=1e-5)
+# Radians per unit of ln(t)/4, whose range over [0.002, 80] is 2.65: fine enough to tell neighbouring grid
+# times apart, smooth enough for the time derivatives of the coefficient fit.
+_LOWEST_FREQUENCY, _HIGHEST_FREQUENCY = 0.5, 16.0
+
+
+class MLP(nn.Module):
+    """Residual perceptron F(x, c_noise[, c_noise_s]) on flattened images, for up to a few hundred dimensions.
+
+    Each of `depth` blocks normalises the hidden vector, scales and shifts it by a projection of the time
+    embedding, and adds two linear layers of `width` units. All blocks' scales and shifts come from one
+    projection, map_modulation; with second_time, map_modulation_s adds that of s and starts at exactly zero.
+
+    dim_shape: shape of a sample (C,H,W), or the number of dimensions d, meaning (d,1,1).
+    Shapes: x [N,C,H,W] -> [N,C,H,W]; noise_labels and second_noise_labels [N] or [1], ln(t)/4 and ln(s)/4;
+    class_labels [N or 1, label_dim], one-hot.
+    Raises ValueError for an odd embedding and for a condition the network was not built for, which
+    augmentation labels always are.
+    """
+
+    augment_dim = 0
+
+    def __init__(
+        self,
+        dim_shape: Sequence[int] | int,
+        width: int = 256,
+        depth: int = 4,
+        embedding: int = 64,
+        label_dim: int = 0,
+        dropout: float = 0.0,
+        second_time: bool = False,
+    ) -> None:
+        super().__init__()
+        shape = (dim_shape, 1, 1) if isinstance(dim_shape, int) else tuple(dim_shape)
+        dims, emb_channels = math.prod(shape), 2 * embedding
+        self.label_dim, self.second_time, self.depth = label_dim, second_time, depth
+        self.num_freqs = half_channels(embedding)
+
+        if label_dim:
+            self.map_label = Linear(label_dim, embedding, init=_INIT)
+        self.map_layer0 = Linear(embedding, emb_channels, init=_INIT)
+        self.map_layer1 = Linear(emb_channels, emb_channels, init=_INIT)
+        self.map_modulation = Linear(emb_channels, 2 * depth * width, init=_INIT)
+        if second_time:
+            self.map_layer0_s = Linear(embedding, emb_channels, init=_INIT)
+            self.map_layer1_s = Linear(emb_channels, emb_channels, init=_INIT)
+            self.map_modulation_s = Linear(emb_channels, 2 * depth * width, init=ZERO_INIT)
+
+        self.linear_in = Linear(dims, width, init=_INIT)
+        self.blocks = nn.ModuleList(_Block(width, dropout) for _ in range(depth))
+        self.linear_out = Linear(width, dims, init=_INIT_SMALL)
+
+    def forward(
+        self,
+        x: Tensor,
+        noise_labels: Tensor,
+        class_labels: Tensor | None = None,
+        augment_labels: Tensor | None = None,
+        second_noise_labels: Tensor | None = None,
+    ) -> Tensor:
+        check_conditions(self, class_labels, augment_labels, second_noise_labels)
+        second = noise_labels if second_noise_labels is None else second_noise_labels
+        modulation = self._modulation(noise_labels, second, class_labels).chunk(2 * self.depth, dim=1)
+        h = self.linear_in(x.flatten(1))
+        for i, block in enumerate(self.blocks):
+            h = block(h, modulation[2 * i], modulation[2 * i + 1])
+        return self.linear_out(h).view_as(x)
+
+    def _modulation(self, noise_labels: Tensor, second: Tensor, class_labels: Tensor | None) -> Tensor:
+        label_emb = self._embed_label(class_labels, noise_labels)
+        emb = self._embed_noise(noise_labels) + label_emb
+        modulation = self.map_modulation(F.silu(self.map_layer1(F.silu(self.map_layer0(emb)))))
+        if not self.second_time:
+            return modulation
+        emb_s = self._embed_noise(second) + label_emb
+        return modulation + self.map_modulation_s(F.silu(self.map_layer1_s(F.silu(self.map_layer0_s(emb_s)))))
+
+    def _embed_noise(self, noise_labels: Tensor) -> Tensor:
+        index = torch.arange(self.num_freqs, device=noise_labels.device, dtype=noise_labels.dtype)
+        freqs = _LOWEST_FREQUENCY * (_HIGHEST_FREQUENCY / _LOWEST_FREQUENCY) ** (index / (self.num_freqs - 1))
+        phase = torch.outer(noise_labels, freqs)
+        return torch.cat([phase.sin(), phase.cos()], dim=1)
+
+    def _embed_label(self, class_labels: Tensor | None, like: Tensor) -> Tensor | float:
+        if not self.label_dim:
+            return 0.0
+        labels = like.new_zeros(1, self.label_dim) if class_labels is None else class_labels.to(like.dtype)
+        return self.map_label(labels * math.sqrt(self.label_dim))
+
+
+class _Block(nn.Module):
+    def __init__(self, width: int, dropout: float) -> None:
+        super().__init__()
+        self.width, self.dropout = width, dropout
+        self.linear0 = Linear(width, width, init=_INIT)
+        self.linear1 = Linear(width, width, init=_INIT)
+
+    def forward(self, x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+        h = F.layer_norm(x, (self.width,))
+        h = F.silu(self.linear0(torch.addcmul(shift, h, scale + 1)))
+        if self.dropout:
+            h = F.dropout(h, self.dropout, self.training)
+        return x + self.linear1(h)

@@ -1,0 +1,269 @@
+"""The U-Nets DDPM++ and NCSN++ of Song et al. (2021), in the form and with the parameter names of EDM."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from consistency.nets.layers import (
+    Conv2d,
+    FourierEmbedding,
+    GroupNorm,
+    Init,
+    Linear,
+    PositionalEmbedding,
+    UNetBlock,
+    check_conditions,
+)
+
+_INIT = Init("xavier_uniform")
+_INIT_ZERO = Init("xavier_uniform", weight=1e-5)
+_INIT_ATTN = Init("xavier_uniform", weight=math.sqrt(0.2))
+_EPS = 1e-6
+_CHOICES = {
+    "embedding_type": ("positional", "fourier"),
+    "encoder_type": ("standard", "skip", "residual"),
+    "decoder_type": ("standard", "skip"),
+}
+
+
+class SongUNet(nn.Module):
+    """U-Net F(x, c_noise[, c_noise_s]) of EDM (Karras et al. 2022): DDPM++ by default, NCSN++ by its options.
+
+    NCSN++ is embedding_type="fourier", encoder_type="residual", channel_mult_noise=2,
+    resample_filter=(1, 3, 3, 1). Levels listed in attn_resolutions have one-head attention; the first block
+    of the decoder always has it. label_dropout is the probability of zeroing a label during training.
+    With second_time the network also takes the end time s of a jump, embedded like t but through its own
+    map_layer0_s and map_layer1_s, and added in every block by affine_s, which starts at zero.
+
+    Shapes: x [N,in_channels,R,R] -> [N,out_channels,R,R]; noise_labels and second_noise_labels [N] or [1],
+    ln(t)/4 and ln(s)/4; class_labels [N or 1, label_dim], one-hot; augment_labels [N or 1, augment_dim].
+    Raises ValueError for unknown types, a resolution that cannot be halved often enough, channels that group
+    normalisation cannot split, and for a condition the network was not built for.
+    """
+
+    def __init__(
+        self,
+        img_resolution: int,
+        in_channels: int,
+        out_channels: int,
+        label_dim: int = 0,
+        augment_dim: int = 0,
+        model_channels: int = 128,
+        channel_mult: Sequence[int] = (1, 2, 2, 2),
+        channel_mult_emb: int = 4,
+        num_blocks: int = 4,
+        attn_resolutions: Sequence[int] = (16,),
+        dropout: float = 0.1,
+        label_dropout: float = 0.0,
+        embedding_type: str = "positional",
+        channel_mult_noise: int = 1,
+        encoder_type: str = "standard",
+        decoder_type: str = "standard",
+        resample_filter: Sequence[float] = (1, 1),
+        second_time: bool = False,
+    ) -> None:
+        super().__init__()
+        _check_choices(embedding_type=embedding_type, encoder_type=encoder_type, decoder_type=decoder_type)
+        if img_resolution % 2 ** (len(channel_mult) - 1):
+            raise ValueError(
+                f"img_resolution {img_resolution} cannot be halved {len(channel_mult) - 1} times: "
+                "shorten channel_mult or pad the images"
+            )
+        self.label_dim, self.augment_dim, self.second_time = label_dim, augment_dim, second_time
+        self.label_dropout = label_dropout
+        emb_channels = model_channels * channel_mult_emb
+        self._build_mapping(model_channels * channel_mult_noise, emb_channels, embedding_type)
+
+        conv = partial(Conv2d, resample_filter=resample_filter, init=_INIT)
+        block = partial(
+            UNetBlock,
+            emb_channels=emb_channels,
+            dropout=dropout,
+            skip_scale=math.sqrt(0.5),
+            eps=_EPS,
+            resample_filter=resample_filter,
+            resample_proj=True,
+            adaptive_scale=False,
+            init=_INIT,
+            init_zero=_INIT_ZERO,
+            init_attn=_INIT_ATTN,
+            second_time=second_time,
+        )
+        levels = _levels(img_resolution, model_channels, channel_mult, attn_resolutions)
+        self.enc = _encoder(levels, block, conv, in_channels, model_channels, num_blocks, encoder_type)
+        self.dec = _decoder(levels, block, conv, _skip_widths(self.enc), out_channels, num_blocks, decoder_type)
+
+    def _build_mapping(self, noise_channels: int, emb_channels: int, embedding_type: str) -> None:
+        self.map_noise: nn.Module = (
+            PositionalEmbedding(noise_channels, endpoint=True)
+            if embedding_type == "positional"
+            else FourierEmbedding(noise_channels)
+        )
+        if self.label_dim:
+            self.map_label = Linear(self.label_dim, noise_channels, init=_INIT)
+        if self.augment_dim:
+            self.map_augment = Linear(self.augment_dim, noise_channels, bias=False, init=_INIT)
+        self.map_layer0 = Linear(noise_channels, emb_channels, init=_INIT)
+        self.map_layer1 = Linear(emb_channels, emb_channels, init=_INIT)
+        if self.second_time:
+            self.map_layer0_s = Linear(noise_channels, emb_channels, init=_INIT)
+            self.map_layer1_s = Linear(emb_channels, emb_channels, init=_INIT)
+
+    def forward(
+        self,
+        x: Tensor,
+        noise_labels: Tensor,
+        class_labels: Tensor | None = None,
+        augment_labels: Tensor | None = None,
+        second_noise_labels: Tensor | None = None,
+    ) -> Tensor:
+        check_conditions(self, class_labels, augment_labels, second_noise_labels)
+        label_emb = self._embed_label(class_labels, noise_labels)
+        emb = self._embed_noise(noise_labels, label_emb)
+        if augment_labels is not None:
+            emb = emb + self.map_augment(augment_labels.to(emb.dtype))
+        emb = F.silu(self.map_layer1(F.silu(self.map_layer0(emb))))
+        emb_s = None
+        if self.second_time:
+            second = noise_labels if second_noise_labels is None else second_noise_labels
+            emb_s = self._embed_noise(second, label_emb)
+            emb_s = F.silu(self.map_layer1_s(F.silu(self.map_layer0_s(emb_s))))
+        x, skips = self._encode(x, emb, emb_s)
+        return self._decode(x, skips, emb, emb_s)
+
+    def _embed_noise(self, noise_labels: Tensor, label_emb: Tensor | None) -> Tensor:
+        cos, sin = self.map_noise(noise_labels).chunk(2, dim=1)
+        emb = torch.cat([sin, cos], dim=1)  # the published weights expect sines first
+        return emb if label_emb is None else emb + label_emb
+
+    def _embed_label(self, class_labels: Tensor | None, like: Tensor) -> Tensor | None:
+        if not self.label_dim:
+            return None
+        labels = like.new_zeros(1, self.label_dim) if class_labels is None else class_labels.to(like.dtype)
+        if self.training and self.label_dropout:
+            labels = labels * (torch.rand_like(labels[:, :1]) >= self.label_dropout)
+        return self.map_label(labels * math.sqrt(self.label_dim))
+
+    def _encode(self, x: Tensor, emb: Tensor, emb_s: Tensor | None) -> tuple[Tensor, list[Tensor]]:
+        skips: list[Tensor] = []
+        aux = x
+        for name, layer in self.enc.items():
+            if name.endswith("aux_down"):
+                aux = layer(aux)
+            elif name.endswith("aux_skip"):
+                x = skips[-1] = x + layer(aux)
+            elif name.endswith("aux_residual"):
+                x = skips[-1] = aux = (x + layer(aux)) * math.sqrt(0.5)
+            else:
+                x = layer(x, emb, emb_s) if isinstance(layer, UNetBlock) else layer(x)
+                skips.append(x)
+        return x, skips
+
+    def _decode(self, x: Tensor, skips: list[Tensor], emb: Tensor, emb_s: Tensor | None) -> Tensor:
+        image: Tensor | None = None
+        for name, layer in self.dec.items():
+            if isinstance(layer, UNetBlock):
+                if layer.in_channels != x.shape[1]:
+                    x = torch.cat([x, skips.pop()], dim=1)
+                x = layer(x, emb, emb_s)
+            elif name.endswith("aux_norm"):
+                normed = layer(x)
+            elif name.endswith("aux_conv"):
+                detail = layer(F.silu(normed))
+                image = detail if image is None else image + detail
+            elif image is not None:
+                image = layer(image)
+        assert image is not None
+        return image
+
+
+class _Level(NamedTuple):
+    size: int
+    width: int
+    num_heads: int
+
+    def name(self, part: str) -> str:
+        return f"{self.size}x{self.size}_{part}"
+
+
+def _levels(
+    img_resolution: int, model_channels: int, channel_mult: Sequence[int], attn_resolutions: Sequence[int]
+) -> list[_Level]:
+    sizes = [img_resolution >> level for level in range(len(channel_mult))]
+    return [
+        _Level(size, model_channels * mult, int(size in attn_resolutions))
+        for size, mult in zip(sizes, channel_mult, strict=True)
+    ]
+
+
+def _encoder(
+    levels: Sequence[_Level],
+    block: Callable[..., UNetBlock],
+    conv: Callable[..., Conv2d],
+    in_channels: int,
+    model_channels: int,
+    num_blocks: int,
+    encoder_type: str,
+) -> nn.ModuleDict:
+    enc = nn.ModuleDict({levels[0].name("conv"): conv(in_channels, model_channels, 3)})
+    channels, aux_channels = model_channels, in_channels
+    for depth, level in enumerate(levels):
+        if depth:
+            enc[level.name("down")] = block(channels, channels, down=True)
+        if depth and encoder_type == "skip":
+            enc[level.name("aux_down")] = conv(aux_channels, aux_channels, 0, down=True)
+            enc[level.name("aux_skip")] = conv(aux_channels, channels, 1)
+        if depth and encoder_type == "residual":
+            enc[level.name("aux_residual")] = conv(aux_channels, channels, 3, down=True, fused_resample=True)
+            aux_channels = channels
+        for i in range(num_blocks):
+            enc[level.name(f"block{i}")] = block(channels, level.width, num_heads=level.num_heads)
+            channels = level.width
+    return enc
+
+
+def _skip_widths(enc: nn.ModuleDict) -> list[int]:
+    layers = [layer for name, layer in enc.items() if "aux" not in name]
+    return [layer.out_channels for layer in layers if isinstance(layer, Conv2d | UNetBlock)]
+
+
+def _decoder(
+    levels: Sequence[_Level],
+    block: Callable[..., UNetBlock],
+    conv: Callable[..., Conv2d],
+    skips: list[int],
+    out_channels: int,
+    num_blocks: int,
+    decoder_type: str,
+) -> nn.ModuleDict:
+    dec = nn.ModuleDict()
+    channels = skips[-1]
+    for level in reversed(levels):
+        if level is levels[-1]:
+            dec[level.name("in0")] = block(channels, channels, num_heads=1)
+            dec[level.name("in1")] = block(channels, channels)
+        else:
+            dec[level.name("up")] = block(channels, channels, up=True)
+        for i in range(num_blocks + 1):
+            num_heads = level.num_heads if i == num_blocks else 0
+            dec[level.name(f"block{i}")] = block(channels + skips.pop(), level.width, num_heads=num_heads)
+            channels = level.width
+        if decoder_type == "skip" and level is not levels[-1]:
+            dec[level.name("aux_up")] = conv(out_channels, out_channels, 0, up=True)
+        if decoder_type == "skip" or level is levels[0]:
+            dec[level.name("aux_norm")] = GroupNorm(channels, _EPS)
+            dec[level.name("aux_conv")] = conv(channels, out_channels, 3, init=_INIT_ZERO)
+    return dec
+
+
+def _check_choices(**chosen: str) -> None:
+    for name, value in chosen.items():
+        if value not in _CHOICES[name]:
+            raise ValueError(f"unknown {name} {value!r}; choose one of {_CHOICES[name]}")

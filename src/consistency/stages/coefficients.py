@@ -1,0 +1,87 @@
+"""Stage coefficients: fit l_t and s_t from the teacher, once, before any student."""
+
+import time
+from collections.abc import Callable
+
+import numpy as np
+import torch
+
+from consistency.errors import UserError
+from consistency.files import write_with
+from consistency.layout import Layout
+from consistency.progress import track
+from consistency.provenance import write_card
+from consistency.seeding import generator
+from consistency.stages.inputs import read_dataset, read_teacher
+from consistency.study import Study
+from consistency.theory.estimators import CoefficientFit, fit_coefficients
+from consistency.theory.generalized_ode import GeneralizedODE
+from consistency.theory.noise import log_grid
+from consistency.theory.solver import DenoiserFn
+from consistency.training.objectives import with_labels
+
+
+def make_coefficients(study: Study, layout: Layout, device: torch.device) -> None:
+    """Write coefficients.npz (times, l, l_se, s, s_se, determined) and card.json.
+
+    Raises UserError if the teacher returns NaN or the fit gives a singular jump.
+    """
+    started = time.time()
+    data, settings, folder = read_dataset(study, layout), study.coefficients, layout.coefficients
+    dtype = torch.float64 if settings.precision == "float64" else torch.float32
+    teacher = read_teacher(study, layout, device).to(dtype)
+    draws = generator(settings.seed, "coefficients")
+    # Every image serves equally often, as far as the numbers allow: a permutation, repeated.
+    rows = torch.cat([torch.randperm(len(data), generator=draws) for _ in range(-(-settings.samples // len(data)))])
+    images, labels = data.take(rows[: settings.samples])
+    noise = torch.randn(images.shape, generator=draws).to(device, dtype)
+    probes = None if settings.probes == "exact" else settings.probes
+    try:
+        fit = fit_coefficients(
+            _teacher_of(teacher, labels.to(device) if study.teacher.conditional else None),
+            images.to(device, dtype),
+            noise,
+            log_grid(settings.times, study.noise.sigma_min, study.noise.sigma_max),
+            probes,
+            generator(settings.seed, "probes", device=device),
+            settings.batch,
+            track(f"coefficients {study.name}"),
+        )
+    except ValueError as error:
+        raise UserError(f"coefficients: {error}; train the teacher longer or use precision: float64") from None
+    _require_regular(fit)
+    path = folder / "coefficients.npz"
+    write_with(path, lambda temporary: _save(temporary, fit))
+    # An evaluation with its derivative along one direction counts 2; a residual, 1.
+    passes = settings.times * settings.samples * (2 * ((probes or images[0].numel()) + 1) + 1)
+    write_card(
+        folder,
+        study,
+        "coefficients",
+        started=started,
+        inputs=[layout.teacher / "teacher.safetensors", layout.dataset / "images.npy"],
+        outputs=[path],
+        measured={"network_evaluations": passes, "seconds": round(time.time() - started, 3)},
+    )
+
+
+def _teacher_of(teacher: torch.nn.Module, labels: torch.Tensor | None) -> Callable[[slice], DenoiserFn]:
+    return lambda part: with_labels(teacher, None if labels is None else labels[part])  # type: ignore[arg-type]
+
+
+def _save(path: object, fit: CoefficientFit) -> None:
+    with open(path, "wb") as file:  # type: ignore[call-overload]  # np.savez would append .npz to a temporary name
+        np.savez(file, **vars(fit))
+
+
+def _require_regular(fit: CoefficientFit) -> None:
+    """Every jump between fitted times must have finite coefficients."""
+    times = torch.from_numpy(fit.times)
+    ode = GeneralizedODE(times, torch.from_numpy(fit.l), torch.from_numpy(fit.s))
+    first, second = torch.triu_indices(len(times), len(times))
+    for form in (ode.backward, ode.forward):
+        f, g = form(times[first], times[second])
+        if not bool(torch.isfinite(f).all() and torch.isfinite(g).all() and (g >= 0).all()):
+            raise UserError(
+                "coefficients: the fitted l_t, s_t give a singular jump; raise coefficients.samples or probes"
+            )

@@ -1,0 +1,114 @@
+"""Stage extractor: what the scores measure with, and the features of the data."""
+
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from consistency.errors import UserError
+from consistency.features import INCEPTION_FILE, Extractor, Statistics, classifier_extractor, inception_extractor
+from consistency.files import write_with
+from consistency.layout import Layout
+from consistency.nets.classifier import Classifier
+from consistency.progress import Progress
+from consistency.provenance import read_card, write_card
+from consistency.seeding import derived_seed, generator
+from consistency.stages.inputs import read_dataset
+from consistency.study import Study
+from consistency.training.data import ImageData
+
+# Shared by all studies: it is not a result.
+INCEPTION_WEIGHTS = Path("resources") / INCEPTION_FILE
+_HELD_OUT = 5  # every fifth image is kept from the classifier, to measure its accuracy
+
+
+def make_extractor(study: Study, layout: Layout, device: torch.device) -> None:
+    """Train the classifier (or open the staged Inception) and write the features of the data.
+
+    Writes features.npy, classifier.safetensors if that is the extractor, and card.json.
+    """
+    started = time.time()
+    data, folder = read_dataset(study, layout), layout.extractor
+    outputs, measured = [folder / "features.npy"], {}
+    if study.scores.extractor == "classifier":
+        path = folder / "classifier.safetensors"
+        model, accuracy = _train_classifier(study, data, device)
+        write_with(path, lambda temporary: save_file(model.cpu().state_dict(), temporary))
+        measured["held_out_accuracy"] = accuracy
+        outputs.append(path)
+        print(f"classifier: accuracy {accuracy:.3f} on every {_HELD_OUT}th image, held out", flush=True)
+    features = open_extractor(study, layout, data, device)(data.images)
+    write_with(outputs[0], lambda temporary: _save(temporary, features))
+    inputs = [layout.dataset / "images.npy"]
+    write_card(folder, study, "extractor", started=started, inputs=inputs, outputs=outputs, measured=measured)
+
+
+def open_extractor(study: Study, layout: Layout, data: ImageData, device: torch.device) -> Extractor:
+    """The study's feature extractor."""
+    if study.scores.extractor == "inception":
+        return inception_extractor(INCEPTION_WEIGHTS, study.scores.mode, device)
+    path = layout.extractor / "classifier.safetensors"
+    model = Classifier(data.shape[0], data.classes, study.scores.classifier.features)
+    try:
+        model.load_state_dict(load_file(path))
+    except FileNotFoundError:
+        raise UserError(f"{path} is missing: run `python -m consistency extractor` first") from None
+    except (SafetensorError, RuntimeError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"{path} is damaged ({reason}): run `extractor` again") from None
+    return classifier_extractor(model, device)
+
+
+def read_data_statistics(study: Study, layout: Layout) -> Statistics:
+    """Statistics of the data's features."""
+    read_card(layout.extractor, study, "extractor")
+    return Statistics.of(np.load(layout.extractor / "features.npy"))
+
+
+def _save(path: Path, features: np.ndarray) -> None:
+    with path.open("wb") as file:
+        np.save(file, features)
+
+
+def _train_classifier(study: Study, data: ImageData, device: torch.device) -> tuple[Classifier, float]:
+    settings = study.scores.classifier
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(derived_seed(settings.seed, "classifier"))
+        model = Classifier(data.shape[0], data.classes, settings.features).to(device)
+    optimizer = torch.optim.Adam(model.parameters(), lr=settings.learning_rate)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, settings.learning_rate, total_steps=settings.steps)
+    everything = np.arange(len(data))
+    train, held_out = everything[everything % _HELD_OUT > 0], everything[everything % _HELD_OUT == 0]
+    progress = Progress("classifier", settings.steps)
+    for step in range(settings.steps):
+        draws = generator(settings.seed, "classifier", step)
+        rows = train[torch.randint(len(train), (settings.batch,), generator=draws).numpy()]
+        images, labels = data.take(rows)
+        loss = torch.nn.functional.cross_entropy(model(images.to(device)), labels.to(device))
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+        progress.advance()
+    progress.close()
+    _normalise(model.eval(), data, train, device)
+    return model, _accuracy(model, data, held_out, device)
+
+
+@torch.inference_mode()
+def _normalise(model: Classifier, data: ImageData, rows: np.ndarray, device: torch.device) -> None:
+    """Scale the features to mean square 1 over (at most 2,000 of) the data."""
+    images, _ = data.take(rows[:2000])
+    model.scale = model.features(images.to(device)).square().mean().rsqrt().clone()
+
+
+@torch.inference_mode()
+def _accuracy(model: Classifier, data: ImageData, rows: np.ndarray, device: torch.device) -> float:
+    right = 0
+    for start in range(0, len(rows), 512):
+        images, labels = data.take(rows[start : start + 512])
+        right += int((model(images.to(device)).argmax(1).cpu() == labels).sum())
+    return right / len(rows)

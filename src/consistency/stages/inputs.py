@@ -1,0 +1,85 @@
+"""What several stages read: the dataset, the teacher, the coefficients, a student, checked against the study."""
+
+from typing import Any
+
+import numpy as np
+import torch
+
+from consistency.errors import UserError
+from consistency.layout import Layout
+from consistency.nets.denoiser import Denoiser
+from consistency.provenance import read_card
+from consistency.study import FITTED, Study
+from consistency.theory.generalized_ode import GeneralizedODE
+from consistency.theory.noise import rho_grid
+from consistency.theory.preconditioning import Preconditioning, build_preconditioning
+from consistency.training.checkpoint import load_denoiser
+from consistency.training.data import ImageData, load_images
+
+
+def pick_device(name: str) -> torch.device:
+    """'auto' is the GPU where there is one. Raises UserError for a device that is not there."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"--device {name} cannot be used here: {str(error).splitlines()[0]}") from None
+    return device
+
+
+def read_dataset(study: Study, layout: Layout) -> ImageData:
+    """The study's images."""
+    read_card(layout.dataset, study, "dataset")
+    return load_images(layout.dataset)
+
+
+def sigma_data(study: Study, data: ImageData) -> float:
+    """The standard deviation of the data that the study uses."""
+    value = study.noise.sigma_data
+    return float(data.facts["sigma_data"]) if isinstance(value, str) else value
+
+
+def read_teacher(study: Study, layout: Layout, device: torch.device) -> Denoiser:
+    """The study's teacher, frozen."""
+    teacher, _ = load_denoiser(layout.teacher / "teacher.safetensors", study.key("teacher"))
+    return teacher.to(device)
+
+
+def read_student(study: Study, layout: Layout, run: str, seed: int, device: torch.device) -> Denoiser:
+    """A distilled student (EMA weights), frozen."""
+    path = layout.student(run, seed) / "student.safetensors"
+    return load_denoiser(path, study.key("student", run, seed))[0].to(device)
+
+
+def read_coefficients(layout: Layout) -> dict[str, np.ndarray[Any, Any]]:
+    """The arrays of coefficients.npz. Raises UserError when the file is missing or damaged."""
+    path = layout.coefficients / "coefficients.npz"
+    try:
+        with np.load(path) as arrays:
+            return dict(arrays)
+    except FileNotFoundError:
+        raise UserError(f"{path} is missing: run `python -m consistency coefficients` first") from None
+    except (OSError, ValueError, EOFError) as error:
+        raise UserError(f"{path} is damaged ({error}): run `coefficients` again") from None
+
+
+def read_preconditioning(
+    study: Study, layout: Layout, run: str, teacher_sigma_data: float, device: torch.device
+) -> Preconditioning:
+    """The preconditioning of a student, with the fitted coefficients where it needs them."""
+    name = study.resolved(run).preconditioning
+    ode = None
+    if name in FITTED:
+        read_card(layout.coefficients, study, "coefficients")
+        arrays = read_coefficients(layout)
+        times, l, s = (torch.from_numpy(arrays[letter]) for letter in ("times", "l", "s"))
+        ode = GeneralizedODE(times, l, s, device)
+    return build_preconditioning(name, teacher_sigma_data, ode)
+
+
+def time_grid(study: Study, nodes: int, device: torch.device) -> torch.Tensor:
+    """The study's rho grid of so many nodes, descending, float64."""
+    noise = study.noise
+    return rho_grid(nodes, noise.sigma_min, noise.sigma_max, noise.rho).to(device)

@@ -1,0 +1,427 @@
+"""The typed study: every field with its unit, range and default. Unknown keys are errors with a suggestion.
+
+A study is one dataset, one teacher and the students distilled from it. The JSON schema and the field reference under
+config/studies/ are generated from these classes (`python -m consistency schema`).
+"""
+
+import difflib
+import hashlib
+import json
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from consistency.errors import UserError
+
+Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]*$", max_length=64)]
+Positive = Annotated[float, Field(gt=0)]
+Count = Annotated[int, Field(ge=1)]
+Fraction = Annotated[float, Field(ge=0, lt=1)]
+
+# Which preconditionings read the fitted coefficients, and where each may be used.
+FITTED = ("analytic", "analytic-forward")
+
+
+class Section(BaseModel):
+    """A part of the study: frozen, strictly typed, no unknown keys."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class Dataset(Section):
+    """Where the images come from, and the shape they are brought to."""
+
+    kind: Literal["digits", "image_folder"] = Field(
+        description="`digits`: the 1,797 UCI 8x8 images that come with scikit-learn; "
+        "`image_folder`: a tree `<path>/<split>/<class>/*.{png,jpg}`."
+    )
+    path: str | None = Field(None, description="Root of the image folder; relative paths start at the project's root.")
+    split: Name = Field("train", description="Which part of the image folder to read.")
+    resolution: Count = Field(description="Side of the square images, pixels. Images are centre-cropped and resized.")
+    channels: Literal[1, 3] = Field(description="1 for grey, 3 for RGB.")
+    limit: Count | None = Field(None, description="Use only so many images of each class, the first in sorted order.")
+    horizontal_flip: bool = Field(False, description="Mirror each training image with probability 1/2.")
+
+    @model_validator(mode="after")
+    def _possible(self) -> Self:
+        if self.kind == "digits" and (self.resolution, self.channels) != (8, 1):
+            raise ValueError("the digits are 8x8 grey images: set dataset.resolution to 8 and dataset.channels to 1")
+        if self.kind == "digits" and self.path is not None:
+            raise ValueError("dataset.path is for image_folder; the digits come with scikit-learn")
+        if self.kind == "image_folder" and self.path is None:
+            raise ValueError("dataset.path is missing: image_folder needs the root of the images")
+        return self
+
+
+class Noise(Section):
+    """The range of noise levels, shared by teacher, students and samplers."""
+
+    sigma_min: Positive = Field(0.002, description="Smallest time eps, where a trajectory ends.")
+    sigma_max: Positive = Field(80.0, description="Largest time T, where a trajectory starts.")
+    rho: Positive = Field(7.0, description="Exponent of the time grids.")
+    sigma_data: Positive | Literal["measured"] = Field(
+        0.5, description="Standard deviation of the data in [-1, 1] units, or `measured` to take the dataset's own."
+    )
+
+    @model_validator(mode="after")
+    def _possible(self) -> Self:
+        if self.sigma_min >= self.sigma_max:
+            raise ValueError("noise.sigma_min must be smaller than noise.sigma_max")
+        return self
+
+
+class SongUNet(Section):
+    """DDPM++ or NCSN++, with the official parameter names."""
+
+    kind: Literal["songunet"] = "songunet"
+    variant: Literal["ddpmpp", "ncsnpp"] = Field("ddpmpp", description="DDPM++ (the -vp teachers) or NCSN++ (-ve).")
+    model_channels: Count = Field(128, description="Channels at full resolution before the multiplier.")
+    channel_mult: list[Count] = Field([2, 2, 2], min_length=1, description="Channel multiplier of each level.")
+    num_blocks: Count = Field(4, description="Residual blocks a level.")
+    attn_resolutions: list[Count] = Field([16], description="Resolutions with self-attention, pixels.")
+    dropout: Fraction = Field(0.13, description="Dropout probability.")
+
+
+class MLP(Section):
+    """A residual multi-layer perceptron for vectors up to a few hundred dimensions."""
+
+    kind: Literal["mlp"] = "mlp"
+    width: Count = Field(256, description="Units a layer.")
+    depth: Count = Field(4, description="Residual blocks.")
+    embedding: Count = Field(64, description="Size of the noise embedding.")
+    dropout: Fraction = Field(0.0, description="Dropout probability.")
+
+
+_NETWORKS: dict[str, type[Section]] = {"songunet": SongUNet, "mlp": MLP}
+
+
+class Teacher(Section):
+    """The EDM denoiser that is distilled, trained on the dataset."""
+
+    network: SongUNet | MLP = Field(discriminator="kind", description="The network inside the denoiser.")
+    conditional: bool = Field(False, description="Condition on the class.")
+    steps: Count = Field(description="Optimiser steps.")
+    batch: Count = Field(description="Images a step.")
+    learning_rate: Positive = Field(1e-3, description="Adam's learning rate after the ramp.")
+    learning_rate_ramp: Annotated[int, Field(ge=0)] = Field(0, description="Linear ramp of the rate, images.")
+    p_mean: float = Field(-1.2, description="Mean of ln sigma in the loss.")
+    p_std: Positive = Field(1.2, description="Standard deviation of ln sigma in the loss.")
+    ema_half_life: Positive = Field(500_000, description="Half-life of the weight average, images.")
+    ema_ramp_up: Positive = Field(0.05, description="The half-life is at most this share of the images seen.")
+    seed: int = Field(0, description="Seed of weights, data order and noise.")
+    log_every: Count = Field(100, description="Steps a line of history.jsonl; the state is saved at these steps.")
+
+
+class Coefficients(Section):
+    """The fit of l_t and s_t."""
+
+    times: Annotated[int, Field(ge=8)] = Field(120, description="Log-spaced times from sigma_min to sigma_max.")
+    samples: Annotated[int, Field(ge=2)] = Field(4096, description="Noised training images a time.")
+    probes: Count | Literal["exact"] = Field(
+        4, description="Rademacher probes an image for the trace, or `exact` (one JVP a dimension)."
+    )
+    batch: Count = Field(512, description="Images an evaluation.")
+    precision: Literal["float32", "float64"] = Field("float32", description="Arithmetic of the network.")
+    seed: int = Field(0, description="Seed of images, noise and probes.")
+
+
+class Student(Section):
+    """One student. The study's `student` section gives the values that all share; an entry of `students` may
+    replace only the keys listed in `varies`."""
+
+    objective: Literal["trajectory", "endpoint"] = Field(
+        "trajectory", description="Trajectory distillation (CTM + DSM) or endpoint distillation (CM)."
+    )
+    preconditioning: Literal["cm", "bcm", "ctm", "analytic", "analytic-forward"] = Field(
+        "ctm", description="f(t,s) and g(t,s)."
+    )
+    nodes: Annotated[int, Field(ge=2)] = Field(18, description="Nodes N of the time grid.")
+    max_heun_steps: Count | None = Field(
+        None, description="Largest number n of teacher steps, at most N-1 (the default). P(n) is proportional to n."
+    )
+    distance: Literal["pseudo_huber", "l2"] = Field("pseudo_huber", description="Distance between the two endpoints.")
+    target: Literal["online", "ema"] = Field(
+        "online", description="Weights of the target's inner jump: the student's (CTM's code) or their EMA (paper)."
+    )
+    dsm_weight: Annotated[float, Field(ge=0)] = Field(1.0, description="Weight of the DSM term (trajectory only).")
+    optimizer: Literal["radam", "adam"] = Field("radam", description="Optimiser, without weight decay.")
+    steps: Count = Field(description="Optimiser steps.")
+    batch: Count = Field(description="Images a step.")
+    learning_rate: Positive = Field(4e-4, description="Constant learning rate.")
+    ema_rate: Annotated[float, Field(ge=0, lt=1)] = Field(0.999, description="EMA of target and evaluation, per step.")
+    dropout: Fraction = Field(0.0, description="Dropout of the student's network.")
+    snapshot_every: Count = Field(description="Steps between snapshots of the EMA, the points of the learning curves.")
+    log_every: Count = Field(50, description="Steps a line of history.jsonl; the state is saved at these steps.")
+
+    @model_validator(mode="after")
+    def _possible(self) -> Self:
+        if self.preconditioning == "cm" and self.objective == "trajectory":
+            raise ValueError("preconditioning 'cm' is defined for s = eps only: use it with objective: endpoint")
+        if self.max_heun_steps is not None and self.max_heun_steps > self.nodes - 1:
+            raise ValueError(f"max_heun_steps {self.max_heun_steps} is more than nodes - 1 = {self.nodes - 1}")
+        if self.steps % self.snapshot_every:
+            raise ValueError(f"snapshot_every {self.snapshot_every} does not divide steps {self.steps}")
+        if self.snapshot_every % self.log_every:
+            raise ValueError(f"log_every {self.log_every} does not divide snapshot_every {self.snapshot_every}")
+        return self
+
+
+class Sampling(Section):
+    """Samples that are kept and scored at the end. Image i always comes from seed i."""
+
+    count: Count = Field(description="Images a sampler, from seeds 0 to count-1.")
+    nfe: list[Count] = Field([1, 2, 3, 5, 8], min_length=1, description="Numbers of jumps.")
+    gamma: list[Annotated[float, Field(gt=0, le=1)]] = Field(
+        [], description="Further samplers with fresh noise between jumps; 1 is CM's multistep sampler."
+    )
+    gamma_nfe: list[Count] = Field([2], description="Numbers of jumps of the gamma samplers.")
+    teacher_steps: Annotated[int, Field(ge=2)] = Field(18, description="Heun steps N of the teacher, NFE 2N-1.")
+    batch: Count = Field(512, description="Images an evaluation (changes nothing but speed and memory).")
+
+
+class Classifier(Section):
+    """The small CNN that is trained on the dataset and whose features stand in for Inception's."""
+
+    features: Annotated[int, Field(ge=8)] = Field(64, description="Dimension of the features.")
+    steps: Count = Field(600, description="Optimiser steps.")
+    batch: Count = Field(128, description="Images a step.")
+    learning_rate: Positive = Field(2e-3, description="Adam's peak learning rate.")
+    seed: int = Field(0, description="Seed of weights and data order.")
+
+
+class Scores(Section):
+    """What is measured on samples."""
+
+    extractor: Literal["classifier", "inception"] = Field(
+        "inception",
+        description="Features of FD and KID: Inception (this is FID) or the dataset's classifier (not FID).",
+    )
+    mode: Literal["legacy_tensorflow", "clean"] = Field(
+        "legacy_tensorflow", description="clean-fid's resizing mode, for inception."
+    )
+    classifier: Classifier = Field(default_factory=Classifier, description="Settings of the classifier.")
+    curve_nfe: list[Count] = Field([1, 2, 3], min_length=1, description="Numbers of jumps of the learning curves.")
+    curve_count: Count = Field(description="Images a point of the learning curves.")
+    kid_subsets: Count = Field(100, description="Subsets of KID.")
+    kid_subset_size: Annotated[int, Field(ge=2)] = Field(1000, description="Images a subset of KID.")
+    alignment_count: Count = Field(512, description="Noises of the alignment error.")
+    alignment_nodes: Annotated[int, Field(ge=2)] = Field(80, description="Heun nodes of the reference ODE endpoint.")
+
+
+class Report(Section):
+    """What the report compares."""
+
+    baseline: dict[Literal["trajectory", "endpoint"], Name] = Field(
+        default_factory=dict, description="The student against which each objective's speed-up is measured."
+    )
+    grid_nfe: list[Count] = Field([1, 2, 5], min_length=1, description="Numbers of jumps of the sample grids.")
+    bootstrap: Count = Field(2000, description="Resamples of the intervals.")
+
+
+class Study(Section):
+    """One dataset, one teacher, its students."""
+
+    name: Name = Field(description="Name of the study: its file and its folder under results/.")
+    title: str = Field("", description="A heading for the report.")
+    dataset: Dataset
+    noise: Noise = Field(default_factory=Noise)
+    teacher: Teacher
+    coefficients: Coefficients = Field(default_factory=Coefficients)
+    student: dict[str, Any] = Field(description="Values that all students share; the fields of Student.")
+    varies: list[str] = Field(["preconditioning"], description="The keys in which two students may differ.")
+    students: dict[Name, dict[str, Any]] = Field(min_length=1, description="Name of each student and what it varies.")
+    seeds: list[Annotated[int, Field(ge=0)]] = Field(min_length=1, description="Seeds of every student.")
+    sampling: Sampling
+    scores: Scores
+    report: Report = Field(default_factory=Report)
+
+    def resolved(self, run: str) -> Student:
+        """The settings of the student of that name. Raises UserError if there is none."""
+        if run not in self.students:
+            raise UserError(f"study {self.name} has no student {run!r}; it has {', '.join(self.students)}")
+        return Student.model_validate({**self.student, **self.students[run]})
+
+    @property
+    def needs_coefficients(self) -> bool:
+        """Whether any student is preconditioned analytically."""
+        return any(self.resolved(run).preconditioning in FITTED for run in self.students)
+
+    def settings(self, stage: str, run: str | None = None) -> dict[str, Any]:
+        """Every key that a stage's result depends on, those of the stages before it included.
+
+        stage: dataset, teacher, extractor, coefficients, student, samples, scores, report. run names the student for
+        student, samples and scores; samples and scores without one are the teacher's.
+        """
+        dump = self.model_dump(mode="json", exclude={"student", "students", "varies"})
+        parts: dict[str, list[str]] = {
+            "dataset": ["dataset"],
+            "extractor": ["dataset"],
+            "teacher": ["dataset", "noise", "teacher"],
+            "coefficients": ["dataset", "noise", "teacher", "coefficients"],
+        }
+        if stage == "report":
+            return self.model_dump(mode="json")
+        if stage in parts:
+            settings = {part: dump[part] for part in parts[stage]}
+            if stage == "dataset" or stage == "extractor":
+                settings["dataset"].pop("horizontal_flip")
+            if stage == "extractor":
+                settings["extractor"] = dump["scores"]["extractor"]
+                settings["classifier"] = dump["scores"]["classifier"]
+                settings["mode"] = dump["scores"]["mode"]
+            return settings
+        settings = self.settings("teacher")
+        if run is not None:
+            student = self.resolved(run)
+            settings = self.settings("coefficients") if student.preconditioning in FITTED else settings
+            settings["student"] = student.model_dump(mode="json")
+        if stage in ("samples", "scores"):
+            settings["sampling"] = dump["sampling"]
+            settings["sampling"].pop("batch")
+        if stage == "scores":
+            settings["scores"] = dump["scores"]
+        return settings
+
+    def key(self, stage: str, run: str | None = None, seed: int | None = None) -> str:
+        """16 hex digits that name exactly these settings (and seed): what a file made by the stage is marked with."""
+        content = {"stage": stage, "seed": seed, "settings": self.settings(stage, run)}
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+
+    @model_validator(mode="after")
+    def _possible(self) -> Self:
+        self._check_students()
+        size, network = self.dataset.resolution, self.teacher.network
+        if isinstance(network, MLP) and self.dataset.channels * size**2 > 1024:
+            raise ValueError(
+                f"teacher.network.kind mlp is for up to 1024 values, the images have {self.dataset.channels * size**2}: "
+                "use songunet"
+            )
+        if isinstance(network, SongUNet) and size % 2 ** (len(network.channel_mult) - 1):
+            raise ValueError(
+                f"dataset.resolution {size} cannot be halved {len(network.channel_mult) - 1} times, as "
+                "teacher.network.channel_mult asks"
+            )
+        if len(set(self.seeds)) < len(self.seeds):
+            raise ValueError("seeds lists a seed twice")
+        missing = set(self.report.grid_nfe) - set(self.sampling.nfe)
+        if missing:
+            raise ValueError(f"report.grid_nfe has {min(missing)}, which sampling.nfe does not sample")
+        if self.scores.extractor == "classifier" and self.sampling.count <= self.scores.classifier.features:
+            raise ValueError(
+                "sampling.count must exceed scores.classifier.features, or the Frechet distance is singular"
+            )
+        if self.scores.alignment_count > self.scores.curve_count:
+            raise ValueError("scores.alignment_count must not exceed scores.curve_count: they share their noise")
+        if self.scores.curve_count <= self.scores.classifier.features and self.scores.extractor == "classifier":
+            raise ValueError("scores.curve_count must exceed scores.classifier.features")
+        return self
+
+    def _check_students(self) -> None:
+        unknown = [key for key in self.varies if key not in Student.model_fields]
+        if unknown:
+            raise ValueError(f"varies names {unknown[0]!r}, not a student's field{_suggest(unknown[0], Student)}")
+        for run, overrides in self.students.items():
+            for key in overrides:
+                if key not in Student.model_fields:
+                    raise ValueError(f"unknown key 'students.{run}.{key}'{_suggest(key, Student)}")
+                if key not in self.varies:
+                    raise ValueError(
+                        f"students.{run} changes {key!r}, but the study says its students differ only in "
+                        f"{', '.join(self.varies)}: move it to `student` for all, or add it to `varies`"
+                    )
+            try:
+                self.resolved(run)
+            except ValidationError as error:
+                raise ValueError(f"students.{run}: {_explain(error, Student, 'student.')}") from None
+        if len({self.resolved(run).snapshot_every for run in self.students}) > 1:
+            raise ValueError("students must share snapshot_every, or their learning curves cannot be compared")
+        for objective, run in self.report.baseline.items():
+            if run not in self.students:
+                raise ValueError(f"report.baseline.{objective} names {run!r}, which is not one of the students")
+            if self.resolved(run).objective != objective:
+                raise ValueError(f"report.baseline.{objective} names {run!r}, whose objective is another")
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML without its two traps: a key given twice, and 1e-3 read as a word."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[Any] = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if key in seen:
+                raise yaml.MarkedYAMLError(problem=f"key {key!r} is given twice", problem_mark=key_node.start_mark)
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
+)
+
+
+def load_study(path: str | Path) -> Study:
+    """Read and check a study file. Raises UserError with one line that names the file, the key and what to change."""
+    path = Path(path)
+    try:
+        content = yaml.load(path.read_text(), _Loader)
+    except FileNotFoundError:
+        raise UserError(f"no study file {path}{_near_files(path)}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read the study file {path}: {error}") from None
+    except yaml.YAMLError as error:
+        raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path} must hold keys and values, such as `name: {path.stem}`")
+    try:
+        study = Study.model_validate(content)
+    except ValidationError as error:
+        raise UserError(f"{path}: {_explain(error, Study)}") from None
+    if study.name != path.stem:
+        raise UserError(f"{path}: the study is named {study.name!r}; its file must be {study.name}.yaml")
+    return study
+
+
+def _explain(error: ValidationError, model: type[BaseModel], prefix: str = "") -> str:
+    """The first problem of a validation, in one line; an unknown key first, since it explains a missing one."""
+    problems = error.errors()
+    problem = next((p for p in problems if p["type"] == "extra_forbidden"), problems[0])
+    if problem["type"] == "value_error":
+        return str(problem["ctx"]["error"])
+    location = [str(part) for part in problem["loc"]]
+    # The member of a union is a step of pydantic's location that the file does not have.
+    key = prefix + ".".join(part for part in location if part not in _NETWORKS)
+    if problem["type"] == "extra_forbidden":
+        return f"unknown key '{key}'{_suggest(location[-1], _owner(location[:-1], model))}"
+    if problem["type"] == "missing":
+        return f"key '{key}' is missing"
+    return f"key '{key}': {problem['msg'][0].lower() + problem['msg'][1:]}, got {problem['input']!r}"
+
+
+def _owner(location: list[str], model: type[BaseModel]) -> type[BaseModel] | None:
+    """The section that a location leads to."""
+    for part in location:
+        if part in _NETWORKS:
+            model = _NETWORKS[part]
+            continue
+        field = model.model_fields.get(part)
+        annotation = field.annotation if field else None
+        if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+            model = annotation
+    return model
+
+
+def _suggest(key: str, model: type[BaseModel] | None) -> str:
+    """'; did you mean ...?' with the nearest field of a section, or all its fields where none is near."""
+    fields = list(model.model_fields) if model else []
+    near = difflib.get_close_matches(key, fields, 1, cutoff=0.5)
+    return f"; did you mean '{near[0]}'?" if near else f"; there are {', '.join(fields)}" if fields else ""
+
+
+def _near_files(path: Path) -> str:
+    names = [p.name for p in path.parent.glob("*.yaml")] if path.parent.is_dir() else []
+    near = difflib.get_close_matches(path.name, names, 1)
+    return f"; did you mean {path.parent / near[0]}?" if near else ""

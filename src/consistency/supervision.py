@@ -1,0 +1,37 @@
+"""A job whose Snakemake is gone must not work on beside the next run."""
+
+import os
+import platform
+import signal
+import threading
+import time
+
+#: set by the workflow to "host:pid" of the Snakemake that starts the jobs
+SUPERVISOR = "CONSISTENCY_SUPERVISOR"
+_POLL = 0.5  # seconds
+
+
+def watch_supervisor() -> None:
+    """Send this process SIGTERM when its Snakemake is killed (a kill -9 leaves its jobs behind).
+
+    Does nothing without a supervisor, or under one on another machine.
+    """
+    host, _, pid = os.environ.get(SUPERVISOR, "").rpartition(":")
+    if host == platform.node() and pid.isdigit():
+        threading.Thread(target=_watch, args=(int(pid),), daemon=True).start()
+
+
+def _watch(pid: int) -> None:
+    while _alive(pid):
+        time.sleep(_POLL)
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True

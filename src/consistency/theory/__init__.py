@@ -1,0 +1,1 @@
+"""The mathematics of the method: no file, no network module, no configuration."""

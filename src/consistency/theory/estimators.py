@@ -1,0 +1,117 @@
+"""Estimates of l_t and s_t from a teacher: Jacobian-vector products on noised training images."""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from scipy.interpolate import CubicSpline
+from torch import Tensor
+from torch.func import jvp
+
+from consistency.theory.solver import DenoiserFn
+
+Array = np.ndarray
+
+# s_t runs from about -2 (small t) to 2 (large t) in every closed form we know; an estimate whose standard error is
+# this large says nothing.
+_S_RANGE = 2.0
+
+
+@dataclass(frozen=True)
+class CoefficientFit:
+    """l_t and s_t with their standard errors, each float64 [N] over the times [N].
+
+    determined [N] is False where ||h|| is too small for s_t to be known; s is interpolated there (-1, the value of
+    ctm, where no time determines it) and s_se is the width of the range s can take. Never NaN.
+    """
+
+    times: Array
+    l: Array
+    l_se: Array
+    s: Array
+    s_se: Array
+    determined: Array
+
+
+def fit_coefficients(
+    teacher: Callable[[slice], DenoiserFn],
+    images: Tensor,
+    noise: Tensor,
+    times: Tensor,
+    probes: int | None,
+    generator: torch.Generator,
+    batch: int,
+    progress: Callable[[Iterable[int]], Iterable[int]] = lambda steps: steps,
+) -> CoefficientFit:
+    """Fit l_t (AP (15)) and s_t (AP (17)) at each time, on x_t = x_0 + t z.
+
+    teacher(rows) is the denoiser of those images (with their labels bound). images, noise: [K, ...], K >= 2; times:
+    [N], descending. probes: Rademacher vectors an image for the trace, or None for the exact trace (d JVPs).
+    The same images, noise and probes serve every time, so that the error of l_t is smooth in t and dl/dlambda is not
+    swamped by it. Costs N K (probes + 2) JVP or forward passes. Raises ValueError if the teacher returns NaN.
+    """
+    signs = None
+    if probes is not None:
+        shape = (probes, *images.shape)
+        signs = torch.randint(0, 2, shape, generator=generator, device=images.device, dtype=torch.int8) * 2 - 1
+    rows = [slice(i, min(i + batch, len(images))) for i in range(0, len(images), batch)]
+    moments = np.empty((len(times), 6, len(images)))
+    for k in progress(range(len(times))):
+        for part in rows:
+            x = images[part] + times[k].to(images.dtype) * noise[part]
+            probe = None if signs is None else signs[:, part].to(x.dtype)
+            moments[k, :, part] = image_moments(teacher(part), x, times[k].item(), probe)
+    if not np.isfinite(moments).all():
+        bad = [f"{t:g}" for t, m in zip(times.tolist(), moments, strict=True) if not np.isfinite(m).all()]
+        raise ValueError(f"the teacher returned NaN or infinity at t = {', '.join(bad[:5])}")
+    return solve_moments(times.double().cpu().numpy(), moments, images[0].numel())
+
+
+def image_moments(denoiser: DenoiserFn, x: Tensor, time: float, probes: Tensor | None) -> Array:
+    """Per image: tr dD/dx, then r.r, r.x, x.x, r.J, x.J with r = D - x and J = dD/dlambda along the ODE. [6, K]."""
+    t = torch.full((len(x),), time, dtype=x.dtype, device=x.device)
+
+    def at_t(point: Tensor) -> Tensor:
+        return denoiser(point, t)
+
+    if probes is None:
+        basis = torch.eye(x[0].numel(), dtype=x.dtype, device=x.device).reshape(-1, *x.shape[1:])
+        traces = [_dot(e.expand_as(x), jvp(at_t, (x,), (e.expand_as(x),))[1]) for e in basis]
+        trace = torch.stack(traces).sum(0)
+    else:
+        trace = torch.stack([_dot(v, jvp(at_t, (x,), (v,))[1]) for v in probes]).mean(0)
+    with torch.no_grad():
+        residual = denoiser(x, t) - x
+    along = jvp(denoiser, (x, t), (residual, -t))[1]
+    pairs = [(residual, residual), (residual, x), (x, x), (residual, along), (x, along)]
+    return torch.stack([trace, *(_dot(a, b) for a, b in pairs)]).detach().cpu().numpy()
+
+
+def _dot(a: Tensor, b: Tensor) -> Tensor:
+    return (a.double() * b.double()).flatten(1).sum(1)
+
+
+def solve_moments(times: Array, moments: Array, dimension: int) -> CoefficientFit:
+    """l_t and s_t from the per-image moments [N, 6, K] of `image_moments`, with delta-method standard errors."""
+    trace, rr, rx, xx, rj, xj = moments.transpose(1, 0, 2)
+    count = trace.shape[1]
+    lam = -np.log(times)
+    l = 1 - trace.mean(1) / dimension
+    l_se = trace.std(1, ddof=1) / dimension / np.sqrt(count)
+    slope = CubicSpline(lam, l)(lam, 1)
+    c, d = l[:, None], slope[:, None]
+    # h = r + l x and h' = J - (1 - l) r + (dl/dlambda) x, expanded: no difference of large numbers at small t.
+    h_h = rr + 2 * c * rx + c**2 * xx
+    h_dh = rj - (1 - c) * rr + d * rx + c * xj - c * (1 - c) * rx + c * d * xx
+    size = h_h.mean(1)
+    # Below rounding of the products it was formed from, ||h||^2 is noise (isotropic Gaussian data: exactly 0).
+    floor = 1e-12 * (rr + c**2 * xx).mean(1) + np.finfo(float).tiny
+    s = h_dh.mean(1) / np.maximum(size, floor)
+    s_se = (h_dh - s[:, None] * h_h).std(1, ddof=1) / np.sqrt(count) / np.maximum(size, floor)
+    determined = (size > floor) & (s_se < _S_RANGE)
+    if determined.any():
+        s = np.where(determined, s, np.interp(lam, lam[determined], s[determined]))
+    else:
+        s = np.full_like(s, -1.0)
+    return CoefficientFit(times, l, l_se, s, np.where(determined, s_se, _S_RANGE), determined)

@@ -1,0 +1,137 @@
+"""The generalised ODE of Analytic-Precond: from l_t, s_t to the coefficients f(t,s), g(t,s).
+
+With lambda = -ln t, log L = int l, log S = int s and eta = int L S (AP (11)-(12)), one Euler step in eta gives
+f and g in forward or backward form. Everything is kept as log L, log S and
+    Q(lambda) = Q(lambda_T) e^{M_T - M} + int e^{M' - M} dlambda',  M = log L + log S,
+so that q(t,s) = int e^{M - M_s} dlambda = Q_s - e^{M_t - M_s} Q_t needs no large number. float64 throughout.
+"""
+
+import numpy as np
+import torch
+from torch import Tensor
+
+# l and s are linear between nodes, so M is quadratic there and 8 Gauss-Legendre points are exact to rounding.
+_POINTS, _WEIGHTS = (torch.from_numpy(v) for v in np.polynomial.legendre.leggauss(8))
+
+
+class GeneralizedODE:
+    """l_t and s_t on nodes, linear in lambda between them, and the two families of coefficients they give.
+
+    times: [N] > 0, strictly monotone; l, s: [N], finite. Evaluates any sigma_min <= s <= t <= sigma_max between
+    the outermost nodes, on the device given. Raises ValueError for nodes that are not usable and for times
+    outside them.
+    """
+
+    def __init__(self, times: Tensor, l: Tensor, s: Tensor, device: torch.device | str = "cpu") -> None:
+        times, l, s = (torch.as_tensor(v, dtype=torch.float64).cpu() for v in (times, l, s))
+        order = torch.argsort(times, descending=True)
+        times, l, s = times[order], l[order], s[order]
+        if len(times) < 2 or not bool((times > 0).all()) or not bool((times[:-1] > times[1:]).all()):
+            raise ValueError("the fit's times must be at least two different positive numbers")
+        if not bool(torch.isfinite(l).all() and torch.isfinite(s).all()):
+            raise ValueError("l_t and s_t must be finite at every time")
+        self.sigma_max, self.sigma_min = times[0].item(), times[-1].item()
+        lam = -torch.log(times)
+        width = torch.diff(lam)
+        nodes = {
+            "lam": lam[:-1],
+            "l": l[:-1],
+            "l_slope": torch.diff(l) / width,
+            "s": s[:-1],
+            "s_slope": torch.diff(s) / width,
+            "log_L": _cumulative(l, width)[:-1],
+            "log_S": _cumulative(s, width)[:-1],
+            "log_Q": torch.zeros(len(width), dtype=torch.float64),
+        }
+        self._nodes = nodes
+        for k in range(len(width) - 1):
+            nodes["log_Q"][k + 1] = self._log_Q(torch.tensor([k]), width[k : k + 1])[0]
+        self._nodes = {name: value.to(device) for name, value in nodes.items()}
+
+    def l_t(self, t: Tensor) -> Tensor:
+        """l at times t, in the shape of t."""
+        cell, offset = self._locate(t)
+        return self._nodes["l"][cell] + self._nodes["l_slope"][cell] * offset
+
+    def s_t(self, t: Tensor) -> Tensor:
+        """s at times t, in the shape of t."""
+        cell, offset = self._locate(t)
+        return self._nodes["s"][cell] + self._nodes["s_slope"][cell] * offset
+
+    def backward(self, t: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
+        """f(t,s), g(t,s) of the backward Euler step, the form the paper trains with. t >= s, same shape."""
+        here, there = self._state(t), self._state(s)
+        q = _q(here, there)
+        damping = 1 - there["l"]
+        # 1 / (1/q + damping) is q / (1 + damping q) without inf/inf for a huge q.
+        f = torch.exp(here["log_L"] - there["log_L"] - torch.log1p(damping * q))
+        return _boundary(t, s, f, 1 / (1 / q + damping))
+
+    def forward(self, t: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
+        """f(t,s), g(t,s) of the forward Euler step, AP (14). t >= s, same shape."""
+        here, there = self._state(t), self._state(s)
+        g = _q(here, there) * torch.exp(there["log_S"] - here["log_S"])
+        f = torch.exp(here["log_L"] - there["log_L"]) + (here["l"] - 1) * g
+        return _boundary(t, s, f, g)
+
+    def _locate(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """The node at or above each time (index) and the offset from it in lambda."""
+        t = torch.as_tensor(t, dtype=torch.float64)
+        slack = 1e-6  # times that went through float32 may miss the end nodes by rounding
+        low, high = self.sigma_min * (1 - slack), self.sigma_max * (1 + slack)
+        # Reading a GPU tensor back would stall the training step, so only CPU times are checked here.
+        if t.device.type == "cpu" and not bool(((t >= low) & (t <= high)).all()):
+            raise ValueError(
+                f"times must lie in [{self.sigma_min:g}, {self.sigma_max:g}], where the coefficients were fitted; "
+                f"got {t.min().item():g} to {t.max().item():g}"
+            )
+        lam = -torch.log(t.clamp(self.sigma_min, self.sigma_max))
+        start = self._nodes["lam"]
+        cell = (torch.searchsorted(start, lam.contiguous(), right=True) - 1).clamp(0, len(start) - 1)
+        return cell, lam - start[cell]
+
+    def _state(self, t: Tensor) -> dict[str, Tensor]:
+        """l, log L, log S and log Q at times t."""
+        cell, offset = self._locate(t)
+        nodes = self._nodes
+        return {
+            "l": nodes["l"][cell] + nodes["l_slope"][cell] * offset,
+            "log_L": _along(nodes["log_L"], nodes["l"], nodes["l_slope"], cell, offset),
+            "log_S": _along(nodes["log_S"], nodes["s"], nodes["s_slope"], cell, offset),
+            "log_Q": self._log_Q(cell, offset),
+        }
+
+    def _log_Q(self, cell: Tensor, offset: Tensor) -> Tensor:
+        """log Q at an offset from a node: what the node carries, damped, plus the integral over the offset."""
+        nodes = self._nodes
+        rate = (nodes["l"] + nodes["s"])[cell].unsqueeze(-1)
+        curve = (nodes["l_slope"] + nodes["s_slope"])[cell].unsqueeze(-1)
+        reach = offset.unsqueeze(-1)
+        u = 0.5 * reach * (_POINTS.to(reach.device) + 1)
+        to_end = rate * (u - reach) + 0.5 * curve * (u**2 - reach**2)  # M(u) - M(end)
+        local = 0.5 * offset * (_WEIGHTS.to(reach.device) * torch.exp(to_end)).sum(-1)
+        carried = nodes["log_Q"][cell] - (rate * reach + 0.5 * curve * reach**2).squeeze(-1)
+        return torch.logaddexp(carried, torch.log(local))
+
+
+def _cumulative(values: Tensor, width: Tensor) -> Tensor:
+    """Integral from the first node of a function linear between nodes (the trapezoid rule is exact)."""
+    steps = 0.5 * (values[1:] + values[:-1]) * width
+    return torch.cat([torch.zeros(1, dtype=torch.float64), torch.cumsum(steps, 0)])
+
+
+def _along(start: Tensor, rate: Tensor, slope: Tensor, cell: Tensor, offset: Tensor) -> Tensor:
+    return start[cell] + rate[cell] * offset + 0.5 * slope[cell] * offset**2
+
+
+def _q(here: dict[str, Tensor], there: dict[str, Tensor]) -> Tensor:
+    """q = int_{lambda_t}^{lambda_s} exp(M - M_s) dlambda >= 0."""
+    decay = here["log_L"] + here["log_S"] - there["log_L"] - there["log_S"]
+    ratio = (decay + here["log_Q"] - there["log_Q"]).clamp(max=0)
+    return -torch.exp(there["log_Q"]) * torch.expm1(ratio)
+
+
+def _boundary(t: Tensor, s: Tensor, f: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
+    """f(t,t) = 1 and g(t,t) = 0 exactly, whatever the rounding of vectorised exponentials."""
+    same = t == s
+    return torch.where(same, torch.ones_like(f), f), torch.where(same, torch.zeros_like(g), g)

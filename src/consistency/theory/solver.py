@@ -1,0 +1,39 @@
+"""Solvers of the teacher's probability-flow ODE dx/dt = (x - D(x, t)) / t."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+# A denoiser with its labels bound: (x [N, ...], t [N]) -> E[x_0 | x_t = x] [N, ...].
+DenoiserFn = Callable[[Tensor, Tensor], Tensor]
+
+
+def expand(t: Tensor, x: Tensor) -> Tensor:
+    """Times [N] shaped to multiply x [N, ...], in the dtype of x."""
+    return t.to(x.dtype).reshape(-1, *[1] * (x.dim() - 1))
+
+
+def heun_step(denoiser: DenoiserFn, x: Tensor, t: Tensor, u: Tensor) -> Tensor:
+    """One step of Heun's second-order method from time t to time u > 0 (2 evaluations).
+
+    x: [N, ...]; t, u: [N]; returns [N, ...]. Karras et al. 2022, algorithm 1 without churn.
+    """
+    step = expand(u - t, x)
+    slope = (x - denoiser(x, t)) / expand(t, x)
+    ahead = x + step * slope
+    return x + step * 0.5 * (slope + (ahead - denoiser(ahead, u)) / expand(u, x))
+
+
+def heun_solve(denoiser: DenoiserFn, x: Tensor, times: Sequence[Tensor]) -> Tensor:
+    """Integrate from times[0] to times[-1] with one Heun step per interval.
+
+    x: [N, ...]; times: sequence of scalars or of [N] (each sample its own grid). A final time of exactly 0
+    is reached by an Euler step, since the slope is not defined there: NFE = 2 (len(times) - 1) - 1 then.
+    """
+    ones = torch.ones(len(x), dtype=torch.float64, device=x.device)
+    for t, u in zip(times[:-1], times[1:], strict=True):
+        t, u = t * ones, u * ones
+        # At u = 0 the Euler step x + (0 - t)(x - D)/t is D itself.
+        x = denoiser(x, t) if bool((u == 0).all()) else heun_step(denoiser, x, t, u)
+    return x

@@ -1,0 +1,1 @@
+"""Training: objectives, the loop, weight averages, checkpoints, data."""

@@ -1,0 +1,94 @@
+"""Checkpoints that describe themselves (safetensors) and training states (torch, weights only)."""
+
+import json
+import pickle
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from consistency.errors import UserError
+from consistency.files import atomic, write_with
+from consistency.nets.denoiser import Denoiser, build_denoiser
+
+_FORMAT = "consistency-denoiser-1"
+
+
+def save_denoiser(path: Path, denoiser: Denoiser, metadata: dict[str, Any]) -> None:
+    """Write weights and what they are: architecture, and the metadata given (key, study, step, git commit, parents)."""
+    described = {"format": _FORMAT, "architecture": denoiser.architecture, **metadata}
+    texts = {name: json.dumps(value, sort_keys=True) for name, value in described.items()}
+    # A copy on the CPU, contiguous: safetensors refuses views, and EMA weights may be channels-last.
+    tensors = {name: value.detach().cpu().contiguous().clone() for name, value in denoiser.state_dict().items()}
+    write_with(path, lambda temporary: save_file(tensors, temporary, metadata=texts))
+
+
+def read_metadata(path: Path) -> dict[str, Any]:
+    """What a checkpoint says of itself. Raises UserError for a missing, truncated or foreign file."""
+    try:
+        with safe_open(path, "pt") as file:
+            texts = file.metadata() or {}
+    except FileNotFoundError:
+        raise UserError(f"{path} is missing: run the stage that makes it first") from None
+    except (SafetensorError, OSError) as error:
+        raise UserError(
+            f"{path} is not a whole safetensors file ({error}): delete it and run its stage again"
+        ) from None
+    try:
+        metadata = {name: json.loads(text) for name, text in texts.items()}
+    except ValueError:
+        metadata = {}
+    if metadata.get("format") != _FORMAT:
+        raise UserError(f"{path} was not written by this project (no {_FORMAT} metadata): put our checkpoint there")
+    return metadata
+
+
+def load_denoiser(path: Path, key: str | None = None) -> tuple[Denoiser, dict[str, Any]]:
+    """Build the denoiser of a checkpoint, in eval mode, and its metadata.
+
+    key: what the study expects of the file. Raises UserError for a missing, truncated or foreign file, one of other
+    settings, or one whose tensors do not fit its architecture.
+    """
+    metadata = read_metadata(path)
+    if key is not None and metadata.get("key") != key:
+        raise UserError(
+            f"{path} was made by study {metadata.get('study')!r} with other settings than this study has: "
+            "run its stage again, or give this study another --results folder"
+        )
+    try:
+        denoiser = build_denoiser(metadata["architecture"])
+        with safe_open(path, "pt") as file:
+            denoiser.load_state_dict({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
+    except (KeyError, ValueError, RuntimeError, SafetensorError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"{path} does not fit the architecture it names ({reason}): run its stage again") from None
+    bad = [name for name, value in denoiser.state_dict().items() if not bool(torch.isfinite(value).all())]
+    if bad:
+        raise UserError(f"{path} holds NaN or infinity in {bad[0]}: run its stage again")
+    return denoiser.eval().requires_grad_(False), metadata
+
+
+def save_state(path: Path, state: dict[str, Any]) -> None:
+    """Write a training state atomically: the old one survives a full disk or a kill."""
+    write_with(path, lambda temporary: torch.save(state, temporary))
+
+
+def load_state(path: Path) -> dict[str, Any] | None:
+    """Read a training state, or None where there is none. Raises UserError for a damaged one."""
+    try:
+        state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        return None
+    except (OSError, RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(f"the training state {path} is damaged ({reason}): delete it to start over") from None
+    return state
+
+
+def copy_file(source: Path, target: Path) -> None:
+    """Copy a file so that the target is whole or absent."""
+    with atomic(target) as temporary:
+        shutil.copyfile(source, temporary)

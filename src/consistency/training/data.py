@@ -1,0 +1,71 @@
+"""Images for training: a memory-mapped array that any number of processes read without copying it."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from consistency.errors import UserError
+from consistency.files import read_json
+
+
+@dataclass(frozen=True)
+class ImageData:
+    """The dataset stage's output. images: uint8 [N, H, W, C], memory-mapped; labels: int64 [N]."""
+
+    images: np.ndarray
+    labels: np.ndarray
+    facts: dict[str, Any]
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(C, H, W)."""
+        _, height, width, channels = self.images.shape
+        return channels, height, width
+
+    @property
+    def classes(self) -> int:
+        """Number of classes."""
+        return len(self.facts["classes"])
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def take(self, rows: np.ndarray | Tensor) -> tuple[Tensor, Tensor]:
+        """Images float32 [n, C, H, W] in [-1, 1] and labels int64 [n] of those rows."""
+        rows = np.asarray(rows)
+        return to_signed(torch.from_numpy(self.images[rows])), torch.from_numpy(self.labels[rows])
+
+    def batch(self, count: int, generator: torch.Generator, flip: bool) -> tuple[Tensor, Tensor]:
+        """A random batch with replacement; flip mirrors each image with probability 1/2."""
+        images, labels = self.take(torch.randint(len(self), (count,), generator=generator))
+        if flip:
+            mirror = torch.rand(count, generator=generator) < 0.5
+            images = torch.where(mirror[:, None, None, None], images.flip(3), images)
+        return images, labels
+
+
+def to_signed(images: Tensor) -> Tensor:
+    """uint8 NHWC in [0, 255] to float32 NCHW in [-1, 1]."""
+    return images.permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+def to_bytes(images: Tensor) -> np.ndarray:
+    """float NCHW in [-1, 1] to uint8 NHWC, EDM's rounding (x 127.5 + 128, truncated)."""
+    return (images * 127.5 + 128).clip(0, 255).to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+
+
+def load_images(folder: Path) -> ImageData:
+    """Open the dataset in a folder. Raises UserError when a file is missing or damaged."""
+    facts = read_json(folder / "dataset.json", "dataset")
+    try:
+        images = np.load(folder / "images.npy", mmap_mode="r")
+        labels = np.load(folder / "labels.npy")
+    except (OSError, ValueError) as error:
+        raise UserError(f"the dataset in {folder} is damaged ({error}): run `dataset` again") from None
+    if images.dtype != np.uint8 or images.ndim != 4 or len(images) != facts["count"] or len(labels) != len(images):
+        raise UserError(f"the dataset in {folder} does not match its dataset.json: run `dataset` again")
+    return ImageData(images, labels, facts)

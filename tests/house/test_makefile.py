@@ -1,0 +1,319 @@
+"""The newcomer's commands: what they run, and what they say when something is missing."""
+
+import contextlib
+import fcntl
+import os
+import re
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+SYSTEM_PATH = "/usr/bin:/bin"
+RUN_STUDY = "snakemake --cores all --rerun-incomplete"
+TARGETS = ["demo", "ui", "test", "lint", "format", "install", "lock", "clean", "help"]
+
+
+def script(path: Path, body: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(f"#!/bin/bash\n{body}\n")
+    path.chmod(0o755)
+
+
+@pytest.fixture
+def checkout(tmp_path: Path) -> Path:
+    """A directory with the files that `make` reads, in a path with a space."""
+    directory = tmp_path / "a checkout"
+    directory.mkdir()
+    for name in ["Makefile", "pyproject.toml", "requirements.in", "requirements.lock"]:
+        shutil.copy(ROOT / name, directory)
+    return directory
+
+
+def environment_for(path: str) -> dict[str, str]:
+    clean = {k: v for k, v in os.environ.items() if not k.startswith(("MAKE", "MFLAGS", "PYTEST", "MLFLOW"))}
+    return clean | {"PATH": path}
+
+
+def make(checkout: Path, *arguments: str, path: str = SYSTEM_PATH) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        ["make", *arguments],
+        cwd=checkout,
+        env=environment_for(path),
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+
+
+def stamp(checkout: Path) -> Path:
+    (name,) = set(re.findall(r"\.venv/\.installed-[0-9a-f]{16}", make(checkout, "-n", "install").stdout))
+    return checkout / name
+
+
+@pytest.fixture
+def installed(checkout: Path) -> Path:
+    """The checkout with an environment whose programs only write down how they were called."""
+    installed_stamp = stamp(checkout)
+    for name in ["python", "snakemake", "mlflow", "ruff", "mypy", "snakefmt", "uv"]:
+        script(checkout / ".venv/bin" / name, f'echo "{name} $*" >>"$PWD/calls"')
+    installed_stamp.write_text(f"{checkout}\n")
+    return checkout
+
+
+def calls(checkout: Path) -> list[str]:
+    file = checkout / "calls"
+    return file.read_text().splitlines() if file.exists() else []
+
+
+def leave_a_directory_lock(checkout: Path) -> None:
+    lock = checkout / ".snakemake/locks/0.input.lock"
+    lock.parent.mkdir(parents=True)
+    lock.touch()
+
+
+def wait_for(condition: Callable[[], bool], what: str) -> None:
+    deadline = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < deadline, what
+        time.sleep(0.05)
+
+
+# --- what the targets run -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("arguments", [(), ("help",)])
+def test_help_lists_the_targets(checkout: Path, arguments: tuple[str, ...]) -> None:
+    output = make(checkout, *arguments).stdout
+    assert sorted(re.findall(r"(?m)^  make ([a-z]+)  +\S", output)) == sorted(TARGETS)
+
+
+def test_dry_run_of_demo_shows_its_commands(checkout: Path) -> None:
+    output = make(checkout, "-n", "demo").stdout
+    for command in [
+        "-m venv .venv",
+        "uv==",
+        "--require-hashes requirements.lock",
+        "flock -n 9",
+        "snakemake --unlock",
+        RUN_STUDY,
+        "python -m consistency summary --study config/studies/digits.yaml",
+    ]:
+        assert command in output
+    assert not (checkout / ".venv").exists()
+
+
+def test_dry_run_of_test_shows_its_commands(checkout: Path) -> None:
+    output = make(checkout, "-n", "test", "PYTEST_ARGS=-k laws").stdout
+    assert re.search(r"python -m pytest -n \d .*-k laws", output)
+
+
+def test_demo_runs_the_study_then_the_summary(installed: Path) -> None:
+    done = make(installed, "demo")
+    assert done.returncode == 0, done.stderr
+    assert calls(installed) == [
+        RUN_STUDY,
+        "python -m consistency summary --study config/studies/digits.yaml",
+    ]
+
+
+def test_lint_runs_every_tool_and_changes_nothing(installed: Path) -> None:
+    assert make(installed, "lint").returncode == 0
+    assert calls(installed) == [
+        "ruff check .",
+        "ruff format --check .",
+        "mypy src",
+        "snakefmt --check Snakefile workflow",
+        "snakemake --lint",
+    ]
+
+
+def test_lock_compiles_for_every_platform_with_hashes(installed: Path) -> None:
+    assert make(installed, "lock").returncode == 0
+    (call,) = calls(installed)
+    assert call.startswith("uv pip compile --quiet --universal --python-version 3.11 --generate-hashes")
+    assert call.endswith("requirements.in -o requirements.lock")
+
+
+def test_ui_serves_the_local_database_on_the_loopback(installed: Path) -> None:
+    refused = make(installed, "ui")
+    assert refused.returncode != 0
+    assert "make demo" in refused.stderr
+    (installed / "mlflow.db").touch()
+    assert make(installed, "ui", "PORT=5055").returncode == 0
+    (call,) = calls(installed)
+    assert "--backend-store-uri sqlite:///mlflow.db --host 127.0.0.1 --port 5055" in call
+
+
+def test_clean_asks_first(installed: Path) -> None:
+    for name in ["results", "state", "mlruns"]:
+        (installed / name).mkdir()
+    (installed / "mlflow.db").touch()
+    refused = make(installed, "clean")
+    assert refused.returncode != 0
+    assert "CONFIRM=yes" in refused.stderr
+    assert (installed / "state").exists()
+    assert make(installed, "clean", "CONFIRM=yes").returncode == 0
+    assert not any((installed / name).exists() for name in ["results", "state", "mlruns", "mlflow.db"])
+
+
+# --- one run at a time, interrupted and killed runs ---------------------------------------------
+
+
+@pytest.mark.parametrize("arguments", [("demo",), ("clean", "CONFIRM=yes")])
+def test_a_second_run_is_refused(installed: Path, arguments: tuple[str, ...]) -> None:
+    (installed / "results").mkdir()
+    with (installed / ".snakemake-demo.lock").open("a") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        second = make(installed, *arguments)
+    assert second.returncode != 0
+    assert "running in this directory" in second.stderr
+    assert calls(installed) == []
+    assert (installed / "results").exists()
+
+
+def test_a_killed_run_is_unlocked(installed: Path) -> None:
+    leave_a_directory_lock(installed)
+    assert make(installed, "demo").returncode == 0
+    assert calls(installed)[:2] == ["snakemake --unlock --quiet all", RUN_STUDY]
+
+
+def test_a_run_still_at_work_is_not_unlocked(installed: Path) -> None:
+    leave_a_directory_lock(installed)
+    script(installed / "bin/snakemake", "sleep 60; true")
+    with subprocess.Popen(
+        [str(installed / "bin/snakemake"), "--cores"], cwd=installed, process_group=0
+    ) as left:
+        try:
+            refused = make(installed, "demo")
+        finally:
+            os.killpg(left.pid, signal.SIGKILL)
+    assert refused.returncode != 0
+    assert f"kill {left.pid}" in refused.stderr
+    assert calls(installed) == []
+
+
+def test_a_failed_study_fails_the_demo_without_a_summary(installed: Path) -> None:
+    script(installed / ".venv/bin/snakemake", 'echo "snakemake $*" >>"$PWD/calls"; exit 1')
+    assert make(installed, "demo").returncode != 0
+    assert calls(installed) == [RUN_STUDY]
+
+
+def test_control_c_reaches_snakemake_and_stops_all(installed: Path) -> None:
+    script(
+        installed / ".venv/bin/snakemake",
+        'trap \'echo interrupted >>"$PWD/calls"; exit 1\' INT; echo started >>"$PWD/calls"; sleep 30 & wait',
+    )
+    with subprocess.Popen(
+        ["make", "demo"],
+        cwd=installed,
+        env=environment_for(SYSTEM_PATH),
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        process_group=0,
+    ) as demo:
+        try:
+            wait_for(lambda: calls(installed) == ["started"], "the demo did not start")
+            os.killpg(demo.pid, signal.SIGINT)
+            assert demo.wait(timeout=20) != 0
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(demo.pid, signal.SIGKILL)
+    assert calls(installed) == ["started", "interrupted"]
+
+
+# --- the installation ---------------------------------------------------------------------------
+
+
+def fake_python(checkout: Path, version: str, with_venv: bool) -> str:
+    """A PATH whose python3 says it is `version`, and has the venv module or not."""
+    check = "0" if with_venv else "1"
+    script(
+        checkout / "fake/python3",
+        f'case "$*" in *version_info*) echo {version} ;; *ensurepip*) exit {check} ;; *) exit 9 ;; esac',
+    )
+    return f"{checkout}/fake:{SYSTEM_PATH}"
+
+
+@pytest.mark.parametrize(
+    ("version", "with_venv", "said"),
+    [
+        (
+            "3.9",
+            True,
+            ["Python 3.9", "3.11 or newer", "apt-get install python3.11 python3.11-venv", "PYTHON="],
+        ),
+        ("2.7", True, ["Python 2.7", "3.11 or newer"]),
+        ("3.11", False, ["apt-get install python3-venv"]),
+    ],
+)
+def test_an_unfit_python_gets_one_clear_message(
+    checkout: Path, version: str, with_venv: bool, said: list[str]
+) -> None:
+    done = make(checkout, "demo", path=fake_python(checkout, version, with_venv))
+    assert done.returncode != 0
+    message = next(line for line in done.stderr.splitlines() if line.startswith("error: "))
+    assert [part for part in said if part not in message] == []
+    assert not (checkout / ".venv").exists()
+
+
+def test_a_missing_python_gets_a_message_that_names_its_packages(checkout: Path) -> None:
+    done = make(checkout, "demo", "PYTHON=python3.99")
+    assert done.returncode != 0
+    assert "apt-get install python3.99 python3.99-venv" in done.stderr
+
+
+@pytest.mark.parametrize("version", ["3.11", "3.12", "3.14"])
+def test_a_fit_python_is_asked_to_make_the_environment(checkout: Path, version: str) -> None:
+    done = make(checkout, "install", path=fake_python(checkout, version, with_venv=True))
+    assert "5.4 GB" in done.stdout
+    assert (checkout / ".venv/.installing").exists()
+
+
+def test_an_installed_environment_is_left_alone(installed: Path) -> None:
+    done = make(installed, "install")
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def test_a_changed_lock_asks_for_another_installation(installed: Path) -> None:
+    before = stamp_name(installed)
+    with (installed / "requirements.lock").open("a") as lock:
+        lock.write("# changed\n")
+    assert stamp_name(installed) != before
+
+
+def stamp_name(checkout: Path) -> str:
+    """The stamp that a checkout whose environment is not made yet would leave."""
+    shutil.rmtree(checkout / ".venv", ignore_errors=True)
+    return stamp(checkout).name
+
+
+@pytest.mark.parametrize("left", [".installing", ".installed-0000000000000000"])
+def test_an_interrupted_or_moved_installation_starts_afresh(checkout: Path, left: str) -> None:
+    venv = checkout / ".venv"
+    script(venv / "bin/python", "exit 0")
+    (venv / left).write_text("/another/place\n")
+    done = make(checkout, "install", path=fake_python(checkout, "3.9", with_venv=True))
+    assert "afresh" in done.stdout
+    assert not venv.exists()
+
+
+def test_a_failed_installation_says_so_and_is_repaired_next_time(checkout: Path) -> None:
+    script(
+        checkout / ".venv/bin/python",
+        'case "$*" in *version_info*) exit 0 ;; *) echo "no network" >&2; exit 1 ;; esac',
+    )
+    failed = make(checkout, "install")
+    assert failed.returncode != 0
+    assert "no network" in failed.stderr
+    assert "Run the same command again" in failed.stderr
+    assert list((checkout / ".venv").glob(".installed-*")) == []
+    assert (checkout / ".venv/.installing").exists()

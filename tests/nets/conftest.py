@@ -1,0 +1,79 @@
+"""Small denoisers of every kind, with weights large enough that every part of the network acts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from consistency.nets.denoiser import Denoiser, init_denoiser
+
+ARCHITECTURES: dict[str, dict[str, Any]] = {
+    "ddpmpp": {
+        "network": "songunet",
+        "img_resolution": 8,
+        "img_channels": 1,
+        "model_channels": 16,
+        "channel_mult": [1, 2],
+        "num_blocks": 1,
+        "attn_resolutions": [4],
+    },
+    "ncsnpp": {
+        "network": "songunet",
+        "img_resolution": 8,
+        "img_channels": 2,
+        "model_channels": 16,
+        "channel_mult": [1, 2],
+        "num_blocks": 1,
+        "attn_resolutions": [],
+        "embedding_type": "fourier",
+        "encoder_type": "residual",
+        "channel_mult_noise": 2,
+        "resample_filter": [1, 3, 3, 1],
+    },
+    "mlp": {
+        "network": "mlp",
+        "img_resolution": 4,
+        "img_channels": 2,
+        "width": 32,
+        "depth": 2,
+        "embedding": 16,
+    },
+}
+
+
+@pytest.fixture(params=sorted(ARCHITECTURES))
+def architecture(request: pytest.FixtureRequest) -> dict[str, Any]:
+    """One architecture of each kind."""
+    return dict(ARCHITECTURES[request.param])
+
+
+@pytest.fixture
+def make() -> Callable[..., Denoiser]:
+    """Build a denoiser in evaluation mode, its near-zero output layers replaced by visible ones."""
+
+    def build(architecture: dict[str, Any], **changes: Any) -> Denoiser:
+        denoiser = init_denoiser({**architecture, **changes}, seed=0).eval()
+        generator = torch.Generator().manual_seed(1)
+        for parameter in denoiser.parameters():
+            if parameter.detach().abs().max() < 1e-3:
+                parameter.data.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
+        return denoiser
+
+    return build
+
+
+@pytest.fixture
+def batch() -> Callable[..., tuple[torch.Tensor, torch.Tensor]]:
+    """Draw noisy images and log-spaced times that fit a denoiser."""
+
+    def draw(denoiser: Denoiser, n: int = 3, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+        generator = torch.Generator().manual_seed(seed)
+        side = denoiser.img_resolution
+        t = 10 ** (torch.rand(n, generator=generator) * 4 - 2.5)
+        x = torch.randn(n, denoiser.img_channels, side, side, generator=generator)
+        return x * (1 + t[:, None, None, None]), t
+
+    return draw

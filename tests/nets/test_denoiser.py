@@ -1,0 +1,299 @@
+"""Preconditioning, second time, labels, derivatives and description of the denoiser."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from consistency.nets.denoiser import (
+    Denoiser,
+    build_denoiser,
+    edm_coefficients,
+    init_denoiser,
+    student_from_teacher,
+)
+
+Make = Callable[..., Denoiser]
+Batch = Callable[..., tuple[Tensor, Tensor]]
+TINY_MLP = {"network": "mlp", "img_resolution": 1, "img_channels": 2, "width": 8, "depth": 1, "embedding": 8}
+
+
+def test_coefficients_at_t_equal_to_sigma_data() -> None:
+    half = torch.tensor([0.5], dtype=torch.float64)
+    c_skip, c_out, c_in, c_noise = (c.item() for c in edm_coefficients(half, 0.5))
+    assert c_skip == pytest.approx(0.5)
+    assert c_out == pytest.approx(0.5 / math.sqrt(2))
+    assert c_in == pytest.approx(math.sqrt(2))
+    assert c_noise == pytest.approx(math.log(0.5) / 4)
+
+
+def test_coefficients_keep_input_and_target_at_unit_variance() -> None:
+    t, sd = torch.logspace(-3, 2, 20, dtype=torch.float64), 0.7
+    c_skip, c_out, c_in, _ = edm_coefficients(t, sd)
+    torch.testing.assert_close(c_in**2 * (sd**2 + t**2), torch.ones_like(t))
+    torch.testing.assert_close(((1 - c_skip) ** 2 * sd**2 + c_skip**2 * t**2) / c_out**2, torch.ones_like(t))
+
+
+def test_forward_combines_the_raw_output(architecture: dict[str, Any], make: Make, batch: Batch) -> None:
+    denoiser = make(architecture, sigma_data=0.8)
+    x, t = batch(denoiser)
+    c_skip, c_out, _, _ = edm_coefficients(t[:, None, None, None], 0.8)
+    torch.testing.assert_close(denoiser(x, t), c_skip * x + c_out * denoiser.raw(x, t))
+
+
+def test_raw_feeds_the_network_scaled_images_and_log_times(
+    architecture: dict[str, Any], make: Make, batch: Batch
+) -> None:
+    denoiser = make(architecture, second_time=True)
+    x, t = batch(denoiser)
+    _, _, c_in, c_noise = edm_coefficients(t, 0.5)
+    expected = denoiser.model(c_in[:, None, None, None] * x, c_noise, second_noise_labels=(t / 2).log() / 4)
+    torch.testing.assert_close(denoiser.raw(x, t, t / 2), expected)
+
+
+def test_number_scalar_and_vector_times_agree(architecture: dict[str, Any], make: Make, batch: Batch) -> None:
+    denoiser = make(architecture, second_time=True)
+    x, _ = batch(denoiser)
+    vector = denoiser(x, torch.full([3], 1.7), torch.full([3], 0.2))
+    torch.testing.assert_close(denoiser(x, 1.7, 0.2), vector)
+    torch.testing.assert_close(denoiser(x, torch.tensor(1.7), torch.tensor([0.2])), vector)
+
+
+def test_samples_do_not_mix(architecture: dict[str, Any], make: Make, batch: Batch) -> None:
+    denoiser = make(architecture)
+    x, t = batch(denoiser)
+    torch.testing.assert_close(denoiser(x, t)[1:2], denoiser(x[1:2], t[1:2]))
+
+
+# --- the second time -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("label_dim", [0, 3])
+def test_student_starts_exactly_as_its_teacher(
+    architecture: dict[str, Any], make: Make, batch: Batch, label_dim: int
+) -> None:
+    teacher = make(architecture, label_dim=label_dim)
+    student = student_from_teacher(teacher, seed=5).eval()
+    x, t = batch(teacher, n=4)
+    s = t * torch.rand(4)
+    labels = torch.tensor([0, 2, 1, 1]) if label_dim else None
+    assert torch.equal(student(x, t, s, labels), teacher(x, t, labels=labels))
+    assert torch.equal(student.raw(x, t, s, labels), teacher.raw(x, t, labels=labels))
+
+
+def test_student_depends_on_s_after_one_step(architecture: dict[str, Any], make: Make, batch: Batch) -> None:
+    student = student_from_teacher(make(architecture))
+    x, t = batch(student)
+    optimizer = torch.optim.SGD(student.parameters(), lr=0.1)
+    (student(x, t, t / 2) - x).square().mean().backward()
+    optimizer.step()
+    student.eval()
+    assert (student(x, t, t / 2) - student(x, t, t / 20)).abs().max() > 1e-5
+
+
+def test_gradients_reach_every_second_time_parameter_after_one_step(
+    architecture: dict[str, Any], make: Make, batch: Batch
+) -> None:
+    student = student_from_teacher(make(architecture), dropout=0.0)
+    x, t = batch(student)
+    optimizer = torch.optim.SGD(student.parameters(), lr=0.1)
+    for _ in range(2):
+        optimizer.zero_grad()
+        (student(x, t, t / 2) - x).square().mean().backward()
+        optimizer.step()
+    assert all(p.grad is not None and p.grad.abs().max() > 0 for p in student.parameters())
+
+
+def test_student_without_s_uses_t(architecture: dict[str, Any], make: Make, batch: Batch) -> None:
+    student = make(architecture, second_time=True)
+    x, t = batch(student)
+    assert torch.equal(student(x, t), student(x, t, t))
+    assert not torch.equal(student(x, t), student(x, t, t / 3))
+
+
+def test_student_is_a_function_of_its_seed(architecture: dict[str, Any], make: Make) -> None:
+    teacher = make(architecture)
+    first, again, other = (student_from_teacher(teacher, seed=seed).state_dict() for seed in (1, 1, 2))
+    changed = {key for key in first if not torch.equal(first[key], other[key])}
+    assert all(torch.equal(first[key], again[key]) for key in first)
+    assert changed == {f"model.map_layer{i}_s.weight" for i in (0, 1)}
+
+
+def test_student_takes_dropout_precision_and_no_augmentation() -> None:
+    teacher = init_denoiser(
+        {
+            "network": "songunet",
+            "img_resolution": 8,
+            "img_channels": 1,
+            "model_channels": 16,
+            "channel_mult": [1],
+            "num_blocks": 1,
+            "augment_dim": 9,
+            "dropout": 0.2,
+        },
+        seed=0,
+    ).double()
+    kept, changed = student_from_teacher(teacher), student_from_teacher(teacher, dropout=0.0)
+    assert (kept.architecture["dropout"], changed.architecture["dropout"]) == (0.2, 0.0)
+    assert kept.architecture["augment_dim"] == 0 and "model.map_augment.weight" not in kept.state_dict()
+    assert next(kept.parameters()).dtype == torch.float64
+    assert kept.second_time and not teacher.second_time
+
+
+def test_student_of_a_student_is_an_error() -> None:
+    student = student_from_teacher(init_denoiser(TINY_MLP, 0))
+    with pytest.raises(ValueError, match="already has a second time"):
+        student_from_teacher(student)
+
+
+# --- labels ----------------------------------------------------------------------------------------------
+
+
+def test_class_changes_the_output(architecture: dict[str, Any], make: Make, batch: Batch) -> None:
+    denoiser = make(architecture, label_dim=3)
+    x, t = batch(denoiser)
+    by_class = [denoiser(x, t, labels=torch.full([3], c)) for c in range(3)]
+    assert (by_class[0] - by_class[1]).abs().max() > 1e-4
+    mixed = denoiser(x, t, labels=torch.tensor([2, 0, 1]))
+    torch.testing.assert_close(mixed[0], by_class[2][0])
+
+
+def test_indices_equal_one_hot_and_none_equals_zeros(
+    architecture: dict[str, Any], make: Make, batch: Batch
+) -> None:
+    denoiser = make(architecture, label_dim=3)
+    x, t = batch(denoiser)
+    indices = torch.tensor([2, 0, 1])
+    assert torch.equal(denoiser(x, t, labels=indices), denoiser(x, t, labels=torch.eye(3)[indices]))
+    torch.testing.assert_close(denoiser(x, t), denoiser(x, t, labels=torch.zeros(3, 3)))
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        (torch.tensor([0, 3, 1]), "from 0 to 2"),
+        (torch.tensor([0, -1, 1]), "from 0 to 2"),
+        (torch.tensor([0, 1]), r"int64 \[2|\[2, 3\]"),
+        (torch.zeros(3, 4), r"one-hot \[3, 3\]"),
+    ],
+)
+def test_labels_that_do_not_fit_are_errors(labels: Tensor, message: str) -> None:
+    denoiser = init_denoiser({**TINY_MLP, "label_dim": 3}, 0)
+    with pytest.raises(ValueError, match=message):
+        denoiser(torch.zeros(3, 2, 1, 1), 1.0, labels=labels)
+
+
+def test_labels_on_an_unconditional_denoiser_are_an_error() -> None:
+    with pytest.raises(ValueError, match="unconditional"):
+        init_denoiser(TINY_MLP, 0)(torch.zeros(3, 2, 1, 1), 1.0, labels=torch.zeros(3, dtype=torch.long))
+
+
+# --- precision and derivatives ---------------------------------------------------------------------------
+
+
+def test_double_denoiser_is_double_throughout(architecture: dict[str, Any], make: Make, batch: Batch) -> None:
+    denoiser = make(architecture, second_time=True)
+    x, t = batch(denoiser)
+    single = denoiser(x, t, t / 2)
+    double = denoiser.double()
+    exact = double(x.double(), t.double(), t.double() / 2)
+    assert exact.dtype == torch.float64 and single.dtype == torch.float32
+    torch.testing.assert_close(single.double(), exact, atol=2e-4, rtol=1e-3)
+    # A change far below float32's resolution is seen only if nothing on the way is rounded to it.
+    nudged = double(x.double() * (1 + 1e-11), t.double(), t.double() / 2)
+    assert 0 < (nudged - exact).abs().max() < 1e-6
+
+
+def test_half_precision_input_is_computed_in_float32() -> None:
+    denoiser = init_denoiser(TINY_MLP, 0)
+    x = torch.randn(3, 2, 1, 1, dtype=torch.bfloat16)
+    assert torch.equal(denoiser(x, 1.0), denoiser(x.float(), 1.0))
+
+
+@pytest.mark.parametrize("second_time", [False, True])
+def test_forward_mode_derivative_against_finite_differences(
+    architecture: dict[str, Any], make: Make, batch: Batch, second_time: bool
+) -> None:
+    denoiser = make(architecture, second_time=second_time).double()
+    x, t = (value.double() for value in batch(denoiser))
+    v_x, v_t = torch.randn_like(x), -t
+
+    def along(x: Tensor, t: Tensor) -> Tensor:
+        return denoiser(x, t, t / 2) if second_time else denoiser(x, t)
+
+    derivative = torch.func.jvp(along, (x, t), (v_x, v_t))[1]
+    with torch.no_grad():
+        h = 1e-5
+        difference = (along(x + h * v_x, t + h * v_t) - along(x - h * v_x, t - h * v_t)) / (2 * h)
+    torch.testing.assert_close(derivative, difference, atol=1e-6, rtol=1e-5)
+    assert derivative.abs().max() > 1e-2
+
+
+# --- description -----------------------------------------------------------------------------------------
+
+
+def test_architecture_rebuilds_the_denoiser(architecture: dict[str, Any], make: Make, batch: Batch) -> None:
+    denoiser = make(architecture, label_dim=3, second_time=True, sigma_data=0.4)
+    stored = json.loads(json.dumps(denoiser.architecture))
+    again = build_denoiser(stored).eval()
+    again.load_state_dict(denoiser.state_dict())
+    x, t = batch(denoiser)
+    assert torch.equal(again(x, t, t / 2), denoiser(x, t, t / 2))
+    assert again.architecture == denoiser.architecture == stored
+    assert (again.label_dim, again.sigma_data, again.second_time) == (3, 0.4, True)
+    assert (again.img_channels, again.img_resolution) == (
+        architecture["img_channels"],
+        architecture["img_resolution"],
+    )
+
+
+def test_initial_weights_depend_on_the_seed_alone(architecture: dict[str, Any]) -> None:
+    torch.manual_seed(3)
+    before = torch.get_rng_state()
+    first = init_denoiser(architecture, seed=1).state_dict()
+    assert torch.equal(before, torch.get_rng_state())
+    torch.manual_seed(4)
+    again, other = (
+        init_denoiser(architecture, seed=1).state_dict(),
+        init_denoiser(architecture, seed=2).state_dict(),
+    )
+    assert all(torch.equal(first[key], again[key]) for key in first)
+    assert not all(torch.equal(first[key], other[key]) for key in first)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"network": "songnet"}, "unknown network 'songnet'; did you mean 'songunet'"),
+        ({"network": "transformer"}, "choose one of mlp, songunet"),
+        ({"widht": 8}, "unknown key 'widht' in a mlp architecture; did you mean 'width'"),
+        ({"sigma": 0.5}, "did you mean 'sigma_data'"),
+    ],
+)
+def test_unknown_name_is_an_error_with_the_nearest(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        build_denoiser({**TINY_MLP, **changes})
+
+
+def test_missing_geometry_is_an_error() -> None:
+    with pytest.raises(ValueError, match="lacks img_resolution, img_channels"):
+        build_denoiser({"network": "mlp"})
+
+
+def test_teacher_called_with_s_is_an_error(architecture: dict[str, Any], make: Make, batch: Batch) -> None:
+    teacher = make(architecture)
+    x, t = batch(teacher)
+    for call in (teacher, teacher.raw):
+        with pytest.raises(ValueError, match="no second time"):
+            call(x, t, t / 2)
+
+
+def test_wrong_number_of_times_is_an_error() -> None:
+    with pytest.raises(ValueError, match="t must have 1 or 3 values"):
+        init_denoiser(TINY_MLP, 0)(torch.zeros(3, 2, 1, 1), torch.ones(2))

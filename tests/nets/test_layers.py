@@ -1,0 +1,143 @@
+"""Layers against their definitions."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from consistency.nets.layers import (
+    Conv2d,
+    FourierEmbedding,
+    GroupNorm,
+    Init,
+    Linear,
+    PositionalEmbedding,
+    UNetBlock,
+    attention,
+)
+
+
+@pytest.mark.parametrize(
+    ("mode", "variance"),
+    [
+        ("xavier_uniform", 2 / (300 + 200)),
+        ("xavier_normal", 2 / (300 + 200)),
+        ("kaiming_uniform", 1 / 300),
+        ("kaiming_normal", 1 / 300),
+    ],
+)
+def test_initial_variance_is_the_rule_s(mode: str, variance: float) -> None:
+    torch.manual_seed(0)
+    weight = Linear(300, 200, init=Init(mode, weight=2.0)).weight
+    assert weight.var().item() == pytest.approx(4 * variance, rel=0.03)
+
+
+def test_unknown_init_mode_is_an_error() -> None:
+    with pytest.raises(ValueError, match="xavier"):
+        Init("xavier")
+
+
+def test_box_filter_fast_path_equals_the_depthwise_filter() -> None:
+    x = torch.randn(2, 5, 8, 8)
+    for up in (False, True):
+        fast, slow = (Conv2d(5, 5, 0, up=up, down=not up) for _ in range(2))
+        slow._is_box = False
+        torch.testing.assert_close(fast(x), slow(x))
+
+
+@pytest.mark.parametrize("taps", [(1, 1), (1, 3, 3, 1)])
+def test_resampling_keeps_a_constant_image(taps: tuple[int, ...]) -> None:
+    x = torch.ones(1, 4, 16, 16)
+    up = Conv2d(4, 4, 0, up=True, resample_filter=taps)(x)
+    down = Conv2d(4, 4, 0, down=True, resample_filter=taps)(x)
+    assert up.shape[-1] == 32 and down.shape[-1] == 8
+    torch.testing.assert_close(up[..., 2:-2, 2:-2], torch.ones(1, 4, 28, 28))
+    torch.testing.assert_close(down[..., 1:-1, 1:-1], torch.ones(1, 4, 6, 6))
+
+
+def test_fused_downsampling_is_the_convolution_then_the_filter() -> None:
+    fused = Conv2d(3, 4, 3, down=True, resample_filter=(1, 3, 3, 1), fused_resample=True)
+    assert fused.weight is not None and fused.resample_filter is not None
+    x = torch.randn(2, 3, 16, 16)
+    plain = F.conv2d(x, fused.weight, fused.bias, padding=1)
+    filtered = F.conv2d(plain, fused.resample_filter.repeat(4, 1, 1, 1), stride=2, padding=1, groups=4)
+    torch.testing.assert_close(fused(x)[..., 1:-1, 1:-1], filtered[..., 1:-1, 1:-1])
+
+
+def test_fused_upsampling_is_an_error() -> None:
+    with pytest.raises(ValueError, match="fused"):
+        Conv2d(4, 4, 3, up=True, fused_resample=True)
+
+
+@pytest.mark.parametrize(("channels", "groups"), [(4, 1), (16, 4), (48, 12), (128, 32), (160, 32)])
+def test_group_norm_normalises_its_groups(channels: int, groups: int) -> None:
+    norm = GroupNorm(channels)
+    y = norm(torch.randn(2, channels, 6, 6) * 3 + 1).reshape(2, groups, -1)
+    assert norm.num_groups == groups
+    torch.testing.assert_close(y.mean(2), torch.zeros(2, groups), atol=1e-5, rtol=0)
+    torch.testing.assert_close(y.var(2, unbiased=False), torch.ones(2, groups), atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("channels", [2, 11, 144])
+def test_group_norm_refuses_channels_it_cannot_split(channels: int) -> None:
+    with pytest.raises(ValueError, match=f"{channels} channels"):
+        GroupNorm(channels)
+
+
+def test_attention_is_scaled_dot_product_attention() -> None:
+    q, k, v = torch.randn(3, 2, 8, 10).unbind(0)
+    expected = F.scaled_dot_product_attention(q.mT, k.mT, v.mT).mT
+    torch.testing.assert_close(attention(q, k, v), expected)
+
+
+def test_attention_weights_are_float32_under_half_precision() -> None:
+    q, k, v = (torch.randn(3, 2, 8, 10) * 4).to(torch.bfloat16).unbind(0)
+    out = attention(q, k, v)
+    assert out.dtype == torch.bfloat16
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(attention(q, k, v), out)
+
+
+def test_qkv_channels_are_laid_out_by_head_then_channel() -> None:
+    block = UNetBlock(8, 8, 4, num_heads=2).eval()
+    for weight in (block.qkv.weight, block.proj.weight):
+        assert weight is not None
+        torch.nn.init.normal_(weight)
+    x = torch.randn(2, 8, 3, 3)
+    qkv = block.qkv(block.norm2(x)).reshape(2, 2, 4, 3, 9)
+    heads = [attention(*(qkv[:, h, :, i] for i in range(3))) for h in range(2)]
+    torch.testing.assert_close(block._attend(x), block.proj(torch.cat(heads, dim=1).reshape(2, 8, 3, 3)))
+
+
+def test_adaptive_scale_modulates_by_scale_and_shift() -> None:
+    block = UNetBlock(8, 8, 4, adaptive_scale=True)
+    h, emb = torch.randn(2, 8, 3, 3), torch.randn(2, 4)
+    scale, shift = block.affine(emb)[:, :, None, None].chunk(2, dim=1)
+    torch.testing.assert_close(block._modulate(h, emb, None), block.norm1(h) * (scale + 1) + shift)
+
+
+def test_heads_must_divide_channels() -> None:
+    with pytest.raises(ValueError, match="3 attention heads"):
+        UNetBlock(8, 8, 4, num_heads=3)
+
+
+def test_positional_embedding_has_its_end_frequencies() -> None:
+    x = torch.tensor([0.7], dtype=torch.float64)
+    cos, sin = PositionalEmbedding(8, endpoint=True)(x).chunk(2, dim=1)
+    assert cos[0, 0].item() == pytest.approx(math.cos(0.7), abs=1e-12)
+    assert sin[0, -1].item() == pytest.approx(math.sin(0.7e-4), abs=1e-12)
+    assert PositionalEmbedding(8)(x)[0, -1].item() == pytest.approx(math.sin(0.7e-3), abs=1e-12)
+
+
+def test_fourier_embedding_is_cosines_then_sines() -> None:
+    embedding = FourierEmbedding(6)
+    phase = 2 * math.pi * 0.3 * embedding.freqs[None]
+    torch.testing.assert_close(embedding(torch.tensor([0.3])), torch.cat([phase.cos(), phase.sin()], 1))
+
+
+def test_odd_embedding_is_an_error() -> None:
+    with pytest.raises(ValueError, match="even number"):
+        PositionalEmbedding(7)

@@ -1,0 +1,21 @@
+rule coefficients:
+    input:
+        "results/{study}/dataset/images.npy",
+        "results/{study}/teacher/teacher.safetensors",
+    output:
+        "results/{study}/coefficients/coefficients.npz",
+        "results/{study}/coefficients/card.json",
+    log:
+        "logs/{study}/coefficients.log",
+    benchmark:
+        "logs/{study}/coefficients.tsv"
+    params:
+        key=key("coefficients"),
+        verb=VERB,
+    threads: 1
+    resources:
+        mem_mb=4000,
+        runtime=240,
+    shell:
+        "{params.verb} coefficients --study config/studies/{wildcards.study}.yaml --threads {threads}"
+        " 2>&1 | tee -i {log}"

@@ -1,0 +1,79 @@
+import os
+import platform
+import sys
+from pathlib import Path
+
+from snakemake.exceptions import WorkflowError
+
+# The jobs run this checkout's code with this interpreter, whether or not an environment is active.
+SOURCE = str(Path(workflow.basedir) / "src")
+sys.path.insert(0, SOURCE)
+os.environ["PYTHONPATH"] = SOURCE
+# A trainer whose Snakemake was killed (kill -9) saves and leaves, instead of training on beside the next run.
+os.environ["CONSISTENCY_SUPERVISOR"] = f"{platform.node()}:{os.getpid()}"
+
+from consistency.errors import UserError
+from consistency.study import FITTED, Study, load_study
+
+
+def load_studies(names: str | list[str]) -> dict[str, Study]:
+    """The studies of the configuration by name; a mistake in any stops before any work."""
+    listed = [names] if isinstance(names, str) else names
+    try:
+        return {name: load_study(f"config/studies/{name}.yaml") for name in listed}
+    except UserError as error:
+        raise WorkflowError(str(error)) from None
+
+
+STUDIES = load_studies(config["studies"])
+VERB = f"{sys.executable} -m consistency"
+
+
+wildcard_constraints:
+    study="[a-z0-9][a-z0-9._-]*",
+    run="[a-z0-9][a-z0-9._-]*",
+    seed="[0-9]+",
+
+
+def study_of(wildcards) -> Study:
+    """The study of a job."""
+    try:
+        return STUDIES[wildcards.study]
+    except KeyError:
+        raise WorkflowError(
+            f"{wildcards.study} is not among the studies to run: use --config studies={wildcards.study}"
+        ) from None
+
+
+def key(stage: str):
+    """A parameter that changes, and makes its job run again, exactly when a setting the stage depends on does."""
+
+    def of(wildcards) -> str:
+        seed = wildcards.get("seed")
+        return study_of(wildcards).key(stage, wildcards.get("run"), None if seed is None else int(seed))
+
+    return of
+
+
+def coefficients_if_fitted(wildcards) -> list[str]:
+    """The coefficients, for a student whose preconditioning reads them."""
+    fitted = study_of(wildcards).resolved(wildcards.run).preconditioning in FITTED
+    return [f"results/{wildcards.study}/coefficients/coefficients.npz"] if fitted else []
+
+
+def inception_if_used(wildcards) -> list[str]:
+    """The staged weights, for a study that scores with Inception."""
+    used = study_of(wildcards).scores.extractor == "inception"
+    return ["resources/inception-2015-12-05.pt"] if used else []
+
+
+def every_score(wildcards) -> list[str]:
+    """The score tables of all students and seeds."""
+    study = study_of(wildcards)
+    return [f"results/{study.name}/scores/{run}/seed{seed}.csv" for run in study.students for seed in study.seeds]
+
+
+def coefficients_if_needed(wildcards) -> list[str]:
+    """The coefficients, for a study with an analytically preconditioned student."""
+    needed = study_of(wildcards).needs_coefficients
+    return [f"results/{wildcards.study}/coefficients/coefficients.npz"] if needed else []

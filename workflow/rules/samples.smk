@@ -1,0 +1,41 @@
+rule teacher_samples:
+    input:
+        "results/{study}/teacher/teacher.safetensors",
+    output:
+        "results/{study}/samples/teacher/heun.npy",
+        "results/{study}/samples/teacher/card.json",
+    log:
+        "logs/{study}/samples/teacher.log",
+    benchmark:
+        "logs/{study}/samples/teacher.tsv"
+    params:
+        key=key("samples"),
+        verb=VERB,
+    threads: 1
+    resources:
+        mem_mb=4000,
+        runtime=240,
+    shell:
+        "{params.verb} samples --study config/studies/{wildcards.study}.yaml --threads {threads} 2>&1 | tee -i {log}"
+
+
+rule samples:
+    input:
+        "results/{study}/students/{run}/seed{seed}/student.safetensors",
+        coefficients_if_fitted,
+    output:
+        directory("results/{study}/samples/{run}/seed{seed}"),
+    log:
+        "logs/{study}/samples/{run}-seed{seed}.log",
+    benchmark:
+        "logs/{study}/samples/{run}-seed{seed}.tsv"
+    params:
+        key=key("samples"),
+        verb=VERB,
+    threads: 1
+    resources:
+        mem_mb=4000,
+        runtime=240,
+    shell:
+        "{params.verb} samples --study config/studies/{wildcards.study}.yaml"
+        " --run {wildcards.run} --seed {wildcards.seed} --threads {threads} 2>&1 | tee -i {log}"

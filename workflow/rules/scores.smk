@@ -1,0 +1,88 @@
+localrules:
+    stage_inception,
+
+
+rule stage_inception:
+    output:
+        "resources/inception-2015-12-05.pt",
+    log:
+        "logs/stage_inception.log",
+    params:
+        verb=VERB,
+    shell:
+        "{params.verb} stage-inception 2>&1 | tee -i {log}"
+
+
+rule extractor:
+    input:
+        "results/{study}/dataset/images.npy",
+        "results/{study}/dataset/labels.npy",
+        inception_if_used,
+    output:
+        directory("results/{study}/scores/extractor"),
+    log:
+        "logs/{study}/extractor.log",
+    benchmark:
+        "logs/{study}/extractor.tsv"
+    params:
+        key=key("extractor"),
+        verb=VERB,
+    threads: 1
+    resources:
+        mem_mb=4000,
+        runtime=240,
+    shell:
+        "{params.verb} extractor --study config/studies/{wildcards.study}.yaml --threads {threads}"
+        " 2>&1 | tee -i {log}"
+
+
+# Before any student is scored: what the same measure says of the data itself and of the teacher.
+rule calibration:
+    input:
+        "results/{study}/scores/extractor",
+        "results/{study}/samples/teacher/heun.npy",
+        "results/{study}/teacher/teacher.safetensors",
+    output:
+        "results/{study}/scores/calibration.csv",
+        "results/{study}/scores/endpoints.npy",
+    log:
+        "logs/{study}/calibration.log",
+    benchmark:
+        "logs/{study}/calibration.tsv"
+    params:
+        key=key("scores"),
+        verb=VERB,
+    threads: 1
+    resources:
+        mem_mb=8000,
+        runtime=240,
+    shell:
+        "{params.verb} calibration --study config/studies/{wildcards.study}.yaml --threads {threads}"
+        " 2>&1 | tee -i {log}"
+
+
+rule scores:
+    input:
+        "results/{study}/scores/extractor",
+        "results/{study}/scores/calibration.csv",
+        "results/{study}/scores/endpoints.npy",
+        "results/{study}/students/{run}/seed{seed}/student.safetensors",
+        "results/{study}/students/{run}/seed{seed}/snapshots",
+        "results/{study}/samples/{run}/seed{seed}",
+        coefficients_if_fitted,
+    output:
+        "results/{study}/scores/{run}/seed{seed}.csv",
+    log:
+        "logs/{study}/scores/{run}-seed{seed}.log",
+    benchmark:
+        "logs/{study}/scores/{run}-seed{seed}.tsv"
+    params:
+        key=key("scores"),
+        verb=VERB,
+    threads: 1
+    resources:
+        mem_mb=8000,
+        runtime=480,
+    shell:
+        "{params.verb} scores --study config/studies/{wildcards.study}.yaml"
+        " --run {wildcards.run} --seed {wildcards.seed} --threads {threads} 2>&1 | tee -i {log}"

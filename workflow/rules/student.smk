@@ -1,0 +1,25 @@
+# The resumable state lies under state/, undeclared: Snakemake deletes declared outputs before it runs a job again.
+rule student:
+    input:
+        "results/{study}/dataset/images.npy",
+        "results/{study}/teacher/teacher.safetensors",
+        coefficients_if_fitted,
+    output:
+        "results/{study}/students/{run}/seed{seed}/student.safetensors",
+        "results/{study}/students/{run}/seed{seed}/history.jsonl",
+        "results/{study}/students/{run}/seed{seed}/card.json",
+        directory("results/{study}/students/{run}/seed{seed}/snapshots"),
+    log:
+        "logs/{study}/student/{run}-seed{seed}.log",
+    benchmark:
+        "logs/{study}/student/{run}-seed{seed}.tsv"
+    params:
+        key=key("student"),
+        verb=VERB,
+    threads: 1
+    resources:
+        mem_mb=4000,
+        runtime=1440,
+    shell:
+        "{params.verb} student --study config/studies/{wildcards.study}.yaml"
+        " --run {wildcards.run} --seed {wildcards.seed} --threads {threads} 2>&1 | tee -i {log}"

@@ -1,0 +1,22 @@
+rule teacher:
+    input:
+        "results/{study}/dataset/images.npy",
+        "results/{study}/dataset/labels.npy",
+        "results/{study}/dataset/dataset.json",
+    output:
+        "results/{study}/teacher/teacher.safetensors",
+        "results/{study}/teacher/history.jsonl",
+        "results/{study}/teacher/card.json",
+    log:
+        "logs/{study}/teacher.log",
+    benchmark:
+        "logs/{study}/teacher.tsv"
+    params:
+        key=key("teacher"),
+        verb=VERB,
+    threads: 1
+    resources:
+        mem_mb=4000,
+        runtime=720,
+    shell:
+        "{params.verb} teacher --study config/studies/{wildcards.study}.yaml --threads {threads} 2>&1 | tee -i {log}"

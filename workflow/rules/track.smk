@@ -1,0 +1,18 @@
+localrules:
+    track,
+
+
+rule track:
+    input:
+        "results/{study}/report/report.html",
+        "results/{study}/report/summary.json",
+    output:
+        "results/{study}/track/tracked.json",
+    log:
+        "logs/{study}/track.log",
+    benchmark:
+        "logs/{study}/track.tsv"
+    params:
+        verb=VERB,
+    shell:
+        "{params.verb} track --study config/studies/{wildcards.study}.yaml 2>&1 | tee -i {log}"
