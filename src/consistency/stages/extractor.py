@@ -57,7 +57,7 @@ def open_extractor(study: Study, layout: Layout, data: ImageData, device: torch.
     except FileNotFoundError:
         raise UserError(f"{path} is missing: run `python -m consistency extractor` first") from None
     except (SafetensorError, RuntimeError) as error:
-        reason = str(error).splitlines()[0]
+        reason = " ".join(str(error).split())
         raise UserError(f"{path} is damaged ({reason}): run `extractor` again") from None
     return classifier_extractor(model, device)
 

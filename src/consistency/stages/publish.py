@@ -1,5 +1,6 @@
 """From a finished training's state to its declared outputs."""
 
+import shutil
 from pathlib import Path
 
 from consistency.training.checkpoint import copy_file
@@ -14,3 +15,8 @@ def publish_training(state: Path, folder: Path, checkpoint: str) -> list[Path]:
     for source, target in zip([state / "history.jsonl", *snapshots], outputs, strict=True):
         copy_file(source, target)
     return [folder / checkpoint, *outputs]
+
+
+def forget_state(state: Path) -> None:
+    """Remove the state of a training whose outputs are all written."""
+    shutil.rmtree(state)

@@ -12,7 +12,7 @@ from consistency.nets.denoiser import student_from_teacher
 from consistency.provenance import git_state, write_card
 from consistency.seeding import derived_seed, generator
 from consistency.stages.inputs import read_dataset, read_preconditioning, read_teacher, time_grid
-from consistency.stages.publish import publish_training
+from consistency.stages.publish import forget_state, publish_training
 from consistency.study import FITTED, Study
 from consistency.theory.distance import DISTANCES
 from consistency.training.checkpoint import save_denoiser
@@ -54,7 +54,7 @@ def make_student(study: Study, layout: Layout, run: str, seed: int, device: torc
         outputs=outputs,
         measured=measured,
     )
-    (job.folder / "state.pt").unlink()
+    forget_state(job.folder)
 
 
 def _training(study: Study, layout: Layout, run: str, seed: int, device: torch.device) -> Training:

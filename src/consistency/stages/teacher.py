@@ -10,7 +10,7 @@ from consistency.nets.denoiser import init_denoiser
 from consistency.provenance import git_state, write_card
 from consistency.seeding import generator
 from consistency.stages.inputs import read_dataset, sigma_data
-from consistency.stages.publish import publish_training
+from consistency.stages.publish import forget_state, publish_training
 from consistency.study import SongUNet, Study, Teacher
 from consistency.training.checkpoint import save_denoiser
 from consistency.training.data import ImageData
@@ -43,7 +43,7 @@ def make_teacher(study: Study, layout: Layout, device: torch.device) -> None:
         outputs=outputs,
         measured=measured | {"parameters": sum(p.numel() for p in job.model.parameters())},
     )
-    (job.folder / "state.pt").unlink()
+    forget_state(job.folder)
 
 
 def _training(study: Study, layout: Layout, data: ImageData, device: torch.device) -> Training:

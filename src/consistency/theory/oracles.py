@@ -104,7 +104,7 @@ def _quadrature(width: float, points: int) -> tuple[Array, Array]:
     return x, np.full(points, x[1] - x[0])
 
 
-def mixture_coefficients(times: Tensor, points: int = 4001) -> CoefficientFit:
+def mixture_coefficients(times: Tensor, points: int = 1601) -> CoefficientFit:
     """l_t and s_t of the 1-D mixture by quadrature over q(x_t), at log-spaced times [N]."""
     moments = []
     for time in times.tolist():

@@ -63,7 +63,7 @@ def load_denoiser(path: Path, key: str | None = None) -> tuple[Denoiser, dict[st
         with safe_open(path, "pt") as file:
             denoiser.load_state_dict({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
     except (KeyError, ValueError, RuntimeError, SafetensorError) as error:
-        reason = str(error).splitlines()[0]
+        reason = " ".join(str(error).split())[:300]
         raise UserError(f"{path} does not fit the architecture it names ({reason}): run its stage again") from None
     bad = [name for name, value in denoiser.state_dict().items() if not bool(torch.isfinite(value).all())]
     if bad:

@@ -1,0 +1,258 @@
+"""A finished study without the hours: every file of results/<study>/, with smooth synthetic numbers.
+
+The curves fall as a power of the step, and a student's level depends on its place in the study, so a report has
+something to compare. Cards carry the right keys, so readers accept them.
+"""
+
+import csv
+import json
+import math
+import time
+import zlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+
+from consistency.files import atomic, sha256, write_json
+from consistency.layout import Layout
+from consistency.provenance import write_card
+from consistency.study import Study, load_study
+from consistency.theory.noise import log_grid
+from consistency.theory.oracles import GaussianTeacher
+
+COLUMNS = ["study", "kind", "run", "seed", "step", "sampler", "nfe", "fd", "kid", "alignment", "images", "extractor"]
+
+#: two students, two seeds, four points a curve; a test changes what it needs to
+SMALL = """
+name: small
+title: A small study
+dataset: {kind: digits, resolution: 8, channels: 1}
+noise: {sigma_data: measured}
+teacher: {network: {kind: mlp, width: 32, depth: 2}, steps: 400, batch: 32, log_every: 100}
+coefficients: {times: 24, samples: 64}
+student: {nodes: 18, max_heun_steps: 8, steps: 60, batch: 16, snapshot_every: 20, log_every: 10}
+students:
+  ctm: {preconditioning: ctm}
+  analytic: {preconditioning: analytic}
+seeds: [0, 1]
+sampling: {count: 96, nfe: [1, 2, 5], gamma: [1.0]}
+scores: {extractor: classifier, curve_count: 96, kid_subset_size: 50, alignment_count: 64}
+report: {baseline: {trajectory: ctm}, bootstrap: 100}
+"""
+
+
+def make_study(folder: Path, name: str = "small", text: str = SMALL) -> Study:
+    """The small study, read from a file as a person's would be."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{name}.yaml"
+    path.write_text(text.replace("name: small", f"name: {name}"))
+    return load_study(path)
+
+
+def make_results(study: Study, layout: Layout) -> None:
+    """Write everything that the stages dataset to scores leave for report and track."""
+    _dataset(study, layout)
+    _teacher(study, layout)
+    if study.needs_coefficients:
+        _coefficients(study, layout)
+    _samples(study, layout, None, None)
+    for run in study.students:
+        for seed in study.seeds:
+            make_student(study, layout, run, seed)
+    _calibration(study, layout)
+
+
+def make_student(study: Study, layout: Layout, run: str, seed: int, level: float = 1.0) -> None:
+    """One student's training, samples and scores. level: a factor of all its losses and scores."""
+    folder, settings = layout.student(run, seed), study.resolved(run)
+    steps = range(settings.log_every, settings.steps + 1, settings.log_every)
+    level *= _level(study, run, seed)
+    lines = [_history_line(step, settings.batch, level, settings.objective) for step in steps]
+    _write_lines(folder / "history.jsonl", lines)
+    for step in range(0, settings.steps + 1, settings.snapshot_every):
+        path = folder / "snapshots" / f"step-{step:06d}.safetensors"
+        _weights(path, study.key("student", run, seed), step)
+    _weights(folder / "student.safetensors", study.key("student", run, seed), settings.steps)
+    _card(study, folder, "student", run, seed, images=settings.steps * settings.batch, seconds=lines[-1]["seconds"])
+    _samples(study, layout, run, seed)
+    _scores(study, layout, run, seed, level)
+
+
+def make_report(study: Study, layout: Layout) -> None:
+    """A stand-in for the report stage: a page, a figure, a table, summary.json, card.json."""
+    _write_text(layout.report / "report.html", f"<html><body><h1>{study.title}</h1></body></html>\n")
+    _write_text(layout.report / "figures" / "curves.svg", '<svg xmlns="http://www.w3.org/2000/svg"/>\n')
+    _write_text(layout.report / "final.csv", "run,nfe,fd\n")
+    write_json(layout.report / "summary.json", {"study": study.name})
+    _card(study, layout.report, "report")
+
+
+def _dataset(study: Study, layout: Layout) -> None:
+    images = _images(study, 2 * study.sampling.count, "dataset")
+    _save_array(layout.dataset / "images.npy", images)
+    _save_array(layout.dataset / "labels.npy", np.arange(len(images)) % 10)
+    facts = {
+        "count": len(images),
+        "sha256": sha256(layout.dataset / "images.npy"),
+        "classes": [str(k) for k in range(10)],
+        "sigma_data": 0.5,
+        "resolution": study.dataset.resolution,
+        "channels": study.dataset.channels,
+    }
+    write_json(layout.dataset / "dataset.json", facts)
+    _card(study, layout.dataset, "dataset")
+
+
+def _teacher(study: Study, layout: Layout) -> None:
+    settings = study.teacher
+    steps = range(settings.log_every, settings.steps + 1, settings.log_every)
+    lines = [_history_line(step, settings.batch, 1.0, None) for step in steps]
+    _write_lines(layout.teacher / "history.jsonl", lines)
+    _weights(layout.teacher / "teacher.safetensors", study.key("teacher"), settings.steps)
+    images, seconds = settings.steps * settings.batch, lines[-1]["seconds"] if lines else 1.0
+    _card(study, layout.teacher, "teacher", images=images, seconds=seconds)
+
+
+def _coefficients(study: Study, layout: Layout) -> None:
+    """l_t and s_t of a Gaussian teacher, with error bars that grow where the signal is small."""
+    times = log_grid(study.coefficients.times, study.noise.sigma_min, study.noise.sigma_max)
+    l, s = GaussianTeacher(torch.tensor([0.05, 0.25, 1.0], dtype=torch.float64)).coefficients(times)
+    order = torch.argsort(times, descending=True)
+    error = (0.02 / (1 + times[order])).numpy()
+    arrays = {
+        "times": times[order].numpy(),
+        "l": l[order].numpy(),
+        "l_se": error / 4,
+        "s": s[order].numpy(),
+        "s_se": error,
+    }
+    arrays["determined"] = np.ones(len(times), dtype=bool)
+    path = layout.coefficients / "coefficients.npz"
+    with atomic(path) as temporary, temporary.open("wb") as file:
+        np.savez(file, **arrays)
+    _card(study, layout.coefficients, "coefficients", seconds=3.5)
+
+
+def _samples(study: Study, layout: Layout, run: str | None, seed: int | None) -> None:
+    folder, sampling = layout.samples(run, seed), study.sampling
+    names = ["heun"]
+    if run is not None:
+        names = [f"nfe{nfe}" for nfe in sampling.nfe]
+        names += [f"gamma{gamma}-nfe{nfe}" for gamma in sampling.gamma for nfe in sampling.gamma_nfe]
+    for name in names:
+        _save_array(folder / f"{name}.npy", _images(study, sampling.count, f"{run} {seed} {name}"))
+    _card(study, folder, "samples", run, seed)
+
+
+def _scores(study: Study, layout: Layout, run: str, seed: int, level: float) -> None:
+    settings, scores = study.resolved(run), study.scores
+    endpoint = settings.objective == "endpoint"
+    sampler, rows = "multistep" if endpoint else "jumps", []
+    common = {"study": study.name, "run": run, "seed": seed, "extractor": _extractor(study)}
+    for step in range(0, settings.steps + 1, settings.snapshot_every):
+        for nfe in scores.curve_nfe:
+            values = _values(step, nfe, level, aligned=not endpoint or nfe == 1)
+            place = {"kind": "curve", "step": step, "sampler": sampler, "nfe": nfe, "images": scores.curve_count}
+            rows.append(common | place | values)
+    final = [(sampler, nfe, not endpoint or nfe == 1) for nfe in study.sampling.nfe]
+    if not endpoint:
+        final += [(f"gamma={g:g}", nfe, False) for g in study.sampling.gamma for nfe in study.sampling.gamma_nfe]
+    for name, nfe, aligned in final:
+        place = {"kind": "final", "step": settings.steps, "sampler": name, "nfe": nfe, "images": study.sampling.count}
+        rows.append(common | place | _values(settings.steps, nfe, level, aligned))
+    write_scores(layout.scores(run, seed), rows)
+
+
+def _calibration(study: Study, layout: Layout) -> None:
+    common = {
+        "study": study.name,
+        "kind": "calibration",
+        "images": study.sampling.count,
+        "extractor": _extractor(study),
+    }
+    heun = 2 * study.sampling.teacher_steps - 1
+    rows = [
+        common | {"run": "data", "sampler": "halves", "fd": 0.4, "kid": 0.0001},
+        common | {"run": "teacher", "sampler": "heun", "nfe": heun, "fd": 1.1, "kid": 0.0008},
+    ]
+    write_scores(layout.scores(None, None), rows)
+
+
+def write_scores(path: Path, rows: list[dict[str, Any]]) -> None:
+    """A score table; a missing value is an empty cell."""
+    with atomic(path) as temporary, temporary.open("w", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def read_scores(path: Path) -> list[dict[str, str]]:
+    """The rows of a score table as text."""
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def _values(step: int, nfe: int, level: float, aligned: bool) -> dict[str, float]:
+    fall = level / math.sqrt(nfe) / (1 + step / 10) ** 0.7
+    values = {"fd": round(40 * fall, 5), "kid": round(0.05 * fall, 7)}
+    return values | ({"alignment": round(0.2 * fall, 6)} if aligned else {})
+
+
+def _level(study: Study, run: str, seed: int) -> float:
+    return (1.3 - 0.4 * list(study.students).index(run) / max(len(study.students) - 1, 1)) * (1 + 0.03 * seed)
+
+
+def _extractor(study: Study) -> str:
+    return "classifier" if study.scores.extractor == "classifier" else f"inception-{study.scores.mode}"
+
+
+def _history_line(step: int, batch: int, level: float, objective: str | None) -> dict[str, float]:
+    """A line of history.jsonl; objective None is the teacher's."""
+    fall = level / (1 + step / 10) ** 0.5
+    terms = {"loss": 0.8 * fall}
+    if objective is not None:
+        terms["distillation"] = 0.6 * fall
+    if objective == "trajectory":
+        terms["dsm"] = 0.2 * fall
+    speed = {"images_per_second": 10.0 * batch, "seconds": round(step / 10, 3)}
+    return {"step": step, **terms, "grad_norm": 2 * fall, **speed}
+
+
+def _images(study: Study, count: int, name: str) -> np.ndarray[Any, np.dtype[np.uint8]]:
+    size, channels = study.dataset.resolution, study.dataset.channels
+    draws = np.random.default_rng(zlib.crc32(name.encode()))
+    return draws.integers(0, 256, (count, size, size, channels), dtype=np.uint8)
+
+
+def _save_array(path: Path, array: np.ndarray[Any, Any]) -> None:
+    with atomic(path) as temporary, temporary.open("wb") as file:
+        np.save(file, array)
+
+
+def _weights(path: Path, key: str, step: int) -> None:
+    with atomic(path) as temporary:
+        save_file({"weight": torch.full((2,), float(step))}, temporary, {"key": key, "step": str(step)})
+
+
+def _write_lines(path: Path, lines: list[dict[str, float]]) -> None:
+    _write_text(path, "".join(json.dumps(line) + "\n" for line in lines))
+
+
+def _write_text(path: Path, text: str) -> None:
+    with atomic(path) as temporary:
+        temporary.write_text(text)
+
+
+def _card(
+    study: Study, folder: Path, stage: str, run: str | None = None, seed: int | None = None, **measured: float
+) -> None:
+    """card.json over what lies in the folder."""
+    files = sorted(path for path in folder.iterdir() if path.is_file() and path.name != "card.json")
+    if measured:
+        measured["network_evaluations"] = 12.0 * measured.get("images", 100)
+    write_card(
+        folder, study, stage, started=time.time() - 2, inputs=[], outputs=files, run=run, seed=seed, measured=measured
+    )

@@ -1,0 +1,530 @@
+"""The upload to MLflow: what arrives, that nothing arrives twice, and what a person reads when it cannot arrive."""
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.error import URLError
+from urllib.request import urlopen
+
+import pytest
+from tests.fake_results import (
+    SMALL,
+    make_report,
+    make_results,
+    make_student,
+    make_study,
+    read_scores,
+    write_scores,
+)
+
+from consistency import tracking
+from consistency.errors import UserError
+from consistency.layout import Layout
+from consistency.study import Study
+from consistency.tracking import Point, Upload, plan, track_study, tracking_uri, without_credentials
+
+ROOT = Path(__file__).resolve().parents[1]
+NAMES = {"teacher", "ctm", "ctm seed 0", "ctm seed 1", "analytic", "analytic seed 0", "analytic seed 1", "report"}
+
+
+@dataclass
+class Project:
+    """A project folder with a finished study in it."""
+
+    study: Study
+    layout: Layout
+
+    def track(self) -> dict[str, Any]:
+        track_study(self.study, self.layout)
+        return json.loads((self.layout.track / "tracked.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def templates(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished study and an empty database (its schema takes seconds), made once and copied for each test."""
+    folder = tmp_path_factory.mktemp("templates")
+    study = make_study(folder / "studies")
+    layout = Layout(study.name, folder / "results")
+    make_results(study, layout)
+    make_report(study, layout)
+    tracking._client(f"sqlite:///{folder / 'mlflow.db'}").search_experiments()
+    return folder
+
+
+@pytest.fixture
+def project(templates: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Project:
+    shutil.copytree(templates, tmp_path, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    study = make_study(tmp_path / "studies")
+    return Project(study, Layout(study.name))
+
+
+@pytest.fixture
+def client(project: Project) -> Any:
+    return tracking._client(tracking_uri())
+
+
+def all_runs(client: Any) -> list[Any]:
+    return tracking._runs(client, client.get_experiment_by_name("small").experiment_id)
+
+
+def points_of(client: Any, run: Any) -> list[tuple[str, float, int, int]]:
+    """Every point of a run, in order."""
+    return sorted(
+        (m.key, m.step, m.timestamp, m.value)
+        for key in run.data.metrics
+        for m in client.get_metric_history(run.info.run_id, key)
+    )
+
+
+def everything(client: Any) -> dict[str, Any]:
+    """All that MLflow holds of the study, by run."""
+    return {
+        run.info.run_id: (run.info.run_name, run.info.status, run.data.params, run.data.tags, points_of(client, run))
+        for run in all_runs(client)
+    }
+
+
+def artifacts(client: Any, run_id: str, folder: str = "") -> set[str]:
+    found = client.list_artifacts(run_id, folder)
+    below = [artifacts(client, run_id, item.path) for item in found if item.is_dir]
+    return {item.path for item in found if not item.is_dir}.union(*below)
+
+
+def test_a_first_upload_makes_every_run(project: Project, client: Any) -> None:
+    tracked = project.track()
+    runs = {run.info.run_name: run for run in all_runs(client)}
+    assert set(runs) == NAMES == set(tracked["runs"])
+    assert {name: run.info.run_id for name, run in runs.items()} == tracked["runs"]
+    assert {run.info.status for run in runs.values()} == {"FINISHED"}
+    parents = {name: run.data.tags.get("mlflow.parentRunId") for name, run in runs.items()}
+    for student in ("ctm", "analytic"):
+        assert [parents[f"{student} seed {seed}"] for seed in (0, 1)] == [tracked["runs"][student]] * 2
+    assert {parents[name] for name in ("teacher", "ctm", "analytic", "report")} == {None}
+    assert tracked["experiment"] == "small"
+    assert tracked["experiment_id"] == runs["ctm"].info.experiment_id
+    assert tracked["tracking_uri"] == f"sqlite:///{Path.cwd()}/mlflow.db"
+    assert f"/experiments/{tracked['experiment_id']}/" in tracked["url_hint"]
+
+
+def test_params_and_tags_say_what_a_run_is(project: Project, client: Any) -> None:
+    project.track()
+    runs = {run.info.run_name: run for run in all_runs(client)}
+    seed = runs["analytic seed 1"]
+    assert seed.data.params["preconditioning"] == seed.data.tags["preconditioning"] == "analytic"
+    assert seed.data.params["seed"] == seed.data.tags["seed"] == "1"
+    assert seed.data.params["dropout"] == "0.0"
+    assert seed.data.params["max_heun_steps"] == "8"
+    assert seed.data.params["scores.extractor"] == "classifier"
+    assert runs["analytic"].data.params["seeds"] == "0, 1"
+    assert runs["teacher"].data.params["network.kind"] == "mlp"
+    assert runs["teacher"].data.params["dataset.kind"] == "digits"
+    card = json.loads((project.layout.student("analytic", 1) / "card.json").read_text())
+    assert seed.data.tags["consistency.card"] == card["key"]
+    assert seed.data.tags["consistency.key"] == project.study.key("scores", "analytic", 1)
+    assert seed.data.tags["consistency.study"] == project.study.key("report")
+    assert seed.data.tags["host"] == runs["analytic"].data.tags["host"] == card["hardware"]["host"]
+    assert seed.inputs.dataset_inputs[0].dataset.name == "digits"
+
+
+def test_the_keys_that_differ_are_the_first_params(project: Project) -> None:
+    upload = next(upload for upload in plan(project.study, project.layout) if upload.name == "ctm seed 0")
+    assert next(iter(upload.params)) == "preconditioning"
+
+
+def test_metrics_are_the_results(project: Project, client: Any) -> None:
+    project.track()
+    runs = {run.info.run_name: run for run in all_runs(client)}
+    history = [json.loads(x) for x in (project.layout.student("ctm", 0) / "history.jsonl").read_text().splitlines()]
+    losses = client.get_metric_history(runs["ctm seed 0"].info.run_id, "training/dsm")
+    assert [(m.step, m.value) for m in losses] == [(line["step"], line["dsm"]) for line in history]
+    started = runs["ctm seed 0"].info.start_time
+    assert [m.timestamp - started for m in losses] == [round(1000 * line["seconds"]) for line in history]
+    rows = read_scores(project.layout.scores("ctm", 0))
+    curve = client.get_metric_history(runs["ctm seed 0"].info.run_id, "fd/nfe2")
+    expected = [(int(r["step"]), float(r["fd"])) for r in rows if r["kind"] == "curve" and r["nfe"] == "2"]
+    assert [(m.step, m.value) for m in curve] == expected
+    final = {row["nfe"]: row for row in rows if row["kind"] == "final" and row["sampler"] == "jumps"}
+    metrics = runs["ctm seed 0"].data.metrics
+    assert metrics["final/alignment/nfe5"] == float(final["5"]["alignment"])
+    assert "final/fd/gamma1-nfe2" in metrics and "final/alignment/gamma1-nfe2" not in metrics
+    assert {"cost/seconds", "cost/network_evaluations", "cost/images"} <= metrics.keys()
+    assert {"training/loss", "final/fd/heun-nfe35", "calibration/kid/data-halves"} <= runs[
+        "teacher"
+    ].data.metrics.keys()
+
+
+def test_a_student_carries_the_mean_over_its_seeds(project: Project, client: Any) -> None:
+    ids = project.track()["runs"]
+    for key in ("fd/nfe1", "training/loss", "final/kid/nfe2", "cost/seconds"):
+        mean, *seeds = (client.get_metric_history(ids[name], key) for name in ("ctm", "ctm seed 0", "ctm seed 1"))
+        assert [m.step for m in mean] == [m.step for m in seeds[0]]
+        assert [m.value for m in mean] == pytest.approx([(a.value + b.value) / 2 for a, b in zip(*seeds, strict=True)])
+
+
+def test_artifacts_hold_the_report_the_coefficients_and_the_cards(project: Project, client: Any) -> None:
+    ids = project.track()["runs"]
+    assert artifacts(client, ids["report"]) == {
+        "report.html",
+        "summary.json",
+        "final.csv",
+        "card.json",
+        "figures/curves.svg",
+        "coefficients/coefficients.npz",
+        "coefficients/card.json",
+        "dataset/dataset.json",
+        "dataset/card.json",
+    }
+    assert artifacts(client, ids["ctm seed 0"]) == {"card.json", "history.jsonl", "seed0.csv", "samples/card.json"}
+    assert artifacts(client, ids["teacher"]) == {"card.json", "history.jsonl", "calibration.csv", "samples/card.json"}
+    assert client.get_run(ids["ctm"]).info.artifact_uri.startswith((Path.cwd() / "mlruns").as_uri())
+
+
+def test_a_second_upload_changes_nothing(project: Project, client: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    first = project.track()
+    before = everything(client)
+    assert project.track() == first
+    assert everything(client) == before
+    assert "all 8 runs were there already" in capsys.readouterr().out
+
+
+def test_a_persons_edits_are_kept(project: Project, client: Any) -> None:
+    ids = project.track()["runs"]
+    client.set_tag(ids["ctm"], "mlflow.note.content", "look here")
+    client.set_tag(ids["ctm"], "mlflow.runName", "my favourite")
+    project.track()
+    run = client.get_run(ids["ctm"])
+    assert (run.data.tags["mlflow.note.content"], run.info.run_name) == ("look here", "my favourite")
+
+
+@pytest.mark.parametrize(("method", "call"), [("log_batch", 4), ("log_artifact", 6), ("set_terminated", 2)])
+def test_a_killed_upload_is_completed_without_doubles(
+    project: Project, client: Any, monkeypatch: pytest.MonkeyPatch, method: str, call: int
+) -> None:
+    from mlflow import MlflowClient
+
+    monkeypatch.setattr(tracking, "BATCH", 10)
+    calls, original = [0], getattr(MlflowClient, method)
+
+    def dies(*args: Any, **kwargs: Any) -> Any:
+        calls[0] += 1
+        if calls[0] == call:
+            raise KeyboardInterrupt
+        return original(*args, **kwargs)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(MlflowClient, method, dies)
+        project.track()
+    left = all_runs(client)
+    assert [run.info.run_name for run in left if run.info.status == "RUNNING"]
+    project.track()
+    runs = all_runs(client)
+    assert {run.info.run_id for run in left} <= {run.info.run_id for run in runs}
+    assert sorted(run.info.run_name for run in runs) == sorted(NAMES)
+    assert {run.info.status for run in runs} == {"FINISHED"}
+    for upload in plan(project.study, project.layout):
+        run = next(run for run in runs if run.info.run_name == upload.name)
+        assert points_of(client, run) == sorted((p.key, p.step, p.time, p.value) for p in upload.points)
+        assert len(artifacts(client, run.info.run_id)) == len(upload.files)
+
+
+def test_changed_results_make_new_runs_and_keep_the_old(project: Project, client: Any) -> None:
+    old = project.track()["runs"]
+    kept = {name: points_of(client, client.get_run(old[name])) for name in ("ctm", "ctm seed 1")}
+    make_student(project.study, project.layout, "ctm", 1, level=0.5)
+    new = project.track()["runs"]
+    assert {name for name in NAMES if new[name] != old[name]} == {"ctm", "ctm seed 1"}
+    assert client.get_run(new["ctm seed 0"]).data.tags["mlflow.parentRunId"] == new["ctm"]
+    assert client.get_run(new["ctm"]).data.metrics["fd/nfe1"] < client.get_run(old["ctm"]).data.metrics["fd/nfe1"]
+    for name in ("ctm", "ctm seed 1"):
+        run = client.get_run(old[name])
+        assert (run.info.run_name, run.data.tags["state"]) == (f"{name} (superseded)", "superseded")
+        assert points_of(client, run) == kept[name]
+        assert client.get_run(new[name]).data.tags["state"] == "current"
+    assert client.get_run(old["ctm seed 1"]).data.tags["mlflow.parentRunId"] == old["ctm"]
+
+
+def test_results_that_come_back_are_current_again(project: Project, client: Any) -> None:
+    folder, aside = project.layout.results, Path("aside")
+    shutil.copytree(folder, aside)
+    first = project.track()["runs"]
+    make_student(project.study, project.layout, "ctm", 1, level=0.5)
+    project.track()
+    shutil.rmtree(folder)
+    aside.rename(folder)
+    assert project.track()["runs"] == first
+    run = client.get_run(first["ctm seed 1"])
+    assert (run.info.run_name, run.data.tags["state"]) == ("ctm seed 1", "current")
+    assert len(all_runs(client)) == len(NAMES) + 2
+
+
+def test_a_killed_upload_of_older_results_does_not_run_for_ever(
+    project: Project, client: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from mlflow import MlflowClient
+
+    def dies(*args: Any, **kwargs: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(MlflowClient, "log_artifact", dies)
+        project.track()
+    shutil.rmtree(project.layout.teacher)
+    make_results(project.study, project.layout)
+    with (project.layout.teacher / "history.jsonl").open("a") as file:
+        file.write('{"step": 500, "loss": 0.1, "seconds": 50}\n')
+    project.track()
+    assert {run.info.status for run in all_runs(client)} == {"FINISHED", "KILLED"}
+
+
+def test_results_of_another_folder_are_left_alone(project: Project, client: Any) -> None:
+    first = project.track()["runs"]
+    other = Layout(project.study.name, Path("elsewhere"))
+    shutil.copytree(project.layout.results, other.results)
+    make_student(project.study, other, "ctm", 1, level=0.5)
+    second = Project(project.study, other).track()["runs"]
+    assert second["ctm seed 1"] != first["ctm seed 1"]
+    assert client.get_run(first["ctm seed 1"]).data.tags["state"] == "current"
+
+
+def test_values_that_are_not_finite_are_named_and_left_out(project: Project, client: Any) -> None:
+    path = project.layout.scores("ctm", 0)
+    rows: list[dict[str, Any]] = list(read_scores(path))
+    rows[0]["fd"], rows[1]["kid"] = "inf", "nan"
+    write_scores(path, rows)
+    ids = project.track()["runs"]
+    child, parent = client.get_run(ids["ctm seed 0"]), client.get_run(ids["ctm"])
+    assert child.data.tags["not_finite"] == "fd/nfe1 at step 0, kid/nfe2 at step 0"
+    for run in (child, parent):
+        assert [m.step for m in client.get_metric_history(run.info.run_id, "fd/nfe1")] == [20, 40, 60]
+
+
+def test_a_long_list_of_bad_values_is_cut() -> None:
+    points = [Point("loss", float("nan"), 0, step) for step in range(50)]
+    upload = Upload("x", "seed", tracking.Data("digits", "0"), 0, 0, {}, {}, "", points)
+    assert upload.points == [] and upload.tags["not_finite"].endswith("and 30 more")
+
+
+def test_an_endpoint_students_sampler_is_its_own(project: Project) -> None:
+    text = SMALL.replace("analytic: {preconditioning: analytic}", "cm: {objective: endpoint, preconditioning: cm}")
+    study = make_study(Path("other"), "mixed", "varies: [objective, preconditioning]\n" + text)
+    layout = Layout(study.name)
+    make_results(study, layout)
+    make_report(study, layout)
+    uploads = {upload.name: upload for upload in plan(study, layout)}
+    keys = {point.key for point in uploads["cm seed 0"].points}
+    assert {"fd/nfe2", "final/fd/nfe5", "alignment/nfe1"} <= keys
+    assert not keys & {"alignment/nfe2", "training/dsm", "final/alignment/nfe2"}
+    assert list(uploads["cm"].params)[:2] == ["objective", "preconditioning"]
+    assert not any("coefficients" in folder for _, folder in uploads["report"].files)
+
+
+@pytest.mark.parametrize(
+    ("missing", "verb"),
+    [
+        ("report/card.json", "report"),
+        ("scores/ctm/seed0.csv", "scores --run ctm --seed 0"),
+        ("students/analytic/seed1/history.jsonl", "student --run analytic --seed 1"),
+        ("teacher/card.json", "teacher"),
+    ],
+)
+def test_missing_results_name_the_verb(project: Project, missing: str, verb: str) -> None:
+    (project.layout.root / missing).unlink()
+    with pytest.raises(UserError, match=f"`python -m consistency {verb}`"):
+        project.track()
+
+
+def test_stale_results_are_refused(project: Project) -> None:
+    longer = make_study(Path("studies"), "small", SMALL.replace("batch: 16", "batch: 8"))
+    with pytest.raises(UserError, match=r"student\.batch: there 16, here 8"):
+        track_study(longer, project.layout)
+
+
+def test_a_deleted_experiment_is_not_revived_silently(project: Project, client: Any) -> None:
+    client.delete_experiment(project.track()["experiment_id"])
+    with pytest.raises(UserError, match="mlflow experiments restore"):
+        project.track()
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def test_a_server_that_is_down_is_one_line_soon(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+    port = free_port()
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://me:hunter2@127.0.0.1:{port}")
+    started = time.monotonic()
+    with pytest.raises(UserError, match=f"http://127.0.0.1:{port} does not answer.*results are safe") as caught:
+        project.track()
+    assert time.monotonic() - started < 30
+    assert "hunter2" not in str(caught.value) and "\n" not in str(caught.value)
+    assert not (project.layout.track / "tracked.json").exists()
+
+
+@pytest.mark.parametrize(
+    "uri", ["file:///tmp/nowhere", "nonsense://x", "postgresql://me:hunter2@127.0.0.1:1/db?x=hunter2"]
+)
+def test_an_address_mlflow_cannot_use_is_one_line(project: Project, monkeypatch: pytest.MonkeyPatch, uri: str) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    with pytest.raises(UserError, match=r"cannot be used.*results are safe") as caught:
+        project.track()
+    assert "hunter2" not in str(caught.value)
+
+
+def test_a_database_that_is_none_is_one_line(project: Project) -> None:
+    Path("mlflow.db").write_text("this is not a database, and it is long enough to be looked at " * 20)
+    with pytest.raises(UserError, match=r"mlflow\.db cannot be used"):
+        project.track()
+
+
+@pytest.mark.parametrize(
+    ("uri", "clean"),
+    [
+        ("http://me:pass@host:5000/base", "http://host:5000/base"),
+        ("https://me:p#a/s@s@host", "https://host"),
+        ("postgresql://me:pass@host/db?password=pass", "postgresql://host/db"),
+        ("http://host:5000", "http://host:5000"),
+        ("sqlite:////home/a@b/mlflow.db", "sqlite:////home/a@b/mlflow.db"),
+    ],
+)
+def test_credentials_are_taken_out(uri: str, clean: str) -> None:
+    assert without_credentials(uri) == clean
+
+
+def test_errors_are_cleaned_of_credentials() -> None:
+    text = "API request to http://me:p%40ss@host/api failed; password p@ss"
+    assert (
+        tracking._without_secrets(text, "http://me:p%40ss@host")
+        == "API request to http://***host/api failed; password ***"
+    )
+
+
+def test_a_sqlite_address_is_absolute(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    assert tracking_uri() == f"sqlite:///{tmp_path}/mlflow.db"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "sqlite:///sub/x.db")
+    assert tracking_uri() == f"sqlite:///{tmp_path}/sub/x.db"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "sqlite:////else/where.db")
+    assert tracking_uri() == "sqlite:////else/where.db"
+    for nowhere in ("sqlite://", "sqlite:///:memory:"):
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", nowhere)
+        with pytest.raises(UserError, match="names no file"):
+            tracking_uri()
+
+
+def test_another_upload_is_waited_for_but_not_for_ever(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tracking, "LOCK_PATIENCE", 0.3)
+    with (
+        tracking._one_at_a_time(tmp_path / "lock"),
+        pytest.raises(UserError, match="another upload"),
+        tracking._one_at_a_time(tmp_path / "lock"),
+    ):
+        pass
+
+
+def environment(folder: Path, **more: str) -> dict[str, str]:
+    """As in a person's shell: no sign of a test or of continuous integration, which would end telemetry by itself."""
+    kept = {name: os.environ[name] for name in ("PATH", "HOME", "LANG") if name in os.environ}
+    return kept | {"PYTHONPATH": f"{ROOT / 'src'}:{ROOT}", "TMPDIR": str(folder)} | more
+
+
+UPLOAD = """
+import sys
+from pathlib import Path
+from consistency.layout import Layout
+from consistency.study import load_study
+from consistency.tracking import track_study
+assert "mlflow" not in sys.modules
+study = load_study(sys.argv[1])
+track_study(study, Layout(study.name))
+from mlflow.telemetry import get_telemetry_client
+assert get_telemetry_client() is None
+"""
+
+
+@pytest.mark.slow
+def test_four_processes_share_a_fresh_database(project: Project, tmp_path: Path) -> None:
+    uri = f"sqlite:///{Path.cwd()}/fresh/mlflow.db"
+    second = make_study(Path("studies"), "second")
+    make_results(second, Layout("second"))
+    make_report(second, Layout("second"))
+    command, shell = [sys.executable, "-c", UPLOAD], environment(tmp_path, MLFLOW_TRACKING_URI=uri)
+    processes = [
+        subprocess.Popen([*command, f"studies/{name}.yaml"], env=shell, stdout=-1, stderr=-1, text=True)
+        for name in ("small", "second", "small", "second")
+    ]
+    outputs = [process.communicate(timeout=300) for process in processes]
+    assert [process.returncode for process in processes] == [0] * 4, outputs
+    assert sorted("8 of 8 runs uploaded" in out for out, _ in outputs) == [False, False, True, True]
+    assert not any(word in err for _, err in outputs for word in ("INFO", "alembic", "Traceback"))
+    client = tracking._client(uri)
+    for name in ("small", "second"):
+        found = tracking._runs(client, client.get_experiment_by_name(name).experiment_id)
+        assert sorted(run.info.run_name for run in found) == sorted(NAMES)
+
+
+@pytest.fixture
+def server(project: Project, tmp_path: Path) -> Iterator[Callable[[], str]]:
+    """Starts a real server on the loopback, and ends it with all its children."""
+    started: list[subprocess.Popen[bytes]] = []
+
+    def start() -> str:
+        port = free_port()
+        words = f"server --host 127.0.0.1 --port {port} --workers 1 --artifacts-destination artifacts"
+        command = [sys.executable, "-m", "mlflow", *words.split(), "--backend-store-uri", "sqlite:///mlflow.db"]
+        quiet = {"MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+        with Path("server.log").open("wb") as log:
+            started.append(
+                subprocess.Popen(
+                    command, env=environment(tmp_path, **quiet), stdout=log, stderr=log, start_new_session=True
+                )
+            )
+        deadline = time.monotonic() + 120
+        while time.monotonic() < deadline and started[-1].poll() is None:
+            try:
+                urlopen(f"http://127.0.0.1:{port}/health", timeout=5).close()
+                return f"127.0.0.1:{port}"
+            except (URLError, OSError):
+                time.sleep(0.3)
+        raise AssertionError(Path("server.log").read_text())
+
+    yield start
+    for process in started:
+        os.killpg(process.pid, signal.SIGTERM)
+        process.wait(30)
+
+
+@pytest.mark.slow
+def test_a_real_server_gets_the_same_and_no_password_is_written(
+    project: Project,
+    server: Callable[[], str],
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    address = server()
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://me:hunter2@{address}")
+    first = project.track()
+    assert project.track() == first
+    remote = tracking._client(f"http://{address}")
+    runs = {run.info.run_name: run for run in all_runs(remote)}
+    assert set(runs) == NAMES and len(all_runs(remote)) == len(NAMES)
+    for upload in plan(project.study, project.layout):
+        assert points_of(remote, runs[upload.name]) == sorted((p.key, p.step, p.time, p.value) for p in upload.points)
+    assert "figures/curves.svg" in artifacts(remote, first["runs"]["report"])
+    assert first["tracking_uri"] == f"http://{address}"
+    assert first["url_hint"].startswith(f"http://{address}/#/experiments/")
+    output = capfd.readouterr()
+    assert "hunter2" not in json.dumps(first) + output.out + output.err

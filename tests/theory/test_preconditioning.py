@@ -1,0 +1,140 @@
+"""Laws of the consistency function's coefficients, and the known identities between them."""
+
+import pytest
+import torch
+
+from consistency.theory.generalized_ode import GeneralizedODE
+from consistency.theory.noise import log_grid, rho_grid
+from consistency.theory.preconditioning import PRECONDITIONINGS, bcm, build_preconditioning, ctm
+from consistency.theory.solver import expand
+
+EPS, T = 0.002, 80.0
+TIMES = log_grid(120, EPS, T)
+
+
+def wiggly_ode(scale: float = 1.0) -> GeneralizedODE:
+    """l and s like a real teacher's: l from 1 down to 0, s from 2 down to -2."""
+    lam = -torch.log(TIMES)
+    l = torch.sigmoid(-lam)
+    return GeneralizedODE(TIMES, l, scale * 2 * torch.tanh(-lam + 0.3 * torch.sin(3 * lam)))
+
+
+def pairs(nodes: int = 40) -> tuple[torch.Tensor, torch.Tensor]:
+    """All t >= s of a grid."""
+    grid = log_grid(nodes, EPS, T)
+    first, second = torch.triu_indices(nodes, nodes)
+    return grid[first], grid[second]
+
+
+@pytest.mark.parametrize("name", PRECONDITIONINGS)
+def test_boundary_condition_is_exact(name: str) -> None:
+    preconditioning = build_preconditioning(name, 0.5, wiggly_ode())
+    generator = torch.Generator().manual_seed(0)
+    random = EPS * (T / EPS) ** torch.rand(1001, generator=generator, dtype=torch.float64)
+    t = torch.cat([random, log_grid(50, EPS, T), rho_grid(18, EPS, T)])
+    f, g = preconditioning.coefficients(t, t)
+    assert torch.equal(f, torch.ones_like(t))
+    assert torch.equal(g, torch.zeros_like(t))
+
+
+@pytest.mark.parametrize("form", ["backward", "forward"])
+def test_ctm_is_the_member_l_0_s_minus_1(form: str) -> None:
+    ode = GeneralizedODE(TIMES, torch.zeros(120), -torch.ones(120))
+    t, s = pairs()
+    f, g = getattr(ode, form)(t, s)
+    torch.testing.assert_close(f, ctm(t, s)[0], rtol=1e-8, atol=1e-9)
+    torch.testing.assert_close(g, ctm(t, s)[1], rtol=1e-8, atol=1e-9)
+
+
+def test_ctm_and_bcm_are_the_same_function_of_x_and_F() -> None:
+    t, s = pairs()
+    x, network = torch.randn(2, len(t), 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    for sigma_data in (0.3, 0.5, 0.75):
+        variance = t**2 + sigma_data**2
+        denoised = expand(sigma_data**2 / variance, x) * x + expand(sigma_data * t / variance.sqrt(), x) * network
+        f, g = ctm(t, s)
+        by_ctm = expand(f, x) * x + expand(g, x) * denoised
+        f, g = bcm(t, s, sigma_data)
+        torch.testing.assert_close(by_ctm, expand(f, x) * x + expand(g, x) * network, rtol=1e-12, atol=1e-12)
+
+
+def test_cm_is_the_published_pair_at_s_eps() -> None:
+    t = torch.tensor([EPS, 0.5, T], dtype=torch.float64)
+    f, g = build_preconditioning("cm", 0.5).coefficients(t, torch.full_like(t, EPS))
+    gap = t - EPS
+    torch.testing.assert_close(f, 0.25 / (gap**2 + 0.25))
+    torch.testing.assert_close(g, gap * 0.5 / (t**2 + 0.25).sqrt())
+
+
+@pytest.mark.parametrize("form", ["backward", "forward"])
+def test_coefficients_are_the_integrals_they_stand_for(form: str) -> None:
+    """Against AP (11)-(14) written out with a fine trapezoid rule and no logarithms."""
+    ode = wiggly_ode()
+    for t, s in ((80.0, 0.002), (2.5, 0.4), (0.05, 0.04)):
+        lam = torch.linspace(-torch.tensor(t).log(), -torch.tensor(s).log(), 200_001, dtype=torch.float64)
+        inside = torch.exp(-lam).clamp(s, t)
+        l, m = ode.l_t(inside), ode.s_t(inside)
+        log_l, log_s = (torch.cumulative_trapezoid(v, lam) for v in (l, m))
+        big_l, big_s = (torch.cat([torch.ones(1), torch.exp(v)]) for v in (log_l, log_s))
+        eta = torch.trapezoid(big_l * big_s, lam)
+        if form == "backward":
+            den = big_l[-1] * big_s[-1] + (1 - l[-1]) * eta
+            expected = big_l[0] * big_s[-1] / den, eta / den
+        else:
+            den = big_l[-1] * big_s[0]
+            expected = (big_l[0] * big_s[0] + (l[0] - 1) * eta) / den, eta / den
+        found = getattr(ode, form)(torch.tensor([t], dtype=torch.float64), torch.tensor([s], dtype=torch.float64))
+        for a, b in zip(found, expected, strict=True):
+            torch.testing.assert_close(a[0], b, rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize("scale", [1.0, 30.0, -30.0])
+def test_nothing_overflows_for_any_jump(scale: float) -> None:
+    t, s = pairs()
+    f, g = wiggly_ode(scale).backward(t, s)
+    assert bool(torch.isfinite(f).all() and torch.isfinite(g).all())
+    assert bool((f >= 0).all() and (g >= 0).all())
+
+
+def test_coefficients_do_not_depend_on_the_company_they_are_evaluated_in() -> None:
+    ode = wiggly_ode()
+    t, s = pairs()
+    f, g = ode.backward(t, s)
+    for i in (0, 7, 333, len(t) - 1):
+        one_f, one_g = ode.backward(t[i : i + 1], s[i : i + 1])
+        torch.testing.assert_close(one_f[0], f[i], rtol=1e-14, atol=0)
+        torch.testing.assert_close(one_g[0], g[i], rtol=1e-14, atol=1e-15)
+
+
+def test_the_order_of_the_nodes_does_not_matter() -> None:
+    t, s = pairs(10)
+    ode = wiggly_ode()
+    flipped = GeneralizedODE(TIMES.flip(0), ode.l_t(TIMES).flip(0), ode.s_t(TIMES).flip(0))
+    for a, b in zip(ode.backward(t, s), flipped.backward(t, s), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-14)
+
+
+def test_times_outside_the_fit_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"\[0\.002, 80\]"):
+        wiggly_ode().backward(torch.tensor([100.0]), torch.tensor([1.0]))
+
+
+@pytest.mark.parametrize(
+    ("times", "l", "message"),
+    [
+        ([1.0], [0.0], "at least two"),
+        ([1.0, 1.0], [0.0, 0.0], "different"),
+        ([1.0, -1.0], [0.0, 0.0], "positive"),
+        ([2.0, 1.0], [0.0, float("nan")], "finite"),
+    ],
+)
+def test_unusable_nodes_are_refused(times: list[float], l: list[float], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        GeneralizedODE(torch.tensor(times), torch.tensor(l), torch.zeros(len(l)))
+
+
+def test_analytic_without_coefficients_is_refused() -> None:
+    with pytest.raises(ValueError, match="needs coefficients"):
+        build_preconditioning("analytic", 0.5)
+    with pytest.raises(ValueError, match="there are cm"):
+        build_preconditioning("analytc", 0.5)
