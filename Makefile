@@ -76,7 +76,10 @@ ui: install ## the MLflow page of what was recorded, on 127.0.0.1 (PORT=5000)
 	  sqlite:///mlflow.db)
 	    if [ ! -e mlflow.db ]; then echo "Nothing is recorded here yet: run \`make demo\` first." >&2; exit 1; fi ;;
 	esac
-	echo "MLflow: http://127.0.0.1:$(PORT)  (Ctrl-C ends it; another port: make ui PORT=5001)"
+	# Its job runner would start six more processes, for features of language models.
+	export MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false
+	echo "MLflow: http://127.0.0.1:$(PORT)/#/experiments?workflowType=machine_learning"
+	echo "(Ctrl-C ends it; another port: make ui PORT=5001)"
 	exec mlflow ui --backend-store-uri "$$store" --host 127.0.0.1 --port $(PORT) --workers 1
 
 test: install ## the tests (PYTEST_ARGS="-k coefficients" for some of them, PYTEST_WORKERS=4 for more at once)

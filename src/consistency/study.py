@@ -323,6 +323,9 @@ class Study(Section):
         unknown = [key for key in self.varies if key not in Student.model_fields]
         if unknown:
             raise ValueError(f"varies names {unknown[0]!r}, not a student's field{_suggest(unknown[0], Student)}")
+        taken = {"teacher", "report", "extractor"} & set(self.students)
+        if taken:
+            raise ValueError(f"students.{min(taken)}: that name is taken by the workflow; choose another")
         for run, overrides in self.students.items():
             for key in overrides:
                 if key not in Student.model_fields:
