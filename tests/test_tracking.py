@@ -30,7 +30,8 @@ from consistency import tracking
 from consistency.errors import UserError
 from consistency.layout import Layout
 from consistency.study import Study
-from consistency.tracking import Point, Upload, plan, track_study, tracking_uri, without_credentials
+from consistency.tracking import track_study, tracking_uri, without_credentials
+from consistency.tracking_plan import Data, Point, Upload, plan
 
 ROOT = Path(__file__).resolve().parents[1]
 NAMES = {"teacher", "ctm", "ctm seed 0", "ctm seed 1", "analytic", "analytic seed 0", "analytic seed 1", "report"}
@@ -311,7 +312,7 @@ def test_values_that_are_not_finite_are_named_and_left_out(project: Project, cli
 
 def test_a_long_list_of_bad_values_is_cut() -> None:
     points = [Point("loss", float("nan"), 0, step) for step in range(50)]
-    upload = Upload("x", "seed", tracking.Data("digits", "0"), 0, 0, {}, {}, "", points)
+    upload = Upload("x", "seed", Data("digits", "0"), 0, 0, {}, {}, "", points)
     assert upload.points == [] and upload.tags["not_finite"].endswith("and 30 more")
 
 

@@ -1,5 +1,6 @@
 """Downloads: resumable, checked by sha256 before use, moved into place whole."""
 
+import http.client
 import os
 import urllib.error
 import urllib.request
@@ -24,7 +25,7 @@ def download(url: str, path: Path, digest: str) -> None:
     part = path.with_name(path.name + ".part")
     try:
         _fetch(url, part)
-    except (urllib.error.URLError, OSError, ValueError) as error:
+    except (urllib.error.URLError, http.client.HTTPException, OSError, ValueError) as error:
         reason = getattr(error, "reason", error)
         raise UserError(
             f"cannot download {url} ({reason}). Run the same command again to go on, or put the file with "

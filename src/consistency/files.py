@@ -1,8 +1,10 @@
 """Files that are whole or absent: atomic writes, digests, and one clear error when a disk is full."""
 
+import errno
 import hashlib
 import json
 import os
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -69,7 +71,10 @@ def write_with(path: Path, writer: Callable[[Path], None]) -> None:
         except OSError:
             raise
         except Exception as error:
-            # safetensors and zip writers wrap the system's error in their own.
-            if "os error 28" in str(error) or "No space left" in str(error) or "unexpected pos" in str(error):
-                raise OSError(28, "No space left on device") from error
+            # safetensors and torch's zip writer wrap the system's error in their own.
+            number = re.search(r"\(os error (\d+)\)", str(error))
+            if number:
+                raise OSError(int(number[1]), os.strerror(int(number[1]))) from error
+            if "unexpected pos" in str(error):
+                raise OSError(errno.ENOSPC, "No space left on device") from error
             raise

@@ -28,7 +28,7 @@ FITTED = ("analytic", "analytic-forward")
 class Section(BaseModel):
     """A part of the study: frozen, strictly typed, no unknown keys."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
 class Dataset(Section):
@@ -96,6 +96,8 @@ class MLP(Section):
 
 
 _NETWORKS: dict[str, type[Section]] = {"songunet": SongUNet, "mlp": MLP}
+# What pydantic adds to a location besides keys: the member of a union, and that it is the key which is wrong.
+_UNION_MEMBER = re.compile(r"^(constrained-\w+|literal\[.*\]|\[key\])$")
 
 
 class Teacher(Section):
@@ -263,7 +265,9 @@ class Study(Section):
             "coefficients": ["dataset", "noise", "teacher", "coefficients"],
         }
         if stage == "report":
-            return self.model_dump(mode="json")
+            everything = self.model_dump(mode="json")
+            everything["sampling"].pop("batch")
+            return everything
         if stage in parts:
             settings = {part: dump[part] for part in parts[stage]}
             if stage == "dataset" or stage == "extractor":
@@ -294,10 +298,10 @@ class Study(Section):
     def _possible(self) -> Self:
         self._check_students()
         size, network = self.dataset.resolution, self.teacher.network
-        if isinstance(network, MLP) and self.dataset.channels * size**2 > 1024:
+        values = self.dataset.channels * size**2
+        if isinstance(network, MLP) and values > 1024:
             raise ValueError(
-                f"teacher.network.kind mlp is for up to 1024 values, the images have {self.dataset.channels * size**2}: "
-                "use songunet"
+                f"teacher.network.kind mlp is for up to 1024 values, the images have {values}: use songunet"
             )
         if isinstance(network, SongUNet) and size % 2 ** (len(network.channel_mult) - 1):
             raise ValueError(
@@ -354,6 +358,10 @@ class _Loader(yaml.SafeLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[Any] = set()
         for key_node, _ in node.value:
+            if key_node.tag == "tag:yaml.org,2002:merge":
+                continue
+            if not isinstance(key_node, yaml.ScalarNode):
+                raise yaml.MarkedYAMLError(problem="a key must be a word", problem_mark=key_node.start_mark)
             key = self.construct_object(key_node, deep=True)
             if key in seen:
                 raise yaml.MarkedYAMLError(problem=f"key {key!r} is given twice", problem_mark=key_node.start_mark)
@@ -396,7 +404,7 @@ def _explain(error: ValidationError, model: type[BaseModel], prefix: str = "") -
         return str(problem["ctx"]["error"])
     location = [str(part) for part in problem["loc"]]
     # The member of a union is a step of pydantic's location that the file does not have.
-    key = prefix + ".".join(part for part in location if part not in _NETWORKS)
+    key = prefix + ".".join(part for part in location if part not in _NETWORKS and not _UNION_MEMBER.search(part))
     if problem["type"] == "extra_forbidden":
         return f"unknown key '{key}'{_suggest(location[-1], _owner(location[:-1], model))}"
     if problem["type"] == "missing":

@@ -1,5 +1,7 @@
 """The solver's order, the grids' ends and the samplers, on ODEs with closed forms."""
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -69,7 +71,7 @@ def test_gamma_zero_is_plain_jumps_and_needs_no_noise() -> None:
         return expand(f, x) * x + expand(g, x) * TEACHER(x, t)
 
     x = expected = 8 * start()
-    for t, s in zip(times[:-1], times[1:], strict=True):
+    for t, s in itertools.pairwise(times):
         ones = torch.ones(len(x), dtype=torch.float64)
         expected = jump(expected, t * ones, s * ones)
     torch.testing.assert_close(multistep(jump, x, times), expected)

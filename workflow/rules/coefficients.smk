@@ -9,13 +9,15 @@ rule coefficients:
         "logs/{study}/coefficients.log",
     benchmark:
         "logs/{study}/coefficients.tsv"
-    params:
-        key=key("coefficients"),
-        verb=VERB,
+    conda:
+        ENVIRONMENT
     threads: 1
     resources:
         mem_mb=4000,
         runtime=240,
+    params:
+        key=key("coefficients"),
+        verb=VERB,
     shell:
         "{params.verb} coefficients --study config/studies/{wildcards.study}.yaml --threads {threads}"
         " 2>&1 | tee -i {log}"

@@ -8,9 +8,8 @@ from snakemake.exceptions import WorkflowError
 # The jobs run this checkout's code with this interpreter, whether or not an environment is active.
 SOURCE = str(Path(workflow.basedir) / "src")
 sys.path.insert(0, SOURCE)
-os.environ["PYTHONPATH"] = SOURCE
 # A trainer whose Snakemake was killed (kill -9) saves and leaves, instead of training on beside the next run.
-os.environ["CONSISTENCY_SUPERVISOR"] = f"{platform.node()}:{os.getpid()}"
+os.environ.update(PYTHONPATH=SOURCE, CONSISTENCY_SUPERVISOR=f"{platform.node()}:{os.getpid()}")
 
 from consistency.errors import UserError
 from consistency.study import FITTED, Study, load_study
@@ -27,6 +26,8 @@ def load_studies(names: str | list[str]) -> dict[str, Study]:
 
 STUDIES = load_studies(config["studies"])
 VERB = f"{sys.executable} -m consistency"
+# The environment that environment.yml makes; read with `--sdm conda` only, and asked for by `snakemake --lint`.
+ENVIRONMENT = "consistency-distillation"
 
 
 wildcard_constraints:

@@ -8,11 +8,13 @@ rule dataset:
         "logs/{study}/dataset.log",
     benchmark:
         "logs/{study}/dataset.tsv"
-    params:
-        key=key("dataset"),
-        verb=VERB,
+    conda:
+        ENVIRONMENT
     resources:
         mem_mb=2000,
         runtime=240,
+    params:
+        key=key("dataset"),
+        verb=VERB,
     shell:
         "{params.verb} dataset --study config/studies/{wildcards.study}.yaml 2>&1 | tee -i {log}"

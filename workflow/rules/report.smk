@@ -26,11 +26,13 @@ rule report:
         "logs/{study}/report.log",
     benchmark:
         "logs/{study}/report.tsv"
-    params:
-        key=key("report"),
-        verb=VERB,
+    conda:
+        ENVIRONMENT
     resources:
         mem_mb=4000,
         runtime=60,
+    params:
+        key=key("report"),
+        verb=VERB,
     shell:
         "{params.verb} report --study config/studies/{wildcards.study}.yaml 2>&1 | tee -i {log}"

@@ -8,13 +8,15 @@ rule teacher_samples:
         "logs/{study}/samples/teacher.log",
     benchmark:
         "logs/{study}/samples/teacher.tsv"
-    params:
-        key=key("samples"),
-        verb=VERB,
+    conda:
+        ENVIRONMENT
     threads: 1
     resources:
         mem_mb=4000,
         runtime=240,
+    params:
+        key=key("samples"),
+        verb=VERB,
     shell:
         "{params.verb} samples --study config/studies/{wildcards.study}.yaml --threads {threads} 2>&1 | tee -i {log}"
 
@@ -29,13 +31,15 @@ rule samples:
         "logs/{study}/samples/{run}-seed{seed}.log",
     benchmark:
         "logs/{study}/samples/{run}-seed{seed}.tsv"
-    params:
-        key=key("samples"),
-        verb=VERB,
+    conda:
+        ENVIRONMENT
     threads: 1
     resources:
         mem_mb=4000,
         runtime=240,
+    params:
+        key=key("samples"),
+        verb=VERB,
     shell:
         "{params.verb} samples --study config/studies/{wildcards.study}.yaml"
         " --run {wildcards.run} --seed {wildcards.seed} --threads {threads} 2>&1 | tee -i {log}"

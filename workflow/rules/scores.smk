@@ -7,6 +7,8 @@ rule stage_inception:
         "resources/inception-2015-12-05.pt",
     log:
         "logs/stage_inception.log",
+    conda:
+        ENVIRONMENT
     params:
         verb=VERB,
     shell:
@@ -24,13 +26,15 @@ rule extractor:
         "logs/{study}/extractor.log",
     benchmark:
         "logs/{study}/extractor.tsv"
-    params:
-        key=key("extractor"),
-        verb=VERB,
+    conda:
+        ENVIRONMENT
     threads: 1
     resources:
         mem_mb=4000,
         runtime=240,
+    params:
+        key=key("extractor"),
+        verb=VERB,
     shell:
         "{params.verb} extractor --study config/studies/{wildcards.study}.yaml --threads {threads}"
         " 2>&1 | tee -i {log}"
@@ -49,13 +53,15 @@ rule calibration:
         "logs/{study}/calibration.log",
     benchmark:
         "logs/{study}/calibration.tsv"
-    params:
-        key=key("scores"),
-        verb=VERB,
+    conda:
+        ENVIRONMENT
     threads: 1
     resources:
         mem_mb=8000,
         runtime=240,
+    params:
+        key=key("scores"),
+        verb=VERB,
     shell:
         "{params.verb} calibration --study config/studies/{wildcards.study}.yaml --threads {threads}"
         " 2>&1 | tee -i {log}"
@@ -76,13 +82,15 @@ rule scores:
         "logs/{study}/scores/{run}-seed{seed}.log",
     benchmark:
         "logs/{study}/scores/{run}-seed{seed}.tsv"
-    params:
-        key=key("scores"),
-        verb=VERB,
+    conda:
+        ENVIRONMENT
     threads: 1
     resources:
         mem_mb=8000,
         runtime=480,
+    params:
+        key=key("scores"),
+        verb=VERB,
     shell:
         "{params.verb} scores --study config/studies/{wildcards.study}.yaml"
         " --run {wildcards.run} --seed {wildcards.seed} --threads {threads} 2>&1 | tee -i {log}"

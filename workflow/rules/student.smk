@@ -13,13 +13,15 @@ rule student:
         "logs/{study}/student/{run}-seed{seed}.log",
     benchmark:
         "logs/{study}/student/{run}-seed{seed}.tsv"
-    params:
-        key=key("student"),
-        verb=VERB,
+    conda:
+        ENVIRONMENT
     threads: 1
     resources:
         mem_mb=4000,
         runtime=1440,
+    params:
+        key=key("student"),
+        verb=VERB,
     shell:
         "{params.verb} student --study config/studies/{wildcards.study}.yaml"
         " --run {wildcards.run} --seed {wildcards.seed} --threads {threads} 2>&1 | tee -i {log}"

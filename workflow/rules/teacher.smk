@@ -11,12 +11,14 @@ rule teacher:
         "logs/{study}/teacher.log",
     benchmark:
         "logs/{study}/teacher.tsv"
-    params:
-        key=key("teacher"),
-        verb=VERB,
+    conda:
+        ENVIRONMENT
     threads: 1
     resources:
         mem_mb=4000,
         runtime=720,
+    params:
+        key=key("teacher"),
+        verb=VERB,
     shell:
         "{params.verb} teacher --study config/studies/{wildcards.study}.yaml --threads {threads} 2>&1 | tee -i {log}"

@@ -12,6 +12,8 @@ rule track:
         "logs/{study}/track.log",
     benchmark:
         "logs/{study}/track.tsv"
+    conda:
+        ENVIRONMENT
     params:
         verb=VERB,
     shell:

@@ -99,6 +99,9 @@ def _read_image(path: Path, settings: Dataset) -> Array:
     """One image: the centred square, resized by Lanczos on uint8 (EDM's preparation). [R, R, C]."""
     try:
         with Image.open(path) as image:
+            if image.mode.startswith(("I", "F")):
+                # Pillow would clip the grey levels at 255, silently.
+                raise UserError(f"{path} has more than 8 bits a channel: convert it to 8 bits")
             picture = image.convert("RGB" if settings.channels == 3 else "L")
     except (UnidentifiedImageError, OSError, Image.DecompressionBombError) as error:
         raise UserError(f"{path} is not a readable image ({error}): mend or remove it") from None

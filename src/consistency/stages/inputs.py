@@ -1,6 +1,7 @@
 """What several stages read: the dataset, the teacher, the coefficients, a student, checked against the study."""
 
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 import torch
@@ -61,7 +62,7 @@ def read_coefficients(layout: Layout) -> dict[str, np.ndarray[Any, Any]]:
             return dict(arrays)
     except FileNotFoundError:
         raise UserError(f"{path} is missing: run `python -m consistency coefficients` first") from None
-    except (OSError, ValueError, EOFError) as error:
+    except (OSError, ValueError, EOFError, BadZipFile) as error:
         raise UserError(f"{path} is damaged ({error}): run `coefficients` again") from None
 
 

@@ -3,6 +3,7 @@
 They are denoisers like any other, (x [N, d], t [N]) -> [N, d], so the code that runs on a network runs on them.
 """
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -124,7 +125,7 @@ def mixture_endpoint_error(jump: Callable[[Tensor, Tensor, Tensor], Tensor], ste
     weight = step * np.exp(-(x**2) / (2 * SIGMA_MAX**2)) / np.sqrt(2 * np.pi) / SIGMA_MAX
     y = torch.from_numpy(x)[:, None]
     times = rho_grid(steps + 1, SIGMA_MIN, SIGMA_MAX)
-    for t, s in zip(times[:-1], times[1:], strict=True):
+    for t, s in itertools.pairwise(times):
         y = jump(y, t.expand(len(y)), s.expand(len(y)))
     return float(((y[:, 0].numpy() - _mixture_endpoints()) ** 2 * weight).sum())
 

@@ -1,5 +1,6 @@
 """Samplers from a consistency function: deterministic jumps and gamma-sampling."""
 
+import itertools
 from collections.abc import Callable
 
 import torch
@@ -22,7 +23,7 @@ def multistep(
     eps the last time. gamma = 1 is the multistep sampler of consistency models. Kim et al. 2024 (CTM), algorithm 3.
     """
     last = times[-1]
-    for t, u in zip(times[:-1], times[1:], strict=True):
+    for t, u in itertools.pairwise(times):
         s = u if gamma == 0 else (1 - gamma**2) ** 0.5 * (u - last) + last
         x = jump(x, t.expand(len(x)), s.expand(len(x)))
         if gamma and fresh is not None and bool(s < u):

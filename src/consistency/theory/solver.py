@@ -1,5 +1,6 @@
 """Solvers of the teacher's probability-flow ODE dx/dt = (x - D(x, t)) / t."""
 
+import itertools
 from collections.abc import Callable, Sequence
 
 import torch
@@ -32,7 +33,7 @@ def heun_solve(denoiser: DenoiserFn, x: Tensor, times: Sequence[Tensor]) -> Tens
     is reached by an Euler step, since the slope is not defined there: NFE = 2 (len(times) - 1) - 1 then.
     """
     ones = torch.ones(len(x), dtype=torch.float64, device=x.device)
-    for t, u in zip(times[:-1], times[1:], strict=True):
+    for t, u in itertools.pairwise(times):
         t, u = t * ones, u * ones
         # At u = 0 the Euler step x + (0 - t)(x - D)/t is D itself.
         x = denoiser(x, t) if bool((u == 0).all()) else heun_step(denoiser, x, t, u)

@@ -15,6 +15,8 @@ from consistency.files import atomic, write_with
 from consistency.nets.denoiser import Denoiser, build_denoiser
 
 _FORMAT = "consistency-denoiser-1"
+# What torch.load raises on files cut short, overwritten or made by something else.
+_DAMAGED = (OSError, RuntimeError, EOFError, ValueError, LookupError, TypeError, pickle.UnpicklingError)
 
 
 def save_denoiser(path: Path, denoiser: Denoiser, metadata: dict[str, Any]) -> None:
@@ -62,7 +64,7 @@ def load_denoiser(path: Path, key: str | None = None) -> tuple[Denoiser, dict[st
         denoiser = build_denoiser(metadata["architecture"])
         with safe_open(path, "pt") as file:
             denoiser.load_state_dict({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
-    except (KeyError, ValueError, RuntimeError, SafetensorError) as error:
+    except (KeyError, TypeError, ValueError, RuntimeError, SafetensorError) as error:
         reason = " ".join(str(error).split())[:300]
         raise UserError(f"{path} does not fit the architecture it names ({reason}): run its stage again") from None
     bad = [name for name, value in denoiser.state_dict().items() if not bool(torch.isfinite(value).all())]
@@ -82,9 +84,12 @@ def load_state(path: Path) -> dict[str, Any] | None:
         state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         return None
-    except (OSError, RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+    except _DAMAGED as error:
+        # The first sentence only: PyTorch goes on to advise loading the file unsafely.
+        reason = str(error).split(". ")[0].splitlines()[0] if str(error) else type(error).__name__
         raise UserError(f"the training state {path} is damaged ({reason}): delete it to start over") from None
+    if not isinstance(state, dict):
+        raise UserError(f"the training state {path} is damaged (it holds no state): delete it to start over")
     return state
 
 

@@ -64,7 +64,7 @@ def load_images(folder: Path) -> ImageData:
     try:
         images = np.load(folder / "images.npy", mmap_mode="r")
         labels = np.load(folder / "labels.npy")
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, EOFError) as error:
         raise UserError(f"the dataset in {folder} is damaged ({error}): run `dataset` again") from None
     if images.dtype != np.uint8 or images.ndim != 4 or len(images) != facts["count"] or len(labels) != len(images):
         raise UserError(f"the dataset in {folder} does not match its dataset.json: run `dataset` again")

@@ -104,7 +104,7 @@ def train(job: Training) -> dict[str, float]:
             now = time.monotonic()
             window.seconds, mark = window.seconds + now - mark, now
             progress.advance()
-            if clock.step % job.log_every == 0:
+            if clock.step % job.log_every == 0 or clock.step == job.steps:
                 _require_finite(job, clock)
                 _log(job, clock, window)
                 window = _Window()
