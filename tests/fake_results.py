@@ -55,6 +55,8 @@ def make_study(folder: Path, name: str = "small", text: str = SMALL) -> Study:
 def make_results(study: Study, layout: Layout) -> None:
     """Write everything that the stages dataset to scores leave for report and track."""
     _dataset(study, layout)
+    _save_array(layout.extractor / "features.npy", np.zeros((4, 8), np.float32))
+    _card(study, layout.extractor, "extractor", held_out_accuracy=0.97)
     _teacher(study, layout)
     if study.needs_coefficients:
         _coefficients(study, layout)
@@ -101,6 +103,7 @@ def _dataset(study: Study, layout: Layout) -> None:
         "sigma_data": 0.5,
         "resolution": study.dataset.resolution,
         "channels": study.dataset.channels,
+        "source": study.dataset.kind,
     }
     write_json(layout.dataset / "dataset.json", facts)
     _card(study, layout.dataset, "dataset")
@@ -113,7 +116,7 @@ def _teacher(study: Study, layout: Layout) -> None:
     _write_lines(layout.teacher / "history.jsonl", lines)
     _weights(layout.teacher / "teacher.safetensors", study.key("teacher"), settings.steps)
     images, seconds = settings.steps * settings.batch, lines[-1]["seconds"] if lines else 1.0
-    _card(study, layout.teacher, "teacher", images=images, seconds=seconds)
+    _card(study, layout.teacher, "teacher", images=images, seconds=seconds, parameters=123_456)
 
 
 def _coefficients(study: Study, layout: Layout) -> None:
@@ -175,7 +178,7 @@ def _calibration(study: Study, layout: Layout) -> None:
     }
     heun = 2 * study.sampling.teacher_steps - 1
     rows = [
-        common | {"run": "data", "sampler": "halves", "fd": 0.4, "kid": 0.0001},
+        common | {"run": "data", "sampler": "halves", "nfe": 0, "fd": 0.4, "kid": 0.0001},
         common | {"run": "teacher", "sampler": "heun", "nfe": heun, "fd": 1.1, "kid": 0.0008},
     ]
     write_scores(layout.scores(None, None), rows)

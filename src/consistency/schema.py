@@ -36,9 +36,11 @@ def schema_text() -> str:
     student = Student.model_json_schema()
     partial = {**student, "required": [], "title": "StudentPart"}
     schema.setdefault("$defs", {})["StudentPart"] = partial
-    for name in ("student",):
-        schema["properties"][name] = {"$ref": "#/$defs/StudentPart"}
-    schema["properties"]["students"]["additionalProperties"] = {"$ref": "#/$defs/StudentPart"}
+    schema["properties"]["student"] = {"$ref": "#/$defs/StudentPart"}
+    # The names are constrained, so pydantic describes the students by the pattern of their names.
+    students = schema["properties"]["students"]
+    students["patternProperties"] = {name: {"$ref": "#/$defs/StudentPart"} for name in students["patternProperties"]}
+    students["additionalProperties"] = False
     return json.dumps(schema, indent=2, sort_keys=True) + "\n"
 
 

@@ -188,9 +188,7 @@ def test_a_killed_run_is_unlocked(installed: Path) -> None:
 def test_a_run_still_at_work_is_not_unlocked(installed: Path) -> None:
     leave_a_directory_lock(installed)
     script(installed / "bin/snakemake", "sleep 60; true")
-    with subprocess.Popen(
-        [str(installed / "bin/snakemake"), "--cores"], cwd=installed, process_group=0
-    ) as left:
+    with subprocess.Popen([str(installed / "bin/snakemake"), "--cores"], cwd=installed, process_group=0) as left:
         try:
             refused = make(installed, "demo")
         finally:
@@ -255,9 +253,7 @@ def fake_python(checkout: Path, version: str, with_venv: bool) -> str:
         ("3.11", False, ["apt-get install python3-venv"]),
     ],
 )
-def test_an_unfit_python_gets_one_clear_message(
-    checkout: Path, version: str, with_venv: bool, said: list[str]
-) -> None:
+def test_an_unfit_python_gets_one_clear_message(checkout: Path, version: str, with_venv: bool, said: list[str]) -> None:
     done = make(checkout, "demo", path=fake_python(checkout, version, with_venv))
     assert done.returncode != 0
     message = next(line for line in done.stderr.splitlines() if line.startswith("error: "))

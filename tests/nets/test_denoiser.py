@@ -164,9 +164,7 @@ def test_class_changes_the_output(architecture: dict[str, Any], make: Make, batc
     torch.testing.assert_close(mixed[0], by_class[2][0])
 
 
-def test_indices_equal_one_hot_and_none_equals_zeros(
-    architecture: dict[str, Any], make: Make, batch: Batch
-) -> None:
+def test_indices_equal_one_hot_and_none_equals_zeros(architecture: dict[str, Any], make: Make, batch: Batch) -> None:
     denoiser = make(architecture, label_dim=3)
     x, t = batch(denoiser)
     indices = torch.tensor([2, 0, 1])

@@ -46,9 +46,7 @@ def golden(name: str) -> tuple[Denoiser, dict[str, torch.Tensor]]:
     denoiser = build_denoiser(translate(ast.literal_eval(str(file["kwargs"])))).eval()
     weights = {key[6:]: torch.from_numpy(file[key]) for key in file if key.startswith("param/")}
     denoiser.load_state_dict(weights, strict=True)
-    return denoiser, {
-        key: torch.from_numpy(file[key]) for key in ("x", "sigma", "denoised", "labels") if key in file
-    }
+    return denoiser, {key: torch.from_numpy(file[key]) for key in ("x", "sigma", "denoised", "labels") if key in file}
 
 
 @pytest.mark.parametrize("name", ["ddpmpp_uncond", "ddpmpp_cond", "ncsnpp_uncond"])

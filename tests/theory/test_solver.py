@@ -23,8 +23,7 @@ def test_heun_is_of_order_two() -> None:
     x = start()
     exact = TEACHER.flow(x, 10.0, 0.1)
     errors = [
-        (heun_solve(TEACHER, x, list(log_grid(nodes, 0.1, 10.0))) - exact).abs().max().item()
-        for nodes in (41, 81, 161)
+        (heun_solve(TEACHER, x, list(log_grid(nodes, 0.1, 10.0))) - exact).abs().max().item() for nodes in (41, 81, 161)
     ]
     orders = np.log2(np.array(errors[:-1]) / np.array(errors[1:]))
     assert bool((abs(orders - 2) < 0.15).all()), orders

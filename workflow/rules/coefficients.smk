@@ -10,14 +10,13 @@ rule coefficients:
     benchmark:
         "logs/{study}/coefficients.tsv"
     conda:
-        ENVIRONMENT
+        environment
     threads: 1
     resources:
         mem_mb=4000,
         runtime=240,
     params:
         key=key("coefficients"),
-        verb=VERB,
     shell:
-        "{params.verb} coefficients --study config/studies/{wildcards.study}.yaml --threads {threads}"
+        "python -m consistency coefficients --study config/studies/{wildcards.study}.yaml --threads {threads}"
         " 2>&1 | tee -i {log}"

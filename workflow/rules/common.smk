@@ -4,30 +4,38 @@ import sys
 from pathlib import Path
 
 from snakemake.exceptions import WorkflowError
+from snakemake_interface_executor_plugins.settings import DeploymentMethod
 
 # The jobs run this checkout's code with this interpreter, whether or not an environment is active.
 SOURCE = str(Path(workflow.basedir) / "src")
 sys.path.insert(0, SOURCE)
 # A trainer whose Snakemake was killed (kill -9) saves and leaves, instead of training on beside the next run.
-os.environ.update(PYTHONPATH=SOURCE, CONSISTENCY_SUPERVISOR=f"{platform.node()}:{os.getpid()}")
+SUPERVISOR = f"{platform.node()}:{os.getpid()}"
+PATH = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
+os.environ.update(PYTHONPATH=SOURCE, PATH=PATH, CONSISTENCY_SUPERVISOR=SUPERVISOR)
 
 from consistency.errors import UserError
 from consistency.study import FITTED, Study, load_study
 
 
-def load_studies(names: str | list[str]) -> dict[str, Study]:
+def load_studies() -> dict[str, Study]:
     """The studies of the configuration by name; a mistake in any stops before any work."""
-    listed = [names] if isinstance(names, str) else names
+    names = config.get("studies")
+    names = [names] if isinstance(names, str) else names
     try:
-        return {name: load_study(f"config/studies/{name}.yaml") for name in listed}
+        for name in set(config) - {"studies"}:
+            raise UserError(
+                f"unknown key {name!r} in the configuration (config/config.yaml, --config): there is studies"
+            )
+        if not names:
+            raise UserError("studies in the configuration is empty: --config studies=digits, or studies=[digits,tiny]")
+        return {name: load_study(f"config/studies/{name}.yaml") for name in names}
     except UserError as error:
-        raise WorkflowError(str(error)) from None
+        # Snakemake would print a WorkflowError between the lines of a traceback.
+        raise SystemExit(f"error: {error}") from None
 
 
-STUDIES = load_studies(config["studies"])
-VERB = f"{sys.executable} -m consistency"
-# The environment that environment.yml makes; read with `--sdm conda` only, and asked for by `snakemake --lint`.
-ENVIRONMENT = "consistency-distillation"
+STUDIES = load_studies()
 
 
 wildcard_constraints:
@@ -54,6 +62,12 @@ def key(stage: str):
         return study_of(wildcards).key(stage, wildcards.get("run"), None if seed is None else int(seed))
 
     return of
+
+
+def environment(wildcards) -> str | None:
+    """With `--sdm conda`, the environment that environment.yml made; without, the one that runs Snakemake."""
+    wanted = DeploymentMethod.CONDA in workflow.deployment_settings.deployment_method
+    return "consistency-distillation" if wanted else None
 
 
 def coefficients_if_fitted(wildcards) -> list[str]:

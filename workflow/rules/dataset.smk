@@ -9,12 +9,11 @@ rule dataset:
     benchmark:
         "logs/{study}/dataset.tsv"
     conda:
-        ENVIRONMENT
+        environment
     resources:
         mem_mb=2000,
         runtime=240,
     params:
         key=key("dataset"),
-        verb=VERB,
     shell:
-        "{params.verb} dataset --study config/studies/{wildcards.study}.yaml 2>&1 | tee -i {log}"
+        "python -m consistency dataset --study config/studies/{wildcards.study}.yaml 2>&1 | tee -i {log}"

@@ -27,12 +27,11 @@ rule report:
     benchmark:
         "logs/{study}/report.tsv"
     conda:
-        ENVIRONMENT
+        environment
     resources:
         mem_mb=4000,
         runtime=60,
     params:
         key=key("report"),
-        verb=VERB,
     shell:
-        "{params.verb} report --study config/studies/{wildcards.study}.yaml 2>&1 | tee -i {log}"
+        "python -m consistency report --study config/studies/{wildcards.study}.yaml 2>&1 | tee -i {log}"

@@ -9,16 +9,15 @@ rule teacher_samples:
     benchmark:
         "logs/{study}/samples/teacher.tsv"
     conda:
-        ENVIRONMENT
+        environment
     threads: 1
     resources:
         mem_mb=4000,
         runtime=240,
     params:
         key=key("samples"),
-        verb=VERB,
     shell:
-        "{params.verb} samples --study config/studies/{wildcards.study}.yaml --threads {threads} 2>&1 | tee -i {log}"
+        "python -m consistency samples --study config/studies/{wildcards.study}.yaml --threads {threads} 2>&1 | tee -i {log}"
 
 
 rule samples:
@@ -32,14 +31,13 @@ rule samples:
     benchmark:
         "logs/{study}/samples/{run}-seed{seed}.tsv"
     conda:
-        ENVIRONMENT
+        environment
     threads: 1
     resources:
         mem_mb=4000,
         runtime=240,
     params:
         key=key("samples"),
-        verb=VERB,
     shell:
-        "{params.verb} samples --study config/studies/{wildcards.study}.yaml"
+        "python -m consistency samples --study config/studies/{wildcards.study}.yaml"
         " --run {wildcards.run} --seed {wildcards.seed} --threads {threads} 2>&1 | tee -i {log}"

@@ -8,11 +8,9 @@ rule stage_inception:
     log:
         "logs/stage_inception.log",
     conda:
-        ENVIRONMENT
-    params:
-        verb=VERB,
+        environment
     shell:
-        "{params.verb} stage-inception 2>&1 | tee -i {log}"
+        "python -m consistency stage-inception 2>&1 | tee -i {log}"
 
 
 rule extractor:
@@ -27,16 +25,15 @@ rule extractor:
     benchmark:
         "logs/{study}/extractor.tsv"
     conda:
-        ENVIRONMENT
+        environment
     threads: 1
     resources:
         mem_mb=4000,
         runtime=240,
     params:
         key=key("extractor"),
-        verb=VERB,
     shell:
-        "{params.verb} extractor --study config/studies/{wildcards.study}.yaml --threads {threads}"
+        "python -m consistency extractor --study config/studies/{wildcards.study}.yaml --threads {threads}"
         " 2>&1 | tee -i {log}"
 
 
@@ -54,16 +51,15 @@ rule calibration:
     benchmark:
         "logs/{study}/calibration.tsv"
     conda:
-        ENVIRONMENT
+        environment
     threads: 1
     resources:
         mem_mb=8000,
         runtime=240,
     params:
         key=key("scores"),
-        verb=VERB,
     shell:
-        "{params.verb} calibration --study config/studies/{wildcards.study}.yaml --threads {threads}"
+        "python -m consistency calibration --study config/studies/{wildcards.study}.yaml --threads {threads}"
         " 2>&1 | tee -i {log}"
 
 
@@ -83,14 +79,13 @@ rule scores:
     benchmark:
         "logs/{study}/scores/{run}-seed{seed}.tsv"
     conda:
-        ENVIRONMENT
+        environment
     threads: 1
     resources:
         mem_mb=8000,
         runtime=480,
     params:
         key=key("scores"),
-        verb=VERB,
     shell:
-        "{params.verb} scores --study config/studies/{wildcards.study}.yaml"
+        "python -m consistency scores --study config/studies/{wildcards.study}.yaml"
         " --run {wildcards.run} --seed {wildcards.seed} --threads {threads} 2>&1 | tee -i {log}"

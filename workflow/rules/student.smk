@@ -14,14 +14,13 @@ rule student:
     benchmark:
         "logs/{study}/student/{run}-seed{seed}.tsv"
     conda:
-        ENVIRONMENT
+        environment
     threads: 1
     resources:
         mem_mb=4000,
         runtime=1440,
     params:
         key=key("student"),
-        verb=VERB,
     shell:
-        "{params.verb} student --study config/studies/{wildcards.study}.yaml"
+        "python -m consistency student --study config/studies/{wildcards.study}.yaml"
         " --run {wildcards.run} --seed {wildcards.seed} --threads {threads} 2>&1 | tee -i {log}"

@@ -12,13 +12,12 @@ rule teacher:
     benchmark:
         "logs/{study}/teacher.tsv"
     conda:
-        ENVIRONMENT
+        environment
     threads: 1
     resources:
         mem_mb=4000,
         runtime=720,
     params:
         key=key("teacher"),
-        verb=VERB,
     shell:
-        "{params.verb} teacher --study config/studies/{wildcards.study}.yaml --threads {threads} 2>&1 | tee -i {log}"
+        "python -m consistency teacher --study config/studies/{wildcards.study}.yaml --threads {threads} 2>&1 | tee -i {log}"

@@ -13,8 +13,6 @@ rule track:
     benchmark:
         "logs/{study}/track.tsv"
     conda:
-        ENVIRONMENT
-    params:
-        verb=VERB,
+        environment
     shell:
-        "{params.verb} track --study config/studies/{wildcards.study}.yaml 2>&1 | tee -i {log}"
+        "python -m consistency track --study config/studies/{wildcards.study}.yaml 2>&1 | tee -i {log}"

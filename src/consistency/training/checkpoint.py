@@ -25,7 +25,22 @@ def save_denoiser(path: Path, denoiser: Denoiser, metadata: dict[str, Any]) -> N
     texts = {name: json.dumps(value, sort_keys=True) for name, value in described.items()}
     # A copy on the CPU, contiguous: safetensors refuses views, and EMA weights may be channels-last.
     tensors = {name: value.detach().cpu().contiguous().clone() for name, value in denoiser.state_dict().items()}
-    write_with(path, lambda temporary: save_file(tensors, temporary, metadata=texts))
+
+    def write(temporary: Path) -> None:
+        save_file(tensors, temporary, metadata=texts)
+        _sort_metadata(temporary)
+
+    write_with(path, write)
+
+
+def _sort_metadata(path: Path) -> None:
+    """Rewrite the header with sorted metadata: safetensors orders it at random, and equal files must be equal bytes."""
+    with path.open("r+b") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        file.seek(8)
+        file.write(json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode().ljust(size))
 
 
 def read_metadata(path: Path) -> dict[str, Any]:

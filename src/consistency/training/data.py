@@ -66,6 +66,6 @@ def load_images(folder: Path) -> ImageData:
         labels = np.load(folder / "labels.npy")
     except (OSError, ValueError, EOFError) as error:
         raise UserError(f"the dataset in {folder} is damaged ({error}): run `dataset` again") from None
-    if images.dtype != np.uint8 or images.ndim != 4 or len(images) != facts["count"] or len(labels) != len(images):
+    if images.dtype != np.uint8 or images.ndim != 4 or len(images) != facts.get("count") or len(labels) != len(images):
         raise UserError(f"the dataset in {folder} does not match its dataset.json: run `dataset` again")
     return ImageData(images, labels, facts)

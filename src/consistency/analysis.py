@@ -1,0 +1,162 @@
+"""Numbers of the report from score tables: means with intervals over seeds, and speed-ups. No file, no figure.
+
+A score table has the columns study, kind, run, seed, step, sampler, nfe, fd, kid, alignment, images, extractor.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+from scipy import stats
+
+Array = np.ndarray
+
+MEASURES = ("fd", "kid", "alignment")
+
+
+def mean_interval(values: Array, level: float = 0.95) -> tuple[float, float]:
+    """Mean and half-width of Student's t interval over seeds; the half-width of a single value is NaN."""
+    values = np.asarray(values, float)
+    if len(values) < 2:
+        return float(values.mean()), float("nan")
+    spread = values.std(ddof=1) / np.sqrt(len(values))
+    return float(values.mean()), float(stats.t.ppf(0.5 + level / 2, len(values) - 1) * spread)
+
+
+def final_table(scores: pd.DataFrame) -> pd.DataFrame:
+    """One row a student and sampler at the end of training: mean, half-width and number of seeds of each measure."""
+    rows = []
+    final = scores[scores.kind == "final"]
+    for (run, sampler, nfe), group in final.groupby(["run", "sampler", "nfe"], sort=False):
+        row = {
+            "run": run,
+            "sampler": sampler,
+            "nfe": nfe,
+            "seeds": len(group),
+            "images": int(group.images.iloc[0]),
+        }
+        for measure in MEASURES:
+            values = group[measure].dropna().to_numpy()
+            mean, half = mean_interval(values) if len(values) else (float("nan"), float("nan"))
+            row |= {measure: mean, f"{measure}_half_width": half}
+        rows.append(row)
+    return pd.DataFrame(rows)
+
+
+@dataclass(frozen=True)
+class Curves:
+    """Learning curves of one student: steps [P] and values [seeds, P], seeds in the order of `seeds`."""
+
+    steps: Array
+    values: Array
+    seeds: list[int]
+
+
+def curves_of(scores: pd.DataFrame, run: str, nfe: int, measure: str) -> Curves | None:
+    """The curves of a student at a number of jumps, or None where the measure was not taken."""
+    rows = scores[(scores.kind == "curve") & (scores.run == run) & (scores.nfe == nfe)]
+    wide = rows.pivot(index="seed", columns="step", values=measure).dropna()
+    if wide.empty:
+        return None
+    return Curves(wide.columns.to_numpy(int), wide.to_numpy(float), list(wide.index.to_numpy(int)))
+
+
+@dataclass(frozen=True)
+class Reached:
+    """Iterations to a score. bound: '' where they are known, '<' before the first snapshot, '>' never."""
+
+    steps: float
+    bound: str
+
+
+def iterations_to(steps: Array, values: Array, target: float) -> Reached:
+    """When the best value so far of a curve first is at most target, linear between snapshots.
+
+    steps, values: [P]. A curve that has it before training counts as the first snapshot after that, bound '<'.
+    """
+    best = np.minimum.accumulate(values)
+    there = np.flatnonzero(best <= target)
+    if not len(there):
+        return Reached(float(steps[-1]), ">")
+    k = int(there[0])
+    if k == 0:
+        return Reached(float(steps[min(1, len(steps) - 1)]), "<")
+    share = (best[k - 1] - target) / (best[k - 1] - best[k])
+    return Reached(float(steps[k - 1] + share * (steps[k] - steps[k - 1])), "")
+
+
+@dataclass(frozen=True)
+class SpeedUp:
+    """How many times fewer iterations than the baseline. bound: '' known, '>' at least, '<' at most this.
+
+    low, high: 95 % bootstrap interval over seeds; NaN with one seed.
+    """
+
+    run: str
+    baseline: str
+    measure: str
+    nfe: int
+    target: float
+    baseline_steps: float
+    steps: float
+    value: float
+    bound: str
+    low: float
+    high: float
+    seeds: int
+
+
+def speed_up(baseline: Curves, student: Curves) -> tuple[float, str, float, float, float]:
+    """(speed-up, bound, target, the baseline's iterations, the student's).
+
+    The target is the baseline's final score: the best value so far of its mean curve, at the end. Both sides'
+    iterations are those to reach it on the best-so-far of the mean over seeds, so a baseline against itself gives
+    exactly 1.
+    """
+    mean_baseline, mean_student = baseline.values.mean(0), student.values.mean(0)
+    target = float(mean_baseline.min())
+    own = iterations_to(baseline.steps, mean_baseline, target)
+    other = iterations_to(student.steps, mean_student, target)
+    bound = {"": "", "<": ">", ">": "<"}[other.bound]
+    return own.steps / other.steps, bound, target, own.steps, other.steps
+
+
+def bootstrap(baseline: Curves, student: Curves, resamples: int) -> tuple[float, float]:
+    """95 % percentile interval of the speed-up over resampled seeds; NaN with one seed.
+
+    Seeds are paired, because students of one seed see the same images, noise and times.
+    """
+    shared = [seed for seed in baseline.seeds if seed in student.seeds]
+    if len(shared) < 2:
+        return float("nan"), float("nan")
+    rows = [(baseline.seeds.index(seed), student.seeds.index(seed)) for seed in shared]
+    generator = np.random.default_rng(0)
+    values = []
+    for _ in range(resamples):
+        picked = [rows[i] for i in generator.integers(len(rows), size=len(rows))]
+        first = Curves(baseline.steps, baseline.values[[i for i, _ in picked]], shared)
+        second = Curves(student.steps, student.values[[j for _, j in picked]], shared)
+        values.append(speed_up(first, second)[0])
+    low, high = np.percentile(values, [2.5, 97.5])
+    return float(low), float(high)
+
+
+def speed_ups(scores: pd.DataFrame, baseline_of: dict[str, str], nfes: list[int], resamples: int) -> list[SpeedUp]:
+    """Every student against its baseline, at each number of jumps, for FD and for the alignment error.
+
+    baseline_of: student -> baseline. Where a measure was not taken there is no row.
+    """
+    found = []
+    for measure in ("fd", "alignment"):
+        for nfe in nfes:
+            for run, baseline in baseline_of.items():
+                reference, own = (curves_of(scores, name, nfe, measure) for name in (baseline, run))
+                if run == baseline or reference is None or own is None:
+                    continue
+                value, bound, target, reference_steps, steps = speed_up(reference, own)
+                low, high = bootstrap(reference, own, resamples)
+                seeds = len(own.seeds)
+                found.append(
+                    SpeedUp(run, baseline, measure, nfe, target, reference_steps, steps, value, bound, low, high, seeds)
+                )
+    return found

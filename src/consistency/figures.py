@@ -1,0 +1,211 @@
+"""The report's figures, one function each, from arrays to a matplotlib figure. Files are the report stage's matter."""
+
+import io
+from collections.abc import Sequence
+from typing import Any
+
+import matplotlib
+import numpy as np
+import pandas as pd
+import torch
+
+from consistency.analysis import SpeedUp, curves_of
+from consistency.theory.generalized_ode import GeneralizedODE
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+Array = np.ndarray
+
+# Okabe and Ito's colours, told apart by colour-blind readers; the line style separates curves that coincide.
+_COLOURS = ("#444444", "#D55E00", "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9")
+_LINES = ("-", "-", "--", "-", "-", "-.", "--")
+_STYLE: Any = {
+    "axes.grid": True,
+    "axes.spines.right": False,
+    "axes.spines.top": False,
+    "figure.constrained_layout.use": True,
+    "figure.dpi": 110,
+    "font.size": 10,
+    "grid.alpha": 0.25,
+    "legend.frameon": False,
+    "svg.hashsalt": "consistency",  # the same figure gives the same file
+}
+_LABELS = {"alignment": "alignment error (mean squared, per pixel)", "kid": "KID"}
+
+
+def drawn(figure: Figure, suffix: str) -> bytes:
+    """The figure as a png or svg file. It carries no date, so the same results give the same file."""
+    buffer = io.BytesIO()
+    metadata = {"Date": None} if suffix == "svg" else {"Software": None}
+    with plt.rc_context(_STYLE):
+        figure.savefig(buffer, format=suffix, metadata=metadata, dpi=130)
+    return buffer.getvalue()
+
+
+def close(figure: Figure) -> None:
+    """Free a figure's memory."""
+    plt.close(figure)
+
+
+def line_of(runs: Sequence[str], run: str) -> dict[str, str]:
+    """Colour and line style of a student, the same in every figure of a study."""
+    i = list(runs).index(run) % len(_COLOURS)
+    return {"color": _COLOURS[i], "linestyle": _LINES[i]}
+
+
+def measure_label(measure: str, extractor: str) -> str:
+    """The axis label of a measure; FD is called FID only where the features are Inception's."""
+    if measure == "fd":
+        return "FID" if extractor.startswith("inception") else "FD, classifier features (not FID)"
+    return _LABELS[measure]
+
+
+def sample_grid(rows: Sequence[tuple[str, Array]], columns: int = 16) -> Figure:
+    """Images side by side. rows: (label, uint8 [N, H, W, C]); one column is one noise."""
+    with plt.rc_context(_STYLE):
+        figure, axis = plt.subplots(figsize=(0.55 * columns + 2.2, 0.58 * len(rows) + 0.2))
+    gap = 1
+    height, width = rows[0][1].shape[1:3]
+    canvas = np.full((len(rows) * (height + gap), columns * (width + gap), 3), 255, np.uint8)
+    for i, (_, images) in enumerate(rows):
+        for j, image in enumerate(images[:columns]):
+            top, left = i * (height + gap), j * (width + gap)
+            canvas[top : top + height, left : left + width] = image
+    axis.imshow(canvas, interpolation="nearest")
+    middles = [i * (height + gap) + height / 2 - 0.5 for i in range(len(rows))]
+    axis.set_yticks(middles, [label for label, _ in rows])
+    axis.set_xticks([])
+    axis.grid(False)
+    axis.tick_params(length=0)
+    for spine in axis.spines.values():
+        spine.set_visible(False)
+    return figure
+
+
+def coefficients(fit: dict[str, Array]) -> Figure:
+    """l_t and s_t against t with +-2 standard errors; hollow points are times that do not determine s_t."""
+    with plt.rc_context(_STYLE):
+        figure, axes = plt.subplots(1, 2, figsize=(10, 3.6))
+        known = fit["determined"].astype(bool)
+        for axis, letter, ctm in zip(axes, "ls", (0.0, -1.0), strict=True):
+            value, error = fit[letter], 2 * fit[f"{letter}_se"]
+            low, high = value - error, value + error
+            axis.fill_between(fit["times"], low, high, where=known, color="#D55E00", alpha=0.3, lw=0)
+            axis.plot(fit["times"], value, color="#D55E00", marker=".", ms=3, lw=1, label=f"fitted ${letter}_t$")
+            if letter == "s" and not known.all():
+                axis.plot(fit["times"][~known], value[~known], "o", mfc="none", color="#D55E00", label="undetermined")
+            axis.axhline(ctm, color="#444444", lw=1, ls="--", label=f"ctm: {ctm:g}")
+            axis.set(xscale="log", xlabel="time t (noise level)", ylabel=f"${letter}_t$")
+            axis.legend()
+    return figure
+
+
+def preconditioning(ode: GeneralizedODE, forward: bool) -> Figure:
+    """f and g minus ctm's against s/t, for jumps from several t; forward: draw that form too."""
+    forms = [("analytic (backward Euler)", ode.backward)]
+    if forward:
+        forms.append(("analytic-forward", ode.forward))
+    starts = [ode.sigma_max, 10.0, 2.5, 0.5, 0.1]
+    with plt.rc_context(_STYLE):
+        figure, axes = plt.subplots(len(forms), 2, figsize=(10, 3.4 * len(forms)), squeeze=False)
+        colours = plt.get_cmap("viridis")(np.linspace(0, 0.9, len(starts)))
+        for (name, form), pair in zip(forms, axes, strict=True):
+            for start, colour in zip(starts, colours, strict=True):
+                s = torch.logspace(np.log10(ode.sigma_min), np.log10(start), 200, dtype=torch.float64)
+                s = s.clamp(ode.sigma_min, start)
+                t = torch.full_like(s, start)
+                f, g = form(t, s)
+                pair[0].plot(s / t, f - s / t, color=colour, label=f"t = {start:g}")
+                pair[1].plot(s / t, g - (1 - s / t), color=colour, label=f"t = {start:g}")
+            for axis, letter, ctm in zip(pair, "fg", ("s/t", "(1 - s/t)"), strict=True):
+                axis.axhline(0, color="#444444", lw=1, ls="--")
+                axis.set(
+                    xscale="log", xlabel="s / t", ylabel=f"{letter}(t,s) - {ctm}", title=f"{name}: {letter} - ctm's"
+                )
+            pair[0].legend()
+    return figure
+
+
+def learning_curves(
+    scores: pd.DataFrame, runs: Sequence[str], nfes: Sequence[int], measure: str, extractor: str
+) -> Figure:
+    """A measure against iterations, one panel a number of jumps: mean over seeds, and their range as a band."""
+    with plt.rc_context(_STYLE):
+        figure, axes = plt.subplots(1, len(nfes), figsize=(3.6 * len(nfes) + 0.4, 3.8), squeeze=False)
+        for axis, nfe in zip(axes[0], nfes, strict=True):
+            for run in runs:
+                curves = curves_of(scores, run, nfe, measure)
+                if curves is None:
+                    continue
+                shown = curves.steps > 0  # before training the scores are off the scale of everything after
+                steps, values = curves.steps[shown], curves.values[:, shown]
+                style = line_of(runs, run)
+                axis.plot(steps, values.mean(0), label=run, **style)
+                axis.fill_between(steps, values.min(0), values.max(0), color=style["color"], alpha=0.18, lw=0)
+            if measure == "fd":
+                _reference_lines(axis, scores)
+            axis.set(title=f"NFE {nfe}", xlabel="training iterations", yscale="log")
+            axis.yaxis.set_minor_formatter(matplotlib.ticker.LogFormatter(minor_thresholds=(1.5, 0.6)))
+        axes[0, 0].set_ylabel(measure_label(measure, extractor))
+        handles, labels = axes[0, 0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside lower center", ncols=min(len(labels), 7))
+    return figure
+
+
+def _reference_lines(axis: Axes, scores: pd.DataFrame) -> None:
+    for run, label, style in (("teacher", "teacher (Heun)", ":"), ("data", "data halves", "-.")):
+        rows = scores[(scores.kind == "calibration") & (scores.run == run)]
+        if len(rows):
+            axis.axhline(rows.fd.iloc[0], color="#888888", lw=1, ls=style, label=label)
+
+
+def training_losses(histories: dict[str, list[pd.DataFrame]], runs: Sequence[str]) -> Figure:
+    """Distillation and DSM terms against iterations, mean over seeds."""
+    with plt.rc_context(_STYLE):
+        figure, axes = plt.subplots(1, 2, figsize=(10, 3.6))
+        for run in runs:
+            for axis, term in zip(axes, ("distillation", "dsm"), strict=True):
+                tables = [table.set_index("step")[term] for table in histories[run] if term in table]
+                if tables:
+                    mean = pd.concat(tables, axis=1).mean(axis=1)
+                    axis.plot(mean.index, mean, label=run, lw=1, **line_of(runs, run))
+        for axis, title in zip(axes, ("distillation term", "denoising score matching term"), strict=True):
+            axis.set(xlabel="training iterations", ylabel=title, yscale="log")
+            axis.legend()
+    return figure
+
+
+def speed_up_bars(found: Sequence[SpeedUp], runs: Sequence[str], measure: str, extractor: str) -> Figure:
+    """Speed-up over the baseline at each number of jumps, with bootstrap intervals; 1 is the baseline."""
+    rows = [item for item in found if item.measure == measure]
+    nfes = sorted({item.nfe for item in rows})
+    shown = [run for run in runs if any(item.run == run for item in rows)]
+    with plt.rc_context(_STYLE):
+        figure, axis = plt.subplots(figsize=(1.6 * max(len(nfes), 2) + 3, 3.6))
+        for k, run in enumerate(shown):
+            for item in (item for item in rows if item.run == run):
+                x = nfes.index(item.nfe) + (k - (len(shown) - 1) / 2) * 0.8 / len(shown)
+                colour = line_of(runs, run)["color"]
+                marker = {"": "o", ">": "^", "<": "v"}[item.bound]
+                axis.plot([x], [item.value], marker, color=colour, label=run if item.nfe == nfes[0] else None)
+                if np.isfinite(item.low):
+                    axis.vlines(x, item.low, item.high, color=colour, lw=2, alpha=0.6)
+        axis.axhline(1, color="#444444", lw=1, ls="--")
+        axis.set_xticks(range(len(nfes)), [f"NFE {nfe}" for nfe in nfes])
+        axis.set(
+            ylabel="speed-up over the baseline",
+            title=f"iterations to the baseline's final {_short(measure, extractor)}",
+        )
+        handles, labels = axis.get_legend_handles_labels()
+        unique = dict(zip(labels, handles, strict=True))
+        figure.legend(unique.values(), unique.keys(), loc="outside right upper")
+    return figure
+
+
+def _short(measure: str, extractor: str) -> str:
+    if measure == "alignment":
+        return "alignment error"
+    return "FID" if extractor.startswith("inception") else "FD (classifier)"

@@ -1,0 +1,118 @@
+"""What many tests need: a tiny denoiser, the tiny study with changes, and its first results."""
+
+import copy
+import socket
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from consistency.layout import Layout
+from consistency.nets.denoiser import Denoiser, init_denoiser
+from consistency.study import Study
+
+ROOT = Path(__file__).parents[1]
+TINY = yaml.safe_load((ROOT / "config/studies/tiny.yaml").read_text())
+#: in place of a value: the key is taken out
+ABSENT = object()
+
+Changes = dict[str, Any]
+
+
+def changed(changes: Changes) -> dict[str, Any]:
+    """The tiny study as plain data, with dotted keys replaced."""
+    content: dict[str, Any] = copy.deepcopy(TINY)
+    for dotted, value in changes.items():
+        *parents, last = dotted.split(".")
+        section = content
+        for parent in parents:
+            section = section.setdefault(parent, {})
+        section[last] = value
+        if value is ABSENT:
+            del section[last]
+    return content
+
+
+@pytest.fixture(scope="session")
+def absent() -> object:
+    """The value that takes a key out of the study."""
+    return ABSENT
+
+
+@pytest.fixture(scope="session")
+def tiny() -> Callable[..., Study]:
+    """tiny({"student.steps": 9}): the tiny study with changes."""
+
+    def make(changes: Changes | None = None) -> Study:
+        return Study.model_validate(changed(changes or {}))
+
+    return make
+
+
+@pytest.fixture
+def write_study(tmp_path: Path) -> Callable[..., Path]:
+    """write_study({"student.steps": 9}): the path of the tiny study's file with changes, named tiny.yaml."""
+
+    def write(changes: Changes | None = None) -> Path:
+        path = tmp_path / "tiny.yaml"
+        path.write_text(yaml.safe_dump(changed(changes or {}), sort_keys=False))
+        return path
+
+    return write
+
+
+@pytest.fixture(scope="session")
+def make_denoiser() -> Callable[..., Denoiser]:
+    """make_denoiser(seed, **architecture): a small perceptron whose output is not near zero."""
+
+    def make(seed: int = 0, **architecture: Any) -> Denoiser:
+        small = {"img_resolution": 4, "img_channels": 1, "width": 16, "depth": 1, "embedding": 8}
+        denoiser = init_denoiser({"network": "mlp", **small, **architecture}, seed)
+        generator = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            for name, weight in denoiser.named_parameters():
+                if "linear_out" in name or "_s." in name:
+                    weight.copy_(0.3 * torch.randn(weight.shape, generator=generator))
+        return denoiser
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def first_results(tmp_path_factory: pytest.TempPathFactory, tiny: Callable[..., Study]) -> Layout:
+    """Dataset, an untrained teacher and made-up coefficients of the tiny study."""
+    import numpy as np
+
+    from consistency.provenance import write_card
+    from consistency.stages.dataset import make_dataset
+    from consistency.stages.teacher import architecture
+    from consistency.theory.noise import log_grid
+    from consistency.training.checkpoint import save_denoiser
+    from consistency.training.data import load_images
+
+    study, folder = tiny(), tmp_path_factory.mktemp("tiny")
+    layout = Layout(study.name, folder / "results", folder / "state")
+    make_dataset(study, layout)
+    teacher = init_denoiser(architecture(study, load_images(layout.dataset)), 0)
+    save_denoiser(layout.teacher / "teacher.safetensors", teacher, {"key": study.key("teacher"), "study": "tiny"})
+    times = log_grid(16, study.noise.sigma_min, study.noise.sigma_max).numpy()
+    layout.coefficients.mkdir()
+    l = 1 / (1 + 1 / times)
+    np.savez(layout.coefficients / "coefficients.npz", times=times, l=l, s=4 * l - 2)
+    write_card(layout.coefficients, study, "coefficients", started=0.0, inputs=[], outputs=[])
+    return layout
+
+
+@pytest.fixture
+def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Any attempt to connect fails the test."""
+
+    def refuse(*args: Any, **kwargs: Any) -> None:
+        raise AssertionError("the network was touched")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    monkeypatch.setattr(socket, "create_connection", refuse)
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)

@@ -1,0 +1,108 @@
+"""The report from a made-up study: everything is there, self-contained, with N and seeds."""
+
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tests.fake_results import SMALL, make_results, make_study
+
+from consistency.errors import UserError
+from consistency.layout import Layout
+from consistency.stages.report import make_report, print_summary
+from consistency.study import Study
+
+ONE_SEED = SMALL.replace("seeds: [0, 1]", "seeds: [3]")
+PLAIN = SMALL.replace("  analytic: {preconditioning: analytic}", "  bcm: {preconditioning: bcm}")
+LARGE = (
+    SMALL.replace("seeds: [0, 1]", "varies: [preconditioning, objective]\nseeds: [0, 1, 2]")
+    .replace(
+        "  analytic: {preconditioning: analytic}",
+        "  bcm: {preconditioning: bcm}\n"
+        "  analytic: {preconditioning: analytic}\n"
+        "  analytic-forward: {preconditioning: analytic-forward}\n"
+        "  cm: {preconditioning: cm, objective: endpoint}\n"
+        "  analytic-endpoint: {preconditioning: analytic, objective: endpoint}",
+    )
+    .replace("{trajectory: ctm}", "{trajectory: ctm, endpoint: cm}")
+)
+
+
+def made(folder: Path, text: str = SMALL) -> tuple[Study, Layout]:
+    study = make_study(folder, text=text)
+    layout = Layout(study.name, folder / "results")
+    make_results(study, layout)
+    return study, layout
+
+
+@pytest.mark.parametrize("text", [SMALL, ONE_SEED, PLAIN, LARGE], ids=["two", "one seed", "no fit", "six students"])
+def test_the_page_is_whole_and_loads_nothing(tmp_path: Path, text: str) -> None:
+    study, layout = made(tmp_path, text)
+    make_report(study, layout)
+    page = (layout.report / "report.html").read_text()
+    assert not re.search(r"""(src|href)=["']?(https?:|//|\.|/)|@import|url\(""", page)
+    names = [path.stem for path in (layout.report / "figures").glob("*.png")]
+    assert {"samples", "curves_fd", "curves_alignment", "losses", "speedup_fd"} <= set(names)
+    assert ("coefficients" in names) == study.needs_coefficients
+    for name in names:
+        assert (layout.report / "figures" / f"{name}.svg").stat().st_size > 1000
+        assert f'id="{name}"' in page
+    for caption in re.findall(r"<figcaption>(.*?)</figcaption>", page, re.S):
+        assert re.search(r"seed", caption)
+        assert re.search(r"N = \d+|seeds 0 to 15|terms of the training loss", caption)
+    assert "not FID" in page
+    words = re.sub(r"base64,[^\"]+", "", page)
+    assert not re.search(r"\bnan\b", words, re.I)
+
+
+def test_the_tables_are_numbers_for_machines(tmp_path: Path) -> None:
+    study, layout = made(tmp_path, LARGE)
+    make_report(study, layout)
+    summary = json.loads((layout.report / "summary.json").read_text())
+    assert set(summary["final"]) == set(study.students)
+    assert set(summary["speed_up"]) == set(study.students) - {"ctm", "cm"}
+    # Endpoint students know no s between: their alignment is measured at one jump only.
+    assert "alignment nfe1" in summary["speed_up"]["analytic-endpoint"]
+    assert "alignment nfe2" not in summary["speed_up"]["analytic-endpoint"]
+
+
+def test_the_same_results_give_the_same_files(tmp_path: Path) -> None:
+    study, layout = made(tmp_path)
+    make_report(study, layout)
+    before = {path.name: path.read_bytes() for path in layout.report.rglob("*.*") if path.name != "card.json"}
+    make_report(study, layout)
+    for path in layout.report.rglob("*.*"):
+        if path.name != "card.json":
+            assert path.read_bytes() == before[path.name], path.name
+
+
+@pytest.mark.parametrize(
+    ("gone", "verb"),
+    [
+        ("scores/ctm/seed1.csv", "scores --run ctm --seed 1"),
+        ("scores/calibration.csv", "calibration"),
+        ("students/analytic/seed0/card.json", "student --run analytic --seed 0"),
+        ("coefficients/coefficients.npz", "coefficients"),
+    ],
+)
+def test_what_is_missing_is_named_with_its_verb(tmp_path: Path, gone: str, verb: str) -> None:
+    study, layout = made(tmp_path)
+    (layout.root / gone).unlink()
+    with pytest.raises(UserError, match=verb):
+        make_report(study, layout)
+
+
+def test_the_summary_says_where_things_are(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    study, layout = made(tmp_path)
+    make_report(study, layout)
+    layout.track.mkdir()
+    (layout.track / "tracked.json").write_text(json.dumps({"url_hint": "`make ui`, then look"}))
+    print_summary(study, layout)
+    said = capsys.readouterr().out
+    assert str(layout.report / "report.html") in said
+    assert "`make ui`, then look" in said
+    assert len(re.findall(r"^analytic +jumps", said, re.M)) == len(study.sampling.nfe)
+    assert "not FID" in said
+    assert "speed-up" in said or "times fewer" in said
+    assert not np.any(["nan" in line for line in said.splitlines()])

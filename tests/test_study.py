@@ -1,0 +1,409 @@
+"""The study: every mistake is one line that says where and what, and every key names what it should."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import pytest
+import yaml
+
+from consistency.errors import UserError
+from consistency.schema import REFERENCE, SCHEMA, reference_text, schema_text, write_schema
+from consistency.study import Student, Study, load_study
+
+ROOT = Path(__file__).parents[1]
+STUDIES = sorted((ROOT / "config/studies").glob("*.yaml"))
+MLP = {"kind": "mlp", "width": 32, "depth": 1, "embedding": 16}
+
+WriteStudy = Callable[..., Path]
+Tiny = Callable[..., Study]
+
+
+def mistake(path: Path) -> str:
+    """The message of a study that must be refused: one line that names the file."""
+    with pytest.raises(UserError) as error:
+        load_study(path)
+    message = str(error.value)
+    assert "\n" not in message
+    assert str(path) in message
+    return message
+
+
+# --- the studies of the project
+
+
+@pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.stem)
+def test_every_study_of_the_project_loads(path: Path) -> None:
+    study = load_study(path)
+    assert study.name == path.stem
+    for run in study.students:
+        study.resolved(run)
+
+
+@pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.stem)
+def test_two_compared_students_differ_in_nothing_but_what_varies(path: Path) -> None:
+    study = load_study(path)
+    dumps = [study.resolved(run).model_dump() for run in study.students]
+    differing = {key for key in Student.model_fields if len({repr(dump[key]) for dump in dumps}) > 1}
+    assert differing <= set(study.varies)
+
+
+def test_the_project_has_studies() -> None:
+    assert {"digits", "tiny"} <= {path.stem for path in STUDIES}
+
+
+def test_a_loaded_study_cannot_be_changed(tiny: Tiny) -> None:
+    study = tiny()
+    with pytest.raises(ValueError, match="frozen"):
+        study.teacher.steps = 7  # type: ignore[misc]
+
+
+# --- misspelt, mistyped and missing keys
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("sedes", [1], "unknown key 'sedes'; did you mean 'seeds'?"),
+        ("dataset.resolutoin", 8, "unknown key 'dataset.resolutoin'; did you mean 'resolution'?"),
+        ("noise.sigma_mn", 1.0, "unknown key 'noise.sigma_mn'; did you mean 'sigma_min'?"),
+        ("teacher.batchsize", 8, "unknown key 'teacher.batchsize'; did you mean 'batch'?"),
+        ("teacher.network.widht", 8, "unknown key 'teacher.network.widht'; did you mean 'width'?"),
+        ("coefficients.probe", 8, "unknown key 'coefficients.probe'; did you mean 'probes'?"),
+        ("student.stpes", 8, "unknown key 'student.stpes'; did you mean 'steps'?"),
+        ("students.ctm.precondition", "ctm", "'students.ctm.precondition'; did you mean 'preconditioning'?"),
+        ("sampling.nef", [1], "unknown key 'sampling.nef'; did you mean 'nfe'?"),
+        ("scores.kid_subset", 2, "unknown key 'scores.kid_subset'; did you mean 'kid_subsets'?"),
+        ("scores.classifier.feature", 9, "unknown key 'scores.classifier.feature'; did you mean 'features'?"),
+        ("report.bootstraps", 9, "unknown key 'report.bootstraps'; did you mean 'bootstrap'?"),
+        ("varies", ["preconditionin"], "varies names 'preconditionin'"),
+        ("dataset.zzzz", 1, "unknown key 'dataset.zzzz'; there are kind, path, split, resolution"),
+    ],
+)
+def test_a_misspelt_key_is_named_with_the_nearest_valid_one(
+    write_study: WriteStudy, key: str, value: Any, message: str
+) -> None:
+    assert message in mistake(write_study({key: value}))
+
+
+def test_an_unknown_key_explains_the_missing_one(write_study: WriteStudy, absent: object) -> None:
+    path = write_study({"teacher.steps": absent, "teacher.setps": 60})
+    assert "unknown key 'teacher.setps'; did you mean 'steps'?" in mistake(path)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("teacher.steps", "ten", "key 'teacher.steps': input should be a valid integer, got 'ten'"),
+        ("teacher.steps", 60.0, "key 'teacher.steps': input should be a valid integer, got 60.0"),
+        ("teacher.steps", "60", "key 'teacher.steps': input should be a valid integer, got '60'"),
+        ("teacher.steps", True, "key 'teacher.steps': input should be a valid integer, got True"),
+        ("teacher.steps", None, "key 'teacher.steps': input should be a valid integer, got None"),
+        ("teacher.steps", 0, "key 'teacher.steps': input should be greater than or equal to 1, got 0"),
+        ("teacher.learning_rate", -1e-3, "key 'teacher.learning_rate': input should be greater than 0"),
+        ("teacher.learning_rate", float("inf"), "key 'teacher.learning_rate': input should be a finite number"),
+        ("teacher.p_mean", float("nan"), "key 'teacher.p_mean': input should be a finite number"),
+        ("teacher.network", {"kind": "mpl"}, "key 'teacher.network': input tag 'mpl'"),
+        ("teacher.network", {"width": 9}, "key 'teacher.network': unable to extract tag using discriminator 'kind'"),
+        ("teacher.network.width", 0, "key 'teacher.network.width': input should be greater than or equal to 1"),
+        ("teacher.network.dropout", 1.0, "key 'teacher.network.dropout': input should be less than 1"),
+        ("dataset", [1], "key 'dataset': input should be a valid dictionary"),
+        ("dataset.horizontal_flip", 1, "key 'dataset.horizontal_flip': input should be a valid boolean, got 1"),
+        ("dataset.channels", 2, "key 'dataset.channels': input should be 1 or 3, got 2"),
+        ("noise.sigma_data", "meausred", "key 'noise.sigma_data': input should be"),
+        ("noise.sigma_data", -1.0, "key 'noise.sigma_data': input should be greater than 0"),
+        ("coefficients.probes", "exac", "key 'coefficients.probes': input should be"),
+        ("student", [1], "key 'student': input should be a valid dictionary"),
+        ("student.steps", "many", "key 'student.steps': input should be a valid integer, got 'many'"),
+        ("student.target", "emma", "key 'student.target': input should be 'online' or 'ema', got 'emma'"),
+        ("students.ctm", None, "key 'students.ctm': input should be a valid dictionary"),
+        ("students.ctm.preconditioning", "ctn", "key 'student.preconditioning': input should be 'cm', 'bcm'"),
+        ("students", {}, "key 'students': dictionary should have at least 1 item"),
+        ("students", {"Bad Name": {}}, "key 'students.Bad Name': string should match pattern"),
+        ("seeds", [], "key 'seeds': list should have at least 1 item"),
+        ("seeds", [0, -1], "key 'seeds.1': input should be greater than or equal to 0, got -1"),
+        ("seeds", 0, "key 'seeds': input should be a valid list, got 0"),
+        ("sampling.nfe", [1, "a"], "key 'sampling.nfe.1': input should be a valid integer, got 'a'"),
+        ("sampling.gamma", [1.5], "key 'sampling.gamma.0': input should be less than or equal to 1"),
+        ("report.baseline", {"trajectry": "ctm"}, "key 'report.baseline.trajectry': input should be 'trajectory'"),
+        ("name", "Tiny", "key 'name': string should match pattern"),
+    ],
+)
+def test_a_wrong_value_is_named_with_what_is_allowed(
+    write_study: WriteStudy, key: str, value: Any, message: str
+) -> None:
+    assert message in mistake(write_study({key: value}))
+
+
+@pytest.mark.parametrize(
+    ("key", "message"),
+    [
+        ("name", "key 'name' is missing"),
+        ("teacher", "key 'teacher' is missing"),
+        ("teacher.steps", "key 'teacher.steps' is missing"),
+        ("teacher.network", "key 'teacher.network' is missing"),
+        ("dataset.resolution", "key 'dataset.resolution' is missing"),
+        ("student.steps", "students.ctm: key 'student.steps' is missing"),
+        ("scores.curve_count", "key 'scores.curve_count' is missing"),
+        ("seeds", "key 'seeds' is missing"),
+    ],
+)
+def test_a_missing_key_is_named(write_study: WriteStudy, absent: object, key: str, message: str) -> None:
+    assert message in mistake(write_study({key: absent}))
+
+
+# --- combinations that cannot be
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"dataset.resolution": 16}, "set dataset.resolution to 8"),
+        ({"dataset.path": "data"}, "dataset.path is for image_folder"),
+        ({"dataset.kind": "image_folder"}, "dataset.path is missing"),
+        ({"noise.sigma_max": 0.001}, "noise.sigma_min must be smaller than noise.sigma_max"),
+        (
+            {"dataset": {"kind": "image_folder", "path": "data", "resolution": 64, "channels": 3}},
+            "teacher.network.kind mlp is for up to 1024 values, the images have 12288: use songunet",
+        ),
+        (
+            {"teacher.network": {"kind": "songunet", "channel_mult": [1, 1, 1, 1, 1]}},
+            "dataset.resolution 8 cannot be halved 4 times",
+        ),
+        ({"seeds": [1, 1]}, "seeds lists a seed twice"),
+        ({"report.grid_nfe": [1, 4]}, "report.grid_nfe has 4, which sampling.nfe does not sample"),
+        ({"sampling.count": 8}, "sampling.count must exceed scores.classifier.features"),
+        ({"scores.alignment_count": 81}, "scores.alignment_count must not exceed scores.curve_count"),
+        (
+            {"scores.curve_count": 8, "scores.alignment_count": 8},
+            "scores.curve_count must exceed scores.classifier.features",
+        ),
+        ({"students.ctm.preconditioning": "cm"}, "preconditioning 'cm' is defined for s = eps only"),
+        ({"student.max_heun_steps": 6}, "max_heun_steps 6 is more than nodes - 1 = 5"),
+        ({"student.snapshot_every": 4}, "snapshot_every 4 does not divide steps 6"),
+        ({"student.log_every": 2}, "log_every 2 does not divide snapshot_every 3"),
+        ({"students.ctm.dropout": 0.1}, "students.ctm changes 'dropout', but the study says"),
+        (
+            {
+                "varies": ["preconditioning", "snapshot_every", "log_every"],
+                "students.ctm.snapshot_every": 6,
+                "students.ctm.log_every": 6,
+            },
+            "students must share snapshot_every",
+        ),
+        ({"report.baseline": {"trajectory": "ctn"}}, "report.baseline.trajectory names 'ctn', which is not one"),
+        ({"report.baseline": {"endpoint": "ctm"}}, "report.baseline.endpoint names 'ctm', whose objective is another"),
+        ({"students": {"teacher": {}}, "report": {}}, "students.teacher: that name is taken"),
+        ({"students": {"extractor": {}}, "report": {}}, "students.extractor: that name is taken"),
+    ],
+)
+def test_an_impossible_combination_is_explained(write_study: WriteStudy, changes: dict[str, Any], message: str) -> None:
+    assert message in mistake(write_study(changes))
+
+
+def test_students_may_differ_in_what_the_study_says_varies(write_study: WriteStudy) -> None:
+    path = write_study({"varies": ["preconditioning", "dropout"], "students.ctm.dropout": 0.1})
+    study = load_study(path)
+    assert study.resolved("ctm").dropout == 0.1
+    assert study.resolved("analytic").dropout == 0.0
+
+
+def test_a_student_that_is_not_there_is_named_with_those_that_are(tiny: Tiny) -> None:
+    with pytest.raises(UserError, match="study tiny has no student 'ctn'; it has ctm, analytic"):
+        tiny().resolved("ctn")
+
+
+# --- files
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("name: tiny\nname: tiny\n", "key 'name' is given twice"),
+        ("teacher: {steps: 1, steps: 2}\n", "key 'steps' is given twice"),
+        ("a: [", "is not valid YAML: while parsing a flow node"),
+        ("\ta: b", "is not valid YAML: while scanning"),
+        ("a: *b\n", "found undefined alias"),
+        ("[a, b]: 1\n", "a key must be a word"),
+        ("? {a: 1}\n: 2\n", "a key must be a word"),
+        ("---\na: 1\n---\nb: 2\n", "expected a single document"),
+        ('a: !!python/object/apply:os.mkdir ["sprung"]', "could not determine a constructor"),
+        ("\x00", "is not valid YAML"),
+        ("", "must hold keys and values, such as `name: tiny`"),
+        ("- 1\n", "must hold keys and values"),
+        ("tiny\n", "must hold keys and values"),
+        ("1: 2\n", "key 'name' is missing"),
+    ],
+)
+def test_a_file_that_is_no_study_says_why(tmp_path: Path, text: str, message: str) -> None:
+    path = tmp_path / "tiny.yaml"
+    path.write_text(text)
+    assert message in mistake(path)
+    assert not Path("sprung").exists()
+
+
+def test_a_number_with_an_exponent_is_a_number(write_study: WriteStudy) -> None:
+    path = write_study()
+    path.write_text(path.read_text().replace("teacher:\n", "teacher:\n  learning_rate: 1e-3\n"))
+    assert load_study(path).teacher.learning_rate == 1e-3
+    path.write_text(path.read_text().replace("1e-3", "2.5E+0"))
+    assert load_study(path).teacher.learning_rate == 2.5
+
+
+def test_sections_may_be_shared_by_anchors(tmp_path: Path, tiny: Tiny, write_study: WriteStudy) -> None:
+    path = write_study()
+    text = path.read_text().replace("  ctm:\n    preconditioning: ctm\n", "  ctm: &ctm {preconditioning: ctm}\n")
+    text = text.replace("  analytic:\n    preconditioning: analytic\n", "  other: {<<: *ctm}\n")
+    path.write_text(text)
+    assert load_study(path).resolved("other").preconditioning == "ctm"
+
+
+def test_a_file_that_cannot_be_read_says_why(tmp_path: Path) -> None:
+    path = tmp_path / "tiny.yaml"
+    path.write_bytes(b"\xff\xfe\x00")
+    assert "cannot read the study file" in mistake(path)
+    path.unlink()
+    path.mkdir()
+    assert "cannot read the study file" in mistake(path)
+
+
+def test_a_missing_file_is_named_with_the_nearest_there_is(write_study: WriteStudy) -> None:
+    path = write_study()
+    message = mistake(path.with_name("tinny.yaml"))
+    assert message == f"no study file {path.with_name('tinny.yaml')}; did you mean {path}?"
+    assert "did you mean" not in mistake(path.parent / "nowhere" / "tiny.yaml")
+
+
+def test_the_name_must_be_that_of_the_file(write_study: WriteStudy) -> None:
+    assert "the study is named 'other'; its file must be other.yaml" in mistake(write_study({"name": "other"}))
+
+
+# --- keys
+
+UPSTREAM = {"dataset", "extractor", "teacher", "coefficients"}
+CTM = {"student ctm", "samples ctm", "scores ctm"}
+ANALYTIC = {"student analytic", "samples analytic", "scores analytic"}
+CALIBRATION = {"samples", "scores"}
+SAMPLES = {"samples", "samples ctm", "samples analytic"}
+SCORES = {"scores", "scores ctm", "scores analytic"}
+
+
+def keys(study: Study) -> dict[str, str]:
+    """The key of every stage."""
+    found = {stage: study.key(stage) for stage in (*sorted(UPSTREAM), "samples", "scores", "report")}
+    for run in study.students:
+        for stage in ("student", "samples", "scores"):
+            found[f"{stage} {run}"] = study.key(stage, run, 0)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "changed"),
+    [
+        ("title", "Another", set()),
+        ("report.bootstrap", 51, set()),
+        ("seeds", [0, 1], set()),
+        ("scores.curve_count", 90, SCORES),
+        ("scores.kid_subsets", 3, SCORES),
+        ("scores.classifier.steps", 21, SCORES | {"extractor"}),
+        ("sampling.count", 90, SAMPLES | SCORES),
+        ("sampling.teacher_steps", 5, SAMPLES | SCORES),
+        ("student.batch", 17, CTM | ANALYTIC),
+        ("student.log_every", 1, CTM | ANALYTIC),
+        ("students.ctm.preconditioning", "bcm", CTM),
+        ("students.analytic.preconditioning", "analytic-forward", ANALYTIC),
+        ("coefficients.times", 17, ANALYTIC | {"coefficients"}),
+        ("coefficients.seed", 1, ANALYTIC | {"coefficients"}),
+        ("teacher.steps", 61, CTM | ANALYTIC | CALIBRATION | {"teacher", "coefficients"}),
+        ("teacher.network.width", 33, CTM | ANALYTIC | CALIBRATION | {"teacher", "coefficients"}),
+        ("noise.sigma_data", 0.5, CTM | ANALYTIC | CALIBRATION | {"teacher", "coefficients"}),
+        ("dataset.horizontal_flip", True, CTM | ANALYTIC | CALIBRATION | {"teacher", "coefficients"}),
+        ("dataset.limit", 21, CTM | ANALYTIC | CALIBRATION | UPSTREAM),
+    ],
+)
+def test_a_key_changes_exactly_when_a_setting_it_depends_on_does(
+    tiny: Tiny, key: str, value: Any, changed: set[str]
+) -> None:
+    before, after = keys(tiny()), keys(tiny({key: value}))
+    assert {name for name in before if before[name] != after[name]} == changed | {"report"}
+
+
+def test_the_batch_of_the_samplers_changes_no_key(tiny: Tiny) -> None:
+    assert keys(tiny()) == keys(tiny({"sampling.batch": 3}))
+
+
+def test_writing_out_a_default_changes_no_key_but_the_reports(tiny: Tiny) -> None:
+    before, after = keys(tiny()), keys(tiny({"noise.rho": 7.0, "student.distance": "pseudo_huber"}))
+    assert {name for name in before if before[name] != after[name]} <= {"report"}
+
+
+def test_another_student_changes_no_key_of_the_others(tiny: Tiny) -> None:
+    before, after = keys(tiny()), keys(tiny({"students.bcm": {"preconditioning": "bcm"}}))
+    assert {name for name in before if before[name] != after[name]} == {"report"}
+
+
+def test_a_key_names_the_stage_the_student_and_the_seed(tiny: Tiny) -> None:
+    study = tiny({"seeds": [0, 1]})
+    found = [*keys(study).values(), study.key("student", "ctm", 1)]
+    assert len(set(found)) == len(found)
+    assert all(len(key) == 16 and int(key, 16) >= 0 for key in found)
+
+
+def test_keys_do_not_depend_on_the_order_of_the_file(tiny: Tiny, write_study: WriteStudy) -> None:
+    path = write_study()
+    content = yaml.safe_load(path.read_text())
+    backwards = {name: content[name] for name in reversed(content)}
+    path.write_text(yaml.safe_dump(backwards, sort_keys=False))
+    assert keys(load_study(path)) == keys(tiny())
+
+
+def test_asking_for_a_key_leaves_the_study_as_it_was(tiny: Tiny) -> None:
+    study = tiny()
+    before = study.model_dump()
+    assert keys(study) == keys(study)
+    assert study.model_dump() == before
+
+
+# --- the schema and the reference
+
+
+def test_schema_and_reference_are_in_step_with_the_classes() -> None:
+    """If this fails: python -m consistency schema."""
+    assert (ROOT / SCHEMA).read_text() == schema_text()
+    assert (ROOT / REFERENCE).read_text() == reference_text()
+
+
+def test_writing_the_schema_writes_both_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_schema()
+    assert (tmp_path / SCHEMA).read_text() == schema_text()
+    assert (tmp_path / REFERENCE).read_text() == reference_text()
+
+
+def test_every_field_has_a_line_in_the_reference() -> None:
+    text = reference_text()
+
+    def fields(schema: dict[str, Any]) -> set[str]:
+        return set(schema.get("properties", {})) - {"dataset", "noise", "teacher", "student", "sampling", "scores"}
+
+    schema = json.loads(schema_text())
+    names = fields(schema).union(*(fields(part) for part in schema["$defs"].values()))
+    sections = {"coefficients", "report", "network", "classifier"}
+    missing = {name for name in names - sections if f"| `{name}` |" not in text}
+    assert not missing
+
+
+@pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.stem)
+def test_the_schema_accepts_every_study(path: Path) -> None:
+    # Through our loader's numbers: plain YAML reads 1e-3 as a word.
+    content = load_study(path).model_dump(mode="json", exclude_unset=True)
+    jsonschema.validate(content, json.loads(schema_text()))
+
+
+@pytest.mark.parametrize("changes", [{"teacher.stepz": 1}, {"student.stepz": 1}, {"students.ctm.stepz": 1}])
+def test_the_schema_refuses_unknown_keys(write_study: WriteStudy, changes: dict[str, Any]) -> None:
+    content = yaml.safe_load(write_study(changes).read_text())
+    with pytest.raises(jsonschema.ValidationError, match="stepz"):
+        jsonschema.validate(content, json.loads(schema_text()))

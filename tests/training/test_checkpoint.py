@@ -1,0 +1,280 @@
+"""Checkpoints: what was saved comes back, what is damaged or foreign is refused, a full disk costs nothing."""
+
+import json
+import os
+import pickle
+import resource
+import subprocess
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from consistency.errors import UserError
+from consistency.nets.denoiser import Denoiser
+from consistency.training.checkpoint import (
+    copy_file,
+    load_denoiser,
+    load_state,
+    read_metadata,
+    save_denoiser,
+    save_state,
+)
+
+MakeDenoiser = Callable[..., Denoiser]
+
+
+@pytest.fixture
+def saved(tmp_path: Path, make_denoiser: MakeDenoiser) -> Path:
+    path = tmp_path / "model.safetensors"
+    save_denoiser(path, make_denoiser(), {"key": "abc", "study": "tiny", "step": 7})
+    return path
+
+
+class Trap:
+    """Unpickling it leaves a file behind."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.touch, (self.path,)
+
+
+def refused(path: Path, match: str, key: str | None = None) -> None:
+    with pytest.raises(UserError, match=match) as error:
+        load_denoiser(path, key)
+    assert str(path) in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+# --- what is saved comes back
+
+
+@pytest.mark.parametrize("options", [{}, {"second_time": True}, {"label_dim": 3, "sigma_data": 0.3, "dropout": 0.1}])
+def test_a_round_trip_keeps_every_bit(tmp_path: Path, make_denoiser: MakeDenoiser, options: dict[str, Any]) -> None:
+    denoiser = make_denoiser(1, **options)
+    path = tmp_path / "deep" / "er" / "model.safetensors"
+    save_denoiser(path, denoiser, {"key": "abc", "parents": {"images.npy": "123"}, "git": {"dirty": None}})
+    loaded, metadata = load_denoiser(path, "abc")
+    assert loaded.architecture == denoiser.architecture
+    for name, value in denoiser.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], value), name
+    assert metadata["parents"] == {"images.npy": "123"}
+    assert metadata["git"] == {"dirty": None}
+    x, t = torch.randn(2, 1, 4, 4), torch.tensor([0.1, 3.0])
+    assert torch.equal(loaded(x, t), denoiser.eval()(x, t))
+
+
+def test_what_is_loaded_is_frozen(saved: Path) -> None:
+    loaded, _ = load_denoiser(saved)
+    assert not loaded.training
+    assert not any(p.requires_grad for p in loaded.parameters())
+
+
+def test_the_same_weights_make_the_same_file(saved: Path, make_denoiser: MakeDenoiser) -> None:
+    """To the last byte, names in other alphabets included: digests of checkpoints are compared."""
+    for metadata in (
+        {"key": "abc", "study": "tiny", "step": 7},
+        {"title": 'é "quoted" \\ \n 数', "a": 1, "b": 2, "c": 3},
+    ):
+        files = set()
+        for i in range(8):
+            path = saved.with_name(f"{i}.safetensors")
+            save_denoiser(path, make_denoiser(), dict(reversed(metadata.items())) if i % 2 else metadata)
+            files.add(path.read_bytes())
+        assert len(files) == 1
+        assert metadata.items() <= load_denoiser(path)[1].items()
+
+
+def test_weights_in_another_memory_layout_are_saved(tmp_path: Path, make_denoiser: MakeDenoiser) -> None:
+    denoiser = make_denoiser()
+    with torch.no_grad():
+        for p in denoiser.parameters():
+            if p.ndim == 2:
+                p.set_(p.t().contiguous().t())
+    save_denoiser(tmp_path / "m.safetensors", denoiser, {})
+    loaded, _ = load_denoiser(tmp_path / "m.safetensors")
+    for name, value in denoiser.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], value)
+
+
+def test_a_state_comes_back_with_every_bit(tmp_path: Path) -> None:
+    state = {"key": "a", "clock": {"step": 3}, "model": {"w": torch.randn(3)}, "list": [1, 2.5, None]}
+    save_state(tmp_path / "state.pt", state)
+    loaded = load_state(tmp_path / "state.pt")
+    assert loaded is not None
+    assert torch.equal(loaded["model"].pop("w"), state["model"].pop("w"))
+    assert loaded == state
+
+
+def test_no_state_is_none(tmp_path: Path) -> None:
+    assert load_state(tmp_path / "state.pt") is None
+
+
+# --- what is damaged or foreign is refused
+
+
+def test_a_missing_checkpoint_says_so(tmp_path: Path) -> None:
+    refused(tmp_path / "model.safetensors", "is missing")
+
+
+@pytest.mark.parametrize("keep", [0, 4, 8, 50, 600, -1])
+def test_a_truncated_checkpoint_is_refused(saved: Path, keep: int) -> None:
+    saved.write_bytes(saved.read_bytes()[:keep])
+    refused(saved, "is not a whole safetensors file")
+
+
+def test_a_folder_is_refused(tmp_path: Path) -> None:
+    refused(tmp_path, "is not a whole safetensors file")
+
+
+def test_a_foreign_checkpoint_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "other.safetensors"
+    for metadata in (None, {"format": "pt"}, {"format": '"other"'}, {"format": "{"}):
+        save_file({"w": torch.zeros(3)}, path, metadata=metadata)
+        refused(path, "was not written by this project")
+
+
+@pytest.mark.parametrize("writer", [pickle.dump, torch.save])
+def test_a_pickle_by_another_name_is_refused_and_never_run(tmp_path: Path, writer: Callable[..., None]) -> None:
+    sprung, path = tmp_path / "sprung", tmp_path / "model.safetensors"
+    with path.open("wb") as file:
+        writer({"ema": Trap(sprung)}, file)
+    refused(path, "is not a whole safetensors file")
+    assert not sprung.exists()
+
+
+def test_a_state_with_code_in_it_is_refused_and_never_run(tmp_path: Path) -> None:
+    sprung, path = tmp_path / "sprung", tmp_path / "state.pt"
+    torch.save({"key": Trap(sprung)}, path)
+    with pytest.raises(UserError, match="is damaged") as error:
+        load_state(path)
+    assert not sprung.exists()
+    assert "weights_only" not in str(error.value)
+
+
+def test_a_state_that_is_no_state_is_refused(tmp_path: Path) -> None:
+    torch.save([1, 2], tmp_path / "state.pt")
+    with pytest.raises(UserError, match="is damaged"):
+        load_state(tmp_path / "state.pt")
+
+
+def test_a_checkpoint_of_other_settings_is_refused(saved: Path) -> None:
+    load_denoiser(saved, "abc")
+    refused(saved, "made by study 'tiny' with other settings", "abd")
+
+
+def rewritten(path: Path, change: Callable[[dict[str, torch.Tensor], dict[str, Any]], None]) -> None:
+    tensors, metadata = load_file(path), read_metadata(path)
+    change(tensors, metadata)
+    save_file(tensors, path, metadata={name: json.dumps(value) for name, value in metadata.items()})
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda tensors, metadata: tensors.pop("model.linear_in.weight"),
+        lambda tensors, metadata: tensors.update(extra=torch.zeros(1)),
+        lambda tensors, metadata: tensors.update({"model.linear_in.weight": torch.zeros(2, 2)}),
+        lambda tensors, metadata: metadata.pop("architecture"),
+        lambda tensors, metadata: metadata.update(architecture={"network": "mpl"}),
+        lambda tensors, metadata: metadata.update(architecture=5),
+        lambda tensors, metadata: metadata["architecture"].update(width="wide"),
+        lambda tensors, metadata: metadata["architecture"].update(widht=3),
+    ],
+    ids=["missing", "extra", "shape", "no architecture", "network", "number", "type", "key"],
+)
+def test_tensors_that_do_not_fit_the_architecture_are_refused(saved: Path, change: Callable[..., None]) -> None:
+    rewritten(saved, change)
+    refused(saved, "does not fit the architecture it names")
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_refused(saved: Path, value: float) -> None:
+    rewritten(saved, lambda tensors, metadata: tensors["model.linear_out.bias"].fill_(value))
+    refused(saved, r"holds NaN or infinity in model\.linear_out\.bias")
+
+
+# --- a full disk
+
+
+@contextmanager
+def file_size_limit(size: int) -> Iterator[None]:
+    """No file of this process may grow beyond size bytes. Needs no privilege."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A real file system of 256 KiB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    if os.geteuid() != 0:
+        pytest.skip("only root can mount the small file system; the limit on file sizes is tested without it")
+    mount = ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(folder)]
+    done = subprocess.run(mount, capture_output=True, text=True)
+    if done.returncode:
+        pytest.skip(f"cannot mount a small file system: {done.stderr.strip()}")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+@pytest.fixture
+def writers(make_denoiser: MakeDenoiser) -> dict[str, tuple[Callable[[Path], None], Callable[[Path], None]]]:
+    """For each kind of file: a writer of a small one (under 64 KiB) and of one of about 600 KiB."""
+    small, large = make_denoiser(), make_denoiser(0, width=256)
+    return {
+        "denoiser": (lambda path: save_denoiser(path, small, {}), lambda path: save_denoiser(path, large, {})),
+        "state": (
+            lambda path: save_state(path, {"model": small.state_dict()}),
+            lambda path: save_state(path, {"model": large.state_dict()}),
+        ),
+    }
+
+
+def assert_old_file_survives(path: Path, write: Callable[[Path], None], reason: str) -> None:
+    before = path.read_bytes()
+    with pytest.raises(UserError, match=f"cannot write {path}: {reason}"):
+        write(path)
+    assert path.read_bytes() == before
+    assert [entry.name for entry in path.parent.iterdir()] == [path.name]
+
+
+@pytest.mark.parametrize("kind", ["denoiser", "state"])
+def test_a_full_disk_leaves_the_old_file(small_disk: Path, kind: str, writers: Any) -> None:
+    small, large = writers[kind]
+    path = small_disk / "file"
+    small(path)
+    assert_old_file_survives(path, large, "No space left on device")
+    small(path)
+
+
+@pytest.mark.parametrize("kind", ["denoiser", "state"])
+def test_a_limit_on_file_sizes_leaves_the_old_file(tmp_path: Path, kind: str, writers: Any) -> None:
+    """A quota looks like this. torch says nothing of the cause, and is taken to mean a full disk."""
+    small, large = writers[kind]
+    path = tmp_path / "folder" / "file"
+    small(path)
+    with file_size_limit(128 * 1024):
+        assert_old_file_survives(path, large, "(File too large|No space left on device)")
+    small(path)
+
+
+def test_a_copy_is_whole_or_absent(tmp_path: Path) -> None:
+    source, target = tmp_path / "source", tmp_path / "deep" / "target"
+    source.write_bytes(os.urandom(200_000))
+    with file_size_limit(100_000), pytest.raises(UserError, match="cannot write"):
+        copy_file(source, target)
+    assert list(target.parent.iterdir()) == []
+    copy_file(source, target)
+    assert target.read_bytes() == source.read_bytes()

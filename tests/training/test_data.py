@@ -1,0 +1,129 @@
+"""Images for training: bytes and floats, and what a damaged dataset says."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from consistency.errors import UserError
+from consistency.layout import Layout
+from consistency.training.data import ImageData, load_images, to_bytes, to_signed
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A dataset of six random colour images of three classes."""
+    images = np.random.default_rng(0).integers(0, 256, (6, 4, 5, 3), dtype=np.uint8)
+    np.save(tmp_path / "images.npy", images)
+    np.save(tmp_path / "labels.npy", np.arange(6) % 3)
+    (tmp_path / "dataset.json").write_text(json.dumps({"count": 6, "classes": ["a", "b", "c"]}))
+    return tmp_path
+
+
+def test_bytes_survive_the_way_to_floats_and_back() -> None:
+    every = np.arange(256, dtype=np.uint8).reshape(1, 16, 16, 1)
+    signed = to_signed(torch.from_numpy(every))
+    assert signed.min() == -1
+    assert signed.max() == 1
+    assert np.array_equal(to_bytes(signed), every)
+
+
+def test_floats_beyond_the_range_are_clipped() -> None:
+    images = torch.tensor([-7.0, -1.0, 0.0, 1.0, 7.0]).reshape(1, 1, 1, 5)
+    assert to_bytes(images).ravel().tolist() == [0, 0, 128, 255, 255]
+
+
+def test_channels_and_rows_keep_their_places() -> None:
+    images = np.arange(2 * 3 * 4 * 3, dtype=np.uint8).reshape(2, 3, 4, 3)
+    signed = to_signed(torch.from_numpy(images))
+    assert signed.shape == (2, 3, 3, 4)
+    assert signed[1, 2, 0, 3].item() == pytest.approx(images[1, 0, 3, 2] / 127.5 - 1)
+    assert np.array_equal(to_bytes(signed), images)
+
+
+def test_images_are_memory_mapped_and_read_only(folder: Path) -> None:
+    data = load_images(folder)
+    assert isinstance(data.images, np.memmap)
+    assert not data.images.flags.writeable
+    assert data.shape == (3, 4, 5)
+    assert data.classes == 3
+    assert len(data) == 6
+
+
+def test_rows_come_with_their_labels(folder: Path) -> None:
+    data = load_images(folder)
+    images, labels = data.take(np.array([4, 0, 4]))
+    assert labels.tolist() == [1, 0, 1]
+    assert labels.dtype == torch.int64
+    assert torch.equal(images[0], images[2])
+    assert np.array_equal(to_bytes(images), data.images[[4, 0, 4]])
+
+
+def test_a_batch_depends_on_the_generator_alone(folder: Path) -> None:
+    data = load_images(folder)
+    first, second = (data.batch(64, torch.Generator().manual_seed(3), flip=True) for _ in range(2))
+    for a, b in zip(first, second, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_flip_mirrors_half_of_the_images_and_changes_neither_rows_nor_labels(folder: Path) -> None:
+    data = load_images(folder)
+    plain, labels = data.batch(2000, torch.Generator().manual_seed(3), flip=False)
+    flipped, same_labels = data.batch(2000, torch.Generator().manual_seed(3), flip=True)
+    assert torch.equal(labels, same_labels)
+    mirrored = torch.tensor([torch.equal(a, b.flip(2)) for a, b in zip(flipped, plain, strict=True)])
+    kept = torch.tensor([torch.equal(a, b) for a, b in zip(flipped, plain, strict=True)])
+    assert bool((mirrored ^ kept).all())
+    assert mirrored.float().mean().item() == pytest.approx(0.5, abs=0.05)
+
+
+def test_every_image_is_drawn_equally_often(folder: Path) -> None:
+    data: ImageData = load_images(folder)
+    _, labels = data.batch(30_000, torch.Generator().manual_seed(0), flip=False)
+    assert torch.bincount(labels).tolist() == pytest.approx([10_000] * 3, rel=0.03)
+
+
+def test_the_tiny_study_has_a_dataset_that_loads(first_results: Layout) -> None:
+    assert len(load_images(first_results.dataset)) == 200
+
+
+@pytest.mark.parametrize("name", ["images.npy", "labels.npy", "dataset.json"])
+@pytest.mark.parametrize("keep", [None, 0, 5, 100])
+def test_a_missing_or_truncated_file_is_a_clear_error(folder: Path, name: str, keep: int | None) -> None:
+    path = folder / name
+    content = path.read_bytes()
+    path.unlink()
+    if keep is not None:
+        path.write_bytes(content[: min(keep, len(content) - 1)])
+    with pytest.raises(UserError, match=r"run `(python -m consistency )?dataset`") as error:
+        load_images(folder)
+    assert str(folder) in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "array"),
+    [
+        ("images.npy", np.zeros((6, 4, 4, 3), np.float32)),
+        ("images.npy", np.zeros((6, 4, 4), np.uint8)),
+        ("images.npy", np.zeros((5, 4, 4, 3), np.uint8)),
+        ("labels.npy", np.zeros(5, np.int64)),
+    ],
+)
+def test_arrays_that_contradict_the_facts_are_refused(folder: Path, name: str, array: np.ndarray) -> None:
+    np.save(folder / name, array)
+    with pytest.raises(UserError, match=r"does not match its dataset\.json"):
+        load_images(folder)
+
+
+def test_labels_are_never_unpickled(folder: Path, tmp_path: Path) -> None:
+    class Trap:
+        def __reduce__(self) -> tuple[object, ...]:
+            return Path.touch, (tmp_path / "sprung",)
+
+    np.save(folder / "labels.npy", np.array([Trap()] * 6, dtype=object), allow_pickle=True)
+    with pytest.raises(UserError, match="is damaged"):
+        load_images(folder)
+    assert not (tmp_path / "sprung").exists()

@@ -1,0 +1,381 @@
+"""The training loop: interrupted anywhere it gives the same bits, and it never trains on from a bad state."""
+
+import json
+import math
+import os
+import shutil
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from consistency.errors import UserError
+from consistency.nets.denoiser import Denoiser
+from consistency.seeding import generator
+from consistency.training import loop
+from consistency.training.checkpoint import load_denoiser, load_state
+from consistency.training.ema import Ema
+from consistency.training.loop import Interrupted, Training, train
+from consistency.training.objectives import Losses
+
+MakeDenoiser = Callable[..., Denoiser]
+# hook(step) is called inside the loss of that step (from 0) and may return another loss.
+Hook = Callable[[int], torch.Tensor | None]
+STEPS, LOG_EVERY, SNAPSHOT_EVERY = 6, 3, 3
+
+
+def nothing(step: int) -> None:
+    """The hook of a training that nobody disturbs."""
+
+
+def at(step: int, action: Callable[[], Any]) -> Hook:
+    """A hook that acts in one step."""
+    return lambda now: action() if now == step else None
+
+
+def signal_self(signum: int = signal.SIGTERM) -> None:
+    os.kill(os.getpid(), signum)
+
+
+@pytest.fixture
+def job(make_denoiser: MakeDenoiser, tmp_path: Path) -> Callable[..., Training]:
+    """job(folder name, hook, ...): a training with all that has a state: RAdam, an average, dropout if asked for."""
+
+    def make(folder: str = "seed0", hook: Hook = nothing, *, dropout: float = 0.0, **changes: Any) -> Training:
+        model = make_denoiser(0, dropout=dropout).train()
+
+        def loss(step: int) -> Losses:
+            draws = generator(0, "test", step)
+            images = torch.randn(8, 1, 4, 4, generator=draws)
+            sigma = torch.exp(torch.randn(8, generator=draws))
+            error = model(images + sigma[:, None, None, None], sigma) - images
+            disturbed = hook(step)
+            value = error.square().mean() if disturbed is None else disturbed
+            return Losses({"loss": value, "largest": error.abs().max()}, 24)
+
+        settings: dict[str, Any] = {
+            "label": "test",
+            "key": "key",
+            "model": model,
+            "average": Ema(model),
+            "optimizer": torch.optim.RAdam(model.parameters(), lr=1e-2),
+            "loss": loss,
+            "ema_rate": lambda step: 1 - 1 / (step + 1),
+            "steps": STEPS,
+            "batch": 8,
+            "log_every": LOG_EVERY,
+            "seed": 0,
+            "folder": tmp_path / folder,
+            "snapshot_every": SNAPSHOT_EVERY,
+        }
+        return Training(**{**settings, **changes})
+
+    return make
+
+
+Job = Callable[..., Training]
+
+
+def result(folder: Path) -> dict[str, Any]:
+    """All that a training leaves, but for what the clock on the wall decides."""
+    state = load_state(folder / "state.pt")
+    assert state is not None
+    state["clock"].pop("seconds")
+    state["window"].pop("seconds")
+    return {
+        **state,
+        "history": history(folder),
+        "snapshots": {path.name: path.read_bytes() for path in (folder / "snapshots").iterdir()},
+    }
+
+
+def history(folder: Path) -> list[dict[str, float]]:
+    timed = ("seconds", "images_per_second")
+    lines = [json.loads(line) for line in (folder / "history.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in line.items() if name not in timed} for line in lines]
+
+
+def assert_same(a: Any, b: Any, where: str = "") -> None:
+    """Bit for bit, through dictionaries and lists."""
+    assert type(a) is type(b), where
+    if isinstance(a, dict):
+        assert a.keys() == b.keys(), where
+        for key in a:
+            assert_same(a[key], b[key], f"{where}.{key}")
+    elif isinstance(a, list):
+        assert len(a) == len(b), where
+        for i, (x, y) in enumerate(zip(a, b, strict=True)):
+            assert_same(x, y, f"{where}.{i}")
+    elif isinstance(a, torch.Tensor):
+        assert torch.equal(a, b), where
+    else:
+        assert a == b, where
+
+
+# --- resuming
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize("stop_after", range(1, STEPS))
+def test_an_interrupted_training_ends_with_the_bits_of_an_uninterrupted_one(
+    job: Job, tmp_path: Path, stop_after: int, dropout: float
+) -> None:
+    """At the end of a log window (3) and in the middle of one (1, 2, 4, 5)."""
+    train(job("whole", dropout=dropout))
+    with pytest.raises(Interrupted, match=f"stopped at step {stop_after} of {STEPS}") as stopped:
+        train(job("parts", at(stop_after - 1, signal_self), dropout=dropout))
+    assert stopped.value.signum == signal.SIGTERM
+    measured = train(job("parts", dropout=dropout))
+    assert_same(result(tmp_path / "whole"), result(tmp_path / "parts"))
+    assert measured["network_evaluations"] == 24 * STEPS
+    assert measured["images"] == 8 * STEPS
+
+
+def test_interrupted_at_every_step_it_still_ends_with_the_same_bits(job: Job, tmp_path: Path) -> None:
+    train(job("whole", dropout=0.3))
+    for step in range(STEPS - 1):
+        with pytest.raises(Interrupted):
+            train(job("parts", at(step, signal_self), dropout=0.3))
+    train(job("parts", dropout=0.3))
+    assert_same(result(tmp_path / "whole"), result(tmp_path / "parts"))
+
+
+def test_dropout_is_on_and_differs_from_step_to_step(job: Job, tmp_path: Path) -> None:
+    """Or the bitwise tests above would show nothing about it."""
+    train(job("with", dropout=0.3))
+    train(job("without"))
+    with_dropout, without = (history(tmp_path / name)[0]["loss"] for name in ("with", "without"))
+    assert with_dropout != without
+
+
+def test_a_killed_training_goes_on_from_the_last_saved_state(
+    job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No chance to save: what was logged after the saved state is logged once in the end, not twice."""
+
+    class Killed(BaseException):
+        pass
+
+    def die() -> None:
+        raise Killed
+
+    train(job("whole"))
+    with pytest.raises(Interrupted):
+        train(job("parts", at(1, signal_self)))
+    with pytest.raises(Killed):
+        train(job("parts", at(4, die)))
+    assert [line["step"] for line in history(tmp_path / "parts")] == [3]
+    with (tmp_path / "parts" / "history.jsonl").open("a") as file:
+        file.write('{"step": 5, "lo')
+    train(job("parts"))
+    assert_same(result(tmp_path / "whole"), result(tmp_path / "parts"))
+
+
+def test_the_state_is_saved_as_time_passes(job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loop, "SAVE_EVERY", -1.0)
+    seen: list[int] = []
+
+    def look(step: int) -> None:
+        state = load_state(tmp_path / "seed0" / "state.pt")
+        seen.append(0 if state is None else state["clock"]["step"])
+
+    train(job(hook=look))
+    assert seen == list(range(STEPS))
+
+
+def test_a_finished_training_is_not_trained_again(job: Job, tmp_path: Path) -> None:
+    train(job())
+    before = result(tmp_path / "seed0")
+
+    def touched(step: int) -> None:
+        raise AssertionError("it trained on")
+
+    train(job(hook=touched))
+    assert_same(before, result(tmp_path / "seed0"))
+
+
+def test_the_history_is_cut_back_to_the_state(job: Job, tmp_path: Path) -> None:
+    with pytest.raises(Interrupted):
+        train(job(hook=at(3, signal_self)))
+    path = tmp_path / "seed0" / "history.jsonl"
+    kept = path.read_text()
+    path.write_text(kept + '{"step": 6, "loss": 1.0}\nnot json\n{"loss": 2.0}\n')
+    with pytest.raises(Interrupted):
+        train(job(hook=at(4, signal_self)))
+    assert path.read_text() == kept
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP])
+def test_every_polite_signal_saves_and_is_named(job: Job, tmp_path: Path, signum: signal.Signals) -> None:
+    before = signal.getsignal(signum)
+    with pytest.raises(Interrupted) as stopped:
+        train(job(hook=at(0, lambda: signal_self(signum))))
+    assert stopped.value.signum == signum
+    assert signal.getsignal(signum) == before
+    state = load_state(tmp_path / "seed0" / "state.pt")
+    assert state is not None
+    assert state["clock"]["step"] == 1
+
+
+def test_a_signal_in_the_last_step_does_not_undo_it(job: Job, tmp_path: Path) -> None:
+    train(job(hook=at(STEPS - 1, signal_self)))
+    assert history(tmp_path / "seed0")[-1]["step"] == STEPS
+
+
+# --- states that must not be used
+
+
+def test_a_state_of_other_settings_is_set_aside(job: Job, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    train(job("fresh"))
+    with pytest.raises(Interrupted):
+        train(job(hook=at(3, signal_self), key="other"))
+    old = (tmp_path / "seed0" / "state.pt").read_bytes()
+    train(job())
+    assert_same(result(tmp_path / "fresh"), result(tmp_path / "seed0"))
+    assert (tmp_path / "seed0.other" / "state.pt").read_bytes() == old
+    assert "the settings changed" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("keep", [0, 1, 100, 5000])
+def test_a_truncated_state_is_a_clear_error(job: Job, tmp_path: Path, keep: int) -> None:
+    with pytest.raises(Interrupted):
+        train(job(hook=at(1, signal_self)))
+    path = tmp_path / "seed0" / "state.pt"
+    path.write_bytes(path.read_bytes()[:keep])
+    with pytest.raises(UserError, match=r"state\.pt is damaged .*: delete it to start over") as error:
+        train(job())
+    assert "\n" not in str(error.value)
+    path.unlink()
+    train(job())
+
+
+# --- losses that are not finite
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_loss_that_is_not_finite_stops_with_the_last_good_state(job: Job, tmp_path: Path, bad: float) -> None:
+    with pytest.raises(Interrupted):
+        train(job(hook=at(1, signal_self)))
+    bad_loss = torch.tensor(bad, requires_grad=True)
+    with pytest.raises(UserError, match=r"not finite at step 5; the last good state is kept in .*state\.pt"):
+        train(job(hook=at(4, lambda: bad_loss)))
+    state = load_state(tmp_path / "seed0" / "state.pt")
+    assert state is not None
+    assert state["clock"]["step"] == 2
+    train(job("whole"))
+    train(job())
+    assert_same(result(tmp_path / "whole"), result(tmp_path / "seed0"))
+
+
+def test_a_gradient_that_is_not_finite_stops_too(job: Job) -> None:
+    training = job()
+    weight = next(training.model.parameters())
+    whole = training.loss
+
+    def loss(step: int) -> Losses:
+        losses = whole(step)
+        # The root's slope at 0 is infinite, its value is not.
+        root = torch.sqrt((weight - weight.detach()).sum())
+        return Losses({**losses.terms, "loss": losses.terms["loss"] + root}, losses.evaluations)
+
+    training.loss = loss
+    with pytest.raises(UserError, match="not finite at step 1; no state had been saved yet"):
+        train(training)
+
+
+def test_the_last_step_is_checked_and_logged_even_within_a_log_window(job: Job, tmp_path: Path) -> None:
+    bad = torch.tensor(math.nan, requires_grad=True)
+    with pytest.raises(UserError, match="not finite at step 6"):
+        train(job(hook=at(STEPS - 1, lambda: bad), log_every=4, snapshot_every=None))
+    train(job("good", log_every=4, snapshot_every=None))
+    assert [line["step"] for line in history(tmp_path / "good")] == [4, 6]
+
+
+def test_a_stop_does_not_save_a_bad_state(job: Job, tmp_path: Path) -> None:
+    def spoil() -> torch.Tensor:
+        signal_self()
+        return torch.tensor(math.nan, requires_grad=True)
+
+    with pytest.raises(UserError, match="not finite at step 2"):
+        train(job(hook=at(1, spoil)))
+    assert not (tmp_path / "seed0" / "state.pt").exists()
+
+
+# --- one trainer a folder
+
+
+def test_a_second_trainer_in_the_folder_is_refused(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loop, "LOCK_PATIENCE", 0.0)
+
+    def intrude() -> None:
+        with pytest.raises(UserError, match=rf"another process \(pid {os.getpid()} on .*\) is training"):
+            train(job())
+
+    train(job(hook=at(2, intrude)))
+
+
+def test_the_folder_is_free_again_after_an_error(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loop, "LOCK_PATIENCE", 0.0)
+
+    def fail() -> None:
+        raise RuntimeError("out of memory")
+
+    with pytest.raises(RuntimeError):
+        train(job(hook=at(2, fail)))
+    train(job())
+
+
+# --- what it leaves
+
+
+def test_the_history_holds_means_over_its_windows(job: Job, tmp_path: Path) -> None:
+    train(job("windows"))
+    train(job("steps", log_every=1))
+    windows, steps = history(tmp_path / "windows"), history(tmp_path / "steps")
+    assert [line["step"] for line in windows] == [3, 6]
+    assert [line["step"] for line in steps] == [1, 2, 3, 4, 5, 6]
+    for line, part in zip(windows, (steps[:3], steps[3:]), strict=True):
+        for name in ("loss", "largest", "grad_norm"):
+            assert line[name] == pytest.approx(sum(one[name] for one in part) / 3, rel=1e-12)
+
+
+def test_snapshots_are_the_average_at_their_steps(job: Job, tmp_path: Path) -> None:
+    untrained = job()
+    start = {name: value.clone() for name, value in untrained.average.model.state_dict().items()}
+    training = job()
+    train(training)
+    snapshots = tmp_path / "seed0" / "snapshots"
+    assert sorted(path.name for path in snapshots.iterdir()) == [f"step-00000{n}.safetensors" for n in (0, 3, 6)]
+    first, metadata = load_denoiser(snapshots / "step-000000.safetensors", "key")
+    assert metadata["step"] == 0
+    assert_same(dict(first.state_dict()), start)
+    last, _ = load_denoiser(snapshots / "step-000006.safetensors", "key")
+    assert_same(dict(last.state_dict()), dict(training.average.model.state_dict()))
+
+
+def test_the_learning_rate_is_that_of_the_step(job: Job) -> None:
+    seen: list[float] = []
+    training = job(learning_rate=lambda step: 0.1 * (step + 1))
+    plain = training.loss
+
+    def loss(step: int) -> Losses:
+        seen.append(training.optimizer.param_groups[0]["lr"])
+        return plain(step)
+
+    training.loss = loss
+    train(training)
+    assert seen == pytest.approx([0.1, 0.2, 0.3, 0.4, 0.5, 0.6])
+
+
+def test_stale_snapshots_of_an_older_run_are_removed(job: Job, tmp_path: Path) -> None:
+    train(job())
+    (tmp_path / "seed0" / "state.pt").unlink()
+    shutil.copy(
+        tmp_path / "seed0" / "snapshots" / "step-000006.safetensors",
+        tmp_path / "seed0" / "snapshots" / "step-000009.safetensors",
+    )
+    train(job())
+    assert not (tmp_path / "seed0" / "snapshots" / "step-000009.safetensors").exists()

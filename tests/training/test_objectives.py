@@ -1,0 +1,472 @@
+"""The losses against their formulas, what they draw, and where their gradients go."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import torch
+from scipy.stats import chisquare
+from torch import Tensor
+
+from consistency.nets.denoiser import Denoiser, edm_coefficients, student_from_teacher
+from consistency.theory.distance import pseudo_huber, squared_l2
+from consistency.theory.generalized_ode import GeneralizedODE
+from consistency.theory.noise import log_grid, rho_grid
+from consistency.theory.oracles import GaussianTeacher
+from consistency.theory.preconditioning import Preconditioning, build_preconditioning
+from consistency.theory.solver import expand
+from consistency.training.objectives import Denoising, Endpoint, Trajectory
+
+EPS, T = 0.002, 80.0
+GRID = rho_grid(18, EPS, T)
+MakeDenoiser = Callable[..., Denoiser]
+
+
+def seeded(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+@dataclass
+class Recorder:
+    """A denoiser D(x, t[, s]) by formula, which writes down what it is called with."""
+
+    gain: Callable[[Tensor], Tensor] = lambda t: 0.25 / (0.25 + t**2)
+    centre: float = 0.0
+    sigma_data: float = 0.5
+    calls: list[tuple[Tensor, ...]] = field(default_factory=list)
+    labels: list[Tensor | None] = field(default_factory=list)
+
+    def __call__(self, x: Tensor, t: Tensor, s: Tensor | None = None, labels: Tensor | None = None) -> Tensor:
+        self.calls.append((x.detach(), t, *([] if s is None else [s])))
+        self.labels.append(labels)
+        return self.centre + expand(self.gain(t), x) * (x - self.centre)
+
+    raw = __call__
+
+
+def trajectory(
+    student: Any = None,
+    average: Any = None,
+    teacher: Any = None,
+    *,
+    preconditioning: str | Preconditioning = "ctm",
+    distance: Callable[[Tensor, Tensor], Tensor] = squared_l2,
+    grid: Tensor = GRID,
+    target: str = "online",
+    max_steps: int | None = None,
+    dsm_weight: float = 1.0,
+) -> Trajectory:
+    if isinstance(preconditioning, str):
+        preconditioning = build_preconditioning(preconditioning, 0.5, fitted())
+    return Trajectory(
+        *(student or Recorder(), average or Recorder(), teacher or Recorder()),
+        preconditioning=preconditioning,
+        distance=distance,
+        grid=grid,
+        target=target,
+        max_steps=max_steps or len(grid) - 1,
+        dsm_weight=dsm_weight,
+    )
+
+
+def fitted() -> GeneralizedODE:
+    times = log_grid(60, EPS, T)
+    l = torch.sigmoid(torch.log(times))
+    return GeneralizedODE(times, l, 4 * l - 2)
+
+
+def node(t: Tensor) -> Tensor:
+    """The index of each time in the grid; every time must be a node."""
+    index = (GRID[:, None] - t[None]).abs().argmin(0)
+    assert torch.equal(GRID[index], t)
+    return index
+
+
+# --- trajectory distillation: the formula
+
+
+def test_the_loss_is_AP_7_written_out_for_a_gaussian() -> None:
+    """All functions are linear in x there: every factor is recomputed in closed form from the recorded draws."""
+    student, average, teacher = Recorder(), Recorder(lambda t: 0.3 / (0.3 + t**2)), Recorder()
+    images = 0.5 * torch.randn(16, 1, 2, 2, dtype=torch.float64, generator=seeded(9))
+    losses = trajectory(student, average, teacher, dsm_weight=0.7)(images, None, seeded())
+    (x_t, t, s), (_, u, s_target), (x_dsm, sigma, sigma_s) = student.calls
+    assert torch.equal(s, s_target)
+    assert torch.equal(sigma, sigma_s)
+
+    def jump(gain: Callable[[Tensor], Tensor], t: Tensor, s: Tensor) -> Tensor:
+        return s / t + (1 - s / t) * gain(t)
+
+    def heun(i: int) -> Tensor:
+        slope = (1 - teacher.gain(GRID[i])) / GRID[i]
+        step = GRID[i + 1] - GRID[i]
+        ahead = 1 + step * slope
+        return 1 + step / 2 * (slope + ahead * (1 - teacher.gain(GRID[i + 1])) / GRID[i + 1])
+
+    solved = torch.stack(
+        [
+            torch.stack([heun(i) for i in range(a, b)]).prod()
+            for a, b in zip(node(t).tolist(), node(u).tolist(), strict=True)
+        ]
+    )
+    to_end = jump(average.gain, s, GRID[-1])
+    estimate = to_end * jump(student.gain, t, s)
+    target = to_end * jump(student.gain, u, s) * solved
+    distillation = (expand((estimate - target) ** 2, x_t) * x_t**2).mean()
+    sigma = sigma.double()
+    weight = (sigma**2 + 0.25) / (0.5 * sigma) ** 2
+    error = expand(student.gain(sigma), x_dsm) * x_dsm - images
+    dsm = (expand(weight, x_dsm) * error**2).mean()
+    torch.testing.assert_close(losses.terms["distillation"], distillation, rtol=1e-9, atol=0)
+    torch.testing.assert_close(losses.terms["dsm"].double(), dsm, rtol=1e-5, atol=0)
+    torch.testing.assert_close(losses.terms["loss"], losses.terms["distillation"] + 0.7 * losses.terms["dsm"])
+
+
+@pytest.mark.parametrize("target", ["online", "ema"])
+def test_estimate_is_the_target_where_solver_and_jump_are_exact(target: str) -> None:
+    """Data at one point: the ODE's solutions are straight lines, on which Heun and ctm make no error."""
+    point = [Recorder(lambda t: torch.zeros_like(t), centre=0.3) for _ in range(3)]
+    images = torch.full((64, 1, 2, 2), 0.3, dtype=torch.float64)
+    for seed in range(5):
+        terms = trajectory(*point, target=target)(images, None, seeded(seed)).terms
+        assert terms["distillation"] < 1e-20
+        assert terms["dsm"] < 1e-20
+
+
+def test_with_exact_jumps_only_the_teachers_discretisation_is_left() -> None:
+    """Heun's local error is of third order: twice the nodes, an eighth of the difference, a 64th of its square."""
+
+    def error(nodes: int) -> float:
+        class Exact:
+            @staticmethod
+            def jump(model: Any, x: Tensor, t: Tensor, s: Tensor, labels: Tensor | None) -> Tensor:
+                return expand(torch.sqrt((0.25 + s**2) / (0.25 + t**2)), x) * x
+
+        images = torch.zeros(4096, 1, 1, 1, dtype=torch.float64)
+        objective = trajectory(preconditioning=Exact(), grid=rho_grid(nodes, EPS, T), max_steps=1)  # type: ignore[arg-type]
+        return objective(images, None, seeded()).terms["distillation"].item()
+
+    assert 32 < error(40) / error(80) < 128
+
+
+def test_a_student_starts_as_its_teacher(make_denoiser: MakeDenoiser) -> None:
+    teacher = make_denoiser().eval()
+    student = student_from_teacher(teacher)
+    images = torch.randn(8, 1, 4, 4, generator=seeded())
+    by_student = trajectory(student, student, teacher)(images, None, seeded(1)).terms
+    without_s = student_from_teacher(teacher, seed=5)
+    same = trajectory(without_s, without_s, teacher)(images, None, seeded(1)).terms
+    for name in by_student:
+        assert torch.equal(by_student[name], same[name]), name
+
+
+# --- trajectory distillation: the draws
+
+
+def test_the_number_of_teacher_steps_is_drawn_with_probability_proportional_to_it() -> None:
+    counts, images, generator, teacher = [0] * 3, torch.zeros(1, 1, 1, 1), seeded(), Recorder()
+    objective = trajectory(teacher=teacher, max_steps=3)
+    for _ in range(400):
+        teacher.calls.clear()
+        objective(images, None, generator)
+        assert len(teacher.calls) % 2 == 0
+        counts[len(teacher.calls) // 2 - 1] += 1
+    expected = [400 * n / 6 for n in (1, 2, 3)]
+    assert chisquare(counts, expected).pvalue > 0.01, counts
+
+
+def test_times_are_nodes_in_order_and_every_allowed_one_occurs() -> None:
+    images, generator, nodes = torch.zeros(4096, 1, 1, 1), seeded(), len(GRID)
+    starts, stops, longest = set(), set(), 0
+    for max_steps in [1, 2, 3] + [nodes - 1] * 40:
+        student, teacher = Recorder(), Recorder()
+        trajectory(student, teacher=teacher, max_steps=max_steps)(images, None, generator)
+        (_, t, s), (_, u, _), _ = student.calls
+        first, last, to = node(t), node(u), node(s)
+        steps = len(teacher.calls) // 2
+        assert torch.equal(last, first + steps)
+        assert bool((s <= u).all() and (to <= nodes - 1).all())
+        assert set(first.tolist()) <= set(range(nodes - steps))
+        starts |= set(first.tolist())
+        stops |= set(to.tolist())
+        longest = max(longest, steps)
+    assert starts == set(range(nodes - 1))
+    assert stops == set(range(1, nodes))
+    assert longest == nodes - 1
+
+
+def test_the_end_s_is_uniform_over_the_nodes_from_u_on() -> None:
+    student = Recorder()
+    trajectory(student, grid=GRID, max_steps=1)(torch.zeros(20_000, 1, 1, 1), None, seeded())
+    (_, t, s), (_, u, _), _ = student.calls
+    assert chisquare(torch.bincount(node(t)).tolist()).pvalue > 0.01
+    assert chisquare(torch.bincount(node(s)[node(u) == 10], minlength=18)[10:].tolist()).pvalue > 0.01
+
+
+def test_the_noised_image_has_the_variance_of_its_time() -> None:
+    student = Recorder()
+    trajectory(student)(torch.zeros(20_000, 1, 1, 1), None, seeded())
+    for x, t, _ in (student.calls[0], student.calls[2]):
+        assert (x[:, 0, 0, 0] / t).square().mean().item() == pytest.approx(1, abs=0.03)
+
+
+def test_the_outer_jumps_end_at_eps() -> None:
+    average = Recorder()
+    trajectory(average=average)(torch.zeros(32, 1, 1, 1), None, seeded())
+    assert len(average.calls) == 2
+    for _, _, end in average.calls:
+        assert torch.equal(end, torch.full((32,), EPS, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("objective", [Trajectory, Endpoint])
+@pytest.mark.parametrize("other", ["analytic", "analytic-forward", "bcm"])
+def test_two_preconditionings_see_the_same_draws(objective: type, other: str) -> None:
+    images = torch.randn(8, 1, 2, 2, generator=seeded())
+
+    def seen(name: str) -> list[tuple[Tensor, ...]]:
+        student, teacher = Recorder(), Recorder()
+        settings = vars(trajectory(student, teacher=teacher, preconditioning=name))
+        if objective is Endpoint:
+            settings = {k: v for k, v in settings.items() if k not in ("max_steps", "dsm_weight")}
+        objective(**settings)(images, None, seeded(3))
+        return [*student.calls, *teacher.calls]
+
+    ctm, compared = seen("ctm"), seen(other)
+    assert len(ctm) == len(compared)
+    for a, b in zip(ctm, compared, strict=True):
+        for x, y in zip(a, b, strict=True):
+            assert torch.equal(x, y)
+
+
+def test_labels_reach_every_network() -> None:
+    networks = [Recorder() for _ in range(3)]
+    labels = torch.arange(4)
+    trajectory(*networks)(torch.zeros(4, 1, 1, 1), labels, seeded())
+    for network in networks:
+        assert network.labels
+        assert all(given is labels for given in network.labels)
+
+
+# --- trajectory distillation: gradients and cost
+
+
+@pytest.fixture
+def networks(make_denoiser: MakeDenoiser) -> tuple[Denoiser, Denoiser, Denoiser]:
+    """Student, average and teacher with weights of their own; only the student's ask for a gradient."""
+    teacher = make_denoiser(0).eval().requires_grad_(False)
+    student = make_denoiser(1, second_time=True).requires_grad_(True)
+    average = make_denoiser(2, second_time=True).eval().requires_grad_(False)
+    return student, average, teacher
+
+
+def gradients(student: Denoiser, loss: Tensor) -> list[Tensor]:
+    return list(torch.autograd.grad(loss, list(student.parameters()), materialize_grads=True))
+
+
+def test_gradients_reach_the_student_alone(networks: tuple[Denoiser, Denoiser, Denoiser]) -> None:
+    student, average, teacher = networks
+    trajectory(*networks)(torch.randn(8, 1, 4, 4), None, seeded()).terms["loss"].backward()
+    assert all(p.grad is not None and bool(p.grad.abs().max() > 0) for p in student.parameters())
+    assert all(p.grad is None for model in (average, teacher) for p in model.parameters())
+
+
+def test_the_gradient_flows_through_the_frozen_outer_jump(networks: tuple[Denoiser, Denoiser, Denoiser]) -> None:
+    """With an averaged target nothing else depends on the student: autograd must be the loss's own derivative."""
+    for model in networks:
+        model.double()
+    student = networks[0]
+    images = torch.randn(4, 1, 4, 4, dtype=torch.float64, generator=seeded())
+    objective = trajectory(*networks, target="ema")
+
+    def loss() -> Tensor:
+        return objective(images, None, seeded(2)).terms["distillation"]
+
+    along = gradients(student, loss())
+    direction = [torch.randn(p.shape, dtype=p.dtype, generator=seeded(4)) for p in student.parameters()]
+    slope = sum(((g * d).sum() for g, d in zip(along, direction, strict=True)), torch.zeros(()))
+
+    def moved(step: float) -> Tensor:
+        with torch.no_grad():
+            for p, d in zip(student.parameters(), direction, strict=True):
+                p += step * d
+            value = loss()
+            for p, d in zip(student.parameters(), direction, strict=True):
+                p -= step * d
+        return value
+
+    h = 1e-5
+    torch.testing.assert_close((moved(h) - moved(-h)) / (2 * h), slope.detach(), rtol=1e-5, atol=1e-9)
+    assert slope.abs() > 1e-3
+
+
+@pytest.mark.parametrize("target", ["online", "ema"])
+def test_the_target_has_no_gradient(networks: tuple[Denoiser, Denoiser, Denoiser], target: str) -> None:
+    seen = []
+
+    def distance(estimate: Tensor, goal: Tensor) -> Tensor:
+        seen.append((estimate.requires_grad, goal.requires_grad))
+        return squared_l2(estimate, goal)
+
+    trajectory(*networks, target=target, distance=distance)(torch.randn(4, 1, 4, 4), None, seeded())
+    assert seen == [(True, False)]
+
+
+def test_the_online_and_the_averaged_target_differ_once_the_weights_do(
+    networks: tuple[Denoiser, Denoiser, Denoiser],
+) -> None:
+    student, average, teacher = networks
+    images = torch.randn(4, 1, 4, 4, generator=seeded())
+
+    def loss(target: str) -> Tensor:
+        return trajectory(student, average, teacher, target=target)(images, None, seeded(1)).terms["distillation"]
+
+    assert not torch.equal(loss("online"), loss("ema"))
+    average.load_state_dict(student.state_dict())
+    online, averaged = loss("online"), loss("ema")
+    assert torch.equal(online, averaged)
+    for a, b in zip(gradients(student, online), gradients(student, averaged), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_a_dsm_weight_of_0_removes_the_term(networks: tuple[Denoiser, Denoiser, Denoiser]) -> None:
+    images = torch.randn(4, 1, 4, 4, generator=seeded())
+    terms = trajectory(*networks, dsm_weight=0.0)(images, None, seeded(1)).terms
+    assert torch.equal(terms["loss"], terms["distillation"])
+    whole = gradients(networks[0], trajectory(*networks, dsm_weight=0.0)(images, None, seeded(1)).terms["loss"])
+    alone = gradients(networks[0], terms["distillation"])
+    for a, b in zip(whole, alone, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def passes(models: tuple[Denoiser, ...], run: Callable[[], Tensor]) -> int:
+    """Forward-pass equivalents that really happen in a step: a forward counts 1, a backward 2."""
+    count = 0
+
+    def add(worth: int) -> Callable[..., None]:
+        def hook(*_: Any) -> None:
+            nonlocal count
+            count += worth
+
+        return hook
+
+    handles = [m.model.register_forward_hook(add(1)) for m in models]
+    handles += [m.model.register_full_backward_hook(add(2)) for m in models]
+    run().backward()
+    for handle in handles:
+        handle.remove()
+    return count
+
+
+@pytest.mark.filterwarnings("ignore:Full backward hook is firing")
+@pytest.mark.parametrize("seed", range(4))
+def test_evaluations_are_the_passes_really_made(networks: tuple[Denoiser, Denoiser, Denoiser], seed: int) -> None:
+    images = torch.randn(4, 1, 4, 4)
+    step = trajectory(*networks)
+    counted = passes(networks, lambda: step(images, None, seeded(seed)).terms["loss"])
+    assert step(images, None, seeded(seed)).evaluations == 4 * counted
+
+
+# --- endpoint distillation
+
+
+def endpoint(*networks: Any, preconditioning: str = "cm", target: str = "online") -> Endpoint:
+    return Endpoint(*networks, build_preconditioning(preconditioning, 0.5, fitted()), squared_l2, GRID, target)
+
+
+def test_endpoint_takes_neighbouring_nodes_to_eps() -> None:
+    student, average, teacher = Recorder(), Recorder(), Recorder()
+    endpoint(student, average, teacher)(torch.zeros(4096, 1, 1, 1), None, seeded())
+    (_, t, end), (_, u, end_target) = student.calls
+    assert torch.equal(node(u), node(t) + 1)
+    assert set(node(t).tolist()) == set(range(17))
+    for s in (end, end_target):
+        assert torch.equal(s, torch.full_like(t, EPS))
+    assert len(teacher.calls) == 2
+    assert not average.calls
+
+
+def test_endpoint_is_AP_5_written_out_for_a_gaussian() -> None:
+    student, average, teacher = Recorder(), Recorder(lambda t: 0.3 / (0.3 + t**2)), Recorder()
+    losses = endpoint(student, average, teacher, preconditioning="ctm", target="ema")(
+        torch.zeros(64, 1, 1, 1, dtype=torch.float64), None, seeded()
+    )
+    (x, t, _), (x_u, u, _) = student.calls[0], average.calls[0]
+    slope = (1 - teacher.gain(t)) / t
+    ahead = 1 + (u - t) * slope
+    solved = 1 + (u - t) / 2 * (slope + ahead * (1 - teacher.gain(u)) / u)
+    torch.testing.assert_close(x_u[:, 0, 0, 0], solved * x[:, 0, 0, 0])
+    estimate = EPS / t + (1 - EPS / t) * student.gain(t)
+    target = EPS / u + (1 - EPS / u) * average.gain(u)
+    expected = ((estimate - target * solved) * x[:, 0, 0, 0]).square().mean()
+    torch.testing.assert_close(losses.terms["loss"], expected, rtol=1e-9, atol=0)
+
+
+@pytest.mark.filterwarnings("ignore:Full backward hook is firing")
+def test_endpoint_gradients_and_evaluations(networks: tuple[Denoiser, Denoiser, Denoiser]) -> None:
+    student, average, teacher = networks
+    images = torch.randn(4, 1, 4, 4)
+    step = endpoint(*networks)
+    counted = passes(networks, lambda: step(images, None, seeded()).terms["loss"])
+    assert step(images, None, seeded()).evaluations == 4 * counted
+    assert any(p.grad is not None and bool(p.grad.abs().max() > 0) for p in student.parameters())
+    assert all(p.grad is None for model in (average, teacher) for p in model.parameters())
+
+
+# --- the teacher's loss
+
+
+@pytest.mark.filterwarnings("ignore:Full backward hook is firing")
+def test_denoising_is_EDMs_formula(make_denoiser: MakeDenoiser) -> None:
+    """Against E || F(c_in x, c_noise) - (x_0 - c_skip x) / c_out ||^2, EDM (8), with the draws made again."""
+    model = make_denoiser(sigma_data=0.4)
+    images = torch.randn(32, 1, 4, 4, generator=seeded())
+    losses = Denoising(model, -1.2, 1.2)(images, None, seeded(1))
+    again = seeded(1)
+    sigma = torch.exp(-1.2 + 1.2 * torch.randn(32, generator=again))
+    x = images + expand(sigma, images) * torch.randn(images.shape, generator=again)
+    c_skip, c_out, _, _ = (expand(c, x) for c in edm_coefficients(sigma, 0.4))
+    expected = (model.raw(x, sigma) - (images - c_skip * x) / c_out).square().mean()
+    torch.testing.assert_close(losses.terms["loss"], expected, rtol=1e-4, atol=1e-6)
+    assert losses.evaluations == 32 * passes(
+        (model,), lambda: Denoising(model, -1.2, 1.2)(images, None, seeded(1)).terms["loss"]
+    )
+
+
+@pytest.mark.parametrize("factor", [0.9, 0.97, 1.03, 1.1])
+def test_denoising_is_least_for_the_exact_denoiser(factor: float) -> None:
+    c = torch.tensor([0.05, 0.25, 1.0])
+    exact = GaussianTeacher(c)
+    images = torch.sqrt(c) * torch.randn(20_000, 3, generator=seeded())
+
+    @dataclass
+    class Model:
+        factor: float
+        sigma_data: float = 0.5
+
+        def __call__(self, x: Tensor, t: Tensor, labels: Tensor | None = None) -> Tensor:
+            return self.factor * exact(x, t)
+
+    def loss(model: Any) -> float:
+        return Denoising(model, -1.2, 1.2)(images, None, seeded(1)).terms["loss"].item()
+
+    assert loss(Model(1.0)) < loss(Model(factor))
+
+
+# --- the distances
+
+
+def test_pseudo_huber_is_a_norm_far_away_and_a_square_close_by() -> None:
+    c = 0.00054 * 2
+    far = pseudo_huber(torch.zeros(1, 1, 2, 2), torch.full((1, 1, 2, 2), 10.0))
+    torch.testing.assert_close(far, torch.tensor([20.0 - c]), rtol=1e-6, atol=0)
+    a, b = torch.zeros(1, 1, 2, 2, dtype=torch.float64), torch.full((1, 1, 2, 2), 1e-6, dtype=torch.float64)
+    close = torch.tensor([2e-6**2 / (2 * c)], dtype=torch.float64)
+    torch.testing.assert_close(pseudo_huber(a, b), close, rtol=1e-4, atol=0)
+
+
+def test_pseudo_huber_has_a_gradient_where_the_two_are_equal() -> None:
+    a = torch.zeros(2, 1, 2, 2, requires_grad=True)
+    pseudo_huber(a, torch.zeros(2, 1, 2, 2)).sum().backward()
+    assert a.grad is not None
+    assert torch.equal(a.grad, torch.zeros_like(a))
