@@ -22,6 +22,8 @@ Array = np.ndarray
 # Okabe and Ito's colours, told apart by colour-blind readers; the line style separates curves that coincide.
 _COLOURS = ("#444444", "#D55E00", "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9")
 _LINES = ("-", "-", "--", "-", "-", "-.", "--")
+# The usual students look the same in every study; others take what is left, in order.
+_USUAL = ("ctm", "analytic", "bcm", "analytic-forward", "cm", "analytic-endpoint")
 _STYLE: Any = {
     "axes.grid": True,
     "axes.spines.right": False,
@@ -52,7 +54,9 @@ def close(figure: Figure) -> None:
 
 def line_of(runs: Sequence[str], run: str) -> dict[str, str]:
     """Colour and line style of a student, the same in every figure of a study."""
-    i = list(runs).index(run) % len(_COLOURS)
+    left = [i for i in range(len(_COLOURS)) if i >= len(_USUAL) or _USUAL[i] not in runs]
+    others = [name for name in runs if name not in _USUAL]
+    i = _USUAL.index(run) if run in _USUAL else left[others.index(run) % len(left)]
     return {"color": _COLOURS[i], "linestyle": _LINES[i]}
 
 
@@ -151,7 +155,7 @@ def learning_curves(
             axis.yaxis.set_minor_formatter(matplotlib.ticker.LogFormatter(minor_thresholds=(1.5, 0.6)))
         axes[0, 0].set_ylabel(measure_label(measure, extractor))
         handles, labels = axes[0, 0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside lower center", ncols=min(len(labels), 7))
+        figure.legend(handles, labels, loc="outside lower center", ncols=4 if len(labels) > 6 else len(labels))
     return figure
 
 

@@ -1,16 +1,25 @@
 """Copies of this checkout in which the real Snakemake runs the tiny study."""
 
+import json
 import os
 import re
 import shutil
 import subprocess
 import sys
-from dataclasses import dataclass
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+from safetensors.torch import load_file
 
 ROOT = Path(__file__).resolve().parents[2]
 COPIED = ["Snakefile", "Makefile", "environment.yml", "config", "profiles", "workflow", "src"]
-OURS = ("CONSISTENCY_", "SNAKEMAKE_", "MLFLOW_", "PYTEST_", "MAKE", "MFLAGS")
+OUTSIDE = ("CONSISTENCY_", "SNAKEMAKE_", "MLFLOW_", "PYTEST_", "MAKE", "MFLAGS")
 
 
 @dataclass(frozen=True)
@@ -18,22 +27,22 @@ class Checkout:
     """A copy of the project in which Snakemake may run."""
 
     path: Path
+    study: str = "tiny"
+    variables: dict[str, str] = field(default_factory=dict)
 
-    def command(self, *words: str) -> list[str]:
-        return [sys.executable, "-m", "snakemake", "--cores", "2", "--config", "studies=tiny", *words]
-
+    @property
     def environment(self) -> dict[str, str]:
         """The outside's, without what a surrounding workflow, make or MLflow would bring in."""
-        kept = {name: value for name, value in os.environ.items() if not name.startswith(OURS)}
-        return kept | {"OMP_NUM_THREADS": "1", "MLFLOW_DISABLE_TELEMETRY": "true"}
+        kept = {name: value for name, value in os.environ.items() if not name.startswith(OUTSIDE)}
+        return kept | {"OMP_NUM_THREADS": "1", "MLFLOW_DISABLE_TELEMETRY": "true"} | self.variables
 
     def start(self, *words: str) -> subprocess.Popen[str]:
         """Snakemake in a process group of its own, as a shell starts it; its output goes to output.txt."""
         with (self.path / "output.txt").open("w") as output:
             return subprocess.Popen(
-                self.command(*words),
+                [sys.executable, "-m", "snakemake", "--cores", "2", *words, "--config", f"studies={self.study}"],
                 cwd=self.path,
-                env=self.environment(),
+                env=self.environment,
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
@@ -41,16 +50,19 @@ class Checkout:
                 start_new_session=True,
             )
 
-    def run(self, *words: str) -> tuple[int, str]:
-        """Run Snakemake to its end: (exit code, output)."""
-        code = self.start(*words).wait(timeout=600)
-        return code, (self.path / "output.txt").read_text()
+    @property
+    def output(self) -> str:
+        return (self.path / "output.txt").read_text()
+
+    def run(self, *words: str) -> int:
+        """Run Snakemake to its end. Returns its exit code."""
+        return self.start(*words).wait(timeout=600)
 
     def done(self, *words: str) -> str:
-        """Run Snakemake, which must end well."""
-        code, output = self.run(*words)
-        assert code == 0, output
-        return output
+        """Run Snakemake, which must end well. Returns its output."""
+        code = self.run(*words)
+        assert code == 0, self.output
+        return self.output
 
     def planned(self, *words: str) -> set[str]:
         """The jobs of a dry run, such as 'student ctm'; without `all`."""
@@ -58,21 +70,53 @@ class Checkout:
         runs = [(name, re.search(r"run=([\w-]+)", text)) for name, text in blocks if name != "all"]
         return {f"{name} {run[1]}" if run else name for name, run in runs}
 
-    def edit(self, old: str, new: str, study: str = "tiny") -> None:
-        """Replace in the study's file what occurs there once."""
-        file = self.path / f"config/studies/{study}.yaml"
-        text = file.read_text()
-        assert text.count(old) == 1, f"{old!r} occurs {text.count(old)} times"
-        file.write_text(text.replace(old, new))
+    def change(self, changes: dict[str, Any], name: str = "tiny") -> "Checkout":
+        """Set dotted keys of the study, here or in a copy of another name."""
+        file = self.path / f"config/studies/{self.study}.yaml"
+        content = yaml.safe_load(file.read_text())
+        for dotted, value in {"name": name, **changes}.items():
+            *parents, last = dotted.split(".")
+            section = content
+            for parent in parents:
+                section = section.setdefault(parent, {})
+            section[last] = value
+        file.with_name(f"{name}.yaml").write_text(yaml.safe_dump(content, sort_keys=False))
+        return Checkout(self.path, name)
 
     def copy(self, path: Path) -> "Checkout":
         shutil.copytree(self.path, path, symlinks=True)
-        return Checkout(path)
+        return Checkout(path, self.study)
 
     def litter(self) -> list[Path]:
         """Temporary files that nobody removed."""
         folders = [self.path / name for name in ("results", "state", "logs")]
         return [file for folder in folders for file in folder.rglob("*.tmp")]
+
+    def processes(self) -> list[int]:
+        """Processes at work in this copy."""
+        found = []
+        for process in Path("/proc").glob("[0-9]*"):
+            with suppress(OSError):
+                if (process / "cwd").readlink() == self.path:
+                    found.append(int(process.name))
+        return found
+
+    def results(self, *patterns: str) -> dict[str, Any]:
+        """What the result files of those patterns say, without what no run can repeat: times and speeds."""
+        root = self.path / "results" / self.study
+        return {str(file.relative_to(root)): _said(file) for pattern in patterns for file in root.glob(pattern)}
+
+
+def _said(file: Path) -> Any:
+    if file.suffix == ".safetensors":
+        return {name: value.numpy().tobytes() for name, value in load_file(file).items()}
+    if file.suffix == ".npz":
+        with np.load(file) as arrays:
+            return {name: array.tobytes() for name, array in arrays.items()}
+    if file.suffix == ".jsonl":
+        lines = [json.loads(line) for line in file.read_text().splitlines()]
+        return [{k: v for k, v in line.items() if k not in ("seconds", "images_per_second")} for line in lines]
+    return file.read_bytes()
 
 
 def fresh(path: Path) -> Checkout:
@@ -84,4 +128,12 @@ def fresh(path: Path) -> Checkout:
             shutil.copytree(source, path / name, symlinks=True)
         else:
             shutil.copy2(source, path / name, follow_symlinks=False)
-    return Checkout(path)
+    return Checkout(path.resolve())
+
+
+def wait_for(condition: Callable[[], bool], what: str, patience: float = 120) -> None:
+    """Wait until the condition holds; fail saying what never came."""
+    deadline = time.monotonic() + patience
+    while not condition():
+        assert time.monotonic() < deadline, f"never came: {what}"
+        time.sleep(0.05)

@@ -11,22 +11,23 @@ from tests.workflow.checkout import Checkout, fresh
 
 @pytest.fixture
 def checkout(tmp_path: Path) -> Checkout:
-    return fresh(tmp_path / "checkout")
+    """A checkout in which nothing has run, in a folder with a space."""
+    return fresh(tmp_path / "a checkout")
 
 
 @pytest.fixture(scope="session")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Checkout:
-    """A finished run of tiny, shared by all tests (and pytest's workers): copy it to change it."""
+    """A finished run of tiny, shared by all tests and pytest's workers: copy it to change it."""
     base = tmp_path_factory.getbasetemp()
     base = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+    home, marker = base / "finished", base / "finished.done"
     with (base / "finished.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        marker = base / "finished.done"
         if not marker.exists():
-            shutil.rmtree(base / "finished", ignore_errors=True)
-            output = fresh(base / "finished").done()
-            marker.write_text(output)
-    return Checkout(base / "finished")
+            shutil.rmtree(home, ignore_errors=True)
+            fresh(home).done()
+            marker.touch()
+    return Checkout(home.resolve())
 
 
 @pytest.fixture

@@ -1,0 +1,105 @@
+"""Runs that are interrupted end with the same bits as runs that are not."""
+
+import json
+import os
+import signal
+
+import pytest
+from tests.workflow.checkout import Checkout, wait_for
+
+pytestmark = pytest.mark.slow
+
+SCORES = ["results/tiny/scores/ctm/seed0.csv", "results/tiny/scores/analytic/seed0.csv"]
+NUMBERS = ["dataset/*.npy", "**/*.safetensors", "**/*.npz", "**/*.csv", "samples/**/*.npy", "**/history.jsonl"]
+LONGER = {"student.steps": 1000, "student.snapshot_every": 500, "student.log_every": 20}
+
+
+def interrupt(checkout: Checkout, log: str, *targets: str) -> None:
+    """Run, and press Ctrl-C once the log of that name is there."""
+    file = checkout.path / "logs/tiny" / log
+    run = checkout.start(*targets)
+    wait_for(file.exists, log)
+    os.killpg(run.pid, signal.SIGINT)
+    assert run.wait(timeout=120) != 0
+    assert checkout.litter() == []
+    assert checkout.processes() == []
+
+
+def test_an_independent_run_with_interruptions_has_the_same_bits(
+    checkout: Checkout, request: pytest.FixtureRequest
+) -> None:
+    for log in ["dataset.log", "coefficients.log", "scores/ctm-seed0.log"]:
+        interrupt(checkout, log, *SCORES)
+    checkout.done(*SCORES)
+    found, expected = checkout.results(*NUMBERS), request.getfixturevalue("finished").results(*NUMBERS)
+    assert len(found) > 20
+    assert [name for name in found if found[name] != expected[name]] == []
+    assert {name for name in expected if not name.startswith("report/")} == set(found)
+
+
+class Trainee:
+    """A student long enough to be interrupted, in a finished checkout."""
+
+    target = "results/tiny/scores/ctm/seed0.csv"
+
+    def __init__(self, checkout: Checkout) -> None:
+        self.checkout = checkout.change(LONGER)
+        self.state = checkout.path / "state/tiny/ctm/seed0"
+        self.log = checkout.path / "logs/tiny/student/ctm-seed0.log"
+
+    def step(self) -> int:
+        """The last step in the history of the training at work."""
+        try:
+            return int(json.loads((self.state / "history.jsonl").read_text().splitlines()[-1])["step"])
+        except (OSError, ValueError, IndexError):
+            return 0
+
+    def start(self, until: int) -> int:
+        """Run until the training has passed that step. Returns the process, which leads its group."""
+        run = self.checkout.start(self.target)
+        wait_for(lambda: self.step() >= until or run.poll() is not None, f"step {until}")
+        assert run.poll() is None, self.checkout.output
+        return run.pid
+
+    def stopped(self) -> None:
+        wait_for(lambda: self.checkout.processes() == [], "the end of every process")
+
+    def numbers(self) -> dict[str, object]:
+        return self.checkout.results("students/ctm/**/*.*", "scores/ctm/*.csv")
+
+
+@pytest.fixture(scope="module")
+def undisturbed(finished: Checkout, tmp_path_factory: pytest.TempPathFactory) -> Trainee:
+    trainee = Trainee(finished.copy(tmp_path_factory.mktemp("undisturbed") / "copied"))
+    trainee.checkout.done(trainee.target)
+    return trainee
+
+
+def test_a_student_stopped_thrice_has_the_same_bits(copied: Checkout, undisturbed: Trainee) -> None:
+    student = Trainee(copied)
+
+    # Ctrl-C: the terminal sends it to the whole group.
+    os.killpg(student.start(until=100), signal.SIGINT)
+    student.stopped()
+    assert "student ctm seed 0: stopped at step" in student.checkout.output
+    assert "Traceback" not in student.checkout.output
+    assert (student.state / "state.pt").exists()
+    assert student.checkout.litter() == []
+
+    # kill -9 of Snakemake alone: the trainer notices, saves and leaves.
+    os.kill(student.start(until=300), signal.SIGKILL)
+    student.stopped()
+    assert "student ctm seed 0: continues from step" in student.log.read_text()
+    assert "student ctm seed 0: stopped at step" in student.log.read_text()
+    assert student.checkout.litter() == []
+    student.checkout.done("--unlock")
+
+    # kill -9 of everything: what was trained since the last save is trained again.
+    os.killpg(student.start(until=500), signal.SIGKILL)
+    student.stopped()
+    student.checkout.done("--unlock")
+
+    student.checkout.done(student.target)
+    assert "student ctm seed 0: continues from step" in student.log.read_text()
+    assert student.numbers() == undisturbed.numbers()
+    assert not student.state.exists()

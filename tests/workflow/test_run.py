@@ -1,0 +1,167 @@
+"""The tiny study end to end, what a changed key runs again, and what a mistake says."""
+
+import re
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tests.workflow.checkout import ROOT, Checkout
+
+pytestmark = pytest.mark.slow
+
+OUTPUTS = [
+    "dataset/images.npy",
+    "teacher/teacher.safetensors",
+    "teacher/card.json",
+    "coefficients/coefficients.npz",
+    "students/ctm/seed0/student.safetensors",
+    "students/analytic/seed0/snapshots/step-000003.safetensors",
+    "samples/teacher/heun.npy",
+    "samples/analytic/seed0/nfe5.npy",
+    "scores/extractor/features.npy",
+    "scores/calibration.csv",
+    "scores/ctm/seed0.csv",
+    "scores/analytic/seed0.csv",
+    "report/report.html",
+    "report/summary.json",
+    "report/figures/samples.png",
+    "track/tracked.json",
+]
+LAST = {"report", "track"}
+CTM = {"student ctm", "samples ctm", "scores ctm"}
+ANALYTIC = {"student analytic", "samples analytic", "scores analytic"}
+SCORED = {"calibration", "scores ctm", "scores analytic"}
+
+
+@pytest.mark.parametrize("name", OUTPUTS)
+def test_makes(finished: Checkout, name: str) -> None:
+    assert (finished.path / "results/tiny" / name).stat().st_size > 0
+
+
+def test_leaves_nothing_behind(finished: Checkout) -> None:
+    assert finished.litter() == []
+    assert [file for file in (finished.path / "state").rglob("*") if file.is_file()] == []
+    assert finished.processes() == []
+
+
+def test_logs_are_readable_lines(finished: Checkout) -> None:
+    logs = finished.path / "logs/tiny"
+    for name, label in {
+        "teacher": "teacher tiny",
+        "coefficients": "coefficients tiny",
+        "student/ctm-seed0": "student ctm seed 0",
+        "scores/analytic-seed0": "scores analytic seed 0",
+    }.items():
+        text = (logs / f"{name}.log").read_text()
+        assert re.search(rf"(?m)^{label}: 100%\|#+\| (\d+)/\1 \[", text), text
+        assert "\r" not in text and "\x1b" not in text
+    assert (logs / "teacher.tsv").read_text().startswith("s\th:m:s")
+
+
+def test_the_same_command_again_does_nothing(copied: Checkout) -> None:
+    assert "Nothing to be done" in copied.done()
+
+
+def test_the_default_profile_is_read(copied: Checkout) -> None:
+    assert "workflow specific profile profiles/default" in copied.done("-n")
+
+
+# Also: a finished run that is moved, as `copied` is, runs nothing again.
+@pytest.mark.parametrize(
+    ("changes", "again"),
+    [
+        ({"sampling.batch": 32}, set()),
+        ({"title": "Another"}, LAST),
+        ({"report.bootstrap": 60}, LAST),
+        ({"students.ctm.preconditioning": "bcm"}, CTM | LAST),
+        ({"coefficients.probes": 2}, {"coefficients"} | ANALYTIC | LAST),
+        ({"student.learning_rate": 0.01}, CTM | ANALYTIC | LAST),
+        ({"scores.kid_subsets": 3}, SCORED | LAST),
+        ({"scores.classifier.steps": 21}, {"extractor"} | SCORED | LAST),
+        ({"seeds": [0, 1]}, CTM | ANALYTIC | LAST),
+    ],
+    ids=str,
+)
+def test_a_changed_key_runs_what_depends_on_it(copied: Checkout, changes: dict[str, Any], again: set[str]) -> None:
+    assert copied.change(changes).planned() == again
+
+
+def test_another_seed_keeps_the_first(copied: Checkout) -> None:
+    copied.change({"seeds": [0, 1]}).planned()
+    assert set(re.findall(r"seed=(\d+)", copied.output)) == {"1"}
+
+
+def says_one_line(checkout: Checkout) -> str:
+    """The only line of a run that stops before any job, Snakemake's own notes apart."""
+    assert checkout.run() == 1
+    notes = ("Using workflow specific profile", "Config file ")
+    (line,) = [line for line in checkout.output.splitlines() if not line.startswith(notes)]
+    assert not (checkout.path / "results").exists()
+    return line
+
+
+def test_a_misspelt_key_stops_before_any_job(checkout: Checkout) -> None:
+    typo = checkout.change({"student.batchh": 3}, "typo")
+    assert says_one_line(typo).startswith(
+        "error: config/studies/typo.yaml: unknown key 'student.batchh'; did you mean 'batch'?"
+    )
+
+
+def test_an_unknown_study_stops_before_any_job(checkout: Checkout) -> None:
+    line = says_one_line(Checkout(checkout.path, "tinny"))
+    assert line == "error: no study file config/studies/tinny.yaml; did you mean config/studies/tiny.yaml?"
+
+
+def test_an_unknown_configuration_key_stops_before_any_job(checkout: Checkout) -> None:
+    (checkout.path / "config/config.yaml").write_text("studies: tiny\nstudys: tiny\n")
+    assert "unknown key 'studys'" in says_one_line(checkout)
+
+
+def test_a_failing_job_shows_its_error_last(checkout: Checkout) -> None:
+    nowhere = checkout.change({"dataset.kind": "image_folder", "dataset.path": "data/nowhere"}, "nowhere")
+    assert nowhere.run() == 1
+    log = nowhere.output.split("Logfile logs/nowhere/dataset.log:")[-1]
+    assert re.search(r"(?m)^error: dataset\.path: there is no folder data/nowhere/train ", log)
+    assert "Traceback" not in nowhere.output
+    assert nowhere.litter() == []
+
+
+def test_lint(checkout: Checkout) -> None:
+    assert "good condition" in checkout.done("--lint")
+
+
+def test_format() -> None:
+    words = [sys.executable, "-m", "snakefmt", "--check", "Snakefile", "workflow"]
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_snakemake_report_without_network(finished: Checkout, tmp_path: Path) -> None:
+    # Snakemake fetches what is not in its package; a proxy that nobody serves is as good as no network.
+    proxies = {f"{scheme}_proxy": "http://127.0.0.1:9" for scheme in ("http", "https")}
+    offline = replace(finished.copy(tmp_path / "copied"), variables=proxies)
+    offline.done("--report", "page.html")
+    page = (offline.path / "page.html").read_text()
+    figures = [path.stem for path in (offline.path / "results/tiny/report/figures").glob("*.png")]
+    assert len(figures) >= 5
+    for figure in figures:
+        assert f"Adding {figure}.png" in offline.output
+        assert f"Figure {figure}." not in page, f"workflow/report/figure.rst has no caption for {figure}"
+    offline.done("--report", "page.zip")
+
+
+def test_dry_run_of_make_demo(checkout: Checkout) -> None:
+    shutil.copy(ROOT / "requirements.lock", checkout.path)
+    shutil.copy(ROOT / "requirements.in", checkout.path)
+    shutil.copy(ROOT / "pyproject.toml", checkout.path)
+    (checkout.path / ".venv").symlink_to(ROOT / ".venv")
+    words = ["make", "-n", "demo"]
+    done = subprocess.run(
+        words, cwd=checkout.path, env=checkout.environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert "snakemake --cores all" in done.stdout and "consistency summary" in done.stdout
