@@ -60,13 +60,29 @@ def test_a_score_there_before_training_is_a_bound_above() -> None:
     assert (value, bound, steps) == (10.0, ">", 100.0)
 
 
-def test_the_curve_may_rise_again() -> None:
-    """The best so far counts, on both sides."""
-    rising = Curves(STEPS, np.concatenate([falling(1).values[:, :6], falling(1).values[:, 4::-1]], 1), [0, 1, 2])
-    value, _, target, own, _ = speed_up(rising, rising)
-    assert value == 1
-    assert own == 500
-    assert target == pytest.approx(np.exp(-1))
+def test_the_target_is_the_last_point_not_the_luckiest() -> None:
+    """On the way there, the best so far counts on both sides."""
+    dip = Curves(np.array([0, 100, 200, 300, 400]), np.array([[8.0, 4.0, 1.0, 3.0, 2.0]]), [0])
+    value, bound, target, own, _ = speed_up(dip, dip)
+    assert (value, bound, target) == (1.0, "", 2.0)
+    assert own == pytest.approx(100 + 100 * 2 / 3)
+
+
+def test_equal_students_miss_the_target_no_more_often_than_not() -> None:
+    """With noise of which every point has its own, as in the curves of two equal students."""
+    draws, missed = np.random.default_rng(0), 0
+    for _ in range(200):
+        noisy = [falling(1).values.mean(0) + 0.5 + draws.normal(0, 0.05, (2, len(STEPS))) for _ in range(2)]
+        missed += speed_up(*(Curves(STEPS, values, [0, 1]) for values in noisy))[1] == "<"
+    assert missed < 100
+
+
+def test_a_baseline_that_does_not_improve_gives_no_speed_up() -> None:
+    worse = Curves(STEPS, np.linspace(1, 2, len(STEPS))[None].repeat(2, 0), [0, 1])
+    value, bound, *_ = speed_up(worse, falling(1, seeds=2))
+    assert np.isnan(value)
+    assert bound == "?"
+    assert bootstrap(worse, falling(1, seeds=2), 20) == (0.0, np.inf)
 
 
 def test_iterations_are_linear_between_snapshots() -> None:
@@ -86,6 +102,15 @@ def test_equal_arms_have_an_interval_of_exactly_one() -> None:
     """Paired by seed: the noise of a seed is in both arms."""
     arm = falling(1, seeds=4, noise=0.1)
     assert bootstrap(arm, arm, 200) == (1.0, 1.0)
+
+
+def test_an_interval_is_open_where_resamples_are_bounds() -> None:
+    """One seed of the student never reaches the target, the other has it before training."""
+    baseline = falling(1, seeds=2)
+    never = np.stack([falling(0.2).values[0], np.full(len(STEPS), 1e-3)])
+    assert bootstrap(baseline, Curves(STEPS, never, [0, 1]), 200) == (0.0, np.inf)
+    slow = falling(0.5, seeds=2)
+    assert bootstrap(baseline, slow, 50) == (0.0, 1.0)
 
 
 def test_one_seed_has_no_interval() -> None:

@@ -179,6 +179,7 @@ def main(words: list[str] | None = None) -> int:
 
             args.study = load_study(args.study)
             args.layout = Layout(args.study.name, args.results, args.state)
+            _require_student(args)
         if args.computes:
             _prepare(args)
         args.function(args)
@@ -199,6 +200,17 @@ def main(words: list[str] | None = None) -> int:
         print(str(error), file=sys.stderr)
         return 128 + int(signum)
     return 0
+
+
+def _require_student(args: Arguments) -> None:
+    """--run and --seed go together, and are the study's."""
+    run, seed = getattr(args, "run", None), getattr(args, "seed", None)
+    if (run is None) != (seed is None):
+        raise UserError("--run and --seed go together: give both for a student, neither for the teacher")
+    if run is not None:
+        args.study.resolved(run)
+        if seed not in args.study.seeds:
+            raise UserError(f"study {args.study.name} has no seed {seed}; its seeds are {args.study.seeds}")
 
 
 def _terminated(signum: int, frame: FrameType | None) -> None:

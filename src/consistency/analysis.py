@@ -87,9 +87,10 @@ def iterations_to(steps: Array, values: Array, target: float) -> Reached:
 
 @dataclass(frozen=True)
 class SpeedUp:
-    """How many times fewer iterations than the baseline. bound: '' known, '>' at least, '<' at most this.
+    """How many times fewer iterations than the baseline. bound: '' known, '>' at least, '<' at most this, '?' none.
 
-    low, high: 95 % bootstrap interval over seeds; NaN with one seed.
+    low, high: 95 % bootstrap interval over seeds; NaN with one seed. low is 0 where a resample does not reach the
+    target, high is infinite where one has it before training.
     """
 
     run: str
@@ -109,35 +110,42 @@ class SpeedUp:
 def speed_up(baseline: Curves, student: Curves) -> tuple[float, str, float, float, float]:
     """(speed-up, bound, target, the baseline's iterations, the student's).
 
-    The target is the baseline's final score: the best value so far of its mean curve, at the end. Both sides'
-    iterations are those to reach it on the best-so-far of the mean over seeds, so a baseline against itself gives
-    exactly 1.
+    The target is the last point of the baseline's mean curve over seeds. Its minimum would be the luckiest of many
+    noisy points: two equal students would then miss it more often than not. Both sides' iterations are those to the
+    target on the best-so-far of their mean curves, so a baseline that improves has exactly 1 against itself.
     """
     mean_baseline, mean_student = baseline.values.mean(0), student.values.mean(0)
-    target = float(mean_baseline.min())
+    target = float(mean_baseline[-1])
     own = iterations_to(baseline.steps, mean_baseline, target)
     other = iterations_to(student.steps, mean_student, target)
-    bound = {"": "", "<": ">", ">": "<"}[other.bound]
-    return own.steps / other.steps, bound, target, own.steps, other.steps
+    # A baseline that has its final score before training did not improve: there is nothing to be faster at.
+    bound = "?" if own.bound else {"": "", "<": ">", ">": "<"}[other.bound]
+    value = float("nan") if bound == "?" else own.steps / other.steps
+    return value, bound, target, own.steps, other.steps
 
 
 def bootstrap(baseline: Curves, student: Curves, resamples: int) -> tuple[float, float]:
     """95 % percentile interval of the speed-up over resampled seeds; NaN with one seed.
 
-    Seeds are paired, because students of one seed see the same images, noise and times.
+    Seeds are paired, because students of one seed see the same images, noise and times. A resample with a bound
+    counts as all that the bound leaves open: from 0 where the target is not reached, to infinity where it is there
+    before training.
     """
     shared = [seed for seed in baseline.seeds if seed in student.seeds]
     if len(shared) < 2:
         return float("nan"), float("nan")
     rows = [(baseline.seeds.index(seed), student.seeds.index(seed)) for seed in shared]
     generator = np.random.default_rng(0)
-    values = []
+    lows, highs = [], []
     for _ in range(resamples):
         picked = [rows[i] for i in generator.integers(len(rows), size=len(rows))]
         first = Curves(baseline.steps, baseline.values[[i for i, _ in picked]], shared)
         second = Curves(student.steps, student.values[[j for _, j in picked]], shared)
-        values.append(speed_up(first, second)[0])
-    low, high = np.percentile(values, [2.5, 97.5])
+        value, bound, *_ = speed_up(first, second)
+        lows.append(value if bound in ("", ">") else 0.0)
+        highs.append(value if bound in ("", "<") else float("inf"))
+    # Not linear between two resamples: half-way to infinity is no number.
+    low, high = np.percentile(lows, 2.5, method="lower"), np.percentile(highs, 97.5, method="higher")
     return float(low), float(high)
 
 

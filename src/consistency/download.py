@@ -45,9 +45,10 @@ def _fetch(url: str, part: Path) -> None:
     try:
         response = urllib.request.urlopen(request, timeout=60)
     except urllib.error.HTTPError as error:
-        if error.code == 416:  # nothing is missing
-            return
-        raise
+        with error:
+            if error.code == 416:  # nothing is missing
+                return
+            raise
     with response:
         resumed = response.status == 206
         total = int(response.headers.get("Content-Length") or 0) + (have if resumed else 0)

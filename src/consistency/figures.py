@@ -16,6 +16,8 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 Array = np.ndarray
 
@@ -129,6 +131,8 @@ def preconditioning(ode: GeneralizedODE, forward: bool) -> Figure:
                 axis.set(
                     xscale="log", xlabel="s / t", ylabel=f"{letter}(t,s) - {ctm}", title=f"{name}: {letter} - ctm's"
                 )
+            if form == ode.forward:
+                pair[1].set_yscale("symlog", linthresh=0.1)  # up to 1e3, which would hide all else
             pair[0].legend()
     return figure
 
@@ -151,12 +155,24 @@ def learning_curves(
                 axis.fill_between(steps, values.min(0), values.max(0), color=style["color"], alpha=0.18, lw=0)
             if measure == "fd":
                 _reference_lines(axis, scores)
-            axis.set(title=f"NFE {nfe}", xlabel="training iterations", yscale="log")
-            axis.yaxis.set_minor_formatter(matplotlib.ticker.LogFormatter(minor_thresholds=(1.5, 0.6)))
+            axis.set(title=f"NFE {nfe}", xlabel="training iterations")
+            _logarithmic(axis)
         axes[0, 0].set_ylabel(measure_label(measure, extractor))
         handles, labels = axes[0, 0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower center", ncols=4 if len(labels) > 6 else len(labels))
     return figure
+
+
+def _logarithmic(axis: Axes) -> None:
+    """A logarithmic y axis with plain numbers at 1, 2, 5, or at more of them; linear over less than a factor of 2."""
+    low, high = axis.dataLim.intervaly
+    if not 0 < 2 * low < high:
+        return
+    axis.set_yscale("log")
+    subs = (1, 2, 5) if high / low > 6 else (1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 6, 7, 8)
+    axis.yaxis.set_major_locator(LogLocator(subs=subs))
+    axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.yaxis.set_minor_formatter(NullFormatter())
 
 
 def _reference_lines(axis: Axes, scores: pd.DataFrame) -> None:
@@ -169,15 +185,17 @@ def _reference_lines(axis: Axes, scores: pd.DataFrame) -> None:
 def training_losses(histories: dict[str, list[pd.DataFrame]], runs: Sequence[str]) -> Figure:
     """Distillation and DSM terms against iterations, mean over seeds."""
     with plt.rc_context(_STYLE):
-        figure, axes = plt.subplots(1, 2, figsize=(10, 3.6))
-        for run in runs:
-            for axis, term in zip(axes, ("distillation", "dsm"), strict=True):
+        titles = {"distillation": "distillation term", "dsm": "denoising score matching term"}
+        terms = [term for term in titles if any(term in table for run in runs for table in histories[run])]
+        figure, axes = plt.subplots(1, len(terms), figsize=(5 * len(terms), 3.6), squeeze=False)
+        for axis, term in zip(axes[0], terms, strict=True):
+            for run in runs:
                 tables = [table.set_index("step")[term] for table in histories[run] if term in table]
                 if tables:
                     mean = pd.concat(tables, axis=1).mean(axis=1)
                     axis.plot(mean.index, mean, label=run, lw=1, **line_of(runs, run))
-        for axis, title in zip(axes, ("distillation term", "denoising score matching term"), strict=True):
-            axis.set(xlabel="training iterations", ylabel=title, yscale="log")
+            axis.set(xlabel="training iterations", ylabel=titles[term])
+            _logarithmic(axis)
             axis.legend()
     return figure
 
@@ -189,23 +207,31 @@ def speed_up_bars(found: Sequence[SpeedUp], runs: Sequence[str], measure: str, e
     shown = [run for run in runs if any(item.run == run for item in rows)]
     with plt.rc_context(_STYLE):
         figure, axis = plt.subplots(figsize=(1.6 * max(len(nfes), 2) + 3, 3.6))
+        bars: list[tuple[float, float, float, str]] = []
         for k, run in enumerate(shown):
             for item in (item for item in rows if item.run == run):
                 x = nfes.index(item.nfe) + (k - (len(shown) - 1) / 2) * 0.8 / len(shown)
                 colour = line_of(runs, run)["color"]
-                marker = {"": "o", ">": "^", "<": "v"}[item.bound]
-                axis.plot([x], [item.value], marker, color=colour, label=run if item.nfe == nfes[0] else None)
-                if np.isfinite(item.low):
-                    axis.vlines(x, item.low, item.high, color=colour, lw=2, alpha=0.6)
+                if item.bound != "?":
+                    axis.plot([x], [item.value], {"": "o", ">": "^", "<": "v"}[item.bound], color=colour)
+                if not np.isnan(item.low):
+                    bars.append((x, item.low, item.high, colour))
+        axis.set_yscale("log", base=2)
+        ends = [y for item in rows for y in (item.value, item.low, item.high, 0.8, 1.25) if 0 < y < np.inf]
+        bottom, top = min(ends) / 1.25, max(ends) * 1.25
+        axis.set_ylim(bottom, top)
+        for x, low, high, colour in bars:
+            axis.vlines(x, max(low, bottom), min(high, top), color=colour, lw=2, alpha=0.6)
+        axis.yaxis.set_major_locator(LogLocator(base=2, subs=(1, 1.5) if top / bottom > 3 else (1, 1.25, 1.5, 1.75)))
+        axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.3g}"))
         axis.axhline(1, color="#444444", lw=1, ls="--")
         axis.set_xticks(range(len(nfes)), [f"NFE {nfe}" for nfe in nfes])
         axis.set(
             ylabel="speed-up over the baseline",
             title=f"iterations to the baseline's final {_short(measure, extractor)}",
         )
-        handles, labels = axis.get_legend_handles_labels()
-        unique = dict(zip(labels, handles, strict=True))
-        figure.legend(unique.values(), unique.keys(), loc="outside right upper")
+        dots = [Line2D([], [], marker="o", ls="", color=line_of(runs, run)["color"], label=run) for run in shown]
+        figure.legend(handles=dots, loc="outside right upper")
     return figure
 
 

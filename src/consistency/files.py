@@ -32,7 +32,8 @@ def atomic(path: Path) -> Iterator[Path]:
             "make room (or mend the permission) and run the same command again"
         ) from None
     finally:
-        with suppress(FileNotFoundError):
+        # Whatever hinders it hindered the writing too, and that is what the user must hear of.
+        with suppress(OSError):
             temporary.unlink()
 
 

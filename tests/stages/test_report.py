@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 from tests.fake_results import SMALL, make_results, make_study
 
+from consistency.analysis import SpeedUp
 from consistency.errors import UserError
 from consistency.layout import Layout
-from consistency.stages.report import make_report, print_summary
+from consistency.stages.report import make_report, print_summary, read_scores, sentence
 from consistency.study import Study
 
 ONE_SEED = SMALL.replace("seeds: [0, 1]", "seeds: [3]")
@@ -84,6 +85,8 @@ def test_the_same_results_give_the_same_files(tmp_path: Path) -> None:
         ("scores/calibration.csv", "calibration"),
         ("students/analytic/seed0/card.json", "student --run analytic --seed 0"),
         ("coefficients/coefficients.npz", "coefficients"),
+        ("samples/ctm/seed0/nfe2.npy", "samples --run ctm --seed 0"),
+        ("samples/teacher/heun.npy", "samples"),
     ],
 )
 def test_what_is_missing_is_named_with_its_verb(tmp_path: Path, gone: str, verb: str) -> None:
@@ -91,6 +94,47 @@ def test_what_is_missing_is_named_with_its_verb(tmp_path: Path, gone: str, verb:
     (layout.root / gone).unlink()
     with pytest.raises(UserError, match=verb):
         make_report(study, layout)
+
+
+@pytest.mark.parametrize(
+    ("changed", "to"),
+    [("steps: 60", "steps: 80"), ("nfe: [1, 2, 5]", "nfe: [1, 2, 5, 8]"), ("curve_count: 96", "curve_count: 80")],
+)
+def test_scores_of_other_settings_are_refused(tmp_path: Path, changed: str, to: str) -> None:
+    """They have no card: their rows must be those that the study asks for."""
+    study, layout = made(tmp_path)
+    assert changed in SMALL
+    with pytest.raises(UserError, match=r"seed0\.csv was made with other settings.*scores --run ctm --seed 0"):
+        read_scores(make_study(tmp_path, text=SMALL.replace(changed, to)), layout)
+    assert len(read_scores(study, layout)) > 0
+
+
+def test_figures_of_an_earlier_report_are_removed(tmp_path: Path) -> None:
+    study, layout = made(tmp_path, PLAIN)
+    (layout.report / "figures").mkdir(parents=True)
+    (layout.report / "figures" / "coefficients.png").touch()
+    make_report(study, layout)
+    assert not (layout.report / "figures" / "coefficients.png").exists()
+
+
+def found(bound: str, value: float, low: float, high: float) -> SpeedUp:
+    return SpeedUp("analytic", "ctm", "fd", 2, 1.0, 900.0, 600.0, value, bound, low, high, 2)
+
+
+@pytest.mark.parametrize(
+    ("item", "says"),
+    [
+        (found("", 1.5, 1.2, 1.9), "in 1.50 times fewer iterations .*1.20 to 1.90, 2 seeds\\)\\.$"),
+        (found("", 1.5, 0.9, 1.9), "includes 1, so no difference is shown"),
+        (found("", 0.5, 0.4, 0.8), "in 2.00 times as many iterations .*0.40 to 0.80, 2 seeds\\)\\.$"),
+        (found("<", 1.0, 0.0, 1.0), "does not reach .*0 to 1.00"),
+        (found(">", 4.0, 2.0, np.inf), "before training .*above 4.00.*2.00 to ∞, 2 seeds\\)\\.$"),
+        (found("?", np.nan, 0.0, np.inf), "no speed-up"),
+        (found("", 1.5, np.nan, np.nan), "one seed, no interval"),
+    ],
+)
+def test_a_speed_up_in_words(item: SpeedUp, says: str) -> None:
+    assert re.search(says, sentence(item, "classifier"))
 
 
 def test_the_summary_says_where_things_are(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

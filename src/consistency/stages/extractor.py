@@ -16,7 +16,7 @@ from consistency.nets.classifier import Classifier
 from consistency.progress import Progress
 from consistency.provenance import read_card, write_card
 from consistency.seeding import derived_seed, generator
-from consistency.stages.inputs import read_dataset
+from consistency.stages.inputs import read_array, read_dataset
 from consistency.study import Study
 from consistency.training.data import ImageData
 
@@ -65,7 +65,7 @@ def open_extractor(study: Study, layout: Layout, data: ImageData, device: torch.
 def read_data_statistics(study: Study, layout: Layout) -> Statistics:
     """Statistics of the data's features."""
     read_card(layout.extractor, study, "extractor")
-    return Statistics.of(np.load(layout.extractor / "features.npy"))
+    return Statistics.of(read_array(layout.extractor / "features.npy", "extractor"))
 
 
 def _save(path: Path, features: np.ndarray) -> None:

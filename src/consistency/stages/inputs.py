@@ -1,5 +1,6 @@
 """What several stages read: the dataset, the teacher, the coefficients, a student, checked against the study."""
 
+from pathlib import Path
 from typing import Any
 from zipfile import BadZipFile
 
@@ -44,14 +45,29 @@ def sigma_data(study: Study, data: ImageData) -> float:
 
 def read_teacher(study: Study, layout: Layout, device: torch.device) -> Denoiser:
     """The study's teacher, frozen."""
-    teacher, _ = load_denoiser(layout.teacher / "teacher.safetensors", study.key("teacher"))
-    return teacher.to(device)
+    path = _made(layout.teacher / "teacher.safetensors", "teacher")
+    return load_denoiser(path, study.key("teacher"))[0].to(device)
 
 
 def read_student(study: Study, layout: Layout, run: str, seed: int, device: torch.device) -> Denoiser:
     """A distilled student (EMA weights), frozen."""
-    path = layout.student(run, seed) / "student.safetensors"
+    path = _made(layout.student(run, seed) / "student.safetensors", f"student --run {run} --seed {seed}")
     return load_denoiser(path, study.key("student", run, seed))[0].to(device)
+
+
+def _made(path: Path, verb: str) -> Path:
+    if not path.exists():
+        raise UserError(f"{path} is missing: run `python -m consistency {verb}` first")
+    return path
+
+
+def read_array(path: Path, verb: str) -> np.ndarray[Any, Any]:
+    """A memory-mapped .npy file. Raises UserError, naming the verb that makes it, when it is missing or damaged."""
+    try:
+        array: np.ndarray[Any, Any] = np.load(_made(path, verb), mmap_mode="r")
+    except (OSError, ValueError, EOFError) as error:
+        raise UserError(f"{path} is damaged ({error}): run `{verb}` again") from None
+    return array
 
 
 def read_coefficients(layout: Layout) -> dict[str, np.ndarray[Any, Any]]:
@@ -59,7 +75,10 @@ def read_coefficients(layout: Layout) -> dict[str, np.ndarray[Any, Any]]:
     path = layout.coefficients / "coefficients.npz"
     try:
         with np.load(path) as arrays:
-            return dict(arrays)
+            found = dict(arrays)
+        if not {"times", "l", "s"} <= found.keys():
+            raise ValueError("it has not the arrays times, l and s")
+        return found
     except FileNotFoundError:
         raise UserError(f"{path} is missing: run `python -m consistency coefficients` first") from None
     except (OSError, ValueError, EOFError, BadZipFile) as error:

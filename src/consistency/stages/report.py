@@ -3,6 +3,7 @@
 import base64
 import json
 import time
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from importlib.resources import files
@@ -21,11 +22,13 @@ from consistency.analysis import MEASURES, SpeedUp, final_table, speed_ups
 from consistency.errors import UserError
 from consistency.files import read_json, write_bytes, write_json
 from consistency.layout import Layout
-from consistency.provenance import read_card, write_card
+from consistency.provenance import git_state, read_card, write_card
 from consistency.stages.inputs import read_coefficients, read_dataset
+from consistency.stages.scores import COLUMNS
 from consistency.study import FITTED, Study
 from consistency.theory.generalized_ode import GeneralizedODE
 
+Array = np.ndarray
 Cards = dict[str, dict[str, Any]]
 
 
@@ -59,6 +62,9 @@ def make_report(study: Study, layout: Layout) -> None:
     found = speed_ups(scores, baselines(study), study.scores.curve_nfe, study.report.bootstrap)
     pictures = _pictures(study, layout, scores, found)
     folder = layout.report
+    for stale in (folder / "figures").glob("*"):
+        if stale.stem not in {picture.name for picture in pictures}:
+            stale.unlink()
     for picture in pictures:
         write_bytes(folder / "figures" / f"{picture.name}.png", picture.png)
         write_bytes(folder / "figures" / f"{picture.name}.svg", picture.svg)
@@ -81,7 +87,7 @@ def print_summary(study: Study, layout: Layout) -> None:
     scores = read_scores(study, layout)
     table = final_table(scores)
     label = figures.measure_label("fd", str(scores.extractor.iloc[0]))
-    print(f"\n{study.title or study.name}: mean +- 95 % interval over {len(study.seeds)} seeds\n")
+    print(f"\n{study.title or study.name}: mean ± half-width of the 95 % t interval over seeds{_coarse(study)}\n")
     print(f"{'student':18} {'sampler':10} {'NFE':>3}  {label:>36}  {'alignment error':>24}")
     for row in table.itertuples():
         fd, alignment = (_plus_minus(getattr(row, m), getattr(row, f"{m}_half_width")) for m in ("fd", "alignment"))
@@ -89,7 +95,11 @@ def print_summary(study: Study, layout: Layout) -> None:
     for known in scores[scores.kind == "calibration"].to_dict("records"):
         print(f"{known['run']:18} {known['sampler']:10} {known['nfe'] or '':3}  {known['fd']:36.4g}")
     found = speed_ups(scores, baselines(study), study.scores.curve_nfe, study.report.bootstrap)
-    print("\n" + "\n".join(_sentence(item, str(scores.extractor.iloc[0])) for item in found))
+    if found:
+        print(f"\nspeed-up: the baseline's iterations to its own final score over the student's{_coarse(study)}\n")
+    for item in found:
+        what = "FD" if item.measure == "fd" else item.measure
+        print(f"{item.run:18} over {item.baseline:12} {what:10} NFE {item.nfe:<3} {_speed(item)}")
     print(f"\nreport: {layout.report / 'report.html'}")
     tracked = layout.track / "tracked.json"
     if tracked.exists():
@@ -104,12 +114,31 @@ def read_scores(study: Study, layout: Layout) -> pd.DataFrame:
     tables = []
     for path, verb in paths.items():
         try:
-            tables.append(pd.read_csv(path))
+            tables.append(_checked(pd.read_csv(path), study, path, verb))
         except FileNotFoundError:
             raise UserError(f"{path} is missing: run `python -m consistency {verb}` first") from None
         except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError) as error:
             raise UserError(f"{path} is damaged ({error}): run `{verb}` again") from None
     return pd.concat(tables, ignore_index=True)
+
+
+def _checked(table: pd.DataFrame, study: Study, path: Path, verb: str) -> pd.DataFrame:
+    """The table, if its rows are those that this study asks for: a score table has no card that would tell."""
+    extractor = "classifier" if study.scores.extractor == "classifier" else f"inception-{study.scores.mode}"
+    counts = {"curve": study.scores.curve_count, "final": study.sampling.count}
+    right = set(COLUMNS) <= set(table.columns) and set(table.study) | set(table.extractor) == {study.name, extractor}
+    if right and verb != "calibration":
+        run = str(table.run.iloc[0])
+        settings = study.resolved(run)
+        steps = range(0, settings.steps + 1, settings.snapshot_every)
+        rows = table[table.sampler.isin(["jumps", "multistep"])]
+        wanted = {("curve", step, nfe) for step in steps for nfe in study.scores.curve_nfe}
+        wanted |= {("final", settings.steps, nfe) for nfe in study.sampling.nfe}
+        right = set(zip(rows.kind, rows.step, rows.nfe, strict=True)) == wanted
+        right = right and bool((table.images == table.kind.map(counts)).all())
+    if not right:
+        raise UserError(f"{path} was made with other settings: run `python -m consistency {verb}` again")
+    return table
 
 
 def baselines(study: Study) -> dict[str, str]:
@@ -135,8 +164,10 @@ def _cards(study: Study, layout: Layout) -> Cards:
     }
     if study.needs_coefficients:
         cards["coefficients"] = read_card(layout.coefficients, study, "coefficients")
+    cards["samples of the teacher"] = read_card(layout.samples(None, None), study, "samples")
     for run, seed in _students(study):
         cards[f"student {run} seed {seed}"] = read_card(layout.student(run, seed), study, "student", run, seed)
+        cards[f"samples {run} seed {seed}"] = read_card(layout.samples(run, seed), study, "samples", run, seed)
     return cards
 
 
@@ -157,12 +188,13 @@ def _pictures(study: Study, layout: Layout, scores: pd.DataFrame, found: list[Sp
         figure = figures.learning_curves(scores, runs, study.scores.curve_nfe, measure, extractor)
         pictures.append(Picture.of(f"curves_{measure}", "curves", caption, figure))
     if found:
-        for measure in ("fd", "alignment"):
+        for measure in dict.fromkeys(item.measure for item in found):
             images = count if measure == "fd" else study.scores.alignment_count
             caption = (
-                f"Iterations of the baseline over iterations of the student to the baseline's final score, {seeds}, "
-                f"N = {images}. Bars: 95 % bootstrap over seeds{_coarse(study)}. Triangles are bounds: up, reached "
-                "before the first snapshot; down, never reached."
+                f"Iterations of the baseline over iterations of the student to the baseline's final "
+                f"{_what(measure, extractor)}, {seeds}, N = {images}. Bars: 95 % bootstrap over seeds{_coarse(study)}; "
+                "one that leaves the picture has no end. Triangles are bounds: up, the score was there before "
+                "training; down, it was never reached."
             )
             bars = figures.speed_up_bars(found, runs, measure, extractor)
             pictures.append(Picture.of(f"speedup_{measure}", "speedup", caption, bars))
@@ -174,17 +206,18 @@ def _pictures(study: Study, layout: Layout, scores: pd.DataFrame, found: list[Sp
 
 def _coarse(study: Study) -> str:
     """What an interval over very few seeds is worth."""
-    return f" ({len(study.seeds)} seeds: coarse)" if len(study.seeds) < 5 else ""
+    count = len(study.seeds)
+    return "" if count > 4 else " (one seed: no interval)" if count == 1 else f" ({count} seeds: coarse)"
 
 
 def _samples_picture(study: Study, layout: Layout) -> Picture:
     seed = study.seeds[0]
     data = read_dataset(study, layout)
     picks = np.linspace(0, len(data) - 1, 16).astype(int)
-    rows = [("data", data.images[picks]), ("teacher", np.load(layout.samples(None, None) / "heun.npy", mmap_mode="r"))]
+    rows = [("data", data.images[picks]), ("teacher", _images(layout.samples(None, None) / "heun.npy", "samples"))]
     for nfe in study.report.grid_nfe:
         for run in study.students:
-            images = np.load(layout.samples(run, seed) / f"nfe{nfe}.npy", mmap_mode="r")
+            images = _images(layout.samples(run, seed) / f"nfe{nfe}.npy", f"samples --run {run} --seed {seed}")
             rows.append((f"{run}, NFE {nfe}", images))
     teacher_nfe = 2 * study.sampling.teacher_steps - 1
     caption = (
@@ -192,6 +225,14 @@ def _samples_picture(study: Study, layout: Layout) -> Picture:
         f"every student (training seed {seed}). First row: 16 training images, for comparison."
     )
     return Picture.of("samples", "samples", caption, figures.sample_grid(rows))
+
+
+def _images(path: Path, made_by: str) -> Array:
+    try:
+        images: Array = np.load(path, mmap_mode="r")
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} is missing or damaged ({error}): run `python -m consistency {made_by}`") from None
+    return images
 
 
 def _coefficient_pictures(study: Study, layout: Layout) -> list[Picture]:
@@ -236,7 +277,8 @@ def _page(
     extractor = str(scores.extractor.iloc[0])
     template = files("consistency").joinpath("templates/report.html.j2").read_text()
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
-    # In words only the form the paper trains with; the table has them all.
+    # In words only the form the paper trains with, at the NFE it claims a speed-up (2) and none (1); all in the table.
+    claims = {1, 2} & set(study.scores.curve_nfe) or set(study.scores.curve_nfe)
     headlines = {run for run in study.students if study.resolved(run).preconditioning == "analytic"}
     chapters: dict[str, list[dict[str, str]]] = {}
     for picture in pictures:
@@ -253,20 +295,23 @@ def _page(
         calibration=scores[scores.kind == "calibration"].to_dict("records"),
         rows=_table_rows(table),
         found=[asdict(item) | {"text": _speed(item)} for item in found],
-        verdicts=[_sentence(item, extractor) for item in found if item.run in headlines],
+        verdicts=[sentence(item, extractor) for item in found if item.run in headlines and item.nfe in claims],
         coarse=_coarse(study),
         cost=_cost(study, cards),
         times=_times(cards),
         pictures=chapters,
         card=cards["teacher"],
-        commits=sorted(
-            {str(card["git"]["commit"]) + (" (dirty)" if card["git"]["dirty"] else "") for card in cards.values()}
-        ),
+        commits=sorted({_commit(state) for state in (git_state(), *(card["git"] for card in cards.values()))}),
         key=study.key("report"),
         commands=sorted({card["command"] for card in cards.values()}),
         resolved=yaml.safe_dump(study.model_dump(mode="json"), sort_keys=False),
         measures=MEASURES,
     )
+
+
+def _commit(state: dict[str, Any]) -> str:
+    """A commit, and whether the tree differed from it."""
+    return f"{state['commit'] or 'unknown'}{' (dirty)' if state['dirty'] else ''}"
 
 
 def _says(study: Study, run: str) -> str:
@@ -290,25 +335,36 @@ def _table_rows(table: pd.DataFrame) -> list[dict[str, Any]]:
 
 
 def _speed(item: SpeedUp) -> str:
-    interval = f" ({item.low:.2f} to {item.high:.2f})" if np.isfinite(item.low) else ""
-    return f"{item.bound and item.bound + ' '}{item.value:.2f}{interval}"
+    value = "not defined" if item.bound == "?" else f"{item.bound and item.bound + ' '}{item.value:.2f}"
+    return value if np.isnan(item.low) else f"{value} ({_interval(item)})"
 
 
-def _sentence(item: SpeedUp, extractor: str) -> str:
+def _interval(item: SpeedUp) -> str:
+    """Its ends; 0 where resamples do not reach the score, ∞ where they have it before training."""
+    low = f"{item.low:.2f}" if item.low else "0"
+    return f"{low} to {item.high:.2f}" if np.isfinite(item.high) else f"{low} to ∞"
+
+
+def _what(measure: str, extractor: str) -> str:
+    """A measure in a sentence."""
+    return "alignment error" if measure == "alignment" else "FID" if extractor.startswith("inception") else "FD"
+
+
+def sentence(item: SpeedUp, extractor: str) -> str:
     """One speed-up in words, saying so when its interval does not exclude 1."""
-    what = "alignment error" if item.measure == "alignment" else "FID" if extractor.startswith("inception") else "FD"
+    final = f"{item.baseline}'s final {_what(item.measure, extractor)}"
+    times = f"{item.value:.2f} times fewer" if item.value >= 1 else f"{1 / item.value:.2f} times as many"
     reached = {
-        "": f"reaches {item.baseline}'s final {what} in {item.value:.2f} times fewer iterations",
-        ">": f"has {item.baseline}'s final {what} before its first snapshot (speed-up above {item.value:.2f})",
-        "<": f"does not reach {item.baseline}'s final {what} (speed-up below {item.value:.2f})",
+        "": f"reaches {final} in {times} iterations",
+        ">": f"has {final} before training (speed-up above {item.value:.2f})",
+        "<": f"does not reach {final} in its training (speed-up below {item.value:.2f})",
+        "?": f"has no speed-up: {item.baseline} has its final {_what(item.measure, extractor)} before training",
     }[item.bound]
-    if not np.isfinite(item.low):
+    if np.isnan(item.low):
         return f"At NFE {item.nfe}, {item.run} {reached}; one seed, no interval."
     doubt = "" if item.low > 1 or item.high < 1 else "; the interval includes 1, so no difference is shown"
-    return (
-        f"At NFE {item.nfe}, {item.run} {reached} "
-        f"(95 % bootstrap interval {item.low:.2f} to {item.high:.2f}, {item.seeds} seeds){doubt}."
-    )
+    interval = f"speed-up's 95 % bootstrap interval {_interval(item)}, {item.seeds} seeds"
+    return f"At NFE {item.nfe}, {item.run} {reached} ({interval}){doubt}."
 
 
 def _cost(study: Study, cards: Cards) -> dict[str, Any] | None:
@@ -334,9 +390,13 @@ def _cost(study: Study, cards: Cards) -> dict[str, Any] | None:
 
 def _times(cards: Cards) -> list[tuple[str, float]]:
     """Wall time of each stage, the students together."""
-    times = [(name, card["seconds"]) for name, card in cards.items() if not name.startswith("student")]
-    students = [card["measured"]["seconds"] for name, card in cards.items() if name.startswith("student")]
-    return [*times, (f"{len(students)} students", sum(students))]
+    times: dict[str, float] = {}
+    for card in cards.values():
+        # A training that was interrupted has its whole time only in `measured`.
+        seconds = card["measured"].get("seconds", card["seconds"])
+        times[card["stage"]] = times.get(card["stage"], 0.0) + seconds
+    counts = Counter(card["stage"] for card in cards.values())
+    return [(f"{stage} ({counts[stage]})" if counts[stage] > 1 else stage, times[stage]) for stage in times]
 
 
 def _summary(scores: pd.DataFrame, table: pd.DataFrame, found: Sequence[SpeedUp]) -> dict[str, Any]:
@@ -352,9 +412,8 @@ def _summary(scores: pd.DataFrame, table: pd.DataFrame, found: Sequence[SpeedUp]
     }
     speed: dict[str, Any] = {}
     for item in found:
-        known = {"value": item.value, "bound": item.bound}
-        if np.isfinite(item.low):
-            known |= {"low": item.low, "high": item.high}
+        numbers = {"value": item.value, "low": item.low, "high": item.high}
+        known = {"bound": item.bound} | {name: number for name, number in numbers.items() if np.isfinite(number)}
         speed.setdefault(item.run, {})[f"{item.measure} nfe{item.nfe}"] = known
     return {
         "extractor": str(scores.extractor.iloc[0]),

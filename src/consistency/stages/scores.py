@@ -18,7 +18,7 @@ from consistency.progress import Progress
 from consistency.provenance import read_card
 from consistency.seeding import generator
 from consistency.stages.extractor import open_extractor, read_data_statistics
-from consistency.stages.inputs import read_dataset, read_preconditioning, read_student, read_teacher
+from consistency.stages.inputs import read_array, read_dataset, read_preconditioning, read_student, read_teacher
 from consistency.stages.samples import Sampler, draw, heun_sampler, jump_sampler
 from consistency.study import Study
 from consistency.theory.preconditioning import Preconditioning
@@ -164,22 +164,14 @@ def _endpoints(study: Study, teacher: Denoiser) -> Array:
 
 
 def _read_endpoints(layout: Layout) -> Array:
-    path = layout.scores(None, None).with_name("endpoints.npy")
-    try:
-        endpoints: Array = np.load(path)
-    except (OSError, ValueError):
-        raise UserError(f"{path} is missing or damaged: run `python -m consistency calibration` first") from None
-    return endpoints
+    return read_array(layout.scores(None, None).with_name("endpoints.npy"), "calibration")
 
 
 def _read_samples(study: Study, layout: Layout, run: str | None, seed: int | None, name: str) -> Array:
     folder = layout.samples(run, seed)
     read_card(folder, study, "samples", run, seed)
-    try:
-        images: Array = np.load(folder / f"{name}.npy", mmap_mode="r")
-    except (OSError, ValueError) as error:
-        raise UserError(f"{folder / name}.npy is missing or damaged ({error}): run `samples` again") from None
-    return images
+    verb = "samples" if run is None else f"samples --run {run} --seed {seed}"
+    return read_array(folder / f"{name}.npy", verb)
 
 
 def _save(path: Path, array: Array) -> None:

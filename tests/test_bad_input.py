@@ -1,0 +1,341 @@
+"""Bad input through the command line: one clear line, exit code 2, and nothing that was finished is lost."""
+
+import hashlib
+import pickle
+import shutil
+import signal
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+from safetensors.torch import save_file
+
+from consistency.__main__ import main
+
+ROOT = Path(__file__).parents[1]
+STUDENT = ("--run", "ctm", "--seed", "0")
+ANALYTIC = ("--run", "analytic", "--seed", "0")
+VERBS = [
+    ("dataset",),
+    ("extractor",),
+    ("teacher",),
+    ("coefficients",),
+    ("samples",),
+    ("calibration",),
+    *((verb, *student) for student in (STUDENT, ANALYTIC) for verb in ("student", "samples", "scores")),
+]
+
+
+class Project:
+    """The tiny study with its results in a folder of one's own, run in this process."""
+
+    def __init__(self, home: Path, capsys: pytest.CaptureFixture[str] | None = None) -> None:
+        self.home, self.capsys, self.study = home, capsys, home / "tiny.yaml"
+
+    def path(self, name: str) -> Path:
+        return self.home / "results/tiny" / name
+
+    def change(self, changes: dict[str, Any]) -> None:
+        """Set dotted keys of the study."""
+        content = yaml.safe_load(self.study.read_text())
+        for dotted, value in changes.items():
+            *parents, last = dotted.split(".")
+            section = content
+            for parent in parents:
+                section = section.setdefault(parent, {})
+            section[last] = value
+        self.study.write_text(yaml.safe_dump(content, sort_keys=False))
+
+    def run(self, verb: str, *words: str) -> int:
+        folders = ("--results", str(self.home / "results"), "--state", str(self.home / "state"))
+        return main([verb, "--study", str(self.study), *folders, *words])
+
+    def kept(self) -> dict[Path, str]:
+        """Every finished file and its digest."""
+        files = [path for path in (self.home / "results").rglob("*") if path.is_file()]
+        return {path: hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+    def error(self, verb: str, *words: str) -> str:
+        """The one line that a verb fails with."""
+        assert self.capsys is not None
+        before = self.kept()
+        self.capsys.readouterr()
+        assert self.run(verb, *words) == 2
+        lines = self.capsys.readouterr().err.splitlines()
+        assert [line for line in lines if line.startswith("error: ")] == lines[-1:], lines
+        assert "Traceback" not in "".join(lines)
+        assert self.kept() == before
+        assert not list(self.home.rglob("*.tmp"))
+        return lines[-1]
+
+
+@pytest.fixture(autouse=True)
+def handlers() -> Iterator[None]:
+    """main() sets a handler of SIGTERM and the number of threads; the tests' own come back."""
+    handler, threads = signal.getsignal(signal.SIGTERM), torch.get_num_threads()
+    yield
+    signal.signal(signal.SIGTERM, handler)
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Every result of the tiny study up to the scores."""
+    home = tmp_path_factory.mktemp("whole")
+    shutil.copy(ROOT / "config/studies/tiny.yaml", home)
+    project = Project(home)
+    for words in VERBS:
+        assert project.run(*words) == 0
+    return home
+
+
+@pytest.fixture
+def project(whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Project:
+    """A copy of the whole study to spoil."""
+    shutil.copytree(whole, tmp_path / "project")
+    return Project(tmp_path / "project", capsys)
+
+
+@pytest.fixture
+def images(project: Project) -> Path:
+    """An image folder of two classes, which the study reads; it has no results yet."""
+    shutil.rmtree(project.home / "results")
+    root = project.home / "images"
+    for name in ("a", "b"):
+        (root / "train" / name).mkdir(parents=True)
+        Image.fromarray(np.full((8, 8), 7, np.uint8)).save(root / "train" / name / "1.png")
+    project.change({"dataset.kind": "image_folder", "dataset.path": str(root)})
+    return root
+
+
+# --- the study -----------------------------------------------------------------------------------
+
+
+def test_students_that_differ_in_more_than_they_say(project: Project) -> None:
+    project.change({"students.analytic.learning_rate": 1e-3})
+    error = project.error("dataset")
+    assert "students.analytic changes 'learning_rate'" in error and "differ only in preconditioning" in error
+
+
+def test_a_student_that_is_not_there(project: Project) -> None:
+    for verb in ("student", "samples", "scores"):
+        assert "has no student 'ctn'; it has ctm, analytic" in project.error(verb, "--run", "ctn", "--seed", "0")
+
+
+def test_a_seed_that_is_not_there(project: Project) -> None:
+    for verb in ("student", "samples", "scores"):
+        assert "has no seed 7" in project.error(verb, "--run", "ctm", "--seed", "7")
+
+
+@pytest.mark.parametrize("words", [("--run", "ctm"), ("--seed", "0")])
+def test_half_a_student(project: Project, words: tuple[str, str]) -> None:
+    assert "--run and --seed" in project.error("samples", *words)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="has a GPU")
+def test_a_gpu_that_is_not_there(project: Project) -> None:
+    assert "--device cuda cannot be used here" in project.error("teacher", "--device", "cuda")
+
+
+def test_a_device_that_does_not_exist(project: Project) -> None:
+    assert "--device gpu cannot be used here" in project.error("teacher", "--device", "gpu")
+
+
+# --- images --------------------------------------------------------------------------------------
+
+
+def test_a_missing_folder_of_images(project: Project, images: Path) -> None:
+    shutil.rmtree(images)
+    assert f"there is no folder {images}/train" in project.error("dataset")
+
+
+def test_an_image_that_is_no_image(project: Project, images: Path) -> None:
+    (images / "train/b/2.png").write_text("no image")
+    assert "train/b/2.png is not a readable image" in project.error("dataset")
+
+
+# --- files of the stages before ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("gone", "words", "verb"),
+    [
+        ("dataset", ("teacher",), "dataset"),
+        ("dataset", ("coefficients",), "dataset"),
+        ("teacher", ("coefficients",), "teacher"),
+        ("teacher", ("student", *STUDENT), "teacher"),
+        ("teacher", ("samples",), "teacher"),
+        ("coefficients", ("student", *ANALYTIC), "coefficients"),
+        ("coefficients", ("scores", *ANALYTIC), "coefficients"),
+        ("students/ctm/seed0", ("samples", *STUDENT), "student --run ctm --seed 0"),
+        ("students/ctm/seed0", ("scores", *STUDENT), "student --run ctm --seed 0"),
+        ("samples/teacher", ("calibration",), "samples"),
+        ("samples/ctm/seed0", ("scores", *STUDENT), "samples --run ctm --seed 0"),
+        ("scores/extractor", ("calibration",), "extractor"),
+        ("scores/endpoints.npy", ("scores", *STUDENT), "calibration"),
+        ("scores/calibration.csv", ("report",), "calibration"),
+        ("scores/analytic/seed0.csv", ("report",), "scores --run analytic --seed 0"),
+    ],
+)
+def test_a_missing_file_names_the_verb_that_makes_it(
+    project: Project, gone: str, words: tuple[str, ...], verb: str
+) -> None:
+    path = project.path(gone)
+    shutil.rmtree(path) if path.is_dir() else path.unlink()
+    error = project.error(*words)
+    assert "is missing" in error and f"run `python -m consistency {verb}`" in error
+
+
+def halve(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def overwrite(path: Path) -> None:
+    path.write_bytes(b"\x00garbage" * 10)
+
+
+@pytest.mark.parametrize("spoil", [halve, overwrite])
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("dataset/images.npy", ("teacher",)),
+        ("dataset/dataset.json", ("teacher",)),
+        ("dataset/card.json", ("teacher",)),
+        ("teacher/teacher.safetensors", ("coefficients",)),
+        ("teacher/teacher.safetensors", ("student", *STUDENT)),
+        ("coefficients/coefficients.npz", ("student", *ANALYTIC)),
+        ("coefficients/coefficients.npz", ("samples", *ANALYTIC)),
+        ("students/ctm/seed0/student.safetensors", ("samples", *STUDENT)),
+        ("students/ctm/seed0/snapshots/step-000003.safetensors", ("scores", *STUDENT)),
+        ("samples/teacher/heun.npy", ("calibration",)),
+        ("samples/ctm/seed0/nfe1.npy", ("scores", *STUDENT)),
+        ("scores/extractor/features.npy", ("calibration",)),
+        ("scores/extractor/classifier.safetensors", ("calibration",)),
+        ("scores/endpoints.npy", ("scores", *STUDENT)),
+    ],
+)
+def test_a_damaged_file_is_named(
+    project: Project, name: str, words: tuple[str, ...], spoil: Callable[[Path], None]
+) -> None:
+    spoil(project.path(name))
+    error = project.error(*words)
+    assert str(project.path(name)) in error or str(project.path(name).parent) in error
+    assert "again" in error
+
+
+@pytest.mark.parametrize("text", ["", "run,seed\nctm", "\x00\x01"])
+def test_a_damaged_score_table_is_named(project: Project, text: str) -> None:
+    table = project.path("scores/ctm/seed0.csv")
+    table.write_text(text)
+    error = project.error("report")
+    assert str(table) in error and "scores --run ctm --seed 0` again" in error
+
+
+def test_the_teacher_of_another_study(project: Project) -> None:
+    project.change({"teacher.seed": 5})
+    error = project.error("student", *STUDENT)
+    assert "teacher.safetensors" in error and "other settings" in error and "run its stage again" in error
+
+
+def test_a_random_safetensors_for_a_teacher(project: Project) -> None:
+    save_file({"weight": torch.zeros(3)}, project.path("teacher/teacher.safetensors"))
+    assert "was not written by this project" in project.error("student", *STUDENT)
+
+
+def test_a_pickle_for_a_teacher_is_not_run(project: Project) -> None:
+    class Bomb:
+        def __reduce__(self) -> tuple[Any, ...]:
+            return Path.touch, (project.home / "exploded",)
+
+    project.path("teacher/teacher.safetensors").write_bytes(pickle.dumps(Bomb()))
+    assert "is not a whole safetensors file" in project.error("student", *STUDENT)
+    assert not (project.home / "exploded").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "words", "difference"),
+    [
+        ({"dataset.limit": 10}, ("teacher",), "dataset.limit: there 20, here 10"),
+        ({"coefficients.probes": 2}, ("student", *ANALYTIC), "coefficients.probes: there 1, here 2"),
+        ({"sampling.count": 81}, ("scores", *STUDENT), "sampling.count: there 80, here 81"),
+        ({"scores.classifier.steps": 5}, ("calibration",), "classifier.steps: there 20, here 5"),
+        ({"student.learning_rate": 0.5}, ("scores", *STUDENT), "student.learning_rate: there 0.0004, here 0.5"),
+    ],
+    ids=str,
+)
+def test_results_of_other_settings_name_the_key(
+    project: Project, changes: dict[str, Any], words: tuple[str, ...], difference: str
+) -> None:
+    project.change(changes)
+    assert difference in project.error(*words)
+
+
+def test_a_file_in_the_place_of_a_folder(project: Project) -> None:
+    shutil.rmtree(project.home / "results")
+    (project.home / "results").write_text("")
+    assert "cannot write" in project.error("dataset")
+
+
+# --- training ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("words", [("teacher",), ("student", *STUDENT)])
+def test_a_training_that_diverges_says_at_which_step(project: Project, words: tuple[str, ...]) -> None:
+    project.change({f"{words[0]}.learning_rate": 1e30})
+    error = project.error(*words)
+    assert "not finite at step" in error and "Lower the learning rate" in error
+
+
+def test_the_last_good_state_of_a_diverging_training_is_kept(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+    from consistency.training import loop
+
+    # Saved after every step, so that there is a good state before the bad step.
+    monkeypatch.setattr(loop, "SAVE_EVERY", 0.0)
+    project.change({"teacher.learning_rate": 1e30})
+    error = project.error("teacher")
+    state = project.home / "state/tiny/teacher/seed0/state.pt"
+    assert f"the last good state is kept in {state}" in error
+    assert torch.load(state, weights_only=True)["clock"]["step"] == int(error.split("at step ")[1].split(";")[0]) - 1
+
+
+def test_two_runs_in_one_folder(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+    import fcntl
+
+    from consistency.training import loop
+
+    monkeypatch.setattr(loop, "LOCK_PATIENCE", 0.0)
+    folder = project.home / "state/tiny/ctm/seed0"
+    folder.mkdir(parents=True)
+    with (folder / "lock").open("w") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        other.write("pid 7 on elsewhere")
+        other.flush()
+        error = project.error("student", *STUDENT)
+    assert f"another process (pid 7 on elsewhere) is training in {folder}" in error
+
+
+# --- Ctrl-C --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "words",
+    [("dataset",), ("coefficients",), ("samples",), ("samples", *STUDENT), ("extractor",), ("scores", *STUDENT)],
+)
+def test_ctrl_c_leaves_no_litter_and_the_old_results(
+    project: Project, words: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from consistency.progress import Progress
+
+    def pressed(self: Progress, steps: int = 1) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Progress, "advance", pressed)
+    before = project.kept()
+    assert project.run(*words) == 130
+    assert project.kept() == before
+    assert not list(project.home.rglob("*.tmp"))

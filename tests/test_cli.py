@@ -1,0 +1,161 @@
+"""The command line: quick to start, helpful, and with exit codes that mean something."""
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from consistency import __main__ as cli
+from consistency import __version__
+from consistency.errors import UserError
+
+ROOT = Path(__file__).parents[1]
+VERBS = [*cli._VERBS, "validate", "schema", "stage-inception"]
+TINY = str(ROOT / "config/studies/tiny.yaml")
+
+
+@pytest.fixture(autouse=True)
+def handlers() -> Iterator[None]:
+    """main() sets a handler of SIGTERM; the tests' own comes back."""
+    before = signal.getsignal(signal.SIGTERM)
+    yield
+    signal.signal(signal.SIGTERM, before)
+
+
+def replaced(monkeypatch: pytest.MonkeyPatch, function: Callable[[cli.Arguments], None]) -> list[str]:
+    """The words of a verb that does something else now."""
+    monkeypatch.setitem(cli._VERBS, "dataset", (function, False, "none"))
+    return ["dataset", "--study", TINY]
+
+
+def test_help_waits_for_no_heavy_import() -> None:
+    code = (
+        "import sys\n"
+        "from consistency.__main__ import main\n"
+        "try:\n    main(['--help'])\n"
+        "except SystemExit as end:\n    assert end.code == 0\n"
+        "heavy = {'torch', 'numpy', 'scipy', 'mlflow', 'matplotlib', 'pandas', 'pydantic', 'PIL'}\n"
+        "assert not heavy & set(sys.modules), heavy & set(sys.modules)\n"
+    )
+    environment = os.environ | {"PYTHONPATH": str(ROOT / "src")}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert set(VERBS) <= set(done.stdout.split())
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_every_verb_has_help(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        cli.main([verb, "--help"])
+    assert end.value.code == 0
+    function = cli._VERBS[verb][0] if verb in cli._VERBS else getattr(cli, f"_{verb.replace('-', '_')}")
+    assert " ".join((function.__doc__ or "?").split()) in " ".join(capsys.readouterr().out.split())
+
+
+def test_the_version_is_the_packages(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        cli.main(["--version"])
+    assert end.value.code == 0
+    assert capsys.readouterr().out.strip() == __version__
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        [],
+        ["datset"],
+        ["dataset"],
+        ["student", "--study", TINY],
+        ["student", "--study", TINY, "--run", "ctm", "--seed", "x"],
+    ],
+)
+def test_wrong_words_are_2_and_a_usage(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        cli.main(words)
+    assert end.value.code == 2
+    assert "usage: consistency" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["check", "--study", "nowhere.yaml"], "error: no study file nowhere.yaml"),
+        (["coefficients", "--study", TINY, "--device", "tpu7"], "error: --device tpu7 cannot be used here"),
+        (["coefficients", "--study", TINY, "--threads", "0"], "error: --threads must be at least 1, got 0"),
+    ],
+)
+def test_a_users_mistake_is_2_and_one_line(words: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(words) == 2
+    out, err = capsys.readouterr()
+    assert err.startswith(message)
+    assert err.count("\n") == 1
+    assert out == ""
+
+
+def test_check_prints_every_default_and_every_student(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["check", "--study", TINY]) == 0
+    out = capsys.readouterr().out
+    assert "sigma_min: 0.002" in out
+    assert "# ctm: {'objective': 'trajectory'" in out
+    assert "# analytic: " in out
+
+
+def test_a_verb_gets_the_study_and_where_its_files_lie(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[cli.Arguments] = []
+    words = replaced(monkeypatch, seen.append)
+    assert cli.main([*words, "--results", "there", "--state", "here"]) == 0
+    assert seen[0].study.name == "tiny"
+    assert seen[0].layout.dataset == Path("there/tiny/dataset")
+    assert seen[0].layout.training_state("ctm", 0) == Path("here/tiny/ctm/seed0")
+
+
+class Stopped(Exception):
+    signum = signal.SIGUSR1
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [(UserError("mend it"), 2), (KeyboardInterrupt(), 130), (Stopped("stopped at step 3"), 128 + signal.SIGUSR1)],
+)
+def test_exit_codes_say_what_happened(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], error: BaseException, code: int
+) -> None:
+    def fail(args: cli.Arguments) -> None:
+        raise error
+
+    assert cli.main(replaced(monkeypatch, fail)) == code
+    assert "Traceback" not in capsys.readouterr().err
+
+
+def test_a_bug_is_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(args: cli.Arguments) -> None:
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        cli.main(replaced(monkeypatch, fail))
+
+
+def test_sigterm_unwinds_like_an_error_and_is_143(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from consistency.files import atomic
+
+    def stopped(args: cli.Arguments) -> None:
+        with atomic(tmp_path / "file") as temporary:
+            temporary.write_bytes(b"half")
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.raises(SystemExit) as end:
+        cli.main(replaced(monkeypatch, stopped))
+    assert end.value.code == 143
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_reader_who_leaves_is_141_without_a_traceback() -> None:
+    command = f"{sys.executable} -m consistency check --study {TINY} | true; exit ${{PIPESTATUS[0]}}"
+    environment = os.environ | {"PYTHONPATH": str(ROOT / "src"), "PYTHONUNBUFFERED": "1"}
+    done = subprocess.run(["bash", "-c", command], env=environment, capture_output=True, text=True)
+    assert done.returncode == 141
+    assert done.stderr == ""
