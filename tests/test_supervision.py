@@ -75,3 +75,10 @@ def test_without_a_supervisor_on_this_machine_nothing_is_watched(
     before = threading.active_count()
     watch_supervisor()
     assert threading.active_count() == before
+
+
+def test_a_supervisor_that_nobody_waits_for_is_gone(supervisor: subprocess.Popen[bytes]) -> None:
+    process = job(f"{platform.node()}:{supervisor.pid}", 50)
+    supervisor.kill()  # a zombie until it is waited for
+    process.communicate(timeout=40)
+    assert process.returncode == -signal.SIGTERM

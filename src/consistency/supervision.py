@@ -5,6 +5,7 @@ import platform
 import signal
 import threading
 import time
+from pathlib import Path
 
 #: set by the workflow to "host:pid" of the Snakemake that starts the jobs
 SUPERVISOR = "CONSISTENCY_SUPERVISOR"
@@ -34,4 +35,14 @@ def _alive(pid: int) -> bool:
         return False
     except PermissionError:
         return True
-    return True
+    return not _zombie(pid)
+
+
+def _zombie(pid: int) -> bool:
+    """Whether it has ended and only waits for its parent to notice, as in a container without an init."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        return False
+    # The name stands in parentheses and may hold anything; the state follows.
+    return stat.rpartition(")")[2].split()[0] == "Z"

@@ -94,12 +94,7 @@ class Checkout:
 
     def processes(self) -> list[int]:
         """Processes at work in this copy."""
-        found = []
-        for process in Path("/proc").glob("[0-9]*"):
-            with suppress(OSError):
-                if (process / "cwd").readlink() == self.path:
-                    found.append(int(process.name))
-        return found
+        return processes_in(self.path)
 
     def results(self, *patterns: str) -> dict[str, Any]:
         """What the result files of those patterns say, without what no run can repeat: times and speeds."""
@@ -119,6 +114,16 @@ def _said(file: Path) -> Any:
     return file.read_bytes()
 
 
+def processes_in(folder: Path) -> list[int]:
+    """Processes at work in a folder or below it."""
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):
+            if (process / "cwd").readlink().is_relative_to(folder):
+                found.append(int(process.name))
+    return found
+
+
 def fresh(path: Path) -> Checkout:
     """A copy of the files of this checkout that the workflow needs."""
     path.mkdir(parents=True)
@@ -131,7 +136,7 @@ def fresh(path: Path) -> Checkout:
     return Checkout(path.resolve())
 
 
-def wait_for(condition: Callable[[], bool], what: str, patience: float = 120) -> None:
+def wait_for(condition: Callable[[], bool], what: str, patience: float = 600) -> None:
     """Wait until the condition holds; fail saying what never came."""
     deadline = time.monotonic() + patience
     while not condition():

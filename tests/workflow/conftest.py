@@ -3,10 +3,22 @@
 import fcntl
 import os
 import shutil
+import signal
+from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from tests.workflow.checkout import Checkout, fresh
+from tests.workflow.checkout import Checkout, fresh, processes_in
+
+
+@pytest.fixture(autouse=True)
+def nothing_runs_on(tmp_path: Path) -> Iterator[None]:
+    """What a failing test has left at work ends with it."""
+    yield
+    for process in processes_in(tmp_path.resolve()):
+        with suppress(ProcessLookupError):
+            os.kill(process, signal.SIGKILL)
 
 
 @pytest.fixture

@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import subprocess
 
 import pytest
 from tests.workflow.checkout import Checkout, wait_for
@@ -20,7 +21,7 @@ def interrupt(checkout: Checkout, log: str, *targets: str) -> None:
     run = checkout.start(*targets)
     wait_for(file.exists, log)
     os.killpg(run.pid, signal.SIGINT)
-    assert run.wait(timeout=120) != 0
+    assert run.wait(timeout=600) != 0
     assert checkout.litter() == []
     assert checkout.processes() == []
 
@@ -54,15 +55,17 @@ class Trainee:
         except (OSError, ValueError, IndexError):
             return 0
 
-    def start(self, until: int) -> int:
-        """Run until the training has passed that step. Returns the process, which leads its group."""
+    def start(self, until: int) -> subprocess.Popen[str]:
+        """Run until the training has passed that step. Returns Snakemake, which leads its process group."""
         run = self.checkout.start(self.target)
         wait_for(lambda: self.step() >= until or run.poll() is not None, f"step {until}")
         assert run.poll() is None, self.checkout.output
-        return run.pid
+        return run
 
-    def stopped(self) -> None:
+    def stopped(self, run: subprocess.Popen[str]) -> None:
+        """Wait for the end of every process, Snakemake's too, which nobody waits for until then."""
         wait_for(lambda: self.checkout.processes() == [], "the end of every process")
+        assert run.wait(timeout=60) != 0
 
     def numbers(self) -> dict[str, object]:
         return self.checkout.results("students/ctm/**/*.*", "scores/ctm/*.csv")
@@ -79,24 +82,27 @@ def test_a_student_stopped_thrice_has_the_same_bits(copied: Checkout, undisturbe
     student = Trainee(copied)
 
     # Ctrl-C: the terminal sends it to the whole group.
-    os.killpg(student.start(until=100), signal.SIGINT)
-    student.stopped()
+    run = student.start(until=100)
+    os.killpg(run.pid, signal.SIGINT)
+    student.stopped(run)
     assert "student ctm seed 0: stopped at step" in student.checkout.output
     assert "Traceback" not in student.checkout.output
     assert (student.state / "state.pt").exists()
     assert student.checkout.litter() == []
 
     # kill -9 of Snakemake alone: the trainer notices, saves and leaves.
-    os.kill(student.start(until=300), signal.SIGKILL)
-    student.stopped()
+    run = student.start(until=300)
+    run.kill()
+    student.stopped(run)
     assert "student ctm seed 0: continues from step" in student.log.read_text()
     assert "student ctm seed 0: stopped at step" in student.log.read_text()
     assert student.checkout.litter() == []
     student.checkout.done("--unlock")
 
     # kill -9 of everything: what was trained since the last save is trained again.
-    os.killpg(student.start(until=500), signal.SIGKILL)
-    student.stopped()
+    run = student.start(until=500)
+    os.killpg(run.pid, signal.SIGKILL)
+    student.stopped(run)
     student.checkout.done("--unlock")
 
     student.checkout.done(student.target)
