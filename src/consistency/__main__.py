@@ -208,9 +208,7 @@ def _require_student(args: Arguments) -> None:
     if (run is None) != (seed is None):
         raise UserError("--run and --seed go together: give both for a student, neither for the teacher")
     if run is not None:
-        args.study.resolved(run)
-        if seed not in args.study.seeds:
-            raise UserError(f"study {args.study.name} has no seed {seed}; its seeds are {args.study.seeds}")
+        args.study.require(run, seed)
 
 
 def _terminated(signum: int, frame: FrameType | None) -> None:

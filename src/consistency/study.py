@@ -246,6 +246,12 @@ class Study(Section):
             raise UserError(f"study {self.name} has no student {run!r}; it has {', '.join(self.students)}")
         return Student.model_validate({**self.student, **self.students[run]})
 
+    def require(self, run: str, seed: int) -> None:
+        """Raises UserError if the study has no such student or seed."""
+        self.resolved(run)
+        if seed not in self.seeds:
+            raise UserError(f"study {self.name} has no seed {seed}; its seeds are {self.seeds}")
+
     @property
     def needs_coefficients(self) -> bool:
         """Whether any student is preconditioned analytically."""

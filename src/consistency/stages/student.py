@@ -27,6 +27,7 @@ def make_student(study: Study, layout: Layout, run: str, seed: int, device: torc
 
     Resumes an interrupted training; raises Interrupted when asked to stop, UserError when it diverges.
     """
+    study.require(run, seed)
     started = time.time()
     folder = layout.student(run, seed)
     job = _training(study, layout, run, seed, device)
