@@ -209,7 +209,8 @@ def _resume(job: Training) -> tuple[_Clock, _Window]:
     job.average.model.load_state_dict(state["average"])
     job.optimizer.load_state_dict(state["optimizer"])
     step = state["clock"]["step"]
-    lines = [line for line in history.read_text().splitlines() if _line_step(line) <= step]
+    written = history.read_text().splitlines() if history.exists() else []
+    lines = [line for line in written if _line_step(line) <= step]
     write_bytes(history, "".join(line + "\n" for line in lines).encode())
     print(f"{job.label}: continues from step {step}", flush=True)
     return _Clock(**state["clock"]), _Window(**state["window"])

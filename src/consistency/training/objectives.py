@@ -123,9 +123,13 @@ class Trajectory(_Distillation):
             target = self.jump(self.inner, x_u, u, s, labels)
             target = self.jump(self.average, target, s, self.end(images), labels)
         distillation = self.distance(estimate, target).mean()
-        dsm = self.denoising(images, labels, generator)
-        terms = {"loss": distillation + self.dsm_weight * dsm, "distillation": distillation, "dsm": dsm}
-        return Losses(terms, count * (2 * steps + 3 + 3 + 2 + 3))
+        terms = {"loss": distillation, "distillation": distillation}
+        evaluations = 2 * steps + 3 + 3 + 2
+        if self.dsm_weight:
+            terms["dsm"] = self.denoising(images, labels, generator)
+            terms["loss"] = distillation + self.dsm_weight * terms["dsm"]
+            evaluations += 3
+        return Losses(terms, count * evaluations)
 
     def denoising(self, images: Tensor, labels: Tensor | None, generator: torch.Generator) -> Tensor:
         """DSM: the student's D_theta(x_t, t, t) against x_0, with fresh noise."""
