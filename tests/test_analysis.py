@@ -12,6 +12,8 @@ from consistency.analysis import (
     final_table,
     iterations_to,
     mean_interval,
+    paired_ratio,
+    paired_ratios,
     speed_up,
     speed_ups,
 )
@@ -147,3 +149,30 @@ def test_the_final_table_has_a_row_a_student_and_sampler() -> None:
     assert found.fd.tolist() == [1.0] * 4
     assert found.fd_half_width.to_numpy() == pytest.approx(mean_interval(np.array([0, 1, 2]))[1])
     assert found.alignment.isna().all()
+
+
+def test_the_paired_ratio_is_free_of_the_noise_both_share() -> None:
+    """Two arms 3 % apart under noise of 30 % that a seed has in both: the interval is exact."""
+    noise = np.exp(np.random.default_rng(0).normal(0, 0.3, (4, len(STEPS))))
+    baseline = Curves(STEPS, noise, [0, 1, 2, 3])
+    student = Curves(STEPS, 0.97 * noise[::-1], [3, 2, 1, 0])
+    ratio, low, high, seeds = paired_ratio(baseline, student)
+    assert (ratio, low, high) == pytest.approx((0.97, 0.97, 0.97))
+    assert seeds == 4
+
+
+def test_the_paired_interval_is_the_t_interval_of_the_logs() -> None:
+    baseline = Curves(STEPS, np.ones((3, len(STEPS))), [0, 1, 2])
+    student = Curves(STEPS, np.repeat([[0.9], [1.0], [1.2]], len(STEPS), 1), [0, 1, 2])
+    ratio, low, high, _ = paired_ratio(baseline, student)
+    mean, half = mean_interval(np.log([0.9, 1.0, 1.2]))
+    assert (ratio, low, high) == pytest.approx((np.exp(mean), np.exp(mean - half), np.exp(mean + half)))
+    assert low < 1 < high
+
+
+def test_only_the_second_half_counts() -> None:
+    baseline = falling(1)
+    student = Curves(STEPS, baseline.values * np.where(STEPS > 500, 0.5, 7), baseline.seeds)
+    assert paired_ratio(baseline, student)[0] == pytest.approx(0.5)
+    found = paired_ratios(table({"cm": baseline, "other": student}), {"cm": "cm", "other": "cm"}, [2])
+    assert [(item.run, item.measure) for item in found] == [("other", "fd")]

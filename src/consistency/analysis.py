@@ -168,3 +168,50 @@ def speed_ups(scores: pd.DataFrame, baseline_of: dict[str, str], nfes: list[int]
                     SpeedUp(run, baseline, measure, nfe, target, reference_steps, steps, value, bound, low, high, seeds)
                 )
     return found
+
+
+@dataclass(frozen=True)
+class Paired:
+    """A student's score over its baseline's, seed by seed: the geometric mean over the second half of training.
+
+    ratio: below 1 is better than the baseline; low, high: its 95 % t interval over seeds, NaN with one seed.
+    """
+
+    run: str
+    baseline: str
+    measure: str
+    nfe: int
+    ratio: float
+    low: float
+    high: float
+    seeds: int
+
+
+def paired_ratio(baseline: Curves, student: Curves) -> tuple[float, float, float, int]:
+    """(ratio, low, high, seeds) of `Paired`.
+
+    Students of one seed see the same images, noise and times, so most of what moves their curves is common to both and
+    leaves the ratio: it shows differences that are far below the noise of either curve.
+    """
+    shared = [seed for seed in baseline.seeds if seed in student.seeds]
+    late = baseline.steps > baseline.steps[-1] / 2
+    logs = np.array(
+        [
+            np.log(student.values[student.seeds.index(seed), late] / baseline.values[baseline.seeds.index(seed), late])
+            for seed in shared
+        ]
+    )
+    mean, half = mean_interval(logs.mean(1))
+    return float(np.exp(mean)), float(np.exp(mean - half)), float(np.exp(mean + half)), len(shared)
+
+
+def paired_ratios(scores: pd.DataFrame, baseline_of: dict[str, str], nfes: list[int]) -> list[Paired]:
+    """Every student against its baseline, at each number of jumps, for FD and for the alignment error."""
+    found = []
+    for measure in ("fd", "alignment"):
+        for nfe in nfes:
+            for run, baseline in baseline_of.items():
+                reference, own = (curves_of(scores, name, nfe, measure) for name in (baseline, run))
+                if run != baseline and reference is not None and own is not None:
+                    found.append(Paired(run, baseline, measure, nfe, *paired_ratio(reference, own)))
+    return found

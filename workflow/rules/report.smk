@@ -21,6 +21,7 @@ rule report:
         "results/{study}/report/scores.csv",
         "results/{study}/report/table.csv",
         "results/{study}/report/speedup.csv",
+        "results/{study}/report/paired.csv",
         "results/{study}/report/card.json",
     log:
         "logs/{study}/report.log",

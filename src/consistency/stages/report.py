@@ -18,7 +18,7 @@ import yaml
 from matplotlib.figure import Figure
 
 from consistency import figures
-from consistency.analysis import MEASURES, SpeedUp, final_table, speed_ups
+from consistency.analysis import MEASURES, Paired, SpeedUp, final_table, paired_ratios, speed_ups
 from consistency.errors import UserError
 from consistency.files import read_json, write_bytes, write_json
 from consistency.layout import Layout
@@ -60,6 +60,7 @@ def make_report(study: Study, layout: Layout) -> None:
     cards = _cards(study, layout)
     table = final_table(scores)
     found = speed_ups(scores, baselines(study), study.scores.curve_nfe, study.report.bootstrap)
+    paired = paired_ratios(scores, baselines(study), study.scores.curve_nfe)
     pictures = _pictures(study, layout, scores, found)
     folder = layout.report
     for stale in (folder / "figures").glob("*"):
@@ -72,11 +73,12 @@ def make_report(study: Study, layout: Layout) -> None:
         "scores.csv": scores.to_csv(index=False),
         "table.csv": table.to_csv(index=False),
         "speedup.csv": pd.DataFrame([asdict(item) for item in found]).to_csv(index=False),
-        "report.html": _page(study, layout, scores, table, found, cards, pictures),
+        "paired.csv": pd.DataFrame([asdict(item) for item in paired]).to_csv(index=False),
+        "report.html": _page(study, layout, scores, table, found, paired, cards, pictures),
     }
     for name, text in texts.items():
         write_bytes(folder / name, text.encode())
-    write_json(folder / "summary.json", _summary(scores, table, found))
+    write_json(folder / "summary.json", _summary(scores, table, found, paired))
     inputs = [layout.scores(None, None), *_score_files(study, layout)]
     outputs = [folder / name for name in (*texts, "summary.json")]
     write_card(folder, study, "report", started=started, inputs=inputs, outputs=outputs)
@@ -100,6 +102,12 @@ def print_summary(study: Study, layout: Layout) -> None:
     for item in found:
         what = "FD" if item.measure == "fd" else item.measure
         print(f"{item.run:18} over {item.baseline:12} {what:10} NFE {item.nfe:<3} {_speed(item)}")
+    paired = paired_ratios(scores, baselines(study), study.scores.curve_nfe)
+    if paired:
+        print(f"\ndifference to the baseline over the second half of training, paired by seed{_coarse(study)}\n")
+    for pair in paired:
+        what = "FD" if pair.measure == "fd" else pair.measure
+        print(f"{pair.run:18} to   {pair.baseline:12} {what:10} NFE {pair.nfe:<3} {_ratio(pair)}")
     print(f"\nreport: {layout.report / 'report.html'}")
     tracked = layout.track / "tracked.json"
     if tracked.exists():
@@ -270,6 +278,7 @@ def _page(
     scores: pd.DataFrame,
     table: pd.DataFrame,
     found: list[SpeedUp],
+    paired: list[Paired],
     cards: Cards,
     pictures: list[Picture],
 ) -> str:
@@ -295,7 +304,11 @@ def _page(
         calibration=scores[scores.kind == "calibration"].to_dict("records"),
         rows=_table_rows(table),
         found=[asdict(item) | {"text": _speed(item)} for item in found],
-        verdicts=[sentence(item, extractor) for item in found if item.run in headlines and item.nfe in claims],
+        paired=[asdict(item) | {"text": _ratio(item)} for item in paired],
+        verdicts=[
+            *(sentence(item, extractor) for item in found if item.run in headlines and item.nfe in claims),
+            *(paired_sentence(item, extractor) for item in paired if item.run in headlines and item.nfe in claims),
+        ],
         coarse=_coarse(study),
         cost=_cost(study, cards),
         times=_times(cards),
@@ -367,6 +380,24 @@ def sentence(item: SpeedUp, extractor: str) -> str:
     return f"At NFE {item.nfe}, {item.run} {reached} ({interval}){doubt}."
 
 
+def _ratio(item: Paired) -> str:
+    """The difference in percent, with its interval."""
+    text = f"{100 * (item.ratio - 1):+.1f} %"
+    return text if np.isnan(item.low) else f"{text} ({100 * (item.low - 1):+.1f} to {100 * (item.high - 1):+.1f})"
+
+
+def paired_sentence(item: Paired, extractor: str) -> str:
+    """A paired difference in words."""
+    what = f"{_what(item.measure, extractor)} over the second half of training"
+    if np.isnan(item.low):
+        return f"At NFE {item.nfe}, {item.run}'s {what} differs from {item.baseline}'s by {_ratio(item)}; one seed."
+    verdict = "" if item.high < 1 or item.low > 1 else "; the interval includes 0, so no difference is shown"
+    return (
+        f"At NFE {item.nfe}, {item.run}'s {what} differs from {item.baseline}'s, seed by seed, by {_ratio(item)}: "
+        f"95 % t interval, {item.seeds} seeds{verdict}."
+    )
+
+
 def _cost(study: Study, cards: Cards) -> dict[str, Any] | None:
     """The coefficient fit against one student's training and against all."""
     if "coefficients" not in cards:
@@ -399,7 +430,9 @@ def _times(cards: Cards) -> list[tuple[str, float]]:
     return [(f"{stage} ({counts[stage]})" if counts[stage] > 1 else stage, times[stage]) for stage in times]
 
 
-def _summary(scores: pd.DataFrame, table: pd.DataFrame, found: Sequence[SpeedUp]) -> dict[str, Any]:
+def _summary(
+    scores: pd.DataFrame, table: pd.DataFrame, found: Sequence[SpeedUp], paired: Sequence[Paired]
+) -> dict[str, Any]:
     """The numbers of the report for machines; what was not measured is absent, since JSON has no NaN."""
     final: dict[str, Any] = {}
     for row in table.to_dict("records"):
@@ -415,9 +448,15 @@ def _summary(scores: pd.DataFrame, table: pd.DataFrame, found: Sequence[SpeedUp]
         numbers = {"value": item.value, "low": item.low, "high": item.high}
         known = {"bound": item.bound} | {name: number for name, number in numbers.items() if np.isfinite(number)}
         speed.setdefault(item.run, {})[f"{item.measure} nfe{item.nfe}"] = known
+    ratios: dict[str, Any] = {}
+    for pair in paired:
+        numbers = {"ratio": pair.ratio, "low": pair.low, "high": pair.high}
+        known = {name: number for name, number in numbers.items() if np.isfinite(number)}
+        ratios.setdefault(pair.run, {})[f"{pair.measure} nfe{pair.nfe}"] = known
     return {
         "extractor": str(scores.extractor.iloc[0]),
         "calibration": calibration,
         "final": final,
         "speed_up": speed,
+        "paired": ratios,
     }
