@@ -45,7 +45,7 @@ def drawn(figure: Figure, suffix: str) -> bytes:
     buffer = io.BytesIO()
     metadata = {"Date": None} if suffix == "svg" else {"Software": None}
     with plt.rc_context(_STYLE):
-        figure.savefig(buffer, format=suffix, metadata=metadata, dpi=130)
+        figure.savefig(buffer, format=suffix, metadata=metadata, dpi=130, bbox_inches="tight")
     return buffer.getvalue()
 
 
