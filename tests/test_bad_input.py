@@ -199,6 +199,7 @@ def overwrite(path: Path) -> None:
     path.write_bytes(b"\x00garbage" * 10)
 
 
+@pytest.mark.filterwarnings("ignore::ResourceWarning")  # numpy leaves a damaged archive open
 @pytest.mark.parametrize("spoil", [halve, overwrite])
 @pytest.mark.parametrize(
     ("name", "words"),

@@ -10,7 +10,8 @@ from tests.workflow.checkout import Checkout, wait_for
 
 pytestmark = pytest.mark.slow
 
-SCORES = ["results/tiny/scores/ctm/seed0.csv", "results/tiny/scores/analytic/seed0.csv"]
+# The longer of the two chains; the other's repeat is the student that is stopped thrice.
+SCORES = "results/tiny/scores/analytic/seed0.csv"
 NUMBERS = ["dataset/*.npy", "**/*.safetensors", "**/*.npz", "**/*.csv", "samples/**/*.npy", "**/history.jsonl"]
 LONGER = {"student.steps": 1000, "student.snapshot_every": 500, "student.log_every": 20}
 
@@ -29,13 +30,14 @@ def interrupt(checkout: Checkout, log: str, *targets: str) -> None:
 def test_an_independent_run_with_interruptions_has_the_same_bits(
     checkout: Checkout, request: pytest.FixtureRequest
 ) -> None:
-    for log in ["dataset.log", "coefficients.log", "scores/ctm-seed0.log"]:
-        interrupt(checkout, log, *SCORES)
-    checkout.done(*SCORES)
+    for log in ["dataset.log", "coefficients.log", "scores/analytic-seed0.log"]:
+        interrupt(checkout, log, SCORES)
+    checkout.done(SCORES)
     found, expected = checkout.results(*NUMBERS), request.getfixturevalue("finished").results(*NUMBERS)
-    assert len(found) > 20
     assert [name for name in found if found[name] != expected[name]] == []
-    assert {name for name in expected if not name.startswith("report/")} == set(found)
+    chain = {name for name in expected if not name.startswith("report/") and "/ctm/" not in name}
+    assert set(found) == chain
+    assert len(chain) > 15
 
 
 class Trainee:

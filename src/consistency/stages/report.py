@@ -307,7 +307,7 @@ def _page(
         paired=[asdict(item) | {"text": _ratio(item)} for item in paired],
         verdicts=[
             *(sentence(item, extractor) for item in found if item.run in headlines and item.nfe in claims),
-            *(paired_sentence(item, extractor) for item in paired if item.run in headlines and item.nfe in claims),
+            *(paired_sentence(item, extractor) for item in paired if item.run in headlines and item.measure != "fd"),
         ],
         coarse=_coarse(study),
         cost=_cost(study, cards),
