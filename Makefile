@@ -12,6 +12,7 @@ PYTHON ?= python3
 PORT ?= 5000
 CORES ?= all
 PYTEST_WORKERS ?= 2
+PATIENCE ?= 60
 PYTEST_ARGS ?=
 LOCK_ARGS ?=
 STUDY := config/studies/digits.yaml
@@ -47,7 +48,7 @@ reproduce: install
 	  exit 1
 	fi
 	if [ -n "$$(ls -A .snakemake/locks 2>/dev/null)" ]; then
-	  for second in {60..0}; do
+	  for second in {$(PATIENCE)..0}; do
 	    left=
 	    for process in /proc/[0-9]*; do
 	      [ "$$(readlink "$$process/cwd" 2>/dev/null)" = "$$(pwd -P)" ] || continue
@@ -61,7 +62,7 @@ reproduce: install
 	      echo "An earlier run is still at work in this directory. Wait until it ends, or stop it: kill$$left" >&2
 	      exit 1
 	    fi
-	    if [ "$$second" = 60 ]; then echo "An earlier run is still at work here; waiting for its jobs to save and leave."; fi
+	    if [ "$$second" = $(PATIENCE) ]; then echo "An earlier run is still at work here; waiting for its jobs to save and leave."; fi
 	    sleep 1
 	  done
 	  echo "An earlier run was killed; going on where it stopped."

@@ -190,12 +190,21 @@ def test_a_run_still_at_work_is_not_unlocked(installed: Path) -> None:
     script(installed / "bin/snakemake", "sleep 60; true")
     with subprocess.Popen([str(installed / "bin/snakemake"), "--cores"], cwd=installed, process_group=0) as left:
         try:
-            refused = make(installed, "demo")
+            refused = make(installed, "demo", "PATIENCE=2")
         finally:
             os.killpg(left.pid, signal.SIGKILL)
     assert refused.returncode != 0
     assert f"kill {left.pid}" in refused.stderr
     assert calls(installed) == []
+
+
+def test_a_run_that_leaves_in_time_is_waited_for(installed: Path) -> None:
+    leave_a_directory_lock(installed)
+    script(installed / "bin/snakemake", "sleep 2; true")
+    with subprocess.Popen([str(installed / "bin/snakemake"), "--cores"], cwd=installed, process_group=0):
+        done = make(installed, "demo")
+    assert done.returncode == 0, done.stderr
+    assert "waiting for its jobs" in done.stdout
 
 
 def test_a_failed_study_fails_the_demo_without_a_summary(installed: Path) -> None:
