@@ -1,6 +1,7 @@
 """What many tests need: a tiny denoiser, the tiny study with changes, and its first results."""
 
 import copy
+import signal
 import socket
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +14,10 @@ import yaml
 from consistency.layout import Layout
 from consistency.nets.denoiser import Denoiser, init_denoiser
 from consistency.study import Study
+
+# A process started in the background ignores Ctrl-C, and so would all it starts: the tests that press it need it back.
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 ROOT = Path(__file__).parents[1]
 TINY = yaml.safe_load((ROOT / "config/studies/tiny.yaml").read_text())

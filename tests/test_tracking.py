@@ -184,6 +184,7 @@ def test_artifacts_hold_the_report_the_coefficients_and_the_cards(project: Proje
         "coefficients/coefficients.npz",
         "coefficients/card.json",
         "dataset/dataset.json",
+        "extractor/card.json",
         "dataset/card.json",
     }
     assert artifacts(client, ids["ctm seed 0"]) == {"card.json", "history.jsonl", "seed0.csv", "samples/card.json"}
