@@ -27,6 +27,12 @@ ABSENT = object()
 Changes = dict[str, Any]
 
 
+@pytest.fixture(autouse=True)
+def _same_draws_in_any_order() -> None:
+    """What a test draws without a generator must not depend on the tests before it."""
+    torch.manual_seed(0)
+
+
 def changed(changes: Changes) -> dict[str, Any]:
     """The tiny study as plain data, with dotted keys replaced."""
     content: dict[str, Any] = copy.deepcopy(TINY)
