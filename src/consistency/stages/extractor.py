@@ -16,7 +16,7 @@ from consistency.nets.classifier import Classifier
 from consistency.progress import Progress
 from consistency.provenance import read_card, write_card
 from consistency.seeding import derived_seed, generator
-from consistency.stages.inputs import read_array, read_dataset
+from consistency.stages.inputs import read_array, read_dataset, write_array
 from consistency.study import Study
 from consistency.training.data import ImageData
 
@@ -41,7 +41,7 @@ def make_extractor(study: Study, layout: Layout, device: torch.device) -> None:
         outputs.append(path)
         print(f"classifier: accuracy {accuracy:.3f} on every {_HELD_OUT}th image, held out", flush=True)
     features = open_extractor(study, layout, data, device)(data.images)
-    write_with(outputs[0], lambda temporary: _save(temporary, features))
+    write_array(outputs[0], features)
     inputs = [layout.dataset / "images.npy"]
     write_card(folder, study, "extractor", started=started, inputs=inputs, outputs=outputs, measured=measured)
 
@@ -66,11 +66,6 @@ def read_data_statistics(study: Study, layout: Layout) -> Statistics:
     """Statistics of the data's features."""
     read_card(layout.extractor, study, "extractor")
     return Statistics.of(read_array(layout.extractor / "features.npy", "extractor"))
-
-
-def _save(path: Path, features: np.ndarray) -> None:
-    with path.open("wb") as file:
-        np.save(file, features)
 
 
 def _train_classifier(study: Study, data: ImageData, device: torch.device) -> tuple[Classifier, float]:

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from consistency.errors import UserError
+from consistency.files import write_with
 from consistency.layout import Layout
 from consistency.nets.denoiser import Denoiser
 from consistency.provenance import read_card
@@ -68,6 +69,16 @@ def read_array(path: Path, verb: str) -> np.ndarray[Any, Any]:
     except (OSError, ValueError, EOFError) as error:
         raise UserError(f"{path} is damaged ({error}): run `{verb}` again") from None
     return array
+
+
+def write_array(path: Path, array: np.ndarray[Any, Any]) -> None:
+    """Write a .npy file atomically."""
+
+    def save(temporary: Path) -> None:
+        with temporary.open("wb") as file:  # np.save would append .npy to a temporary name
+            np.save(file, array)
+
+    write_with(path, save)
 
 
 def read_coefficients(layout: Layout) -> dict[str, np.ndarray[Any, Any]]:

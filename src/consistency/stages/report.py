@@ -23,12 +23,11 @@ from consistency.errors import UserError
 from consistency.files import read_json, write_bytes, write_json
 from consistency.layout import Layout
 from consistency.provenance import git_state, read_card, write_card
-from consistency.stages.inputs import read_coefficients, read_dataset
+from consistency.stages.inputs import read_array, read_coefficients, read_dataset
 from consistency.stages.scores import COLUMNS
 from consistency.study import FITTED, Study
 from consistency.theory.generalized_ode import GeneralizedODE
 
-Array = np.ndarray
 Cards = dict[str, dict[str, Any]]
 
 
@@ -222,10 +221,10 @@ def _samples_picture(study: Study, layout: Layout) -> Picture:
     seed = study.seeds[0]
     data = read_dataset(study, layout)
     picks = np.linspace(0, len(data) - 1, 16).astype(int)
-    rows = [("data", data.images[picks]), ("teacher", _images(layout.samples(None, None) / "heun.npy", "samples"))]
+    rows = [("data", data.images[picks]), ("teacher", read_array(layout.samples(None, None) / "heun.npy", "samples"))]
     for nfe in study.report.grid_nfe:
         for run in study.students:
-            images = _images(layout.samples(run, seed) / f"nfe{nfe}.npy", f"samples --run {run} --seed {seed}")
+            images = read_array(layout.samples(run, seed) / f"nfe{nfe}.npy", f"samples --run {run} --seed {seed}")
             rows.append((f"{run}, NFE {nfe}", images))
     teacher_nfe = 2 * study.sampling.teacher_steps - 1
     caption = (
@@ -233,14 +232,6 @@ def _samples_picture(study: Study, layout: Layout) -> Picture:
         f"every student (training seed {seed}). First row: 16 training images, for comparison."
     )
     return Picture.of("samples", "samples", caption, figures.sample_grid(rows))
-
-
-def _images(path: Path, made_by: str) -> Array:
-    try:
-        images: Array = np.load(path, mmap_mode="r")
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} is missing or damaged ({error}): run `python -m consistency {made_by}`") from None
-    return images
 
 
 def _coefficient_pictures(study: Study, layout: Layout) -> list[Picture]:
@@ -318,7 +309,6 @@ def _page(
         key=study.key("report"),
         commands=sorted({card["command"] for card in cards.values()}),
         resolved=yaml.safe_dump(study.model_dump(mode="json"), sort_keys=False),
-        measures=MEASURES,
     )
 
 

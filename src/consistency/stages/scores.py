@@ -18,7 +18,14 @@ from consistency.progress import Progress
 from consistency.provenance import read_card
 from consistency.seeding import generator
 from consistency.stages.extractor import open_extractor, read_data_statistics
-from consistency.stages.inputs import read_array, read_dataset, read_preconditioning, read_student, read_teacher
+from consistency.stages.inputs import (
+    read_array,
+    read_dataset,
+    read_preconditioning,
+    read_student,
+    read_teacher,
+    write_array,
+)
 from consistency.stages.samples import Sampler, draw, heun_sampler, jump_sampler
 from consistency.study import Study
 from consistency.theory.preconditioning import Preconditioning
@@ -45,7 +52,7 @@ def make_calibration(study: Study, layout: Layout, device: torch.device) -> None
     ]
     endpoints = _endpoints(study, teacher)
     path = layout.scores(None, None)
-    write_with(path.with_name("endpoints.npy"), lambda temporary: _save(temporary, endpoints))
+    write_array(path.with_name("endpoints.npy"), endpoints)
     _write(path, rows)
 
 
@@ -172,11 +179,6 @@ def _read_samples(study: Study, layout: Layout, run: str | None, seed: int | Non
     read_card(folder, study, "samples", run, seed)
     verb = "samples" if run is None else f"samples --run {run} --seed {seed}"
     return read_array(folder / f"{name}.npy", verb)
-
-
-def _save(path: Path, array: Array) -> None:
-    with path.open("wb") as file:
-        np.save(file, array)
 
 
 def _write(path: Path, rows: list[dict[str, Any]]) -> None:
