@@ -161,7 +161,7 @@ def test_a_missing_key_is_named(write_study: WriteStudy, absent: object, key: st
     ("changes", "message"),
     [
         ({"dataset.resolution": 16}, "set dataset.resolution to 8"),
-        ({"dataset.path": "data"}, "dataset.path is for image_folder"),
+        ({"dataset.path": "data"}, "dataset.path is for other kinds"),
         ({"dataset.kind": "image_folder"}, "dataset.path is missing"),
         ({"noise.sigma_max": 0.001}, "noise.sigma_min must be smaller than noise.sigma_max"),
         (
@@ -386,12 +386,11 @@ def test_every_field_has_a_line_in_the_reference() -> None:
     text = reference_text()
 
     def fields(schema: dict[str, Any]) -> set[str]:
-        return set(schema.get("properties", {})) - {"dataset", "noise", "teacher", "student", "sampling", "scores"}
+        return set(schema.get("properties", {})) - set(Study.model_fields)
 
     schema = json.loads(schema_text())
     names = fields(schema).union(*(fields(part) for part in schema["$defs"].values()))
-    sections = {"coefficients", "report", "network", "classifier"}
-    missing = {name for name in names - sections if f"| `{name}` |" not in text}
+    missing = {name for name in names if f"| `{name}` |" not in text}
     assert not missing
 
 
@@ -405,5 +404,6 @@ def test_the_schema_accepts_every_study(path: Path) -> None:
 @pytest.mark.parametrize("changes", [{"teacher.stepz": 1}, {"student.stepz": 1}, {"students.ctm.stepz": 1}])
 def test_the_schema_refuses_unknown_keys(write_study: WriteStudy, changes: dict[str, Any]) -> None:
     content = yaml.safe_load(write_study(changes).read_text())
-    with pytest.raises(jsonschema.ValidationError, match="stepz"):
-        jsonschema.validate(content, json.loads(schema_text()))
+    problems = list(jsonschema.Draft202012Validator(json.loads(schema_text())).iter_errors(content))
+    # Of a union, each member has its own objection.
+    assert "stepz" in str([(problem.message, problem.context) for problem in problems])

@@ -20,6 +20,7 @@ Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]*$", max_length=64)]
 Positive = Annotated[float, Field(gt=0)]
 Count = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
+Precision = Literal["float32", "bfloat16", "float16"]
 
 # Which preconditionings read the fitted coefficients, and where each may be used.
 FITTED = ("analytic", "analytic-forward")
@@ -34,13 +35,23 @@ class Section(BaseModel):
 class Dataset(Section):
     """Where the images come from, and the shape they are brought to."""
 
-    kind: Literal["digits", "image_folder"] = Field(
+    kind: Literal["digits", "image_folder", "cifar10", "ffhq", "imagenet", "edm_zip"] = Field(
         description="`digits`: the 1,797 UCI 8x8 images that come with scikit-learn; "
-        "`image_folder`: a tree `<path>/<split>/<class>/*.{png,jpg}`."
+        "`image_folder`: a tree `<path>/<split>/<class>/*.{png,jpg}`; "
+        "`cifar10`: its archive, downloaded, or `path` (the archive or the folder cifar-10-batches-py); "
+        "`ffhq`: the official aligned images, a folder or a zip; "
+        "`imagenet`: the ILSVRC2012 training set, its tree or its tar; "
+        "`edm_zip`: the zip of PNGs with dataset.json that EDM's dataset tool writes."
     )
-    path: str | None = Field(None, description="Root of the image folder; relative paths start at the project's root.")
-    split: Name = Field("train", description="Which part of the image folder to read.")
-    resolution: Count = Field(description="Side of the square images, pixels. Images are centre-cropped and resized.")
+    path: str | None = Field(
+        None, description="Where the images are: a folder, zip or tar; relative paths start at the project's root."
+    )
+    split: Name = Field(
+        "train", description="Which part to read: of an image folder any, of cifar10 `train` or `test`."
+    )
+    resolution: Count = Field(
+        description="Side of the square images, pixels. Others are cropped (not FFHQ's, which are square) and resized."
+    )
     channels: Literal[1, 3] = Field(description="1 for grey, 3 for RGB.")
     limit: Count | None = Field(None, description="Use only so many images of each class, the first in sorted order.")
     horizontal_flip: bool = Field(False, description="Mirror each training image with probability 1/2.")
@@ -50,9 +61,13 @@ class Dataset(Section):
         if self.kind == "digits" and (self.resolution, self.channels) != (8, 1):
             raise ValueError("the digits are 8x8 grey images: set dataset.resolution to 8 and dataset.channels to 1")
         if self.kind == "digits" and self.path is not None:
-            raise ValueError("dataset.path is for image_folder; the digits come with scikit-learn")
-        if self.kind == "image_folder" and self.path is None:
-            raise ValueError("dataset.path is missing: image_folder needs the root of the images")
+            raise ValueError("dataset.path is for other kinds; the digits come with scikit-learn")
+        if self.kind not in ("digits", "cifar10") and self.path is None:
+            raise ValueError(f"dataset.path is missing: {self.kind} needs to know where the images are")
+        if self.kind == "cifar10" and (self.resolution, self.channels) != (32, 3):
+            raise ValueError("cifar10 has 32x32 colour images: set dataset.resolution to 32 and dataset.channels to 3")
+        if self.kind == "cifar10" and self.split not in ("train", "test"):
+            raise ValueError(f"cifar10 has the splits train and test, not {self.split!r}: change dataset.split")
         return self
 
 
@@ -95,7 +110,6 @@ class MLP(Section):
     dropout: Fraction = Field(0.0, description="Dropout probability.")
 
 
-_NETWORKS: dict[str, type[Section]] = {"songunet": SongUNet, "mlp": MLP}
 # What pydantic adds to a location besides keys: the member of a union, and that it is the key which is wrong.
 _UNION_MEMBER = re.compile(r"^(constrained-\w+|literal\[.*\]|\[key\])$")
 
@@ -103,6 +117,7 @@ _UNION_MEMBER = re.compile(r"^(constrained-\w+|literal\[.*\]|\[key\])$")
 class Teacher(Section):
     """The EDM denoiser that is distilled, trained on the dataset."""
 
+    kind: Literal["trained"] = "trained"
     network: SongUNet | MLP = Field(discriminator="kind", description="The network inside the denoiser.")
     conditional: bool = Field(False, description="Condition on the class.")
     steps: Count = Field(description="Optimiser steps.")
@@ -115,6 +130,18 @@ class Teacher(Section):
     ema_ramp_up: Positive = Field(0.05, description="The half-life is at most this share of the images seen.")
     seed: int = Field(0, description="Seed of weights, data order and noise.")
     log_every: Count = Field(100, description="Steps a line of history.jsonl; the state is saved at these steps.")
+
+
+class OfficialTeacher(Section):
+    """An official EDM checkpoint, downloaded and converted."""
+
+    kind: Literal["edm"] = "edm"
+    checkpoint: Name = Field(description="Its file name in config/resources.yaml: edm-cifar10-32x32-uncond-vp.pkl, ...")
+    conditional: bool = Field(False, description="Whether it is conditioned on the class; must agree with the file.")
+
+
+# The members of the unions, by the word that tells them apart.
+_MEMBERS: dict[str, type[Section]] = {"songunet": SongUNet, "mlp": MLP, "trained": Teacher, "edm": OfficialTeacher}
 
 
 class Coefficients(Section):
@@ -144,16 +171,27 @@ class Student(Section):
     max_heun_steps: Count | None = Field(
         None, description="Largest number n of teacher steps, at most N-1 (the default). P(n) is proportional to n."
     )
-    distance: Literal["pseudo_huber", "l2"] = Field("pseudo_huber", description="Distance between the two endpoints.")
+    distance: Literal["pseudo_huber", "l2", "lpips"] = Field(
+        "pseudo_huber", description="Distance between the two endpoints; `lpips` downloads the weights of VGG16."
+    )
     target: Literal["online", "ema"] = Field(
         "online", description="Weights of the target's inner jump: the student's (CTM's code) or their EMA (paper)."
     )
     dsm_weight: Annotated[float, Field(ge=0)] = Field(1.0, description="Weight of the DSM term (trajectory only).")
+    dsm_balance: Literal["fixed", "adaptive"] = Field(
+        "fixed",
+        description="`adaptive` multiplies the weight by the ratio of the two terms' gradient norms at the last layer, "
+        "as CTM's code does.",
+    )
     optimizer: Literal["radam", "adam"] = Field("radam", description="Optimiser, without weight decay.")
     steps: Count = Field(description="Optimiser steps.")
     batch: Count = Field(description="Images a step.")
     learning_rate: Positive = Field(4e-4, description="Constant learning rate.")
-    ema_rate: Annotated[float, Field(ge=0, lt=1)] = Field(0.999, description="EMA of target and evaluation, per step.")
+    ema_rate: Fraction = Field(0.999, description="EMA of target and evaluation, per step.")
+    evaluation_ema: list[Fraction] = Field([], description="Further EMA rates that are kept and scored beside it.")
+    precision: Precision = Field(
+        "float32", description="Arithmetic of the networks in training; preconditioning and losses stay in float32."
+    )
     dropout: Fraction = Field(0.0, description="Dropout of the student's network.")
     snapshot_every: Count = Field(description="Steps between snapshots of the EMA, the points of the learning curves.")
     log_every: Count = Field(50, description="Steps a line of history.jsonl; the state is saved at these steps.")
@@ -168,7 +206,21 @@ class Student(Section):
             raise ValueError(f"snapshot_every {self.snapshot_every} does not divide steps {self.steps}")
         if self.snapshot_every % self.log_every:
             raise ValueError(f"log_every {self.log_every} does not divide snapshot_every {self.snapshot_every}")
+        if len({self.ema_rate, *self.evaluation_ema}) < 1 + len(self.evaluation_ema):
+            raise ValueError("evaluation_ema lists a rate twice, or ema_rate itself, which is evaluated anyway")
+        if self.dsm_balance == "adaptive" and (self.objective, self.dsm_weight > 0) != ("trajectory", True):
+            raise ValueError("dsm_balance adaptive needs a DSM term: objective trajectory and dsm_weight above 0")
         return self
+
+
+class Churn(Section):
+    """The stochastic part of EDM's sampler: before each step, noise is raised from t to t (1 + gamma),
+    gamma = min(s_churn / N, sqrt(2) - 1) while s_min <= t <= s_max."""
+
+    s_churn: Positive = Field(description="Total amount of added noise.")
+    s_min: Annotated[float, Field(ge=0)] = Field(0.0, description="Smallest time with added noise.")
+    s_max: Positive = Field(1e9, description="Largest time with added noise.")
+    s_noise: Positive = Field(1.0, description="Standard deviation of the added noise.")
 
 
 class Sampling(Section):
@@ -181,6 +233,8 @@ class Sampling(Section):
     )
     gamma_nfe: list[Count] = Field([2], description="Numbers of jumps of the gamma samplers.")
     teacher_steps: Annotated[int, Field(ge=2)] = Field(18, description="Heun steps N of the teacher, NFE 2N-1.")
+    teacher_churn: Churn | None = Field(None, description="Added noise of the teacher's sampler; without: the ODE.")
+    precision: Precision = Field("float32", description="Arithmetic of the networks; the sampler's own is float64.")
     batch: Count = Field(512, description="Images an evaluation (changes nothing but speed and memory).")
 
 
@@ -207,6 +261,11 @@ class Scores(Section):
     classifier: Classifier = Field(default_factory=Classifier, description="Settings of the classifier.")
     curve_nfe: list[Count] = Field([1, 2, 3], min_length=1, description="Numbers of jumps of the learning curves.")
     curve_count: Count = Field(description="Images a point of the learning curves.")
+    teacher_fid: Positive | None = Field(
+        None, description="The teacher's published FID. If ours is off, the study stops before any student is trained."
+    )
+    teacher_fid_tolerance: Positive = Field(0.1, description="By how much it may be off, FID.")
+    kid_images: Count = Field(50_000, description="Images of the data, at most, whose features are kept for KID.")
     kid_subsets: Count = Field(100, description="Subsets of KID.")
     kid_subset_size: Annotated[int, Field(ge=2)] = Field(1000, description="Images a subset of KID.")
     alignment_count: Count = Field(512, description="Noises of the alignment error.")
@@ -223,6 +282,20 @@ class Report(Section):
     bootstrap: Count = Field(2000, description="Resamples of the intervals.")
 
 
+class Compute(Section):
+    """How the machine is used. Nothing here is part of a result's key: it may change in the middle of a training,
+    and then alters the last bits of what follows, no more."""
+
+    batch_per_device: Count | None = Field(
+        None, description="Images a device at once; the study's batch is kept by accumulation. Without: all at once."
+    )
+    channels_last: bool = Field(False, description="Memory layout NHWC inside the networks, faster on GPUs.")
+    compile: bool = Field(False, description="Compile the networks with torch.compile: minutes at first, then faster.")
+    data_on_device: bool | None = Field(
+        None, description="Keep the whole dataset in the GPU's memory. Without: if it takes less than a quarter of it."
+    )
+
+
 class Study(Section):
     """One dataset, one teacher, its students."""
 
@@ -230,7 +303,7 @@ class Study(Section):
     title: str = Field("", description="A heading for the report.")
     dataset: Dataset
     noise: Noise = Field(default_factory=Noise)
-    teacher: Teacher
+    teacher: Teacher | OfficialTeacher = Field(discriminator="kind", description="The EDM denoiser that is distilled.")
     coefficients: Coefficients = Field(default_factory=Coefficients)
     student: dict[str, Any] = Field(description="Values that all students share; the fields of Student.")
     varies: list[str] = Field(["preconditioning"], description="The keys in which two students may differ.")
@@ -239,6 +312,7 @@ class Study(Section):
     sampling: Sampling
     scores: Scores
     report: Report = Field(default_factory=Report)
+    compute: Compute = Field(default_factory=Compute)
 
     def resolved(self, run: str) -> Student:
         """The settings of the student of that name. Raises UserError if there is none."""
@@ -263,15 +337,16 @@ class Study(Section):
         stage: dataset, teacher, extractor, coefficients, student, samples, scores, report. run names the student for
         student, samples and scores; samples and scores without one are the teacher's.
         """
-        dump = self.model_dump(mode="json", exclude={"student", "students", "varies"})
+        dump = self.model_dump(mode="json", exclude={"student", "students", "varies", "compute"})
+        base = ["dataset", "noise", "teacher"]
         parts: dict[str, list[str]] = {
             "dataset": ["dataset"],
             "extractor": ["dataset"],
-            "teacher": ["dataset", "noise", "teacher"],
-            "coefficients": ["dataset", "noise", "teacher", "coefficients"],
+            "teacher": base if isinstance(self.teacher, Teacher) else ["teacher"],
+            "coefficients": [*base, "coefficients"],
         }
         if stage == "report":
-            everything = self.model_dump(mode="json")
+            everything = self.model_dump(mode="json", exclude={"compute"})
             everything["sampling"].pop("batch")
             return everything
         if stage in parts:
@@ -282,8 +357,9 @@ class Study(Section):
                 settings["extractor"] = dump["scores"]["extractor"]
                 settings["classifier"] = dump["scores"]["classifier"]
                 settings["mode"] = dump["scores"]["mode"]
+                settings["kid_images"] = dump["scores"]["kid_images"]
             return settings
-        settings = self.settings("teacher")
+        settings = {part: dump[part] for part in base}
         if run is not None:
             student = self.resolved(run)
             settings = self.settings("coefficients") if student.preconditioning in FITTED else settings
@@ -303,6 +379,29 @@ class Study(Section):
     @model_validator(mode="after")
     def _possible(self) -> Self:
         self._check_students()
+        self._check_teacher()
+        if len(set(self.seeds)) < len(self.seeds):
+            raise ValueError("seeds lists a seed twice")
+        missing = set(self.report.grid_nfe) - set(self.sampling.nfe)
+        if missing:
+            raise ValueError(f"report.grid_nfe has {min(missing)}, which sampling.nfe does not sample")
+        if self.scores.extractor == "classifier" and self.sampling.count <= self.scores.classifier.features:
+            raise ValueError(
+                "sampling.count must exceed scores.classifier.features, or the Frechet distance is singular"
+            )
+        if self.scores.teacher_fid is not None and self.scores.extractor != "inception":
+            raise ValueError("scores.teacher_fid is Inception's FID: set scores.extractor to inception, or remove it")
+        if self.scores.alignment_count > self.scores.curve_count:
+            raise ValueError("scores.alignment_count must not exceed scores.curve_count: they share their noise")
+        if self.scores.curve_count <= self.scores.classifier.features and self.scores.extractor == "classifier":
+            raise ValueError("scores.curve_count must exceed scores.classifier.features")
+        return self
+
+    def _check_teacher(self) -> None:
+        if isinstance(self.teacher, OfficialTeacher):
+            if self.noise.sigma_data == "measured":
+                raise ValueError("noise.sigma_data cannot be measured: an EDM teacher has its own, 0.5")
+            return
         size, network = self.dataset.resolution, self.teacher.network
         values = self.dataset.channels * size**2
         if isinstance(network, MLP) and values > 1024:
@@ -314,20 +413,6 @@ class Study(Section):
                 f"dataset.resolution {size} cannot be halved {len(network.channel_mult) - 1} times, as "
                 "teacher.network.channel_mult asks"
             )
-        if len(set(self.seeds)) < len(self.seeds):
-            raise ValueError("seeds lists a seed twice")
-        missing = set(self.report.grid_nfe) - set(self.sampling.nfe)
-        if missing:
-            raise ValueError(f"report.grid_nfe has {min(missing)}, which sampling.nfe does not sample")
-        if self.scores.extractor == "classifier" and self.sampling.count <= self.scores.classifier.features:
-            raise ValueError(
-                "sampling.count must exceed scores.classifier.features, or the Frechet distance is singular"
-            )
-        if self.scores.alignment_count > self.scores.curve_count:
-            raise ValueError("scores.alignment_count must not exceed scores.curve_count: they share their noise")
-        if self.scores.curve_count <= self.scores.classifier.features and self.scores.extractor == "classifier":
-            raise ValueError("scores.curve_count must exceed scores.classifier.features")
-        return self
 
     def _check_students(self) -> None:
         unknown = [key for key in self.varies if key not in Student.model_fields]
@@ -410,7 +495,7 @@ def _explain(error: ValidationError, model: type[BaseModel], prefix: str = "") -
         return str(problem["ctx"]["error"])
     location = [str(part) for part in problem["loc"]]
     # The member of a union is a step of pydantic's location that the file does not have.
-    key = prefix + ".".join(part for part in location if part not in _NETWORKS and not _UNION_MEMBER.search(part))
+    key = prefix + ".".join(part for part in location if part not in _MEMBERS and not _UNION_MEMBER.search(part))
     if problem["type"] == "extra_forbidden":
         return f"unknown key '{key}'{_suggest(location[-1], _owner(location[:-1], model))}"
     if problem["type"] == "missing":
@@ -421,8 +506,8 @@ def _explain(error: ValidationError, model: type[BaseModel], prefix: str = "") -
 def _owner(location: list[str], model: type[BaseModel]) -> type[BaseModel] | None:
     """The section that a location leads to."""
     for part in location:
-        if part in _NETWORKS:
-            model = _NETWORKS[part]
+        if part in _MEMBERS:
+            model = _MEMBERS[part]
             continue
         field = model.model_fields.get(part)
         annotation = field.annotation if field else None
