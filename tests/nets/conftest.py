@@ -33,6 +33,15 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
         "channel_mult_noise": 2,
         "resample_filter": [1, 3, 3, 1],
     },
+    "adm": {
+        "network": "adm",
+        "img_resolution": 8,
+        "img_channels": 3,
+        "model_channels": 32,
+        "channel_mult": [1, 2],
+        "num_blocks": 1,
+        "attn_resolutions": [4],
+    },
     "mlp": {
         "network": "mlp",
         "img_resolution": 4,

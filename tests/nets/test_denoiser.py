@@ -122,7 +122,7 @@ def test_student_is_a_function_of_its_seed(architecture: dict[str, Any], make: M
     first, again, other = (student_from_teacher(teacher, seed=seed).state_dict() for seed in (1, 1, 2))
     changed = {key for key in first if not torch.equal(first[key], other[key])}
     assert all(torch.equal(first[key], again[key]) for key in first)
-    assert changed == {f"model.map_layer{i}_s.weight" for i in (0, 1)}
+    assert {key.rpartition(".")[0] for key in changed} == {f"model.map_layer{i}_s" for i in (0, 1)}
 
 
 def test_student_takes_dropout_precision_and_no_augmentation() -> None:
@@ -214,6 +214,42 @@ def test_half_precision_input_is_computed_in_float32() -> None:
     assert torch.equal(denoiser(x, 1.0), denoiser(x.float(), 1.0))
 
 
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize(("precision", "tolerance"), [("bfloat16", 0.05), ("float16", 0.01)])
+def test_network_in_half_precision_is_close_and_gives_float32(
+    architecture: dict[str, Any],
+    make: Make,
+    batch: Batch,
+    precision: str,
+    tolerance: float,
+    layout: torch.memory_format,
+) -> None:
+    student = make(architecture, second_time=True, label_dim=3)
+    x, t = batch(student, n=8)
+    labels = torch.arange(8) % 3
+    exact, exact_raw = student(x, t, t / 2, labels), student.raw(x, t, t / 2, labels)
+    student.to(memory_format=layout).compute_in(precision)  # type: ignore[call-overload]
+    x = x.contiguous(memory_format=layout)
+    raw, out = student.raw(x, t, t / 2, labels), student(x, t, t / 2, labels)
+    assert raw.dtype == out.dtype == torch.float32
+    assert 0 < (raw - exact_raw).norm() < tolerance * exact_raw.norm()
+    torch.testing.assert_close(out, exact, atol=0.1, rtol=0.02)
+    out.square().mean().backward()
+    gradients = [parameter.grad for parameter in student.parameters()]
+    assert all(g is not None and g.dtype == torch.float32 and bool(g.isfinite().all()) for g in gradients)
+
+
+def test_forward_mode_derivative_is_the_same_in_channels_last(
+    architecture: dict[str, Any], make: Make, batch: Batch
+) -> None:
+    denoiser = make(architecture)
+    x, t = batch(denoiser)
+    expected = torch.func.jvp(denoiser, (x, t), (x, t))[1]
+    denoiser.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    x = x.contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(torch.func.jvp(denoiser, (x, t), (x, t))[1], expected, atol=1e-3, rtol=1e-3)
+
+
 @pytest.mark.parametrize("second_time", [False, True])
 def test_forward_mode_derivative_against_finite_differences(
     architecture: dict[str, Any], make: Make, batch: Batch, second_time: bool
@@ -273,7 +309,7 @@ def test_initial_weights_depend_on_the_seed_alone(architecture: dict[str, Any]) 
     ("changes", "message"),
     [
         ({"network": "songnet"}, "unknown network 'songnet'; did you mean 'songunet'"),
-        ({"network": "transformer"}, "choose one of mlp, songunet"),
+        ({"network": "transformer"}, "choose one of adm, mlp, songunet"),
         ({"widht": 8}, "unknown key 'widht' in a mlp architecture; did you mean 'width'"),
         ({"sigma": 0.5}, "did you mean 'sigma_data'"),
     ],

@@ -17,6 +17,7 @@ from consistency.nets.layers import (
     PositionalEmbedding,
     UNetBlock,
     attention,
+    label_vectors,
 )
 
 
@@ -141,3 +142,13 @@ def test_fourier_embedding_is_cosines_then_sines() -> None:
 def test_odd_embedding_is_an_error() -> None:
     with pytest.raises(ValueError, match="even number"):
         PositionalEmbedding(7)
+
+
+def test_label_dropout_zeroes_whole_labels_at_its_rate() -> None:
+    labels = label_vectors(torch.ones(4000, 3), 3, torch.zeros(()), dropout=0.25)
+    assert ((labels == 0).all(1) | (labels == 1).all(1)).all()
+    assert labels[:, 0].mean().item() == pytest.approx(0.75, abs=0.03)
+
+
+def test_no_label_is_a_label_of_zeros() -> None:
+    assert torch.equal(label_vectors(None, 3, torch.zeros(2, dtype=torch.float64), 0.0), torch.zeros(1, 3).double())

@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-import ast
-import json
-from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
+from tests.nets.official import OFFICIAL, count, golden, translate
 
-from consistency.nets.denoiser import Denoiser, build_denoiser
+from consistency.nets.denoiser import build_denoiser
 from consistency.nets.songunet import SongUNet
 
-GOLDEN = Path(__file__).parents[1] / "golden"
-OFFICIAL = json.loads((GOLDEN / "edm_state_dict_shapes.json").read_text())
 CIFAR_VE: dict[str, Any] = {
     "img_resolution": 32,
     "in_channels": 3,
@@ -27,26 +22,6 @@ CIFAR_VE: dict[str, Any] = {
     "channel_mult_noise": 2,
     "resample_filter": [1, 3, 3, 1],
 }
-
-
-def translate(official_kwargs: dict[str, Any]) -> dict[str, Any]:
-    """The architecture for the constructor arguments stored with an official network."""
-    ignored = ("model_type", "use_fp16")
-    kept = {key: value for key, value in official_kwargs.items() if key not in ignored}
-    return {"network": "songunet", **kept}
-
-
-def count(net: torch.nn.Module) -> int:
-    return sum(parameter.numel() for parameter in net.parameters())
-
-
-def golden(name: str) -> tuple[Denoiser, dict[str, torch.Tensor]]:
-    """A small official network rebuilt from its stored weights, and its stored input and output."""
-    file = np.load(GOLDEN / f"{name}.npz")
-    denoiser = build_denoiser(translate(ast.literal_eval(str(file["kwargs"])))).eval()
-    weights = {key[6:]: torch.from_numpy(file[key]) for key in file if key.startswith("param/")}
-    denoiser.load_state_dict(weights, strict=True)
-    return denoiser, {key: torch.from_numpy(file[key]) for key in ("x", "sigma", "denoised", "labels") if key in file}
 
 
 @pytest.mark.parametrize("name", ["ddpmpp_uncond", "ddpmpp_cond", "ncsnpp_uncond"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import inspect
 import json
@@ -13,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from consistency.nets.adm import DhariwalUNet
 from consistency.nets.mlp import MLP
 from consistency.nets.songunet import SongUNet
 
@@ -52,11 +54,21 @@ class Denoiser(nn.Module):
         self.label_dim = int(self.architecture["label_dim"])
         self.img_channels = int(self.architecture["img_channels"])
         self.img_resolution = int(self.architecture["img_resolution"])
+        #: what the network computes in by autocast; None: the precision of x
+        self.precision: torch.dtype | None = None
 
     @property
     def second_time(self) -> bool:
         """Whether this is a student's denoiser D(x,t,s)."""
         return bool(self.architecture["second_time"])
+
+    def compute_in(self, precision: str) -> Denoiser:
+        """Let the network, not the preconditioning around it, compute in bfloat16 or float16 by autocast.
+
+        precision: float32 (that of x), bfloat16 or float16. Returns self. Raises KeyError for another.
+        """
+        self.precision = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}[precision]
+        return self
 
     def forward(
         self,
@@ -90,7 +102,10 @@ class Denoiser(nn.Module):
         t = self._as_times(t, x, "t")
         c_in, c_noise = edm_coefficients(t, self.sigma_data)[2:]
         c_noise_s = None if s is None else self._as_times(s, x, "s").log() / 4
-        output = self.model(c_in[:, None, None, None] * x, c_noise, self._one_hot(labels, x), augment_labels, c_noise_s)
+        scaled, one_hot = c_in[:, None, None, None] * x, self._one_hot(labels, x)
+        # Only the network runs in the lower precision: the preconditioning around it stays in that of x.
+        with torch.autocast(x.device.type, self.precision) if self.precision else contextlib.nullcontext():
+            output = self.model(scaled, c_noise, one_hot, augment_labels, c_noise_s)
         return output.to(x.dtype)
 
     @staticmethod
@@ -137,15 +152,13 @@ class _Network:
         return {p.name: p.default for p in parameters if p.default is not inspect.Parameter.empty}
 
 
+def _image_geometry(resolution: int, channels: int) -> dict[str, Any]:
+    return {"img_resolution": resolution, "in_channels": channels, "out_channels": channels}
+
+
 _NETWORKS: dict[str, _Network] = {
-    "songunet": _Network(
-        SongUNet,
-        lambda resolution, channels: {
-            "img_resolution": resolution,
-            "in_channels": channels,
-            "out_channels": channels,
-        },
-    ),
+    "songunet": _Network(SongUNet, _image_geometry),
+    "adm": _Network(DhariwalUNet, _image_geometry),
     "mlp": _Network(MLP, lambda resolution, channels: {"dim_shape": (channels, resolution, resolution)}),
 }
 
@@ -153,7 +166,7 @@ _NETWORKS: dict[str, _Network] = {
 def build_denoiser(architecture: Mapping[str, Any]) -> Denoiser:
     """Build the denoiser that `architecture` describes, with weights drawn from the global generator.
 
-    architecture: network ("songunet" or "mlp"), img_resolution (pixels), img_channels, optionally label_dim
+    architecture: network ("songunet", "adm" or "mlp"), img_resolution (pixels), img_channels, optionally label_dim
     (0), sigma_data (0.5), second_time (False), and any keyword argument of the network. The result's own
     `architecture` has every default written out. d numbers without image structure are img_channels = d,
     img_resolution = 1.

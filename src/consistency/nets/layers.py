@@ -9,6 +9,7 @@ from functools import partial
 from typing import Protocol
 
 import torch
+import torch.autograd.forward_ad as fwAD
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -151,6 +152,8 @@ class GroupNorm(nn.Module):
         self.bias = nn.Parameter(torch.zeros(num_channels))
 
     def forward(self, x: Tensor) -> Tensor:
+        if not x.is_contiguous() and fwAD.unpack_dual(x).tangent is not None:
+            x = x.contiguous()  # the forward-mode rule takes no channels-last input
         return F.group_norm(x, self.num_groups, _cast(self.weight, x), _cast(self.bias, x), self.eps)
 
 
@@ -161,7 +164,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     computed in at least float32. Made of plain operations, because fused kernels lack forward-mode rules.
     """
     dtype = torch.promote_types(q.dtype, torch.float32)
-    with torch.autocast(device_type=q.device.type, enabled=False):
+    # On the meta device, which has no autocast, shapes and operations are only counted.
+    with torch.autocast("cpu" if q.is_meta else q.device.type, enabled=False):
         scores = torch.bmm(q.to(dtype).transpose(1, 2), k.to(dtype) / math.sqrt(k.shape[1]))
         weights = scores.softmax(dim=2).to(q.dtype)
     return torch.bmm(v, weights.transpose(1, 2))
@@ -304,6 +308,12 @@ def check_conditions(
         raise ValueError("augmentation labels given to a network without augment_dim: pass none")
     if second_noise_labels is not None and not net.second_time:
         raise ValueError("a second time given to a network built with second_time=False: call it without")
+
+
+def label_vectors(class_labels: Tensor | None, label_dim: int, like: Tensor, dropout: float) -> Tensor:
+    """Return labels [N or 1, label_dim] in the dtype of `like`, zeros for None; `dropout` of them are zeroed."""
+    labels = like.new_zeros(1, label_dim) if class_labels is None else class_labels.to(like.dtype)
+    return labels * (torch.rand_like(labels[:, :1]) >= dropout) if dropout else labels
 
 
 def half_channels(num_channels: int) -> int:

@@ -20,6 +20,7 @@ from consistency.nets.layers import (
     PositionalEmbedding,
     UNetBlock,
     check_conditions,
+    label_vectors,
 )
 
 _INIT = Init("xavier_uniform")
@@ -71,11 +72,7 @@ class SongUNet(nn.Module):
     ) -> None:
         super().__init__()
         _check_choices(embedding_type=embedding_type, encoder_type=encoder_type, decoder_type=decoder_type)
-        if img_resolution % 2 ** (len(channel_mult) - 1):
-            raise ValueError(
-                f"img_resolution {img_resolution} cannot be halved {len(channel_mult) - 1} times: "
-                "shorten channel_mult or pad the images"
-            )
+        check_resolution(img_resolution, channel_mult)
         self.label_dim, self.augment_dim, self.second_time = label_dim, augment_dim, second_time
         self.label_dropout = label_dropout
         emb_channels = model_channels * channel_mult_emb
@@ -97,8 +94,8 @@ class SongUNet(nn.Module):
             second_time=second_time,
         )
         levels = _levels(img_resolution, model_channels, channel_mult, attn_resolutions)
-        self.enc = _encoder(levels, block, conv, in_channels, model_channels, num_blocks, encoder_type)
-        self.dec = _decoder(levels, block, conv, _skip_widths(self.enc), out_channels, num_blocks, decoder_type)
+        self.enc = encoder(levels, block, conv, in_channels, model_channels, num_blocks, encoder_type)
+        self.dec = _decoder(levels, block, conv, skip_widths(self.enc), out_channels, num_blocks, decoder_type)
 
     def _build_mapping(self, noise_channels: int, emb_channels: int, embedding_type: str) -> None:
         self.map_noise: nn.Module = (
@@ -146,9 +143,8 @@ class SongUNet(nn.Module):
     def _embed_label(self, class_labels: Tensor | None, like: Tensor) -> Tensor | None:
         if not self.label_dim:
             return None
-        labels = like.new_zeros(1, self.label_dim) if class_labels is None else class_labels.to(like.dtype)
-        if self.training and self.label_dropout:
-            labels = labels * (torch.rand_like(labels[:, :1]) >= self.label_dropout)
+        dropout = self.label_dropout if self.training else 0.0
+        labels = label_vectors(class_labels, self.label_dim, like, dropout)
         return self.map_label(labels * math.sqrt(self.label_dim))
 
     def _encode(self, x: Tensor, emb: Tensor, emb_s: Tensor | None) -> tuple[Tensor, list[Tensor]]:
@@ -184,34 +180,38 @@ class SongUNet(nn.Module):
         return image
 
 
-class _Level(NamedTuple):
+class Level(NamedTuple):
+    """One resolution of a U-Net: its side in pixels, its channels, and the heads of its attention (0: none)."""
+
     size: int
     width: int
     num_heads: int
 
     def name(self, part: str) -> str:
+        """Return the published name of a part of this level, such as 32x32_block0."""
         return f"{self.size}x{self.size}_{part}"
 
 
 def _levels(
     img_resolution: int, model_channels: int, channel_mult: Sequence[int], attn_resolutions: Sequence[int]
-) -> list[_Level]:
+) -> list[Level]:
     sizes = [img_resolution >> level for level in range(len(channel_mult))]
     return [
-        _Level(size, model_channels * mult, int(size in attn_resolutions))
+        Level(size, model_channels * mult, int(size in attn_resolutions))
         for size, mult in zip(sizes, channel_mult, strict=True)
     ]
 
 
-def _encoder(
-    levels: Sequence[_Level],
+def encoder(
+    levels: Sequence[Level],
     block: Callable[..., UNetBlock],
     conv: Callable[..., Conv2d],
     in_channels: int,
     model_channels: int,
     num_blocks: int,
-    encoder_type: str,
+    encoder_type: str = "standard",
 ) -> nn.ModuleDict:
+    """Build the encoder under its published names, `model_channels` wide after the first convolution."""
     enc = nn.ModuleDict({levels[0].name("conv"): conv(in_channels, model_channels, 3)})
     channels, aux_channels = model_channels, in_channels
     for depth, level in enumerate(levels):
@@ -229,13 +229,14 @@ def _encoder(
     return enc
 
 
-def _skip_widths(enc: nn.ModuleDict) -> list[int]:
+def skip_widths(enc: nn.ModuleDict) -> list[int]:
+    """Return the channels of every activation that the encoder hands to the decoder, in the order they are made."""
     layers = [layer for name, layer in enc.items() if "aux" not in name]
     return [layer.out_channels for layer in layers if isinstance(layer, Conv2d | UNetBlock)]
 
 
 def _decoder(
-    levels: Sequence[_Level],
+    levels: Sequence[Level],
     block: Callable[..., UNetBlock],
     conv: Callable[..., Conv2d],
     skips: list[int],
@@ -261,6 +262,15 @@ def _decoder(
             dec[level.name("aux_norm")] = GroupNorm(channels, _EPS)
             dec[level.name("aux_conv")] = conv(channels, out_channels, 3, init=_INIT_ZERO)
     return dec
+
+
+def check_resolution(img_resolution: int, channel_mult: Sequence[int]) -> None:
+    """Raise ValueError if the resolution cannot be halved between all levels."""
+    if img_resolution % 2 ** (len(channel_mult) - 1):
+        raise ValueError(
+            f"img_resolution {img_resolution} cannot be halved {len(channel_mult) - 1} times: "
+            "shorten channel_mult or pad the images"
+        )
 
 
 def _check_choices(**chosen: str) -> None:

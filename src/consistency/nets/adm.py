@@ -1,0 +1,153 @@
+"""The U-Net ADM of Dhariwal and Nichol (2021), in the form and with the parameter names of EDM."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from consistency.nets.layers import (
+    ZERO_INIT,
+    Conv2d,
+    GroupNorm,
+    Init,
+    Linear,
+    PositionalEmbedding,
+    UNetBlock,
+    check_conditions,
+    label_vectors,
+)
+from consistency.nets.songunet import Level, check_resolution, encoder, skip_widths
+
+_INIT = Init("kaiming_uniform", weight=math.sqrt(1 / 3), bias=math.sqrt(1 / 3))
+_CHANNELS_PER_HEAD = 64
+
+
+class DhariwalUNet(nn.Module):
+    """U-Net F(x, c_noise[, c_noise_s]) of EDM's ImageNet-64 model (Karras et al. 2022): ADM.
+
+    Every block at the levels listed in attn_resolutions, and the first block of the decoder, has attention with
+    one head per 64 channels, rounded down: below 64 channels there is none. label_dropout is the probability of
+    zeroing a label during training. With second_time the network also takes the end time s of a jump, embedded
+    like t but through its own map_layer0_s and map_layer1_s, and added in every block by affine_s, which starts
+    at zero. The label's embedding, which ADM adds after the two layers, is added there to t's and to s's alike,
+    through the one map_label: as in SongUNet, s is embedded as t is, the label included.
+
+    Shapes: x [N,in_channels,R,R] -> [N,out_channels,R,R]; noise_labels and second_noise_labels [N] or [1],
+    ln(t)/4 and ln(s)/4; class_labels [N or 1, label_dim], one-hot; augment_labels [N or 1, augment_dim].
+    Raises ValueError for a resolution that cannot be halved often enough, channels that group normalisation or
+    the attention heads cannot split, and for a condition the network was not built for.
+    """
+
+    def __init__(
+        self,
+        img_resolution: int,
+        in_channels: int,
+        out_channels: int,
+        label_dim: int = 0,
+        augment_dim: int = 0,
+        model_channels: int = 192,
+        channel_mult: Sequence[int] = (1, 2, 3, 4),
+        channel_mult_emb: int = 4,
+        num_blocks: int = 3,
+        attn_resolutions: Sequence[int] = (32, 16, 8),
+        dropout: float = 0.1,
+        label_dropout: float = 0.0,
+        second_time: bool = False,
+    ) -> None:
+        super().__init__()
+        check_resolution(img_resolution, channel_mult)
+        self.label_dim, self.augment_dim, self.second_time = label_dim, augment_dim, second_time
+        self.label_dropout = label_dropout
+        emb_channels = model_channels * channel_mult_emb
+        self._build_mapping(model_channels, emb_channels)
+
+        block = partial(UNetBlock, emb_channels=emb_channels, dropout=dropout, init=_INIT, second_time=second_time)
+        levels = _levels(img_resolution, model_channels, channel_mult, attn_resolutions)
+        first = levels[0].width
+        self.enc = encoder(levels, block, partial(Conv2d, init=_INIT), in_channels, first, num_blocks)
+        self.dec = _decoder(levels, block, skip_widths(self.enc), num_blocks)
+        self.out_norm = GroupNorm(first)
+        self.out_conv = Conv2d(first, out_channels, 3, init=ZERO_INIT)
+
+    def _build_mapping(self, noise_channels: int, emb_channels: int) -> None:
+        self.map_noise = PositionalEmbedding(noise_channels)
+        if self.augment_dim:
+            self.map_augment = Linear(self.augment_dim, noise_channels, bias=False, init=ZERO_INIT)
+        self.map_layer0 = Linear(noise_channels, emb_channels, init=_INIT)
+        self.map_layer1 = Linear(emb_channels, emb_channels, init=_INIT)
+        if self.label_dim:
+            init = Init("kaiming_normal", weight=math.sqrt(self.label_dim))
+            self.map_label = Linear(self.label_dim, emb_channels, bias=False, init=init)
+        if self.second_time:
+            self.map_layer0_s = Linear(noise_channels, emb_channels, init=_INIT)
+            self.map_layer1_s = Linear(emb_channels, emb_channels, init=_INIT)
+
+    def forward(
+        self,
+        x: Tensor,
+        noise_labels: Tensor,
+        class_labels: Tensor | None = None,
+        augment_labels: Tensor | None = None,
+        second_noise_labels: Tensor | None = None,
+    ) -> Tensor:
+        check_conditions(self, class_labels, augment_labels, second_noise_labels)
+        label_emb = self._embed_label(class_labels, noise_labels)
+        emb = self.map_noise(noise_labels)
+        if augment_labels is not None:
+            emb = emb + self.map_augment(augment_labels.to(emb.dtype))
+        emb = F.silu(self.map_layer1(F.silu(self.map_layer0(emb))) + label_emb)
+        emb_s = None
+        if self.second_time:
+            emb_s = self.map_noise(noise_labels if second_noise_labels is None else second_noise_labels)
+            emb_s = F.silu(self.map_layer1_s(F.silu(self.map_layer0_s(emb_s))) + label_emb)
+        return self._unet(x, emb, emb_s)
+
+    def _embed_label(self, class_labels: Tensor | None, like: Tensor) -> Tensor | float:
+        if not self.label_dim:
+            return 0.0
+        dropout = self.label_dropout if self.training else 0.0
+        return self.map_label(label_vectors(class_labels, self.label_dim, like, dropout))
+
+    def _unet(self, x: Tensor, emb: Tensor, emb_s: Tensor | None) -> Tensor:
+        skips: list[Tensor] = []
+        for layer in self.enc.values():
+            x = layer(x, emb, emb_s) if isinstance(layer, UNetBlock) else layer(x)
+            skips.append(x)
+        for layer in self.dec.values():
+            if layer.in_channels != x.shape[1]:
+                x = torch.cat([x, skips.pop()], dim=1)
+            x = layer(x, emb, emb_s)
+        return self.out_conv(F.silu(self.out_norm(x)))
+
+
+def _levels(
+    img_resolution: int, model_channels: int, channel_mult: Sequence[int], attn_resolutions: Sequence[int]
+) -> list[Level]:
+    sizes = [img_resolution >> level for level in range(len(channel_mult))]
+    widths = [model_channels * mult for mult in channel_mult]
+    return [
+        Level(size, width, width // _CHANNELS_PER_HEAD if size in attn_resolutions else 0)
+        for size, width in zip(sizes, widths, strict=True)
+    ]
+
+
+def _decoder(
+    levels: Sequence[Level], block: Callable[..., UNetBlock], skips: list[int], num_blocks: int
+) -> nn.ModuleDict:
+    dec = nn.ModuleDict()
+    channels = skips[-1]
+    for level in reversed(levels):
+        if level is levels[-1]:
+            dec[level.name("in0")] = block(channels, channels, num_heads=channels // _CHANNELS_PER_HEAD)
+            dec[level.name("in1")] = block(channels, channels)
+        else:
+            dec[level.name("up")] = block(channels, channels, up=True)
+        for i in range(num_blocks + 1):
+            dec[level.name(f"block{i}")] = block(channels + skips.pop(), level.width, num_heads=level.num_heads)
+            channels = level.width
+    return dec
