@@ -3,6 +3,7 @@ configfile: "config/config.yaml"
 
 
 include: "workflow/rules/common.smk"
+include: "workflow/rules/resources.smk"
 include: "workflow/rules/dataset.smk"
 include: "workflow/rules/teacher.smk"
 include: "workflow/rules/coefficients.smk"
