@@ -1,18 +1,34 @@
 """The dataset stage: pixels exactly as Pillow makes them, in sorted order, and errors that name the file."""
 
+import errno
+import fcntl
 import json
+import math
+import multiprocessing
+import os
+import resource
+import signal
+import subprocess
+import sys
+import threading
+import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+from tests.image_sources import imagenet_files, imagenet_tar
 
 from consistency.errors import UserError
 from consistency.layout import Layout
+from consistency.progress import Progress
+from consistency.stages import dataset as stage
 from consistency.stages.dataset import make_dataset
-from consistency.study import Study
+from consistency.study import Study, load_study
 from consistency.training.data import ImageData, load_images, to_signed
 
 Tiny = Callable[..., Study]
@@ -36,12 +52,12 @@ def tree(tmp_path: Path) -> Path:
 def make(tiny: Tiny, tmp_path: Path) -> Make:
     """make(channels=3, ...): runs the stage on the image folder and loads what it wrote."""
 
-    def run(**settings: Any) -> ImageData:
+    def run(workers: int = 1, **settings: Any) -> ImageData:
         path = str(tmp_path / "images")
         dataset = {"kind": "image_folder", "path": path, "resolution": 8, "channels": 3, **settings}
         study = tiny({"dataset": dataset})
-        layout = Layout(study.name, tmp_path / "results")
-        make_dataset(study, layout)
+        layout = Layout(study.name, tmp_path / "results", tmp_path / "state")
+        make_dataset(study, layout, workers)
         return load_images(layout.dataset)
 
     return run
@@ -60,7 +76,7 @@ def test_digits_are_the_1797_images_of_scikit_learn(tiny: Tiny, tmp_path: Path) 
     from sklearn.datasets import load_digits
 
     study = tiny({"dataset": {"kind": "digits", "resolution": 8, "channels": 1}})
-    layout = Layout(study.name, tmp_path)
+    layout = Layout(study.name, tmp_path / "results", tmp_path / "state")
     make_dataset(study, layout)
     data, digits = load_images(layout.dataset), load_digits()
     assert data.images.shape == (1797, 8, 8, 1)
@@ -84,7 +100,7 @@ def test_a_limit_takes_the_first_of_each_class(first_results: Layout) -> None:
 
 
 def test_the_same_study_makes_the_same_bytes(first_results: Layout, tiny: Tiny, tmp_path: Path) -> None:
-    layout = Layout("tiny", tmp_path)
+    layout = Layout("tiny", tmp_path / "results", tmp_path / "state")
     make_dataset(tiny(), layout)
     for name in ("images.npy", "labels.npy", "dataset.json"):
         assert (layout.dataset / name).read_bytes() == (first_results.dataset / name).read_bytes()
@@ -184,8 +200,6 @@ def test_sigma_data_is_the_standard_deviation_of_all_values(tree: Path, make: Ma
         save(tree / f"a/{i}.png", noise(8, 8, seed=i) // (i + 1))
     data = make()
     assert data.facts["sigma_data"] == pytest.approx(float((data.images / 127.5 - 1).std()), rel=1e-9)
-    import torch
-
     assert to_signed(torch.from_numpy(np.array(data.images))).std(correction=0).item() == pytest.approx(
         data.facts["sigma_data"], rel=1e-5
     )
@@ -250,3 +264,454 @@ def test_a_failed_run_leaves_the_old_dataset(tree: Path, make: Make, tmp_path: P
     with pytest.raises(UserError):
         make()
     assert np.array_equal(load_images(tmp_path / "results/tiny/dataset").images, before)
+
+
+# --- interrupted and resumed
+
+
+COUNT = 300
+OUTPUTS = ("images.npy", "labels.npy", "dataset.json")
+Prepare = Callable[..., dict[str, bytes]]
+
+
+@pytest.fixture
+def big(tree: Path) -> Path:
+    """The image folder with images for several batches."""
+    for i in range(COUNT):
+        save(tree / f"{'ab'[i % 2]}/{i:03d}.png", noise(12, 12, seed=i))
+    return tree
+
+
+@pytest.fixture
+def prepare(make: Make, tmp_path: Path) -> Prepare:
+    """prepare(workers, ...): runs the stage and returns its files' contents."""
+
+    def run(workers: int = 1, **settings: Any) -> dict[str, bytes]:
+        make(workers, **settings)
+        folder = tmp_path / "results/tiny/dataset"
+        assert not [path for path in (tmp_path / "state").rglob("*") if path.is_file()]
+        assert sorted(path.name for path in folder.iterdir()) == sorted([*OUTPUTS, "card.json"])
+        return {name: (folder / name).read_bytes() for name in OUTPUTS}
+
+    return run
+
+
+@pytest.fixture
+def stop_after(monkeypatch: pytest.MonkeyPatch) -> Callable[[int | None], None]:
+    """stop_after(k): Ctrl-C is pressed after k batches; stop_after(None): it is not."""
+    advance = Progress.advance
+
+    def set_to(batches: int | None) -> None:
+        left = [math.inf if batches is None else batches]
+
+        def pressed(self: Progress, steps: int = 1) -> None:
+            advance(self, steps)
+            left[0] -= 1
+            if left[0] <= 0:
+                raise KeyboardInterrupt
+
+        monkeypatch.setattr(Progress, "advance", pressed)
+
+    return set_to
+
+
+def forget_reads(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The rows that are read from now on by this process."""
+    rows: list[int] = []
+    opened = stage.open_source
+
+    def watched(settings: Any) -> Any:
+        source = opened(settings)
+        read = source.read
+        object.__setattr__(source, "read", lambda row: rows.append(row) or read(row))
+        return source
+
+    monkeypatch.setattr(stage, "open_source", watched)
+    return rows
+
+
+@pytest.mark.parametrize("workers", [0, 2, 4])
+def test_any_number_of_workers_makes_the_same_bytes(big: Path, prepare: Prepare, workers: int) -> None:
+    assert prepare(workers) == prepare(1)
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_an_interrupted_preparation_ends_with_the_same_bytes(
+    big: Path,
+    prepare: Prepare,
+    stop_after: Callable[[int | None], None],
+    workers: int,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    expected = prepare()
+    for _ in range(3):
+        stop_after(1)
+        with pytest.raises(KeyboardInterrupt):
+            prepare(workers)
+    stop_after(None)
+    assert prepare(workers) == expected
+    printed = capfd.readouterr()
+    assert [line for line in printed.out.splitlines() if "continues" in line] == [
+        f"dataset tiny: continues from image {rows} of {COUNT}" for rows in (64, 128, 192)
+    ]
+    assert "Traceback" not in printed.err
+
+
+def test_no_image_is_read_twice(
+    big: Path, prepare: Prepare, stop_after: Callable[[int | None], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = forget_reads(monkeypatch)
+    stop_after(2)
+    with pytest.raises(KeyboardInterrupt):
+        prepare()
+    stop_after(None)
+    prepare()
+    assert rows == list(range(COUNT))
+
+
+def stopped_at_line(number: float, make: Make) -> int:
+    """Run with Ctrl-C pressed before the stage executes its line of that number. Returns how many it executed."""
+    lines = 0
+
+    def trace(frame: Any, event: str, argument: Any) -> Any:
+        nonlocal lines
+        if frame.f_code.co_filename != stage.__file__:
+            return None
+        if event == "line":
+            lines += 1
+            if lines == number:
+                raise KeyboardInterrupt
+        return trace
+
+    previous = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        make()
+    finally:
+        sys.settrace(previous)
+    return lines
+
+
+@pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")
+def test_an_interruption_at_any_line_ends_with_the_same_bytes(big: Path, prepare: Prepare, make: Make) -> None:
+    expected = prepare()
+    total = stopped_at_line(math.inf, make)
+    assert total > 100
+    for number in range(1, total, 11):
+        with pytest.raises(KeyboardInterrupt):
+            stopped_at_line(number, make)
+        assert prepare() == expected
+
+
+@pytest.mark.parametrize(
+    ("spoil", "starts_over"),
+    [
+        # A write that a kill cut off, and what was written after the last save.
+        (lambda state: os.truncate(state / "images.npy", 128 + 130 * 192 + 96), False),
+        (lambda state: (state / "images.npy").write_bytes((state / "images.npy").read_bytes()[:-1]), True),
+        (lambda state: (state / "images.npy").unlink(), True),
+        (lambda state: (state / "progress.json").write_text("{"), True),
+        (lambda state: (state / "progress.json").write_text("[]"), True),
+        (lambda state: (state / "progress.json").write_text('{"rows": 5}'), True),
+    ],
+)
+def test_a_damaged_state_is_mended_or_dropped(
+    big: Path,
+    prepare: Prepare,
+    stop_after: Callable[[int | None], None],
+    tmp_path: Path,
+    spoil: Callable[[Path], Any],
+    starts_over: bool,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    expected = prepare()
+    stop_after(2)
+    with pytest.raises(KeyboardInterrupt):
+        prepare()
+    stop_after(None)
+    spoil(tmp_path / "state/tiny/dataset")
+    capsys.readouterr()
+    assert prepare() == expected
+    assert ("continues from image 128" in capsys.readouterr().out) != starts_over
+
+
+def test_a_state_of_other_settings_or_of_another_source_is_dropped(
+    big: Path, prepare: Prepare, stop_after: Callable[[int | None], None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    expected = prepare(resolution=6)
+    stop_after(2)
+    with pytest.raises(KeyboardInterrupt):
+        prepare()
+    with pytest.raises(KeyboardInterrupt):
+        prepare(resolution=6)
+    assert "settings or the source changed, so this starts over" in capsys.readouterr().out
+    stop_after(None)
+    save(big / "a/new.png", noise(12, 12, seed=999))
+    first = prepare(resolution=6)
+    assert "settings or the source changed, so this starts over" in capsys.readouterr().out
+    assert first != expected
+    (big / "a/new.png").unlink()
+    assert prepare(resolution=6) == expected
+
+
+def test_a_run_killed_while_it_publishes_reads_nothing_again(
+    big: Path, prepare: Prepare, make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = prepare()
+
+    def killed(*args: Any, **kwargs: Any) -> None:
+        raise KeyboardInterrupt
+
+    for name in ("write_json", "write_card"):
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            if name == "write_json":
+                # The first is the state's, the second the dataset's.
+                patch.setattr(stage, "_save", lambda *args: None)
+            patch.setattr(stage, name, killed)
+            make()
+        if name == "write_card":
+            rows = forget_reads(monkeypatch)
+            assert prepare() == expected
+            assert rows == []
+
+
+def test_a_state_on_another_file_system_is_copied(big: Path, prepare: Prepare, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = prepare()
+
+    def refuse(*args: Any, **kwargs: Any) -> None:
+        raise OSError(errno.EXDEV, os.strerror(errno.EXDEV))
+
+    monkeypatch.setattr(os, "link", refuse)
+    assert prepare() == expected
+
+
+def test_a_full_disk_is_one_line_and_the_next_run_goes_on(
+    big: Path, prepare: Prepare, make: Make, capsys: pytest.CaptureFixture[str]
+) -> None:
+    expected = prepare()
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    # 100 rows and a half: the limit of a file's size stands in for the disk's.
+    resource.setrlimit(resource.RLIMIT_FSIZE, (128 + 100 * 192 + 96, hard))
+    try:
+        with pytest.raises(UserError) as error:
+            make()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert "images.npy: File too large. Make room" in str(error.value)
+    assert "it goes on from there" in str(error.value)
+    capsys.readouterr()
+    assert prepare() == expected
+    assert "continues from image 64 of 300" in capsys.readouterr().out
+
+
+# --- processes
+
+
+SCRIPT = """
+import sys, consistency.stages.dataset as stage
+from pathlib import Path
+from consistency import __main__ as main
+from consistency.layout import Layout
+from consistency.study import load_study
+import signal
+signal.signal(signal.SIGTERM, main._terminated)
+signal.signal(signal.SIGINT, signal.default_int_handler)
+stage.SAVE_EVERY = 0.0
+study = load_study(sys.argv[1])
+home = Path(sys.argv[1]).parent
+try:
+    stage.make_dataset(study, Layout(study.name, home / "results", home / "state"), 2)
+except KeyboardInterrupt:
+    sys.exit(130)
+"""
+
+
+@pytest.fixture
+def slow(tmp_path: Path, write_study: Callable[..., Path]) -> Path:
+    """A study that takes some seconds: ImageNet's tar, scaled up to 256 pixels."""
+    files = imagenet_files(40)
+    files = {f"{name[:10]}{k}{name[10:]}": content for k in range(3) for name, content in files.items()}
+    path = imagenet_tar(tmp_path / "train.tar", files)
+    dataset = {"kind": "imagenet", "path": str(path), "resolution": 256, "channels": 3}
+    network = {"kind": "songunet", "model_channels": 8, "channel_mult": [1], "num_blocks": 1}
+    return write_study({"dataset": dataset, "teacher.network": network})
+
+
+def started(study: Path) -> subprocess.Popen[str]:
+    """The stage in a process group of its own, with two workers, once it has saved."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", SCRIPT, str(study)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+        cwd=study.parent,
+    )
+    progress = study.parent / "state/tiny/dataset/progress.json"
+    deadline = time.monotonic() + 120
+    while not (progress.exists() and json.loads(progress.read_text())["rows"]):
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    return process
+
+
+def at_work(folder: Path) -> list[int]:
+    """Processes whose working directory that is."""
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):
+            if (process / "cwd").readlink() == folder:
+                found.append(int(process.name))
+    return found
+
+
+@pytest.mark.parametrize("how", ["kill -9", "terminate the group", "terminate", "Ctrl-C"])
+def test_however_it_is_stopped_it_goes_on_and_ends_with_the_same_bytes(
+    slow: Path, how: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    process = started(slow)
+    assert len(at_work(tmp_path)) == 3
+    if how == "kill -9":
+        process.kill()
+    elif how == "terminate":
+        process.terminate()
+    else:
+        os.killpg(process.pid, signal.SIGTERM if how == "terminate the group" else signal.SIGINT)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == {"kill -9": -9, "Ctrl-C": 130}.get(how, 128 + signal.SIGTERM)
+    assert "Traceback" not in output and "Error" not in output
+    deadline = time.monotonic() + 30
+    while at_work(tmp_path):
+        assert time.monotonic() < deadline, "a worker outlives its parent"
+        time.sleep(0.05)
+    study = load_study(slow)
+    layout = Layout("tiny", tmp_path / "results", tmp_path / "state")
+    assert not layout.dataset.exists()
+    capsys.readouterr()
+    make_dataset(study, layout)
+    assert "continues from image" in capsys.readouterr().out
+    whole = Layout("tiny", tmp_path / "other", tmp_path / "other-state")
+    make_dataset(study, whole)
+    for name in OUTPUTS:
+        assert (layout.dataset / name).read_bytes() == (whole.dataset / name).read_bytes()
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_an_error_in_a_worker_is_one_line_and_what_came_before_is_kept(
+    big: Path, prepare: Prepare, make: Make, tmp_path: Path, workers: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    expected = prepare()
+    path = big / "b/299.png"
+    content = path.read_bytes()
+    path.write_bytes(content[:50])
+    message = mistake_of(make, workers)
+    assert message.startswith(f"{path} is not a readable image")
+    path.write_bytes(content)
+    capsys.readouterr()
+    assert prepare(workers) == expected
+    assert "continues from image 256 of 300" in capsys.readouterr().out
+
+
+def mistake_of(make: Make, workers: int) -> str:
+    with pytest.raises(UserError) as error:
+        make(workers)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def test_a_worker_that_is_killed_is_one_line(
+    big: Path, prepare: Prepare, make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = prepare()
+    read, here = stage._read, os.getpid()
+
+    def killed(source: Any, rows: range) -> Any:
+        if 200 in rows and os.getpid() != here:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return read(source, rows)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(stage, "_read", killed)
+        assert "was killed, perhaps for want of memory" in mistake_of(make, 2)
+    assert prepare(2) == expected
+
+
+def test_a_second_preparation_of_a_study_is_refused(
+    big: Path, make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stage, "LOCK_PATIENCE", 0.0)
+    folder = tmp_path / "state/tiny/dataset"
+    folder.mkdir(parents=True)
+    with (folder / "lock").open("w") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        other.write("pid 7 on elsewhere")
+        other.flush()
+        message = mistake_of(make, 1)
+    assert f"another process (pid 7 on elsewhere) prepares the dataset in {folder}" in message
+
+
+def test_a_second_preparation_waits_for_the_first(big: Path, prepare: Prepare, tmp_path: Path) -> None:
+    folder = tmp_path / "state/tiny/dataset"
+    taken, finished = threading.Event(), threading.Event()
+
+    def first() -> None:
+        with stage._only_one(folder):
+            taken.set()
+            time.sleep(0.5)
+            finished.set()
+
+    thread = threading.Thread(target=first)
+    thread.start()
+    taken.wait()
+    prepare()
+    assert finished.is_set()
+    thread.join()
+
+
+# --- the size of ImageNet
+
+
+def _read_at_random(folder: Path, seed: int, answers: Any) -> None:
+    """RssAnon in KiB of this process after ten batches, when the allocator has settled, and after 40 more."""
+    torch.set_num_threads(1)
+    data, rng, found = load_images(folder), np.random.default_rng(seed), []
+    for batch in range(50):
+        images, labels = data.take(rng.integers(0, len(data), 50))
+        assert images.shape == (50, 3, 64, 64) and not labels.any()
+        if batch in (9, 49):
+            status = Path("/proc/self/status").read_text()
+            found.append(int(status.split("RssAnon:")[1].split()[0]))
+    answers.put((data.images.nbytes, *found))
+
+
+def test_eight_processes_read_a_dataset_of_imagenets_size_in_flat_memory(tmp_path: Path) -> None:
+    count = 1_281_167
+    path = tmp_path / "images.npy"
+    header = stage._header((count, 64, 64, 3))
+    with path.open("wb") as file:
+        file.write(header)
+        try:
+            file.truncate(len(header) + count * 64 * 64 * 3)
+        except OSError as error:
+            pytest.skip(f"no file of 16 GB here: {error}")
+    if path.stat().st_blocks * 512 > 1 << 20:
+        path.unlink()
+        pytest.skip("this file system has no sparse files")
+    np.save(tmp_path / "labels.npy", np.zeros(count, np.int64))
+    (tmp_path / "dataset.json").write_text(json.dumps({"count": count, "classes": ["0"]}))
+    context = multiprocessing.get_context("fork")
+    answers = context.Queue()
+    readers = [context.Process(target=_read_at_random, args=(tmp_path, seed, answers)) for seed in range(8)]
+    try:
+        for reader in readers:
+            reader.start()
+        sizes = [answers.get(timeout=60) for _ in readers]
+    finally:
+        for reader in readers:
+            reader.join(timeout=60)
+        path.unlink()
+    for size, first, last in sizes:
+        assert size == 15_742_980_096
+        # 2,000 rows are 24 MB as bytes, and 98 MB as floats.
+        assert last - first < 8 << 10

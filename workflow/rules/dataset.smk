@@ -1,4 +1,7 @@
+# An interrupted preparation goes on from state/, undeclared: Snakemake deletes declared outputs before it runs again.
 rule dataset:
+    input:
+        archive_if_used,
     output:
         "results/{study}/dataset/images.npy",
         "results/{study}/dataset/labels.npy",
@@ -10,10 +13,12 @@ rule dataset:
         "logs/{study}/dataset.tsv"
     conda:
         environment
+    threads: 8
     resources:
-        mem_mb=2000,
-        runtime=240,
+        mem_mb=4000,
+        runtime=720,
     params:
         key=key("dataset"),
     shell:
-        "python -m consistency dataset --study config/studies/{wildcards.study}.yaml 2>&1 | tee -i {log}"
+        "python -m consistency dataset --study config/studies/{wildcards.study}.yaml --threads {threads}"
+        " 2>&1 | tee -i {log}"

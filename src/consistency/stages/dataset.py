@@ -1,114 +1,299 @@
 """Stage dataset: images of any source to one memory-mapped uint8 array."""
 
+import fcntl
+import json
+import math
+import os
+import platform
+import shutil
+import signal
+import threading
 import time
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Generator, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import closing, contextmanager, suppress
+from dataclasses import asdict, dataclass, replace
+from io import BytesIO, FileIO
+from itertools import islice
+from multiprocessing import get_context
 from pathlib import Path
+from typing import Any, Self, TextIO
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
 
 from consistency.errors import UserError
 from consistency.files import atomic, sha256, write_json
 from consistency.layout import Layout
-from consistency.progress import track
+from consistency.progress import Progress
 from consistency.provenance import write_card
-from consistency.study import Dataset, Study
+from consistency.sources.datasets import Source, open_source
+from consistency.study import Study
 
-_SUFFIXES = {".png", ".jpg", ".jpeg"}
 Array = np.ndarray
 
+SAVE_EVERY = 5.0  # seconds between two saves of how far it is
+LOCK_PATIENCE = 60.0  # seconds to wait for the other preparation of the same study
+_BATCH = 64  # images, at most, that a worker sends at once
+_BATCH_BYTES = 1 << 20
 
-def make_dataset(study: Study, layout: Layout) -> None:
+
+def make_dataset(study: Study, layout: Layout, workers: int = 1) -> None:
     """Write images.npy (uint8 NHWC), labels.npy (int64), dataset.json and card.json.
 
-    Raises UserError for a missing or empty folder and for a file that is not an image.
+    Goes on where an interrupted run stopped, with the same bytes; so does any number of workers. Raises UserError for
+    a source that is missing or not of its form, and for a file that is not an image.
     """
     started = time.time()
-    settings, folder = study.dataset, layout.dataset
-    count, classes, read = _digits(settings) if settings.kind == "digits" else _image_folder(settings)
-    shape = (count, settings.resolution, settings.resolution, settings.channels)
-    labels = np.empty(count, np.int64)
-    sums = np.zeros(2)
-    with atomic(folder / "images.npy") as temporary:
-        # Written through the map, image by image: memory stays flat however large the dataset is.
-        images = np.lib.format.open_memmap(temporary, mode="w+", dtype=np.uint8, shape=shape)
-        for i in track(f"dataset {study.name}")(range(count)):
-            images[i], labels[i] = read(i)
-            signed = images[i] / 127.5 - 1
-            sums += signed.mean(), np.square(signed).mean()
-        images.flush()
-        del images
-    with atomic(folder / "labels.npy") as temporary, temporary.open("wb") as file:
-        np.save(file, labels)
-    mean, square = sums / count
-    facts = {
-        "count": count,
-        "classes": classes,
-        "class_counts": np.bincount(labels, minlength=len(classes)).tolist(),
+    state = layout.state / layout.study / "dataset"
+    with _only_one(state):
+        source = open_source(study.dataset)
+        done = _fill(study, source, state, workers)
+        _publish(study, source, layout.dataset, state, done, started)
+        for name in ("progress.json", "images.npy"):
+            (state / name).unlink()
+
+
+# --- the array, which grows under state/
+
+
+@dataclass(frozen=True)
+class _Done:
+    """What stands in images.npy: so many rows, and the exact sums of their values and squared values.
+
+    Never changed, only replaced: a signal may interrupt between any two instructions, and the three must agree.
+    """
+
+    key: str
+    source: str
+    rows: int = 0
+    values: int = 0
+    squares: int = 0
+
+    def plus(self, images: Array) -> Self:
+        """With one batch more."""
+        values, squares = int(images.sum(dtype=np.int64)), int(np.square(images, dtype=np.int64).sum())
+        return replace(self, rows=self.rows + len(images), values=self.values + values, squares=self.squares + squares)
+
+
+def _fill(study: Study, source: Source, state: Path, workers: int) -> _Done:
+    """Append the images that are missing in state/images.npy, saving how far it is now and then."""
+    settings = study.dataset
+    shape = (len(source), settings.resolution, settings.resolution, settings.channels)
+    done = _resume(study, source, state, shape)
+    progress = Progress(f"dataset {study.name}", len(source), done.rows)
+    with _writing(state / "images.npy") as file:
+        file.truncate(_end(shape, done.rows))
+        file.seek(0, os.SEEK_END)
+        saved = time.monotonic()
+        try:
+            size = max(1, min(_BATCH, _BATCH_BYTES // math.prod(shape[1:])))
+            with closing(_in_order(source, range(done.rows, len(source)), size, workers)) as batches:
+                for images in batches:
+                    _append(file, images.tobytes())
+                    done = done.plus(images)
+                    progress.advance(len(images))
+                    if time.monotonic() - saved > SAVE_EVERY:
+                        _save(file, state, done)
+                        saved = time.monotonic()
+        finally:
+            _save(file, state, done)
+    progress.close()
+    return done
+
+
+def _resume(study: Study, source: Source, state: Path, shape: tuple[int, ...]) -> _Done:
+    """How far an earlier run came; nowhere, with a line that says so, when its settings or its source were others."""
+    fresh = _Done(study.key("dataset"), source.identity)
+    try:
+        done = _Done(**json.loads((state / "progress.json").read_text()))
+        whole = (state / "images.npy").stat().st_size >= _end(shape, done.rows)
+    except (OSError, ValueError, TypeError):
+        done, whole = fresh, False
+    if whole and (done.key, done.source) == (fresh.key, fresh.source):
+        print(f"dataset {study.name}: continues from image {done.rows} of {len(source)}", flush=True)
+        return done
+    if (state / "progress.json").exists():
+        print(f"dataset {study.name}: the settings or the source changed, so this starts over", flush=True)
+    with _writing(state / "images.npy", afresh=True) as file:
+        _append(file, _header(shape))
+    return fresh
+
+
+def _header(shape: tuple[int, ...]) -> bytes:
+    """What stands before the values in a .npy of uint8."""
+    header = BytesIO()
+    np.lib.format.write_array_header_1_0(header, {"descr": "|u1", "fortran_order": False, "shape": shape})
+    return header.getvalue()
+
+
+def _end(shape: tuple[int, ...], rows: int) -> int:
+    """Bytes of images.npy with so many rows."""
+    return len(_header(shape)) + rows * math.prod(shape[1:])
+
+
+@contextmanager
+def _writing(path: Path, afresh: bool = False) -> Iterator[FileIO]:
+    """images.npy for writing. Raises UserError when there is no room or no permission."""
+    # Written, not mapped: where a disk is full, a write raises an error and a map kills the process.
+    try:
+        if afresh:
+            # An earlier run may have linked the old one to where the results are.
+            path.unlink(missing_ok=True)
+        with FileIO(path, "x+" if afresh else "r+") as file:
+            yield file
+    except OSError as error:
+        raise UserError(
+            f"cannot write {path}: {error.strerror or error}. Make room (or mend the permission) and run the same "
+            "command again: it goes on from there"
+        ) from None
+
+
+def _append(file: FileIO, content: bytes) -> None:
+    rest = memoryview(content)
+    while rest:
+        rest = rest[file.write(rest) :]
+
+
+def _save(file: FileIO, state: Path, done: _Done) -> None:
+    """Write down how far it is, after what it says is on the disk."""
+    os.fsync(file.fileno())
+    write_json(state / "progress.json", asdict(done))
+
+
+# --- reading, by this process or by several
+
+
+def _in_order(source: Source, wanted: range, size: int, workers: int) -> Generator[Array, None, None]:
+    """The images of those rows, in order, a batch [size, R, R, C] at a time."""
+    batches = (wanted[first : first + size] for first in range(0, len(wanted), size))
+    if workers <= 1 or not wanted:
+        for rows in batches:
+            yield _read(source, rows)
+        return
+    # Forked, the workers share the index of a million files with this process. What they read comes through a pipe,
+    # in small batches, and needs no shared memory.
+    pool = ProcessPoolExecutor(workers, get_context("fork"), _start_worker, (source, os.getpid()))
+    try:
+        ahead = deque(pool.submit(_read_own, rows) for rows in islice(batches, 2 * workers))
+        while ahead:
+            images = ahead.popleft().result()
+            ahead.extend(pool.submit(_read_own, rows) for rows in islice(batches, 1))
+            yield images
+    except BrokenProcessPool:
+        raise UserError(
+            "a process that read images was killed, perhaps for want of memory: run the same command again with "
+            "fewer --threads; it goes on from there"
+        ) from None
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _read(source: Source, rows: range) -> Array:
+    return np.stack([source.read(row) for row in rows])
+
+
+_own: Source  # of a worker
+
+
+def _start_worker(source: Source, parent: int) -> None:
+    """Take over the source, and leave stopping to the parent: end when it does, however that is."""
+    global _own
+    _own = source
+    for signum in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(signum, signal.SIG_IGN)
+    threading.Thread(target=_leave_with, args=(parent,), daemon=True).start()
+
+
+def _leave_with(parent: int) -> None:
+    while os.getppid() == parent:
+        time.sleep(0.5)
+    os._exit(1)
+
+
+def _read_own(rows: range) -> Array:
+    return _read(_own, rows)
+
+
+# --- the results
+
+
+def _publish(study: Study, source: Source, folder: Path, state: Path, done: _Done, started: float) -> None:
+    """Put the whole array and what is known of it where the results are."""
+    images, settings = state / "images.npy", study.dataset
+    facts: dict[str, Any] = {
+        "count": len(source),
+        "classes": source.classes,
+        "class_counts": np.bincount(source.labels, minlength=len(source.classes)).tolist(),
         "resolution": settings.resolution,
         "channels": settings.channels,
         "source": settings.kind,
-        "sha256": sha256(folder / "images.npy"),
-        "sigma_data": float(np.sqrt(square - mean**2)),
+        "sha256": sha256(images),
+        "sigma_data": _sigma_data(done, len(source) * settings.channels * settings.resolution**2),
     }
+    with atomic(folder / "images.npy") as temporary:
+        # A link, so that until all is written a run that is killed here goes on with the whole array.
+        try:
+            os.link(images, temporary)
+        except OSError:
+            shutil.copyfile(images, temporary)
+    with atomic(folder / "labels.npy") as temporary, temporary.open("wb") as file:
+        np.save(file, source.labels)
     write_json(folder / "dataset.json", facts)
     outputs = [folder / name for name in ("images.npy", "labels.npy", "dataset.json")]
-    write_card(folder, study, "dataset", started=started, inputs=[], outputs=outputs)
+    known = {outputs[0]: facts["sha256"]}
+    write_card(folder, study, "dataset", started=started, inputs=[], outputs=outputs, known=known)
 
 
-Reader = Callable[[int], tuple[Array, int]]
+def _sigma_data(done: _Done, count: int) -> float:
+    """Standard deviation of all values in [-1, 1] units, from exact sums: no order and no batch changes it."""
+    return math.sqrt(count * done.squares - done.values**2) / count / 127.5
 
 
-def _digits(settings: Dataset) -> tuple[int, list[str], Reader]:
-    """The UCI optical digits: 17 grey levels, 0..16, spread over 0..255."""
-    from sklearn.datasets import load_digits
-
-    digits = load_digits()
-    images = np.round(digits.images * (255 / 16)).astype(np.uint8)[..., None]
-    rows = _limited(digits.target, settings.limit)
-    return len(rows), [str(n) for n in range(10)], lambda i: (images[rows[i]], int(digits.target[rows[i]]))
+# --- one at a time
 
 
-def _image_folder(settings: Dataset) -> tuple[int, list[str], Reader]:
-    """A tree <path>/<split>/<class>/<image>, in sorted order."""
-    root = Path(settings.path or "") / settings.split
-    if not root.is_dir():
-        raise UserError(
-            f"dataset.path: there is no folder {root} (it must hold one folder of images a class); "
-            "set dataset.path and dataset.split in the study"
-        )
-    classes = sorted(entry.name for entry in root.iterdir() if entry.is_dir())
-    files = [(path, k) for k, name in enumerate(classes) for path in _images_of(root / name, settings.limit)]
-    if not files:
-        raise UserError(f"dataset.path: {root} has no <class>/*.png or *.jpg in it")
-    return len(files), classes, lambda i: (_read_image(files[i][0], settings), files[i][1])
+@contextmanager
+def _only_one(folder: Path) -> Iterator[None]:
+    """Hold the folder's lock, so that two runs cannot write into it. Raises UserError when another one does."""
+    deadline = time.monotonic() + LOCK_PATIENCE
+    path = folder / "lock"
+    while (file := _locked(path)) is None:
+        if time.monotonic() > deadline:
+            raise UserError(
+                f"another process ({path.read_text() if path.exists() else ''}) prepares the dataset in {folder}: "
+                "wait for it or stop it"
+            )
+        time.sleep(0.2)
+    with file:
+        file.write(f"pid {os.getpid()} on {platform.node()}")
+        file.flush()
+        try:
+            yield
+        finally:
+            path.unlink()
+            # Not empty: there is a state to go on with, or the next process is here already.
+            with suppress(OSError):
+                folder.rmdir()
 
 
-def _images_of(folder: Path, limit: int | None) -> list[Path]:
-    return sorted(path for path in folder.rglob("*") if path.suffix.lower() in _SUFFIXES)[:limit]
-
-
-def _limited(labels: Array, limit: int | None) -> Array:
-    """Rows of the first `limit` images of each class, in order; all without a limit."""
-    if limit is None:
-        return np.arange(len(labels))
-    return np.sort(np.concatenate([np.flatnonzero(labels == k)[:limit] for k in np.unique(labels)]))
-
-
-def _read_image(path: Path, settings: Dataset) -> Array:
-    """One image: the centred square, resized by Lanczos on uint8 (EDM's preparation). [R, R, C]."""
+def _locked(path: Path) -> TextIO | None:
+    """The lock, if it is free."""
     try:
-        with Image.open(path) as image:
-            if image.mode.startswith(("I", "F")):
-                # Pillow would clip the grey levels at 255, silently.
-                raise UserError(f"{path} has more than 8 bits a channel: convert it to 8 bits")
-            picture = image.convert("RGB" if settings.channels == 3 else "L")
-    except (UnidentifiedImageError, OSError, Image.DecompressionBombError) as error:
-        raise UserError(f"{path} is not a readable image ({error}): mend or remove it") from None
-    side = min(picture.size)
-    left, top = (picture.width - side) // 2, (picture.height - side) // 2
-    size = (settings.resolution, settings.resolution)
-    square = picture.crop((left, top, left + side, top + side))
-    if square.size != size:
-        square = square.resize(size, Image.Resampling.LANCZOS)
-    return np.asarray(square).reshape(*size, settings.channels)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = path.open("a+")
+    except FileNotFoundError:  # whoever had the lock has just removed the folder
+        return None
+    except OSError as error:
+        raise UserError(
+            f"cannot write {path}: {error.strerror}; mend the permission or choose another --state"
+        ) from None
+    with suppress(BlockingIOError, FileNotFoundError):
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        # Who had it may have removed it meanwhile, and a lock that nobody else finds locks nothing.
+        if path.stat().st_ino == os.fstat(file.fileno()).st_ino:
+            file.truncate(0)
+            return file
+    file.close()
+    return None

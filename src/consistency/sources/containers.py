@@ -1,0 +1,224 @@
+"""Files by number, in a folder, a zip or a tar of tars: an index of flat arrays, and reading at random from it.
+
+An index is made once and inherited by the processes that read. It holds no Python object a file, so that a million
+files take some 50 bytes each, once. Archives are read by pread, which shares no position between processes.
+"""
+
+import hashlib
+import os
+import struct
+import tarfile
+import zipfile
+import zlib
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Protocol, Self
+
+import numpy as np
+
+from consistency.errors import UserError
+from consistency.progress import track
+
+Array = np.ndarray
+
+SUFFIXES = (b".png", b".jpg", b".jpeg")
+_LARGEST = 1 << 28  # bytes of a file in an archive; what claims to be larger is no image
+_LOCAL_HEADER = struct.Struct("<4s22xHH")  # of a zip's member: signature, ..., length of name, length of extra field
+
+
+class Container(Protocol):
+    """Files by number."""
+
+    @property
+    def names(self) -> Array:
+        """Path of each file inside the container, bytes [N]."""
+
+    @property
+    def identity(self) -> bytes:
+        """A digest that changes when files come, go or (in an archive) change."""
+
+    def pick(self, rows: Array) -> Self:
+        """The container of only those files."""
+
+    def where(self, row: int) -> str:
+        """How to call a file in a message."""
+
+    def read(self, row: int) -> bytes:
+        """The content of a file. Raises UserError when it cannot be read or is damaged."""
+
+
+@dataclass(frozen=True)
+class _Index:
+    """path: of the folder or archive; members: structured [N], a field `name` and what the kind needs."""
+
+    path: Path
+    members: Array
+
+    @property
+    def names(self) -> Array:
+        return self.members["name"]
+
+    @property
+    def identity(self) -> bytes:
+        # The whole width of a name is hashed, which another set of names may change: then their digest changes too.
+        return hashlib.sha256(self.members.tobytes()).digest()
+
+    def pick(self, rows: Array) -> Self:
+        return replace(self, members=self.members[rows])
+
+    def where(self, row: int) -> str:
+        return f"{shown(self.names[row])} in {self.path}"
+
+
+@dataclass(frozen=True)
+class Folder(_Index):
+    """Files below a folder. members: name."""
+
+    def where(self, row: int) -> str:
+        return shown(self._file(row))
+
+    def read(self, row: int) -> bytes:
+        try:
+            with open(self._file(row), "rb") as file:
+                return file.read()
+        except OSError as error:
+            raise UserError(f"cannot read {self.where(row)} ({error.strerror}): mend or remove it") from None
+
+    def _file(self, row: int) -> bytes:
+        return os.path.join(os.fsencode(self.path), bytes(self.names[row]))
+
+
+@dataclass(frozen=True)
+class Zip(_Index):
+    """Members of a zip, stored or deflated. members: name, offset of the local header, packed, size, crc, method."""
+
+    file: int  # descriptor
+
+    def read(self, row: int) -> bytes:
+        _, offset, packed, size, crc, method = self.members[row].tolist()
+        try:
+            if max(packed, size) > _LARGEST:
+                raise ValueError(f"it has {max(packed, size)} bytes")
+            signature, name, extra = _LOCAL_HEADER.unpack(os.pread(self.file, _LOCAL_HEADER.size, offset))
+            if signature != b"PK\x03\x04":
+                raise ValueError("no member starts where the directory says")
+            content = os.pread(self.file, packed, offset + _LOCAL_HEADER.size + name + extra)
+            if method == zipfile.ZIP_DEFLATED:
+                # One byte more than is promised, so that a bomb is found and not unpacked.
+                content = zlib.decompressobj(-zlib.MAX_WBITS).decompress(content, size + 1)
+            if len(content) != size or zlib.crc32(content) != crc:
+                raise ValueError("its checksum is wrong")
+        except (OSError, ValueError, struct.error, zlib.error) as error:
+            raise UserError(f"{self.where(row)} is damaged ({error}): get the zip again") from None
+        return content
+
+
+@dataclass(frozen=True)
+class Tar(_Index):
+    """Files in an uncompressed tar. members: name, offset of the content, size."""
+
+    file: int  # descriptor
+
+    def read(self, row: int) -> bytes:
+        _, offset, size = self.members[row].tolist()
+        try:
+            content = os.pread(self.file, min(size, _LARGEST), offset)
+        except OSError as error:
+            raise UserError(f"cannot read {self.where(row)}: {error.strerror}") from None
+        if len(content) != size:
+            raise UserError(f"{self.where(row)} is cut off: get the tar again")
+        return content
+
+
+def shown(name: bytes | str) -> str:
+    """A file name as it may stand in a message of one line."""
+    text = os.fsdecode(bytes(name)) if isinstance(name, bytes) else name
+    return "".join(letter if letter.isprintable() else "?" for letter in text)
+
+
+def is_image(name: bytes) -> bool:
+    """Whether a name ends as an image's does."""
+    return name.lower().endswith(SUFFIXES)
+
+
+def open_folder(root: Path, names: Iterable[bytes]) -> Folder:
+    """Those files of a folder, in the given order."""
+    return Folder(root, _table([(name,) for name in names], []))
+
+
+def images_below(folder: Path) -> list[bytes]:
+    """Paths, relative to a folder, of the images in it and in its subfolders, in no order. Raises UserError."""
+    root, found = os.fsencode(folder), []
+
+    def fail(error: OSError) -> None:
+        raise UserError(f"cannot look into the folder {shown(error.filename)}: {error.strerror}")
+
+    for place, _, files in os.walk(root, onerror=fail):
+        below = os.path.relpath(place, root)
+        found += [name if below == b"." else os.path.join(below, name) for name in files if is_image(name)]
+    return found
+
+
+def open_zip(path: Path) -> Zip:
+    """All files of a zip, sorted by name. Raises UserError for one that is damaged, encrypted or packed otherwise."""
+    rows = []
+    numbers = [("offset", np.int64), ("packed", np.int64), ("size", np.int64), ("crc", np.uint32), ("method", np.uint8)]
+    try:
+        with zipfile.ZipFile(path) as archive:
+            for info in archive.infolist():
+                if info.is_dir():
+                    continue
+                if info.flag_bits & 1 or info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+                    raise UserError(
+                        f"{shown(info.filename)} in {path} is encrypted or packed in a way that is not read: "
+                        "make the zip again, stored or deflated"
+                    )
+                place = (info.header_offset, info.compress_size, info.file_size)
+                rows.append((info.filename.encode(), *place, info.CRC, info.compress_type))
+        members = _table(rows, numbers)
+    except (zipfile.BadZipFile, OSError, NotImplementedError, ValueError, OverflowError, struct.error) as error:
+        raise UserError(f"{path} is not a whole zip file ({error}): get it again") from None
+    members.sort(order="name")
+    twice = np.flatnonzero(members["name"][1:] == members["name"][:-1])
+    if len(twice):
+        raise UserError(f"{path} has {shown(members['name'][twice[0]])} twice: make the zip again")
+    return Zip(path, members, os.open(path, os.O_RDONLY | os.O_CLOEXEC))
+
+
+def open_tar_of_tars(path: Path, label: str) -> Tar:
+    """The images in the tars inside a tar, as <name of the inner tar>/<name in it>, sorted.
+
+    One pass over the headers, no content is read. Raises UserError for a tar that is cut off or compressed.
+    """
+    tables = []
+    try:
+        with tarfile.open(path, "r:") as outer:
+            parts = [part for part in outer.getmembers() if part.isreg() and part.name.endswith(".tar")]
+            for part in track(label)(parts):
+                tables.append(_inner(outer, part))
+    except (tarfile.TarError, EOFError, OSError, ValueError, OverflowError) as error:
+        raise UserError(f"{path} is not a whole, uncompressed tar of tars ({error}): get it again") from None
+    members = np.concatenate([_table([], _PLACE), *tables])
+    members.sort(order="name")
+    return Tar(path, members, os.open(path, os.O_RDONLY | os.O_CLOEXEC))
+
+
+_PLACE = [("offset", np.int64), ("size", np.int64)]
+
+
+def _inner(outer: tarfile.TarFile, part: tarfile.TarInfo) -> Array:
+    """The images of an inner tar, placed in the outer one."""
+    folder, start, rows = Path(part.name).stem, part.offset_data, []
+    with tarfile.open(fileobj=outer.extractfile(part), mode="r:") as inner:
+        for member in inner:
+            name = f"{folder}/{member.name}".encode(errors="surrogateescape")
+            if member.isreg() and not member.issparse() and is_image(name):
+                rows.append((name, start + member.offset_data, member.size))
+    return _table(rows, _PLACE)
+
+
+def _table(rows: list[tuple[Any, ...]], numbers: list[tuple[str, Any]]) -> Array:
+    """A structured array whose first field is as wide as the longest name."""
+    width = max((len(row[0]) for row in rows), default=1)
+    return np.array(rows, [("name", f"S{max(width, 1)}"), *numbers])

@@ -1,0 +1,294 @@
+"""The datasets a study can name: which images, in which order, of which classes."""
+
+import hashlib
+import json
+import os
+import pickle
+import re
+import shutil
+import tarfile
+import zlib
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from consistency.errors import UserError
+from consistency.resources import open_resource
+from consistency.sources import pictures
+from consistency.sources.containers import (
+    Container,
+    images_below,
+    is_image,
+    open_folder,
+    open_tar_of_tars,
+    open_zip,
+    shown,
+)
+from consistency.study import Dataset
+
+Array = np.ndarray
+Fit = Callable[[Image.Image, str, Dataset], Array]
+
+CIFAR10_ARCHIVE = "cifar-10-python.tar.gz"
+_CIFAR10_FOLDER = "cifar-10-batches-py"
+_CIFAR10_PAGE = "https://www.cs.toronto.edu/~kriz/cifar.html"
+_BATCH_BYTES = 1 << 26  # more than any file of CIFAR-10 has
+_SYNSET = re.compile(r"n\d{8}")
+_MOST_CLASSES = 100_000
+
+
+@dataclass(frozen=True)
+class Source:
+    """Images in a fixed order, readable at random by this process and by those forked from it.
+
+    classes: their names; labels: int64 [N]; identity: hex digest that changes with the source; read(row): uint8
+    [R, R, C], raises UserError for an image that cannot be read.
+    """
+
+    classes: list[str]
+    labels: Array
+    identity: str
+    read: Callable[[int], Array]
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+
+def open_source(settings: Dataset) -> Source:
+    """The images a study names; with a limit, the first so many of each class. Raises UserError."""
+    opened = _KINDS[settings.kind](settings)
+    if settings.limit is None:
+        return opened
+    rows = _first_of_each(opened.labels, settings.limit)
+    return Source(
+        opened.classes,
+        opened.labels[rows],
+        hashlib.sha256(opened.identity.encode() + rows.tobytes()).hexdigest(),
+        lambda row: opened.read(int(rows[row])),
+    )
+
+
+def _first_of_each(labels: Array, limit: int) -> Array:
+    """Rows of the first `limit` images of each class, in order."""
+    by_class = np.argsort(labels, kind="stable")
+    ordered = labels[by_class]
+    place = np.arange(len(labels)) - np.searchsorted(ordered, ordered)
+    return np.sort(by_class[place < limit])
+
+
+def _arrays(images: Array, labels: Array, classes: Iterable[str]) -> Source:
+    """Images that are in memory."""
+    labels, digest = np.asarray(labels, np.int64), hashlib.sha256()
+    for array in (images, labels):
+        digest.update(np.ascontiguousarray(array).tobytes())
+    return Source(list(classes), labels, digest.hexdigest(), lambda row: images[row])
+
+
+def _files(container: Container, labels: Array, classes: list[str], fit: Fit, settings: Dataset) -> Source:
+    """Images that are decoded when they are read."""
+
+    def read(row: int) -> Array:
+        where = container.where(row)
+        return fit(pictures.decode(container.read(row), where), where, settings)
+
+    return Source(classes, labels, container.identity.hex(), read)
+
+
+# --- in memory
+
+
+def _digits(settings: Dataset) -> Source:
+    """The UCI optical digits: 17 grey levels, 0..16, spread over 0..255."""
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    images = np.round(digits.images * (255 / 16)).astype(np.uint8)[..., None]
+    return _arrays(images, digits.target, map(str, range(10)))
+
+
+def _cifar10(settings: Dataset) -> Source:
+    """CIFAR-10 from its python archive or folder, the training batches in their order."""
+    path = None if settings.path is None else Path(settings.path)
+    if path is not None and path.is_dir():
+        batches = path if (path / "data_batch_1").exists() else path / _CIFAR10_FOLDER
+        return _read_cifar10(batches.resolve(), settings, path, vouched=False)
+    if path is not None and not path.is_file():
+        raise UserError(
+            f"dataset.path: there is no {path}: put {CIFAR10_ARCHIVE} of {_CIFAR10_PAGE} there, or its folder "
+            f"{_CIFAR10_FOLDER}; or remove dataset.path to have it downloaded"
+        )
+    archive = path or open_resource(CIFAR10_ARCHIVE)
+    with TemporaryDirectory(prefix="cifar10-") as folder:
+        # A staged archive was held against its sha256; any other has torchvision's md5 of each file.
+        _unpack_cifar10(archive, Path(folder))
+        return _read_cifar10(Path(folder), settings, archive, vouched=path is None)
+
+
+def _unpack_cifar10(archive: Path, folder: Path) -> None:
+    """The files that torchvision reads, and no others, under their own names: no path in the archive is followed."""
+    from torchvision.datasets import CIFAR10
+
+    wanted = {*(name for name, _ in CIFAR10.train_list + CIFAR10.test_list), CIFAR10.meta["filename"]}
+    try:
+        with tarfile.open(archive, "r:gz") as tar:
+            for member in tar:
+                base, _, name = member.name.rpartition("/")
+                found = base == _CIFAR10_FOLDER and name in wanted and member.size <= _BATCH_BYTES
+                # A link has no content of its own, and is not followed.
+                content = tar.extractfile(member) if found and member.isreg() else None
+                if content is not None:
+                    with content, (folder / name).open("wb") as file:
+                        shutil.copyfileobj(content, file)
+    except (tarfile.TarError, EOFError, OSError, zlib.error) as error:
+        raise UserError(f"{archive} cannot be unpacked ({error}): get it again from {_CIFAR10_PAGE}") from None
+
+
+def _read_cifar10(batches: Path, settings: Dataset, given: Path, vouched: bool) -> Source:
+    """Through torchvision, which unpickles: only files of the md5 it knows, or those that are vouched for."""
+    from torchvision.datasets import CIFAR10
+
+    attributes: dict[str, Any] = {"base_folder": batches.name}
+    if vouched:
+        attributes["train_list"] = [[name, None] for name, _ in CIFAR10.train_list]
+        attributes["test_list"] = [[name, None] for name, _ in CIFAR10.test_list]
+        attributes["meta"] = CIFAR10.meta | {"md5": None}
+    here = type("CIFAR10Here", (CIFAR10,), attributes)
+    try:
+        data = here(batches.parent, train=settings.split == "train")
+    except (RuntimeError, OSError, EOFError, KeyError, ValueError, pickle.UnpicklingError):
+        raise UserError(
+            f"{given} does not hold the CIFAR-10 of {_CIFAR10_PAGE} (a file is missing or its md5 is another): "
+            f"get {CIFAR10_ARCHIVE} again"
+        ) from None
+    return _arrays(data.data, np.array(data.targets), data.classes)
+
+
+# --- files
+
+
+def _image_folder(settings: Dataset) -> Source:
+    """A tree <path>/<split>/<class>/<image>, in sorted order."""
+    root = Path(settings.path or "") / settings.split
+    if not root.is_dir():
+        raise UserError(
+            f"dataset.path: there is no folder {root} (it must hold one folder of images a class); "
+            "set dataset.path and dataset.split in the study"
+        )
+    classes = sorted(entry.name for entry in root.iterdir() if entry.is_dir())
+    return _class_folders(root, classes, settings, f"dataset.path: {root} has no <class>/*.png or *.jpg in it")
+
+
+def _imagenet(settings: Dataset) -> Source:
+    """ILSVRC2012's training images, from the tree nXXXXXXXX/*.JPEG or from the tar of tars, with the same result."""
+    path = Path(settings.path or "")
+    if path.is_dir():
+        classes = sorted(entry.name for entry in path.iterdir() if entry.is_dir() and _SYNSET.fullmatch(entry.name))
+        return _class_folders(path, classes, settings, f"dataset.path: {path} has no nXXXXXXXX/*.JPEG in it")
+    if not path.is_file():
+        raise UserError(
+            f"dataset.path: there is no {path}: put ILSVRC2012_img_train.tar of https://image-net.org there, or the "
+            "folder it unpacks to (one folder nXXXXXXXX a class)"
+        )
+    tar = open_tar_of_tars(path, f"index of {path.name}")
+    synsets = np.array([name.partition(b"/")[0].decode(errors="replace") for name in tar.names.tolist()], dtype="U")
+    rows = np.flatnonzero([_SYNSET.fullmatch(synset) is not None for synset in synsets])
+    if not len(rows):
+        raise UserError(f"dataset.path: {path} has no nXXXXXXXX.tar with images in it: is it the training set's tar?")
+    found, labels = np.unique(synsets[rows], return_inverse=True)
+    return _files(tar.pick(rows), labels, found.tolist(), pictures.crop_and_resize, settings)
+
+
+def _class_folders(root: Path, classes: list[str], settings: Dataset, empty: str) -> Source:
+    """The images in a folder a class: classes in the given order, images as their paths sort."""
+    names: list[bytes] = []
+    counts = []
+    for name in classes:
+        below = sorted(images_below(root / name), key=lambda path: path.split(b"/"))
+        # The limit is applied here already, so that no more is listed than needed.
+        names += [os.path.join(os.fsencode(name), path) for path in below[: settings.limit]]
+        counts.append(len(below[: settings.limit]))
+    if not names:
+        raise UserError(empty)
+    labels = np.repeat(np.arange(len(classes)), counts)
+    return _files(open_folder(root, names), labels, classes, pictures.crop_and_resize, settings)
+
+
+def _ffhq(settings: Dataset) -> Source:
+    """FFHQ's aligned images, of one class, from the folder or a zip of it, with the same result."""
+    path = Path(settings.path or "")
+    if path.is_dir():
+        container: Container = open_folder(path, sorted(images_below(path)))
+    elif path.is_file():
+        everything = open_zip(path)
+        container = everything.pick(_image_rows(everything))
+    else:
+        raise UserError(
+            f"dataset.path: there is no {path}: put FFHQ's images1024x1024 there (the folder, or a zip of it; "
+            "https://github.com/NVlabs/ffhq-dataset)"
+        )
+    if not len(container.names):
+        raise UserError(f"dataset.path: {path} has no *.png or *.jpg in it")
+    numbers = sorted(name.rpartition(b"/")[2] for name in container.names.tolist())
+    for number, following in pairwise(numbers):
+        if number == following:
+            raise UserError(
+                f"{path} has two images {shown(number)}: set dataset.path to images1024x1024 alone, without thumbnails"
+            )
+    labels = np.zeros(len(container.names), np.int64)
+    return _files(container, labels, ["ffhq"], pictures.resize, settings)
+
+
+def _image_rows(container: Container) -> Array:
+    return np.flatnonzero([is_image(name) for name in container.names.tolist()])
+
+
+def _edm_zip(settings: Dataset) -> Source:
+    """What EDM's dataset tool wrote, in the order and with the labels that EDM reads."""
+    path = Path(settings.path or "")
+    if not path.is_file():
+        raise UserError(f"dataset.path: there is no file {path}: put the zip that EDM's dataset_tool.py wrote there")
+    everything = open_zip(path)
+    meta = np.flatnonzero(everything.names == b"dataset.json")
+    if not len(meta):
+        raise UserError(f"{path} has no dataset.json: it is not what EDM's dataset_tool.py writes")
+    images = everything.pick(_image_rows(everything))
+    if not len(images.names):
+        raise UserError(f"{path} has no images in it")
+    labels = _edm_labels(everything.read(int(meta[0])), images.names, path)
+    return _files(images, labels, [str(k) for k in range(int(labels.max()) + 1)], pictures.keep, settings)
+
+
+def _edm_labels(content: bytes, names: Array, path: Path) -> Array:
+    """dataset.json's class of each image; all 0 where it has none."""
+    try:
+        pairs = json.loads(content)["labels"]
+        if pairs is None:
+            return np.zeros(len(names), np.int64)
+        classes: dict[str, Any] = dict(pairs)
+    except (ValueError, KeyError, TypeError, RecursionError):
+        raise UserError(f'dataset.json in {path} is not of the form {{"labels": [[name, class], ...]}}') from None
+    labels = np.empty(len(names), np.int64)
+    for row, raw in enumerate(names.tolist()):
+        label = classes.get(raw.decode().replace("\\", "/"))
+        if type(label) is not int or not 0 <= label < _MOST_CLASSES:
+            raise UserError(f"dataset.json in {path} has no class for {shown(raw)}, or one that is no whole number")
+        labels[row] = label
+    if len(classes) > len(names):
+        raise UserError(f"dataset.json in {path} names {len(classes)} images, the zip has {len(names)}: get it again")
+    return labels
+
+
+_KINDS: dict[str, Callable[[Dataset], Source]] = {
+    "digits": _digits,
+    "image_folder": _image_folder,
+    "cifar10": _cifar10,
+    "ffhq": _ffhq,
+    "imagenet": _imagenet,
+    "edm_zip": _edm_zip,
+}

@@ -1,0 +1,75 @@
+"""One image: decoded by Pillow, brought to the study's size as EDM's dataset tool does."""
+
+import warnings
+from io import BytesIO
+
+import numpy as np
+from PIL import Image
+
+from consistency.errors import UserError
+from consistency.study import Dataset
+
+Array = np.ndarray
+
+# Whatever a file is named, Pillow looks into it; some of its other formats start a program to read it.
+_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
+_BIT_DEPTH = 24  # where a PNG has it
+
+
+def decode(content: bytes, where: str) -> Image.Image:
+    """The picture in a file of at most 8 bits a channel. Raises UserError, which names the file by `where`."""
+    try:
+        with warnings.catch_warnings():
+            # Broken EXIF, which ImageNet has, is no concern: it is not looked at.
+            warnings.simplefilter("ignore")
+            picture = Image.open(BytesIO(content), formats=_FORMATS)
+            picture.load()
+    except Exception as error:
+        # The decoders meet arbitrary bytes here, and raise whatever they stumble upon.
+        reason = " ".join(str(error).split())
+        raise UserError(f"{where} is not a readable image ({reason}): mend or remove it") from None
+    if picture.mode.startswith(("I", "F")) or (picture.format == "PNG" and content[_BIT_DEPTH] == 16):
+        # Pillow would clip the grey levels at 255, or drop the lower half of a colour, silently.
+        raise UserError(f"{where} has more than 8 bits a channel: convert it to 8 bits")
+    return picture
+
+
+def crop_and_resize(picture: Image.Image, where: str, settings: Dataset) -> Array:
+    """The centred square of the shorter side, resized by Lanczos on uint8 (EDM's center-crop). [R, R, C]."""
+    picture = _coloured(picture, settings)
+    side = min(picture.size)
+    left, top = (picture.width - side) // 2, (picture.height - side) // 2
+    return _resized(picture.crop((left, top, left + side, top + side)), settings)
+
+
+def resize(picture: Image.Image, where: str, settings: Dataset) -> Array:
+    """A square picture, resized by Lanczos on uint8. [R, R, C]. Raises UserError for one that is not square."""
+    if picture.width != picture.height:
+        raise UserError(
+            f"{where} has {picture.width}x{picture.height} pixels, and FFHQ's aligned images are square: "
+            "set dataset.path to images1024x1024, or dataset.kind to image_folder to have it cropped"
+        )
+    return _resized(_coloured(picture, settings), settings)
+
+
+def keep(picture: Image.Image, where: str, settings: Dataset) -> Array:
+    """A picture that has the study's size and channels already. [R, R, C]. Raises UserError for another."""
+    found, size = (picture.mode, *picture.size), settings.resolution
+    mode = "RGB" if settings.channels == 3 else "L"
+    if found != (mode, size, size):
+        raise UserError(
+            f"{where} has {picture.width}x{picture.height} pixels of mode {picture.mode}, the study {size}x{size} of "
+            f"{mode}: set dataset.resolution and dataset.channels to what the zip holds"
+        )
+    return np.asarray(picture).reshape(size, size, settings.channels)
+
+
+def _coloured(picture: Image.Image, settings: Dataset) -> Image.Image:
+    return picture.convert("RGB" if settings.channels == 3 else "L")
+
+
+def _resized(square: Image.Image, settings: Dataset) -> Array:
+    size = (settings.resolution, settings.resolution)
+    if square.size != size:
+        square = square.resize(size, Image.Resampling.LANCZOS)
+    return np.asarray(square).reshape(*size, settings.channels)

@@ -1,0 +1,529 @@
+"""Every source of images against what Pillow, pickle and the archive say of it, and the errors of damaged ones."""
+
+import hashlib
+import io
+import json
+import os
+import pickle
+import resource
+import struct
+import tarfile
+import tempfile
+import warnings
+import zipfile
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+from tests.image_sources import (
+    CIFAR10_CLASSES,
+    SYNSETS,
+    add,
+    cifar10_archive,
+    cifar10_content,
+    cifar10_files,
+    edm_files,
+    encoded,
+    ffhq_files,
+    imagenet_files,
+    imagenet_tar,
+    pixels,
+    write_folder,
+    write_zip,
+)
+
+from consistency import resources
+from consistency.errors import UserError
+from consistency.sources.datasets import Source, open_source
+from consistency.study import Dataset
+
+pytestmark = pytest.mark.usefixtures("no_network")
+
+TRAIN = [f"data_batch_{k}" for k in range(1, 6)]
+
+
+def source(kind: str, path: Path | None, resolution: int = 16, **settings: Any) -> Source:
+    text = None if path is None else str(path)
+    return open_source(Dataset(kind=kind, path=text, resolution=resolution, **{"channels": 3, **settings}))
+
+
+def images(opened: Source) -> np.ndarray:
+    return np.stack([opened.read(row) for row in range(len(opened))])
+
+
+def mistake(*arguments: Any, **settings: Any) -> str:
+    """The message of a source that must fail when it is opened or read: one line."""
+    with pytest.raises(UserError) as error:
+        images(source(*arguments, **settings))
+    message = str(error.value)
+    assert message.isprintable()
+    return message
+
+
+def lanczos(content: bytes, size: int) -> np.ndarray:
+    """What EDM's tool does to a colour image, by numpy and Pillow."""
+    with warnings.catch_warnings(action="ignore"):  # of broken EXIF
+        pixels = np.array(Image.open(io.BytesIO(content)).convert("RGB"))
+    height, width = pixels.shape[:2]
+    side = min(height, width)
+    pixels = pixels[(height - side) // 2 : (height + side) // 2, (width - side) // 2 : (width + side) // 2]
+    return np.array(Image.fromarray(pixels).resize((size, size), Image.Resampling.LANCZOS))
+
+
+# --- CIFAR-10
+
+
+@pytest.fixture
+def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A project of its own, whose registry vouches for a miniature archive in resources/."""
+    monkeypatch.chdir(tmp_path)
+    vouch_for(cifar10_archive(tmp_path / "resources/cifar-10-python.tar.gz"))
+    return tmp_path
+
+
+def vouch_for(digest: str) -> None:
+    entry = {"url": "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz", "sha256": digest}
+    more = {"about": "a miniature", "licence": "none", "digest_source": "the test"}
+    resources.REGISTRY.parent.mkdir(exist_ok=True)
+    resources.REGISTRY.write_text(json.dumps({"cifar-10-python.tar.gz": entry | more}))
+
+
+@pytest.fixture
+def known(monkeypatch: pytest.MonkeyPatch) -> Callable[[dict[str, bytes]], None]:
+    """known(files): torchvision knows the md5 of these batch files instead of the originals'."""
+    from torchvision.datasets import CIFAR10
+
+    def learn(files: dict[str, bytes]) -> None:
+        digests = {name: hashlib.md5(content).hexdigest() for name, content in files.items()}
+        monkeypatch.setattr(CIFAR10, "train_list", [[name, digests[name]] for name in TRAIN])
+        monkeypatch.setattr(CIFAR10, "test_list", [["test_batch", digests["test_batch"]]])
+        monkeypatch.setattr(CIFAR10, "meta", CIFAR10.meta | {"md5": digests["batches.meta"]})
+
+    return learn
+
+
+@pytest.fixture
+def mine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder for temporary files, in which ours must be gone afterwards."""
+    folder = tmp_path / "temporary"
+    folder.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(folder))
+    return folder
+
+
+@pytest.mark.parametrize(("split", "names"), [("train", TRAIN), ("test", ["test_batch"])])
+def test_cifar10_is_its_batches_in_order(project: Path, mine: Path, split: str, names: list[str]) -> None:
+    opened = source("cifar10", None, 32, split=split)
+    expected, labels = cifar10_content(cifar10_files(), names)
+    assert np.array_equal(images(opened), expected)
+    assert opened.labels.tolist() == labels.tolist()
+    assert opened.classes == CIFAR10_CLASSES
+    assert list(mine.glob("cifar10-*")) == []
+
+
+def test_a_cifar10_archive_or_folder_of_ones_own(
+    tmp_path: Path, mine: Path, known: Callable[[dict[str, bytes]], None]
+) -> None:
+    files = cifar10_files(seed=3)
+    known(files)
+    archive = tmp_path / "given.tar.gz"
+    cifar10_archive(archive, files)
+    parent = tmp_path / "parent"
+    folder = write_folder(parent / "cifar-10-batches-py", files)
+    renamed = write_folder(tmp_path / "mine", files)
+    expected, _ = cifar10_content(files, TRAIN)
+    for path in (archive, parent, folder, renamed):
+        opened = source("cifar10", path, 32)
+        assert np.array_equal(images(opened), expected)
+        assert opened.classes == CIFAR10_CLASSES
+    assert list(mine.glob("cifar10-*")) == []
+
+
+class Bomb:
+    """A pickle that leaves a mark when it is opened."""
+
+    def __init__(self, mark: Path) -> None:
+        self.mark = mark
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.mkdir, (str(self.mark),)
+
+
+@pytest.mark.parametrize("name", ["data_batch_1", "test_batch", "batches.meta"])
+def test_a_cifar10_pickle_of_another_digest_is_not_opened(
+    project: Path, mine: Path, known: Callable[[dict[str, bytes]], None], name: str
+) -> None:
+    files = cifar10_files()
+    known(files)
+    mark = project / "exploded"
+    files[name] = pickle.dumps(Bomb(mark))
+    staged, given = project / "resources/cifar-10-python.tar.gz", project / "given.tar.gz"
+    cifar10_archive(staged, files)
+    assert "has sha256" in mistake("cifar10", None, 32)
+    cifar10_archive(given, files)
+    folder = write_folder(project / "cifar-10-batches-py", files)
+    for path in (given, folder, project):
+        assert f"{path} does not hold the CIFAR-10" in mistake("cifar10", path, 32)
+    assert not mark.exists()
+    assert list(mine.glob("cifar10-*")) == []
+    # The bomb is a real one.
+    pickle.loads(files[name])
+    assert mark.exists()
+
+
+def test_a_missing_cifar10_says_which_file_to_put_where(project: Path) -> None:
+    (project / "resources/cifar-10-python.tar.gz").unlink()
+    message = mistake("cifar10", None, 32)
+    assert "resources/cifar-10-python.tar.gz is missing" in message
+    assert "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz" in message
+    message = mistake("cifar10", project / "nowhere", 32)
+    assert f"there is no {project / 'nowhere'}" in message and "cifar-10-python.tar.gz" in message
+
+
+def test_an_incomplete_or_truncated_cifar10_is_named(tmp_path: Path, known: Callable[[dict[str, bytes]], None]) -> None:
+    files = cifar10_files()
+    known(files)
+    for name in ("data_batch_3", "batches.meta"):
+        less = {key: content for key, content in files.items() if key != name}
+        folder = write_folder(tmp_path / f"without-{name}", less)
+        assert f"{folder} does not hold the CIFAR-10" in mistake("cifar10", folder, 32)
+    archive = tmp_path / "short.tar.gz"
+    cifar10_archive(archive, files)
+    archive.write_bytes(archive.read_bytes()[:20_000])
+    assert f"{archive} cannot be unpacked" in mistake("cifar10", archive, 32)
+    archive.write_bytes(b"<html>404</html>")
+    assert f"{archive} cannot be unpacked" in mistake("cifar10", archive, 32)
+
+
+def test_what_else_is_in_a_cifar10_archive_goes_nowhere(
+    tmp_path: Path, mine: Path, known: Callable[[dict[str, bytes]], None]
+) -> None:
+    files = cifar10_files()
+    known(files)
+    path = tmp_path / "given.tar.gz"
+    with tarfile.open(path, "w:gz") as tar:
+        for name in ("../outside", str(tmp_path / "absolute"), "cifar-10-batches-py/../../outside"):
+            add(tar, name, b"x")
+        link = tarfile.TarInfo("cifar-10-batches-py/data_batch_1")
+        link.type, link.linkname = tarfile.SYMTYPE, str(tmp_path / "elsewhere")
+        tar.addfile(link)
+        for name, content in files.items():
+            add(tar, f"cifar-10-batches-py/{name}", content)
+    before = set(tmp_path.rglob("*"))
+    assert len(source("cifar10", path, 32)) == 20
+    assert set(tmp_path.rglob("*")) == before
+
+
+def test_a_limit_takes_the_first_of_each_class_of_cifar10(project: Path) -> None:
+    everything, some = source("cifar10", None, 32), source("cifar10", None, 32, limit=1)
+    assert some.labels.tolist() == list(range(10))
+    assert np.array_equal(images(some), images(everything)[:10])
+    assert some.identity != everything.identity
+
+
+# --- FFHQ
+
+
+def test_ffhq_is_resized_by_lanczos_in_the_order_of_its_numbers(tmp_path: Path) -> None:
+    files = ffhq_files()
+    folder = write_folder(tmp_path / "images1024x1024", files | {"LICENSE.txt": b"terms"})
+    opened = source("ffhq", folder)
+    expected = np.stack([lanczos(files[name], 16) for name in sorted(files)])
+    assert np.array_equal(images(opened), expected)
+    assert opened.labels.tolist() == [0] * 6
+    assert len(opened.classes) == 1
+    assert np.array_equal(images(source("ffhq", folder, limit=4)), expected[:4])
+
+
+@pytest.mark.parametrize("method", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
+def test_a_zip_of_ffhq_gives_the_same_as_the_folder(tmp_path: Path, method: int) -> None:
+    files = ffhq_files()
+    folder = write_folder(tmp_path / "images1024x1024", files)
+    backwards = {f"images1024x1024/{name}": files[name] for name in reversed(files)}
+    path = write_zip(tmp_path / "ffhq.zip", {"LICENSE.txt": b"terms", "images1024x1024/": b"", **backwards}, method)
+    assert np.array_equal(images(source("ffhq", path)), images(source("ffhq", folder)))
+
+
+def test_an_ffhq_image_that_is_not_square_is_named(tmp_path: Path) -> None:
+    files = ffhq_files() | {"00000/00001.png": encoded(pixels(40, 41))}
+    folder = write_folder(tmp_path / "wild", files)
+    assert f"{folder}/00000/00001.png has 41x40 pixels" in mistake("ffhq", folder)
+    path = write_zip(tmp_path / "wild.zip", files)
+    assert f"00000/00001.png in {path} has 41x40 pixels" in mistake("ffhq", path)
+
+
+def test_thumbnails_beside_ffhqs_images_are_not_taken_for_more_images(tmp_path: Path) -> None:
+    write_folder(tmp_path / "ffhq/images1024x1024", ffhq_files())
+    write_folder(tmp_path / "ffhq/thumbnails128x128", ffhq_files())
+    assert "has two images 00000.png: set dataset.path to images1024x1024" in mistake("ffhq", tmp_path / "ffhq")
+
+
+def test_a_missing_or_empty_ffhq_says_what_to_put_there(tmp_path: Path) -> None:
+    message = mistake("ffhq", tmp_path / "nowhere")
+    assert f"there is no {tmp_path / 'nowhere'}" in message and "images1024x1024" in message
+    (tmp_path / "empty").mkdir()
+    assert f"{tmp_path / 'empty'} has no *.png or *.jpg" in mistake("ffhq", tmp_path / "empty")
+    path = write_zip(tmp_path / "empty.zip", {"readme.txt": b""})
+    assert f"{path} has no *.png or *.jpg" in mistake("ffhq", path)
+
+
+# --- ImageNet
+
+
+def imagenet_order(files: dict[str, bytes]) -> list[str]:
+    return sorted(files, key=lambda name: name.split("/"))
+
+
+def test_imagenet_is_cropped_and_resized_class_by_class(tmp_path: Path) -> None:
+    files = imagenet_files()
+    tree = write_folder(tmp_path / "train", files | {"readme/a.JPEG": encoded(pixels(9, 9), "JPEG")})
+    opened = source("imagenet", tree)
+    assert np.array_equal(images(opened), np.stack([lanczos(files[name], 16) for name in imagenet_order(files)]))
+    assert opened.classes == SYNSETS
+    assert opened.labels.tolist() == [SYNSETS.index(name.split("/")[0]) for name in imagenet_order(files)]
+
+
+def test_the_tar_of_imagenet_gives_the_same_as_the_tree(tmp_path: Path) -> None:
+    files = imagenet_files()
+    tree, tar = write_folder(tmp_path / "train", files), imagenet_tar(tmp_path / "train.tar", files)
+    for limit in (None, 2):
+        one, other = source("imagenet", tree, limit=limit), source("imagenet", tar, limit=limit)
+        assert np.array_equal(images(one), images(other))
+        assert np.array_equal(one.labels, other.labels)
+        assert one.classes == other.classes
+
+
+def test_grey_cmyk_and_broken_exif_in_imagenet(tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
+    files, first = imagenet_files(), SYNSETS[0]
+    tree = write_folder(tmp_path / "train", files)
+    found = dict(zip(imagenet_order(files), images(source("imagenet", tree)), strict=True))
+    grey = found[f"{first}/{first}_7.JPEG"]
+    assert np.array_equal(grey[..., 0], grey[..., 1]) and np.array_equal(grey[..., 0], grey[..., 2])
+    # CMYK and RGB of the same picture look alike, but for JPEG's losses.
+    rgb = lanczos(encoded(pixels(50, 70, seed=51)), 16).astype(float)
+    assert np.abs(found[f"{first}/{first}_8.JPEG"] - rgb).mean() < 12
+    assert not [warning for warning in recwarn if "EXIF" in str(warning.message)]
+
+
+def test_a_damaged_image_in_the_tar_is_named_with_its_place(tmp_path: Path) -> None:
+    files, name = imagenet_files(), f"{SYNSETS[1]}/{SYNSETS[1]}_101.JPEG"
+    files[name] = files[name][:300]
+    path = imagenet_tar(tmp_path / "train.tar", files)
+    assert f"{name} in {path} is not a readable image" in mistake("imagenet", path)
+
+
+def test_a_tar_of_imagenet_that_is_cut_off_anywhere_is_named(tmp_path: Path) -> None:
+    path = imagenet_tar(tmp_path / "train.tar", imagenet_files())
+    content = path.read_bytes()
+    for share in (0.02, 0.3, 0.7, 0.85):
+        path.write_bytes(content[: int(share * len(content))])
+        assert f"{path} is not a whole, uncompressed tar of tars" in mistake("imagenet", path)
+
+
+def test_what_is_not_imagenets_tar_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "train.tar"
+    with tarfile.open(path, "w:gz") as tar:
+        add(tar, "n01440764.tar", b"")
+    assert f"{path} is not a whole, uncompressed tar of tars" in mistake("imagenet", path)
+    with tarfile.open(path, "w") as tar:
+        add(tar, "n01440764/n01440764_1.JPEG", imagenet_files()["n01440764/n01440764_0.JPEG"])
+    assert f"{path} has no nXXXXXXXX.tar" in mistake("imagenet", path)
+
+
+def test_names_in_a_tar_are_never_followed(tmp_path: Path) -> None:
+    outside = tmp_path / "outside.JPEG"
+    files = {"n01440764/n01440764_1.JPEG": encoded(pixels(20, 20), "JPEG")}
+    path = imagenet_tar(tmp_path / "in/train.tar", files)
+    inner = io.BytesIO()
+    with tarfile.open(fileobj=inner, mode="w") as tar:
+        add(tar, "../../outside.JPEG", files["n01440764/n01440764_1.JPEG"])
+        add(tar, "evil\n\x1b[31m.JPEG", b"no image")
+        link = tarfile.TarInfo("link.JPEG")
+        link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
+        tar.addfile(link)
+    with tarfile.open(path, "a") as tar:
+        add(tar, "../n01443537.tar", inner.getvalue())
+    opened = source("imagenet", path)
+    assert opened.labels.tolist() == [0, 1, 1]
+    assert np.array_equal(opened.read(1), opened.read(0))
+    with pytest.raises(UserError, match=r"n01443537/evil\?\?\[31m.JPEG in .* is not a readable image"):
+        opened.read(2)
+    assert not outside.exists()
+
+
+def test_a_missing_or_empty_imagenet_says_what_to_put_there(tmp_path: Path) -> None:
+    message = mistake("imagenet", tmp_path / "nowhere")
+    assert f"there is no {tmp_path / 'nowhere'}" in message and "ILSVRC2012_img_train.tar" in message
+    (tmp_path / "empty").mkdir()
+    assert "has no nXXXXXXXX/*.JPEG" in mistake("imagenet", tmp_path / "empty")
+
+
+# --- EDM's zip
+
+
+def noise(count: int, size: int = 16, channels: int = 3) -> np.ndarray:
+    return np.random.default_rng(1).integers(0, 256, (count, size, size, channels), dtype=np.uint8)
+
+
+@pytest.mark.parametrize("method", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
+def test_an_edm_zip_is_read_as_edm_reads_it(tmp_path: Path, method: int) -> None:
+    expected, labels = noise(7), [3, 0, 1, 0, 3, 2, 0]
+    files = edm_files(expected, labels)
+    path = write_zip(tmp_path / "edm.zip", {name: files[name] for name in reversed(files)}, method)
+    opened = source("edm_zip", path)
+    assert np.array_equal(images(opened), expected)
+    assert opened.labels.tolist() == labels
+    assert opened.classes == ["0", "1", "2", "3"]
+    some = source("edm_zip", path, limit=1)
+    assert np.array_equal(images(some), expected[[0, 1, 2, 5]])
+
+
+def test_an_edm_zip_without_labels_has_one_class(tmp_path: Path) -> None:
+    opened = source("edm_zip", write_zip(tmp_path / "edm.zip", edm_files(noise(3, channels=1), None)), channels=1)
+    assert opened.labels.tolist() == [0, 0, 0]
+    assert opened.classes == ["0"]
+    assert np.array_equal(images(opened), noise(3, channels=1))
+
+
+@pytest.mark.parametrize(
+    ("files", "words"),
+    [
+        (lambda f: {n: c for n, c in f.items() if n != "dataset.json"}, "has no dataset.json"),
+        (lambda f: {"dataset.json": f["dataset.json"]}, "has no images in it"),
+        (lambda f: f | {"dataset.json": b"[]"}, "is not of the form"),
+        (lambda f: f | {"dataset.json": b"{"}, "is not of the form"),
+        (lambda f: f | {"dataset.json": b"\xff\xfe"}, "is not of the form"),
+        (lambda f: f | {"dataset.json": b"[" * 100_000}, "is not of the form"),
+        (lambda f: f | {"dataset.json": b'{"labels": [1, 2, 3]}'}, "is not of the form"),
+        (lambda f: f | {"dataset.json": b'{"labels": []}'}, "has no class for 00000/img00000000.png"),
+        (lambda f: f | {"00000/more.png": f["00000/img00000000.png"]}, "has no class for 00000/more.png"),
+        (lambda f: {n: c for n, c in f.items() if "01" not in n}, "names 3 images, the zip has 2"),
+        (lambda f: f | {"dataset.json": f["dataset.json"].replace(b"2]", b"-1]")}, "no class for 00000/img00000002"),
+        (lambda f: f | {"dataset.json": f["dataset.json"].replace(b"2]", b"1e9]")}, "no class for 00000/img00000002"),
+        (lambda f: f | {"dataset.json": f["dataset.json"].replace(b"2]", b"9" * 30 + b"]")}, "no class for"),
+        (lambda f: f | {"dataset.json": f["dataset.json"].replace(b"2]", b"true]")}, "no class for"),
+        (lambda f: f | {"dataset.json": f["dataset.json"].replace(b"2]", b"[0, 1]]")}, "no class for"),
+        (lambda f: f | {"00000/img00000001.png": b"no image"}, "00000/img00000001.png in {path} is not a readable"),
+        (lambda f: f | {"00000/img00000001.png": f["00000/img00000001.png"][:200]}, "is not a readable image"),
+        (lambda f: f | {"00000/img00000001.png": encoded(noise(1, 8)[0])}, "has 8x8 pixels of mode RGB"),
+        (lambda f: f | {"00000/img00000001.png": encoded(noise(1, channels=1)[0, ..., 0])}, "16x16 pixels of mode L"),
+        (
+            lambda f: f | {"00000/img00000001.png": encoded(np.zeros((16, 16), np.uint16))},
+            "00000/img00000001.png in {path} has more than 8 bits a channel",
+        ),
+    ],
+)
+def test_an_edm_zip_of_another_form_is_named(
+    tmp_path: Path, files: Callable[[dict[str, bytes]], dict[str, bytes]], words: str
+) -> None:
+    path = write_zip(tmp_path / "edm.zip", files(edm_files(noise(3), [0, 1, 2])))
+    message = mistake("edm_zip", path)
+    assert words.format(path=path) in message
+    assert str(path) in message
+
+
+def test_the_study_must_have_the_edm_zips_resolution(tmp_path: Path) -> None:
+    path = write_zip(tmp_path / "edm.zip", edm_files(noise(3), None))
+    assert "set dataset.resolution and dataset.channels" in mistake("edm_zip", path, 32)
+    assert "set dataset.resolution and dataset.channels" in mistake("edm_zip", path, channels=1)
+
+
+def test_a_16_bit_colour_png_is_refused_rather_than_halved(tmp_path: Path) -> None:
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    # Pillow writes no such file: 16x16 RGB, 16 bits a channel.
+    rows = b"".join(b"\0" + bytes(16 * 6) for _ in range(16))
+    header = struct.pack(">IIBBBBB", 16, 16, 16, 2, 0, 0, 0)
+    png = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+    files = edm_files(noise(3), None) | {"00000/img00000001.png": png}
+    assert "has more than 8 bits a channel" in mistake("edm_zip", write_zip(tmp_path / "edm.zip", files))
+
+
+# --- zips
+
+
+@pytest.mark.parametrize("kind", ["ffhq", "edm_zip"])
+def test_a_zip_that_is_cut_off_or_none_is_named(tmp_path: Path, kind: str) -> None:
+    path = write_zip(tmp_path / "images.zip", edm_files(noise(3), None))
+    content = path.read_bytes()
+    for wrong in (content[: len(content) // 2], content[:-30], b"", b"<html>404</html>"):
+        path.write_bytes(wrong)
+        assert f"{path} is not a whole zip file" in mistake(kind, path)
+    assert "there is no" in mistake(kind, tmp_path / "nowhere.zip")
+
+
+@pytest.mark.parametrize("method", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
+def test_one_flipped_bit_in_a_zip_is_found(tmp_path: Path, method: int) -> None:
+    files = edm_files(noise(3), None)
+    path = write_zip(tmp_path / "edm.zip", files, method)
+    with zipfile.ZipFile(path) as archive:
+        info = archive.getinfo("00000/img00000001.png")
+    content = bytearray(path.read_bytes())
+    content[info.header_offset + 100 + info.compress_size // 2] ^= 16
+    path.write_bytes(content)
+    assert f"00000/img00000001.png in {path} is damaged" in mistake("edm_zip", path)
+
+
+def test_a_zip_bomb_is_not_unpacked(tmp_path: Path) -> None:
+    bomb = write_zip(tmp_path / "edm.zip", edm_files(noise(1), None) | {"00000/z.png": bytes(1 << 29)}, 8)
+    assert bomb.stat().st_size < 1 << 20
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    assert f"00000/z.png in {bomb} is damaged (it has {1 << 29} bytes)" in mistake("edm_zip", bomb)
+    # The same, with a directory that lies about the size.
+    content = bytearray(bomb.read_bytes())
+    for at in range(len(content) - 4):
+        if content[at : at + 4] == struct.pack("<I", 1 << 29):
+            content[at : at + 4] = struct.pack("<I", 1000)
+    bomb.write_bytes(content)
+    assert f"00000/z.png in {bomb} is damaged (its checksum is wrong)" in mistake("edm_zip", bomb)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100 << 10  # KiB
+
+
+def test_an_encrypted_or_otherwise_packed_zip_is_named(tmp_path: Path) -> None:
+    path = write_zip(tmp_path / "edm.zip", edm_files(noise(3), None), zipfile.ZIP_BZIP2)
+    assert "is encrypted or packed in a way that is not read" in mistake("edm_zip", path)
+    path = write_zip(tmp_path / "edm.zip", edm_files(noise(3), None))
+    content = bytearray(path.read_bytes())
+    content[content.index(b"PK\x01\x02") + 8] |= 1
+    path.write_bytes(content)
+    assert "is encrypted or packed in a way that is not read" in mistake("edm_zip", path)
+
+
+def test_a_name_twice_in_a_zip_is_named(tmp_path: Path) -> None:
+    path = write_zip(tmp_path / "edm.zip", edm_files(noise(3), None))
+    with zipfile.ZipFile(path, "a") as archive, pytest.warns(UserWarning, match="Duplicate"):
+        archive.writestr("00000/img00000001.png", b"")
+    assert "has 00000/img00000001.png twice" in mistake("edm_zip", path)
+
+
+def test_names_in_a_zip_are_never_followed(tmp_path: Path) -> None:
+    files = {f"../../{name}": content for name, content in ffhq_files().items()} | {"/etc/0.png": encoded(noise(1)[0])}
+    path = write_zip(tmp_path / "in/ffhq.zip", files)
+    before = set(tmp_path.rglob("*"))
+    assert len(images(source("ffhq", path))) == 7
+    assert set(tmp_path.rglob("*")) == before
+
+
+def test_an_image_that_vanishes_is_named(tmp_path: Path) -> None:
+    folder = write_folder(tmp_path / "ffhq", ffhq_files())
+    opened = source("ffhq", folder)
+    (folder / "00000/00000.png").unlink()
+    with pytest.raises(UserError, match=rf"cannot read {folder}/00000/00000.png \(No such file"):
+        opened.read(0)
+
+
+def test_the_identity_of_a_source_changes_with_its_files(tmp_path: Path) -> None:
+    files = ffhq_files()
+    folder = write_folder(tmp_path / "ffhq", files)
+    first = source("ffhq", folder).identity
+    assert source("ffhq", folder).identity == first
+    (folder / "00000/00002.png").rename(folder / "00000/00003.png")
+    assert source("ffhq", folder).identity != first
+    one = write_zip(tmp_path / "one.zip", edm_files(noise(3), [0, 1, 2]))
+    two = write_zip(tmp_path / "two.zip", edm_files(255 - noise(3), [0, 1, 2]))
+    assert source("edm_zip", one).identity != source("edm_zip", two).identity
