@@ -1,4 +1,4 @@
-"""Speed of the method's path: one distillation step, the coefficient fit, sampling. Prints a table.
+"""Speed of the coefficient fit and of sampling; that of a distillation step is in distill_step.py. Prints a table.
 
     python benchmarks/speed.py [--study config/studies/digits.yaml] [--threads 1] [--device cpu] [--repeat 20]
 
@@ -15,18 +15,15 @@ from collections.abc import Callable
 import torch
 
 from consistency.nets.denoiser import Denoiser, init_denoiser, student_from_teacher
+from consistency.nets.official import official_architecture
 from consistency.provenance import hardware
 from consistency.seeding import ImageNoise
 from consistency.stages.samples import heun_sampler, jump_sampler
-from consistency.stages.teacher import architecture
-from consistency.study import Study, load_study
-from consistency.theory.distance import DISTANCES
+from consistency.stages.teacher import architecture_of
+from consistency.study import Study, Teacher, load_study
 from consistency.theory.estimators import image_moments
-from consistency.theory.noise import rho_grid
 from consistency.theory.preconditioning import build_preconditioning
-from consistency.training.data import ImageData
-from consistency.training.ema import Ema
-from consistency.training.objectives import Losses, Trajectory, with_labels
+from consistency.training.objectives import with_labels
 
 
 def seconds(work: Callable[[], object], repeat: int, device: torch.device) -> float:
@@ -44,38 +41,11 @@ def seconds(work: Callable[[], object], repeat: int, device: torch.device) -> fl
 
 def network(study: Study, device: torch.device) -> Denoiser:
     """An untrained teacher of the study's shape, without its dataset."""
-    import numpy as np
-
-    size, channels = study.dataset.resolution, study.dataset.channels
-    facts = {"classes": ["0"] * 10, "sigma_data": 0.5}
-    data = ImageData(np.zeros((1, size, size, channels), np.uint8), np.zeros(1, np.int64), facts)
-    return init_denoiser(architecture(study, data), seed=0).to(device).eval().requires_grad_(False)
-
-
-def distillation_step(study: Study, teacher: Denoiser, steps: int, device: torch.device) -> Callable[[], Losses]:
-    """One optimiser step of trajectory distillation with at most so many teacher steps (exactly, on average below)."""
-    settings = study.resolved(next(iter(study.students)))
-    student = student_from_teacher(teacher, dropout=0.0, seed=0).to(device).train().requires_grad_(True)
-    average = Ema(student)
-    grid = rho_grid(settings.nodes, study.noise.sigma_min, study.noise.sigma_max).to(device)
-    preconditioning = build_preconditioning("ctm", teacher.sigma_data)
-    distance = DISTANCES[settings.distance]
-    objective = Trajectory(student, average.model, teacher, preconditioning, distance, grid, "online", steps, 1.0)
-    optimizer = torch.optim.RAdam(student.parameters(), lr=1e-4)
-    shape = (settings.batch, teacher.img_channels, teacher.img_resolution, teacher.img_resolution)
-    images = torch.randn(shape, device=device).clamp(-1, 1)
-    labels = torch.zeros(settings.batch, dtype=torch.int64, device=device) if teacher.label_dim else None
-    draws = torch.Generator().manual_seed(0)
-
-    def step() -> Losses:
-        losses = objective(images, labels, draws)
-        optimizer.zero_grad(set_to_none=True)
-        losses.terms["loss"].backward()
-        optimizer.step()
-        average.update(settings.ema_rate)
-        return losses
-
-    return step
+    if isinstance(study.teacher, Teacher):
+        architecture = architecture_of(study, study.teacher, 10, 0.5)
+    else:
+        architecture = official_architecture(study.teacher.checkpoint)
+    return init_denoiser(architecture, seed=0).to(device).eval().requires_grad_(False)
 
 
 def main() -> None:
@@ -89,20 +59,8 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     device, study = torch.device(args.device), load_study(args.study)
     teacher = network(study, device)
-    settings = study.resolved(next(iter(study.students)))
-    max_steps = settings.max_heun_steps or settings.nodes - 1
-    batch = settings.batch
+    batch = study.resolved(next(iter(study.students))).batch
     rows: list[tuple[str, int, float]] = []
-
-    step = distillation_step(study, teacher, max_steps, device)
-    # The number of teacher steps is drawn, so the mean over many draws is what a training sees.
-    count = max(args.repeat, 40)
-    start = time.perf_counter()
-    for _ in range(count):
-        step()
-    rows.append(
-        (f"distillation step (mean of {count} draws of n <= {max_steps})", batch, (time.perf_counter() - start) / count)
-    )
 
     x = torch.randn(batch, teacher.img_channels, teacher.img_resolution, teacher.img_resolution, device=device)
     times = torch.ones(batch, device=device)
@@ -128,7 +86,7 @@ def main() -> None:
 
     machine = hardware()
     parameters = sum(p.numel() for p in teacher.parameters())
-    print(f"study {study.name}: {study.teacher.network.kind}, {parameters:,} parameters, batch {batch}")
+    print(f"study {study.name}: {teacher.architecture["network"]}, {parameters:,} parameters, batch {batch}")
     print(
         f"{machine['processor']}, {machine['gpus'] or 'no GPU'}, {args.threads} thread(s), torch {torch.__version__}, "
         f"Python {platform.python_version()}\n"

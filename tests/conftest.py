@@ -107,7 +107,7 @@ def first_results(tmp_path_factory: pytest.TempPathFactory, tiny: Callable[..., 
     study, folder = tiny(), tmp_path_factory.mktemp("tiny")
     layout = Layout(study.name, folder / "results", folder / "state")
     make_dataset(study, layout)
-    teacher = init_denoiser(architecture(study, load_images(layout.dataset)), 0)
+    teacher = init_denoiser(architecture(study, study.teacher, load_images(layout.dataset)), 0)
     save_denoiser(layout.teacher / "teacher.safetensors", teacher, {"key": study.key("teacher"), "study": "tiny"})
     times = log_grid(16, study.noise.sigma_min, study.noise.sigma_max).numpy()
     layout.coefficients.mkdir()

@@ -297,6 +297,7 @@ def test_the_last_good_state_of_a_diverging_training_is_kept(project: Project, m
 
     # Saved after every step, so that there is a good state before the bad step.
     monkeypatch.setattr(loop, "SAVE_EVERY", 0.0)
+    monkeypatch.setattr(loop, "SAVE_SHARE", float("inf"))
     project.change({"teacher.learning_rate": 1e30})
     error = project.error("teacher")
     state = project.home / "state/tiny/teacher/seed0/state.pt"
@@ -307,9 +308,9 @@ def test_the_last_good_state_of_a_diverging_training_is_kept(project: Project, m
 def test_two_runs_in_one_folder(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
     import fcntl
 
-    from consistency.training import loop
+    from consistency.training import folder as files
 
-    monkeypatch.setattr(loop, "LOCK_PATIENCE", 0.0)
+    monkeypatch.setattr(files, "LOCK_PATIENCE", 0.0)
     folder = project.home / "state/tiny/ctm/seed0"
     folder.mkdir(parents=True)
     with (folder / "lock").open("w") as other:

@@ -14,7 +14,7 @@ from consistency import __version__
 from consistency.errors import UserError
 
 ROOT = Path(__file__).parents[1]
-VERBS = [*cli._VERBS, "validate", "schema", "stage-inception"]
+VERBS = [*cli._VERBS, "validate", "schema", "fetch"]
 TINY = str(ROOT / "config/studies/tiny.yaml")
 
 
@@ -85,7 +85,7 @@ def test_wrong_words_are_2_and_a_usage(words: list[str], capsys: pytest.CaptureF
     [
         (["check", "--study", "nowhere.yaml"], "error: no study file nowhere.yaml"),
         (["coefficients", "--study", TINY, "--device", "tpu7"], "error: --device tpu7 cannot be used here"),
-        (["coefficients", "--study", TINY, "--threads", "0"], "error: --threads must be at least 1, got 0"),
+        (["coefficients", "--study", TINY, "--threads", "0"], "error: --threads must be positive, got 0"),
     ],
 )
 def test_a_users_mistake_is_2_and_one_line(words: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
 
-from consistency import __version__
+from consistency import __version__, launch
 from consistency.errors import UserError
 from consistency.layout import Layout
 from consistency.supervision import watch_supervisor
@@ -21,14 +21,14 @@ def _dataset(args: Arguments) -> None:
     """images to one memory-mapped array"""
     from consistency.stages.dataset import make_dataset
 
-    make_dataset(args.study, args.layout)
+    make_dataset(args.study, args.layout, args.threads)
 
 
 def _teacher(args: Arguments) -> None:
     """train the EDM denoiser (resumes)"""
     from consistency.stages.teacher import make_teacher
 
-    make_teacher(args.study, args.layout, args.device)
+    make_teacher(args.study, args.layout, args.machine)
 
 
 def _coefficients(args: Arguments) -> None:
@@ -42,7 +42,7 @@ def _student(args: Arguments) -> None:
     """distil one student (resumes)"""
     from consistency.stages.student import make_student
 
-    make_student(args.study, args.layout, args.run, args.seed, args.device)
+    make_student(args.study, args.layout, args.run, args.seed, args.machine)
 
 
 def _samples(args: Arguments) -> None:
@@ -94,6 +94,13 @@ def _summary(args: Arguments) -> None:
     print_summary(args.study, args.layout)
 
 
+def _estimate(args: Arguments) -> None:
+    """what the whole study costs: operations, GPU-hours, disk"""
+    from consistency.stages.estimate import print_estimate
+
+    print_estimate(args.study, args.layout, args.tflops)
+
+
 def _check(args: Arguments) -> None:
     """check a study and print it with every default written out"""
     import yaml
@@ -106,6 +113,7 @@ def _check(args: Arguments) -> None:
 # verb: (function, whether it uses the device, how it takes --run and --seed)
 _VERBS: dict[str, tuple[Callable[[Arguments], None], bool, str]] = {
     "check": (_check, False, "none"),
+    "estimate": (_estimate, False, "none"),
     "dataset": (_dataset, False, "none"),
     "teacher": (_teacher, True, "none"),
     "coefficients": (_coefficients, True, "none"),
@@ -119,6 +127,9 @@ _VERBS: dict[str, tuple[Callable[[Arguments], None], bool, str]] = {
     "summary": (_summary, False, "none"),
 }
 
+# The verbs whose work several processes can share.
+_SHARED = ("teacher", "student")
+
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("consistency", description=__doc__)
@@ -130,9 +141,16 @@ def _parser() -> argparse.ArgumentParser:
         verb.add_argument("--study", required=True, metavar="FILE", help="the study, config/studies/NAME.yaml")
         verb.add_argument("--results", type=Path, default=Path("results"), metavar="DIR", help="default: results")
         verb.add_argument("--state", type=Path, default=Path("state"), metavar="DIR", help="default: state")
+        if name == "dataset":
+            verb.add_argument("--threads", type=int, default=1, help="processes that read images (default: 1)")
         if computes:
             verb.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
             verb.add_argument("--threads", type=int, default=1, help="CPU threads (default: 1)")
+            verb.add_argument("--time-limit", type=float, metavar="MINUTES", help="save, stop and exit with 142 then")
+        if name in _SHARED:
+            verb.add_argument("--processes", type=int, default=1, help="by torchrun, a GPU each; 0 and 1: none")
+        if name == "estimate":
+            verb.add_argument("--tflops", type=float, default=100.0, help="sustained TFLOP/s a GPU (default: 100)")
         if student != "none":
             verb.add_argument("--run", required=student == "required", metavar="NAME", help="the student")
             verb.add_argument("--seed", type=int, required=student == "required", help="its seed")
@@ -140,8 +158,9 @@ def _parser() -> argparse.ArgumentParser:
     validate.set_defaults(function=_validate, computes=False, study=None)
     schema = verbs.add_parser("schema", help=_schema.__doc__, description=_schema.__doc__)
     schema.set_defaults(function=_schema, computes=False, study=None)
-    stage = verbs.add_parser("stage-inception", help=_stage_inception.__doc__, description=_stage_inception.__doc__)
-    stage.set_defaults(function=_stage_inception, computes=False, study=None)
+    fetch = verbs.add_parser("fetch", help=_fetch.__doc__, description=_fetch.__doc__)
+    fetch.set_defaults(function=_fetch, computes=False, study=None)
+    fetch.add_argument("names", nargs="*", metavar="NAME", help="a file of config/resources.yaml")
     return parser
 
 
@@ -159,19 +178,24 @@ def _schema(args: Arguments) -> None:
     write_schema()
 
 
-def _stage_inception(args: Arguments) -> None:
-    """download the Inception weights into resources/ and check their sha256"""
-    from consistency.download import download
-    from consistency.features import INCEPTION_SHA256, INCEPTION_URL
-    from consistency.stages.extractor import INCEPTION_WEIGHTS
+def _fetch(args: Arguments) -> None:
+    """download files into resources/ and check their sha256; without a name, list which are there"""
+    from consistency.resources import fetch, find, print_states
 
-    download(INCEPTION_URL, INCEPTION_WEIGHTS, INCEPTION_SHA256)
+    for name in args.names:
+        find(name)
+    for name in args.names:
+        fetch(name)
+    if not args.names:
+        print_states()
 
 
 def main(words: list[str] | None = None) -> int:
     """Run a verb. Returns the exit code: 0, 2 for a mistake the user can mend, 128 + signal when interrupted."""
     args = _parser().parse_args(words)
+    args.words = sys.argv[1:] if words is None else words
     signal.signal(signal.SIGTERM, _terminated)
+    signal.signal(signal.SIGALRM, _terminated)
     watch_supervisor()
     try:
         if args.study is not None:
@@ -181,10 +205,13 @@ def main(words: list[str] | None = None) -> int:
             args.layout = Layout(args.study.name, args.results, args.state)
             _require_student(args)
         if args.computes:
+            processes = _claim(args)
+            if processes > 1:
+                return launch.run_processes(processes, args.words)
             _prepare(args)
         args.function(args)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error{launch.whose()}: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted; run the same command again to go on", file=sys.stderr)
@@ -197,8 +224,13 @@ def main(words: list[str] | None = None) -> int:
         signum = getattr(error, "signum", None)
         if signum is None:
             raise
-        print(str(error), file=sys.stderr)
+        print(f"{error}{launch.whose()}", file=sys.stderr)
         return 128 + int(signum)
+    finally:
+        if launch.is_worker():
+            from consistency.training.distributed import leave
+
+            leave()
     return 0
 
 
@@ -216,18 +248,35 @@ def _terminated(signum: int, frame: FrameType | None) -> None:
     sys.exit(128 + signum)
 
 
+def _claim(args: Arguments) -> int:
+    """Check the options of computing verbs and take the GPUs. Returns how many processes are to be started."""
+    for option in ("threads", "time_limit"):
+        if getattr(args, option) is not None and getattr(args, option) <= 0:
+            raise UserError(f"--{option.replace('_', '-')} must be positive, got {getattr(args, option):g}")
+    if launch.is_worker():
+        return 1
+    processes = max(getattr(args, "processes", 1), 1)
+    if args.device in ("auto", "cuda"):
+        launch.claim_gpus(processes)
+    return processes
+
+
 def _prepare(args: Arguments) -> None:
     """Device and threads. One thread by default: the number of threads is part of what decides the last bit."""
+    if args.time_limit is not None:
+        signal.setitimer(signal.ITIMER_REAL, 60 * args.time_limit)
+
     import torch
 
     from consistency.stages.inputs import pick_device
+    from consistency.stages.trainer import Machine
+    from consistency.training.distributed import join
 
-    if args.threads < 1:
-        raise UserError(f"--threads must be at least 1, got {args.threads}")
     torch.set_num_threads(args.threads)
     torch.backends.cuda.matmul.allow_tf32 = False
     torch.backends.cudnn.benchmark = True
-    args.device = pick_device(args.device)
+    ranks, args.device = join(pick_device(args.device))
+    args.machine = Machine(args.device, ranks)
 
 
 if __name__ == "__main__":

@@ -18,12 +18,18 @@ LINE_EVERY = 5.0
 
 
 class Progress:
-    """A counter from `initial` to `total` that shows itself. note: a callable whose text is appended to a line."""
+    """A counter from `initial` to `total` that shows itself, unless it is one of several that are the same.
 
-    def __init__(self, label: str, total: int, initial: int = 0, note: Callable[[], str] = lambda: "") -> None:
+    note: a callable whose text is appended to a line.
+    """
+
+    def __init__(
+        self, label: str, total: int, initial: int = 0, note: Callable[[], str] = lambda: "", shown: bool = True
+    ) -> None:
         self.label, self.total, self.count, self.initial, self.note = label, total, initial, initial, note
         self.started = self.shown = time.monotonic()
-        own_terminal = sys.stderr.isatty() and SUPERVISOR not in os.environ
+        self.visible = shown
+        own_terminal = shown and sys.stderr.isatty() and SUPERVISOR not in os.environ
         self.bar = tqdm(desc=label, total=total, initial=initial, unit="step") if own_terminal else None
 
     def advance(self, steps: int = 1) -> None:
@@ -36,6 +42,8 @@ class Progress:
 
     def show(self) -> None:
         """Write one line: label, bar, count, elapsed, ETA, rate."""
+        if not self.visible:
+            return
         self.shown = time.monotonic()
         meter = tqdm.format_meter(
             self.count,

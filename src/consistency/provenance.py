@@ -33,8 +33,11 @@ def write_card(
     run: str | None = None,
     seed: int | None = None,
     measured: dict[str, float] | None = None,
+    known: dict[Path, str] | None = None,
 ) -> None:
-    """Write folder/card.json. started: time.time() at the stage's start; measured: figures such as evaluations."""
+    """Write folder/card.json. started: time.time() at the stage's start; measured: figures such as evaluations;
+    known: digests of files that need not be read again (16 GB of images take half a minute)."""
+    known = known or {}
     write_json(
         folder / "card.json",
         {
@@ -48,8 +51,8 @@ def write_card(
             "created": datetime.now(UTC).isoformat(timespec="seconds"),
             "seconds": round(time.time() - started, 3),
             "measured": measured or {},
-            "inputs": {str(path): sha256(path) for path in inputs},
-            "outputs": {path.name: sha256(path) for path in outputs},
+            "inputs": {str(path): known.get(path) or sha256(path) for path in inputs},
+            "outputs": {path.name: known.get(path) or sha256(path) for path in outputs},
             "git": git_state(),
             "versions": versions(),
             "hardware": hardware(),

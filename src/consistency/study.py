@@ -181,7 +181,7 @@ class Student(Section):
     dsm_balance: Literal["fixed", "adaptive"] = Field(
         "fixed",
         description="`adaptive` multiplies the weight by the ratio of the two terms' gradient norms at the last layer, "
-        "as CTM's code does.",
+        "as CTM's code does (trajectory only).",
     )
     optimizer: Literal["radam", "adam"] = Field("radam", description="Optimiser, without weight decay.")
     steps: Count = Field(description="Optimiser steps.")
@@ -208,8 +208,8 @@ class Student(Section):
             raise ValueError(f"log_every {self.log_every} does not divide snapshot_every {self.snapshot_every}")
         if len({self.ema_rate, *self.evaluation_ema}) < 1 + len(self.evaluation_ema):
             raise ValueError("evaluation_ema lists a rate twice, or ema_rate itself, which is evaluated anyway")
-        if self.dsm_balance == "adaptive" and (self.objective, self.dsm_weight > 0) != ("trajectory", True):
-            raise ValueError("dsm_balance adaptive needs a DSM term: objective trajectory and dsm_weight above 0")
+        if self.dsm_balance == "adaptive" and self.objective == "trajectory" and not self.dsm_weight:
+            raise ValueError("dsm_balance adaptive needs a DSM term: set dsm_weight above 0")
         return self
 
 
@@ -418,7 +418,7 @@ class Study(Section):
         unknown = [key for key in self.varies if key not in Student.model_fields]
         if unknown:
             raise ValueError(f"varies names {unknown[0]!r}, not a student's field{_suggest(unknown[0], Student)}")
-        taken = {"teacher", "report", "extractor"} & set(self.students)
+        taken = {"teacher", "report", "extractor", "dataset", "samples"} & set(self.students)
         if taken:
             raise ValueError(f"students.{min(taken)}: that name is taken by the workflow; choose another")
         for run, overrides in self.students.items():

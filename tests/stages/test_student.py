@@ -1,6 +1,9 @@
 """Two compared students start from the same weights and see the same images, times and noise."""
 
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,62 +13,78 @@ from consistency.errors import UserError
 from consistency.layout import Layout
 from consistency.nets.denoiser import Denoiser
 from consistency.stages import student as stage
+from consistency.stages.trainer import Machine
 from consistency.study import Study
-from consistency.training.loop import Training
-from consistency.training.objectives import Losses
+from consistency.training.data import load_images
+from consistency.training.loop import Training, train
+from consistency.training.objectives import Jumps, Term
 
 Tiny = Callable[..., Study]
-CPU = torch.device("cpu")
+CPU = Machine(torch.device("cpu"))
 
 
 def training(study: Study, layout: Layout, run: str, seed: int = 0) -> Training:
-    return stage._training(study, layout, run, seed, CPU)
+    return stage._training(study, layout, run, seed, load_images(layout.dataset), CPU)
+
+
+@dataclass
+class Seen:
+    """What the objective of a step is given."""
+
+    images: torch.Tensor
+    labels: torch.Tensor | None
+    draws: Jumps
 
 
 @pytest.fixture
-def batches(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
-    """What the objective of every step is given: images, labels, the generator's next number."""
-    seen: list[tuple[Any, ...]] = []
+def seen(monkeypatch: pytest.MonkeyPatch) -> list[Seen]:
+    """What every step is given."""
+    steps: list[Seen] = []
+    whole = stage.Trajectory.terms
 
-    def note(self: Any, images: torch.Tensor, labels: torch.Tensor | None, draws: torch.Generator) -> Losses:
-        seen.append((images, labels, torch.rand(1, generator=draws)))
-        return Losses({"loss": torch.zeros(())}, 0)
+    def note(self: Any, images: torch.Tensor, labels: torch.Tensor | None, draws: Jumps) -> Iterator[Term]:
+        steps.append(Seen(images, labels, draws))
+        return whole(self, images, labels, draws)
 
-    monkeypatch.setattr(stage.Trajectory, "__call__", note)
-    return seen
+    monkeypatch.setattr(stage.Trajectory, "terms", note)
+    return steps
 
 
 def test_students_of_a_seed_start_from_the_same_weights(tiny: Tiny, first_results: Layout) -> None:
     study = tiny({"students.bcm": {"preconditioning": "bcm"}})
     jobs = [training(study, first_results, run) for run in study.students]
     for job in jobs[1:]:
-        for name, value in jobs[0].model.state_dict().items():
-            assert torch.equal(job.model.state_dict()[name], value), name
-            assert torch.equal(job.average.model.state_dict()[name], value), name
+        for name, value in jobs[0].update.model.state_dict().items():
+            assert torch.equal(job.update.model.state_dict()[name], value), name
+            assert torch.equal(job.averages[0].model.state_dict()[name], value), name
 
 
-def test_students_of_a_seed_see_the_same_images_in_the_same_order(
-    tiny: Tiny, first_results: Layout, batches: list[tuple[Any, ...]]
+def test_students_of_a_seed_see_the_same_images_times_and_noise(
+    tiny: Tiny, first_results: Layout, seen: list[Seen]
 ) -> None:
-    ctm, analytic = (training(tiny(), first_results, run) for run in ("ctm", "analytic"))
+    ctm, analytic = (training(tiny(), first_results, run).update for run in ("ctm", "analytic"))
     for step in range(4):
-        ctm.loss(step)
-        analytic.loss(step)
-    for a, b in zip(batches[::2], batches[1::2], strict=True):
-        assert torch.equal(a[0], b[0])
-        assert torch.equal(a[2], b[2])
-    assert not torch.equal(batches[0][0], batches[2][0])
+        ctm.step(step)
+        analytic.step(step)
+    for a, b in zip(seen[::2], seen[1::2], strict=True):
+        assert torch.equal(a.images, b.images)
+        assert a.draws.steps == b.draws.steps
+        for name in ("first", "to", "z", "sigma", "z_dsm"):
+            assert torch.equal(getattr(a.draws, name), getattr(b.draws, name)), name
+    assert not torch.equal(seen[0].images, seen[2].images)
+    assert not torch.equal(seen[0].draws.z, seen[2].draws.z)
 
 
 def test_another_seed_is_another_order_and_other_second_time_weights(
-    tiny: Tiny, first_results: Layout, batches: list[tuple[Any, ...]]
+    tiny: Tiny, first_results: Layout, seen: list[Seen]
 ) -> None:
     study = tiny({"seeds": [0, 1]})
-    first, second = (training(study, first_results, "ctm", seed) for seed in (0, 1))
-    first.loss(0)
-    second.loss(0)
-    assert not torch.equal(batches[0][0], batches[1][0])
-    changed = {n for n, v in first.model.state_dict().items() if not torch.equal(second.model.state_dict()[n], v)}
+    first, second = (training(study, first_results, "ctm", seed).update for seed in (0, 1))
+    weights, others = ({n: v.clone() for n, v in one.model.state_dict().items()} for one in (first, second))
+    first.step(0)
+    second.step(0)
+    assert not torch.equal(seen[0].images, seen[1].images)
+    changed = {name for name, value in weights.items() if not torch.equal(others[name], value)}
     assert changed
     assert all("_s." in name for name in changed)
 
@@ -74,7 +93,7 @@ def test_a_students_first_jumps_are_its_teachers(tiny: Tiny, first_results: Layo
     from consistency.training.checkpoint import load_denoiser
 
     teacher, _ = load_denoiser(first_results.teacher / "teacher.safetensors")
-    model = training(tiny(), first_results, "analytic").model
+    model = training(tiny(), first_results, "analytic").update.model
     x, t, s = torch.randn(4, 1, 8, 8), torch.full((4,), 3.0), torch.full((4,), 0.1)
     assert torch.equal(model(x, t, s), teacher(x, t))
 
@@ -83,16 +102,17 @@ def test_a_students_first_jumps_are_its_teachers(tiny: Tiny, first_results: Layo
 def test_labels_are_given_to_conditional_students_alone(
     tiny: Tiny,
     first_results: Layout,
-    batches: list[tuple[Any, ...]],
+    seen: list[Seen],
     make_denoiser: Callable[..., Denoiser],
     monkeypatch: pytest.MonkeyPatch,
     conditional: bool,
 ) -> None:
     teacher = make_denoiser(0, img_resolution=8, label_dim=10 * conditional)
     monkeypatch.setattr(stage, "read_teacher", lambda *_: teacher)
-    training(tiny({"teacher.conditional": conditional}), first_results, "ctm").loss(0)
-    labels = batches[0][1]
-    assert (labels.shape == (16,)) if conditional else (labels is None)
+    training(tiny({"teacher.conditional": conditional}), first_results, "ctm").update.step(0)
+    labels = seen[0].labels
+    assert (labels is not None) == conditional
+    assert labels is None or labels.shape == (16,)
 
 
 def test_a_seed_the_study_has_not_is_refused(tiny: Tiny, first_results: Layout) -> None:
@@ -118,3 +138,54 @@ def test_coefficients_that_are_damaged_are_refused(tiny: Tiny, first_results: La
                 training(tiny(), first_results, "analytic")
     finally:
         path.write_bytes(content)
+
+
+# --- how the machine is used changes the last bits, no more
+
+
+@pytest.mark.parametrize("compute", [{"channels_last": True}, {"data_on_device": True}, {"batch_per_device": 4}])
+def test_compute_settings_change_the_last_bits_at_most(
+    tiny: Tiny, first_results: Layout, tmp_path: Path, compute: dict[str, Any]
+) -> None:
+    jobs = []
+    for settings in ({}, compute):
+        study = tiny({"compute": settings})
+        assert study.key("student", "ctm", 0) == tiny().key("student", "ctm", 0)
+        layout = Layout("tiny", first_results.results, tmp_path / str(len(jobs)))
+        jobs.append(training(study, layout, "ctm"))
+        train(jobs[-1])
+    weights = [job.averages[0].model.state_dict() for job in jobs]
+    for name, value in weights[0].items():
+        torch.testing.assert_close(weights[1][name], value, rtol=1e-5, atol=1e-6, msg=name)
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on the CPU")
+def test_compiled_networks_compute_the_same(tiny: Tiny, first_results: Layout) -> None:
+    plain = training(tiny(), first_results, "ctm")
+    compiled = training(tiny({"compute": {"compile": True}}), first_results, "ctm")
+    for step in range(2):
+        terms, same = (job.update.step(step)[0] for job in (plain, compiled))
+        for name in terms:
+            torch.testing.assert_close(same[name], terms[name], rtol=1e-4, atol=1e-6)
+    assert plain.update.model.state_dict().keys() == compiled.update.model.state_dict().keys()
+
+
+def test_a_lower_precision_is_that_of_all_three_networks(
+    tiny: Tiny, first_results: Layout, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And of them alone: what the distance compares is float32."""
+    compared: list[torch.dtype] = []
+
+    def distance(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        compared.extend([a.dtype, b.dtype])
+        return (a - b).square().flatten(1).mean(1)
+
+    monkeypatch.setitem(stage.DISTANCES, "l2", distance)
+    job = training(tiny({"student.precision": "bfloat16", "student.distance": "l2"}), first_results, "ctm")
+    objective: Any = job.update.objective
+    outputs: list[torch.dtype] = []
+    for network in (objective.student, objective.average, objective.teacher):
+        network.model.register_forward_hook(lambda module, given, output: outputs.append(output.dtype))
+    job.update.step(0)
+    assert set(outputs) == {torch.bfloat16}
+    assert set(compared) == {torch.float32}

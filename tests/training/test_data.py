@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ import torch
 
 from consistency.errors import UserError
 from consistency.layout import Layout
-from consistency.training.data import ImageData, load_images, to_bytes, to_signed
+from consistency.training.data import Batches, ImageData, load_images, to_bytes, to_signed
 
 
 @pytest.fixture
@@ -61,17 +62,41 @@ def test_rows_come_with_their_labels(folder: Path) -> None:
     assert np.array_equal(to_bytes(images), data.images[[4, 0, 4]])
 
 
-def test_a_batch_depends_on_the_generator_alone(folder: Path) -> None:
+def batches(data: ImageData, count: int = 64, share: slice = slice(None), **settings: Any) -> Batches:
+    return Batches(
+        data,
+        count,
+        share,
+        **{"seed": 3, "purpose": "test", "flip": False, "device": torch.device("cpu"), **settings},
+    )
+
+
+def test_the_batch_of_a_step_depends_on_seed_purpose_and_step_alone(folder: Path) -> None:
+    """Not on the batches asked for before, nor on where the dataset lies."""
     data = load_images(folder)
-    first, second = (data.batch(64, torch.Generator().manual_seed(3), flip=True) for _ in range(2))
-    for a, b in zip(first, second, strict=True):
-        assert torch.equal(a, b)
+    first = batches(data, flip=True)
+    wanted = [first(step) for step in range(4)]
+    again = batches(data, flip=True, on_device=True)
+    for step in (3, 1, 2, 0, 0):
+        for a, b in zip(again(step), wanted[step], strict=True):
+            assert torch.equal(a, b)
+    assert not torch.equal(wanted[0][0], wanted[1][0])
+    for other in (batches(data, seed=4), batches(data, purpose="other")):
+        assert not torch.equal(other(0)[0], wanted[0][0])
+
+
+def test_the_shares_of_all_processes_are_the_batch(folder: Path) -> None:
+    data = load_images(folder)
+    whole = batches(data, flip=True)(5)
+    parts = [batches(data, share=slice(start, start + 16), flip=True)(5) for start in range(0, 64, 16)]
+    for k in range(2):
+        assert torch.equal(torch.cat([part[k] for part in parts]), whole[k])
 
 
 def test_flip_mirrors_half_of_the_images_and_changes_neither_rows_nor_labels(folder: Path) -> None:
     data = load_images(folder)
-    plain, labels = data.batch(2000, torch.Generator().manual_seed(3), flip=False)
-    flipped, same_labels = data.batch(2000, torch.Generator().manual_seed(3), flip=True)
+    plain, labels = batches(data, 2000)(0)
+    flipped, same_labels = batches(data, 2000, flip=True)(0)
     assert torch.equal(labels, same_labels)
     mirrored = torch.tensor([torch.equal(a, b.flip(2)) for a, b in zip(flipped, plain, strict=True)])
     kept = torch.tensor([torch.equal(a, b) for a, b in zip(flipped, plain, strict=True)])
@@ -80,9 +105,16 @@ def test_flip_mirrors_half_of_the_images_and_changes_neither_rows_nor_labels(fol
 
 
 def test_every_image_is_drawn_equally_often(folder: Path) -> None:
-    data: ImageData = load_images(folder)
-    _, labels = data.batch(30_000, torch.Generator().manual_seed(0), flip=False)
+    _, labels = batches(load_images(folder), 30_000)(0)
     assert torch.bincount(labels).tolist() == pytest.approx([10_000] * 3, rel=0.03)
+
+
+def test_an_unreadable_image_array_is_an_error_of_the_step_that_needs_it(folder: Path) -> None:
+    """It happens in a thread, and must not be lost there."""
+    data = load_images(folder)
+    broken = ImageData(data.images[:0], data.labels, {**data.facts})
+    with pytest.raises((IndexError, RuntimeError)):
+        batches(broken)(0)
 
 
 def test_the_tiny_study_has_a_dataset_that_loads(first_results: Layout) -> None:

@@ -11,25 +11,25 @@ from consistency.training.ema import Ema, half_life_rate
 
 def test_the_average_of_constant_weights_is_a_geometric_series(make_denoiser: Callable[..., Denoiser]) -> None:
     model = make_denoiser(0).double()
-    average = Ema(model)
+    average = Ema(model, 0.9)
     start = [p.clone() for p in model.parameters()]
     with torch.no_grad():
         for p in model.parameters():
             p += 1
-    for _ in range(10):
-        average.update(0.9)
+    for step in range(1, 11):
+        average.update(step)
     for p, first in zip(average.model.parameters(), start, strict=True):
         torch.testing.assert_close(p, first + 1 - 0.9**10, rtol=1e-12, atol=1e-14)
 
 
 def test_a_rate_of_0_copies_the_model_and_the_model_is_left_alone(make_denoiser: Callable[..., Denoiser]) -> None:
     model = make_denoiser(0)
-    average = Ema(model)
+    average = Ema(model, lambda step: 0.5 - step / 2)
     before = [p.clone() for p in model.parameters()]
     with torch.no_grad():
         for p in model.parameters():
             p *= 2
-    average.update(0.0)
+    average.update(1)
     for a, p, first in zip(average.model.parameters(), model.parameters(), before, strict=True):
         assert torch.equal(a, p)
         assert torch.equal(p, 2 * first)

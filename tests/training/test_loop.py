@@ -5,7 +5,8 @@ import math
 import os
 import shutil
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,13 @@ import torch
 from consistency.errors import UserError
 from consistency.nets.denoiser import Denoiser
 from consistency.seeding import generator
+from consistency.training import folder as files
 from consistency.training import loop
 from consistency.training.checkpoint import load_denoiser, load_state
 from consistency.training.ema import Ema
 from consistency.training.loop import Interrupted, Training, train
-from consistency.training.objectives import Losses
+from consistency.training.objectives import Draws, Shape, Term
+from consistency.training.update import Update
 
 MakeDenoiser = Callable[..., Denoiser]
 # hook(step) is called inside the loss of that step (from 0) and may return another loss.
@@ -40,34 +43,60 @@ def signal_self(signum: int = signal.SIGTERM) -> None:
     os.kill(os.getpid(), signum)
 
 
+@dataclass(frozen=True)
+class Noise(Draws):
+    step: int
+    sigma: torch.Tensor
+
+
+@dataclass
+class Disturbed:
+    """A denoising loss that a hook may disturb; it knows its step by counting."""
+
+    model: Denoiser
+    hook: Hook
+    step: int = 0
+
+    def draw(self, shape: Shape, host: torch.Generator, device: torch.Generator) -> Noise:
+        return Noise(self.step, torch.exp(torch.randn(shape[0], generator=device)))
+
+    def terms(self, images: torch.Tensor, labels: torch.Tensor | None, draws: Noise) -> Iterator[Term]:
+        error = self.model(images + draws.sigma[:, None, None, None], draws.sigma) - images
+        disturbed = self.hook(draws.step)
+        value = error.square().mean() if disturbed is None else disturbed
+        yield Term("error", value, 1.0, 24)
+        yield Term("largest", self.model(images, draws.sigma).abs().max(), 0.0, 0)
+
+
 @pytest.fixture
 def job(make_denoiser: MakeDenoiser, tmp_path: Path) -> Callable[..., Training]:
-    """job(folder name, hook, ...): a training with all that has a state: RAdam, an average, dropout if asked for."""
+    """job(folder name, hook, ...): a training with all that has a state: RAdam, averages, dropout if asked for."""
 
     def make(folder: str = "seed0", hook: Hook = nothing, *, dropout: float = 0.0, **changes: Any) -> Training:
         model = make_denoiser(0, dropout=dropout).train()
+        objective = Disturbed(model, hook)
 
-        def loss(step: int) -> Losses:
-            draws = generator(0, "test", step)
-            images = torch.randn(8, 1, 4, 4, generator=draws)
-            sigma = torch.exp(torch.randn(8, generator=draws))
-            error = model(images + sigma[:, None, None, None], sigma) - images
-            disturbed = hook(step)
-            value = error.square().mean() if disturbed is None else disturbed
-            return Losses({"loss": value, "largest": error.abs().max()}, 24)
+        def batches(step: int) -> tuple[torch.Tensor, None]:
+            objective.step = step
+            return torch.randn(8, 1, 4, 4, generator=generator(0, "images", step)), None
 
+        update = Update(
+            model=model,
+            optimizer=torch.optim.RAdam(model.parameters(), lr=1e-2),
+            objective=objective,
+            batches=batches,
+            batch=8,
+            part=8,
+            seed=0,
+            purpose="test",
+        )
         settings: dict[str, Any] = {
             "label": "test",
             "key": "key",
-            "model": model,
-            "average": Ema(model),
-            "optimizer": torch.optim.RAdam(model.parameters(), lr=1e-2),
-            "loss": loss,
-            "ema_rate": lambda step: 1 - 1 / (step + 1),
+            "update": update,
+            "averages": [Ema(model, lambda step: 1 - 1 / (step + 1)), Ema(model, 0.5)],
             "steps": STEPS,
-            "batch": 8,
             "log_every": LOG_EVERY,
-            "seed": 0,
             "folder": tmp_path / folder,
             "snapshot_every": SNAPSHOT_EVERY,
         }
@@ -93,9 +122,9 @@ def result(folder: Path) -> dict[str, Any]:
 
 
 def history(folder: Path) -> list[dict[str, float]]:
-    timed = ("seconds", "images_per_second")
+    timed = ("seconds", "images_per_second", "time_", "peak_")
     lines = [json.loads(line) for line in (folder / "history.jsonl").read_text().splitlines()]
-    return [{name: value for name, value in line.items() if name not in timed} for line in lines]
+    return [{name: value for name, value in line.items() if not name.startswith(timed)} for line in lines]
 
 
 def assert_same(a: Any, b: Any, where: str = "") -> None:
@@ -176,6 +205,7 @@ def test_a_killed_training_goes_on_from_the_last_saved_state(
 
 def test_the_state_is_saved_as_time_passes(job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loop, "SAVE_EVERY", -1.0)
+    monkeypatch.setattr(loop, "SAVE_SHARE", math.inf)
     seen: list[int] = []
 
     def look(step: int) -> None:
@@ -184,6 +214,20 @@ def test_the_state_is_saved_as_time_passes(job: Job, tmp_path: Path, monkeypatch
 
     train(job(hook=look))
     assert seen == list(range(STEPS))
+
+
+def test_a_state_that_takes_long_to_save_is_saved_less_often(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An hour a state, say: one is saved in the middle, then none before the end."""
+    saved: list[int] = []
+    monkeypatch.setattr(loop, "SAVE_EVERY", -1.0)
+
+    def slow(training: Training, clock: Any, window: Any) -> float:
+        saved.append(clock.step)
+        return 3600.0
+
+    monkeypatch.setattr(loop, "_save", slow)
+    train(job())
+    assert saved == [1, STEPS]
 
 
 def test_a_finished_training_is_not_trained_again(job: Job, tmp_path: Path) -> None:
@@ -208,7 +252,7 @@ def test_the_history_is_cut_back_to_the_state(job: Job, tmp_path: Path) -> None:
     assert path.read_text() == kept
 
 
-@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP])
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP, signal.SIGALRM])
 def test_every_polite_signal_saves_and_is_named(job: Job, tmp_path: Path, signum: signal.Signals) -> None:
     before = signal.getsignal(signum)
     with pytest.raises(Interrupted) as stopped:
@@ -271,17 +315,12 @@ def test_a_loss_that_is_not_finite_stops_with_the_last_good_state(job: Job, tmp_
 
 
 def test_a_gradient_that_is_not_finite_stops_too(job: Job) -> None:
-    training = job()
-    weight = next(training.model.parameters())
-    whole = training.loss
-
-    def loss(step: int) -> Losses:
-        losses = whole(step)
+    def steep() -> torch.Tensor:
+        weight = next(training.update.model.parameters())
         # The root's slope at 0 is infinite, its value is not.
-        root = torch.sqrt((weight - weight.detach()).sum())
-        return Losses({**losses.terms, "loss": losses.terms["loss"] + root}, losses.evaluations)
+        return torch.sqrt((weight - weight.detach()).sum())
 
-    training.loss = loss
+    training = job(hook=at(0, steep))
     with pytest.raises(UserError, match="not finite at step 1; no state had been saved yet"):
         train(training)
 
@@ -308,7 +347,7 @@ def test_a_stop_does_not_save_a_bad_state(job: Job, tmp_path: Path) -> None:
 
 
 def test_a_second_trainer_in_the_folder_is_refused(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loop, "LOCK_PATIENCE", 0.0)
+    monkeypatch.setattr(files, "LOCK_PATIENCE", 0.0)
 
     def intrude() -> None:
         with pytest.raises(UserError, match=rf"another process \(pid {os.getpid()} on .*\) is training"):
@@ -318,7 +357,7 @@ def test_a_second_trainer_in_the_folder_is_refused(job: Job, monkeypatch: pytest
 
 
 def test_the_folder_is_free_again_after_an_error(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loop, "LOCK_PATIENCE", 0.0)
+    monkeypatch.setattr(files, "LOCK_PATIENCE", 0.0)
 
     def fail() -> None:
         raise RuntimeError("out of memory")
@@ -344,28 +383,28 @@ def test_the_history_holds_means_over_its_windows(job: Job, tmp_path: Path) -> N
 
 def test_snapshots_are_the_average_at_their_steps(job: Job, tmp_path: Path) -> None:
     untrained = job()
-    start = {name: value.clone() for name, value in untrained.average.model.state_dict().items()}
+    start = {name: value.clone() for name, value in untrained.averages[0].model.state_dict().items()}
     training = job()
     train(training)
     snapshots = tmp_path / "seed0" / "snapshots"
-    assert sorted(path.name for path in snapshots.iterdir()) == [f"step-00000{n}.safetensors" for n in (0, 3, 6)]
+    names = [f"step-00000{n}{ema}.safetensors" for n in (0, 3, 6) for ema in ("-ema0.5", "")]
+    assert sorted(path.name for path in snapshots.iterdir()) == names
     first, metadata = load_denoiser(snapshots / "step-000000.safetensors", "key")
     assert metadata["step"] == 0
     assert_same(dict(first.state_dict()), start)
     last, _ = load_denoiser(snapshots / "step-000006.safetensors", "key")
-    assert_same(dict(last.state_dict()), dict(training.average.model.state_dict()))
+    assert_same(dict(last.state_dict()), dict(training.averages[0].model.state_dict()))
+    other, metadata = load_denoiser(snapshots / "step-000006-ema0.5.safetensors", "key")
+    assert metadata["ema"] == 0.5
+    assert_same(dict(other.state_dict()), dict(training.averages[1].model.state_dict()))
 
 
 def test_the_learning_rate_is_that_of_the_step(job: Job) -> None:
     seen: list[float] = []
-    training = job(learning_rate=lambda step: 0.1 * (step + 1))
-    plain = training.loss
-
-    def loss(step: int) -> Losses:
-        seen.append(training.optimizer.param_groups[0]["lr"])
-        return plain(step)
-
-    training.loss = loss
+    training = job(
+        hook=lambda step: seen.append(training.update.optimizer.param_groups[0]["lr"]),
+        learning_rate=lambda step: 0.1 * (step + 1),
+    )
     train(training)
     assert seen == pytest.approx([0.1, 0.2, 0.3, 0.4, 0.5, 0.6])
 

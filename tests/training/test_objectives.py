@@ -16,7 +16,7 @@ from consistency.theory.noise import log_grid, rho_grid
 from consistency.theory.oracles import GaussianTeacher
 from consistency.theory.preconditioning import Preconditioning, build_preconditioning
 from consistency.theory.solver import expand
-from consistency.training.objectives import Denoising, Endpoint, Trajectory
+from consistency.training.objectives import Denoising, Endpoint, Objective, Trajectory
 
 EPS, T = 0.002, 80.0
 GRID = rho_grid(18, EPS, T)
@@ -45,6 +45,27 @@ class Recorder:
     raw = __call__
 
 
+@dataclass
+class Losses:
+    """All the terms of a step, "loss" among them, and the evaluations they took."""
+
+    terms: dict[str, Tensor]
+    evaluations: int
+
+
+@dataclass
+class Step:
+    """A whole step of an objective, drawn from one generator."""
+
+    objective: Objective
+
+    def __call__(self, images: Tensor, labels: Tensor | None, generator: torch.Generator) -> Losses:
+        draws = self.objective.draw(images.shape, generator, generator)  # type: ignore[arg-type]
+        terms = list(self.objective.terms(images, labels, draws))
+        loss = sum((term.weight * term.value for term in terms), torch.zeros(()))
+        return Losses({term.name: term.value for term in terms} | {"loss": loss}, sum(t.evaluations for t in terms))
+
+
 def trajectory(
     student: Any = None,
     average: Any = None,
@@ -56,10 +77,10 @@ def trajectory(
     target: str = "online",
     max_steps: int | None = None,
     dsm_weight: float = 1.0,
-) -> Trajectory:
+) -> Step:
     if isinstance(preconditioning, str):
         preconditioning = build_preconditioning(preconditioning, 0.5, fitted())
-    return Trajectory(
+    objective = Trajectory(
         *(student or Recorder(), average or Recorder(), teacher or Recorder()),
         preconditioning=preconditioning,
         distance=distance,
@@ -68,6 +89,7 @@ def trajectory(
         max_steps=max_steps or len(grid) - 1,
         dsm_weight=dsm_weight,
     )
+    return Step(objective)
 
 
 def fitted() -> GeneralizedODE:
@@ -226,10 +248,10 @@ def test_two_preconditionings_see_the_same_draws(objective: type, other: str) ->
 
     def seen(name: str) -> list[tuple[Tensor, ...]]:
         student, teacher = Recorder(), Recorder()
-        settings = vars(trajectory(student, teacher=teacher, preconditioning=name))
+        settings = vars(trajectory(student, teacher=teacher, preconditioning=name).objective)
         if objective is Endpoint:
             settings = {k: v for k, v in settings.items() if k not in ("max_steps", "dsm_weight")}
-        objective(**settings)(images, None, seeded(3))
+        Step(objective(**settings))(images, None, seeded(3))
         return [*student.calls, *teacher.calls]
 
     ctm, compared = seen("ctm"), seen(other)
@@ -370,8 +392,9 @@ def test_evaluations_are_the_passes_really_made(networks: tuple[Denoiser, Denois
 # --- endpoint distillation
 
 
-def endpoint(*networks: Any, preconditioning: str = "cm", target: str = "online") -> Endpoint:
-    return Endpoint(*networks, build_preconditioning(preconditioning, 0.5, fitted()), squared_l2, GRID, target)
+def endpoint(*networks: Any, preconditioning: str = "cm", target: str = "online") -> Step:
+    fixed = build_preconditioning(preconditioning, 0.5, fitted())
+    return Step(Endpoint(*networks, fixed, squared_l2, GRID, target))
 
 
 def test_endpoint_takes_neighbouring_nodes_to_eps() -> None:
@@ -421,7 +444,7 @@ def test_denoising_is_EDMs_formula(make_denoiser: MakeDenoiser) -> None:
     """Against E || F(c_in x, c_noise) - (x_0 - c_skip x) / c_out ||^2, EDM (8), with the draws made again."""
     model = make_denoiser(sigma_data=0.4)
     images = torch.randn(32, 1, 4, 4, generator=seeded())
-    losses = Denoising(model, -1.2, 1.2)(images, None, seeded(1))
+    losses = Step(Denoising(model, -1.2, 1.2))(images, None, seeded(1))
     again = seeded(1)
     sigma = torch.exp(-1.2 + 1.2 * torch.randn(32, generator=again))
     x = images + expand(sigma, images) * torch.randn(images.shape, generator=again)
@@ -429,7 +452,7 @@ def test_denoising_is_EDMs_formula(make_denoiser: MakeDenoiser) -> None:
     expected = (model.raw(x, sigma) - (images - c_skip * x) / c_out).square().mean()
     torch.testing.assert_close(losses.terms["loss"], expected, rtol=1e-4, atol=1e-6)
     assert losses.evaluations == 32 * passes(
-        (model,), lambda: Denoising(model, -1.2, 1.2)(images, None, seeded(1)).terms["loss"]
+        (model,), lambda: Step(Denoising(model, -1.2, 1.2))(images, None, seeded(1)).terms["loss"]
     )
 
 
@@ -448,7 +471,7 @@ def test_denoising_is_least_for_the_exact_denoiser(factor: float) -> None:
             return self.factor * exact(x, t)
 
     def loss(model: Any) -> float:
-        return Denoising(model, -1.2, 1.2)(images, None, seeded(1)).terms["loss"].item()
+        return Step(Denoising(model, -1.2, 1.2))(images, None, seeded(1)).terms["loss"].item()
 
     assert loss(Model(1.0)) < loss(Model(factor))
 

@@ -1,8 +1,6 @@
 rule teacher:
     input:
-        "results/{study}/dataset/images.npy",
-        "results/{study}/dataset/labels.npy",
-        "results/{study}/dataset/dataset.json",
+        teacher_sources,
     output:
         "results/{study}/teacher/teacher.safetensors",
         "results/{study}/teacher/history.jsonl",
@@ -17,7 +15,9 @@ rule teacher:
     resources:
         mem_mb=4000,
         runtime=720,
+        gpu=0,
     params:
         key=key("teacher"),
     shell:
-        "python -m consistency teacher --study config/studies/{wildcards.study}.yaml --threads {threads} 2>&1 | tee -i {log}"
+        "python -m consistency teacher --study config/studies/{wildcards.study}.yaml --threads {threads}"
+        " --processes {resources.gpu} 2>&1 | tee -i {log}"

@@ -62,6 +62,7 @@ def make_coefficients(study: Study, layout: Layout, device: torch.device) -> Non
         inputs=[layout.teacher / "teacher.safetensors", layout.dataset / "images.npy"],
         outputs=[path],
         measured={"network_evaluations": passes, "seconds": round(time.time() - started, 3)},
+        known={layout.dataset / "images.npy": data.facts["sha256"]},
     )
 
 

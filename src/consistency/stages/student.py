@@ -1,46 +1,52 @@
 """Stage student: distil the teacher, with the preconditioning as the only difference between two students."""
 
 import time
-from collections.abc import Callable
-
-import torch
 
 from consistency.files import sha256
 from consistency.layout import Layout
-from consistency.nets.denoiser import student_from_teacher
+from consistency.nets.denoiser import Denoiser, student_from_teacher
 from consistency.provenance import git_state, write_card
-from consistency.seeding import derived_seed, generator
+from consistency.resources import open_resource
+from consistency.seeding import derived_seed
 from consistency.stages.inputs import read_dataset, read_preconditioning, read_teacher, time_grid
 from consistency.stages.publish import forget_state, publish_training
-from consistency.study import FITTED, Study
-from consistency.theory.distance import DISTANCES
+from consistency.stages.trainer import Machine, build_optimizer, build_update, compile_networks, place
+from consistency.study import FITTED, Student, Study
+from consistency.theory.distance import DISTANCES, Distance
 from consistency.training.checkpoint import save_denoiser
+from consistency.training.data import ImageData
 from consistency.training.ema import Ema
 from consistency.training.loop import Training, train
-from consistency.training.objectives import Endpoint, Losses, Objective, Trajectory
+from consistency.training.objectives import Endpoint, Objective, Trajectory
+from consistency.training.stopwatch import Stopwatch
 
-_OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {"radam": torch.optim.RAdam, "adam": torch.optim.Adam}
 
-
-def make_student(study: Study, layout: Layout, run: str, seed: int, device: torch.device) -> None:
-    """Write student.safetensors (EMA weights), history.jsonl, snapshots/ and card.json.
+def make_student(study: Study, layout: Layout, run: str, seed: int, machine: Machine) -> None:
+    """Write student.safetensors (EMA weights), one more file for each further EMA rate, history.jsonl, snapshots/
+    and card.json.
 
     Resumes an interrupted training; raises Interrupted when asked to stop, UserError when it diverges.
     """
     study.require(run, seed)
     started = time.time()
     folder = layout.student(run, seed)
-    job = _training(study, layout, run, seed, device)
+    data = read_dataset(study, layout)
+    job = _training(study, layout, run, seed, data, machine)
     measured = train(job)
-    inputs = [layout.teacher / "teacher.safetensors", layout.dataset / "images.npy"]
+    if not machine.ranks.first:
+        return
+    images = layout.dataset / "images.npy"
+    inputs = [layout.teacher / "teacher.safetensors", images]
     if study.resolved(run).preconditioning in FITTED:
         inputs.append(layout.coefficients / "coefficients.npz")
+    known = {images: data.facts["sha256"]}
     metadata = {"study": study.name, "stage": "student", "run": run, "seed": seed, "key": job.key, "step": job.steps}
-    parents = {path.name: sha256(path) for path in inputs}
-    save_denoiser(
-        folder / "student.safetensors", job.average.model, {**metadata, "git": git_state(), "parents": parents}
-    )
-    outputs = publish_training(job.folder, folder, "student.safetensors")
+    metadata |= {"git": git_state(), "parents": {path.name: known.get(path) or sha256(path) for path in inputs}}
+    checkpoints = []
+    for k, average in enumerate(job.averages):
+        checkpoints.append(layout.student_file(run, seed, average.constant if k else None))
+        save_denoiser(checkpoints[-1], average.model, {**metadata, "ema": average.constant})
+    outputs = [*checkpoints[1:], *publish_training(job.folder, folder, checkpoints[0].name)]
     write_card(
         folder,
         study,
@@ -51,43 +57,72 @@ def make_student(study: Study, layout: Layout, run: str, seed: int, device: torc
         inputs=inputs,
         outputs=outputs,
         measured=measured,
+        known=known,
     )
     forget_state(job.folder)
 
 
-def _training(study: Study, layout: Layout, run: str, seed: int, device: torch.device) -> Training:
-    settings, data = study.resolved(run), read_dataset(study, layout)
-    teacher = read_teacher(study, layout, device)
+def _training(study: Study, layout: Layout, run: str, seed: int, data: ImageData, machine: Machine) -> Training:
+    settings, device = study.resolved(run), machine.device
+    teacher = place(study, read_teacher(study, layout, device), device)
     # Weights, data order and noise depend on the seed alone, so that students of one seed differ in nothing else.
-    student = student_from_teacher(teacher, dropout=settings.dropout, seed=derived_seed(seed, "student")).to(device)
-    student.train().requires_grad_(True)
-    average = Ema(student)
-    preconditioning = read_preconditioning(study, layout, run, teacher.sigma_data, device)
-    grid = time_grid(study, settings.nodes, device)
-    distance = DISTANCES[settings.distance]
-    objective: Objective = Endpoint(student, average.model, teacher, preconditioning, distance, grid, settings.target)
-    if settings.objective == "trajectory":
-        max_steps = settings.max_heun_steps or settings.nodes - 1
-        objective = Trajectory(**vars(objective), max_steps=max_steps, dsm_weight=settings.dsm_weight)
-    conditional = study.teacher.conditional
-
-    def loss(step: int) -> Losses:
-        draws = generator(seed, "distillation", step)
-        images, labels = data.batch(settings.batch, draws, study.dataset.horizontal_flip)
-        return objective(images.to(device), labels.to(device) if conditional else None, draws)
-
+    student = student_from_teacher(teacher, dropout=settings.dropout, seed=derived_seed(seed, "student"))
+    student = place(study, student, device).train().requires_grad_(True)
+    averages = [Ema(student, rate) for rate in (settings.ema_rate, *settings.evaluation_ema)]
+    target = averages[0].model
+    for model in (student, target, teacher):
+        model.compute_in(settings.precision)
+    compile_networks(study, student, target, teacher)
+    stopwatch = Stopwatch(device)
+    update = build_update(
+        study,
+        data,
+        machine,
+        _objective(study, layout, run, machine, (student, target, teacher), stopwatch),
+        student,
+        batch=settings.batch,
+        seed=seed,
+        purpose="distillation",
+        optimizer=build_optimizer(settings.optimizer, student, settings.learning_rate),
+        precision=settings.precision,
+        adaptive=settings.dsm_balance == "adaptive",
+        stopwatch=stopwatch,
+    )
     return Training(
         label=f"student {run} seed {seed}",
         key=study.key("student", run, seed),
-        model=student,
-        average=average,
-        optimizer=_OPTIMIZERS[settings.optimizer](student.parameters(), lr=settings.learning_rate),
-        loss=loss,
-        ema_rate=lambda step: settings.ema_rate,
+        update=update,
+        averages=averages,
         steps=settings.steps,
-        batch=settings.batch,
         log_every=settings.log_every,
-        seed=seed,
         folder=layout.training_state(run, seed),
         snapshot_every=settings.snapshot_every,
     )
+
+
+def _objective(
+    study: Study,
+    layout: Layout,
+    run: str,
+    machine: Machine,
+    models: tuple[Denoiser, Denoiser, Denoiser],
+    stopwatch: Stopwatch,
+) -> Objective:
+    """The loss of a student; models: student, its average, teacher."""
+    settings = study.resolved(run)
+    preconditioning = read_preconditioning(study, layout, run, models[2].sigma_data, machine.device)
+    grid = time_grid(study, settings.nodes, machine.device)
+    distance = _distance(settings, machine)
+    endpoint = Endpoint(*models, preconditioning, distance, grid, settings.target, stopwatch=stopwatch)
+    if settings.objective == "endpoint":
+        return endpoint
+    max_steps = settings.max_heun_steps or settings.nodes - 1
+    return Trajectory(**vars(endpoint), max_steps=max_steps, dsm_weight=settings.dsm_weight)
+
+
+def _distance(settings: Student, machine: Machine) -> Distance:
+    if settings.distance != "lpips":
+        return DISTANCES[settings.distance]
+    from consistency.nets.perceptual import VGG16, lpips_distance
+
+    return lpips_distance(open_resource(VGG16), machine.device)

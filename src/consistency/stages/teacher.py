@@ -1,37 +1,89 @@
-"""Stage teacher: train the EDM denoiser that will be distilled."""
+"""Stage teacher: the EDM denoiser that will be distilled, trained here or converted from an official checkpoint."""
 
 import time
 from typing import Any
 
-import torch
-
+from consistency.errors import UserError
+from consistency.files import sha256, write_bytes
 from consistency.layout import Layout
-from consistency.nets.denoiser import init_denoiser
+from consistency.nets.denoiser import Denoiser, init_denoiser
+from consistency.nets.edm_pickle import read_edm_pickle
 from consistency.provenance import git_state, write_card
-from consistency.seeding import generator
+from consistency.resources import open_resource
 from consistency.stages.inputs import read_dataset, sigma_data
 from consistency.stages.publish import forget_state, publish_training
-from consistency.study import SongUNet, Study, Teacher
+from consistency.stages.trainer import Machine, build_optimizer, build_update, compile_networks, place
+from consistency.study import OfficialTeacher, SongUNet, Study, Teacher
 from consistency.training.checkpoint import save_denoiser
 from consistency.training.data import ImageData
 from consistency.training.ema import Ema, half_life_rate
 from consistency.training.loop import Training, train
-from consistency.training.objectives import Denoising, Losses
+from consistency.training.objectives import Denoising
 
 
-def make_teacher(study: Study, layout: Layout, device: torch.device) -> None:
+def make_teacher(study: Study, layout: Layout, machine: Machine) -> None:
     """Write teacher.safetensors (EMA weights), history.jsonl and card.json.
 
-    Resumes an interrupted training; raises Interrupted when asked to stop, UserError when it diverges.
+    Resumes an interrupted training; raises Interrupted when asked to stop, UserError when it diverges, or when an
+    official checkpoint is missing, damaged or not the one that the study describes.
     """
+    if isinstance(study.teacher, OfficialTeacher):
+        if machine.ranks.first:
+            _convert(study, study.teacher, layout)
+    else:
+        _train(study, study.teacher, layout, machine)
+
+
+def _convert(study: Study, settings: OfficialTeacher, layout: Layout) -> None:
+    """An official EDM checkpoint to our form."""
+    started = time.time()
+    source = open_resource(settings.checkpoint)
+    teacher = read_edm_pickle(source)
+    _require_described(study, settings, teacher)
+    path = layout.teacher / "teacher.safetensors"
+    metadata = {"study": study.name, "stage": "teacher", "key": study.key("teacher"), "git": git_state()}
+    save_denoiser(path, teacher, {**metadata, "parents": {source.name: sha256(source)}})
+    # An official checkpoint has no history of ours; the empty file says so.
+    history = layout.teacher / "history.jsonl"
+    write_bytes(history, b"")
+    write_card(
+        layout.teacher,
+        study,
+        "teacher",
+        started=started,
+        inputs=[source],
+        outputs=[path, history],
+        measured={"parameters": sum(p.numel() for p in teacher.parameters())},
+    )
+
+
+def _require_described(study: Study, settings: OfficialTeacher, teacher: Denoiser) -> None:
+    """Raises UserError when the file is not what the study says."""
+    described: list[tuple[str, Any, Any]] = [
+        ("teacher.conditional", settings.conditional, teacher.label_dim > 0),
+        ("dataset.resolution", study.dataset.resolution, teacher.img_resolution),
+        ("dataset.channels", study.dataset.channels, teacher.img_channels),
+        ("noise.sigma_data", study.noise.sigma_data, teacher.sigma_data),
+    ]
+    for key, said, found in described:
+        if said != found:
+            raise UserError(
+                f"{settings.checkpoint} does not fit the study: {key} is {said!r}, the checkpoint's is {found!r}; "
+                "change the study or name another checkpoint"
+            )
+
+
+def _train(study: Study, settings: Teacher, layout: Layout, machine: Machine) -> None:
     started = time.time()
     data, folder = read_dataset(study, layout), layout.teacher
-    job = _training(study, layout, data, device)
+    job = _training(study, settings, layout, data, machine)
     measured = train(job)
+    if not machine.ranks.first:
+        return
     metadata = {"study": study.name, "stage": "teacher", "key": job.key, "step": job.steps}
     parents = {"images.npy": data.facts["sha256"]}
     save_denoiser(
-        folder / "teacher.safetensors", job.average.model, {**metadata, "git": git_state(), "parents": parents}
+        folder / "teacher.safetensors", job.averages[0].model, {**metadata, "git": git_state(), "parents": parents}
     )
     outputs = publish_training(job.folder, folder, "teacher.safetensors")
     write_card(
@@ -41,36 +93,41 @@ def make_teacher(study: Study, layout: Layout, device: torch.device) -> None:
         started=started,
         inputs=[layout.dataset / "images.npy", layout.dataset / "labels.npy"],
         outputs=outputs,
-        measured=measured | {"parameters": sum(p.numel() for p in job.model.parameters())},
+        measured=measured | {"parameters": sum(p.numel() for p in job.update.model.parameters())},
+        known={layout.dataset / "images.npy": data.facts["sha256"]},
     )
     forget_state(job.folder)
 
 
-def _training(study: Study, layout: Layout, data: ImageData, device: torch.device) -> Training:
-    settings = study.teacher
-    model = init_denoiser(architecture(study, data), settings.seed).to(device).train()
-    objective = Denoising(model, settings.p_mean, settings.p_std)
-
-    def loss(step: int) -> Losses:
-        draws = generator(settings.seed, "teacher", step)
-        images, labels = data.batch(settings.batch, draws, study.dataset.horizontal_flip)
-        return objective(images.to(device), labels.to(device) if settings.conditional else None, draws)
-
+def _training(study: Study, settings: Teacher, layout: Layout, data: ImageData, machine: Machine) -> Training:
+    model = init_denoiser(architecture(study, settings, data), settings.seed)
+    model = place(study, model, machine.device).train()
+    average = Ema(
+        model,
+        lambda step: half_life_rate(
+            settings.batch, step * settings.batch, settings.ema_half_life, settings.ema_ramp_up
+        ),
+    )
+    compile_networks(study, model)
+    update = build_update(
+        study,
+        data,
+        machine,
+        Denoising(model, settings.p_mean, settings.p_std),
+        model,
+        batch=settings.batch,
+        seed=settings.seed,
+        purpose="teacher",
+        optimizer=build_optimizer("adam", model, settings.learning_rate),
+    )
     return Training(
         label=f"teacher {study.name}",
         key=study.key("teacher"),
-        model=model,
-        average=Ema(model),
-        optimizer=torch.optim.Adam(model.parameters(), lr=settings.learning_rate),
-        loss=loss,
-        ema_rate=lambda step: half_life_rate(
-            settings.batch, step * settings.batch, settings.ema_half_life, settings.ema_ramp_up
-        ),
+        update=update,
+        averages=[average],
         learning_rate=lambda step: _ramped(settings, step),
         steps=settings.steps,
-        batch=settings.batch,
         log_every=settings.log_every,
-        seed=settings.seed,
         folder=layout.training_state("teacher", settings.seed),
     )
 
@@ -81,15 +138,19 @@ def _ramped(settings: Teacher, step: int) -> float:
     return settings.learning_rate * min(seen / max(settings.learning_rate_ramp, 1), 1)
 
 
-def architecture(study: Study, data: ImageData) -> dict[str, Any]:
+def architecture(study: Study, settings: Teacher, data: ImageData) -> dict[str, Any]:
     """The denoiser's description, as build_denoiser takes it."""
-    channels, resolution, _ = data.shape
-    network = study.teacher.network
+    return architecture_of(study, settings, data.classes, sigma_data(study, data))
+
+
+def architecture_of(study: Study, settings: Teacher, classes: int, data_std: float) -> dict[str, Any]:
+    """The same from what is known of the data: its classes and its standard deviation."""
+    network = settings.network
     common = {
-        "img_resolution": resolution,
-        "img_channels": channels,
-        "label_dim": data.classes if study.teacher.conditional else 0,
-        "sigma_data": sigma_data(study, data),
+        "img_resolution": study.dataset.resolution,
+        "img_channels": study.dataset.channels,
+        "label_dim": classes if settings.conditional else 0,
+        "sigma_data": data_std,
         "second_time": False,
     }
     if not isinstance(network, SongUNet):

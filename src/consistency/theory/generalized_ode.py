@@ -42,6 +42,9 @@ class GeneralizedODE:
             "log_L": _cumulative(l, width)[:-1],
             "log_S": _cumulative(s, width)[:-1],
             "log_Q": torch.zeros(len(width), dtype=torch.float64),
+            # Beside the nodes, so that no step copies them to the device again.
+            "points": _POINTS,
+            "weights": _WEIGHTS,
         }
         self._nodes = nodes
         for k in range(len(width) - 1):
@@ -107,9 +110,9 @@ class GeneralizedODE:
         rate = (nodes["l"] + nodes["s"])[cell].unsqueeze(-1)
         curve = (nodes["l_slope"] + nodes["s_slope"])[cell].unsqueeze(-1)
         reach = offset.unsqueeze(-1)
-        u = 0.5 * reach * (_POINTS.to(reach.device) + 1)
+        u = 0.5 * reach * (nodes["points"] + 1)
         to_end = rate * (u - reach) + 0.5 * curve * (u**2 - reach**2)  # M(u) - M(end)
-        local = 0.5 * offset * (_WEIGHTS.to(reach.device) * torch.exp(to_end)).sum(-1)
+        local = 0.5 * offset * (nodes["weights"] * torch.exp(to_end)).sum(-1)
         carried = nodes["log_Q"][cell] - (rate * reach + 0.5 * curve * reach**2).squeeze(-1)
         return torch.logaddexp(carried, torch.log(local))
 

@@ -1,5 +1,7 @@
 """Images for training: a memory-mapped array that any number of processes read without copying it."""
 
+import mmap
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,6 +12,7 @@ from torch import Tensor
 
 from consistency.errors import UserError
 from consistency.files import read_json
+from consistency.seeding import generator
 
 
 @dataclass(frozen=True)
@@ -39,13 +42,70 @@ class ImageData:
         rows = np.asarray(rows)
         return to_signed(torch.from_numpy(self.images[rows])), torch.from_numpy(self.labels[rows])
 
-    def batch(self, count: int, generator: torch.Generator, flip: bool) -> tuple[Tensor, Tensor]:
-        """A random batch with replacement; flip mirrors each image with probability 1/2."""
-        images, labels = self.take(torch.randint(len(self), (count,), generator=generator))
-        if flip:
-            mirror = torch.rand(count, generator=generator) < 0.5
+
+class Batches:
+    """The batches of a training, drawn with replacement: those of step k depend on (seed, purpose, k) alone.
+
+    count: images of the whole batch; share: this process's rows of it; flip: mirror each image with probability 1/2;
+    on_device: keep the dataset in the device's memory (None: on a GPU, if it takes less than a quarter of it).
+    Otherwise a thread gathers the next batches into pinned memory while the device computes; conversion to float and
+    the flip are always the device's work.
+    """
+
+    def __init__(
+        self,
+        data: ImageData,
+        count: int,
+        share: slice,
+        *,
+        seed: int,
+        purpose: str,
+        flip: bool,
+        device: torch.device,
+        on_device: bool | None = None,
+    ) -> None:
+        self.data, self.count, self.share, self.flip, self.device = data, count, share, flip, device
+        self._seed, self._purpose = seed, purpose
+        self._images: Tensor | None = None
+        if on_device or (on_device is None and _fits(data, device)):
+            self._images = torch.from_numpy(np.array(data.images)).to(device)
+        self._ahead: dict[int, Future[_Gathered]] = {}
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="batches")
+
+    def __call__(self, step: int) -> tuple[Tensor, Tensor]:
+        """This process's share of the step's batch: float32 [n, C, H, W] in [-1, 1] and labels int64 [n]."""
+        for ahead in range(step, step + 1 + _AHEAD):
+            if ahead not in self._ahead:
+                self._ahead[ahead] = self._thread.submit(self._gather, ahead)
+        here = self._ahead.pop(step).result()
+        source, labels, mirror = (tensor.to(self.device, non_blocking=True) for tensor in here)
+        images = to_signed(source if self._images is None else self._images[source])
+        if self.flip:
             images = torch.where(mirror[:, None, None, None], images.flip(3), images)
         return images, labels
+
+    def _gather(self, step: int) -> "_Gathered":
+        """(images uint8 or their rows, labels, which to mirror) on the CPU."""
+        draws = generator(self._seed, f"{self._purpose} batch", step)
+        rows = torch.randint(len(self.data), (self.count,), generator=draws)[self.share]
+        mirror = (torch.rand(self.count, generator=draws) < 0.5)[self.share]
+        source = rows if self._images is not None else torch.from_numpy(self.data.images[rows.numpy()])
+        labels = torch.from_numpy(self.data.labels[rows.numpy()])
+        if self.device.type == "cpu":
+            return source, labels, mirror
+        # Only from pinned memory can a copy to the GPU go on beside its work.
+        return source.pin_memory(), labels.pin_memory(), mirror.pin_memory()
+
+
+_AHEAD = 2  # batches gathered before they are asked for
+_Gathered = tuple[Tensor, Tensor, Tensor]
+
+
+def _fits(data: ImageData, device: torch.device) -> bool:
+    """Whether the dataset takes less than a quarter of a GPU's memory."""
+    if device.type != "cuda":
+        return False
+    return data.images.nbytes < torch.cuda.get_device_properties(device).total_memory / 4
 
 
 def to_signed(images: Tensor) -> Tensor:
@@ -64,6 +124,8 @@ def load_images(folder: Path) -> ImageData:
     try:
         images = np.load(folder / "images.npy", mmap_mode="r")
         labels = np.load(folder / "labels.npy")
+        # Rows are drawn at random: reading ahead (megabytes, on some machines) would fill the memory with others.
+        images.base.madvise(mmap.MADV_RANDOM)
     except (OSError, ValueError, EOFError) as error:
         raise UserError(f"the dataset in {folder} is damaged ({error}): run `dataset` again") from None
     if images.dtype != np.uint8 or images.ndim != 4 or len(images) != facts.get("count") or len(labels) != len(images):

@@ -1,11 +1,8 @@
 """The training loop: one screen, resumable at any step, the same bits however often it is interrupted."""
 
-import fcntl
-import json
+import contextlib
 import math
-import os
-import platform
-import shutil
+import resource
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -19,17 +16,16 @@ import torch
 from torch import Tensor
 
 from consistency.errors import UserError
-from consistency.files import write_bytes
-from consistency.nets.denoiser import Denoiser
+from consistency.layout import snapshot_name
 from consistency.progress import Progress
-from consistency.seeding import derived_seed
-from consistency.training.checkpoint import load_state, save_denoiser, save_state
+from consistency.training import folder as files
+from consistency.training.checkpoint import save_denoiser
 from consistency.training.ema import Ema
-from consistency.training.objectives import Losses
+from consistency.training.update import Update
 
-SAVE_EVERY = 20.0  # seconds between two saved states
-LOCK_PATIENCE = 60.0  # seconds to wait for the trainer of a killed workflow to notice and leave
-_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
+SAVE_EVERY = 20.0  # seconds between two saved states, at least
+SAVE_SHARE = 0.02  # of the time, at most, goes into saving
+_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP, signal.SIGALRM)
 
 
 class Interrupted(Exception):
@@ -42,20 +38,15 @@ class Interrupted(Exception):
 
 @dataclass
 class Training:
-    """What is trained and how long. loss(step): the terms of that step; ema_rate(step): the average's rate;
+    """What is trained and how long. averages: the first is the one that snapshots and results are named after;
     learning_rate(step): None keeps the optimiser's own. snapshot_every: None for no snapshots."""
 
     label: str
     key: str
-    model: Denoiser
-    average: Ema
-    optimizer: torch.optim.Optimizer
-    loss: Callable[[int], Losses]
-    ema_rate: Callable[[int], float]
+    update: Update
+    averages: list[Ema]
     steps: int
-    batch: int
     log_every: int
-    seed: int
     folder: Path
     learning_rate: Callable[[int], float] | None = None
     snapshot_every: int | None = None
@@ -88,19 +79,20 @@ class _Clock:
 def train(job: Training) -> dict[str, float]:
     """Train from the saved state, or from the start, to the last step.
 
-    Leaves history.jsonl and snapshots/ in job.folder and the trained weights in job.model and job.average. Returns
-    what it cost: seconds, network_evaluations, images. Raises Interrupted after saving when a signal asks it to stop,
-    and UserError when a loss is not finite or another process trains in the folder.
+    Leaves history.jsonl and snapshots/ in job.folder and the trained weights in the model and the averages. Returns
+    what it cost: seconds, network_evaluations, images. Raises Interrupted after saving when a signal asks any of the
+    processes to stop, and UserError when a loss is not finite or another process trains in the folder.
     """
-    with _only_trainer(job.folder), _stop_requests() as requests:
+    ranks = job.update.ranks
+    with files.only_trainer(job.folder) if ranks.first else contextlib.nullcontext(), _stop_requests() as requests:
         clock, window = _resume(job)
         if job.snapshot_every and clock.step == 0:
             _snapshot(job, 0)
-        progress = Progress(job.label, job.steps, clock.step, lambda: _loss_note(window))
+        progress = Progress(job.label, job.steps, clock.step, lambda: _loss_note(window), shown=ranks.first)
         mark = saved = time.monotonic()
+        pause = SAVE_EVERY
         while clock.step < job.steps:
-            terms = _step(job, clock)
-            window.add(terms)
+            window.add(_step(job, clock))
             now = time.monotonic()
             window.seconds, mark = window.seconds + now - mark, now
             progress.advance()
@@ -110,10 +102,11 @@ def train(job: Training) -> dict[str, float]:
                 window = _Window()
             if job.snapshot_every and clock.step % job.snapshot_every == 0:
                 _snapshot(job, clock.step)
-            stop = requests() if clock.step < job.steps else None
-            if stop or now - saved > SAVE_EVERY:
+            # All processes must stop at the same step, and save at the same step.
+            stop = ranks.largest(requests()) if clock.step < job.steps else 0
+            if ranks.largest(int(stop > 0 or now - saved > pause)):
                 _require_finite(job, clock)
-                _save(job, clock, window)
+                pause = max(SAVE_EVERY, _save(job, clock, window) / SAVE_SHARE)
                 saved = time.monotonic()
             if stop:
                 raise Interrupted(f"{job.label}: stopped at step {clock.step} of {job.steps}, state saved", stop)
@@ -122,50 +115,72 @@ def train(job: Training) -> dict[str, float]:
     return {
         "seconds": round(clock.seconds, 3),
         "network_evaluations": clock.evaluations,
-        "images": job.steps * job.batch,
+        "images": job.steps * job.update.batch,
     }
 
 
 def _step(job: Training, clock: _Clock) -> dict[str, Tensor]:
-    """One optimiser step. Returns its terms and the gradient norm."""
-    torch.manual_seed(derived_seed(job.seed, "dropout", clock.step))
+    """One optimiser step and what follows it. Returns its terms and the gradient norm."""
     if job.learning_rate is not None:
-        for group in job.optimizer.param_groups:
+        for group in job.update.optimizer.param_groups:
             group["lr"] = job.learning_rate(clock.step)
-    losses = job.loss(clock.step)
-    job.optimizer.zero_grad(set_to_none=True)
-    losses.terms["loss"].backward()
-    norm = torch.nn.utils.get_total_norm([p.grad for p in job.model.parameters() if p.grad is not None])
-    job.optimizer.step()
+    terms, evaluations = job.update.step(clock.step)
     clock.step += 1
-    job.average.update(job.ema_rate(clock.step))
-    clock.evaluations += losses.evaluations
-    # Noticed at every step, read only at log points: reading it here would stall a GPU.
-    bad = ~torch.isfinite(norm + losses.terms["loss"].detach())
-    here = torch.where(bad, float(clock.step), math.inf)
+    with job.update.stopwatch.part("optimizer"):
+        for average in job.averages:
+            average.update(clock.step)
+    clock.evaluations += evaluations * job.update.ranks.world
+    # Noticed at every step, read only at log points: reading it here would stall a GPU. With float16, an infinite
+    # gradient only says that the scale of the loss was too large: that step was left out.
+    watched = terms["loss"] if job.update.scaler.is_enabled() else terms["grad_norm"] + terms["loss"]
+    here = torch.where(torch.isfinite(watched), math.inf, float(clock.step))
     clock.first_bad = torch.minimum(clock.first_bad.to(here.device), here)
-    return {**losses.terms, "grad_norm": norm}
+    return terms
 
 
 def _require_finite(job: Training, clock: _Clock) -> None:
+    """Raise UserError if a loss or gradient was not finite, in any process."""
     first = clock.first_bad.item()
-    if not math.isinf(first):
-        state = job.folder / "state.pt"
-        kept = f"the last good state is kept in {state}" if state.exists() else "no state had been saved yet"
+    if not job.update.ranks.largest(int(not math.isinf(first) or _hopeless(job.update.scaler))):
+        return
+    state = job.folder / "state.pt"
+    kept = f"the last good state is kept in {state}" if state.exists() else "no state had been saved yet"
+    if math.isinf(first):
         raise UserError(
-            f"{job.label}: loss or gradient is not finite at step {int(first)}; {kept}. "
-            "Lower the learning rate (or mend the data) in the study and run the same command again"
+            f"{job.label}: by step {clock.step} the gradients overflow float16 at every scale, or another process has "
+            f"a loss that is not finite; {kept}. Use precision: bfloat16 or lower the learning rate"
         )
+    raise UserError(
+        f"{job.label}: loss or gradient is not finite at step {int(first)}; {kept}. "
+        "Lower the learning rate (or mend the data) in the study and run the same command again"
+    )
+
+
+def _hopeless(scaler: torch.amp.GradScaler) -> bool:
+    """Whether float16's loss scale has fallen so far that no gradient can be at fault alone."""
+    return scaler.is_enabled() and scaler.get_scale() < 1e-3
 
 
 def _log(job: Training, clock: _Clock, window: _Window) -> None:
-    """Append a line to history.jsonl: means over the window that ends here."""
+    """Append a line to history.jsonl: means over the window that ends here, over all processes."""
     clock.seconds += window.seconds
+    job.update.ranks.mean_(list(window.sums.values()))
     line = {"step": clock.step, **{name: (value / window.steps).item() for name, value in window.sums.items()}}
-    line["images_per_second"] = round(window.steps * job.batch / max(window.seconds, 1e-9), 1)
+    line["images_per_second"] = round(window.steps * job.update.batch / max(window.seconds, 1e-9), 1)
     line["seconds"] = round(clock.seconds, 3)
-    with (job.folder / "history.jsonl").open("a") as file:
-        file.write(json.dumps(line) + "\n")
+    timed = job.update.stopwatch.read()
+    line |= {f"time_{name}": round(seconds / window.steps, 6) for name, seconds in timed.items()}
+    line["peak_memory_mib"] = _peak_memory(job)
+    if job.update.ranks.first:
+        files.append(job.folder, line)
+
+
+def _peak_memory(job: Training) -> float:
+    """The most memory, MiB, this process has had: on a GPU what PyTorch held of it, else resident."""
+    device = next(job.update.model.parameters()).device
+    if device.type == "cuda":
+        return round(torch.cuda.max_memory_allocated(device) / 2**20, 1)
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10, 1)
 
 
 def _loss_note(window: _Window) -> str:
@@ -173,83 +188,55 @@ def _loss_note(window: _Window) -> str:
 
 
 def _snapshot(job: Training, step: int) -> None:
-    path = job.folder / "snapshots" / f"step-{step:06d}.safetensors"
-    save_denoiser(path, job.average.model, {"key": job.key, "step": step})
+    if not job.update.ranks.first:
+        return
+    for k, average in enumerate(job.averages):
+        path = job.folder / "snapshots" / snapshot_name(step, average.constant if k else None)
+        save_denoiser(path, average.model, {"key": job.key, "step": step, "ema": average.constant})
 
 
-def _save(job: Training, clock: _Clock, window: _Window) -> None:
+def _save(job: Training, clock: _Clock, window: _Window) -> float:
+    """Write the state. Returns the seconds it took."""
+    started = time.monotonic()
+    update = job.update
+    update.ranks.mean_(list(window.sums.values()))
     state = {
         "key": job.key,
         "clock": {"step": clock.step, "seconds": clock.seconds, "evaluations": clock.evaluations},
         "window": {"sums": window.sums, "steps": window.steps, "seconds": window.seconds},
-        "model": job.model.state_dict(),
-        "average": job.average.model.state_dict(),
-        "optimizer": job.optimizer.state_dict(),
+        "model": update.model.state_dict(),
+        "averages": [average.model.state_dict() for average in job.averages],
+        "optimizer": update.optimizer.state_dict(),
+        "scaler": update.scaler.state_dict(),
     }
-    save_state(job.folder / "state.pt", state)
+    if update.ranks.first:
+        files.save(job.folder, state)
+    update.ranks.wait()
+    return time.monotonic() - started
 
 
 def _resume(job: Training) -> tuple[_Clock, _Window]:
-    """Load the saved state into the job, and cut the history back to it; a state of other settings is set aside."""
-    job.folder.mkdir(parents=True, exist_ok=True)
-    path, history = job.folder / "state.pt", job.folder / "history.jsonl"
-    state = load_state(path)
-    if state is not None and state.get("key") != job.key:
-        aside = job.folder.with_name(f"{job.folder.name}.{state.get('key')}")
-        shutil.rmtree(aside, ignore_errors=True)
-        shutil.copytree(job.folder, aside)
-        print(f"{job.label}: the settings changed, so this starts over; the old state is in {aside}", flush=True)
-        state = None
+    """Load the saved state into the job, on every process the same one."""
+    if job.update.ranks.first:
+        files.prepare(job.folder, job.key, job.label)
+    job.update.ranks.wait()
+    state = files.read(job.folder)
     if state is None:
-        path.unlink(missing_ok=True)
-        shutil.rmtree(job.folder / "snapshots", ignore_errors=True)
-        write_bytes(history, b"")
         return _Clock(), _Window()
-    job.model.load_state_dict(state["model"])
-    job.average.model.load_state_dict(state["average"])
-    job.optimizer.load_state_dict(state["optimizer"])
-    step = state["clock"]["step"]
-    written = history.read_text().splitlines() if history.exists() else []
-    lines = [line for line in written if _line_step(line) <= step]
-    write_bytes(history, "".join(line + "\n" for line in lines).encode())
-    print(f"{job.label}: continues from step {step}", flush=True)
-    return _Clock(**state["clock"]), _Window(**state["window"])
-
-
-def _line_step(line: str) -> float:
-    """The step of a history line; a line cut off by a kill comes after everything."""
-    try:
-        return float(json.loads(line)["step"])
-    except (ValueError, KeyError):
-        return math.inf
+    job.update.model.load_state_dict(state["model"])
+    for average, weights in zip(job.averages, state["averages"], strict=True):
+        average.model.load_state_dict(weights)
+    job.update.optimizer.load_state_dict(state["optimizer"])
+    job.update.scaler.load_state_dict(state["scaler"])
+    window = _Window(**state["window"])
+    device = next(job.update.model.parameters()).device
+    window.sums = {name: value.to(device) for name, value in window.sums.items()}
+    return _Clock(**state["clock"]), window
 
 
 @contextmanager
-def _only_trainer(folder: Path) -> Iterator[None]:
-    """Hold the folder's lock, so that two runs cannot train in it."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "lock").open("a+") as file:
-        deadline = time.monotonic() + LOCK_PATIENCE
-        while True:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if time.monotonic() > deadline:
-                    file.seek(0)
-                    raise UserError(
-                        f"another process ({file.read().strip()}) is training in {folder}: wait for it or stop it"
-                    ) from None
-                time.sleep(0.5)
-        file.truncate(0)
-        file.write(f"pid {os.getpid()} on {platform.node()}")
-        file.flush()
-        yield
-
-
-@contextmanager
-def _stop_requests() -> Iterator[Callable[[], int | None]]:
-    """A function that returns the signal that asked to stop, if any."""
+def _stop_requests() -> Iterator[Callable[[], int]]:
+    """A function that returns the signal that asked to stop, or 0."""
     received: list[int] = []
 
     def note(signum: int, frame: FrameType | None) -> None:
@@ -257,7 +244,7 @@ def _stop_requests() -> Iterator[Callable[[], int | None]]:
 
     old: dict[int, Any] = {signum: signal.signal(signum, note) for signum in _SIGNALS}
     try:
-        yield lambda: received[0] if received else None
+        yield lambda: received[0] if received else 0
     finally:
         for signum, handler in old.items():
             signal.signal(signum, handler)

@@ -1,13 +1,14 @@
 """The losses: EDM's for the teacher, trajectory (CTM) and endpoint (CM) distillation for students.
 
-An objective is called once an optimiser step with a batch and the step's generator, and returns its terms as scalars
-("loss" is what is minimised) and the network evaluations it made: a forward pass counts 1 an image and a backward
-pass 2.
+An objective first draws the randomness of a whole optimiser step, then gives the terms of any part of the batch: so
+the step is the same in however many parts, and on however many devices, it is computed. Evaluations count a forward
+pass as 1 an image and a backward pass as 2.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Protocol
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, fields, replace
+from functools import cached_property
+from typing import Any, Protocol, Self
 
 import torch
 from torch import Tensor
@@ -17,21 +18,42 @@ from consistency.theory.distance import Distance
 from consistency.theory.noise import ctm_dsm_sigma, edm_weight, lognormal_sigma
 from consistency.theory.preconditioning import Preconditioning
 from consistency.theory.solver import DenoiserFn, expand, heun_step
+from consistency.training.stopwatch import Stopwatch
+
+Shape = tuple[int, int, int, int]
 
 
 @dataclass(frozen=True)
-class Losses:
-    """terms: scalars with gradients, among them "loss"; evaluations: forward-pass equivalents made."""
+class Term:
+    """One term of a loss. value: scalar with gradients, a mean over images; weight: its factor in the loss;
+    evaluations: forward-pass equivalents made, backward pass included."""
 
-    terms: dict[str, Tensor]
+    name: str
+    value: Tensor
+    weight: float
     evaluations: int
 
 
-class Objective(Protocol):
-    """What the loop asks of a loss. images: float [N, C, H, W] in [-1, 1]; labels: int64 [N] or None."""
+@dataclass(frozen=True)
+class Draws:
+    """The random numbers of one step; every tensor has a row an image of the batch."""
 
-    def __call__(self, images: Tensor, labels: Tensor | None, generator: torch.Generator) -> Losses:
-        """The terms of one step."""
+    def part(self, rows: slice) -> Self:
+        """Those of some images."""
+        tensors = {f.name: getattr(self, f.name) for f in fields(self)}
+        return replace(self, **{name: value[rows] for name, value in tensors.items() if isinstance(value, Tensor)})
+
+
+class Objective(Protocol):
+    """What the training asks of a loss."""
+
+    def draw(self, shape: Shape, host: torch.Generator, device: torch.Generator) -> Any:
+        """The randomness of a step for a batch of that shape. Only what Python must know comes from the host's
+        generator: reading a number back from a GPU would stall it."""
+
+    def terms(self, images: Tensor, labels: Tensor | None, draws: Any) -> Iterator[Term]:
+        """The terms, one after the other, so that each may be differentiated before the next is computed.
+        images: float [N, C, H, W] in [-1, 1]; labels: int64 [N] or None; draws: of those images."""
 
 
 def with_labels(denoiser: Denoiser, labels: Tensor | None) -> DenoiserFn:
@@ -48,19 +70,30 @@ def weighted_denoising_error(
 
 
 @dataclass(frozen=True)
+class Noising(Draws):
+    """Noise levels [N] and noise [N, C, H, W]."""
+
+    sigma: Tensor
+    z: Tensor
+
+
+@dataclass(frozen=True)
 class Denoising:
-    """EDM's training loss of the teacher."""
+    """EDM's training loss of the teacher: ln sigma ~ N(p_mean, p_std^2), EDM's weight."""
 
     model: Denoiser
     p_mean: float
     p_std: float
 
-    def __call__(self, images: Tensor, labels: Tensor | None, generator: torch.Generator) -> Losses:
-        """ln sigma ~ N(p_mean, p_std^2), EDM's weight."""
-        sigma = lognormal_sigma(len(images), self.p_mean, self.p_std, generator).to(images.device)
-        z = _noise_like(images, generator)
-        loss = weighted_denoising_error(with_labels(self.model, labels), images, sigma, self.model.sigma_data, z)
-        return Losses({"loss": loss}, 3 * len(images))
+    def draw(self, shape: Shape, host: torch.Generator, device: torch.Generator) -> Noising:
+        """A noise level and noise for every image."""
+        return Noising(lognormal_sigma(shape[0], self.p_mean, self.p_std, device), _normal(shape, device))
+
+    def terms(self, images: Tensor, labels: Tensor | None, draws: Noising) -> Iterator[Term]:
+        """The weighted denoising error."""
+        denoise = with_labels(self.model, labels)
+        value = weighted_denoising_error(denoise, images, draws.sigma, self.model.sigma_data, draws.z)
+        yield Term("denoising", value, 1.0, 3 * len(images))
 
 
 @dataclass(frozen=True)
@@ -74,6 +107,7 @@ class _Distillation:
     distance: Distance
     grid: Tensor
     target: str
+    stopwatch: Stopwatch = field(default_factory=Stopwatch, kw_only=True)
 
     @property
     def inner(self) -> Denoiser:
@@ -86,15 +120,34 @@ class _Distillation:
 
     @torch.no_grad()
     def teacher_steps(self, x: Tensor, first: Tensor, steps: int, labels: Tensor | None) -> Tensor:
-        """x after that many Heun steps along the grid, from node first [N] on."""
+        """x after that many Heun steps along the grid, from node first [N] on, the whole batch at once."""
         denoiser = with_labels(self.teacher, labels)
-        for k in range(steps):
-            x = heun_step(denoiser, x, self.grid[first + k], self.grid[first + k + 1])
+        with self.stopwatch.part("teacher"):
+            for k in range(steps):
+                x = heun_step(denoiser, x, self.grid[first + k], self.grid[first + k + 1])
         return x
+
+    @cached_property
+    def ends(self) -> tuple[float, float]:
+        """eps and T, read from the grid's device once."""
+        return self.grid[-1].item(), self.grid[0].item()
 
     def end(self, like: Tensor) -> Tensor:
         """eps for every image of a batch."""
         return self.grid[-1].expand(len(like))
+
+
+@dataclass(frozen=True)
+class Jumps(Draws):
+    """steps: the number n of teacher steps, for all images; first [N], to [N]: the nodes of t and s; z: noise of x_t;
+    sigma, z_dsm: noise levels and noise of the DSM term, if there is one."""
+
+    steps: int
+    first: Tensor
+    to: Tensor
+    z: Tensor
+    sigma: Tensor | None
+    z_dsm: Tensor | None
 
 
 @dataclass(frozen=True)
@@ -104,59 +157,71 @@ class Trajectory(_Distillation):
     max_steps: int
     dsm_weight: float
 
-    def __call__(self, images: Tensor, labels: Tensor | None, generator: torch.Generator) -> Losses:
+    def draw(self, shape: Shape, host: torch.Generator, device: torch.Generator) -> Jumps:
         """n teacher steps a batch, P(n) ~ n; t, u = t + n nodes and s <= u of each image are uniform."""
-        nodes, count, device = len(self.grid), len(images), images.device
-        weights = torch.arange(1.0, self.max_steps + 1, device=generator.device)
-        steps = int(torch.multinomial(weights, 1, generator=generator)) + 1
-        uniform = torch.rand(2, count, generator=generator, device=generator.device)
-        first = (uniform[0] * (nodes - steps)).long().to(device)
+        steps = int(torch.multinomial(torch.arange(1.0, self.max_steps + 1), 1, generator=host)) + 1
+        uniform = torch.rand(2, shape[0], generator=device, device=device.device)
+        first = (uniform[0] * (len(self.grid) - steps)).long()
         last = first + steps
-        to = last + (uniform[1].to(device) * (nodes - last)).long()
-        t, u, s = self.grid[first], self.grid[last], self.grid[to]
-        x_t = images + expand(t, images) * _noise_like(images, generator)
-        # Both sides are compared where the trajectory ends, after a jump with the frozen average.
+        to = last + (uniform[1] * (len(self.grid) - last)).long()
+        z = _normal(shape, device)
+        if not self.dsm_weight:
+            return Jumps(steps, first, to, z, None, None)
+        return Jumps(steps, first, to, z, ctm_dsm_sigma(shape[0], *self.ends, device), _normal(shape, device))
+
+    def terms(self, images: Tensor, labels: Tensor | None, draws: Jumps) -> Iterator[Term]:
+        """The distillation term, then the DSM term if it has a weight."""
+        evaluations = 2 * draws.steps + 3 + 3 + 2
+        yield Term("distillation", self.distillation(images, labels, draws), 1.0, evaluations * len(images))
+        if draws.sigma is not None and draws.z_dsm is not None:
+            value = self.denoising(images, labels, draws.sigma, draws.z_dsm)
+            yield Term("dsm", value, self.dsm_weight, 3 * len(images))
+
+    def distillation(self, images: Tensor, labels: Tensor | None, draws: Jumps) -> Tensor:
+        """Both sides are compared where the trajectory ends, after a jump with the frozen average."""
+        t, u, s = self.grid[draws.first], self.grid[draws.first + draws.steps], self.grid[draws.to]
+        x_t = images + expand(t, images) * draws.z
         estimate = self.jump(self.student, x_t, t, s, labels)
         estimate = self.jump(self.average, estimate, s, self.end(images), labels)
         with torch.no_grad():
-            x_u = self.teacher_steps(x_t, first, steps, labels)
+            x_u = self.teacher_steps(x_t, draws.first, draws.steps, labels)
             target = self.jump(self.inner, x_u, u, s, labels)
             target = self.jump(self.average, target, s, self.end(images), labels)
-        distillation = self.distance(estimate, target).mean()
-        terms = {"loss": distillation, "distillation": distillation}
-        evaluations = 2 * steps + 3 + 3 + 2
-        if self.dsm_weight:
-            terms["dsm"] = self.denoising(images, labels, generator)
-            terms["loss"] = distillation + self.dsm_weight * terms["dsm"]
-            evaluations += 3
-        return Losses(terms, count * evaluations)
+        return self.distance(estimate, target).mean()
 
-    def denoising(self, images: Tensor, labels: Tensor | None, generator: torch.Generator) -> Tensor:
-        """DSM: the student's D_theta(x_t, t, t) against x_0, with fresh noise."""
-        ends = self.grid[-1].item(), self.grid[0].item()
-        sigma = ctm_dsm_sigma(len(images), *ends, generator).to(images.device)
-        z = _noise_like(images, generator)
+    def denoising(self, images: Tensor, labels: Tensor | None, sigma: Tensor, z: Tensor) -> Tensor:
+        """DSM: the student's D_theta(x_t, t, t) against x_0, with noise of its own."""
         sigma_data = self.student.sigma_data
         return weighted_denoising_error(lambda x, t: self.student(x, t, t, labels), images, sigma, sigma_data, z)
+
+
+@dataclass(frozen=True)
+class Pairs(Draws):
+    """first [N]: the node of t; z: noise of x_t."""
+
+    first: Tensor
+    z: Tensor
 
 
 @dataclass(frozen=True)
 class Endpoint(_Distillation):
     """Endpoint distillation, AP (5): neighbouring grid times t > u, both jumps to eps."""
 
-    def __call__(self, images: Tensor, labels: Tensor | None, generator: torch.Generator) -> Losses:
-        """One teacher step from a uniform node."""
-        count, device = len(images), images.device
-        first = torch.randint(len(self.grid) - 1, (count,), generator=generator, device=generator.device).to(device)
-        t, u = self.grid[first], self.grid[first + 1]
-        x_t = images + expand(t, images) * _noise_like(images, generator)
+    def draw(self, shape: Shape, host: torch.Generator, device: torch.Generator) -> Pairs:
+        """A uniform node for every image."""
+        first = torch.randint(len(self.grid) - 1, shape[:1], generator=device, device=device.device)
+        return Pairs(first, _normal(shape, device))
+
+    def terms(self, images: Tensor, labels: Tensor | None, draws: Pairs) -> Iterator[Term]:
+        """One teacher step apart, both sides end at eps."""
+        t, u = self.grid[draws.first], self.grid[draws.first + 1]
+        x_t = images + expand(t, images) * draws.z
         estimate = self.jump(self.student, x_t, t, self.end(images), labels)
         with torch.no_grad():
-            x_u = self.teacher_steps(x_t, first, 1, labels)
+            x_u = self.teacher_steps(x_t, draws.first, 1, labels)
             target = self.jump(self.inner, x_u, u, self.end(images), labels)
-        loss = self.distance(estimate, target).mean()
-        return Losses({"loss": loss, "distillation": loss}, count * (2 + 3 + 1))
+        yield Term("distillation", self.distance(estimate, target).mean(), 1.0, (2 + 3 + 1) * len(images))
 
 
-def _noise_like(images: Tensor, generator: torch.Generator) -> Tensor:
-    return torch.randn(images.shape, generator=generator, device=generator.device).to(images.device)
+def _normal(shape: Shape, generator: torch.Generator) -> Tensor:
+    return torch.randn(shape, generator=generator, device=generator.device)

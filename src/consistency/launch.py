@@ -1,0 +1,116 @@
+"""How a verb gets its GPUs: free ones of this machine, and a process for each where there are several."""
+
+import fcntl
+import logging
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import IO
+
+from consistency.errors import UserError
+
+#: seconds that torchrun gives its processes to save before it kills them
+_TO_SAVE = 600
+_POLL = 1.0  # seconds
+# The locks of this process's GPUs: they are held as long as it, or a process it has become or started, lives.
+_held: list[IO[str]] = []
+
+
+def is_worker() -> bool:
+    """Whether torchrun started this process."""
+    return "TORCHELASTIC_RUN_ID" in os.environ
+
+
+def whose() -> str:
+    """' (process k)' in the messages of all processes of a training but the first, nothing elsewhere."""
+    rank = os.environ.get("RANK", "0") if is_worker() else "0"
+    return "" if rank == "0" else f" (process {rank})"
+
+
+def claim_gpus(count: int) -> None:
+    """Take so many GPUs that no other job of ours on this machine holds, waiting for them if need be, and let CUDA
+    see only those.
+
+    Does nothing on a machine without GPUs. Under Slurm the GPUs of CUDA_VISIBLE_DEVICES are the job's own already.
+    Raises UserError when there are fewer than count.
+    """
+    gpus = visible_gpus()
+    if not gpus:
+        return
+    if len(gpus) < count:
+        raise UserError(f"--processes {count} needs {count} GPUs, this job sees {len(gpus)} ({', '.join(gpus)})")
+    mine = gpus[:count] if "SLURM_JOB_ID" in os.environ else _free(gpus, count)
+    os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(mine)
+
+
+def visible_gpus() -> list[str]:
+    """The names CUDA knows the GPUs by: those of CUDA_VISIBLE_DEVICES, else all of the machine, found without
+    starting CUDA, which would fix what this process sees."""
+    given = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if given is not None:
+        return [name.strip() for name in given.split(",") if name.strip() not in ("", "-1", "NoDevFiles")]
+    return [str(k) for k, _ in enumerate(Path("/dev").glob("nvidia[0-9]*"))]
+
+
+def _free(gpus: Sequence[str], count: int) -> list[str]:
+    """Lock count of the GPUs, in order; waits until so many are free."""
+    folder = Path(tempfile.gettempdir()) / f"consistency-gpus-{os.getuid()}"
+    folder.mkdir(mode=0o700, exist_ok=True)
+    told = False
+    while True:
+        locks: dict[str, IO[str]] = {}
+        for name in gpus:
+            lock = _try_lock(folder / f"{name}.lock")
+            if lock is not None:
+                locks[name] = lock
+            if len(locks) == count:
+                for lock in locks.values():
+                    os.set_inheritable(lock.fileno(), True)
+                _held.extend(locks.values())
+                return list(locks)
+        # Holding some while waiting for others could stop two jobs for ever.
+        for lock in locks.values():
+            lock.close()
+        if not told:
+            print(f"waiting for {count} of {len(gpus)} GPUs: other jobs hold {len(gpus) - len(locks)}", flush=True)
+            told = True
+        time.sleep(_POLL)
+
+
+def _try_lock(path: Path) -> IO[str] | None:
+    lock = path.open("a")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        lock.close()
+        return None
+    return lock
+
+
+def run_processes(processes: int, words: Sequence[str]) -> int:
+    """Run the same verb in so many processes on this machine, by torchrun, and return the exit code of the first that
+    failed. torchrun passes on the signals that ask for saving and leaving, and waits while that is done."""
+    import torch.distributed.run as torchrun
+    from torch.distributed.elastic.multiprocessing import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    # The processes say themselves what is wrong; torchrun would add its own traceback.
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    options = ["--standalone", f"--nproc-per-node={processes}", f"--shutdown-timeout={_TO_SAVE}"]
+    options += ["--signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGUSR1"]
+    try:
+        # After the dashes our own options are not taken for torchrun's.
+        torchrun.main([*options, "-m", "--", "consistency", *words])
+    except SignalException as error:
+        return 128 + int(error.sigval)
+    except ChildFailedError as error:
+        rank, failure = error.get_first_failure()
+        if failure.exitcode < 0:
+            print(f"error: process {rank} was killed by signal {-failure.exitcode}", file=sys.stderr)
+            return 128 - failure.exitcode
+        return int(failure.exitcode)
+    return 0

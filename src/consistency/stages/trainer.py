@@ -1,0 +1,103 @@
+"""What the trainings of teacher and students share: how the machine is used, and what they leave behind."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from consistency.nets.denoiser import Denoiser
+from consistency.study import Study
+from consistency.training.data import Batches, ImageData
+from consistency.training.distributed import Ranks
+from consistency.training.objectives import Objective
+from consistency.training.stopwatch import Stopwatch
+from consistency.training.update import Update, share_of
+
+_OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {"radam": torch.optim.RAdam, "adam": torch.optim.Adam}
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Where a training runs: the device of this process, and its place among the processes."""
+
+    device: torch.device
+    ranks: Ranks = field(default_factory=Ranks)
+
+
+def build_update(
+    study: Study,
+    data: ImageData,
+    machine: Machine,
+    objective: Objective,
+    model: Denoiser,
+    *,
+    batch: int,
+    seed: int,
+    purpose: str,
+    optimizer: torch.optim.Optimizer,
+    precision: str = "float32",
+    adaptive: bool = False,
+    stopwatch: Stopwatch | None = None,
+) -> Update:
+    """The optimiser step of a training. Raises UserError when the batch cannot be divided over the devices."""
+    share, part = share_of(batch, study.compute.batch_per_device, machine.ranks)
+    batches = Batches(
+        data,
+        batch,
+        share,
+        seed=seed,
+        purpose=purpose,
+        flip=study.dataset.horizontal_flip,
+        device=machine.device,
+        on_device=study.compute.data_on_device,
+    )
+    return Update(
+        model=model,
+        optimizer=optimizer,
+        objective=objective,
+        batches=_laid_out(batches, study.teacher.conditional, study.compute.channels_last),
+        batch=batch,
+        part=part,
+        seed=seed,
+        purpose=purpose,
+        adaptive=adaptive,
+        ranks=machine.ranks,
+        stopwatch=stopwatch or Stopwatch(machine.device),
+        scaler=torch.amp.GradScaler(machine.device.type, enabled=precision == "float16"),
+    )
+
+
+def build_optimizer(name: str, model: Denoiser, learning_rate: float) -> torch.optim.Optimizer:
+    """RAdam or Adam, in the fastest form that the device and PyTorch have: fused Adam on a GPU, else foreach."""
+    parameters = list(model.parameters())
+    on_gpu = parameters[0].device.type == "cuda"
+    if name == "adam" and on_gpu:
+        return torch.optim.Adam(parameters, lr=learning_rate, fused=True)
+    # PyTorch has no fused RAdam. Without foreach, a GPU would be fed one small kernel a parameter.
+    return _OPTIMIZERS[name](parameters, lr=learning_rate, foreach=on_gpu or None)  # type: ignore[call-arg]
+
+
+def place(study: Study, model: Denoiser, device: torch.device) -> Denoiser:
+    """The model on its device, in the memory layout of the study's compute settings."""
+    model = model.to(device)
+    return model.to(memory_format=torch.channels_last) if study.compute.channels_last else model  # type: ignore[call-overload]
+
+
+def compile_networks(study: Study, *models: Denoiser) -> None:
+    """Compile the networks inside, in place, if the study asks for it: names in checkpoints stay as they are."""
+    if study.compute.compile:
+        for model in models:
+            model.model.compile()
+
+
+def _laid_out(
+    batches: Batches, conditional: bool, channels_last: bool
+) -> Callable[[int], tuple[Tensor, Tensor | None]]:
+    def at(step: int) -> tuple[Tensor, Tensor | None]:
+        images, labels = batches(step)
+        if channels_last:
+            images = images.contiguous(memory_format=torch.channels_last)
+        return images, labels if conditional else None
+
+    return at

@@ -1,0 +1,68 @@
+"""The processes of one training: torchrun starts them, and here they agree on gradients, figures and when to stop."""
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process (rank, from 0) among the world of processes that train one model together."""
+
+    rank: int = 0
+    world: int = 1
+
+    @property
+    def first(self) -> bool:
+        """Whether this is the process that writes files and shows progress."""
+        return self.rank == 0
+
+    def mean_(self, tensors: Sequence[Tensor]) -> None:
+        """Replace each tensor, in place, by its mean over all processes; same dtype, shapes and order everywhere.
+
+        One flat all-reduce. DDP would overlap it with the backward pass, which here is a small part of a step: most
+        of it is the teacher's Heun steps.
+        """
+        if self.world == 1 or not tensors:
+            return
+        flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
+        dist.all_reduce(flat)
+        parts = (flat / self.world).split([tensor.numel() for tensor in tensors])
+        for tensor, part in zip(tensors, parts, strict=True):
+            tensor.copy_(part.view(tensor.shape))
+
+    def largest(self, value: int) -> int:
+        """The largest of a number over all processes. It travels through the CPU: a GPU's queue is not waited for."""
+        if self.world == 1:
+            return value
+        tensor = torch.tensor(value)
+        dist.all_reduce(tensor, dist.ReduceOp.MAX)
+        return int(tensor)
+
+    def wait(self) -> None:
+        """Go on when all processes have come here."""
+        self.largest(0)
+
+
+def join(device: torch.device) -> tuple[Ranks, torch.device]:
+    """Join the processes that torchrun started, and take the GPU of this one; alone without torchrun.
+
+    Returns the ranks and the device (cuda:<local rank> if it was cuda).
+    """
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return Ranks(), device
+    if device.type == "cuda":
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+    return Ranks(dist.get_rank(), dist.get_world_size()), device
+
+
+def leave() -> None:
+    """Leave the group; nothing without one."""
+    if dist.is_initialized():
+        dist.destroy_process_group()

@@ -1,0 +1,171 @@
+"""One optimiser step: the study's batch in parts that fit a device, over all processes, in a chosen precision."""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from consistency.errors import UserError
+from consistency.nets.denoiser import Denoiser
+from consistency.seeding import derived_seed, generator
+from consistency.training.distributed import Ranks
+from consistency.training.objectives import Objective, Shape, Term
+from consistency.training.stopwatch import Stopwatch
+
+#: the term whose weight the adaptive balance scales
+BALANCED = "dsm"
+
+
+def share_of(batch: int, batch_per_device: int | None, ranks: Ranks) -> tuple[slice, int]:
+    """This process's rows of the batch, and how many go through the device at once.
+
+    Raises UserError when the batch cannot be divided so.
+    """
+    share, rest = divmod(batch, ranks.world)
+    if rest:
+        raise UserError(
+            f"a batch of {batch} cannot be shared by {ranks.world} processes: use a number of processes that divides it"
+        )
+    part = min(batch_per_device or share, share)
+    if share % part:
+        raise UserError(
+            f"compute.batch_per_device {part} does not divide the {share} images of a process (a batch of {batch} on "
+            f"{ranks.world}): use a divisor of {share}"
+        )
+    return slice(ranks.rank * share, (ranks.rank + 1) * share), part
+
+
+def last_layer(model: nn.Module) -> nn.Parameter:
+    """The weight of the layer that gives the output."""
+    return [weight for weight in model.parameters() if weight.ndim > 1][-1]
+
+
+@dataclass
+class Update:
+    """What one step of a training does to a model.
+
+    batch: images of a step; part: images at once; draws of step k depend on (seed, purpose, k) alone. adaptive: the
+    DSM term is scaled by ||grad distillation|| / (||grad dsm|| + 1e-4) at the last layer, at most 1e4, as in CTM's
+    code, but over the whole batch: there, each micro-batch has a ratio of its own. scaler: of float16's losses.
+    """
+
+    model: Denoiser
+    optimizer: torch.optim.Optimizer
+    objective: Objective
+    batches: Callable[[int], tuple[Tensor, Tensor | None]]
+    batch: int
+    part: int
+    seed: int
+    purpose: str
+    adaptive: bool = False
+    ranks: Ranks = field(default_factory=Ranks)
+    stopwatch: Stopwatch = field(default_factory=Stopwatch)
+    scaler: torch.amp.GradScaler = field(default_factory=lambda: torch.amp.GradScaler("cpu", enabled=False))
+
+    def __post_init__(self) -> None:
+        self._parameters = list(self.model.parameters())
+        self._aside: list[Tensor | None] = [None] * len(self._parameters)
+        last = last_layer(self.model)
+        self._last = next(k for k, weight in enumerate(self._parameters) if weight is last)
+
+    def step(self, step: int) -> tuple[dict[str, Tensor], int]:
+        """One optimiser step. Returns its terms, "loss" and "grad_norm" among them, and this process's evaluations.
+
+        The terms are this process's means; the gradient, its norm and the balance are those of the whole batch.
+        """
+        torch.manual_seed(derived_seed(self.seed, f"dropout {self.ranks.rank}" if self.ranks.rank else "dropout", step))
+        self.optimizer.zero_grad(set_to_none=True)
+        means: dict[str, Tensor] = {}
+        weights: dict[str, float] = {}
+        evaluations = 0
+        for term in self._terms(step):
+            with self.stopwatch.part("backward"):
+                self._backward(term)
+            weights[term.name] = term.weight
+            means[term.name] = means.get(term.name, 0) + term.value.detach() * self._portion
+            evaluations += term.evaluations
+        with self.stopwatch.part("optimizer"):
+            balance = self._gather_gradients(weights)
+            loss = sum((means[name] * weights[name] for name in means if name != BALANCED), torch.zeros(()))
+            if BALANCED in means:
+                loss = loss + means[BALANCED] * weights[BALANCED] * balance
+                means |= {"dsm_balance": balance} if self.adaptive else {}
+            norm = self._apply()
+        return {"loss": loss, **means, "grad_norm": norm}, evaluations
+
+    @property
+    def _share(self) -> int:
+        return self.batch // self.ranks.world
+
+    @property
+    def _portion(self) -> float:
+        """A part's images among this process's."""
+        return self.part / self._share
+
+    def _terms(self, step: int) -> Iterator[Term]:
+        """The terms of all parts of this process's share, part by part."""
+        with self.stopwatch.part("data"):
+            images, labels = self.batches(step)
+            shape: Shape = (self.batch, images.shape[1], images.shape[2], images.shape[3])
+            host = generator(self.seed, self.purpose, step)
+            draws = self.objective.draw(shape, host, generator(self.seed, f"{self.purpose} noise", step, images.device))
+        first = self.ranks.rank * self._share
+        for start in range(0, self._share, self.part):
+            rows = slice(start, start + self.part)
+            here = draws.part(slice(first + rows.start, first + rows.stop))
+            terms = self.objective.terms(images[rows], None if labels is None else labels[rows], here)
+            while True:
+                with self.stopwatch.part("forward"):
+                    term = next(terms, None)
+                if term is None:
+                    break
+                yield term
+
+    def _backward(self, term: Term) -> None:
+        """Add the term's gradients: to those of the model, or, of a term yet to be balanced, to a set of their own."""
+        apart = self.adaptive and term.name == BALANCED
+        weight = self._portion if apart else self._portion * term.weight
+        with self._gradients_aside() if apart else contextlib.nullcontext():
+            self.scaler.scale(term.value * weight).backward()
+
+    @contextlib.contextmanager
+    def _gradients_aside(self) -> Iterator[None]:
+        """Within, the parameters' gradients are the set of the balanced term."""
+        main = [parameter.grad for parameter in self._parameters]
+        self._set_gradients(self._aside)
+        yield
+        self._aside = [parameter.grad for parameter in self._parameters]
+        self._set_gradients(main)
+
+    def _set_gradients(self, gradients: list[Tensor | None]) -> None:
+        for parameter, gradient in zip(self._parameters, gradients, strict=True):
+            parameter.grad = gradient
+
+    def _gather_gradients(self, weights: dict[str, float]) -> Tensor:
+        """Means over the processes; then the balanced term joins. Returns its balance (1 if that is fixed)."""
+        main = [parameter.grad for parameter in self._parameters if parameter.grad is not None]
+        apart = [gradient for gradient in self._aside if gradient is not None]
+        self.ranks.mean_([*main, *apart])
+        if not apart:
+            return main[0].new_ones(())
+        distillation, dsm = self._parameters[self._last].grad, self._aside[self._last]
+        assert distillation is not None and dsm is not None
+        # Both are scaled alike for float16, so their ratio is not; the small number is, to stay what it is.
+        small = 1e-4 * self.scaler.scale(distillation.new_ones(()))
+        balance = (distillation.norm() / (dsm.norm() + small)).clamp(max=1e4)
+        for parameter, gradient in zip(self._parameters, self._aside, strict=True):
+            if gradient is not None:
+                scaled = gradient * (balance * weights[BALANCED])
+                parameter.grad = scaled if parameter.grad is None else parameter.grad.add_(scaled)
+        self._aside = [None] * len(self._parameters)
+        return balance
+
+    def _apply(self) -> Tensor:
+        """The optimiser's step. Returns the gradient norm."""
+        self.scaler.unscale_(self.optimizer)
+        norm = torch.nn.utils.get_total_norm([p.grad for p in self._parameters if p.grad is not None])
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        return norm

@@ -1,0 +1,139 @@
+"""Several processes train as one would: torchrun on the CPU, with gloo, through the real verb."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from consistency.layout import Layout
+
+ROOT = Path(__file__).parents[2]
+WriteStudy = Callable[..., Path]
+
+
+@dataclass
+class Trainer:
+    """The verb `student` on the tiny study with changes, in folders of its own."""
+
+    study: Path
+    folder: Path
+
+    def start(self, *words: str) -> subprocess.Popen[str]:
+        command = [sys.executable, "-m", "consistency", "student", "--study", str(self.study), "--run", "ctm"]
+        command += ["--seed", "0", "--device", "cpu", "--results", str(self.folder / "results")]
+        variables = {k: v for k, v in os.environ.items() if not k.startswith(("CONSISTENCY_", "TORCHELASTIC", "SLURM"))}
+        with (self.folder / "output.txt").open("a") as output:
+            return subprocess.Popen(
+                [*command, "--state", str(self.folder / "state"), *words],
+                cwd=ROOT,
+                env=variables | {"PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1"},
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                text=True,
+                start_new_session=True,
+            )
+
+    def run(self, *words: str) -> None:
+        process = self.start(*words)
+        assert process.wait(timeout=300) == 0, self.output
+
+    @property
+    def output(self) -> str:
+        return (self.folder / "output.txt").read_text()
+
+    @property
+    def student(self) -> Path:
+        return Layout("tiny", self.folder / "results").student("ctm", 0)
+
+    def weights(self, name: str = "student") -> dict[str, torch.Tensor]:
+        return load_file(self.student / f"{name}.safetensors")
+
+    def history(self) -> list[dict[str, float]]:
+        return [json.loads(line) for line in (self.student / "history.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture
+def trainer(write_study: WriteStudy, first_results: Layout, tmp_path: Path) -> Iterator[Callable[..., Trainer]]:
+    started: list[Trainer] = []
+
+    def make(name: str, changes: dict[str, Any]) -> Trainer:
+        study = write_study(changes)
+        folder = tmp_path / name
+        shutil.copytree(first_results.results, folder / "results")
+        shutil.copy(study, folder / "tiny.yaml")
+        started.append(Trainer(folder / "tiny.yaml", folder))
+        return started[-1]
+
+    yield make
+
+
+def assert_close(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
+    assert a.keys() == b.keys()
+    for name in a:
+        torch.testing.assert_close(a[name], b[name], rtol=1e-6, atol=1e-6, msg=name)
+
+
+CHANGES = {"student.steps": 5, "student.snapshot_every": 5, "student.log_every": 1, "student.evaluation_ema": [0.9]}
+
+
+def test_two_processes_are_one_with_twice_the_batch(trainer: Callable[..., Trainer]) -> None:
+    """After five steps, with the balance of the whole batch, and each process in two parts."""
+    changes = {**CHANGES, "student.dsm_balance": "adaptive"}
+    one, two = trainer("one", changes), trainer("two", {**changes, "compute": {"batch_per_device": 4}})
+    one.run()
+    two.run("--processes", "2")
+    for name in ("student", "student-ema0.9"):
+        assert_close(two.weights(name), one.weights(name))
+    for here, there in zip(two.history(), one.history(), strict=True):
+        for name in ("loss", "distillation", "dsm", "dsm_balance", "grad_norm"):
+            assert here[name] == pytest.approx(there[name], rel=1e-4)
+    card, alone = (json.loads((run.student / "card.json").read_text())["measured"] for run in (two, one))
+    assert card["network_evaluations"] == alone["network_evaluations"]
+
+
+def test_stopped_on_two_processes_it_goes_on_with_one(trainer: Callable[..., Trainer]) -> None:
+    """SIGTERM to torchrun, as Slurm or Snakemake send it: all processes leave at the same step, and the state serves any
+    number of them."""
+    changes = {**CHANGES, "student.steps": 200, "student.snapshot_every": 200, "student.log_every": 20}
+    whole, parts = trainer("whole", changes), trainer("parts", changes)
+    whole.run()
+    process = parts.start("--processes", "2")
+    history = Layout("tiny", state=parts.folder / "state").training_state("ctm", 0) / "history.jsonl"
+    deadline = time.monotonic() + 120
+    while not (history.exists() and history.read_text()):
+        assert time.monotonic() < deadline, parts.output
+        assert process.poll() is None, parts.output
+        time.sleep(0.02)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=120) == 128 + signal.SIGTERM
+    assert "state saved" in parts.output
+    assert "Traceback" not in parts.output
+    parts.run()
+    assert "continues from step" in parts.output
+    assert [line["step"] for line in parts.history()] == list(range(20, 201, 20))
+    # 200 steps of RAdam enlarge the last bit in which two sums differ.
+    for name, weight in parts.weights().items():
+        torch.testing.assert_close(weight, whole.weights()[name], rtol=1e-2, atol=1e-3, msg=name)
+
+
+def test_an_indivisible_batch_is_one_clear_error(trainer: Callable[..., Trainer]) -> None:
+    three = trainer("three", {**CHANGES, "student.batch": 15})
+    assert three.start("--processes", "2").wait(timeout=120) == 2
+    assert "error: a batch of 15 cannot be shared by 2 processes" in three.output
+    assert "Traceback" not in three.output
+
+
+def test_a_time_limit_ends_the_job_with_its_own_code(trainer: Callable[..., Trainer]) -> None:
+    """A training saves then, as it does for every polite signal: tests/training/test_loop.py."""
+    assert trainer("limited", CHANGES).start("--time-limit", "0.001").wait(timeout=120) == 128 + signal.SIGALRM

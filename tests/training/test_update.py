@@ -1,0 +1,198 @@
+"""One optimiser step: the same in however many parts, the balance of its two terms, and lower precision."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from consistency.errors import UserError
+from consistency.nets.denoiser import Denoiser, init_denoiser, student_from_teacher
+from consistency.seeding import generator
+from consistency.theory.distance import squared_l2
+from consistency.theory.noise import rho_grid
+from consistency.theory.preconditioning import build_preconditioning
+from consistency.training.distributed import Ranks
+from consistency.training.ema import Ema
+from consistency.training.objectives import Jumps, Trajectory
+from consistency.training.update import Update, last_layer, share_of
+
+MakeDenoiser = Callable[..., Denoiser]
+MakeUpdate = Callable[..., Update]
+BATCH = 8
+
+
+@pytest.fixture
+def teacher(make_denoiser: MakeDenoiser) -> Denoiser:
+    return make_denoiser(0).eval().requires_grad_(False)
+
+
+@pytest.fixture
+def update(teacher: Denoiser) -> MakeUpdate:
+    """update(part=4, adaptive=True, ...): CTM's step for a student of a small teacher; gradients are large at once."""
+
+    def make(*, dsm_weight: float = 0.7, precision: str = "float32", **changes: Any) -> Update:
+        student = student_from_teacher(teacher, dropout=0.0).train().requires_grad_(True)
+        average = Ema(student, 0.9)
+        for model in (student, average.model, teacher):
+            model.compute_in(precision)
+        objective = Trajectory(
+            *(student, average.model, teacher, build_preconditioning("ctm", 0.5), squared_l2, rho_grid(6, 0.002, 80.0)),
+            target="online",
+            max_steps=5,
+            dsm_weight=dsm_weight,
+        )
+
+        def batches(step: int) -> tuple[Tensor, None]:
+            return torch.randn(BATCH, 1, 4, 4, generator=generator(0, "images", step)), None
+
+        settings: dict[str, Any] = {
+            "model": student,
+            "optimizer": torch.optim.SGD(student.parameters(), lr=1e-3),
+            "objective": objective,
+            "batches": batches,
+            "batch": BATCH,
+            "part": BATCH,
+            "seed": 0,
+            "purpose": "test",
+            "scaler": torch.amp.GradScaler("cpu", init_scale=256.0, enabled=precision == "float16"),
+        }
+        return Update(**{**settings, **changes})
+
+    return make
+
+
+def trained(update: Update, steps: int = 5) -> tuple[list[Tensor], list[dict[str, float]]]:
+    """The weights after some steps, and the terms of each."""
+    terms = [{k: v.item() for k, v in update.step(step)[0].items()} for step in range(steps)]
+    return [weight.detach() for weight in update.model.parameters()], terms
+
+
+# --- accumulation
+
+
+@pytest.mark.parametrize("adaptive", [False, True])
+@pytest.mark.parametrize("part", [4, 2, 1])
+def test_a_batch_in_parts_is_the_whole_batch(update: MakeUpdate, part: int, adaptive: bool) -> None:
+    whole, terms = trained(update(adaptive=adaptive))
+    parts, same_terms = trained(update(adaptive=adaptive, part=part))
+    for a, b in zip(parts, whole, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
+    for one, other in zip(same_terms, terms, strict=True):
+        assert one == pytest.approx(other, rel=1e-5)
+
+
+def test_the_parts_count_every_evaluation_once(update: MakeUpdate) -> None:
+    assert update(part=2).step(0)[1] == update().step(0)[1]
+
+
+@pytest.mark.parametrize(
+    ("batch", "per_device", "world", "message"),
+    [
+        (8, None, 3, "a batch of 8 cannot be shared by 3 processes"),
+        (8, 3, 1, "compute.batch_per_device 3 does not divide the 8 images"),
+        (12, 4, 2, "does not divide the 6 images of a process"),
+    ],
+)
+def test_a_batch_that_cannot_be_divided_is_refused(
+    batch: int, per_device: int | None, world: int, message: str
+) -> None:
+    with pytest.raises(UserError, match=message):
+        share_of(batch, per_device, Ranks(0, world))
+
+
+def test_the_shares_of_all_processes_make_the_batch() -> None:
+    rows = [row for rank in range(4) for row in range(32)[share_of(32, 4, Ranks(rank, 4))[0]]]
+    assert rows == list(range(32))
+    assert share_of(8, 100, Ranks()) == (slice(0, 8), 8)
+
+
+# --- the balance of the two terms
+
+
+def by_hand(update: Update, step: int = 0) -> tuple[dict[str, list[Tensor]], dict[str, Tensor]]:
+    """Gradient and value of each term of a step, by autograd."""
+    images, labels = update.batches(step)
+    host, device = generator(0, "test", step), generator(0, "test noise", step)
+    draws: Jumps = update.objective.draw(images.shape, host, device)  # type: ignore[arg-type]
+    terms = {term.name: term.value for term in update.objective.terms(images, labels, draws)}
+    weights = list(update.model.parameters())
+    found = {name: list(torch.autograd.grad(value, weights, materialize_grads=True)) for name, value in terms.items()}
+    return found, terms
+
+
+def test_the_adaptive_balance_is_the_ratio_of_gradient_norms_at_the_last_layer(update: MakeUpdate) -> None:
+    one = update(adaptive=True)
+    gradients, values = by_hand(one)
+    last = [weight is last_layer(one.model) for weight in one.model.parameters()].index(True)
+    balance = gradients["distillation"][last].norm() / (gradients["dsm"][last].norm() + 1e-4)
+    terms, _ = one.step(0)
+    torch.testing.assert_close(terms["dsm_balance"], balance, rtol=1e-5, atol=0)
+    torch.testing.assert_close(terms["loss"], (values["distillation"] + 0.7 * balance * values["dsm"]).detach())
+    for weight, a, b in zip(one.model.parameters(), gradients["distillation"], gradients["dsm"], strict=True):
+        torch.testing.assert_close(weight.grad, a + 0.7 * balance * b, rtol=1e-5, atol=1e-7)
+
+
+def test_the_fixed_balance_is_the_weight(update: MakeUpdate) -> None:
+    one = update()
+    gradients, values = by_hand(one)
+    terms, _ = one.step(0)
+    assert "dsm_balance" not in terms
+    torch.testing.assert_close(terms["loss"], (values["distillation"] + 0.7 * values["dsm"]).detach())
+    for weight, a, b in zip(one.model.parameters(), gradients["distillation"], gradients["dsm"], strict=True):
+        torch.testing.assert_close(weight.grad, a + 0.7 * b, rtol=1e-5, atol=1e-7)
+
+
+def test_the_balance_is_bounded(update: MakeUpdate) -> None:
+    """Where the DSM term has no gradient at all, its weight stays finite."""
+    one = update(adaptive=True, dsm_weight=1e-30)
+    with torch.no_grad():
+        last_layer(one.model).zero_()
+    terms, _ = one.step(0)
+    assert 0 <= terms["dsm_balance"] <= 1e4
+
+
+@pytest.mark.parametrize(
+    ("architecture", "name"),
+    [
+        ({"network": "songunet", "channel_mult": [1, 2], "num_blocks": 1, "attn_resolutions": []}, "aux_conv.weight"),
+        ({"network": "adm", "channel_mult": [1, 2], "num_blocks": 1, "attn_resolutions": []}, "out_conv.weight"),
+        ({"network": "mlp"}, "linear_out.weight"),
+    ],
+)
+def test_the_last_layer_is_the_one_that_gives_the_output(architecture: dict[str, Any], name: str) -> None:
+    size = {"img_resolution": 8, "img_channels": 1}
+    size |= {} if architecture["network"] == "mlp" else {"model_channels": 16}
+    teacher = init_denoiser({**architecture, **size}, 0)
+    for model in (teacher, student_from_teacher(teacher)):
+        found = [full for full, weight in model.named_parameters() if weight is last_layer(model)]
+        assert len(found) == 1
+        assert found[0].endswith(name)
+
+
+# --- precision
+
+
+@pytest.mark.parametrize("adaptive", [False, True])
+@pytest.mark.parametrize("precision", ["bfloat16", "float16"])
+def test_lower_precision_gives_nearly_the_same_step(update: MakeUpdate, precision: str, adaptive: bool) -> None:
+    _, terms = trained(update(adaptive=adaptive), 3)
+    _, low = trained(update(adaptive=adaptive, precision=precision), 3)
+    for a, b in zip(low, terms, strict=True):
+        assert a != b
+        assert a["dsm"] == pytest.approx(b["dsm"], rel=0.05)
+        assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=0.1)
+
+
+def test_an_overflow_of_float16_leaves_the_step_out_and_lowers_the_scale(update: MakeUpdate) -> None:
+    one = update(precision="float16")
+    before = [weight.detach().clone() for weight in one.model.parameters()]
+    scale = one.scaler.get_scale()
+    one.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**127)
+    terms, _ = one.step(0)
+    assert not torch.isfinite(terms["grad_norm"])
+    assert torch.isfinite(terms["loss"])
+    for weight, same in zip(one.model.parameters(), before, strict=True):
+        assert torch.equal(weight, same)
+    assert one.scaler.get_scale() == 2.0**126 != scale
