@@ -1,0 +1,112 @@
+"""The teacher stage with an official checkpoint: converted as it is, or one clear error. Training: tests/training."""
+
+import hashlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from tests.edm_writer import write_edm_pickle
+
+from consistency.errors import UserError
+from consistency.layout import Layout
+from consistency.nets.denoiser import Denoiser, init_denoiser
+from consistency.provenance import read_card
+from consistency.stages import student
+from consistency.stages.teacher import make_teacher
+from consistency.stages.trainer import Machine
+from consistency.study import Study
+from consistency.training.checkpoint import load_denoiser
+from consistency.training.data import load_images
+
+Tiny = Callable[..., Study]
+CPU = Machine(torch.device("cpu"))
+NAME = "edm-cifar10-32x32-uncond-vp.pkl"
+
+
+@pytest.fixture
+def official() -> Denoiser:
+    """A small network of the official kind, for the digits' shape."""
+    size = {"img_resolution": 8, "img_channels": 1, "model_channels": 8, "channel_mult": [1, 2], "num_blocks": 1}
+    return init_denoiser({"network": "songunet", "attn_resolutions": [4], "augment_dim": 9, **size}, 0).eval()
+
+
+@pytest.fixture
+def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, official: Denoiser) -> Path:
+    """A folder with that checkpoint under resources/ and its digest in the registry."""
+    monkeypatch.chdir(tmp_path)
+    file = tmp_path / "resources" / NAME
+    file.parent.mkdir()
+    write_edm_pickle(file, official)
+    entry = {"url": "http://127.0.0.1:9/x", "about": "test", "licence": "none", "digest_source": "the test"}
+    digest = hashlib.sha256(file.read_bytes()).hexdigest()
+    (tmp_path / "config").mkdir()
+    (tmp_path / "config/resources.yaml").write_text(yaml.safe_dump({NAME: {**entry, "sha256": digest}}))
+    return tmp_path
+
+
+def study_of(tiny: Tiny, **changes: Any) -> Study:
+    teacher = {"kind": "edm", "checkpoint": NAME}
+    return tiny({"teacher": teacher, "noise.sigma_data": 0.5, **changes})
+
+
+def test_a_checkpoint_is_converted_with_its_provenance(tiny: Tiny, project: Path, official: Denoiser) -> None:
+    study, layout = study_of(tiny), Layout("tiny")
+    make_teacher(study, layout, CPU)
+    found, metadata = load_denoiser(layout.teacher / "teacher.safetensors", study.key("teacher"))
+    for name, value in official.state_dict().items():
+        assert torch.equal(found.state_dict()[name], value), name
+    x = torch.randn(2, 1, 8, 8)
+    assert torch.equal(found(x, 3.0), official(x, 3.0))
+    source = project / "resources" / NAME
+    assert metadata["parents"] == {NAME: hashlib.sha256(source.read_bytes()).hexdigest()}
+    card = read_card(layout.teacher, study, "teacher")
+    assert card["measured"]["parameters"] == sum(p.numel() for p in official.parameters())
+    assert (layout.teacher / "history.jsonl").read_text() == ""
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"teacher.conditional": True}, "teacher.conditional is True, the checkpoint's is False"),
+        ({"noise.sigma_data": 0.4}, "noise.sigma_data is 0.4, the checkpoint's is 0.5"),
+        (
+            {"dataset": {"kind": "image_folder", "path": "x", "resolution": 16, "channels": 1}},
+            "dataset.resolution is 16, the checkpoint's is 8",
+        ),
+    ],
+)
+def test_a_checkpoint_that_does_not_fit_the_study_is_refused(
+    tiny: Tiny, project: Path, changes: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(UserError, match=f"{NAME} does not fit the study: {message}"):
+        make_teacher(study_of(tiny, **changes), Layout("tiny"), CPU)
+    assert not Path("results").exists()
+
+
+def test_a_missing_or_changed_checkpoint_is_refused(tiny: Tiny, project: Path) -> None:
+    path = project / "resources" / NAME
+    content = path.read_bytes()
+    path.write_bytes(content[:-1] + b"x")
+    with pytest.raises(UserError, match="sha256"):
+        make_teacher(study_of(tiny), Layout("tiny"), CPU)
+    path.unlink()
+    with pytest.raises(UserError, match=f"python -m consistency fetch {NAME}"):
+        make_teacher(study_of(tiny), Layout("tiny"), CPU)
+
+
+def test_an_official_teachers_key_does_not_depend_on_the_data(tiny: Tiny) -> None:
+    assert study_of(tiny).key("teacher") == study_of(tiny, **{"dataset.limit": 7}).key("teacher")
+    assert study_of(tiny).key("coefficients") != study_of(tiny, **{"dataset.limit": 7}).key("coefficients")
+
+
+def test_classes_of_data_and_teacher_must_agree(
+    tiny: Tiny, first_results: Layout, make_denoiser: Callable[..., Denoiser], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    teacher = make_denoiser(0, img_resolution=8, label_dim=1000)
+    monkeypatch.setattr(student, "read_teacher", lambda *_: teacher)
+    data = load_images(first_results.dataset)
+    with pytest.raises(UserError, match="conditioned on 1000 classes, the dataset has 10"):
+        student._training(tiny(), first_results, "ctm", 0, data, CPU)
