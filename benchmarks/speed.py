@@ -86,7 +86,7 @@ def main() -> None:
 
     machine = hardware()
     parameters = sum(p.numel() for p in teacher.parameters())
-    print(f"study {study.name}: {teacher.architecture["network"]}, {parameters:,} parameters, batch {batch}")
+    print(f"study {study.name}: {teacher.architecture['network']}, {parameters:,} parameters, batch {batch}")
     print(
         f"{machine['processor']}, {machine['gpus'] or 'no GPU'}, {args.threads} thread(s), torch {torch.__version__}, "
         f"Python {platform.python_version()}\n"

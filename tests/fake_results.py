@@ -17,13 +17,16 @@ import torch
 from safetensors.torch import save_file
 
 from consistency.files import atomic, sha256, write_json
-from consistency.layout import Layout
+from consistency.layout import Layout, snapshot_name
 from consistency.provenance import write_card
-from consistency.study import Study, load_study
+from consistency.stages.samples import student_samplers
+from consistency.study import OfficialTeacher, Study, load_study
 from consistency.theory.noise import log_grid
 from consistency.theory.oracles import GaussianTeacher
 
-COLUMNS = ["study", "kind", "run", "seed", "step", "sampler", "nfe", "fd", "kid", "alignment", "images", "extractor"]
+COLUMNS = ["study", "kind", "run", "seed", "ema", "step", "sampler", "nfe"]
+COLUMNS += ["fd", "kid", "alignment", "images", "extractor"]
+CALIBRATION_COLUMNS = [*COLUMNS, "published", "tolerance"]
 
 #: two students, two seeds, four points a curve; a test changes what it needs to
 SMALL = """
@@ -31,7 +34,7 @@ name: small
 title: A small study
 dataset: {kind: digits, resolution: 8, channels: 1}
 noise: {sigma_data: measured}
-teacher: {network: {kind: mlp, width: 32, depth: 2}, steps: 400, batch: 32, log_every: 100}
+teacher: {kind: trained, network: {kind: mlp, width: 32, depth: 2}, steps: 400, batch: 32, log_every: 100}
 coefficients: {times: 24, samples: 64}
 student: {nodes: 18, max_heun_steps: 8, steps: 60, batch: 16, snapshot_every: 20, log_every: 10}
 students:
@@ -74,10 +77,10 @@ def make_student(study: Study, layout: Layout, run: str, seed: int, level: float
     level *= _level(study, run, seed)
     lines = [_history_line(step, settings.batch, level, settings.objective) for step in steps]
     _write_lines(folder / "history.jsonl", lines)
-    for step in range(0, settings.steps + 1, settings.snapshot_every):
-        path = folder / "snapshots" / f"step-{step:06d}.safetensors"
-        _weights(path, study.key("student", run, seed), step)
-    _weights(folder / "student.safetensors", study.key("student", run, seed), settings.steps)
+    for rate in (None, *settings.evaluation_ema):
+        for step in range(0, settings.steps + 1, settings.snapshot_every):
+            _weights(folder / "snapshots" / snapshot_name(step, rate), study.key("student", run, seed), step)
+        _weights(layout.student_file(run, seed, rate), study.key("student", run, seed), settings.steps)
     _card(study, folder, "student", run, seed, images=settings.steps * settings.batch, seconds=lines[-1]["seconds"])
     _samples(study, layout, run, seed)
     _scores(study, layout, run, seed, level)
@@ -111,6 +114,13 @@ def _dataset(study: Study, layout: Layout) -> None:
 
 def _teacher(study: Study, layout: Layout) -> None:
     settings = study.teacher
+    if isinstance(settings, OfficialTeacher):
+        _write_lines(layout.teacher / "history.jsonl", [])
+        _weights(layout.teacher / "teacher.safetensors", study.key("teacher"), 0)
+        write_card(
+            layout.teacher, study, "teacher", started=0.0, inputs=[], outputs=[], measured={"parameters": 55_733_891}
+        )
+        return
     steps = range(settings.log_every, settings.steps + 1, settings.log_every)
     lines = [_history_line(step, settings.batch, 1.0, None) for step in steps]
     _write_lines(layout.teacher / "history.jsonl", lines)
@@ -143,30 +153,37 @@ def _samples(study: Study, layout: Layout, run: str | None, seed: int | None) ->
     folder, sampling = layout.samples(run, seed), study.sampling
     names = ["heun"]
     if run is not None:
-        names = [f"nfe{nfe}" for nfe in sampling.nfe]
-        names += [f"gamma{gamma}-nfe{nfe}" for gamma in sampling.gamma for nfe in sampling.gamma_nfe]
+        names = [sampler.name for sampler in student_samplers(study, run)]
     for name in names:
         _save_array(folder / f"{name}.npy", _images(study, sampling.count, f"{run} {seed} {name}"))
     _card(study, folder, "samples", run, seed)
 
 
 def _scores(study: Study, layout: Layout, run: str, seed: int, level: float) -> None:
+    """Further EMA rates score better, by a tenth each."""
+    settings, rows = study.resolved(run), []
+    for k, rate in enumerate((settings.ema_rate, *settings.evaluation_ema)):
+        rows += _rate_rows(study, run, seed, rate, level * 0.9**k, main=k == 0)
+    write_scores(layout.scores(run, seed), rows)
+
+
+def _rate_rows(study: Study, run: str, seed: int, rate: float, level: float, main: bool) -> list[dict[str, Any]]:
     settings, scores = study.resolved(run), study.scores
     endpoint = settings.objective == "endpoint"
     sampler, rows = "multistep" if endpoint else "jumps", []
-    common = {"study": study.name, "run": run, "seed": seed, "extractor": _extractor(study)}
+    common = {"study": study.name, "run": run, "seed": seed, "ema": rate, "extractor": _extractor(study)}
     for step in range(0, settings.steps + 1, settings.snapshot_every):
         for nfe in scores.curve_nfe:
             values = _values(step, nfe, level, aligned=not endpoint or nfe == 1)
             place = {"kind": "curve", "step": step, "sampler": sampler, "nfe": nfe, "images": scores.curve_count}
             rows.append(common | place | values)
     final = [(sampler, nfe, not endpoint or nfe == 1) for nfe in study.sampling.nfe]
-    if not endpoint:
+    if main and not endpoint:
         final += [(f"gamma={g:g}", nfe, False) for g in study.sampling.gamma for nfe in study.sampling.gamma_nfe]
     for name, nfe, aligned in final:
         place = {"kind": "final", "step": settings.steps, "sampler": name, "nfe": nfe, "images": study.sampling.count}
         rows.append(common | place | _values(settings.steps, nfe, level, aligned))
-    write_scores(layout.scores(run, seed), rows)
+    return rows
 
 
 def _calibration(study: Study, layout: Layout) -> None:
@@ -177,17 +194,17 @@ def _calibration(study: Study, layout: Layout) -> None:
         "extractor": _extractor(study),
     }
     heun = 2 * study.sampling.teacher_steps - 1
-    rows = [
-        common | {"run": "data", "sampler": "halves", "nfe": 0, "fd": 0.4, "kid": 0.0001},
-        common | {"run": "teacher", "sampler": "heun", "nfe": heun, "fd": 1.1, "kid": 0.0008},
-    ]
-    write_scores(layout.scores(None, None), rows)
+    teacher = {"run": "teacher", "sampler": "heun", "nfe": heun, "fd": 1.1, "kid": 0.0008}
+    if study.scores.teacher_fid is not None:
+        teacher |= {"published": study.scores.teacher_fid, "tolerance": study.scores.teacher_fid_tolerance}
+    rows = [common | {"run": "data", "sampler": "halves", "nfe": 0, "fd": 0.4, "kid": 0.0001}, common | teacher]
+    write_scores(layout.scores(None, None), rows, CALIBRATION_COLUMNS)
 
 
-def write_scores(path: Path, rows: list[dict[str, Any]]) -> None:
+def write_scores(path: Path, rows: list[dict[str, Any]], columns: list[str] = COLUMNS) -> None:
     """A score table; a missing value is an empty cell."""
     with atomic(path) as temporary, temporary.open("w", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+        writer = csv.DictWriter(file, columns, lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
 
@@ -220,8 +237,11 @@ def _history_line(step: int, batch: int, level: float, objective: str | None) ->
         terms["distillation"] = 0.6 * fall
     if objective == "trajectory":
         terms["dsm"] = 0.2 * fall
-    speed = {"images_per_second": 10.0 * batch, "seconds": round(step / 10, 3)}
-    return {"step": step, **terms, "grad_norm": 2 * fall, **speed}
+    speed = {"images_per_second": 10.0 * batch, "seconds": round(step / 10, 3), "peak_memory_mib": 700.0 + step}
+    parts = {"time_data": 0.001, "time_forward": 0.02, "time_backward": 0.03, "time_optimizer": 0.005}
+    if objective is not None:
+        parts["time_teacher"] = 0.2
+    return {"step": step, **terms, "grad_norm": 2 * fall, **speed, **parts}
 
 
 def _images(study: Study, count: int, name: str) -> np.ndarray[Any, np.dtype[np.uint8]]:

@@ -9,13 +9,16 @@ from consistency.analysis import (
     Curves,
     bootstrap,
     curves_of,
+    ema_table,
     final_table,
     iterations_to,
     mean_interval,
+    of_main_rate,
     paired_ratio,
     paired_ratios,
     speed_up,
     speed_ups,
+    step_costs,
 )
 
 STEPS = np.arange(0, 1100, 100)
@@ -176,3 +179,40 @@ def test_only_the_second_half_counts() -> None:
     assert paired_ratio(baseline, student)[0] == pytest.approx(0.5)
     found = paired_ratios(table({"cm": baseline, "other": student}), {"cm": "cm", "other": "cm"}, [2])
     assert [(item.run, item.measure) for item in found] == [("other", "fd")]
+
+
+def several_rates() -> pd.DataFrame:
+    """Two students of three rates, the main one 0.9 and 0.99, and the calibration."""
+    rows = [
+        {"kind": "final", "run": run, "seed": seed, "ema": rate, "sampler": sampler, "nfe": nfe, "fd": fd, "images": 7}
+        for run in ("b", "a")
+        for seed in (0, 1)
+        for rate, fd in ((0.9, 1.0 + seed), (0.99, 2.0 + seed), (0.5, 3.0 + seed))
+        for sampler, nfe in (("jumps", 2), ("jumps", 10), ("gamma=1.0", 2))
+    ]
+    rows.append({"kind": "calibration", "run": "teacher", "sampler": "heun", "nfe": 35, "fd": 0.5, "images": 7})
+    return pd.DataFrame(rows).assign(kid=0.5, alignment=np.nan)
+
+
+def test_the_main_rate_is_each_students_own_and_the_calibration_has_none() -> None:
+    main = of_main_rate(several_rates(), {"a": 0.9, "b": 0.99})
+    assert set(zip(main.run, main.ema.fillna(0), strict=True)) == {("a", 0.9), ("b", 0.99), ("teacher", 0)}
+    assert len(main) == 2 * 2 * 3 + 1
+    assert final_table(main).set_index(["run", "sampler", "nfe"]).fd["b", "jumps", 2] == 2.5
+
+
+def test_the_ema_table_has_a_row_a_student_jumps_and_rate() -> None:
+    found = ema_table(several_rates())
+    rates = [0.5, 0.9, 0.99]
+    assert list(zip(found.run, found.nfe, found.ema, strict=True)) == [
+        (run, nfe, rate) for run in ("b", "a") for nfe in (2, 10) for rate in rates
+    ]
+    assert found.fd.tolist() == [3.5, 1.5, 2.5] * 4
+    assert set(found.seeds) == {2}
+
+
+def test_step_costs_are_means_over_trainings_and_the_largest_memory() -> None:
+    timed = [pd.DataFrame({"step": [1, 2], "time_data": [0.1, 0.3], "peak_memory_mib": [10, top]}) for top in (5, 20)]
+    found = step_costs({"a": timed, "b": [pd.DataFrame({"step": [1], "loss": [1.0]})]})
+    assert found.to_dict("records") == [{"run": "a", "data": pytest.approx(0.2), "peak_memory_mib": 20}]
+    assert step_costs({"b": [pd.DataFrame({"step": [1]})]}).empty

@@ -1,27 +1,31 @@
 """Distances between feature sets against closed forms, and the extractors they are measured with."""
 
 import hashlib
+import shutil
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import yaml
 from torch import Tensor, nn
 
 from consistency.errors import UserError
 from consistency.features import (
-    INCEPTION_FILE,
+    INCEPTION,
     Extractor,
     Statistics,
     classifier_extractor,
     frechet_distance,
     inception_extractor,
     kernel_distance,
+    regrouped,
 )
 from consistency.layout import Layout
 from consistency.nets.classifier import Classifier
-from consistency.stages.extractor import _train_classifier, make_extractor
+from consistency.stages.extractor import _train_classifier, make_extractor, open_extractor, read_data_statistics
 from consistency.study import Study
 from consistency.training.data import load_images
 
@@ -80,6 +84,60 @@ def test_statistics_are_those_of_numpy_in_float64() -> None:
     np.testing.assert_allclose(found.mean, features.astype(np.float64).mean(0), rtol=1e-12)
 
 
+@pytest.mark.parametrize("piece", [1, 64, 1000, 5000])
+def test_statistics_gathered_piece_by_piece_are_those_of_numpy(piece: int) -> None:
+    """Correlated features far from 0, as Inception's are not, so that sums about 0 would lose nine digits."""
+    draws = np.random.default_rng(0)
+    features = (30 + draws.normal(0, 0.01, (3000, 12)) @ draws.normal(size=(12, 12))).astype(np.float32)
+    pieces = (features[i : i + piece] for i in range(0, 3000, piece))
+    found = Statistics.gather(pieces, 3000, 100)
+    expected = np.cov(features.astype(np.float64), rowvar=False)
+    np.testing.assert_allclose(found.covariance, expected, rtol=1e-9, atol=1e-9 * np.abs(expected).min())
+    np.testing.assert_allclose(found.mean, features.astype(np.float64).mean(0), rtol=1e-12)
+    whole = Statistics.of(features)
+    assert np.array_equal(found.covariance, whole.covariance)  # the pieces do not even change the last bit
+
+
+def test_some_features_are_kept_evenly_spread() -> None:
+    features = np.arange(2000, dtype=np.float32)[:, None].repeat(2, 1)
+
+    def kept(keep: int) -> np.ndarray:
+        return Statistics.gather((features[i : i + 7] for i in range(0, 2000, 7)), 2000, keep).features[:, 0]
+
+    assert np.array_equal(kept(10), np.arange(0, 2000, 200))
+    assert np.array_equal(kept(2000), kept(5000))
+    assert np.array_equal(kept(2000), features[:, 0])
+    gaps = np.diff(kept(1500))
+    assert len(gaps) == 1499
+    assert set(gaps) == {1.0, 2.0}
+
+
+def test_memory_depends_on_what_is_kept_alone() -> None:
+    def peak(total: int) -> int:
+        pieces = (np.ones((1000, 16), np.float32) for _ in range(total // 1000))
+        tracemalloc.start()
+        Statistics.gather(pieces, total, 100)
+        found = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        return found
+
+    assert peak(200_000) < peak(2_000) + 1_000_000  # bytes; the features alone are 12.8 MB
+
+
+@pytest.mark.parametrize("said", [9, 11, 1])
+def test_statistics_of_fewer_images_than_announced_are_refused(said: int) -> None:
+    with pytest.raises(ValueError, match="as many as announced"):
+        Statistics.gather([np.ones((10, 2), np.float32)[: 1 if said == 1 else 10]], said, 5)
+
+
+def test_rows_are_regrouped_whole_and_in_order() -> None:
+    chunks = [np.arange(0, 3), np.arange(3, 17), np.arange(17, 17), np.arange(17, 20)]
+    found = list(regrouped(chunks, 8))
+    assert [len(group) for group in found] == [8, 8, 4]
+    assert np.array_equal(np.concatenate(found), np.arange(20))
+    assert list(regrouped([], 8)) == []
+
+
 # --- kernel distance
 
 
@@ -101,6 +159,18 @@ def test_kernel_distance_is_unbiased() -> None:
     assert abs(np.mean(same)) < 3 * np.std(same) / np.sqrt(60)
     assert min(same) < 0 < max(same)
     assert kernel_distance(normal(200, 0), normal(200, 1, shift=1.0), 1, 200) > 20 * np.std(same)
+
+
+def test_kernel_distance_reads_only_the_rows_it_needs(tmp_path: Path) -> None:
+    """From float32 on disk, with the numbers of float64 in memory."""
+    from cleanfid.fid import kernel_distance as whole
+
+    a, b = normal(100, 0), normal(100, 1)
+    np.save(tmp_path / "a.npy", a.features)
+    mapped = Statistics(a.mean, a.covariance, np.load(tmp_path / "a.npy", mmap_mode="r"))
+    found = kernel_distance(mapped, b, 3, 20, seed=4)
+    np.random.seed(4)  # noqa: NPY002
+    assert found == whole(*(s.features.astype(np.float64) for s in (a, b)), num_subsets=3, max_subset_size=20)
 
 
 def test_kernel_distance_is_a_function_of_its_seed_and_leaves_numpys_generator_alone() -> None:
@@ -137,13 +207,32 @@ def test_the_trained_classifiers_features_have_mean_square_1(tiny: Callable[...,
 
 
 def test_the_extractor_stage_is_deterministic(tiny: Callable[..., Study], first_results: Layout) -> None:
-    path = first_results.extractor / "features.npy"
+    paths = [first_results.extractor / name for name in ("features.npy", "statistics.npz")]
     torch.manual_seed(1)
     make_extractor(tiny(), first_results, CPU)
-    first = path.read_bytes()
+    first = [path.read_bytes() for path in paths]
     torch.manual_seed(2)
     make_extractor(tiny(), first_results, CPU)
-    assert path.read_bytes() == first
+    assert [path.read_bytes() for path in paths] == first
+
+
+def test_the_extractor_stage_keeps_some_features_and_the_statistics_of_all(
+    tiny: Callable[..., Study], first_results: Layout, tmp_path: Path
+) -> None:
+    shutil.copytree(first_results.dataset, tmp_path / "results/tiny/dataset")
+    layout = Layout("tiny", tmp_path / "results")
+    make_extractor(tiny(), layout, CPU)
+    whole = read_data_statistics(tiny(), layout)
+    some = tiny({"scores.kid_images": 50})
+    make_extractor(some, layout, CPU)
+    found = read_data_statistics(some, layout)
+    assert np.array_equal(found.mean, whole.mean)
+    assert np.array_equal(found.covariance, whole.covariance)
+    assert (len(whole.features), len(found.features)) == (200, 50)
+    assert np.array_equal(found.features, whole.features[::4])
+    (layout.extractor / "statistics.npz").write_bytes(b"PK")
+    with pytest.raises(UserError, match=r"statistics\.npz is damaged .*: run `extractor` again"):
+        read_data_statistics(some, layout)
 
 
 # --- Inception, played by a small network of the same interface
@@ -169,19 +258,17 @@ class Inception(nn.Module):
 
 
 @pytest.fixture
-def weights(tmp_path: Path) -> tuple[Path, str]:
-    path = tmp_path / INCEPTION_FILE
+def weights(tmp_path: Path) -> Path:
+    path = tmp_path / INCEPTION
     with pytest.warns(DeprecationWarning):
         torch.jit.script(Inception()).save(str(path))
-    return path, hashlib.sha256(path.read_bytes()).hexdigest()
+    return path
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.parametrize("mode", ["legacy_tensorflow", "clean"])
-def test_both_modes_give_2048_features_without_a_network(
-    weights: tuple[Path, str], mode: str, no_network: None
-) -> None:
-    extract = inception_extractor(weights[0], mode, CPU, weights[1])
+def test_both_modes_give_2048_features_without_a_network(weights: Path, mode: str, no_network: None) -> None:
+    extract = inception_extractor(weights, mode, CPU)
     assert extract.name == f"inception-{mode}"
     images = np.zeros((3, 8, 8, 3), np.uint8)
     images[0], images[1], images[2] = (255, 0, 0), (0, 255, 0), (128, 128, 128)
@@ -195,20 +282,32 @@ def test_both_modes_give_2048_features_without_a_network(
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.parametrize("mode", ["legacy_tensorflow", "clean"])
-def test_grey_images_are_repeated_to_three_channels(weights: tuple[Path, str], mode: str) -> None:
-    extract = inception_extractor(weights[0], mode, CPU, weights[1])
+def test_grey_images_are_repeated_to_three_channels(weights: Path, mode: str) -> None:
+    extract = inception_extractor(weights, mode, CPU)
     grey = np.random.default_rng(0).integers(0, 256, (5, 8, 8, 1), dtype=np.uint8)
     assert np.array_equal(extract(grey), extract(np.repeat(grey, 3, axis=3)))
 
 
-def test_missing_weights_are_named_with_the_verb_that_stages_them(tmp_path: Path, no_network: None) -> None:
-    with pytest.raises(UserError, match="is missing: run `python -m consistency stage-inception`") as error:
-        inception_extractor(tmp_path / INCEPTION_FILE, "clean", CPU)
-    assert str(tmp_path) in str(error.value)
-
-
-def test_other_weights_are_refused_before_they_are_opened(tmp_path: Path) -> None:
-    path = tmp_path / INCEPTION_FILE
-    path.write_bytes(b"not torchscript")
-    with pytest.raises(UserError, match=r"has sha256 [0-9a-f]{64}, not f58cb9b6.*: delete it and stage it again"):
-        inception_extractor(path, "clean", CPU)
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_study_opens_the_weights_only_after_their_digest_was_checked(
+    weights: Path,
+    tiny: Callable[..., Study],
+    first_results: Layout,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    no_network: None,
+) -> None:
+    entry = {"url": "http://127.0.0.1:9/x", "about": "x", "licence": "x", "digest_source": "x"}
+    entry["sha256"] = hashlib.sha256(weights.read_bytes()).hexdigest()
+    monkeypatch.chdir(tmp_path)
+    for folder in ("config", "resources"):
+        Path(folder).mkdir()
+    Path("config/resources.yaml").write_text(yaml.safe_dump({INCEPTION: entry}))
+    study, data = tiny({"scores.extractor": "inception"}), load_images(first_results.dataset)
+    with pytest.raises(UserError, match=rf"{INCEPTION} is missing: run `python -m consistency fetch {INCEPTION}`"):
+        open_extractor(study, first_results, data, CPU)
+    staged = weights.rename(Path("resources") / INCEPTION)
+    assert open_extractor(study, first_results, data, CPU)(np.array(data.images[:2])).shape == (2, 2048)
+    staged.write_bytes(b"not torchscript")
+    with pytest.raises(UserError, match=r"has sha256 [0-9a-f]{64}, not "):
+        open_extractor(study, first_results, data, CPU)

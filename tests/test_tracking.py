@@ -331,6 +331,39 @@ def test_an_endpoint_students_sampler_is_its_own(project: Project) -> None:
     assert not any("coefficients" in folder for _, folder in uploads["report"].files)
 
 
+def test_further_ema_rates_are_metrics_with_a_suffix(project: Project) -> None:
+    text = SMALL.replace("steps: 60,", "steps: 60, evaluation_ema: [0.9999],")
+    study = make_study(Path("other"), "rates", text)
+    layout = Layout(study.name)
+    make_results(study, layout)
+    make_report(study, layout)
+    uploads = {upload.name: upload for upload in plan(study, layout)}
+    alone = next(upload for upload in plan(project.study, project.layout) if upload.name == "ctm seed 0")
+    values = {(point.key, point.step): point.value for point in uploads["ctm seed 0"].points}
+    scores = {(p.key, p.step): p.value for p in alone.points if not p.key.startswith(("training/", "cost/"))}
+    assert {key: values[key] for key in scores} == scores
+    rows = [row for row in read_scores(layout.scores("ctm", 0)) if row["ema"] == "0.9999" and row["nfe"] == "2"]
+    assert values["final/fd/nfe2-ema0.9999", 0] == float(next(r["fd"] for r in rows if r["kind"] == "final"))
+    assert values["fd/nfe2-ema0.9999", 20] == float(next(r["fd"] for r in rows if r["step"] == "20"))
+    assert not any("gamma" in key and "ema" in key for key, _ in values)
+    assert "| nfe2-ema0.9999 |" in uploads["ctm"].note
+
+
+def test_an_official_teacher_has_no_history_and_no_training_time(project: Project) -> None:
+    text = SMALL.replace("{sigma_data: measured}", "{sigma_data: 0.5}").replace(
+        "{kind: trained, network: {kind: mlp, width: 32, depth: 2}, steps: 400, batch: 32, log_every: 100}",
+        "{kind: edm, checkpoint: edm-cifar10-32x32-uncond-vp.pkl}",
+    )
+    study = make_study(Path("other"), "official", text)
+    layout = Layout(study.name)
+    make_results(study, layout)
+    make_report(study, layout)
+    teacher = plan(study, layout)[0]
+    assert teacher.params["checkpoint"] == "edm-cifar10-32x32-uncond-vp.pkl"
+    assert teacher.params["dataset.kind"] == "digits"
+    assert {"cost/parameters", "final/fd/heun-nfe35"} <= {point.key for point in teacher.points}
+
+
 @pytest.mark.parametrize(
     ("missing", "verb"),
     [

@@ -1,8 +1,10 @@
 """Numbers of the report from score tables: means with intervals over seeds, and speed-ups. No file, no figure.
 
-A score table has the columns study, kind, run, seed, step, sampler, nfe, fd, kid, alignment, images, extractor.
+A score table has the columns study, kind, run, seed, ema, step, sampler, nfe, fd, kid, alignment, images, extractor.
+All comparisons are of one EMA rate a student, the main one.
 """
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,6 +14,8 @@ from scipy import stats
 Array = np.ndarray
 
 MEASURES = ("fd", "kid", "alignment")
+#: what a student is meant to be sampled with; others are named gamma=...
+OWN_SAMPLERS = ("jumps", "multistep")
 
 
 def mean_interval(values: Array, level: float = 0.95) -> tuple[float, float]:
@@ -21,6 +25,20 @@ def mean_interval(values: Array, level: float = 0.95) -> tuple[float, float]:
         return float(values.mean()), float("nan")
     spread = values.std(ddof=1) / np.sqrt(len(values))
     return float(values.mean()), float(stats.t.ppf(0.5 + level / 2, len(values) - 1) * spread)
+
+
+def of_main_rate(scores: pd.DataFrame, rates: Mapping[str, float]) -> pd.DataFrame:
+    """The rows of each student's main EMA rate (run -> rate), and those that are no student's."""
+    return scores[scores.ema.isna() | (scores.ema == scores.run.map(rates))]
+
+
+def ema_table(scores: pd.DataFrame) -> pd.DataFrame:
+    """One row a student, number of jumps and EMA rate at the end of training, as in `final_table`; its own sampler."""
+    own = scores[scores.sampler.isin(OWN_SAMPLERS) & (scores.kind == "final")]
+    tables = [final_table(rows).assign(ema=rate) for rate, rows in own.groupby("ema", sort=False)]
+    order = {run: k for k, run in enumerate(dict.fromkeys(own.run))}
+    table = pd.concat(tables, ignore_index=True)
+    return table.sort_values(["run", "nfe", "ema"], key=lambda c: c.map(order) if c.name == "run" else c)
 
 
 def final_table(scores: pd.DataFrame) -> pd.DataFrame:
@@ -40,6 +58,22 @@ def final_table(scores: pd.DataFrame) -> pd.DataFrame:
             mean, half = mean_interval(values) if len(values) else (float("nan"), float("nan"))
             row |= {measure: mean, f"{measure}_half_width": half}
         rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def step_costs(histories: Mapping[str, Sequence[pd.DataFrame]]) -> pd.DataFrame:
+    """One row a student: seconds a step in each timed part, mean over its trainings, and the largest peak memory, MiB.
+
+    Empty where no training was timed.
+    """
+    rows = []
+    for run, tables in histories.items():
+        lines = pd.concat(tables, ignore_index=True)
+        names = [str(name) for name in lines if str(name).startswith("time_")]
+        timed = {name.removeprefix("time_"): lines[name].mean() for name in names}
+        if timed:
+            peak = {"peak_memory_mib": lines["peak_memory_mib"].max()} if "peak_memory_mib" in lines else {}
+            rows.append({"run": run} | timed | peak)
     return pd.DataFrame(rows)
 
 

@@ -1,24 +1,20 @@
 """Feature extractors and the distances between two sets of features, through clean-fid."""
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from consistency.errors import UserError
-from consistency.files import sha256
 from consistency.nets.classifier import Classifier
 from consistency.training.data import to_signed
 
 Array = np.ndarray
 
-#: the weights clean-fid uses (stylegan2-ada's TorchScript of the 2015 network), and their published digest
-INCEPTION_FILE = "inception-2015-12-05.pt"
-INCEPTION_URL = f"https://nvlabs-fi-cdn.nvidia.com/stylegan2-ada-pytorch/pretrained/metrics/{INCEPTION_FILE}"
-INCEPTION_SHA256 = "f58cb9b6ec323ed63459aa4fb441fe750cfe39fafad6da5cb504a16f19e958f4"
+#: the resource with the weights clean-fid uses, and the name it opens them by
+INCEPTION = "inception-2015-12-05.pt"
 
 
 @dataclass(frozen=True)
@@ -31,8 +27,28 @@ class Extractor:
 
     def __call__(self, images: Array) -> Array:
         """Features float32 [N, d] of uint8 images [N, H, W, C]."""
-        starts = range(0, len(images), self.batch_size)
-        return np.concatenate([self.batch(np.array(images[i : i + self.batch_size])) for i in starts])
+        return np.concatenate(list(self.pieces([images])))
+
+    def pieces(self, chunks: Iterable[Array]) -> Iterator[Array]:
+        """Features of images that come in chunks [n, H, W, C], a batch at a time."""
+        return map(self.batch, regrouped(chunks, self.batch_size))
+
+
+def regrouped(chunks: Iterable[Array], size: int) -> Iterator[Array]:
+    """The rows of all chunks in copies of `size` rows, the last one shorter: what is computed of them does not depend
+    on how they came."""
+    waiting: list[Array] = []
+    rows = 0
+    for chunk in chunks:
+        for start in range(0, len(chunk), size):
+            waiting.append(chunk[start : start + size])
+            rows += len(waiting[-1])
+            if rows >= size:
+                whole = np.concatenate(waiting)
+                yield whole[:size]
+                waiting, rows = [whole[size:]], rows - size
+    if rows:
+        yield np.concatenate(waiting)
 
 
 def classifier_extractor(model: Classifier, device: torch.device) -> Extractor:
@@ -46,16 +62,8 @@ def classifier_extractor(model: Classifier, device: torch.device) -> Extractor:
     return Extractor("classifier", batch)
 
 
-def inception_extractor(weights: Path, mode: str, device: torch.device, digest: str = INCEPTION_SHA256) -> Extractor:
-    """clean-fid's Inception in mode legacy_tensorflow or clean, on staged weights only.
-
-    Raises UserError when the weights are missing or are not the ones of that sha256.
-    """
-    if not weights.exists():
-        raise UserError(f"{weights} is missing: run `python -m consistency stage-inception` (or put it there by hand)")
-    found = sha256(weights)
-    if found != digest:
-        raise UserError(f"{weights} has sha256 {found}, not {digest}: delete it and stage it again")
+def inception_extractor(weights: Path, mode: str, device: torch.device) -> Extractor:
+    """clean-fid's Inception in mode legacy_tensorflow or clean. weights: a file named INCEPTION."""
     from cleanfid.inception_torchscript import InceptionV3W
     from cleanfid.resize import build_resizer
 
@@ -74,7 +82,7 @@ def inception_extractor(weights: Path, mode: str, device: torch.device, digest: 
 
 @dataclass(frozen=True)
 class Statistics:
-    """Mean [d] and covariance [d, d] in float64, and the features themselves [N, d] for KID."""
+    """Mean [d] and covariance [d, d] in float64 of all features, and some of the features themselves [n, d] for KID."""
 
     mean: Array
     covariance: Array
@@ -82,8 +90,48 @@ class Statistics:
 
     @classmethod
     def of(cls, features: Array) -> "Statistics":
-        """Statistics of features [N, d]."""
-        return cls(features.mean(0, dtype=np.float64), np.cov(features.astype(np.float64), rowvar=False), features)
+        """Statistics of features [N, d], all of which are kept."""
+        return cls.gather([features], len(features), len(features))
+
+    @classmethod
+    def gather(cls, pieces: Iterable[Array], total: int, keep: int) -> "Statistics":
+        """Statistics of features that come in pieces [n, d], `total` rows in all; `keep` of them, evenly spread, are
+        kept. Memory depends on `keep` and d alone.
+
+        Sums are taken about the mean of the first rows, in float64: as good as two passes. Raises ValueError for fewer
+        than two rows, or if there are not `total`.
+        """
+        wanted = np.arange(min(keep, total), dtype=np.int64) * total // min(keep, total)
+        kept: list[Array] = []
+        seen, center, first, second = 0, np.empty(0), np.empty(0), np.empty(0)
+        for piece in regrouped(pieces, _PIECE):
+            rows = piece.astype(np.float64)
+            if not seen:
+                center = rows.mean(0)
+                first, second = np.zeros_like(center), np.zeros((len(center), len(center)))
+            rows -= center
+            first += rows.sum(0)
+            second += rows.T @ rows
+            low, high = np.searchsorted(wanted, (seen, seen + len(piece)))
+            kept.append(piece[wanted[low:high] - seen])
+            seen += len(piece)
+        if seen != total or total < 2:
+            raise ValueError(f"statistics need at least two rows and as many as announced ({total}), got {seen}")
+        covariance = (second - np.outer(first, first) / seen) / (seen - 1)
+        return cls(center + first / seen, covariance, np.concatenate(kept))
+
+
+_PIECE = 1024  # rows that are multiplied at once
+
+
+class _Rows:
+    """Features whose rows are read, and made float64, only when they are asked for."""
+
+    def __init__(self, features: Array) -> None:
+        self._features, self.shape = features, features.shape
+
+    def __getitem__(self, rows: Array) -> Array:
+        return self._features[rows].astype(np.float64)
 
 
 def frechet_distance(a: Statistics, b: Statistics) -> float:
@@ -103,7 +151,7 @@ def kernel_distance(a: Statistics, b: Statistics, subsets: int, subset_size: int
     before = np.random.get_state()  # noqa: NPY002 (clean-fid draws from numpy's global generator)
     np.random.seed(seed)  # noqa: NPY002
     try:
-        features = (x.features.astype(np.float64) for x in (a, b))
+        features = (_Rows(x.features) for x in (a, b))
         return float(kernel_distance(*features, num_subsets=subsets, max_subset_size=subset_size))
     finally:
         np.random.set_state(before)  # noqa: NPY002

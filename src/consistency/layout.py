@@ -4,6 +4,21 @@ from dataclasses import dataclass
 from pathlib import Path
 
 
+def ema_suffix(rate: float | None) -> str:
+    """What a further EMA rate adds to a file's name; nothing for the main one (None)."""
+    return "" if rate is None else f"-ema{rate}"
+
+
+def snapshot_name(step: int, rate: float | None = None) -> str:
+    """The file of a training's snapshot; rate: a further EMA rate."""
+    return f"step-{step:06d}{ema_suffix(rate)}.safetensors"
+
+
+def sampler_name(nfe: int, gamma: float | None = None, rate: float | None = None) -> str:
+    """The file, without .npy, of a student's samples: gamma for gamma-sampling, rate for a further EMA rate."""
+    return f"{'' if rate is None else f'ema{rate}-'}{'' if gamma is None else f'gamma{gamma}-'}nfe{nfe}"
+
+
 @dataclass(frozen=True)
 class Layout:
     """Paths of one study. results: the folder of all studies' results; state: that of all training states."""
@@ -34,7 +49,7 @@ class Layout:
 
     @property
     def extractor(self) -> Path:
-        """What the scores measure with: the classifier or the data's features, card.json."""
+        """What the scores measure with: the classifier, the data's statistics, some of its features, card.json."""
         return self.root / "scores" / "extractor"
 
     @property
@@ -48,8 +63,12 @@ class Layout:
         return self.root / "track"
 
     def student(self, run: str, seed: int) -> Path:
-        """student.safetensors, history.jsonl, snapshots/, card.json."""
+        """student.safetensors and those of further EMA rates, history.jsonl, snapshots/, card.json."""
         return self.root / "students" / run / f"seed{seed}"
+
+    def student_file(self, run: str, seed: int, rate: float | None = None) -> Path:
+        """A student's checkpoint; rate: a further EMA rate."""
+        return self.student(run, seed) / f"student{ema_suffix(rate)}.safetensors"
 
     def samples(self, run: str | None, seed: int | None) -> Path:
         """One .npy a sampler, card.json; the teacher's without a run."""
@@ -64,3 +83,13 @@ class Layout:
     def training_state(self, run: str, seed: int) -> Path:
         """The resumable state of a training; run is 'teacher' or a student. Never a declared output."""
         return self.state / self.study / run / f"seed{seed}"
+
+    def sampling_state(self, run: str | None, seed: int | None) -> Path:
+        """The resumable state of a sampling: parts and progress.json; the teacher's without a run."""
+        folder = self.state / self.study / "samples"
+        return folder / "teacher" if run is None else folder / run / f"seed{seed}"
+
+    @property
+    def measured_calibration(self) -> Path:
+        """What a calibration measured that was refused: JSON, never a declared output."""
+        return self.state / self.study / "calibration.json"

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 from consistency.errors import UserError
 from consistency.files import read_json, sha256
+from consistency.history import read_history
 from consistency.layout import Layout
 from consistency.provenance import read_card
 from consistency.study import Study
@@ -82,7 +83,7 @@ def plan(study: Study, layout: Layout) -> list[Upload]:
 def _teacher(study: Study, layout: Layout) -> Upload:
     card = read_card(layout.teacher, study, "teacher")
     table = layout.scores(None, None)
-    history = _history(layout.teacher / "history.jsonl", "teacher")
+    history = read_history(layout.teacher / "history.jsonl", "teacher")
     started, ended = _training_time(card)
     points = _history_points(history, started) + _cost(card, ended)
     for row in _rows(table, "calibration"):
@@ -90,7 +91,8 @@ def _teacher(study: Study, layout: Layout) -> Upload:
         own = row["run"] == "teacher"
         name = f"heun-nfe{row['nfe']}" if own else f"{row['run']}-{row['sampler']}"
         points += _measured(row, "final/" if own else "calibration/", name, ended, 0)
-    settings = study.settings("teacher")
+    # Those of its samples: an official checkpoint depends on neither noise nor dataset.
+    settings = study.settings("samples")
     return Upload(
         name="teacher",
         role="teacher",
@@ -113,19 +115,20 @@ def _seed(study: Study, layout: Layout, run: str, seed: int, differing: list[str
     folder, table = layout.student(run, seed), layout.scores(run, seed)
     verb = f"--run {run} --seed {seed}"
     card = read_card(folder, study, "student", run, seed)
-    history = _history(folder / "history.jsonl", f"student {verb}")
+    history = read_history(folder / "history.jsonl", f"student {verb}")
     started, ended = _training_time(card)
     seconds = {line["step"]: line["seconds"] for line in history} | {0: 0.0}
     points = _history_points(history, started) + _cost(card, ended)
+    main = study.resolved(run).ema_rate
     for row in _rows(table, f"scores {verb}"):
         if row["kind"] == "curve":
             step = int(row["step"])
             # At the training time of the snapshot, so that the page's time axis is training time.
             at = started + round(1000 * seconds[step]) if step in seconds else ended
-            points += _measured(row, "", _sampler(row), at, step)
+            points += _measured(row, "", _sampler(row, main), at, step)
         else:
             # A value without a curve stands at step 0: MLflow then draws bars, one a run.
-            points += _measured(row, "final/", _sampler(row), ended, 0)
+            points += _measured(row, "final/", _sampler(row, main), ended, 0)
     return Upload(
         name=f"{run} seed {seed}",
         role="seed",
@@ -244,20 +247,13 @@ def _milliseconds(card: dict[str, Any]) -> int:
 
 
 def _training_time(card: dict[str, Any]) -> tuple[int, int]:
-    """Start and end of a training as if it had not been interrupted."""
+    """Start and end of a training as if it had not been interrupted; of a teacher that was only converted, of that."""
     ended = _milliseconds(card)
-    return ended - round(1000 * card["measured"]["seconds"]), ended
+    return ended - round(1000 * card["measured"].get("seconds", card["seconds"])), ended
 
 
 def _cost(card: dict[str, Any], ended: int) -> list[Point]:
     return [Point(f"cost/{name}", float(value), ended, 0) for name, value in sorted(card["measured"].items())]
-
-
-def _history(path: Path, made_by: str) -> list[dict[str, Any]]:
-    try:
-        return [json.loads(line) for line in _text(path, made_by).splitlines()]
-    except ValueError as error:
-        raise UserError(f"{path} is damaged ({error}): delete it and run `{made_by}` again") from None
 
 
 def _history_points(history: list[dict[str, Any]], started: int) -> list[Point]:
@@ -281,10 +277,12 @@ def _text(path: Path, made_by: str) -> str:
         raise UserError(f"cannot read {path} ({error.strerror}): run `python -m consistency {made_by}` first") from None
 
 
-def _sampler(row: dict[str, str]) -> str:
-    """nfe2 for the student's own sampler, gamma1-nfe2 for another; MLflow's names may not hold an '='."""
+def _sampler(row: dict[str, str], main: float) -> str:
+    """nfe2 for the student's own sampler, gamma1-nfe2 for another, nfe2-ema0.9999 for an EMA rate that is not the main
+    one; MLflow's names may not hold an '='."""
     own = row["sampler"] in ("jumps", "multistep")
-    return ("" if own else re.sub(r"[^\w.-]", "", row["sampler"]) + "-") + f"nfe{row['nfe']}"
+    rate = "" if float(row["ema"]) == main else f"-ema{row['ema']}"
+    return ("" if own else re.sub(r"[^\w.-]", "", row["sampler"]) + "-") + f"nfe{row['nfe']}{rate}"
 
 
 def _measured(row: dict[str, str], prefix: str, sampler: str, time: int, step: int) -> list[Point]:

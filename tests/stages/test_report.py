@@ -1,18 +1,23 @@
 """The report from a made-up study: everything is there, self-contained, with N and seeds."""
 
+import html
 import json
 import re
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 from tests.fake_results import SMALL, make_results, make_study
 
 from consistency.analysis import SpeedUp
 from consistency.errors import UserError
 from consistency.layout import Layout
-from consistency.stages.report import make_report, print_summary, read_scores, sentence
+from consistency.stages.page import write_page
+from consistency.stages.report import _summary, make_report, print_summary
+from consistency.stages.results import read_cards, read_histories, read_results, read_scores
 from consistency.study import Study
+from consistency.wording import sentence, teacher_line
 
 ONE_SEED = SMALL.replace("seeds: [0, 1]", "seeds: [3]")
 PLAIN = SMALL.replace("  analytic: {preconditioning: analytic}", "  bcm: {preconditioning: bcm}")
@@ -28,6 +33,15 @@ LARGE = (
     )
     .replace("{trajectory: ctm}", "{trajectory: ctm, endpoint: cm}")
 )
+RATES = SMALL.replace("steps: 60,", "steps: 60, evaluation_ema: [0.9, 0.9999],")
+OFFICIAL = (
+    SMALL.replace("noise: {sigma_data: measured}", "noise: {sigma_data: 0.5}")
+    .replace(
+        "{kind: trained, network: {kind: mlp, width: 32, depth: 2}, steps: 400, batch: 32, log_every: 100}",
+        "{kind: edm, checkpoint: edm-cifar10-32x32-uncond-vp.pkl}",
+    )
+    .replace("{extractor: classifier,", "{extractor: inception, teacher_fid: 1.05,")
+)
 
 
 def made(folder: Path, text: str = SMALL) -> tuple[Study, Layout]:
@@ -37,7 +51,9 @@ def made(folder: Path, text: str = SMALL) -> tuple[Study, Layout]:
     return study, layout
 
 
-@pytest.mark.parametrize("text", [SMALL, ONE_SEED, PLAIN, LARGE], ids=["two", "one seed", "no fit", "six students"])
+@pytest.mark.parametrize(
+    "text", [SMALL, ONE_SEED, PLAIN, LARGE, RATES], ids=["two", "one seed", "no fit", "six students", "EMA rates"]
+)
 def test_the_page_is_whole_and_loads_nothing(tmp_path: Path, text: str) -> None:
     study, layout = made(tmp_path, text)
     make_report(study, layout)
@@ -66,6 +82,72 @@ def test_the_tables_are_numbers_for_machines(tmp_path: Path) -> None:
     # Endpoint students know no s between: their alignment is measured at one jump only.
     assert "alignment nfe1" in summary["speed_up"]["analytic-endpoint"]
     assert "alignment nfe2" not in summary["speed_up"]["analytic-endpoint"]
+
+
+def text_of(study: Study, layout: Layout) -> str:
+    """What a reader of the page reads, without pictures and tags."""
+    results, histories = read_results(study, layout), read_histories(study, layout)
+    page = write_page(study, layout, results, read_cards(study, layout), histories, pictures=[])
+    page = re.sub(r"<style.*?</style>", "", page, flags=re.S)
+    return html.unescape(re.sub(r"\s+", " ", re.sub(r"<[^>]*>", " ", page)))
+
+
+def test_further_rates_are_a_table_and_change_nothing_else(tmp_path: Path) -> None:
+    alone, several = made(tmp_path / "alone"), made(tmp_path / "several", RATES)
+    for study, layout in (alone, several):
+        make_report(study, layout)
+    for name in ("table.csv", "speedup.csv", "paired.csv", "summary.json"):
+        assert (several[1].report / name).read_bytes() == (alone[1].report / name).read_bytes(), name
+    for path in (alone[1].report / "figures").glob("*.png"):
+        assert path.read_bytes() == (several[1].report / "figures" / path.name).read_bytes()
+    table = pd.read_csv(several[1].report / "ema.csv")
+    assert list(zip(table.run, table.nfe, table.ema, strict=True)) == [
+        (run, nfe, rate) for run in ("ctm", "analytic") for nfe in (1, 2, 5) for rate in (0.9, 0.999, 0.9999)
+    ]
+    assert "EMA rates" in text_of(*several) and "0.9999" in text_of(*several)
+    assert "EMA rates" not in text_of(*alone)
+    assert not (alone[1].report / "ema.csv").exists()
+    assert len(pd.read_csv(several[1].report / "scores.csv").ema.dropna().unique()) == 3
+
+
+def test_scores_without_a_rate_that_the_study_asks_for_are_refused(tmp_path: Path) -> None:
+    _, layout = made(tmp_path)
+    with pytest.raises(UserError, match=r"seed0\.csv was made with other settings"):
+        read_scores(make_study(tmp_path, text=RATES), layout)
+
+
+def test_an_official_teacher_and_its_published_score_come_first(tmp_path: Path) -> None:
+    study, layout = made(tmp_path, OFFICIAL)
+    page = text_of(study, layout)
+    line = "Teacher: FID 1.10 (published 1.05, tolerance 0.1; 96 images, clean-fid legacy_tensorflow, seeds 0-95)"
+    assert page.split("A small study", 2)[2].strip().startswith(line)
+    assert "Teacher: official EDM checkpoint edm-cifar10-32x32-uncond-vp.pkl, 55,733,891 parameters." in page
+    assert "not FID" not in page
+    calibration = _summary(read_results(study, layout))["calibration"]
+    assert calibration["teacher heun"] == {"fd": 1.1, "kid": 0.0008, "published": 1.05}
+
+
+def test_where_the_time_of_a_step_goes_is_said(tmp_path: Path) -> None:
+    study, layout = made(tmp_path)
+    page = text_of(study, layout)
+    assert "student data forward backward optimizer teacher peak memory, MiB" in page
+    assert "analytic 1.0 20.0 30.0 5.0 200.0 760" in page
+    for history in layout.root.glob("students/*/*/history.jsonl"):
+        lines = [json.loads(line) for line in history.read_text().splitlines()]
+        kept = [{k: v for k, v in line.items() if not k.startswith(("time_", "peak_"))} for line in lines]
+        history.write_text("".join(json.dumps(line) + "\n" for line in kept))
+    assert "peak memory" not in text_of(study, layout)
+
+
+@pytest.mark.parametrize(
+    ("published", "says"),
+    [
+        ({}, "Teacher: FD 12.35, not FID (1,797 images, classifier features, seeds 0-1796)"),
+        ({"published": np.nan}, "Teacher: FD 12.35, not FID (1,797 images, classifier features, seeds 0-1796)"),
+    ],
+)
+def test_the_teachers_line(tmp_path: Path, published: dict[str, float], says: str) -> None:
+    assert teacher_line({"fd": 12.3456, "images": 1797, **published}, make_study(tmp_path)) == says
 
 
 def test_the_same_results_give_the_same_files(tmp_path: Path) -> None:
@@ -109,12 +191,14 @@ def test_scores_of_other_settings_are_refused(tmp_path: Path, changed: str, to: 
     assert len(read_scores(study, layout)) > 0
 
 
-def test_figures_of_an_earlier_report_are_removed(tmp_path: Path) -> None:
+def test_what_only_an_earlier_report_had_is_removed(tmp_path: Path) -> None:
     study, layout = made(tmp_path, PLAIN)
     (layout.report / "figures").mkdir(parents=True)
-    (layout.report / "figures" / "coefficients.png").touch()
+    stale = [layout.report / "figures" / "coefficients.png", layout.report / "ema.csv"]
+    for path in stale:
+        path.touch()
     make_report(study, layout)
-    assert not (layout.report / "figures" / "coefficients.png").exists()
+    assert not any(path.exists() for path in stale)
 
 
 def found(bound: str, value: float, low: float, high: float) -> SpeedUp:

@@ -1,22 +1,45 @@
 """Image i comes from seed i: the same in whatever batch, however many others are drawn."""
 
-from collections.abc import Callable
+import errno
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from consistency.errors import UserError
 from consistency.layout import Layout
 from consistency.nets.denoiser import Denoiser, student_from_teacher
+from consistency.nets.mlp import MLP
+from consistency.provenance import read_card
 from consistency.seeding import ImageNoise
-from consistency.stages.samples import Sampler, draw, heun_sampler, jump_sampler, make_samples, student_samplers
+from consistency.stages.samples import (
+    Sampler,
+    draw,
+    heun_sampler,
+    jump_sampler,
+    make_samples,
+    prepared,
+    student_samplers,
+)
 from consistency.study import Study
 from consistency.theory.preconditioning import build_preconditioning
-from consistency.training.checkpoint import save_denoiser
+from consistency.training.checkpoint import load_denoiser, save_denoiser
 from consistency.training.data import to_bytes
+from consistency.training.loop import Interrupted
 
 Tiny = Callable[..., Study]
+CPU = torch.device("cpu")
 CTM = build_preconditioning("ctm", 0.5)
 
 
@@ -63,10 +86,12 @@ def test_a_conditional_study_starts_from_the_same_latents() -> None:
 
 SAMPLERS: dict[str, Callable[[Study, Denoiser], Sampler]] = {
     "heun": lambda study, model: heun_sampler(study, model),
+    "churn": lambda study, model: heun_sampler(study, model),
     "nfe1": lambda study, model: jump_sampler(study, "ctm", model, CTM, 1),
     "nfe3": lambda study, model: jump_sampler(study, "ctm", model, CTM, 3),
     "gamma": lambda study, model: jump_sampler(study, "ctm", model, CTM, 3, 0.8),
 }
+CHURN = {"s_churn": 3.0, "s_min": 0.05, "s_max": 50.0, "s_noise": 1.003}
 
 
 @pytest.mark.parametrize("name", SAMPLERS)
@@ -75,11 +100,14 @@ def test_images_do_not_depend_on_the_batch_nor_on_the_count(
     tiny: Tiny, make_denoiser: Callable[..., Denoiser], name: str, label_dim: int
 ) -> None:
     model = make_denoiser(0, label_dim=label_dim).eval()
-    if name != "heun":
+    if name not in ("heun", "churn"):
         model = student_from_teacher(model).eval()
+    churn = {"sampling.teacher_churn": CHURN} if name == "churn" else {}
+    # The last bits of the network grow where noise is added to values near 80.
+    tolerance = 1e-4 if churn else 1e-5
 
     def drawn(batch: int, count: int) -> torch.Tensor:
-        study = tiny({"sampling.batch": batch, "sampling.count": 80})
+        study = tiny({"sampling.batch": batch, "sampling.count": 80, **churn})
         return images(study, model, SAMPLERS[name](study, model), count)
 
     reference = drawn(64, 64)
@@ -87,10 +115,32 @@ def test_images_do_not_depend_on_the_batch_nor_on_the_count(
     for batch, count in ((1, 9), (7, 64), (64, 20), (64, 64)):
         same = drawn(batch, count)
         assert len(same) == count
-        torch.testing.assert_close(same, reference[:count], rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(same, reference[:count], rtol=tolerance, atol=tolerance)
         difference = to_bytes(same).astype(int) - to_bytes(reference[:count])
         assert np.abs(difference).max() <= 1
     assert torch.equal(drawn(64, 64), reference)
+
+
+class NoNumberRead(TorchDispatchMode):
+    """Fails where a tensor's value is read by Python: on a GPU that waits for all the work before it."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        aten = torch.ops.aten
+        read = (aten._local_scalar_dense.default, aten.item.default, aten.is_nonzero.default, aten.equal.default)
+        assert func not in read, "a value was read back"
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_no_sampler_reads_a_number_back(tiny: Tiny, make_denoiser: Callable[..., Denoiser], name: str) -> None:
+    model = make_denoiser().eval()
+    study = tiny({"sampling.teacher_churn": CHURN} if name == "churn" else {})
+    sampler = SAMPLERS[name](study, model if name in ("heun", "churn") else student_from_teacher(model).eval())
+    noise = ImageNoise(range(4), (1, 4, 4))
+    with torch.inference_mode(), NoNumberRead():
+        sampler(noise)
+        with pytest.raises(AssertionError, match="read back"):
+            bool((noise.latents == 0).all())
 
 
 def test_a_label_changes_the_image(tiny: Tiny, make_denoiser: Callable[..., Denoiser]) -> None:
@@ -121,32 +171,270 @@ def test_one_jump_is_the_consistency_function(tiny: Tiny, make_denoiser: Callabl
         assert torch.equal(jump_sampler(tiny(), "ctm", model, CTM, 1)(noise), expected)
 
 
-def test_only_trajectory_students_have_gamma_samplers(tiny: Tiny, make_denoiser: Callable[..., Denoiser]) -> None:
-    model = student_from_teacher(make_denoiser()).eval()
+def test_churn_changes_the_images_but_not_the_endpoints_of_the_ode(
+    tiny: Tiny, make_denoiser: Callable[..., Denoiser]
+) -> None:
+    model, noise = make_denoiser().eval(), lambda: ImageNoise(range(4), (1, 4, 4))
+    plain, churned = tiny(), tiny({"sampling.teacher_churn": CHURN})
+    assert not torch.equal(heun_sampler(plain, model)(noise()), heun_sampler(churned, model)(noise()))
+    assert torch.equal(heun_sampler(plain, model, 6)(noise()), heun_sampler(churned, model, 6)(noise()))
+
+
+def test_with_churn_the_state_is_float64_and_the_network_is_not(
+    tiny: Tiny, make_denoiser: Callable[..., Denoiser]
+) -> None:
+    model, seen = make_denoiser().eval(), []
+    model.model.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].dtype))
+    end = heun_sampler(tiny({"sampling.teacher_churn": CHURN}), model)(ImageNoise(range(4), (1, 4, 4)))
+    assert (end.dtype, set(seen)) == (torch.float64, {torch.float32})
+
+
+def test_the_precision_is_the_networks_alone(tiny: Tiny, make_denoiser: Callable[..., Denoiser]) -> None:
+    noise = ImageNoise(range(16), (1, 4, 4))
+    exact, coarse = (
+        heun_sampler(study, prepared(study, make_denoiser().eval()))(noise)
+        for study in (tiny(), tiny({"sampling.precision": "bfloat16"}))
+    )
+    assert coarse.dtype == torch.float32
+    assert 1e-5 < (exact - coarse).abs().max() < 0.2
+
+
+def test_only_trajectory_students_have_gamma_samplers(tiny: Tiny) -> None:
     trajectory = tiny({"sampling.gamma": [0.5, 1.0], "sampling.gamma_nfe": [2, 4]})
-    names = {"nfe1", "nfe2", "nfe5"}
-    gammas = {f"gamma{g}-nfe{n}" for g in (0.5, 1.0) for n in (2, 4)}
-    assert set(student_samplers(trajectory, "ctm", model, CTM)) == names | gammas
+    names = ["nfe1", "nfe2", "nfe5"]
+    gammas = [f"gamma{g}-nfe{n}" for g in (0.5, 1.0) for n in (2, 4)]
+    assert [sampler.name for sampler in student_samplers(trajectory, "ctm")] == [*gammas, *names]
     endpoint = tiny({"student.objective": "endpoint", "report": {}})
-    assert set(student_samplers(endpoint, "ctm", model, CTM)) == names
+    assert [sampler.name for sampler in student_samplers(endpoint, "ctm")] == names
 
 
-def test_the_stage_writes_every_sampler_as_bytes(tiny: Tiny, first_results: Layout, tmp_path: Path) -> None:
+def test_further_ema_rates_are_drawn_without_gamma(tiny: Tiny) -> None:
+    study = tiny({"student.evaluation_ema": [0.9, 0.9999]})
+    names = [f"ema{rate}-nfe{n}" for rate in (0.9, 0.9999) for n in (1, 2, 5)]
+    assert [sampler.name for sampler in student_samplers(study, "ctm")] == [
+        *names,
+        "gamma1.0-nfe2",
+        "nfe1",
+        "nfe2",
+        "nfe5",
+    ]
+
+
+# --- the stage
+
+
+@pytest.fixture
+def results(first_results: Layout, tmp_path: Path) -> Layout:
+    """Dataset, teacher and coefficients in folders of one's own."""
+    shutil.copytree(first_results.results, tmp_path / "results")
+    return Layout("tiny", tmp_path / "results", tmp_path / "state")
+
+
+def make_student(study: Study, layout: Layout, run: str = "analytic") -> None:
+    """A student at every rate, each with weights of its own."""
+    teacher = load_denoiser(layout.teacher / "teacher.safetensors")[0]
+    for k, rate in enumerate((None, *study.resolved(run).evaluation_ema)):
+        student = student_from_teacher(teacher)
+        with torch.no_grad():
+            for weight in student.parameters():
+                weight += 0.05 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(k))
+        metadata = {"key": study.key("student", run, 0), "study": "tiny"}
+        save_denoiser(layout.student_file(run, 0, rate), student, metadata)
+
+
+def drawn(layout: Layout, run: str | None = None) -> dict[str, bytes]:
+    folder = layout.samples(run, None if run is None else 0)
+    return {path.name: path.read_bytes() for path in folder.glob("*.npy")}
+
+
+def test_the_stage_writes_every_sampler_as_bytes(tiny: Tiny, results: Layout) -> None:
     study = tiny()
-    make_samples(study, first_results, None, None, torch.device("cpu"))
-    by_teacher = np.load(first_results.samples(None, None) / "heun.npy")
+    make_samples(study, results, None, None, CPU)
+    by_teacher = np.load(results.samples(None, None) / "heun.npy")
     assert by_teacher.shape == (80, 8, 8, 1)
     assert by_teacher.dtype == np.uint8
-    student = student_from_teacher(_teacher(first_results))
-    path = first_results.student("analytic", 0) / "student.safetensors"
-    save_denoiser(path, student, {"key": study.key("student", "analytic", 0), "study": "tiny"})
-    make_samples(study, first_results, "analytic", 0, torch.device("cpu"))
-    folder = first_results.samples("analytic", 0)
+    make_student(study, results)
+    make_samples(study, results, "analytic", 0, CPU)
+    folder = results.samples("analytic", 0)
     names = {"nfe1.npy", "nfe2.npy", "nfe5.npy", "gamma1.0-nfe2.npy", "card.json"}
     assert {entry.name for entry in folder.iterdir()} == names
+    card = read_card(folder, study, "samples", "analytic", 0)
+    assert {Path(path).name for path in card["inputs"]} == {"student.safetensors", "coefficients.npz"}
+    assert not results.sampling_state("analytic", 0).exists()
 
 
-def _teacher(layout: Layout) -> Denoiser:
-    from consistency.training.checkpoint import load_denoiser
+def test_each_rates_samples_come_from_its_own_weights(tiny: Tiny, results: Layout) -> None:
+    study = tiny({"student.evaluation_ema": [0.9]})
+    make_student(study, results)
+    make_samples(study, results, "analytic", 0, CPU)
+    found = drawn(results, "analytic")
+    assert set(found) == {"nfe1.npy", "nfe2.npy", "nfe5.npy", "gamma1.0-nfe2.npy"} | {
+        f"ema0.9-nfe{n}.npy" for n in (1, 2, 5)
+    }
+    assert found["nfe1.npy"] != found["ema0.9-nfe1.npy"]
+    alone = tiny()
+    make_student(alone, results)
+    make_samples(alone, results, "analytic", 0, CPU)
+    assert drawn(results, "analytic")["nfe2.npy"] == found["nfe2.npy"]
 
-    return load_denoiser(layout.teacher / "teacher.safetensors")[0]
+
+def test_a_missing_rate_is_named_with_its_verb(tiny: Tiny, results: Layout) -> None:
+    study = tiny({"student.evaluation_ema": [0.9]})
+    make_student(tiny(), results)
+    with pytest.raises(
+        UserError, match=r"student-ema0\.9\.safetensors is missing: run .* student --run analytic --seed 0"
+    ):
+        make_samples(study, results, "analytic", 0, CPU)
+
+
+class Stop:
+    """Called before every evaluation of any network: does something at the one of that number."""
+
+    def __init__(self, at: int, action: Callable[[], object]) -> None:
+        self.evaluations, self.at, self.action = 0, at, action
+
+    def __call__(self, *_: object) -> None:
+        self.evaluations += 1
+        if self.evaluations == self.at:
+            self.action()
+
+
+@contextmanager
+def evaluations(at: int = 0, action: Callable[[], object] = lambda: None) -> Iterator[Stop]:
+    stop = Stop(at, action)
+    hook = torch.nn.modules.module.register_module_forward_pre_hook(
+        lambda module, _: stop() if isinstance(module, MLP) else None
+    )
+    try:
+        yield stop
+    finally:
+        hook.remove()
+
+
+SMALL_BATCHES = {"sampling.batch": 7}  # 80 images in 12 batches, of 7 evaluations for the teacher
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
+def test_a_stopped_sampling_goes_on_where_it_was(tiny: Tiny, results: Layout, signum: int) -> None:
+    study = tiny(SMALL_BATCHES)
+    make_samples(study, results, None, None, CPU)
+    expected = drawn(results)
+    shutil.rmtree(results.samples(None, None))
+    with evaluations(40, lambda: os.kill(os.getpid(), signum)), pytest.raises(Interrupted) as caught:
+        make_samples(study, results, None, None, CPU)
+    # In the middle of the sixth batch: it leaves at the next evaluation.
+    assert caught.value.signum == signum
+    assert "samples teacher: stopped at image 35 of 80, state saved" in str(caught.value)
+    assert not results.samples(None, None).exists()
+    with evaluations() as rest:
+        make_samples(study, results, None, None, CPU)
+    assert rest.evaluations == 7 * (12 - 5)
+    assert drawn(results) == expected
+    assert not results.sampling_state(None, None).exists()
+
+
+def test_a_stopped_student_keeps_the_samplers_that_are_done(tiny: Tiny, results: Layout) -> None:
+    study = tiny({**SMALL_BATCHES, "student.evaluation_ema": [0.9]})
+    make_student(study, results)
+    with evaluations() as all_of_them:
+        make_samples(study, results, "analytic", 0, CPU)
+    expected = drawn(results, "analytic")
+    shutil.rmtree(results.samples("analytic", 0))
+    stop = all_of_them.evaluations - 100
+    with evaluations(stop, lambda: os.kill(os.getpid(), signal.SIGTERM)), pytest.raises(Interrupted):
+        make_samples(study, results, "analytic", 0, CPU)
+    with evaluations() as rest:
+        make_samples(study, results, "analytic", 0, CPU)
+    assert 100 <= rest.evaluations <= 100 + 5
+    assert drawn(results, "analytic") == expected
+
+
+def test_what_other_weights_or_settings_drew_is_not_used(tiny: Tiny, results: Layout) -> None:
+    study = tiny(SMALL_BATCHES)
+    with evaluations(40, lambda: os.kill(os.getpid(), signal.SIGTERM)), pytest.raises(Interrupted):
+        make_samples(study, results, None, None, CPU)
+    assert json.loads((results.sampling_state(None, None) / "progress.json").read_text())["done"] == {"heun": 35}
+    other = tiny({**SMALL_BATCHES, "sampling.teacher_churn": CHURN})
+    with evaluations() as run:
+        make_samples(other, results, None, None, CPU)
+    assert run.evaluations == 7 * 12
+    with evaluations(40, lambda: os.kill(os.getpid(), signal.SIGTERM)), pytest.raises(Interrupted):
+        make_samples(other, results, None, None, CPU)
+    path = results.teacher / "teacher.safetensors"
+    model, metadata = load_denoiser(path)
+    save_denoiser(path, model, {"key": metadata["key"], "study": "of another day"})
+    with evaluations() as run:
+        make_samples(other, results, None, None, CPU)
+    assert run.evaluations == 7 * 12
+
+
+def test_a_disk_that_is_too_small_is_said_before_anything_is_drawn(
+    tiny: Tiny, results: Layout, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with evaluations() as run, pytest.raises(UserError, match=r"cannot write .*heun\.npy: No space left on device"):
+        make_samples(tiny(), results, None, None, CPU)
+    assert run.evaluations == 0
+
+
+PROCESS = """
+import os, signal, sys
+from pathlib import Path
+import torch, torch.distributed as dist
+from consistency.layout import Layout
+from consistency.stages import parts
+from consistency.stages.samples import make_samples
+from consistency.study import load_study
+from consistency.training.distributed import Ranks
+
+folder, rank, world, kill_at = Path(sys.argv[1]), *map(int, sys.argv[2:])
+torch.set_num_threads(1)
+parts.RECORD_EVERY = 0.0
+ranks = Ranks(rank, world)
+if world > 1:
+    dist.init_process_group("gloo", f"file://{folder}/meeting", rank=rank, world_size=world)
+seen = 0
+
+def count(module, _):
+    global seen
+    seen += type(module).__name__ == "MLP"
+    if seen == kill_at:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+torch.nn.modules.module.register_module_forward_pre_hook(count)
+study = load_study(folder / "tiny.yaml")
+make_samples(study, Layout("tiny", folder / "results", folder / "state"), None, None, torch.device("cpu"), ranks)
+print("evaluations", seen)
+"""
+
+
+def start(folder: Path, rank: int = 0, world: int = 1, kill_at: int = -1) -> subprocess.Popen[str]:
+    words = [sys.executable, "-c", PROCESS, str(folder), str(rank), str(world), str(kill_at)]
+    source = str(Path(__file__).parents[2] / "src")
+    variables = os.environ | {"PYTHONPATH": source, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(words, env=variables, stdout=subprocess.PIPE, text=True)
+
+
+def test_a_killed_sampling_and_a_shared_one_have_the_same_bits(
+    write_study: Callable[..., Path], tiny: Tiny, results: Layout, tmp_path: Path
+) -> None:
+    """kill -9 in the middle; then two processes do the rest between them."""
+    write_study(SMALL_BATCHES)
+    study = tiny(SMALL_BATCHES)
+    make_samples(study, results, None, None, CPU)
+    expected = drawn(results)
+    shutil.rmtree(results.samples(None, None))
+    killed = start(tmp_path, kill_at=31)
+    killed.communicate(timeout=120)
+    assert killed.returncode == -signal.SIGKILL
+    assert json.loads((results.sampling_state(None, None) / "progress.json").read_text())["done"] == {"heun": 28}
+    both = [start(tmp_path, rank, 2) for rank in (0, 1)]
+    said = [process.communicate(timeout=120)[0] for process in both]
+    assert [process.returncode for process in both] == [0, 0]
+    # 8 batches are left: 4 a process.
+    assert said == ["evaluations 28\n"] * 2
+    assert drawn(results) == expected
+    read_card(results.samples(None, None), study, "samples")

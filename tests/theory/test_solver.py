@@ -1,6 +1,7 @@
 """The solver's order, the grids' ends and the samplers, on ODEs with closed forms."""
 
 import itertools
+import math
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ import torch
 from consistency.theory.noise import ctm_dsm_sigma, edm_weight, log_grid, rho_grid
 from consistency.theory.oracles import GaussianTeacher
 from consistency.theory.preconditioning import ctm
-from consistency.theory.sampler import multistep
+from consistency.theory.sampler import Churn, Fresh, multistep, stochastic_heun
 from consistency.theory.solver import expand, heun_solve, heun_step
 
 TEACHER = GaussianTeacher(torch.tensor([0.04, 0.25, 1.0], dtype=torch.float64))
@@ -22,9 +23,8 @@ def start(count: int = 5) -> torch.Tensor:
 def test_heun_is_of_order_two() -> None:
     x = start()
     exact = TEACHER.flow(x, 10.0, 0.1)
-    errors = [
-        (heun_solve(TEACHER, x, list(log_grid(nodes, 0.1, 10.0))) - exact).abs().max().item() for nodes in (41, 81, 161)
-    ]
+    grids = [log_grid(nodes, 0.1, 10.0).tolist() for nodes in (41, 81, 161)]
+    errors = [(heun_solve(TEACHER, x, times) - exact).abs().max().item() for times in grids]
     orders = np.log2(np.array(errors[:-1]) / np.array(errors[1:]))
     assert bool((abs(orders - 2) < 0.15).all()), orders
 
@@ -39,10 +39,9 @@ def test_each_image_may_have_its_own_times() -> None:
 
 def test_a_last_time_of_zero_is_the_denoiser_itself() -> None:
     x = start()
-    times = torch.tensor([10.0, 1.0, 0.0], dtype=torch.float64)
     t = torch.ones(len(x), dtype=torch.float64)
     middle = heun_step(TEACHER, x, 10 * t, t)
-    torch.testing.assert_close(heun_solve(TEACHER, x, list(times)), TEACHER(middle, t))
+    torch.testing.assert_close(heun_solve(TEACHER, x, [10.0, 1.0, 0.0]), TEACHER(middle, t))
 
 
 def test_rho_grid_is_the_published_one() -> None:
@@ -73,7 +72,7 @@ def test_gamma_zero_is_plain_jumps_and_needs_no_noise() -> None:
     for t, s in itertools.pairwise(times):
         ones = torch.ones(len(x), dtype=torch.float64)
         expected = jump(expected, t * ones, s * ones)
-    torch.testing.assert_close(multistep(jump, x, times), expected)
+    torch.testing.assert_close(multistep(jump, x, times.tolist()), expected)
 
 
 @pytest.mark.parametrize("gamma", [0.3, 1.0])
@@ -83,7 +82,7 @@ def test_gamma_sampling_restores_the_noise_level(gamma: float) -> None:
     count = 200_000
     data = torch.sqrt(TEACHER.variances) * torch.randn(count, 3, dtype=torch.float64, generator=generator)
     x = data + 5 * torch.randn(count, 3, dtype=torch.float64, generator=generator)
-    times = rho_grid(4, 0.002, 5.0)
+    times = rho_grid(4, 0.002, 5.0).tolist()
 
     def jump(x: torch.Tensor, t: torch.Tensor, s: torch.Tensor) -> torch.Tensor:
         return TEACHER.flow(x, t[0].item(), s[0].item())
@@ -93,6 +92,74 @@ def test_gamma_sampling_restores_the_noise_level(gamma: float) -> None:
 
     end = multistep(jump, x, times, gamma, fresh)
     torch.testing.assert_close(end.var(0), TEACHER.variances, rtol=0.02, atol=0)
+
+
+# --- EDM's stochastic sampler
+
+
+def noise_of(seed: int, count: int) -> Fresh:
+    generator = torch.Generator().manual_seed(seed)
+    return lambda: torch.randn(count, 3, dtype=torch.float64, generator=generator)
+
+
+@pytest.mark.parametrize(
+    ("churn", "t", "raised"),
+    [
+        (Churn(40, 0.05, 50, 1.003), 1.0, 1 + 40 / 256),
+        (Churn(40, 0.05, 50, 1.003), 0.05, 0.05 * (1 + 40 / 256)),
+        (Churn(40, 0.05, 50, 1.003), 50.1, 50.1),
+        (Churn(40, 0.05, 50, 1.003), 0.049, 0.049),
+        (Churn(1e6, 0, 1e9, 1), 2.0, 2 * math.sqrt(2)),
+    ],
+)
+def test_churn_raises_the_time_inside_its_range_by_at_most_root_two(churn: Churn, t: float, raised: float) -> None:
+    assert churn.raised(t, 256) == pytest.approx(raised, rel=1e-15)
+
+
+@pytest.mark.parametrize("churn", [Churn(0, 0, 1e9, 1), Churn(40, 200, 300, 1)])
+def test_without_added_noise_it_is_the_ode_solver(churn: Churn) -> None:
+    def never() -> torch.Tensor:
+        raise AssertionError("noise was asked for")
+
+    x, times = start(), [*rho_grid(9, 0.002, 80.0).tolist(), 0.0]
+    assert torch.equal(stochastic_heun(TEACHER, x, times, churn, never), heun_solve(TEACHER, x, times))
+
+
+def test_two_steps_of_it_written_out() -> None:
+    """Karras et al. 2022, algorithm 2; the second time lies outside the range of added noise."""
+    x, fresh = start(), noise_of(1, 5)
+    found = stochastic_heun(TEACHER, x, [10.0, 1.0, 0.0], Churn(0.5, 5, 50, 1.1), noise_of(1, 5))
+    ones = torch.ones(len(x), dtype=torch.float64)
+    hat = 10 * (1 + 0.25)
+    x = x + math.sqrt(hat**2 - 10**2) * 1.1 * fresh()
+    slope = (x - TEACHER(x, hat * ones)) / hat
+    ahead = x + (1 - hat) * slope
+    x = x + (1 - hat) * (slope + (ahead - TEACHER(ahead, ones)) / 1) / 2
+    torch.testing.assert_close(found, TEACHER(x, ones))
+
+
+@pytest.mark.parametrize(("deviation", "right"), [(1.0, True), (1.3, False)])
+def test_churn_keeps_the_marginals(deviation: float, right: bool) -> None:
+    """Of an exact teacher, with many steps: noise is added and removed in equal amounts. With too much of it the data
+    is too wide."""
+    count = 50_000
+    x = torch.sqrt(TEACHER.variances + 20**2) * noise_of(0, count)()
+    churn = Churn(20, 0.05, 50, deviation)
+    end = stochastic_heun(TEACHER, x, [*rho_grid(200, 0.002, 20.0).tolist(), 0.0], churn, noise_of(1, count))
+    off = (end.var(0) / TEACHER.variances - 1).abs().max()
+    assert (off < 0.02) == right
+
+
+def test_each_step_costs_two_evaluations_and_the_last_one() -> None:
+    times = []
+
+    def counted(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        times.append(t[0].item())
+        return TEACHER(x, t)
+
+    stochastic_heun(counted, start(), [*rho_grid(8, 0.002, 80.0).tolist(), 0.0], Churn(40, 0, 100, 1), noise_of(0, 5))
+    assert len(times) == 2 * 8 - 1
+    assert min(times) > 0
 
 
 def test_edm_weight_and_ctm_s_levels() -> None:

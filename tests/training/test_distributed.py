@@ -103,7 +103,7 @@ def test_two_processes_are_one_with_twice_the_batch(trainer: Callable[..., Train
 
 
 def test_stopped_on_two_processes_it_goes_on_with_one(trainer: Callable[..., Trainer]) -> None:
-    """SIGTERM to torchrun, as Slurm or Snakemake send it: all processes leave at the same step, and the state serves any
+    """SIGTERM to torchrun, as Slurm sends it: all processes leave at the same step, and the state serves any
     number of them."""
     changes = {**CHANGES, "student.steps": 200, "student.snapshot_every": 200, "student.log_every": 20}
     whole, parts = trainer("whole", changes), trainer("parts", changes)

@@ -19,6 +19,8 @@ from safetensors.torch import load_file
 
 ROOT = Path(__file__).resolve().parents[2]
 COPIED = ["Snakefile", "Makefile", "environment.yml", "config", "profiles", "workflow", "src"]
+#: keys of a history that no run can repeat begin so: times, speeds, memory
+UNREPEATABLE = ("seconds", "images_per_second", "time_", "peak_")
 OUTSIDE = ("CONSISTENCY_", "SNAKEMAKE_", "MLFLOW_", "PYTEST_", "MAKE", "MFLAGS")
 
 
@@ -110,7 +112,7 @@ def _said(file: Path) -> Any:
             return {name: array.tobytes() for name, array in arrays.items()}
     if file.suffix == ".jsonl":
         lines = [json.loads(line) for line in file.read_text().splitlines()]
-        return [{k: v for k, v in line.items() if k not in ("seconds", "images_per_second")} for line in lines]
+        return [{k: v for k, v in line.items() if not k.startswith(UNREPEATABLE)} for line in lines]
     return file.read_bytes()
 
 

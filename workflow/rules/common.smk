@@ -1,5 +1,6 @@
 import os
 import platform
+import re
 import sys
 from pathlib import Path
 
@@ -15,7 +16,8 @@ PATH = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH",
 os.environ.update(PYTHONPATH=SOURCE, PATH=PATH, CONSISTENCY_SUPERVISOR=SUPERVISOR)
 
 from consistency.errors import UserError
-from consistency.study import FITTED, Study, load_study
+from consistency.resources import registry, resource_path
+from consistency.study import FITTED, OfficialTeacher, Study, load_study
 
 
 def load_studies() -> dict[str, Study]:
@@ -35,7 +37,16 @@ def load_studies() -> dict[str, Study]:
         raise SystemExit(f"error: {error}") from None
 
 
+def known_resources() -> str:
+    """A pattern of the registry's names; a mistake in it stops before any work."""
+    try:
+        return "|".join(re.escape(name) for name in registry())
+    except UserError as error:
+        raise SystemExit(f"error: {error}") from None
+
+
 STUDIES = load_studies()
+RESOURCES = known_resources()
 
 
 wildcard_constraints:
@@ -70,16 +81,43 @@ def environment(wildcards) -> str | None:
     return "consistency-distillation" if wanted else None
 
 
+def archive_if_used(wildcards) -> list[str]:
+    """CIFAR-10's archive, for a study that reads it and does not say where it is."""
+    dataset = study_of(wildcards).dataset
+    used = dataset.kind == "cifar10" and dataset.path is None
+    return [str(resource_path("cifar-10-python.tar.gz"))] if used else []
+
+
+def teacher_sources(wildcards) -> list[str]:
+    """The dataset, for a teacher that is trained; the official checkpoint, for one that is converted."""
+    study = study_of(wildcards)
+    if isinstance(study.teacher, OfficialTeacher):
+        return [str(resource_path(study.teacher.checkpoint))]
+    return [f"results/{study.name}/dataset/{name}" for name in ("images.npy", "labels.npy", "dataset.json")]
+
+
+def vgg_if_used(wildcards) -> list[str]:
+    """VGG16's weights, for a student whose distance is LPIPS."""
+    used = study_of(wildcards).resolved(wildcards.run).distance == "lpips"
+    return [str(resource_path("vgg16-397923af.pth"))] if used else []
+
+
 def coefficients_if_fitted(wildcards) -> list[str]:
     """The coefficients, for a student whose preconditioning reads them."""
     fitted = study_of(wildcards).resolved(wildcards.run).preconditioning in FITTED
     return [f"results/{wildcards.study}/coefficients/coefficients.npz"] if fitted else []
 
 
+def calibration_if_required(wildcards) -> list[str]:
+    """The calibration, where the study says what it must find: no student is trained on a teacher that fails it."""
+    required = study_of(wildcards).scores.teacher_fid is not None
+    return [f"results/{wildcards.study}/scores/calibration.csv"] if required else []
+
+
 def inception_if_used(wildcards) -> list[str]:
-    """The staged weights, for a study that scores with Inception."""
+    """Inception's weights, for a study that scores with them."""
     used = study_of(wildcards).scores.extractor == "inception"
-    return ["resources/inception-2015-12-05.pt"] if used else []
+    return [str(resource_path("inception-2015-12-05.pt"))] if used else []
 
 
 def every_score(wildcards) -> list[str]:

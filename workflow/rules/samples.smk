@@ -1,3 +1,4 @@
+# What was drawn lies under state/ until all is done: an interrupted job goes on where it stopped.
 rule teacher_samples:
     input:
         "results/{study}/teacher/teacher.safetensors",
@@ -13,7 +14,7 @@ rule teacher_samples:
     threads: 1
     resources:
         mem_mb=4000,
-        runtime=240,
+        runtime=1440,
     params:
         key=key("samples"),
     shell:
@@ -35,7 +36,7 @@ rule samples:
     threads: 1
     resources:
         mem_mb=4000,
-        runtime=240,
+        runtime=1440,
     params:
         key=key("samples"),
     shell:

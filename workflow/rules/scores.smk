@@ -1,18 +1,3 @@
-localrules:
-    stage_inception,
-
-
-rule stage_inception:
-    output:
-        "resources/inception-2015-12-05.pt",
-    log:
-        "logs/stage_inception.log",
-    conda:
-        environment
-    shell:
-        "python -m consistency stage-inception 2>&1 | tee -i {log}"
-
-
 rule extractor:
     input:
         "results/{study}/dataset/images.npy",
@@ -83,7 +68,7 @@ rule scores:
     threads: 1
     resources:
         mem_mb=8000,
-        runtime=480,
+        runtime=1440,
     params:
         key=key("scores"),
     shell:

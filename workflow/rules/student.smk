@@ -4,6 +4,9 @@ rule student:
         "results/{study}/dataset/images.npy",
         "results/{study}/teacher/teacher.safetensors",
         coefficients_if_fitted,
+        vgg_if_used,
+        # It must be there, whenever it was made: a student does not depend on what it says.
+        ancient(calibration_if_required),
     output:
         "results/{study}/students/{run}/seed{seed}/student.safetensors",
         "results/{study}/students/{run}/seed{seed}/history.jsonl",
@@ -19,8 +22,10 @@ rule student:
     resources:
         mem_mb=4000,
         runtime=1440,
+        gpu=0,
     params:
         key=key("student"),
     shell:
         "python -m consistency student --study config/studies/{wildcards.study}.yaml"
-        " --run {wildcards.run} --seed {wildcards.seed} --threads {threads} 2>&1 | tee -i {log}"
+        " --run {wildcards.run} --seed {wildcards.seed} --threads {threads}"
+        " --processes {resources.gpu} 2>&1 | tee -i {log}"

@@ -12,7 +12,7 @@ from consistency.layout import Layout
 from consistency.progress import track
 from consistency.provenance import write_card
 from consistency.seeding import generator
-from consistency.stages.inputs import read_dataset, read_teacher
+from consistency.stages.inputs import read_dataset, read_teacher, require_classes
 from consistency.study import Study
 from consistency.theory.estimators import CoefficientFit, fit_coefficients
 from consistency.theory.generalized_ode import GeneralizedODE
@@ -30,6 +30,7 @@ def make_coefficients(study: Study, layout: Layout, device: torch.device) -> Non
     data, settings, folder = read_dataset(study, layout), study.coefficients, layout.coefficients
     dtype = torch.float64 if settings.precision == "float64" else torch.float32
     teacher = read_teacher(study, layout, device).to(dtype)
+    require_classes(study, data, teacher)
     draws = generator(settings.seed, "coefficients")
     # Every image serves equally often, as far as the numbers allow: a permutation, repeated.
     rows = torch.cat([torch.randperm(len(data), generator=draws) for _ in range(-(-settings.samples // len(data)))])

@@ -1,7 +1,9 @@
-"""Stage extractor: what the scores measure with, and the features of the data."""
+"""Stage extractor: what the scores measure with, and the statistics of the data's features."""
 
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from zipfile import BadZipFile
 
 import numpy as np
 import torch
@@ -9,30 +11,30 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from consistency.errors import UserError
-from consistency.features import INCEPTION_FILE, Extractor, Statistics, classifier_extractor, inception_extractor
+from consistency.features import INCEPTION, Extractor, Statistics, classifier_extractor, inception_extractor
 from consistency.files import write_with
 from consistency.layout import Layout
 from consistency.nets.classifier import Classifier
 from consistency.progress import Progress
 from consistency.provenance import read_card, write_card
+from consistency.resources import open_resource
 from consistency.seeding import derived_seed, generator
-from consistency.stages.inputs import read_array, read_dataset, write_array
+from consistency.stages.inputs import made, read_array, read_dataset, write_array
 from consistency.study import Study
 from consistency.training.data import ImageData
 
-# Shared by all studies: it is not a result.
-INCEPTION_WEIGHTS = Path("resources") / INCEPTION_FILE
 _HELD_OUT = 5  # every fifth image is kept from the classifier, to measure its accuracy
 
 
 def make_extractor(study: Study, layout: Layout, device: torch.device) -> None:
-    """Train the classifier (or open the staged Inception) and write the features of the data.
+    """Train the classifier (or open the staged Inception) and write the statistics of the data's features.
 
-    Writes features.npy, classifier.safetensors if that is the extractor, and card.json.
+    Writes statistics.npz (mean and covariance over all images), features.npy (of kid_images at most, evenly spread),
+    classifier.safetensors if that is the extractor, and card.json.
     """
     started = time.time()
     data, folder = read_dataset(study, layout), layout.extractor
-    outputs, measured = [folder / "features.npy"], {}
+    outputs, measured = [folder / "features.npy", folder / "statistics.npz"], {}
     if study.scores.extractor == "classifier":
         path = folder / "classifier.safetensors"
         model, accuracy = _train_classifier(study, data, device)
@@ -40,16 +42,26 @@ def make_extractor(study: Study, layout: Layout, device: torch.device) -> None:
         measured["held_out_accuracy"] = accuracy
         outputs.append(path)
         print(f"classifier: accuracy {accuracy:.3f} on every {_HELD_OUT}th image, held out", flush=True)
-    features = open_extractor(study, layout, data, device)(data.images)
-    write_array(outputs[0], features)
-    inputs = [layout.dataset / "images.npy"]
-    write_card(folder, study, "extractor", started=started, inputs=inputs, outputs=outputs, measured=measured)
+    found = _data_statistics(study, data, open_extractor(study, layout, data, device))
+    write_array(outputs[0], found.features)
+    write_with(outputs[1], lambda temporary: _save(temporary, mean=found.mean, covariance=found.covariance))
+    images = layout.dataset / "images.npy"
+    write_card(
+        folder,
+        study,
+        "extractor",
+        started=started,
+        inputs=[images],
+        outputs=outputs,
+        measured=measured,
+        known={images: data.facts["sha256"]},
+    )
 
 
 def open_extractor(study: Study, layout: Layout, data: ImageData, device: torch.device) -> Extractor:
     """The study's feature extractor."""
     if study.scores.extractor == "inception":
-        return inception_extractor(INCEPTION_WEIGHTS, study.scores.mode, device)
+        return inception_extractor(open_resource(INCEPTION), study.scores.mode, device)
     path = layout.extractor / "classifier.safetensors"
     model = Classifier(data.shape[0], data.classes, study.scores.classifier.features)
     try:
@@ -63,9 +75,33 @@ def open_extractor(study: Study, layout: Layout, data: ImageData, device: torch.
 
 
 def read_data_statistics(study: Study, layout: Layout) -> Statistics:
-    """Statistics of the data's features."""
+    """Statistics of the data's features; of the kept ones, only the rows that are used are read."""
     read_card(layout.extractor, study, "extractor")
-    return Statistics.of(read_array(layout.extractor / "features.npy", "extractor"))
+    path = made(layout.extractor / "statistics.npz", "extractor")
+    try:
+        with np.load(path) as arrays:
+            mean, covariance = arrays["mean"], arrays["covariance"]
+    except (OSError, ValueError, EOFError, KeyError, BadZipFile) as error:
+        raise UserError(f"{path} is damaged ({error}): run `extractor` again") from None
+    return Statistics(mean, covariance, read_array(layout.extractor / "features.npy", "extractor"))
+
+
+def _data_statistics(study: Study, data: ImageData, extractor: Extractor) -> Statistics:
+    progress = Progress(f"features {study.name}", len(data))
+
+    def pieces() -> Iterator[np.ndarray]:
+        for piece in extractor.pieces([data.images]):
+            yield piece
+            progress.advance(len(piece))
+
+    found = Statistics.gather(pieces(), len(data), study.scores.kid_images)
+    progress.close()
+    return found
+
+
+def _save(path: Path, **arrays: np.ndarray) -> None:
+    with path.open("wb") as file:  # np.savez would append .npz to a temporary name
+        np.savez(file, **arrays)  # type: ignore[arg-type]
 
 
 def _train_classifier(study: Study, data: ImageData, device: torch.device) -> tuple[Classifier, float]:

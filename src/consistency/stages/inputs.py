@@ -46,17 +46,29 @@ def sigma_data(study: Study, data: ImageData) -> float:
 
 def read_teacher(study: Study, layout: Layout, device: torch.device) -> Denoiser:
     """The study's teacher, frozen."""
-    path = _made(layout.teacher / "teacher.safetensors", "teacher")
+    path = made(layout.teacher / "teacher.safetensors", "teacher")
     return load_denoiser(path, study.key("teacher"))[0].to(device)
 
 
-def read_student(study: Study, layout: Layout, run: str, seed: int, device: torch.device) -> Denoiser:
-    """A distilled student (EMA weights), frozen."""
-    path = _made(layout.student(run, seed) / "student.safetensors", f"student --run {run} --seed {seed}")
+def require_classes(study: Study, data: ImageData, teacher: Denoiser) -> None:
+    """Raises UserError when a conditional teacher knows another number of classes than the data has."""
+    if study.teacher.conditional and teacher.label_dim != data.classes:
+        raise UserError(
+            f"the teacher is conditioned on {teacher.label_dim} classes, the dataset has {data.classes}: "
+            "change dataset or teacher in the study (an unlabelled dataset needs an unconditional teacher)"
+        )
+
+
+def read_student(
+    study: Study, layout: Layout, run: str, seed: int, device: torch.device, rate: float | None = None
+) -> Denoiser:
+    """A distilled student (EMA weights; rate: a further EMA rate), frozen."""
+    path = made(layout.student_file(run, seed, rate), f"student --run {run} --seed {seed}")
     return load_denoiser(path, study.key("student", run, seed))[0].to(device)
 
 
-def _made(path: Path, verb: str) -> Path:
+def made(path: Path, verb: str) -> Path:
+    """The path of a stage's output. Raises UserError, naming the verb that makes it, when it is missing."""
     if not path.exists():
         raise UserError(f"{path} is missing: run `python -m consistency {verb}` first")
     return path
@@ -65,7 +77,7 @@ def _made(path: Path, verb: str) -> Path:
 def read_array(path: Path, verb: str) -> np.ndarray[Any, Any]:
     """A memory-mapped .npy file. Raises UserError, naming the verb that makes it, when it is missing or damaged."""
     try:
-        array: np.ndarray[Any, Any] = np.load(_made(path, verb), mmap_mode="r")
+        array: np.ndarray[Any, Any] = np.load(made(path, verb), mmap_mode="r")
     except (OSError, ValueError, EOFError) as error:
         raise UserError(f"{path} is damaged ({error}): run `{verb}` again") from None
     return array

@@ -1,92 +1,219 @@
 """Stage samples: images of the teacher and of each student, image i from seed i."""
 
+import contextlib
+import shutil
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from consistency.files import atomic
-from consistency.layout import Layout
+from consistency.files import sha256
+from consistency.layout import Layout, sampler_name
 from consistency.nets.denoiser import Denoiser
 from consistency.progress import Progress
 from consistency.provenance import write_card
 from consistency.seeding import ImageNoise
-from consistency.stages.inputs import read_preconditioning, read_student, read_teacher, time_grid
-from consistency.study import Study
+from consistency.stages.inputs import made, read_preconditioning, read_student, read_teacher, time_grid
+from consistency.stages.parts import Parts
+from consistency.stages.publish import link_file
+from consistency.stages.trainer import place
+from consistency.study import FITTED, Study
 from consistency.theory.preconditioning import Preconditioning
-from consistency.theory.sampler import multistep
-from consistency.theory.solver import heun_solve
+from consistency.theory.sampler import Churn, Fresh, multistep, stochastic_heun
+from consistency.theory.solver import DenoiserFn, heun_solve
 from consistency.training.data import to_bytes
+from consistency.training.distributed import Ranks
+from consistency.training.folder import only_trainer
+from consistency.training.loop import Interrupted, _stop_requests
 from consistency.training.objectives import with_labels
 
 # From the noise of a batch of images to their endpoints, float [N, C, H, W].
 Sampler = Callable[[ImageNoise], Tensor]
+_ALONE = Ranks()
 
 
-def make_samples(study: Study, layout: Layout, run: str | None, seed: int | None, device: torch.device) -> None:
-    """Write one uint8 array [count, H, W, C] a sampler, and card.json. Without a run: the teacher's."""
+@dataclass(frozen=True)
+class StudentSampler:
+    """A way of drawing a student's images. gamma: None for its own sampler; rate: a further EMA rate."""
+
+    nfe: int
+    gamma: float | None = None
+    rate: float | None = None
+
+    @property
+    def name(self) -> str:
+        """Its file's, without .npy."""
+        return sampler_name(self.nfe, self.gamma, self.rate)
+
+
+def student_samplers(study: Study, run: str) -> list[StudentSampler]:
+    """Every sampler of a student, in the order of their names.
+
+    Endpoint students know no s between: CM's multistep only. Further EMA rates are drawn without gamma.
+    """
+    settings, sampling = study.resolved(run), study.sampling
+    chosen = [StudentSampler(nfe, None, rate) for rate in (None, *settings.evaluation_ema) for nfe in sampling.nfe]
+    if settings.objective == "trajectory":
+        chosen += [StudentSampler(nfe, gamma) for gamma in sampling.gamma for nfe in sampling.gamma_nfe]
+    return sorted(chosen, key=lambda sampler: sampler.name)
+
+
+def make_samples(
+    study: Study, layout: Layout, run: str | None, seed: int | None, device: torch.device, ranks: Ranks = _ALONE
+) -> None:
+    """Write one uint8 array [count, H, W, C] a sampler, and card.json. Without a run: the teacher's.
+
+    Goes on where an earlier sampling stopped; several processes (ranks) share the batches. Raises Interrupted when a
+    signal asks to stop; what was drawn is kept in the state folder.
+    """
     started = time.time()
-    folder = layout.samples(run, seed)
-    if run is None or seed is None:
-        model = read_teacher(study, layout, device)
-        samplers = {"heun": heun_sampler(study, model)}
-        inputs = [layout.teacher / "teacher.safetensors"]
-    else:
-        model = read_student(study, layout, run, seed, device)
-        preconditioning = read_preconditioning(study, layout, run, model.sigma_data, device)
-        samplers = student_samplers(study, run, model, preconditioning)
-        inputs = [layout.student(run, seed) / "student.safetensors"]
     label = "samples teacher" if run is None else f"samples {run} seed {seed}"
-    progress = Progress(label, study.sampling.count * len(samplers))
-    outputs = []
-    for name, sampler in samplers.items():
-        outputs.append(folder / f"{name}.npy")
-        with atomic(outputs[-1]) as temporary:
-            shape = (study.sampling.count, model.img_resolution, model.img_resolution, model.img_channels)
-            images = np.lib.format.open_memmap(temporary, mode="w+", dtype=np.uint8, shape=shape)
-            for rows, batch in draw(study, model, sampler, study.sampling.count):
-                images[rows] = to_bytes(batch)
-                progress.advance(len(batch))
-            images.flush()
-            del images
-    progress.close()
-    write_card(folder, study, "samples", run=run, seed=seed, started=started, inputs=inputs, outputs=outputs)
+    names = ["heun"] if run is None else [sampler.name for sampler in student_samplers(study, run)]
+    folder, state = layout.samples(run, seed), layout.sampling_state(run, seed)
+    with only_trainer(state) if ranks.first else contextlib.nullcontext(), _stop_requests() as requests:
+        digests, size = _digests(study, layout, run, seed), study.dataset.resolution
+        made_from = {"key": study.key("samples", run, seed)} | {path.name: digests[path] for path in digests}
+        parts = Parts(state, made_from, (study.sampling.count, size, size, study.dataset.channels), ranks, label)
+        done = sum(parts.done(name) for name in names)
+        progress = Progress(label, study.sampling.count * len(names), done, shown=ranks.first)
+        work = _Work(study, label, parts, ranks, requests, progress)
+        for name, model, sampler in _samplers(study, layout, run, seed, device):
+            work.draw(name, model, sampler)
+        progress.close()
+        if ranks.first:
+            outputs = [folder / f"{name}.npy" for name in names]
+            for name, output in zip(names, outputs, strict=True):
+                link_file(parts.path(name), output)
+            write_card(
+                folder,
+                study,
+                "samples",
+                run=run,
+                seed=seed,
+                started=started,
+                inputs=list(digests),
+                outputs=outputs,
+                known=digests,
+            )
+    if ranks.first:
+        shutil.rmtree(state)
+
+
+def _digests(study: Study, layout: Layout, run: str | None, seed: int | None) -> dict[Path, str]:
+    """The sha256 of the files that the images depend on. Raises UserError when one is missing."""
+    if run is None or seed is None:
+        verbs = {layout.teacher / "teacher.safetensors": "teacher"}
+    else:
+        settings, verb = study.resolved(run), f"student --run {run} --seed {seed}"
+        verbs = {layout.student_file(run, seed, rate): verb for rate in (None, *settings.evaluation_ema)}
+        if settings.preconditioning in FITTED:
+            verbs[layout.coefficients / "coefficients.npz"] = "coefficients"
+    return {path: sha256(made(path, verb)) for path, verb in verbs.items()}
+
+
+def _samplers(
+    study: Study, layout: Layout, run: str | None, seed: int | None, device: torch.device
+) -> Iterator[tuple[str, Denoiser, Sampler]]:
+    """(name, model, sampler) of all that is drawn, one model at a time."""
+    if run is None or seed is None:
+        teacher = prepared(study, read_teacher(study, layout, device))
+        yield "heun", teacher, heun_sampler(study, teacher)
+        return
+    for rate in (None, *study.resolved(run).evaluation_ema):
+        model = prepared(study, read_student(study, layout, run, seed, device, rate))
+        preconditioning = read_preconditioning(study, layout, run, model.sigma_data, device)
+        for one in (sampler for sampler in student_samplers(study, run) if sampler.rate == rate):
+            yield one.name, model, jump_sampler(study, run, model, preconditioning, one.nfe, one.gamma or 0.0)
+
+
+def prepared(study: Study, model: Denoiser) -> Denoiser:
+    """A model in the precision and the memory layout that the study samples with."""
+    device = next(model.parameters()).device
+    return place(study, model, device).compute_in(study.sampling.precision)
+
+
+@dataclass
+class _Work:
+    """What the samplers of a stage share."""
+
+    study: Study
+    label: str
+    parts: Parts
+    ranks: Ranks
+    requests: Callable[[], int]
+    progress: Progress
+
+    def draw(self, name: str, model: Denoiser, sampler: Sampler) -> None:
+        """Draw what an array lacks. Raises Interrupted when asked to stop."""
+        count, done = self.study.sampling.count, self.parts.done(name)
+        if done == count:
+            return
+        images = self.parts.open(name)
+        batches = draw(self.study, model, sampler, count, done, self.ranks)
+        hook = model.model.register_forward_pre_hook(self._leave)
+        try:
+            while done < count:
+                batch = next(batches, None)
+                if batch is not None:  # in the last round a process may have none left
+                    images[batch[0]] = to_bytes(batch[1])
+                # All processes have come here before their rows count as done, and stop at the same round.
+                stop = self.ranks.largest(self.requests())
+                before, done = done, min(done + self.study.sampling.batch * self.ranks.world, count)
+                self.parts.record(name, done, images)
+                self.progress.advance(done - before)
+                if stop:
+                    raise self._interrupted(stop)
+        finally:
+            hook.remove()
+            self.parts.record(name, done, images, now=True)
+
+    def _leave(self, *_: Any) -> None:
+        """Before each evaluation: a batch of a large teacher may take minutes. Only one process alone may leave so."""
+        if self.ranks.world == 1 and self.requests():
+            raise self._interrupted(self.requests())
+
+    def _interrupted(self, signum: int) -> Interrupted:
+        where = f"stopped at image {self.progress.count} of {self.progress.total}"
+        return Interrupted(f"{self.label}: {where}, state saved", signum)
 
 
 @torch.inference_mode()
-def draw(study: Study, model: Denoiser, sampler: Sampler, count: int) -> Iterator[tuple[slice, Tensor]]:
-    """Images of seeds 0 to count-1 in batches: (rows, float [n, C, H, W])."""
+def draw(
+    study: Study, model: Denoiser, sampler: Sampler, count: int, start: int = 0, ranks: Ranks = _ALONE
+) -> Iterator[tuple[slice, Tensor]]:
+    """Images of seeds start to count-1 in batches: (rows, float [n, C, H, W]). Of several processes, this one's."""
     shape = (model.img_channels, model.img_resolution, model.img_resolution)
-    for start in range(0, count, study.sampling.batch):
-        rows = slice(start, min(start + study.sampling.batch, count))
+    size = study.sampling.batch
+    for first in range(start + ranks.rank * size, count, ranks.world * size):
+        rows = slice(first, min(first + size, count))
         noise = ImageNoise(range(rows.start, rows.stop), shape, model.label_dim)
         yield rows, sampler(noise)
 
 
 def heun_sampler(study: Study, teacher: Denoiser, nodes: int | None = None) -> Sampler:
-    """EDM's deterministic sampler; with nodes, the ODE's endpoint at eps through so many nodes instead."""
+    """EDM's sampler as the study sets it; with nodes, the ODE's endpoint at eps through so many nodes instead."""
     device = next(teacher.parameters()).device
-    times = time_grid(study, nodes or study.sampling.teacher_steps, device)
-    if nodes is None:
-        times = torch.cat([times, times.new_zeros(1)])
+    times = _times(study, nodes or study.sampling.teacher_steps) + ([0.0] if nodes is None else [])
+    settings = study.sampling.teacher_churn if nodes is None else None
 
     def sample(noise: ImageNoise) -> Tensor:
-        labels = None if noise.labels is None else noise.labels.to(device)
-        return heun_solve(with_labels(teacher, labels), noise.latents.to(device) * times[0].float(), list(times))
+        x = _to(noise.latents, device) * times[0]
+        denoiser = with_labels(teacher, _labels(noise, device))
+        if settings is None:
+            return heun_solve(denoiser, x, times)
+        added = Churn(settings.s_churn, settings.s_min, settings.s_max, settings.s_noise)
+        return stochastic_heun(_in_float64(denoiser), x.double(), times, added, _fresh(noise, device))
 
     return sample
 
 
-def student_samplers(study: Study, run: str, model: Denoiser, preconditioning: Preconditioning) -> dict[str, Sampler]:
-    """Every sampler of a student by file name. Endpoint students know no s between: CM's multistep only."""
-    samplers = {f"nfe{n}": jump_sampler(study, run, model, preconditioning, n) for n in study.sampling.nfe}
-    if study.resolved(run).objective == "trajectory":
-        for gamma in study.sampling.gamma:
-            for n in study.sampling.gamma_nfe:
-                samplers[f"gamma{gamma}-nfe{n}"] = jump_sampler(study, run, model, preconditioning, n, gamma)
-    return samplers
+def _in_float64(denoiser: DenoiserFn) -> DenoiserFn:
+    """The network in float32 on a float64 state: over hundreds of steps, the roundings of the state would add up."""
+    return lambda x, t: denoiser(x.float(), t).double()
 
 
 def jump_sampler(
@@ -94,16 +221,34 @@ def jump_sampler(
 ) -> Sampler:
     """nfe jumps along the rho grid from sigma_max to sigma_min."""
     device = next(model.parameters()).device
-    times = time_grid(study, nfe + 1, device)
+    times = _times(study, nfe + 1)
     if study.resolved(run).objective == "endpoint":
         gamma = 1.0
 
     def sample(noise: ImageNoise) -> Tensor:
-        labels = None if noise.labels is None else noise.labels.to(device)
+        labels = _labels(noise, device)
 
         def jump(x: Tensor, t: Tensor, s: Tensor) -> Tensor:
             return preconditioning.jump(model, x, t, s, labels)
 
-        return multistep(jump, noise.latents.to(device) * times[0].float(), times, gamma, noise.fresh)
+        return multistep(jump, _to(noise.latents, device) * times[0], times, gamma, _fresh(noise, device))
 
     return sample
+
+
+def _times(study: Study, nodes: int) -> list[float]:
+    """The study's rho grid as numbers: read back from a GPU, each would stall it."""
+    return time_grid(study, nodes, torch.device("cpu")).tolist()
+
+
+def _labels(noise: ImageNoise, device: torch.device) -> Tensor | None:
+    return None if noise.labels is None else _to(noise.labels, device)
+
+
+def _fresh(noise: ImageNoise, device: torch.device) -> Fresh:
+    return lambda: _to(noise.fresh(), device)
+
+
+def _to(tensor: Tensor, device: torch.device) -> Tensor:
+    """On the device; only from pinned memory does a copy to a GPU not wait for what the GPU still has to do."""
+    return tensor if device.type == "cpu" else tensor.pin_memory().to(device, non_blocking=True)

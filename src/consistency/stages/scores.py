@@ -1,7 +1,6 @@
 """Stage scores: first a calibration (data against data, teacher against data), then every student."""
 
-import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +9,9 @@ import pandas as pd
 import torch
 
 from consistency.errors import UserError
-from consistency.features import Extractor, Statistics, frechet_distance, kernel_distance
-from consistency.files import write_with
-from consistency.layout import Layout
+from consistency.features import Statistics, frechet_distance, kernel_distance
+from consistency.files import write_json, write_with
+from consistency.layout import Layout, snapshot_name
 from consistency.nets.denoiser import Denoiser
 from consistency.progress import Progress
 from consistency.provenance import read_card
@@ -26,152 +25,216 @@ from consistency.stages.inputs import (
     read_teacher,
     write_array,
 )
-from consistency.stages.samples import Sampler, draw, heun_sampler, jump_sampler
+from consistency.stages.samples import StudentSampler, draw, heun_sampler, jump_sampler, prepared, student_samplers
 from consistency.study import Study
 from consistency.theory.preconditioning import Preconditioning
 from consistency.training.checkpoint import load_denoiser
 from consistency.training.data import to_bytes
 
-COLUMNS = ["study", "kind", "run", "seed", "step", "sampler", "nfe", "fd", "kid", "alignment", "images", "extractor"]
+COLUMNS = ["study", "kind", "run", "seed", "ema", "step", "sampler", "nfe"]
+COLUMNS += ["fd", "kid", "alignment", "images", "extractor"]
+#: the calibration's; the last two are empty where the study names no published FID
+CALIBRATION_COLUMNS = [*COLUMNS, "published", "tolerance"]
 Array = np.ndarray
+Row = dict[str, Any]
 
 
 def make_calibration(study: Study, layout: Layout, device: torch.device) -> None:
-    """Write calibration.csv (data halves; teacher) and endpoints.npy, the teacher's ODE endpoints."""
-    scorer = _Scorer(study, layout, device)
-    teacher = read_teacher(study, layout, device)
-    # Which half an image falls into must not follow the dataset's order.
-    order = torch.randperm(len(scorer.data.features), generator=generator(0, "halves")).numpy()
-    half = len(order) // 2
-    first, second = (Statistics.of(scorer.data.features[part]) for part in (order[:half], order[half:]))
+    """Write calibration.csv (data halves; teacher) and endpoints.npy, the teacher's ODE endpoints.
+
+    Raises UserError, and leaves no calibration.csv, when the teacher's FID is not the published one.
+    """
     images = _read_samples(study, layout, None, None, "heun")
+    scorer = _Scorer(study, layout, device, f"calibration {study.name}", len(images))
+    scorer.warn_of_singular(len(images))
+    teacher = prepared(study, read_teacher(study, layout, device))
     nfe = 2 * study.sampling.teacher_steps - 1
-    rows = [
-        scorer.row("calibration", "data", None, 0, "halves", 0) | scorer.distances(second, first) | {"images": half},
-        scorer.row("calibration", "teacher", None, 0, "heun", nfe) | scorer.against_data(images),
-    ]
-    endpoints = _endpoints(study, teacher)
+    row = scorer.row("calibration", "teacher", None, None, 0, "heun", nfe) | scorer.against_data([images], len(images))
+    scorer.progress.close()
+    _require_published(study, layout, row)
     path = layout.scores(None, None)
-    write_array(path.with_name("endpoints.npy"), endpoints)
-    _write(path, rows)
+    write_array(path.with_name("endpoints.npy"), _endpoints(study, teacher))
+    _write(path, [scorer.halves(), row], CALIBRATION_COLUMNS)
+    layout.measured_calibration.unlink(missing_ok=True)
 
 
 def make_scores(study: Study, layout: Layout, run: str, seed: int, device: torch.device) -> None:
-    """Write the score table of one student: its samples, and its learning curve from the snapshots."""
-    scorer = _Scorer(study, layout, device)
+    """Write the score table of one student, for each of its EMA rates: its samples, and its learning curve from the
+    snapshots."""
     read_card(layout.student(run, seed), study, "student", run, seed)
-    student = read_student(study, layout, run, seed, device)
-    preconditioning = read_preconditioning(study, layout, run, student.sigma_data, device)
-    endpoints = _read_endpoints(layout)
-    snapshots = sorted((layout.student(run, seed) / "snapshots").glob("step-*.safetensors"))
-    card = read_card(layout.samples(run, seed), study, "samples", run, seed)
-    names = sorted(Path(name).stem for name in card["outputs"])
-    progress = Progress(f"scores {run} seed {seed}", len(names) + len(snapshots) * len(study.scores.curve_nfe))
+    settings, scores = study.resolved(run), study.scores
+    samplers, rates = student_samplers(study, run), (None, *settings.evaluation_ema)
+    steps = range(0, settings.steps + 1, settings.snapshot_every)
+    curve_images = len(rates) * len(steps) * len(scores.curve_nfe) * scores.curve_count
+    total = len(samplers) * study.sampling.count + curve_images
+    scorer = _Scorer(study, layout, device, f"scores {run} seed {seed}", total)
+    endpoints = read_array(layout.scores(None, None).with_name("endpoints.npy"), "calibration")
     rows = []
-    for name in names:
-        rows.append(_final_row(scorer, student, preconditioning, run, seed, name, endpoints))
-        progress.advance()
-    for path in snapshots:
-        model, metadata = load_denoiser(path, study.key("student", run, seed))
-        for row in _curve_rows(scorer, model.to(device), preconditioning, run, seed, metadata["step"], endpoints):
-            rows.append(row)
-            progress.advance()
-    progress.close()
-    _write(layout.scores(run, seed), rows)
+    for rate in rates:
+        student = prepared(study, read_student(study, layout, run, seed, device, rate))
+        preconditioning = read_preconditioning(study, layout, run, student.sigma_data, device)
+        scored = _Student(scorer, run, seed, rate, endpoints, preconditioning)
+        rows += [scored.final_row(student, sampler) for sampler in samplers if sampler.rate == rate]
+        for step in steps:
+            path = layout.student(run, seed) / "snapshots" / snapshot_name(step, rate)
+            model = load_denoiser(path, study.key("student", run, seed))[0].to(device)
+            rows += [scored.curve_row(prepared(study, model), step, nfe) for nfe in scores.curve_nfe]
+    scorer.progress.close()
+    _write(layout.scores(run, seed), rows, COLUMNS)
 
 
 class _Scorer:
-    """The extractor, the data's statistics, and how a row is made of them."""
+    """The extractor, the data's statistics, and how a row is made of them. total: images of the progress."""
 
-    def __init__(self, study: Study, layout: Layout, device: torch.device) -> None:
-        self.study, self.layout, self.device = study, layout, device
-        self.extractor: Extractor = open_extractor(study, layout, read_dataset(study, layout), device)
+    def __init__(self, study: Study, layout: Layout, device: torch.device, label: str, total: int) -> None:
+        self.study, self.layout = study, layout
+        self.extractor = open_extractor(study, layout, read_dataset(study, layout), device)
         self.data = read_data_statistics(study, layout)
+        self.progress = Progress(label, total)
 
-    def row(self, kind: str, run: str, seed: int | None, step: int, sampler: str, nfe: int) -> dict[str, Any]:
-        return {
-            "study": self.study.name,
-            "kind": kind,
-            "run": run,
-            "seed": seed,
-            "step": step,
-            "sampler": sampler,
-            "nfe": nfe,
-            "extractor": self.extractor.name,
-        }
+    def row(self, kind: str, run: str, seed: int | None, rate: float | None, step: int, sampler: str, nfe: int) -> Row:
+        """What a row says before anything is measured."""
+        place = {"study": self.study.name, "kind": kind, "run": run, "seed": seed, "ema": rate, "step": step}
+        return place | {"sampler": sampler, "nfe": nfe, "extractor": self.extractor.name}
 
     def distances(self, a: Statistics, b: Statistics) -> dict[str, float]:
+        """Frechet and kernel distance."""
         scores = self.study.scores
         kid = kernel_distance(a, b, scores.kid_subsets, scores.kid_subset_size)
         return {"fd": frechet_distance(a, b), "kid": kid}
 
-    def against_data(self, images: Array) -> dict[str, float]:
-        return self.distances(Statistics.of(self.extractor(images)), self.data) | {"images": len(images)}
+    def against_data(self, chunks: Iterable[Array], count: int) -> dict[str, float]:
+        """The distances of `count` uint8 images, which come in chunks [n, H, W, C], to the data."""
+        pieces = self._counted(self.extractor.pieces(chunks))
+        images = Statistics.gather(pieces, count, self.study.scores.kid_images)
+        return self.distances(images, self.data) | {"images": count}
+
+    def _counted(self, pieces: Iterable[Array]) -> Iterator[Array]:
+        for piece in pieces:
+            yield piece
+            self.progress.advance(len(piece))
+
+    def halves(self) -> Row:
+        """One half of the data's kept features against the other."""
+        features = self.data.features
+        # Which half an image falls into must not follow the dataset's order.
+        order = torch.randperm(len(features), generator=generator(0, "halves")).numpy()
+        half = len(order) // 2
+        first, second = (Statistics.of(features[part]) for part in (order[:half], order[half:]))
+        row = self.row("calibration", "data", None, None, 0, "halves", 0)
+        return row | self.distances(second, first) | {"images": half}
+
+    def warn_of_singular(self, samples: int) -> None:
+        """Say so where there are too few images for the covariance of the features."""
+        features, half = len(self.data.mean), len(self.data.features) // 2
+        counts = {"sampling.count": samples, "scores.curve_count": self.study.scores.curve_count, "data halves": half}
+        few = ", ".join(f"{name} {count:,}" for name, count in counts.items() if count <= features)
+        if few:
+            print(
+                f"warning: fewer images than the {features:,} features ({few}): their covariance is singular, and the "
+                "Frechet distance larger than that of more images; compare it at equal numbers only",
+                flush=True,
+            )
 
 
-def _final_row(
-    scorer: _Scorer,
-    student: Denoiser,
-    preconditioning: Preconditioning,
-    run: str,
-    seed: int,
-    name: str,
-    endpoints: Array,
-) -> dict[str, Any]:
-    """One sampler's samples at the end of training."""
-    match = re.fullmatch(r"(?:gamma([\d.]+)-)?nfe(\d+)", name)
-    if match is None:
-        raise UserError(f"samples of {run} seed {seed} hold {name}.npy, which no sampler wrote: run `samples` again")
-    study, nfe = scorer.study, int(match[2])
-    multistep = study.resolved(run).objective == "endpoint"
-    sampler = f"gamma={match[1]}" if match[1] else "multistep" if multistep else "jumps"
-    row = scorer.row("final", run, seed, study.resolved(run).steps, sampler, nfe)
-    row |= scorer.against_data(_read_samples(study, scorer.layout, run, seed, name))
-    if match[1] is None and (nfe == 1 or not multistep):
-        jumps = jump_sampler(study, run, student, preconditioning, nfe)
-        row["alignment"] = _alignment(_collect(study, student, jumps, len(endpoints)), endpoints)
-    return row
+class _Student:
+    """A student's rows at one EMA rate (None: the main one)."""
+
+    def __init__(
+        self,
+        scorer: _Scorer,
+        run: str,
+        seed: int,
+        rate: float | None,
+        endpoints: Array,
+        preconditioning: Preconditioning,
+    ) -> None:
+        self.scorer, self.study, self.run, self.seed = scorer, scorer.study, run, seed
+        self.rate, self.endpoints, self.preconditioning = rate, endpoints, preconditioning
+        self.settings = self.study.resolved(run)
+        self.multistep = self.settings.objective == "endpoint"
+
+    def final_row(self, model: Denoiser, sampler: StudentSampler) -> Row:
+        """One sampler's samples at the end of training."""
+        images = _read_samples(self.study, self.scorer.layout, self.run, self.seed, sampler.name)
+        row = self._row("final", self.settings.steps, sampler.nfe, sampler.gamma)
+        row |= self.scorer.against_data([images], len(images))
+        if sampler.gamma is None and self._aligned(sampler.nfe):
+            error = _AlignmentError(self.endpoints)
+            for rows, batch in self._drawn(model, sampler.nfe, len(self.endpoints)):
+                error.add(rows, batch)
+            row["alignment"] = error.mean
+        return row
+
+    def curve_row(self, model: Denoiser, step: int, nfe: int) -> Row:
+        """One snapshot at one number of jumps; every image is let go of once it is measured."""
+        error, count = _AlignmentError(self.endpoints), self.study.scores.curve_count
+
+        def chunks() -> Iterator[Array]:
+            for rows, batch in self._drawn(model, nfe, count):
+                error.add(rows, batch)
+                yield to_bytes(batch)
+
+        row = self._row("curve", step, nfe, None) | self.scorer.against_data(chunks(), count)
+        return row | {"alignment": error.mean} if self._aligned(nfe) else row
+
+    def _row(self, kind: str, step: int, nfe: int, gamma: float | None) -> Row:
+        sampler = "multistep" if self.multistep else "jumps" if gamma is None else f"gamma={gamma}"
+        rate = self.settings.ema_rate if self.rate is None else self.rate
+        return self.scorer.row(kind, self.run, self.seed, rate, step, sampler, nfe)
+
+    def _aligned(self, nfe: int) -> bool:
+        """Whether the samples come from their first noise alone, as the teacher's endpoints do."""
+        return nfe == 1 or not self.multistep
+
+    def _drawn(self, model: Denoiser, nfe: int, count: int) -> Iterator[tuple[slice, torch.Tensor]]:
+        jumps = jump_sampler(self.study, self.run, model, self.preconditioning, nfe)
+        return draw(self.study, model, jumps, count)
 
 
-def _curve_rows(
-    scorer: _Scorer,
-    model: Denoiser,
-    preconditioning: Preconditioning,
-    run: str,
-    seed: int,
-    step: int,
-    endpoints: Array,
-) -> Iterator[dict[str, Any]]:
-    """One snapshot at every number of jumps of the learning curves."""
-    study = scorer.study
-    multistep = study.resolved(run).objective == "endpoint"
-    for nfe in study.scores.curve_nfe:
-        jumps = jump_sampler(study, run, model, preconditioning, nfe)
-        images = _collect(study, model, jumps, study.scores.curve_count)
-        row = scorer.row("curve", run, seed, step, "multistep" if multistep else "jumps", nfe)
-        row |= scorer.against_data(to_bytes(images))
-        if nfe == 1 or not multistep:
-            row["alignment"] = _alignment(images[: len(endpoints)], endpoints)
-        yield row
-
-
-def _collect(study: Study, model: Denoiser, sampler: Sampler, count: int) -> torch.Tensor:
-    return torch.cat([batch.cpu() for _, batch in draw(study, model, sampler, count)])
-
-
-def _alignment(images: torch.Tensor, endpoints: Array) -> float:
+class _AlignmentError:
     """Mean squared error to the teacher's ODE endpoints from the same noise, per pixel in [-1, 1] units."""
-    return float(np.square(images.double().numpy() - endpoints).mean())
+
+    def __init__(self, endpoints: Array) -> None:
+        self._endpoints, self._sum = endpoints, 0.0
+
+    def add(self, rows: slice, images: torch.Tensor) -> None:
+        """Count the images of those rows, as far as there are endpoints."""
+        there = self._endpoints[rows.start : rows.stop]
+        if len(there):
+            self._sum += float(np.square(images[: len(there)].double().cpu().numpy() - there).sum())
+
+    @property
+    def mean(self) -> float:
+        """The error, once all have been added."""
+        return self._sum / self._endpoints.size
+
+
+def _require_published(study: Study, layout: Layout, row: Row) -> None:
+    """Note in the row what the study says was published. Raises UserError if the teacher's FID is not that."""
+    published, tolerance = study.scores.teacher_fid, study.scores.teacher_fid_tolerance
+    if published is None:
+        return
+    row |= {"published": published, "tolerance": tolerance}
+    if abs(row["fd"] - published) <= tolerance:
+        return
+    measured = layout.measured_calibration
+    write_json(measured, row)
+    layout.scores(None, None).unlink(missing_ok=True)
+    raise UserError(
+        f"the teacher's FID is {row['fd']:.4g}, not the published {published:g} within {tolerance:g} "
+        f"(scores.teacher_fid, teacher_fid_tolerance), from {row['images']:,} images in clean-fid's mode "
+        f"{study.scores.mode}. Usual causes: data prepared in another way, another scores.mode, sampling.count below "
+        f"50,000, another sampler. The samples are kept and {measured} says what was measured: mend the cause or "
+        "raise the tolerance, and run the same command again"
+    )
 
 
 def _endpoints(study: Study, teacher: Denoiser) -> Array:
     """The teacher's ODE endpoints at eps of the first alignment_count seeds, float32 [n, C, H, W]."""
     sampler = heun_sampler(study, teacher, study.scores.alignment_nodes)
-    return _collect(study, teacher, sampler, study.scores.alignment_count).numpy()
-
-
-def _read_endpoints(layout: Layout) -> Array:
-    return read_array(layout.scores(None, None).with_name("endpoints.npy"), "calibration")
+    batches = draw(study, teacher, sampler, study.scores.alignment_count)
+    return torch.cat([batch.cpu() for _, batch in batches]).numpy()
 
 
 def _read_samples(study: Study, layout: Layout, run: str | None, seed: int | None, name: str) -> Array:
@@ -181,6 +244,6 @@ def _read_samples(study: Study, layout: Layout, run: str | None, seed: int | Non
     return read_array(folder / f"{name}.npy", verb)
 
 
-def _write(path: Path, rows: list[dict[str, Any]]) -> None:
-    table = pd.DataFrame(rows).reindex(columns=COLUMNS).astype({"seed": "Int64"})
+def _write(path: Path, rows: list[Row], columns: list[str]) -> None:
+    table = pd.DataFrame(rows).reindex(columns=columns).astype({"seed": "Int64"})
     write_with(path, lambda temporary: table.to_csv(temporary, index=False))

@@ -8,7 +8,7 @@ from consistency.nets.denoiser import Denoiser, student_from_teacher
 from consistency.provenance import git_state, write_card
 from consistency.resources import open_resource
 from consistency.seeding import derived_seed
-from consistency.stages.inputs import read_dataset, read_preconditioning, read_teacher, time_grid
+from consistency.stages.inputs import read_dataset, read_preconditioning, read_teacher, require_classes, time_grid
 from consistency.stages.publish import forget_state, publish_training
 from consistency.stages.trainer import Machine, build_optimizer, build_update, compile_networks, place
 from consistency.study import FITTED, Student, Study
@@ -65,6 +65,7 @@ def make_student(study: Study, layout: Layout, run: str, seed: int, machine: Mac
 def _training(study: Study, layout: Layout, run: str, seed: int, data: ImageData, machine: Machine) -> Training:
     settings, device = study.resolved(run), machine.device
     teacher = place(study, read_teacher(study, layout, device), device)
+    require_classes(study, data, teacher)
     # Weights, data order and noise depend on the seed alone, so that students of one seed differ in nothing else.
     student = student_from_teacher(teacher, dropout=settings.dropout, seed=derived_seed(seed, "student"))
     student = place(study, student, device).train().requires_grad_(True)

@@ -1,20 +1,27 @@
-"""Samplers from a consistency function: deterministic jumps and gamma-sampling."""
+"""Samplers: jumps and gamma-sampling of a consistency function, EDM's stochastic sampler of a denoiser.
+
+Their times are numbers, not tensors: a GPU's queue is never waited for on the way.
+"""
 
 import itertools
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
-from consistency.theory.solver import expand
+from consistency.theory.solver import DenoiserFn, every, heun_solve
+
+# The next standard normal noise of every image, on the device of the samples.
+Fresh = Callable[[], Tensor]
 
 
 def multistep(
     jump: Callable[[Tensor, Tensor, Tensor], Tensor],
     x: Tensor,
-    times: Tensor,
+    times: Sequence[float],
     gamma: float = 0.0,
-    fresh: Callable[[], Tensor] | None = None,
+    fresh: Fresh | None = None,
 ) -> Tensor:
     """len(times) - 1 jumps along descending times, from x = x_T to the last time.
 
@@ -25,7 +32,37 @@ def multistep(
     last = times[-1]
     for t, u in itertools.pairwise(times):
         s = u if gamma == 0 else (1 - gamma**2) ** 0.5 * (u - last) + last
-        x = jump(x, t.expand(len(x)), s.expand(len(x)))
-        if gamma and fresh is not None and bool(s < u):
-            x = x + expand(torch.sqrt(u**2 - s**2)[None], x) * fresh().to(x)
+        x = jump(x, every(t, x), every(s, x))
+        if gamma and fresh is not None and s < u:
+            x = x + math.sqrt(u * u - s * s) * fresh().to(x)
+    return x
+
+
+@dataclass(frozen=True)
+class Churn:
+    """How much noise EDM's stochastic sampler adds: S_churn in all, while S_min <= t <= S_max, of deviation S_noise."""
+
+    amount: float
+    t_min: float
+    t_max: float
+    deviation: float
+
+    def raised(self, t: float, steps: int) -> float:
+        """The time t (1 + gamma) to which noise is added before the step from t, of so many steps."""
+        gamma = min(self.amount / steps, math.sqrt(2) - 1) if self.t_min <= t <= self.t_max else 0.0
+        return t * (1 + gamma)
+
+
+def stochastic_heun(denoiser: DenoiserFn, x: Tensor, times: Sequence[float], churn: Churn, fresh: Fresh) -> Tensor:
+    """Heun's method with noise added before its steps, from x at times[0] to times[-1]; a last time of 0 is reached by
+    an Euler step.
+
+    x: [N, ...], the result is in its precision; fresh() is asked only where noise is added. Without any it is
+    heun_solve. Karras et al. 2022, algorithm 2.
+    """
+    for t, u in itertools.pairwise(times):
+        raised = churn.raised(t, len(times) - 1)
+        if raised > t:
+            x = x + churn.deviation * math.sqrt(raised * raised - t * t) * fresh().to(x)
+        x = heun_solve(denoiser, x, (raised, u))
     return x

@@ -15,6 +15,11 @@ def expand(t: Tensor, x: Tensor) -> Tensor:
     return t.to(x.dtype).reshape(-1, *[1] * (x.dim() - 1))
 
 
+def every(time: float, x: Tensor) -> Tensor:
+    """One time for all of x [N, ...]: float64 [N], made on its device."""
+    return torch.full((len(x),), time, dtype=torch.float64, device=x.device)
+
+
 def heun_step(denoiser: DenoiserFn, x: Tensor, t: Tensor, u: Tensor) -> Tensor:
     """One step of Heun's second-order method from time t to time u > 0 (2 evaluations).
 
@@ -26,15 +31,14 @@ def heun_step(denoiser: DenoiserFn, x: Tensor, t: Tensor, u: Tensor) -> Tensor:
     return x + step * 0.5 * (slope + (ahead - denoiser(ahead, u)) / expand(u, x))
 
 
-def heun_solve(denoiser: DenoiserFn, x: Tensor, times: Sequence[Tensor]) -> Tensor:
-    """Integrate from times[0] to times[-1] with one Heun step per interval.
+def heun_solve(denoiser: DenoiserFn, x: Tensor, times: Sequence[float]) -> Tensor:
+    """Integrate from times[0] to times[-1] with one Heun step per interval, in the precision of x.
 
-    x: [N, ...]; times: sequence of scalars or of [N] (each sample its own grid). A final time of exactly 0
-    is reached by an Euler step, since the slope is not defined there: NFE = 2 (len(times) - 1) - 1 then.
+    x: [N, ...]; times: numbers, so that no step waits for a GPU. A final time of exactly 0 is reached by an Euler
+    step, since the slope is not defined there: NFE = 2 (len(times) - 1) - 1 then.
     """
-    ones = torch.ones(len(x), dtype=torch.float64, device=x.device)
     for t, u in itertools.pairwise(times):
-        t, u = t * ones, u * ones
+        here, there = (every(time, x) for time in (t, u))
         # At u = 0 the Euler step x + (0 - t)(x - D)/t is D itself.
-        x = denoiser(x, t) if bool((u == 0).all()) else heun_step(denoiser, x, t, u)
+        x = heun_step(denoiser, x, here, there) if u else denoiser(x, here)
     return x

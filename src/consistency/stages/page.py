@@ -1,0 +1,143 @@
+"""report.html: one file, no script, nothing loaded from elsewhere."""
+
+import base64
+from collections import Counter
+from dataclasses import asdict
+from importlib.resources import files
+from typing import Any
+
+import jinja2
+import pandas as pd
+import yaml
+
+from consistency import figures
+from consistency.analysis import MEASURES, ema_table, step_costs
+from consistency.files import read_json
+from consistency.layout import Layout
+from consistency.provenance import git_state
+from consistency.stages.pictures import Picture
+from consistency.stages.results import Cards, Results, records, students_of
+from consistency.study import FITTED, Study
+from consistency.wording import (
+    coarse,
+    commit,
+    differs_in,
+    paired_sentence,
+    plus_minus,
+    ratio,
+    sentence,
+    speed,
+    teacher_line,
+    teacher_made,
+)
+
+
+def write_page(
+    study: Study,
+    layout: Layout,
+    results: Results,
+    cards: Cards,
+    histories: dict[str, list[pd.DataFrame]],
+    pictures: list[Picture],
+) -> str:
+    """The page as text. Raises UserError when the dataset's facts are missing."""
+    extractor = results.extractor
+    template = files("consistency").joinpath("templates/report.html.j2").read_text()
+    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
+    chapters: dict[str, list[dict[str, str]]] = {}
+    for picture in pictures:
+        entry = {"name": picture.name, "caption": picture.caption, "data": base64.b64encode(picture.png).decode()}
+        chapters.setdefault(picture.chapter, []).append(entry)
+    return environment.from_string(template).render(
+        study=study,
+        teacher_line=teacher_line(results.teacher, study),
+        teacher_made=teacher_made(study, int(cards["teacher"]["measured"]["parameters"])),
+        students={run: differs_in(study, run) for run in study.students},
+        data=read_json(layout.dataset / "dataset.json", "dataset"),
+        is_fid=extractor.startswith("inception"),
+        fd_label=figures.measure_label("fd", extractor),
+        accuracy=cards["extractor"]["measured"].get("held_out_accuracy"),
+        calibration=results.calibration,
+        rows=_table_rows(results.table),
+        rates=_table_rows(ema_table(results.scores)) if results.several_rates else [],
+        found=[asdict(item) | {"text": speed(item)} for item in results.found],
+        paired=[asdict(item) | {"text": ratio(item)} for item in results.paired],
+        verdicts=_verdicts(study, results),
+        coarse=coarse(study),
+        cost=_cost(study, cards),
+        steps=_step_table(histories),
+        times=_times(cards),
+        pictures=chapters,
+        card=cards["teacher"],
+        commits=sorted({commit(state) for state in (git_state(), *(card["git"] for card in cards.values()))}),
+        key=study.key("report"),
+        commands=sorted({card["command"] for card in cards.values()}),
+        resolved=yaml.safe_dump(study.model_dump(mode="json"), sort_keys=False),
+    )
+
+
+def _verdicts(study: Study, results: Results) -> list[str]:
+    """In words only the form the paper trains with, at the NFE it claims a speed-up (2) and none (1); all in the
+    table."""
+    claims = {1, 2} & set(study.scores.curve_nfe) or set(study.scores.curve_nfe)
+    headlines = {run for run in study.students if study.resolved(run).preconditioning == "analytic"}
+    faster = [item for item in results.found if item.run in headlines and item.nfe in claims]
+    better = [item for item in results.paired if item.run in headlines and item.measure != "fd"]
+    return [
+        *(sentence(item, results.extractor) for item in faster),
+        *(paired_sentence(item, results.extractor) for item in better),
+    ]
+
+
+def _table_rows(table: pd.DataFrame) -> list[dict[str, Any]]:
+    """The rows with each measure as text."""
+    return [
+        row | {measure: plus_minus(row[measure], row[f"{measure}_half_width"]) for measure in MEASURES}
+        for row in records(table)
+    ]
+
+
+def _step_table(histories: dict[str, list[pd.DataFrame]]) -> dict[str, Any] | None:
+    """Milliseconds of a training step by part, and peak memory, as rows of text."""
+    costs = step_costs(histories)
+    if costs.empty:
+        return None
+    parts = [str(name) for name in costs if name not in ("run", "peak_memory_mib")]
+    rows = []
+    for row in records(costs):
+        memory = f"{row['peak_memory_mib']:,.0f}" if "peak_memory_mib" in row else ""
+        numbers = ["" if pd.isna(row[part]) else f"{1000 * row[part]:.1f}" for part in parts]
+        rows.append([row["run"], *numbers, memory])
+    return {"parts": parts, "rows": rows}
+
+
+def _cost(study: Study, cards: Cards) -> dict[str, Any] | None:
+    """The coefficient fit against one student's training and against all."""
+    if "coefficients" not in cards:
+        return None
+    fit = cards["coefficients"]["measured"]
+    students = [cards[f"student {run} seed {seed}"]["measured"] for run, seed in students_of(study)]
+    fitted = [
+        cards[f"student {run} seed {seed}"]["measured"]
+        for run, seed in students_of(study)
+        if study.resolved(run).preconditioning in FITTED
+    ]
+    return {
+        "evaluations": fit["network_evaluations"],
+        "seconds": fit["seconds"],
+        "of_one_evaluations": fit["network_evaluations"] / fitted[0]["network_evaluations"],
+        "of_one_seconds": fit["seconds"] / fitted[0]["seconds"],
+        "of_all_evaluations": fit["network_evaluations"] / sum(m["network_evaluations"] for m in students),
+        "of_all_seconds": fit["seconds"] / sum(m["seconds"] for m in students),
+    }
+
+
+def _times(cards: Cards) -> list[tuple[str, float]]:
+    """Wall time of each stage, the students together."""
+    times: dict[str, float] = {}
+    for card in cards.values():
+        # A training that was interrupted has its whole time only in `measured`.
+        seconds = card["measured"].get("seconds", card["seconds"])
+        times[card["stage"]] = times.get(card["stage"], 0.0) + seconds
+    counts = Counter(card["stage"] for card in cards.values())
+    return [(f"{stage} ({counts[stage]})" if counts[stage] > 1 else stage, times[stage]) for stage in times]

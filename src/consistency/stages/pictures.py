@@ -1,0 +1,107 @@
+"""The figures of a report, with N and seeds in their captions."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+import torch
+from matplotlib.figure import Figure
+
+from consistency import figures
+from consistency.layout import Layout, sampler_name
+from consistency.stages.inputs import read_array, read_coefficients, read_dataset
+from consistency.stages.results import Results
+from consistency.study import Study
+from consistency.theory.generalized_ode import GeneralizedODE
+from consistency.wording import coarse, what_of
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A figure of the report: its file name, the chapter it stands in, its caption, its two files."""
+
+    name: str
+    chapter: str
+    caption: str
+    png: bytes
+    svg: bytes
+
+    @classmethod
+    def of(cls, name: str, chapter: str, caption: str, figure: Figure) -> "Picture":
+        """Draw a figure, and let go of it."""
+        picture = cls(name, chapter, caption, figures.drawn(figure, "png"), figures.drawn(figure, "svg"))
+        figures.close(figure)
+        return picture
+
+
+def draw_pictures(
+    study: Study, layout: Layout, results: Results, histories: dict[str, list[pd.DataFrame]]
+) -> list[Picture]:
+    """Every figure of the report, with N and seeds in its caption."""
+    runs, extractor, scores, found = list(study.students), results.extractor, results.main, results.found
+    seeds = f"{len(study.seeds)} seed{'s' if len(study.seeds) > 1 else ''} ({', '.join(map(str, study.seeds))})"
+    count = study.scores.curve_count
+    pictures = [_samples_picture(study, layout)]
+    if study.needs_coefficients:
+        pictures += _coefficient_pictures(study, layout)
+    for measure in ("fd", "alignment"):
+        images = count if measure == "fd" else study.scores.alignment_count
+        caption = (
+            f"{figures.measure_label(measure, extractor)} against training iterations: mean over {seeds}, band from "
+            f"the lowest to the highest seed, N = {images} images a point. Step 0 is left out."
+        )
+        figure = figures.learning_curves(scores, runs, study.scores.curve_nfe, measure, extractor)
+        pictures.append(Picture.of(f"curves_{measure}", "curves", caption, figure))
+    if found:
+        for measure in dict.fromkeys(item.measure for item in found):
+            images = count if measure == "fd" else study.scores.alignment_count
+            caption = (
+                f"Iterations of the baseline over iterations of the student to the baseline's final "
+                f"{what_of(measure, extractor)}, {seeds}, N = {images}. Bars: 95 % bootstrap over seeds{coarse(study)}"
+                "; one that leaves the picture has no end. Triangles are bounds: up, the score was there before "
+                "training; down, it was never reached."
+            )
+            bars = figures.speed_up_bars(found, runs, measure, extractor)
+            pictures.append(Picture.of(f"speedup_{measure}", "speedup", caption, bars))
+    caption = f"The terms of the training loss, mean over {seeds} and over the steps between two lines of the history."
+    pictures.append(Picture.of("losses", "curves", caption, figures.training_losses(histories, runs)))
+    return pictures
+
+
+def _samples_picture(study: Study, layout: Layout) -> Picture:
+    seed = study.seeds[0]
+    data = read_dataset(study, layout)
+    picks = np.linspace(0, len(data) - 1, 16).astype(int)
+    rows = [("data", data.images[picks]), ("teacher", read_array(layout.samples(None, None) / "heun.npy", "samples"))]
+    for nfe in study.report.grid_nfe:
+        for run in study.students:
+            path = layout.samples(run, seed) / f"{sampler_name(nfe)}.npy"
+            images = read_array(path, f"samples --run {run} --seed {seed}")
+            rows.append((f"{run}, NFE {nfe}", images))
+    teacher = f"Heun{' with churn' if study.sampling.teacher_churn else ''}, NFE {2 * study.sampling.teacher_steps - 1}"
+    caption = (
+        f"Images of seeds 0 to 15, below the first row one noise a column: the teacher ({teacher}) and "
+        f"every student (training seed {seed}). First row: 16 training images, for comparison."
+    )
+    return Picture.of("samples", "samples", caption, figures.sample_grid(rows))
+
+
+def _coefficient_pictures(study: Study, layout: Layout) -> list[Picture]:
+    fit, settings = read_coefficients(layout), study.coefficients
+    ode = GeneralizedODE(*(torch.from_numpy(fit[name]) for name in ("times", "l", "s")))  # type: ignore[arg-type]
+    forward = any(study.resolved(run).preconditioning == "analytic-forward" for run in study.students)
+    unknown = int((~fit["determined"].astype(bool)).sum())
+    note = f"; {unknown} times do not determine s_t" if unknown else ""
+    caption = (
+        f"l_t and s_t fitted from the teacher at {settings.times} times, N = {settings.samples} noised images each, "
+        f"{settings.probes} probes, fit seed {settings.seed}; band: two standard errors{note}. "
+        "Dashed: the values that are ctm."
+    )
+    pair = (
+        "f and g of the fitted preconditioning minus ctm's, for jumps from t to s. "
+        f"From the fit above (N = {settings.samples}, seed {settings.seed})."
+    )
+    return [
+        Picture.of("coefficients", "coefficients", caption, figures.coefficients(fit)),
+        Picture.of("preconditioning", "coefficients", pair, figures.preconditioning(ode, forward)),
+    ]

@@ -1,0 +1,144 @@
+"""What the report reads: score tables, cards and histories of a finished study."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from consistency.analysis import (
+    OWN_SAMPLERS,
+    Paired,
+    SpeedUp,
+    final_table,
+    of_main_rate,
+    paired_ratios,
+    speed_ups,
+)
+from consistency.errors import UserError
+from consistency.history import read_history
+from consistency.layout import Layout
+from consistency.provenance import read_card
+from consistency.stages.scores import COLUMNS
+from consistency.study import Study
+
+Cards = dict[str, dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Results:
+    """The numbers of a study. scores: every EMA rate's; main: the main rate's, from which all else is made.
+
+    table: at the end of training; found, paired: students against their baselines.
+    """
+
+    scores: pd.DataFrame
+    main: pd.DataFrame
+    table: pd.DataFrame
+    found: list[SpeedUp]
+    paired: list[Paired]
+
+    @property
+    def extractor(self) -> str:
+        """The features' name, as the score files carry it."""
+        return str(self.scores.extractor.iloc[0])
+
+    @property
+    def several_rates(self) -> bool:
+        """Whether a student was scored at more than one EMA rate."""
+        return len(self.main) < len(self.scores)
+
+    @property
+    def calibration(self) -> list[dict[str, Any]]:
+        """What was scored before any student."""
+        return records(self.scores[self.scores.kind == "calibration"])
+
+    @property
+    def teacher(self) -> dict[str, Any]:
+        """The teacher's row of the calibration."""
+        return next(row for row in self.calibration if row["run"] == "teacher")
+
+
+def read_results(study: Study, layout: Layout) -> Results:
+    """Raises UserError when a score table is missing or belongs to other settings."""
+    scores = read_scores(study, layout)
+    main = of_main_rate(scores, {run: study.resolved(run).ema_rate for run in study.students})
+    against, nfes = baselines(study), study.scores.curve_nfe
+    found = speed_ups(main, against, nfes, study.report.bootstrap)
+    return Results(scores, main, final_table(main), found, paired_ratios(main, against, nfes))
+
+
+def records(table: pd.DataFrame) -> list[dict[str, Any]]:
+    """A table's rows."""
+    return [{str(name): value for name, value in row.items()} for row in table.to_dict("records")]
+
+
+def read_scores(study: Study, layout: Layout) -> pd.DataFrame:
+    """All score tables of the study, the calibration first. Raises UserError naming the verb for a missing one."""
+    paths = {layout.scores(None, None): "calibration"}
+    for run, seed in students_of(study):
+        paths[layout.scores(run, seed)] = f"scores --run {run} --seed {seed}"
+    tables = []
+    for path, verb in paths.items():
+        try:
+            tables.append(_checked(pd.read_csv(path), study, path, verb))
+        except FileNotFoundError:
+            raise UserError(f"{path} is missing: run `python -m consistency {verb}` first") from None
+        except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError) as error:
+            raise UserError(f"{path} is damaged ({error}): run `{verb}` again") from None
+    return pd.concat(tables, ignore_index=True)
+
+
+def _checked(table: pd.DataFrame, study: Study, path: Path, verb: str) -> pd.DataFrame:
+    """The table, if its rows are those that this study asks for: a score table has no card that would tell."""
+    extractor = "classifier" if study.scores.extractor == "classifier" else f"inception-{study.scores.mode}"
+    counts = {"curve": study.scores.curve_count, "final": study.sampling.count}
+    right = set(COLUMNS) <= set(table.columns) and set(table.study) | set(table.extractor) == {study.name, extractor}
+    if right and verb != "calibration":
+        settings = study.resolved(str(table.run.iloc[0]))
+        steps = range(0, settings.steps + 1, settings.snapshot_every)
+        rates = (settings.ema_rate, *settings.evaluation_ema)
+        rows = table[table.sampler.isin(OWN_SAMPLERS)]
+        wanted = {("curve", rate, step, nfe) for rate in rates for step in steps for nfe in study.scores.curve_nfe}
+        wanted |= {("final", rate, settings.steps, nfe) for rate in rates for nfe in study.sampling.nfe}
+        right = set(zip(rows.kind, rows.ema, rows.step, rows.nfe, strict=True)) == wanted
+        right = right and bool((table.images == table.kind.map(counts)).all())
+    if not right:
+        raise UserError(f"{path} was made with other settings: run `python -m consistency {verb}` again")
+    return table
+
+
+def baselines(study: Study) -> dict[str, str]:
+    """The student each student's speed-up is measured against, where its objective has one."""
+    pairs = {run: study.report.baseline.get(study.resolved(run).objective) for run in study.students}
+    return {run: baseline for run, baseline in pairs.items() if baseline is not None}
+
+
+def students_of(study: Study) -> list[tuple[str, int]]:
+    """Run and seed of every training."""
+    return [(run, seed) for run in study.students for seed in study.seeds]
+
+
+def read_histories(study: Study, layout: Layout) -> dict[str, list[pd.DataFrame]]:
+    """The histories of each student's trainings, a table a seed."""
+    histories: dict[str, list[pd.DataFrame]] = {}
+    for run, seed in students_of(study):
+        lines = read_history(layout.student(run, seed) / "history.jsonl", f"student --run {run} --seed {seed}")
+        histories.setdefault(run, []).append(pd.DataFrame(lines))
+    return histories
+
+
+def read_cards(study: Study, layout: Layout) -> Cards:
+    """The card of every stage; students and samples by run and seed."""
+    cards = {
+        "dataset": read_card(layout.dataset, study, "dataset"),
+        "extractor": read_card(layout.extractor, study, "extractor"),
+        "teacher": read_card(layout.teacher, study, "teacher"),
+    }
+    if study.needs_coefficients:
+        cards["coefficients"] = read_card(layout.coefficients, study, "coefficients")
+    cards["samples of the teacher"] = read_card(layout.samples(None, None), study, "samples")
+    for run, seed in students_of(study):
+        cards[f"student {run} seed {seed}"] = read_card(layout.student(run, seed), study, "student", run, seed)
+        cards[f"samples {run} seed {seed}"] = read_card(layout.samples(run, seed), study, "samples", run, seed)
+    return cards

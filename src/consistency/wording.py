@@ -1,0 +1,105 @@
+"""The report's numbers in words. No file, no figure."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from consistency.analysis import Paired, SpeedUp
+from consistency.study import OfficialTeacher, Study
+
+
+def coarse(study: Study) -> str:
+    """What an interval over very few seeds is worth."""
+    count = len(study.seeds)
+    return "" if count > 4 else " (one seed: no interval)" if count == 1 else f" ({count} seeds: coarse)"
+
+
+def teacher_line(row: Mapping[str, Any], study: Study) -> str:
+    """The teacher's score, the first line of a report. row: the calibration's."""
+    count, published = int(row["images"]), row.get("published")
+    fid = study.scores.extractor == "inception"
+    value = f"FID {row['fd']:.2f}" if fid else f"FD {row['fd']:.4g}, not FID"
+    known = published is not None and not np.isnan(published)
+    given = f"published {published:g}, tolerance {row['tolerance']:g}; " if known else ""
+    how = f"clean-fid {study.scores.mode}" if fid else "classifier features"
+    return f"Teacher: {value} ({given}{count:,} images, {how}, seeds 0-{count - 1})"
+
+
+def teacher_made(study: Study, parameters: int) -> str:
+    """Where the teacher comes from."""
+    teacher = study.teacher
+    if isinstance(teacher, OfficialTeacher):
+        return f"official EDM checkpoint {teacher.checkpoint}, {parameters:,} parameters"
+    steps = f"{teacher.steps:,} steps of {teacher.batch} images"
+    return f"{teacher.network.kind}, {parameters:,} parameters, {steps}"
+
+
+def plus_minus(mean: float, half: float) -> str:
+    """A mean and its half-width, as far as they are known."""
+    if np.isnan(mean):
+        return ""
+    return f"{mean:.4g}" if np.isnan(half) else f"{mean:.4g} ± {half:.2g}"
+
+
+def speed(item: SpeedUp) -> str:
+    """The value with its bound and interval."""
+    value = "not defined" if item.bound == "?" else f"{item.bound and item.bound + ' '}{item.value:.2f}"
+    return value if np.isnan(item.low) else f"{value} ({_interval(item)})"
+
+
+def _interval(item: SpeedUp) -> str:
+    """Its ends; 0 where resamples do not reach the score, ∞ where they have it before training."""
+    low = f"{item.low:.2f}" if item.low else "0"
+    return f"{low} to {item.high:.2f}" if np.isfinite(item.high) else f"{low} to ∞"
+
+
+def what_of(measure: str, extractor: str) -> str:
+    """A measure in a sentence."""
+    return "alignment error" if measure == "alignment" else "FID" if extractor.startswith("inception") else "FD"
+
+
+def sentence(item: SpeedUp, extractor: str) -> str:
+    """One speed-up in words, saying so when its interval does not exclude 1."""
+    final = f"{item.baseline}'s final {what_of(item.measure, extractor)}"
+    times = f"{item.value:.2f} times fewer" if item.value >= 1 else f"{1 / item.value:.2f} times as many"
+    reached = {
+        "": f"reaches {final} in {times} iterations",
+        ">": f"has {final} before training (speed-up above {item.value:.2f})",
+        "<": f"does not reach {final} in its training (speed-up below {item.value:.2f})",
+        "?": f"has no speed-up: {item.baseline} has its final {what_of(item.measure, extractor)} before training",
+    }[item.bound]
+    if np.isnan(item.low):
+        return f"At NFE {item.nfe}, {item.run} {reached}; one seed, no interval."
+    doubt = "" if item.low > 1 or item.high < 1 else "; the interval includes 1, so no difference is shown"
+    interval = f"speed-up's 95 % bootstrap interval {_interval(item)}, {item.seeds} seeds"
+    return f"At NFE {item.nfe}, {item.run} {reached} ({interval}){doubt}."
+
+
+def ratio(item: Paired) -> str:
+    """The difference in percent, with its interval."""
+    text = f"{100 * (item.ratio - 1):+.1f} %"
+    return text if np.isnan(item.low) else f"{text} ({100 * (item.low - 1):+.1f} to {100 * (item.high - 1):+.1f})"
+
+
+def paired_sentence(item: Paired, extractor: str) -> str:
+    """A paired difference in words."""
+    what = f"{what_of(item.measure, extractor)} over the second half of training"
+    if np.isnan(item.low):
+        return f"At NFE {item.nfe}, {item.run}'s {what} differs from {item.baseline}'s by {ratio(item)}; one seed."
+    verdict = "" if item.high < 1 or item.low > 1 else "; the interval includes 0, so no difference is shown"
+    return (
+        f"At NFE {item.nfe}, {item.run}'s {what} differs from {item.baseline}'s, seed by seed, by {ratio(item)}: "
+        f"95 % t interval, {item.seeds} seeds{verdict}."
+    )
+
+
+def differs_in(study: Study, run: str) -> str:
+    """In what a student differs, as the study declares it."""
+    settings = study.resolved(run).model_dump(mode="json")
+    return ", ".join(f"{key}: {settings[key]}" for key in study.varies)
+
+
+def commit(state: dict[str, Any]) -> str:
+    """A commit, and whether the tree differed from it."""
+    return f"{state['commit'] or 'unknown'}{' (dirty)' if state['dirty'] else ''}"

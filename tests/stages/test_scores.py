@@ -1,0 +1,228 @@
+"""Scores: what is measured on which images, the calibration that stops a study, every EMA rate."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from consistency.__main__ import main
+from consistency.errors import UserError
+from consistency.features import Extractor, Statistics, frechet_distance
+from consistency.layout import Layout, snapshot_name
+from consistency.nets.denoiser import student_from_teacher
+from consistency.stages import extractor as extractor_stage
+from consistency.stages.extractor import make_extractor, open_extractor, read_data_statistics
+from consistency.stages.inputs import read_preconditioning
+from consistency.stages.samples import draw, jump_sampler, make_samples
+from consistency.stages.scores import CALIBRATION_COLUMNS, COLUMNS, make_calibration, make_scores
+from consistency.study import Study
+from consistency.training.checkpoint import load_denoiser, save_denoiser
+from consistency.training.data import load_images, to_bytes
+
+Tiny = Callable[..., Study]
+CPU = torch.device("cpu")
+RATE = {"student.evaluation_ema": [0.9]}
+
+
+@pytest.fixture
+def layout(tiny: Tiny, first_results: Layout, tmp_path: Path) -> Layout:
+    """Dataset, teacher, its samples, coefficients and the extractor, in folders of one's own."""
+    shutil.copytree(first_results.results, tmp_path / "results")
+    made = Layout("tiny", tmp_path / "results", tmp_path / "state")
+    make_samples(tiny(), made, None, None, CPU)
+    make_extractor(tiny(), made, CPU)
+    return made
+
+
+def make_student(study: Study, layout: Layout, run: str = "analytic") -> None:
+    """A student at every rate and step, all of other weights, with its samples."""
+    from consistency.provenance import write_card
+
+    teacher = load_denoiser(layout.teacher / "teacher.safetensors")[0]
+    folder, settings = layout.student(run, 0), study.resolved(run)
+    seed = 0
+    for rate in (None, *settings.evaluation_ema):
+        files = [folder / "snapshots" / snapshot_name(step, rate) for step in (0, 3, 6)]
+        for path in [*files, layout.student_file(run, 0, rate)]:
+            student, seed = student_from_teacher(teacher), seed + 1
+            generator = torch.Generator().manual_seed(seed)
+            with torch.no_grad():
+                for weight in student.parameters():
+                    weight += 0.05 * torch.randn(weight.shape, generator=generator)
+            save_denoiser(path, student, {"key": study.key("student", run, 0), "study": "tiny"})
+    write_card(folder, study, "student", run=run, seed=0, started=0.0, inputs=[], outputs=[])
+    make_samples(study, layout, run, 0, CPU)
+
+
+def scored(study: Study, layout: Layout, run: str = "analytic") -> pd.DataFrame:
+    make_calibration(study, layout, CPU)
+    make_scores(study, layout, run, 0, CPU)
+    return pd.read_csv(layout.scores(run, 0))
+
+
+def test_a_table_has_a_row_for_each_sampler_rate_and_snapshot(tiny: Tiny, layout: Layout) -> None:
+    study = tiny(RATE)
+    make_student(study, layout)
+    table = scored(study, layout)
+    assert list(table.columns) == COLUMNS
+    final = table[table.kind == "final"]
+    own = {("jumps", nfe, rate) for nfe in (1, 2, 5) for rate in (0.5, 0.9)}
+    assert set(zip(final.sampler, final.nfe, final.ema, strict=True)) == own | {("gamma=1.0", 2, 0.5)}
+    curve = table[table.kind == "curve"]
+    wanted = {(step, nfe, rate) for step in (0, 3, 6) for nfe in (1, 2) for rate in (0.5, 0.9)}
+    assert set(zip(curve.step, curve.nfe, curve.ema, strict=True)) == wanted
+    assert table[["fd", "kid"]].notna().all().all()
+    assert (table.alignment.isna() == (table.sampler == "gamma=1.0")).all()
+    # Each row is of weights of its own.
+    assert table.fd.nunique() == len(table)
+    calibration = pd.read_csv(layout.scores(None, None))
+    assert list(calibration.columns) == CALIBRATION_COLUMNS
+    assert calibration[["ema", "published", "tolerance"]].isna().all().all()
+
+
+def test_the_main_rates_rows_are_those_of_a_study_without_others(tiny: Tiny, layout: Layout) -> None:
+    study = tiny(RATE)
+    make_student(study, layout)
+    several = scored(study, layout)
+    shutil.rmtree(layout.samples("analytic", 0))
+    make_student(tiny(), layout)
+    alone = scored(tiny(), layout)
+    pd.testing.assert_frame_equal(several[several.ema == 0.5].reset_index(drop=True), alone)
+
+
+def test_a_row_is_what_one_computes_from_all_its_images_at_once(tiny: Tiny, layout: Layout) -> None:
+    study = tiny()
+    make_student(study, layout)
+    table = scored(study, layout)
+    model = load_denoiser(layout.student("analytic", 0) / "snapshots" / snapshot_name(3))[0]
+    jumps = jump_sampler(study, "analytic", model, read_preconditioning(study, layout, "analytic", 0.5, CPU), 2)
+    images = torch.cat([batch for _, batch in draw(study, model, jumps, 80)])
+    features = open_extractor(study, layout, load_images(layout.dataset), CPU)(to_bytes(images)).astype(np.float64)
+    data = read_data_statistics(study, layout)
+    whole = Statistics(features.mean(0), np.cov(features, rowvar=False), features)
+    endpoints = np.load(layout.scores(None, None).with_name("endpoints.npy"))
+    row = table[(table.kind == "curve") & (table.step == 3) & (table.nfe == 2)].iloc[0]
+    assert row.fd == pytest.approx(frechet_distance(whole, data), rel=1e-9)
+    assert row.alignment == pytest.approx(np.square(images[:16].double().numpy() - endpoints).mean(), rel=1e-12)
+    assert row.images == 80
+
+
+def test_the_batch_changes_no_score(tiny: Tiny, layout: Layout) -> None:
+    make_student(tiny(), layout)
+    first = scored(tiny(), layout)
+    second = scored(tiny({"sampling.batch": 7}), layout)
+    pd.testing.assert_frame_equal(first, second, rtol=1e-4)
+
+
+def test_endpoint_students_are_aligned_at_one_jump_only(tiny: Tiny, layout: Layout) -> None:
+    study = tiny({"student.objective": "endpoint", "report": {}})
+    make_student(study, layout)
+    table = scored(study, layout)
+    assert set(table.sampler) == {"multistep"}
+    assert (table.alignment.notna() == (table.nfe == 1)).all()
+
+
+def test_a_missing_snapshot_is_named(tiny: Tiny, layout: Layout) -> None:
+    study = tiny(RATE)
+    make_student(study, layout)
+    make_calibration(study, layout, CPU)
+    (layout.student("analytic", 0) / "snapshots" / "step-000003-ema0.9.safetensors").unlink()
+    with pytest.raises(UserError, match=r"step-000003-ema0\.9\.safetensors is missing"):
+        make_scores(study, layout, "analytic", 0, CPU)
+
+
+# --- the calibration rule
+
+INCEPTION = {"scores.extractor": "inception", "scores.teacher_fid": 1.0}
+
+
+def inception_played_by(features: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A few random projections in place of Inception: the distance of 2048 features would take a minute."""
+    matrix = np.random.default_rng(0).normal(size=(64, features)).astype(np.float32)
+
+    def batch(images: np.ndarray) -> np.ndarray:
+        return images.reshape(len(images), -1).astype(np.float32) / 255 @ matrix
+
+    monkeypatch.setattr(extractor_stage, "open_resource", lambda name: Path(name))
+    made = Extractor("inception-legacy_tensorflow", batch)
+    monkeypatch.setattr(extractor_stage, "inception_extractor", lambda *_: made)
+
+
+@pytest.fixture
+def verb(
+    layout: Layout, write_study: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> Callable[[str, dict[str, Any]], int]:
+    """verb("calibration", {"scores.teacher_fid": 2.0}): the real verb, with a stand-in for Inception."""
+    inception_played_by(4, monkeypatch)
+
+    def run(name: str, changes: dict[str, Any]) -> int:
+        words = [name, "--study", str(write_study(INCEPTION | changes)), "--device", "cpu"]
+        return main([*words, "--results", str(layout.results), "--state", str(layout.state)])
+
+    return run
+
+
+def test_a_teacher_that_is_off_stops_the_study_and_nothing_is_lost(
+    verb: Callable[..., int], layout: Layout, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert verb("extractor", {}) == 0
+    samples = (layout.samples(None, None) / "heun.npy").read_bytes()
+    (layout.scores(None, None)).write_text("of another day\n")
+    assert verb("calibration", {}) == 2
+    (error,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error")]
+    measured = json.loads(layout.measured_calibration.read_text())
+    for said in (
+        f"FID is {measured['fd']:.4g}",
+        "published 1 within 0.1",
+        "teacher_fid_tolerance",
+        "from 80 images",
+        "legacy_tensorflow",
+        "data prepared in another way",
+        "scores.mode",
+        str(layout.measured_calibration),
+    ):
+        assert said in error
+    assert not layout.scores(None, None).exists()
+    assert (layout.samples(None, None) / "heun.npy").read_bytes() == samples
+    assert measured["images"] == 80
+    # With a wider tolerance the same command goes on, and says what it was held against.
+    wider = {"scores.teacher_fid_tolerance": abs(measured["fd"] - 1) + 0.01}
+    assert verb("calibration", wider) == 0
+    teacher = pd.read_csv(layout.scores(None, None)).set_index("run").loc["teacher"]
+    assert (teacher.published, teacher.tolerance) == (1.0, pytest.approx(wider["scores.teacher_fid_tolerance"]))
+    assert teacher.fd == pytest.approx(measured["fd"], rel=1e-12)
+    assert not layout.measured_calibration.exists()
+    assert layout.scores(None, None).with_name("endpoints.npy").exists()
+
+
+@pytest.mark.parametrize(("off", "code"), [(0.09, 0), (-0.09, 0), (0.11, 2), (-0.11, 2)])
+def test_the_tolerance_is_on_both_sides(verb: Callable[..., int], layout: Layout, off: float, code: int) -> None:
+    assert verb("extractor", {}) == 0
+    verb("calibration", {"scores.teacher_fid_tolerance": 1e-9})
+    fid = json.loads(layout.measured_calibration.read_text())["fd"]
+    assert verb("calibration", {"scores.teacher_fid": fid + off}) == code
+
+
+@pytest.mark.parametrize(("features", "warned"), [(4, 0), (90, 1)])
+def test_too_few_images_for_the_features_are_warned_of_once(
+    tiny: Tiny,
+    layout: Layout,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    features: int,
+    warned: int,
+) -> None:
+    inception_played_by(features, monkeypatch)
+    study = tiny({"scores.extractor": "inception"})
+    make_extractor(study, layout, CPU)
+    make_calibration(study, layout, CPU)
+    said = capsys.readouterr().out
+    assert said.count("covariance is singular") == warned
+    if warned:
+        assert "fewer images than the 90 features (sampling.count 80, scores.curve_count 80)" in said
