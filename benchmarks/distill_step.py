@@ -69,6 +69,8 @@ def measure(args: argparse.Namespace) -> dict[str, float]:
     if level >= 3:
         teacher = teacher.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     student = student_from_teacher(teacher, dropout=0.0).train().requires_grad_(True)
+    if level >= 3:
+        student = student.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     average = Ema(student, 0.999)
     networks = (student, average.model, teacher)
     for network in networks:
@@ -178,6 +180,8 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     torch.backends.cudnn.benchmark = True
+    # As the verb `student` sets it: with float32 networks all is float32, else LPIPS may use TF32.
+    torch.backends.cudnn.allow_tf32 = args.rung in ("bfloat16", "compile")
     if args.rung:
         print(json.dumps(measure(args)))
         return

@@ -4,6 +4,7 @@ import argparse
 import os
 import signal
 import sys
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
@@ -49,7 +50,7 @@ def _samples(args: Arguments) -> None:
     """draw images of a student, or of the teacher without --run"""
     from consistency.stages.samples import make_samples
 
-    make_samples(args.study, args.layout, args.run, args.seed, args.device)
+    make_samples(args.study, args.layout, args.run, args.seed, args.device, args.machine.ranks)
 
 
 def _extractor(args: Arguments) -> None:
@@ -128,7 +129,7 @@ _VERBS: dict[str, tuple[Callable[[Arguments], None], bool, str]] = {
 }
 
 # The verbs whose work several processes can share.
-_SHARED = ("teacher", "student")
+_SHARED = ("teacher", "student", "samples")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -197,6 +198,31 @@ def main(words: list[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, _terminated)
     signal.signal(signal.SIGALRM, _terminated)
     watch_supervisor()
+    return _as_worker(args) if launch.is_worker() else _run(args)
+
+
+def _as_worker(args: Arguments) -> int:
+    """The verb in one of several processes. One that fails ends at once: leaving the group would wait for the others,
+    which wait for it; torchrun then stops them."""
+    code: int | str | None = 1
+    try:
+        code = _run(args)
+    except SystemExit as ended:
+        code = ended.code
+    except Exception:
+        traceback.print_exc()
+    if code == 0:
+        from consistency.training.distributed import leave
+
+        leave()
+        return 0
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code if isinstance(code, int) else 1)
+
+
+def _run(args: Arguments) -> int:
+    """Run the verb; every error that is foreseen becomes one line and an exit code."""
     try:
         if args.study is not None:
             from consistency.study import load_study
@@ -226,11 +252,6 @@ def main(words: list[str] | None = None) -> int:
             raise
         print(f"{error}{launch.whose()}", file=sys.stderr)
         return 128 + int(signum)
-    finally:
-        if launch.is_worker():
-            from consistency.training.distributed import leave
-
-            leave()
     return 0
 
 
@@ -275,7 +296,14 @@ def _prepare(args: Arguments) -> None:
     torch.set_num_threads(args.threads)
     torch.backends.cuda.matmul.allow_tf32 = False
     torch.backends.cudnn.benchmark = True
+    # float32 means float32, but for LPIPS beside networks in lower precision, where TF32 is a third of the step's time.
+    low = args.verb == "student" and args.study.resolved(args.run).precision != "float32"
+    torch.backends.cudnn.allow_tf32 = low
+    if launch.is_worker() and args.device in ("auto", "cuda") and torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     ranks, args.device = join(pick_device(args.device))
+    if args.device.index is not None:
+        torch.cuda.set_device(args.device)
     args.machine = Machine(args.device, ranks)
 
 

@@ -234,7 +234,9 @@ class Sampling(Section):
     gamma_nfe: list[Count] = Field([2], description="Numbers of jumps of the gamma samplers.")
     teacher_steps: Annotated[int, Field(ge=2)] = Field(18, description="Heun steps N of the teacher, NFE 2N-1.")
     teacher_churn: Churn | None = Field(None, description="Added noise of the teacher's sampler; without: the ODE.")
-    precision: Precision = Field("float32", description="Arithmetic of the networks; the sampler's own is float64.")
+    precision: Precision = Field(
+        "float32", description="Arithmetic of the networks; with churn the sampler's state is float64."
+    )
     batch: Count = Field(512, description="Images an evaluation (changes nothing but speed and memory).")
 
 
@@ -292,7 +294,7 @@ class Compute(Section):
     channels_last: bool = Field(False, description="Memory layout NHWC inside the networks, faster on GPUs.")
     compile: bool = Field(False, description="Compile the networks with torch.compile: minutes at first, then faster.")
     data_on_device: bool | None = Field(
-        None, description="Keep the whole dataset in the GPU's memory. Without: if it takes less than a quarter of it."
+        None, description="Keep the whole dataset in the GPU's memory. Without: if it takes less than a 16th of it."
     )
 
 

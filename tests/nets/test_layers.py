@@ -17,6 +17,7 @@ from consistency.nets.layers import (
     PositionalEmbedding,
     UNetBlock,
     attention,
+    fused_attention,
     label_vectors,
 )
 
@@ -152,3 +153,22 @@ def test_label_dropout_zeroes_whole_labels_at_its_rate() -> None:
 
 def test_no_label_is_a_label_of_zeros() -> None:
     assert torch.equal(label_vectors(None, 3, torch.zeros(2, dtype=torch.float64), 0.0), torch.zeros(1, 3).double())
+
+
+def test_fused_attention_is_the_plain_one() -> None:
+    """What a GPU computes, on the CPU: values and gradients."""
+    q, k, v = (torch.randn(3, 8, 10, dtype=torch.float64, requires_grad=True) for _ in range(3))
+    plain, fused = attention(q, k, v), fused_attention(q, k, v)
+    torch.testing.assert_close(fused, plain)
+    weight = torch.randn_like(plain)
+    for a, b in zip(*(torch.autograd.grad((y * weight).sum(), (q, k, v)) for y in (plain, fused)), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_group_normalisation_under_autocast_keeps_the_low_precision() -> None:
+    """And its sums are float32's: near the result in full precision."""
+    norm, x = GroupNorm(32), 3 + torch.randn(2, 32, 16, 16)
+    with torch.autocast("cpu", torch.bfloat16):
+        low = norm(x.bfloat16())
+    assert low.dtype == torch.bfloat16
+    torch.testing.assert_close(low.float(), norm(x), rtol=0.02, atol=0.05)

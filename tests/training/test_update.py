@@ -185,6 +185,16 @@ def test_lower_precision_gives_nearly_the_same_step(update: MakeUpdate, precisio
         assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=0.1)
 
 
+def test_an_overflow_of_both_terms_is_no_bad_loss(update: MakeUpdate) -> None:
+    """Their ratio does not exist then; the step is left out, and the training goes on."""
+    one = update(precision="float16", adaptive=True)
+    one.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**127)
+    terms, _ = one.step(0)
+    assert torch.isfinite(terms["loss"])
+    assert torch.isfinite(terms["dsm_balance"])
+    assert not torch.isfinite(terms["grad_norm"])
+
+
 def test_an_overflow_of_float16_leaves_the_step_out_and_lowers_the_scale(update: MakeUpdate) -> None:
     one = update(precision="float16")
     before = [weight.detach().clone() for weight in one.model.parameters()]

@@ -13,8 +13,9 @@ rule coefficients:
         environment
     threads: 1
     resources:
-        mem_mb=4000,
+        mem_mb=16000,
         runtime=240,
+        gpu=0,
     params:
         key=key("coefficients"),
     shell:

@@ -13,12 +13,14 @@ rule teacher_samples:
         environment
     threads: 1
     resources:
-        mem_mb=4000,
+        mem_mb=16000,
         runtime=1440,
+        gpu=0,
     params:
         key=key("samples"),
     shell:
-        "python -m consistency samples --study config/studies/{wildcards.study}.yaml --threads {threads} 2>&1 | tee -i {log}"
+        "python -m consistency samples --study config/studies/{wildcards.study}.yaml --threads {threads}"
+        " --processes {resources.gpu} 2>&1 | tee -i {log}"
 
 
 rule samples:
@@ -35,10 +37,12 @@ rule samples:
         environment
     threads: 1
     resources:
-        mem_mb=4000,
+        mem_mb=16000,
         runtime=1440,
+        gpu=0,
     params:
         key=key("samples"),
     shell:
         "python -m consistency samples --study config/studies/{wildcards.study}.yaml"
-        " --run {wildcards.run} --seed {wildcards.seed} --threads {threads} 2>&1 | tee -i {log}"
+        " --run {wildcards.run} --seed {wildcards.seed} --threads {threads}"
+        " --processes {resources.gpu} 2>&1 | tee -i {log}"

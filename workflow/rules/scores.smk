@@ -13,8 +13,9 @@ rule extractor:
         environment
     threads: 1
     resources:
-        mem_mb=4000,
+        mem_mb=16000,
         runtime=240,
+        gpu=0,
     params:
         key=key("extractor"),
     shell:
@@ -39,8 +40,9 @@ rule calibration:
         environment
     threads: 1
     resources:
-        mem_mb=8000,
+        mem_mb=16000,
         runtime=240,
+        gpu=0,
     params:
         key=key("scores"),
     shell:
@@ -67,8 +69,9 @@ rule scores:
         environment
     threads: 1
     resources:
-        mem_mb=8000,
+        mem_mb=16000,
         runtime=1440,
+        gpu=0,
     params:
         key=key("scores"),
     shell:

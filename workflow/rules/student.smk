@@ -20,7 +20,7 @@ rule student:
         environment
     threads: 1
     resources:
-        mem_mb=4000,
+        mem_mb=16000,
         runtime=1440,
         gpu=0,
     params:

@@ -13,7 +13,7 @@ rule teacher:
         environment
     threads: 1
     resources:
-        mem_mb=4000,
+        mem_mb=16000,
         runtime=720,
         gpu=0,
     params:

@@ -154,21 +154,37 @@ class GroupNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if not x.is_contiguous() and fwAD.unpack_dual(x).tangent is not None:
             x = x.contiguous()  # the forward-mode rule takes no channels-last input
-        return F.group_norm(x, self.num_groups, _cast(self.weight, x), _cast(self.bias, x), self.eps)
+        # The kernel sums in float32 whatever it is given; autocast would make float32 copies of the activations.
+        with _no_autocast(x):
+            return F.group_norm(x, self.num_groups, _cast(self.weight, x), _cast(self.bias, x), self.eps)
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Softmax attention of every query position over all key positions.
 
     Shapes: q, k, v and the result are [B, C, P] with P positions. The weights softmax(q.k / sqrt(C)) are
-    computed in at least float32. Made of plain operations, because fused kernels lack forward-mode rules.
+    computed in at least float32. Made of plain operations where forward mode is on, because fused kernels lack its
+    rules; on a GPU otherwise fused, or the weights of all graphs of a step would lie in its memory.
     """
     dtype = torch.promote_types(q.dtype, torch.float32)
-    # On the meta device, which has no autocast, shapes and operations are only counted.
-    with torch.autocast("cpu" if q.is_meta else q.device.type, enabled=False):
+    if q.is_cuda and fwAD.unpack_dual(q).tangent is None:
+        return fused_attention(q, k, v)
+    with _no_autocast(q):
         scores = torch.bmm(q.to(dtype).transpose(1, 2), k.to(dtype) / math.sqrt(k.shape[1]))
         weights = scores.softmax(dim=2).to(q.dtype)
     return torch.bmm(v, weights.transpose(1, 2))
+
+
+def fused_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """The same by PyTorch's fused kernels, which keep no weights. Shapes as in `attention`."""
+    q, k, v = (a.transpose(1, 2).unsqueeze(1).contiguous() for a in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v).squeeze(1).transpose(1, 2)
+
+
+def _no_autocast(x: Tensor) -> torch.autocast:
+    """A block in which the ambient autocast is off."""
+    # The meta device, on which shapes and operations are only counted, has none of its own.
+    return torch.autocast("cpu" if x.is_meta else x.device.type, enabled=False)
 
 
 class UNetBlock(nn.Module):

@@ -28,7 +28,7 @@ from consistency.theory.solver import DenoiserFn, heun_solve
 from consistency.training.data import to_bytes
 from consistency.training.distributed import Ranks
 from consistency.training.folder import only_trainer
-from consistency.training.loop import Interrupted, _stop_requests
+from consistency.training.loop import Interrupted, stop_requests
 from consistency.training.objectives import with_labels
 
 # From the noise of a batch of images to their endpoints, float [N, C, H, W].
@@ -74,7 +74,7 @@ def make_samples(
     label = "samples teacher" if run is None else f"samples {run} seed {seed}"
     names = ["heun"] if run is None else [sampler.name for sampler in student_samplers(study, run)]
     folder, state = layout.samples(run, seed), layout.sampling_state(run, seed)
-    with only_trainer(state) if ranks.first else contextlib.nullcontext(), _stop_requests() as requests:
+    with only_trainer(state) if ranks.first else contextlib.nullcontext(), stop_requests() as requests:
         digests, size = _digests(study, layout, run, seed), study.dataset.resolution
         made_from = {"key": study.key("samples", run, seed)} | {path.name: digests[path] for path in digests}
         parts = Parts(state, made_from, (study.sampling.count, size, size, study.dataset.channels), ranks, label)

@@ -96,8 +96,7 @@ def _laid_out(
 ) -> Callable[[int], tuple[Tensor, Tensor | None]]:
     def at(step: int) -> tuple[Tensor, Tensor | None]:
         images, labels = batches(step)
-        if channels_last:
-            images = images.contiguous(memory_format=torch.channels_last)
-        return images, labels if conditional else None
+        layout = torch.channels_last if channels_last else torch.contiguous_format
+        return images.contiguous(memory_format=layout), labels if conditional else None
 
     return at

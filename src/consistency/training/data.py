@@ -47,7 +47,7 @@ class Batches:
     """The batches of a training, drawn with replacement: those of step k depend on (seed, purpose, k) alone.
 
     count: images of the whole batch; share: this process's rows of it; flip: mirror each image with probability 1/2;
-    on_device: keep the dataset in the device's memory (None: on a GPU, if it takes less than a quarter of it).
+    on_device: keep the dataset in the device's memory (None: on a GPU, if it takes less than a sixteenth of it).
     Otherwise a thread gathers the next batches into pinned memory while the device computes; conversion to float and
     the flip are always the device's work.
     """
@@ -68,7 +68,7 @@ class Batches:
         self._seed, self._purpose = seed, purpose
         self._images: Tensor | None = None
         if on_device or (on_device is None and _fits(data, device)):
-            self._images = torch.from_numpy(np.array(data.images)).to(device)
+            self._images = _copied(data.images, device)
         self._ahead: dict[int, Future[_Gathered]] = {}
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="batches")
 
@@ -101,11 +101,19 @@ _AHEAD = 2  # batches gathered before they are asked for
 _Gathered = tuple[Tensor, Tensor, Tensor]
 
 
+def _copied(images: np.ndarray, device: torch.device) -> Tensor:
+    """All images on the device, in pieces: the host never holds more than one."""
+    copy = torch.empty(images.shape, dtype=torch.uint8, device=device)
+    for start in range(0, len(images), 8192):
+        copy[start : start + 8192] = torch.from_numpy(np.array(images[start : start + 8192])).to(device)
+    return copy
+
+
 def _fits(data: ImageData, device: torch.device) -> bool:
-    """Whether the dataset takes less than a quarter of a GPU's memory."""
+    """Whether the dataset takes less than a sixteenth of a GPU's memory."""
     if device.type != "cuda":
         return False
-    return data.images.nbytes < torch.cuda.get_device_properties(device).total_memory / 4
+    return data.images.nbytes < torch.cuda.get_device_properties(device).total_memory / 16
 
 
 def to_signed(images: Tensor) -> Tensor:

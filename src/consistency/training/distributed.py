@@ -31,7 +31,7 @@ class Ranks:
             return
         flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
         dist.all_reduce(flat)
-        parts = (flat / self.world).split([tensor.numel() for tensor in tensors])
+        parts = flat.div_(self.world).split([tensor.numel() for tensor in tensors])
         for tensor, part in zip(tensors, parts, strict=True):
             tensor.copy_(part.view(tensor.shape))
 
@@ -63,6 +63,6 @@ def join(device: torch.device) -> tuple[Ranks, torch.device]:
 
 
 def leave() -> None:
-    """Leave the group; nothing without one."""
+    """Leave the group, when all processes do; nothing without one."""
     if dist.is_initialized():
         dist.destroy_process_group()

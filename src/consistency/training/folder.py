@@ -33,7 +33,7 @@ def only_trainer(folder: Path) -> Iterator[None]:
                 if time.monotonic() > deadline:
                     file.seek(0)
                     raise UserError(
-                        f"another process ({file.read().strip()}) is training in {folder}: wait for it or stop it"
+                        f"another process ({file.read().strip()}) is working in {folder}: wait for it or stop it"
                     ) from None
                 time.sleep(0.5)
         file.truncate(0)
@@ -44,7 +44,9 @@ def only_trainer(folder: Path) -> Iterator[None]:
 
 def prepare(folder: Path, key: str, label: str) -> None:
     """Make the folder ready for going on, or for a start: a state of other settings is set aside, the history is cut
-    back to the saved step. Raises UserError for a damaged state."""
+    back to the saved step, what a killed process had half written is removed. Raises UserError for a damaged state."""
+    for stale in (*folder.glob(".*.tmp"), *folder.glob("snapshots/.*.tmp")):
+        stale.unlink(missing_ok=True)
     state = read(folder)
     if state is not None and state.get("key") != key:
         aside = folder.with_name(f"{folder.name}.{state.get('key')}")

@@ -1,4 +1,4 @@
-"""The training loop: one screen, resumable at any step, the same bits however often it is interrupted."""
+"""The training loop: one screen, resumable at any step; on a CPU with the same bits however often it is interrupted."""
 
 import contextlib
 import math
@@ -60,9 +60,12 @@ class _Window:
     steps: int = 0
     seconds: float = 0.0
 
-    def add(self, terms: dict[str, Tensor]) -> None:
+    def add(self, terms: dict[str, Tensor], overflows: bool) -> None:
+        """overflows: a gradient norm may be infinite without harm (float16), and then counts as 0."""
         for name, value in terms.items():
-            self.sums[name] = self.sums.get(name, torch.zeros((), dtype=torch.float64)) + value.detach().double()
+            added = value.detach().double()
+            added = torch.where(torch.isfinite(added), added, 0.0) if overflows else added
+            self.sums[name] = self.sums.get(name, torch.zeros((), dtype=torch.float64)) + added
         self.steps += 1
 
 
@@ -74,6 +77,7 @@ class _Clock:
     seconds: float = 0.0
     evaluations: int = 0
     first_bad: Tensor = field(default_factory=lambda: torch.tensor(math.inf))
+    loss: float | None = None  # of the last line of the history: reading a newer one would stall a GPU
 
 
 def train(job: Training) -> dict[str, float]:
@@ -84,15 +88,15 @@ def train(job: Training) -> dict[str, float]:
     processes to stop, and UserError when a loss is not finite or another process trains in the folder.
     """
     ranks = job.update.ranks
-    with files.only_trainer(job.folder) if ranks.first else contextlib.nullcontext(), _stop_requests() as requests:
+    with files.only_trainer(job.folder) if ranks.first else contextlib.nullcontext(), stop_requests() as requests:
         clock, window = _resume(job)
         if job.snapshot_every and clock.step == 0:
             _snapshot(job, 0)
-        progress = Progress(job.label, job.steps, clock.step, lambda: _loss_note(window), shown=ranks.first)
+        progress = Progress(job.label, job.steps, clock.step, lambda: _loss_note(clock), shown=ranks.first)
         mark = saved = time.monotonic()
         pause = SAVE_EVERY
         while clock.step < job.steps:
-            window.add(_step(job, clock))
+            window.add(_step(job, clock), job.update.scaler.is_enabled())
             now = time.monotonic()
             window.seconds, mark = window.seconds + now - mark, now
             progress.advance()
@@ -168,6 +172,7 @@ def _log(job: Training, clock: _Clock, window: _Window) -> None:
     line = {"step": clock.step, **{name: (value / window.steps).item() for name, value in window.sums.items()}}
     line["images_per_second"] = round(window.steps * job.update.batch / max(window.seconds, 1e-9), 1)
     line["seconds"] = round(clock.seconds, 3)
+    clock.loss = line["loss"]
     timed = job.update.stopwatch.read()
     line |= {f"time_{name}": round(seconds / window.steps, 6) for name, seconds in timed.items()}
     line["peak_memory_mib"] = _peak_memory(job)
@@ -183,8 +188,8 @@ def _peak_memory(job: Training) -> float:
     return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10, 1)
 
 
-def _loss_note(window: _Window) -> str:
-    return f"loss {(window.sums['loss'] / window.steps).item():.4g}" if window.steps else ""
+def _loss_note(clock: _Clock) -> str:
+    return "" if clock.loss is None else f"loss {clock.loss:.4g}"
 
 
 def _snapshot(job: Training, step: int) -> None:
@@ -235,7 +240,7 @@ def _resume(job: Training) -> tuple[_Clock, _Window]:
 
 
 @contextmanager
-def _stop_requests() -> Iterator[Callable[[], int]]:
+def stop_requests() -> Iterator[Callable[[], int]]:
     """A function that returns the signal that asked to stop, or 0."""
     received: list[int] = []
 

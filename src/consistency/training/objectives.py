@@ -1,7 +1,8 @@
 """The losses: EDM's for the teacher, trajectory (CTM) and endpoint (CM) distillation for students.
 
 An objective first draws the randomness of a whole optimiser step, then gives the terms of any part of the batch: so
-the step is the same in however many parts, and on however many devices, it is computed. Evaluations count a forward
+the step is the same in however many parts, and on however many devices, it is computed (without dropout, whose masks
+belong to the part). Evaluations count a forward
 pass as 1 an image and a backward pass as 2.
 """
 

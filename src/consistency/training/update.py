@@ -90,6 +90,8 @@ class Update:
             balance = self._gather_gradients(weights)
             loss = sum((means[name] * weights[name] for name in means if name != BALANCED), torch.zeros(()))
             if BALANCED in means:
+                # Where float16 has overflowed in both terms there is no ratio; the step is left out anyway.
+                balance = torch.where(torch.isfinite(balance), balance, 0.0) if self.scaler.is_enabled() else balance
                 loss = loss + means[BALANCED] * weights[BALANCED] * balance
                 means |= {"dsm_balance": balance} if self.adaptive else {}
             norm = self._apply()
