@@ -318,7 +318,7 @@ def test_two_runs_in_one_folder(project: Project, monkeypatch: pytest.MonkeyPatc
         other.write("pid 7 on elsewhere")
         other.flush()
         error = project.error("student", *STUDENT)
-    assert f"another process (pid 7 on elsewhere) is training in {folder}" in error
+    assert f"another process (pid 7 on elsewhere) is working in {folder}" in error
 
 
 # --- Ctrl-C --------------------------------------------------------------------------------------

@@ -350,7 +350,7 @@ def test_a_second_trainer_in_the_folder_is_refused(job: Job, monkeypatch: pytest
     monkeypatch.setattr(files, "LOCK_PATIENCE", 0.0)
 
     def intrude() -> None:
-        with pytest.raises(UserError, match=rf"another process \(pid {os.getpid()} on .*\) is training"):
+        with pytest.raises(UserError, match=rf"another process \(pid {os.getpid()} on .*\) is working"):
             train(job())
 
     train(job(hook=at(2, intrude)))
