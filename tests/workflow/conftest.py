@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from tests.workflow.checkout import Checkout, fresh, processes_in
+from tests.workflow.miniatures import Site, serving
 
 
 @pytest.fixture(autouse=True)
@@ -46,3 +47,13 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Checkout:
 def copied(finished: Checkout, tmp_path: Path) -> Checkout:
     """A finished run of one's own."""
     return finished.copy(tmp_path / "copied")
+
+
+@pytest.fixture
+def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Site]:
+    """An empty folder whose files are published on the loopback."""
+    for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    (tmp_path / "site").mkdir()
+    with serving(tmp_path / "site") as published:
+        yield published
