@@ -213,10 +213,23 @@ def _record(name: str, digest: str) -> str:
         digests = recorded()
         if name not in digests:
             digests[name] = digest
-            lines = [f"{digests[name]}  {name}\n" for name in sorted(digests)]
-            write_bytes(RECORDED, (_HEADER + "".join(lines)).encode())
+            _write_recorded(digests)
             print(f"{RECORDED}: recorded sha256 {digest} of {name}, the first one seen; commit that file", flush=True)
         return digests[name]
+
+
+def forget(name: str) -> None:
+    """Take back the digest of a file that proved to be no such thing: the right file must not be refused for it."""
+    with _locked(FOLDER / ".recorded.lock", f"another process is writing {RECORDED}: waiting for it"):
+        digests = recorded()
+        if digests.pop(name, None):
+            _write_recorded(digests)
+            print(f"{RECORDED}: took back the sha256 of {name}", flush=True)
+
+
+def _write_recorded(digests: dict[str, str]) -> None:
+    lines = [f"{digests[name]}  {name}\n" for name in sorted(digests)]
+    write_bytes(RECORDED, (_HEADER + "".join(lines)).encode())
 
 
 @contextmanager

@@ -97,6 +97,22 @@ def test_a_missing_or_changed_checkpoint_is_refused(tiny: Tiny, project: Path) -
         make_teacher(study_of(tiny), Layout("tiny"), CPU)
 
 
+def test_a_file_that_is_no_checkpoint_does_not_keep_the_right_one_out(tiny: Tiny, project: Path) -> None:
+    """Put by hand under a name whose digest nobody publishes: what was recorded of it is taken back."""
+    registry = project / "config/resources.yaml"
+    entries = yaml.safe_load(registry.read_text())
+    entries[NAME]["sha256"] = None
+    registry.write_text(yaml.safe_dump(entries))
+    path = project / "resources" / NAME
+    right = path.read_bytes()
+    path.write_bytes(right[: len(right) // 2])
+    with pytest.raises(UserError, match=f"{NAME} is not an official EDM checkpoint"):
+        make_teacher(study_of(tiny), Layout("tiny"), CPU)
+    path.write_bytes(right)
+    make_teacher(study_of(tiny), Layout("tiny"), CPU)
+    assert hashlib.sha256(right).hexdigest() in (project / "config/resources.lock").read_text()
+
+
 def test_an_official_teachers_key_does_not_depend_on_the_data(tiny: Tiny) -> None:
     assert study_of(tiny).key("teacher") == study_of(tiny, **{"dataset.limit": 7}).key("teacher")
     assert study_of(tiny).key("coefficients") != study_of(tiny, **{"dataset.limit": 7}).key("coefficients")

@@ -9,7 +9,7 @@ from consistency.layout import Layout
 from consistency.nets.denoiser import Denoiser, init_denoiser
 from consistency.nets.edm_pickle import read_edm_pickle
 from consistency.provenance import git_state, write_card
-from consistency.resources import open_resource
+from consistency.resources import forget, open_resource
 from consistency.stages.inputs import read_dataset, sigma_data
 from consistency.stages.publish import forget_state, publish_training
 from consistency.stages.trainer import Machine, build_optimizer, build_update, compile_networks, place
@@ -38,7 +38,11 @@ def _convert(study: Study, settings: OfficialTeacher, layout: Layout) -> None:
     """An official EDM checkpoint to our form."""
     started = time.time()
     source = open_resource(settings.checkpoint)
-    teacher = read_edm_pickle(source)
+    try:
+        teacher = read_edm_pickle(source)
+    except UserError:
+        forget(settings.checkpoint)
+        raise
     _require_described(study, settings, teacher)
     path = layout.teacher / "teacher.safetensors"
     metadata = {"study": study.name, "stage": "teacher", "key": study.key("teacher"), "git": git_state()}
