@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import re
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -79,3 +80,15 @@ def write_with(path: Path, writer: Callable[[Path], None]) -> None:
             if "unexpected pos" in str(error):
                 raise OSError(errno.ENOSPC, "No space left on device") from error
             raise
+
+
+def link_file(source: Path, target: Path) -> None:
+    """Give a finished file of the state its place among the results: a second name, or a copy on another disk.
+
+    It stays in the state too, so that nothing is lost if Snakemake deletes what an interrupted job had written.
+    """
+    with atomic(target) as temporary:
+        try:
+            os.link(source, temporary)
+        except OSError:
+            shutil.copyfile(source, temporary)

@@ -12,13 +12,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Self
 
-import yaml
 from pydantic import Field, ValidationError, model_validator
 
 from consistency.download import download
 from consistency.errors import UserError
 from consistency.files import sha256, write_bytes
-from consistency.study import Section, _explain, _Loader
+from consistency.study import Section, explain, parse_yaml
 
 # Relative to the project's root, where every command runs.
 REGISTRY = Path("config/resources.yaml")
@@ -55,11 +54,9 @@ class Resource(Section):
 def registry() -> dict[str, Resource]:
     """The resources by file name. Raises UserError with the file and the key when the registry is not valid."""
     try:
-        content = yaml.load(REGISTRY.read_text(), _Loader)
+        content = parse_yaml(REGISTRY.read_text(), REGISTRY)
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read {REGISTRY}: {error}; commands run in the project's root") from None
-    except yaml.YAMLError as error:
-        raise UserError(f"{REGISTRY} is not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(content, dict):
         raise UserError(f"{REGISTRY} must hold a file name and its keys for each resource")
     return {name: _resource(name, entry) for name, entry in content.items()}
@@ -73,7 +70,7 @@ def _resource(name: object, entry: object) -> Resource:
     try:
         return Resource.model_validate(entry)
     except ValidationError as error:
-        problem = _explain(error, Resource, f"{name}.")
+        problem = explain(error, Resource, f"{name}.")
         raise UserError(f"{REGISTRY}: {problem if name in problem else f'{name}: {problem}'}") from None
 
 

@@ -435,7 +435,7 @@ class Study(Section):
             try:
                 self.resolved(run)
             except ValidationError as error:
-                raise ValueError(f"students.{run}: {_explain(error, Student, 'student.')}") from None
+                raise ValueError(f"students.{run}: {explain(error, Student, 'student.')}") from None
         if len({self.resolved(run).snapshot_every for run in self.students}) > 1:
             raise ValueError("students must share snapshot_every, or their learning curves cannot be compared")
         for objective, run in self.report.baseline.items():
@@ -467,29 +467,35 @@ _Loader.add_implicit_resolver(
 )
 
 
+def parse_yaml(text: str, path: Path) -> Any:
+    """What the text of a file says. Raises UserError with the file's name when it is not YAML or has a key twice."""
+    try:
+        return yaml.load(text, _Loader)
+    except yaml.YAMLError as error:
+        raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+
+
 def load_study(path: str | Path) -> Study:
     """Read and check a study file. Raises UserError with one line that names the file, the key and what to change."""
     path = Path(path)
     try:
-        content = yaml.load(path.read_text(), _Loader)
+        content = parse_yaml(path.read_text(), path)
     except FileNotFoundError:
         raise UserError(f"no study file {path}{_near_files(path)}") from None
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read the study file {path}: {error}") from None
-    except yaml.YAMLError as error:
-        raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(content, dict):
         raise UserError(f"{path} must hold keys and values, such as `name: {path.stem}`")
     try:
         study = Study.model_validate(content)
     except ValidationError as error:
-        raise UserError(f"{path}: {_explain(error, Study)}") from None
+        raise UserError(f"{path}: {explain(error, Study)}") from None
     if study.name != path.stem:
         raise UserError(f"{path}: the study is named {study.name!r}; its file must be {study.name}.yaml")
     return study
 
 
-def _explain(error: ValidationError, model: type[BaseModel], prefix: str = "") -> str:
+def explain(error: ValidationError, model: type[BaseModel], prefix: str = "") -> str:
     """The first problem of a validation, in one line; an unknown key first, since it explains a missing one."""
     problems = error.errors()
     problem = next((p for p in problems if p["type"] == "extra_forbidden"), problems[0])

@@ -1,11 +1,8 @@
 """Stage dataset: images of any source to one memory-mapped uint8 array."""
 
-import fcntl
 import json
 import math
 import os
-import platform
-import shutil
 import signal
 import threading
 import time
@@ -13,19 +10,20 @@ from collections import deque
 from collections.abc import Generator, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import closing, contextmanager, suppress
+from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, replace
 from io import BytesIO, FileIO
 from itertools import islice
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any, Self, TextIO
+from typing import Any, Self
 
 import numpy as np
 
 from consistency.errors import UserError
-from consistency.files import atomic, sha256, write_json
+from consistency.files import atomic, link_file, sha256, write_json
 from consistency.layout import Layout
+from consistency.locks import only_one
 from consistency.progress import Progress
 from consistency.provenance import write_card
 from consistency.sources.datasets import Source, open_source
@@ -47,7 +45,7 @@ def make_dataset(study: Study, layout: Layout, workers: int = 1) -> None:
     """
     started = time.time()
     state = layout.state / layout.study / "dataset"
-    with _only_one(state):
+    with only_one(state, "prepares the dataset", LOCK_PATIENCE):
         source = open_source(study.dataset)
         done = _fill(study, source, state, workers)
         _publish(study, source, layout.dataset, state, done, started)
@@ -232,12 +230,8 @@ def _publish(study: Study, source: Source, folder: Path, state: Path, done: _Don
         "sha256": sha256(images),
         "sigma_data": _sigma_data(done, len(source) * settings.channels * settings.resolution**2),
     }
-    with atomic(folder / "images.npy") as temporary:
-        # A link, so that until all is written a run that is killed here goes on with the whole array.
-        try:
-            os.link(images, temporary)
-        except OSError:
-            shutil.copyfile(images, temporary)
+    # Until all is written a run that is killed here goes on with the whole array.
+    link_file(images, folder / "images.npy")
     with atomic(folder / "labels.npy") as temporary, temporary.open("wb") as file:
         np.save(file, source.labels)
     write_json(folder / "dataset.json", facts)
@@ -249,51 +243,3 @@ def _publish(study: Study, source: Source, folder: Path, state: Path, done: _Don
 def _sigma_data(done: _Done, count: int) -> float:
     """Standard deviation of all values in [-1, 1] units, from exact sums: no order and no batch changes it."""
     return math.sqrt(count * done.squares - done.values**2) / count / 127.5
-
-
-# --- one at a time
-
-
-@contextmanager
-def _only_one(folder: Path) -> Iterator[None]:
-    """Hold the folder's lock, so that two runs cannot write into it. Raises UserError when another one does."""
-    deadline = time.monotonic() + LOCK_PATIENCE
-    path = folder / "lock"
-    while (file := _locked(path)) is None:
-        if time.monotonic() > deadline:
-            raise UserError(
-                f"another process ({path.read_text() if path.exists() else ''}) prepares the dataset in {folder}: "
-                "wait for it or stop it"
-            )
-        time.sleep(0.2)
-    with file:
-        file.write(f"pid {os.getpid()} on {platform.node()}")
-        file.flush()
-        try:
-            yield
-        finally:
-            path.unlink()
-            # Not empty: there is a state to go on with, or the next process is here already.
-            with suppress(OSError):
-                folder.rmdir()
-
-
-def _locked(path: Path) -> TextIO | None:
-    """The lock, if it is free."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        file = path.open("a+")
-    except FileNotFoundError:  # whoever had the lock has just removed the folder
-        return None
-    except OSError as error:
-        raise UserError(
-            f"cannot write {path}: {error.strerror}; mend the permission or choose another --state"
-        ) from None
-    with suppress(BlockingIOError, FileNotFoundError):
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        # Who had it may have removed it meanwhile, and a lock that nobody else finds locks nothing.
-        if path.stat().st_ino == os.fstat(file.fileno()).st_ino:
-            file.truncate(0)
-            return file
-    file.close()
-    return None

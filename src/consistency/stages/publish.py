@@ -1,10 +1,8 @@
 """From a finished training's state to its declared outputs."""
 
-import os
 import shutil
 from pathlib import Path
 
-from consistency.files import atomic
 from consistency.training.checkpoint import copy_file
 
 
@@ -17,18 +15,6 @@ def publish_training(state: Path, folder: Path, checkpoint: str) -> list[Path]:
     for source, target in zip([state / "history.jsonl", *snapshots], outputs, strict=True):
         copy_file(source, target)
     return [folder / checkpoint, *outputs]
-
-
-def link_file(source: Path, target: Path) -> None:
-    """Give a finished file of the state its place among the results: a second name, or a copy on another disk.
-
-    It stays in the state too, so that nothing is lost if Snakemake deletes what an interrupted job had written.
-    """
-    with atomic(target) as temporary:
-        try:
-            os.link(source, temporary)
-        except OSError:
-            shutil.copyfile(source, temporary)
 
 
 def forget_state(state: Path) -> None:

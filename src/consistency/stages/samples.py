@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from consistency.files import sha256
+from consistency.files import link_file, sha256
 from consistency.layout import Layout, sampler_name
 from consistency.nets.denoiser import Denoiser
 from consistency.progress import Progress
@@ -19,7 +19,6 @@ from consistency.provenance import write_card
 from consistency.seeding import ImageNoise
 from consistency.stages.inputs import made, read_preconditioning, read_student, read_teacher, time_grid
 from consistency.stages.parts import Parts
-from consistency.stages.publish import link_file
 from consistency.stages.trainer import place
 from consistency.study import FITTED, Study
 from consistency.theory.preconditioning import Preconditioning

@@ -39,9 +39,9 @@ def make_student(study: Study, layout: Layout, run: str, seed: int, machine: Mac
     inputs = [layout.teacher / "teacher.safetensors", images]
     if study.resolved(run).preconditioning in FITTED:
         inputs.append(layout.coefficients / "coefficients.npz")
-    known = {images: data.facts["sha256"]}
+    digests = {path: data.facts["sha256"] if path == images else sha256(path) for path in inputs}
     metadata = {"study": study.name, "stage": "student", "run": run, "seed": seed, "key": job.key, "step": job.steps}
-    metadata |= {"git": git_state(), "parents": {path.name: known.get(path) or sha256(path) for path in inputs}}
+    metadata |= {"git": git_state(), "parents": {path.name: digest for path, digest in digests.items()}}
     checkpoints = []
     for k, average in enumerate(job.averages):
         checkpoints.append(layout.student_file(run, seed, average.constant if k else None))
@@ -57,7 +57,7 @@ def make_student(study: Study, layout: Layout, run: str, seed: int, machine: Mac
         inputs=inputs,
         outputs=outputs,
         measured=measured,
-        known=known,
+        known=digests,
     )
     forget_state(job.folder)
 

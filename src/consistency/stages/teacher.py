@@ -44,9 +44,9 @@ def _convert(study: Study, settings: OfficialTeacher, layout: Layout) -> None:
         forget(settings.checkpoint)
         raise
     _require_described(study, settings, teacher)
-    path = layout.teacher / "teacher.safetensors"
+    path, digest = layout.teacher / "teacher.safetensors", sha256(source)
     metadata = {"study": study.name, "stage": "teacher", "key": study.key("teacher"), "git": git_state()}
-    save_denoiser(path, teacher, {**metadata, "parents": {source.name: sha256(source)}})
+    save_denoiser(path, teacher, {**metadata, "parents": {source.name: digest}})
     # An official checkpoint has no history of ours; the empty file says so.
     history = layout.teacher / "history.jsonl"
     write_bytes(history, b"")
@@ -58,6 +58,7 @@ def _convert(study: Study, settings: OfficialTeacher, layout: Layout) -> None:
         inputs=[source],
         outputs=[path, history],
         measured={"parameters": sum(p.numel() for p in teacher.parameters())},
+        known={source: digest},
     )
 
 

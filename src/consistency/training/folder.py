@@ -1,50 +1,28 @@
 """The folder of a training: its lock, its saved state, its history and snapshots."""
 
-import fcntl
 import json
 import math
-import os
-import platform
 import shutil
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
-from consistency.errors import UserError
 from consistency.files import write_bytes
+from consistency.locks import only_one
 from consistency.training.checkpoint import load_state, save_state
 
 LOCK_PATIENCE = 60.0  # seconds to wait for the trainer of a killed workflow to notice and leave
 
 
-@contextmanager
-def only_trainer(folder: Path) -> Iterator[None]:
-    """Hold the folder's lock, so that two runs cannot train in it. Raises UserError when another one does."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "lock").open("a+") as file:
-        deadline = time.monotonic() + LOCK_PATIENCE
-        while True:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if time.monotonic() > deadline:
-                    file.seek(0)
-                    raise UserError(
-                        f"another process ({file.read().strip()}) is working in {folder}: wait for it or stop it"
-                    ) from None
-                time.sleep(0.5)
-        file.truncate(0)
-        file.write(f"pid {os.getpid()} on {platform.node()}")
-        file.flush()
-        yield
+def only_trainer(folder: Path) -> AbstractContextManager[None]:
+    """Hold the folder's lock, so that two runs cannot work in it. Raises UserError when another one does."""
+    return only_one(folder, "is working", LOCK_PATIENCE)
 
 
-def prepare(folder: Path, key: str, label: str) -> None:
+def prepare(folder: Path, key: str, label: str) -> dict[str, Any] | None:
     """Make the folder ready for going on, or for a start: a state of other settings is set aside, the history is cut
-    back to the saved step, what a killed process had half written is removed. Raises UserError for a damaged state."""
+    back to the saved step, what a killed process had half written is removed. Returns the state to go on from. Raises
+    UserError for a damaged one."""
     for stale in (*folder.glob(".*.tmp"), *folder.glob("snapshots/.*.tmp")):
         stale.unlink(missing_ok=True)
     state = read(folder)
@@ -59,11 +37,12 @@ def prepare(folder: Path, key: str, label: str) -> None:
         (folder / "state.pt").unlink(missing_ok=True)
         shutil.rmtree(folder / "snapshots", ignore_errors=True)
         write_bytes(history, b"")
-        return
+        return None
     step = state["clock"]["step"]
     written = history.read_text().splitlines() if history.exists() else []
     write_bytes(history, "".join(line + "\n" for line in written if _line_step(line) <= step).encode())
     print(f"{label}: continues from step {step}", flush=True)
+    return state
 
 
 def read(folder: Path) -> dict[str, Any] | None:

@@ -222,10 +222,10 @@ def _save(job: Training, clock: _Clock, window: _Window) -> float:
 
 def _resume(job: Training) -> tuple[_Clock, _Window]:
     """Load the saved state into the job, on every process the same one."""
-    if job.update.ranks.first:
-        files.prepare(job.folder, job.key, job.label)
+    first = job.update.ranks.first
+    state = files.prepare(job.folder, job.key, job.label) if first else None
     job.update.ranks.wait()
-    state = files.read(job.folder)
+    state = state if first else files.read(job.folder)
     if state is None:
         return _Clock(), _Window()
     job.update.model.load_state_dict(state["model"])

@@ -1,0 +1,62 @@
+"""One run at a time in a folder."""
+
+import fcntl
+import os
+import platform
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import TextIO
+
+from consistency.errors import UserError
+
+
+@contextmanager
+def only_one(folder: Path, doing: str, patience: float) -> Iterator[None]:
+    """Hold the folder's lock, so that two runs cannot write into it; the lock goes when the block ends, and the folder
+    too if nothing is left in it.
+
+    doing: what another run does there, for the error; patience: seconds to wait for it. Raises UserError when it has
+    not left by then, or the folder cannot be written.
+    """
+    deadline = time.monotonic() + patience
+    path = folder / "lock"
+    while (file := _locked(path)) is None:
+        if time.monotonic() > deadline:
+            raise UserError(
+                f"another process ({path.read_text() if path.exists() else ''}) {doing} in {folder}: wait for it "
+                "or stop it"
+            )
+        time.sleep(0.2)
+    with file:
+        file.write(f"pid {os.getpid()} on {platform.node()}")
+        file.flush()
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
+            # Not empty: there is a state to go on with, or the next process is here already.
+            with suppress(OSError):
+                folder.rmdir()
+
+
+def _locked(path: Path) -> TextIO | None:
+    """The lock, if it is free."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = path.open("a+")
+    except FileNotFoundError:  # whoever had the lock has just removed the folder
+        return None
+    except OSError as error:
+        raise UserError(
+            f"cannot write {path}: {error.strerror}; mend the permission or choose another --state"
+        ) from None
+    with suppress(BlockingIOError, FileNotFoundError):
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        # Who had it may have removed it meanwhile, and a lock that nobody else finds locks nothing.
+        if path.stat().st_ino == os.fstat(file.fileno()).st_ino:
+            file.truncate(0)
+            return file
+    file.close()
+    return None
