@@ -25,6 +25,7 @@ from tests.image_sources import imagenet_files, imagenet_tar
 
 from consistency.errors import UserError
 from consistency.layout import Layout
+from consistency.locks import only_one
 from consistency.progress import Progress
 from consistency.stages import dataset as stage
 from consistency.stages.dataset import make_dataset
@@ -656,17 +657,17 @@ def test_a_second_preparation_waits_for_the_first(big: Path, prepare: Prepare, t
     taken, finished = threading.Event(), threading.Event()
 
     def first() -> None:
-        with stage._only_one(folder):
+        with only_one(folder, "prepares the dataset", 0.0):
             taken.set()
             time.sleep(0.5)
             finished.set()
 
     thread = threading.Thread(target=first)
     thread.start()
-    taken.wait()
+    assert taken.wait(30)
     prepare()
     assert finished.is_set()
-    thread.join()
+    thread.join(30)
 
 
 # --- the size of ImageNet
