@@ -15,7 +15,7 @@ PYTEST_WORKERS ?= 2
 PATIENCE ?= 60
 PYTEST_ARGS ?=
 LOCK_ARGS ?=
-STUDY := config/studies/digits.yaml
+STUDY := digits
 UV_VERSION := 0.13.8
 
 # Named by what it was installed from and where: a changed lock, changed metadata or a moved checkout asks for a new one.
@@ -31,13 +31,13 @@ export DVC_NO_ANALYTICS := 1
 export MLFLOW_DISABLE_TELEMETRY := true
 unexport PYTHONPATH PYTHONHOME VIRTUAL_ENV
 
-.PHONY: help demo reproduce ui test lint format install lock clean
+.PHONY: help demo reproduce ui archive test lint format install lock clean
 
 help: ## this list
 	@sed -nE 's/^([a-z]+):.*## (.*)/  make \1\t\2/p' Makefile | expand -t 18
 
 demo: reproduce ## the digits study end to end: data, teacher, coefficients, students, scores, report
-	@exec python -m consistency summary --study $(STUDY)
+	@exec python -m consistency summary --study config/studies/$(STUDY).yaml
 
 # The lock's descriptor is inherited by Snakemake: it is held as long as Snakemake lives, even if make is killed.
 # Snakemake's own directory lock survives a `kill -9`; it is removed only when nothing of that run is still at work.
@@ -82,6 +82,9 @@ ui: install ## the MLflow page of what was recorded, on 127.0.0.1 (PORT=5000)
 	echo "MLflow: http://127.0.0.1:$(PORT)/#/experiments?workflowType=machine_learning"
 	echo "(Ctrl-C ends it; another port: make ui PORT=5001)"
 	exec mlflow ui --backend-store-uri "$$store" --host 127.0.0.1 --port $(PORT) --workers 1
+
+archive: install ## a finished study as one checksummed file, archives/NAME-KEY.zip (STUDY=digits)
+	@exec python -m consistency archive --study config/studies/$(STUDY).yaml
 
 test: install ## the tests (PYTEST_ARGS="-k coefficients" for some of them, PYTEST_WORKERS=4 for more at once)
 	@export OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1}

@@ -1,6 +1,7 @@
 """What many tests need: a tiny denoiser, the tiny study with changes, and its first results."""
 
 import copy
+import os
 import signal
 import socket
 from collections.abc import Callable
@@ -15,6 +16,10 @@ from consistency.layout import Layout
 from consistency.nets.denoiser import Denoiser, init_denoiser
 from consistency.study import Study
 
+# The number of threads decides the last bits of a sum, and tests compare them; what they start inherits it.
+os.environ["OMP_NUM_THREADS"] = "1"
+torch.set_num_threads(1)
+
 # A process started in the background ignores Ctrl-C, and so would all it starts: the tests that press it need it back.
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -25,6 +30,12 @@ TINY = yaml.safe_load((ROOT / "config/studies/tiny.yaml").read_text())
 ABSENT = object()
 
 Changes = dict[str, Any]
+
+
+@pytest.fixture(autouse=True)
+def _no_live_tracking(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Hundreds of tiny trainings must not start a process each; the tests of live tracking turn it on."""
+    monkeypatch.setenv("CONSISTENCY_LIVE", "0")
 
 
 @pytest.fixture(autouse=True)
@@ -93,6 +104,16 @@ def make_denoiser() -> Callable[..., Denoiser]:
 
 
 @pytest.fixture(scope="session")
+def empty_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An SQLite file with MLflow's schema, which takes seconds to make: copy it to write into it."""
+    from consistency.tracking.server import connect
+
+    path = tmp_path_factory.mktemp("empty") / "mlflow.db"
+    connect(f"sqlite:///{path}").search_experiments()
+    return path
+
+
+@pytest.fixture(scope="session")
 def first_results(tmp_path_factory: pytest.TempPathFactory, tiny: Callable[..., Study]) -> Layout:
     """Dataset, an untrained teacher and made-up coefficients of the tiny study."""
     import numpy as np
@@ -113,7 +134,8 @@ def first_results(tmp_path_factory: pytest.TempPathFactory, tiny: Callable[..., 
     layout.coefficients.mkdir()
     l = 1 / (1 + 1 / times)
     np.savez(layout.coefficients / "coefficients.npz", times=times, l=l, s=4 * l - 2)
-    write_card(layout.coefficients, study, "coefficients", started=0.0, inputs=[], outputs=[])
+    outputs = [layout.coefficients / "coefficients.npz"]
+    write_card(study, layout, "coefficients", started=0.0, inputs=[], outputs=outputs)
     return layout
 
 

@@ -20,7 +20,7 @@ from consistency.files import atomic, sha256, write_json
 from consistency.layout import Layout, snapshot_name
 from consistency.provenance import write_card
 from consistency.stages.samples import student_samplers
-from consistency.study import OfficialTeacher, Study, load_study
+from consistency.study import FITTED, OfficialTeacher, Study, load_study
 from consistency.theory.noise import log_grid
 from consistency.theory.oracles import GaussianTeacher
 
@@ -59,7 +59,7 @@ def make_results(study: Study, layout: Layout) -> None:
     """Write everything that the stages dataset to scores leave for report and track."""
     _dataset(study, layout)
     _save_array(layout.extractor / "features.npy", np.zeros((4, 8), np.float32))
-    _card(study, layout.extractor, "extractor", held_out_accuracy=0.97)
+    _card(study, layout, "extractor", [layout.dataset / "images.npy"], held_out_accuracy=0.97)
     _teacher(study, layout)
     if study.needs_coefficients:
         _coefficients(study, layout)
@@ -81,7 +81,10 @@ def make_student(study: Study, layout: Layout, run: str, seed: int, level: float
         for step in range(0, settings.steps + 1, settings.snapshot_every):
             _weights(folder / "snapshots" / snapshot_name(step, rate), study.key("student", run, seed), step)
         _weights(layout.student_file(run, seed, rate), study.key("student", run, seed), settings.steps)
-    _card(study, folder, "student", run, seed, images=settings.steps * settings.batch, seconds=lines[-1]["seconds"])
+    inputs = [layout.dataset / "images.npy", layout.teacher / "teacher.safetensors"]
+    inputs += [layout.coefficients / "coefficients.npz"] if settings.preconditioning in FITTED else []
+    images, seconds = settings.steps * settings.batch, lines[-1]["seconds"]
+    _card(study, layout, "student", inputs, run, seed, images=images, seconds=seconds)
     _samples(study, layout, run, seed)
     _scores(study, layout, run, seed, level)
 
@@ -92,7 +95,8 @@ def make_report(study: Study, layout: Layout) -> None:
     _write_text(layout.report / "figures" / "curves.svg", '<svg xmlns="http://www.w3.org/2000/svg"/>\n')
     _write_text(layout.report / "final.csv", "run,nfe,fd\n")
     write_json(layout.report / "summary.json", {"study": study.name})
-    _card(study, layout.report, "report")
+    scores = [layout.scores(None, None), *(layout.scores(run, seed) for run in study.students for seed in study.seeds)]
+    _card(study, layout, "report", scores)
 
 
 def _dataset(study: Study, layout: Layout) -> None:
@@ -109,7 +113,7 @@ def _dataset(study: Study, layout: Layout) -> None:
         "source": study.dataset.kind,
     }
     write_json(layout.dataset / "dataset.json", facts)
-    _card(study, layout.dataset, "dataset")
+    _card(study, layout, "dataset", [])
 
 
 def _teacher(study: Study, layout: Layout) -> None:
@@ -117,16 +121,15 @@ def _teacher(study: Study, layout: Layout) -> None:
     if isinstance(settings, OfficialTeacher):
         _write_lines(layout.teacher / "history.jsonl", [])
         _weights(layout.teacher / "teacher.safetensors", study.key("teacher"), 0)
-        write_card(
-            layout.teacher, study, "teacher", started=0.0, inputs=[], outputs=[], measured={"parameters": 55_733_891}
-        )
+        _card(study, layout, "teacher", [], parameters=55_733_891)
         return
     steps = range(settings.log_every, settings.steps + 1, settings.log_every)
     lines = [_history_line(step, settings.batch, 1.0, None) for step in steps]
     _write_lines(layout.teacher / "history.jsonl", lines)
     _weights(layout.teacher / "teacher.safetensors", study.key("teacher"), settings.steps)
     images, seconds = settings.steps * settings.batch, lines[-1]["seconds"] if lines else 1.0
-    _card(study, layout.teacher, "teacher", images=images, seconds=seconds, parameters=123_456)
+    inputs = [layout.dataset / "images.npy", layout.dataset / "labels.npy"]
+    _card(study, layout, "teacher", inputs, images=images, seconds=seconds, parameters=123_456)
 
 
 def _coefficients(study: Study, layout: Layout) -> None:
@@ -146,7 +149,8 @@ def _coefficients(study: Study, layout: Layout) -> None:
     path = layout.coefficients / "coefficients.npz"
     with atomic(path) as temporary, temporary.open("wb") as file:
         np.savez(file, **arrays)
-    _card(study, layout.coefficients, "coefficients", seconds=3.5)
+    inputs = [layout.teacher / "teacher.safetensors", layout.dataset / "images.npy"]
+    _card(study, layout, "coefficients", inputs, seconds=3.5)
 
 
 def _samples(study: Study, layout: Layout, run: str | None, seed: int | None) -> None:
@@ -156,7 +160,10 @@ def _samples(study: Study, layout: Layout, run: str | None, seed: int | None) ->
         names = [sampler.name for sampler in student_samplers(study, run)]
     for name in names:
         _save_array(folder / f"{name}.npy", _images(study, sampling.count, f"{run} {seed} {name}"))
-    _card(study, folder, "samples", run, seed)
+    made_from = layout.teacher / "teacher.safetensors"
+    if run is not None and seed is not None:
+        made_from = layout.student_file(run, seed)
+    _card(study, layout, "samples", [made_from], run, seed)
 
 
 def _scores(study: Study, layout: Layout, run: str, seed: int, level: float) -> None:
@@ -165,6 +172,8 @@ def _scores(study: Study, layout: Layout, run: str, seed: int, level: float) -> 
     for k, rate in enumerate((settings.ema_rate, *settings.evaluation_ema)):
         rows += _rate_rows(study, run, seed, rate, level * 0.9**k, main=k == 0)
     write_scores(layout.scores(run, seed), rows)
+    inputs = [layout.student_file(run, seed), *sorted(layout.samples(run, seed).glob("*.npy"))]
+    _card(study, layout, "scores", inputs, run, seed)
 
 
 def _rate_rows(study: Study, run: str, seed: int, rate: float, level: float, main: bool) -> list[dict[str, Any]]:
@@ -199,6 +208,7 @@ def _calibration(study: Study, layout: Layout) -> None:
         teacher |= {"published": study.scores.teacher_fid, "tolerance": study.scores.teacher_fid_tolerance}
     rows = [common | {"run": "data", "sampler": "halves", "nfe": 0, "fd": 0.4, "kid": 0.0001}, common | teacher]
     write_scores(layout.scores(None, None), rows, CALIBRATION_COLUMNS)
+    _card(study, layout, "scores", [layout.samples(None, None) / "heun.npy"])
 
 
 def write_scores(path: Path, rows: list[dict[str, Any]], columns: list[str] = COLUMNS) -> None:
@@ -270,12 +280,29 @@ def _write_text(path: Path, text: str) -> None:
 
 
 def _card(
-    study: Study, folder: Path, stage: str, run: str | None = None, seed: int | None = None, **measured: float
+    study: Study,
+    layout: Layout,
+    stage: str,
+    inputs: list[Path],
+    run: str | None = None,
+    seed: int | None = None,
+    **measured: float,
 ) -> None:
-    """card.json over what lies in the folder."""
-    files = sorted(path for path in folder.iterdir() if path.is_file() and path.name != "card.json")
+    """The card of what lies in a stage's folder; of the table alone for scores."""
+    folder = layout.card(stage, run, seed).parent
+    files = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != "card.json"]
+    if stage == "scores":
+        files = [layout.scores(run, seed)]
     if measured:
         measured["network_evaluations"] = 12.0 * measured.get("images", 100)
     write_card(
-        folder, study, stage, started=time.time() - 2, inputs=[], outputs=files, run=run, seed=seed, measured=measured
+        study,
+        layout,
+        stage,
+        started=time.time() - 2,
+        inputs=inputs,
+        outputs=files,
+        run=run,
+        seed=seed,
+        measured=measured,
     )

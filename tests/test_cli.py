@@ -14,7 +14,7 @@ from consistency import __version__
 from consistency.errors import UserError
 
 ROOT = Path(__file__).parents[1]
-VERBS = [*cli._VERBS, "validate", "schema", "fetch"]
+VERBS = [*cli._VERBS, "validate", "schema", "fetch", "follow", "verify", "unpack"]
 TINY = str(ROOT / "config/studies/tiny.yaml")
 
 

@@ -15,6 +15,8 @@ from typing import Any
 from urllib.error import URLError
 from urllib.request import urlopen
 
+import numpy as np
+import pandas as pd
 import pytest
 from tests.fake_results import (
     SMALL,
@@ -26,12 +28,15 @@ from tests.fake_results import (
     write_scores,
 )
 
-from consistency import tracking
 from consistency.errors import UserError
+from consistency.files import sha256
 from consistency.layout import Layout
 from consistency.study import Study
-from consistency.tracking import track_study, tracking_uri, without_credentials
-from consistency.tracking_plan import Data, Point, Upload, plan
+from consistency.tracking import server as tracking
+from consistency.tracking import upload as uploading
+from consistency.tracking.plan import Data, Point, Upload, plan
+from consistency.tracking.server import tracking_uri, without_credentials
+from consistency.tracking.upload import track_study
 
 ROOT = Path(__file__).resolve().parents[1]
 NAMES = {"teacher", "ctm", "ctm seed 0", "ctm seed 1", "analytic", "analytic seed 0", "analytic seed 1", "report"}
@@ -50,14 +55,14 @@ class Project:
 
 
 @pytest.fixture(scope="module")
-def templates(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A finished study and an empty database (its schema takes seconds), made once and copied for each test."""
+def templates(tmp_path_factory: pytest.TempPathFactory, empty_database: Path) -> Path:
+    """A finished study and an empty database, made once and copied for each test."""
     folder = tmp_path_factory.mktemp("templates")
     study = make_study(folder / "studies")
     layout = Layout(study.name, folder / "results")
     make_results(study, layout)
     make_report(study, layout)
-    tracking._client(f"sqlite:///{folder / 'mlflow.db'}").search_experiments()
+    shutil.copy(empty_database, folder)
     return folder
 
 
@@ -72,11 +77,11 @@ def project(templates: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 @pytest.fixture
 def client(project: Project) -> Any:
-    return tracking._client(tracking_uri())
+    return tracking.connect(tracking_uri())
 
 
 def all_runs(client: Any) -> list[Any]:
-    return tracking._runs(client, client.get_experiment_by_name("small").experiment_id)
+    return tracking.find_runs(client, client.get_experiment_by_name("small").experiment_id)
 
 
 def points_of(client: Any, run: Any) -> list[tuple[str, float, int, int]]:
@@ -133,7 +138,7 @@ def test_params_and_tags_say_what_a_run_is(project: Project, client: Any) -> Non
     card = json.loads((project.layout.student("analytic", 1) / "card.json").read_text())
     assert seed.data.tags["consistency.card"] == card["key"]
     assert seed.data.tags["consistency.key"] == project.study.key("scores", "analytic", 1)
-    assert seed.data.tags["consistency.study"] == project.study.key("report")
+    assert seed.data.tags["study_hash"] == project.study.key("report")
     assert seed.data.tags["host"] == runs["analytic"].data.tags["host"] == card["hardware"]["host"]
     assert seed.inputs.dataset_inputs[0].dataset.name == "digits"
 
@@ -182,14 +187,48 @@ def test_artifacts_hold_the_report_the_coefficients_and_the_cards(project: Proje
         "card.json",
         "figures/curves.svg",
         "coefficients/coefficients.npz",
+        "coefficients/coefficients.csv",
         "coefficients/card.json",
         "dataset/dataset.json",
         "extractor/card.json",
         "dataset/card.json",
     }
-    assert artifacts(client, ids["ctm seed 0"]) == {"card.json", "history.jsonl", "seed0.csv", "samples/card.json"}
-    assert artifacts(client, ids["teacher"]) == {"card.json", "history.jsonl", "calibration.csv", "samples/card.json"}
+    common = {"card.json", "history.jsonl", "samples/card.json", "checkpoint.json"}
+    assert artifacts(client, ids["ctm seed 0"]) > common | {"seed0.csv"}  # and its model
+    assert artifacts(client, ids["ctm seed 1"]) == common | {"seed1.csv"}
+    assert artifacts(client, ids["teacher"]) == common | {"calibration.csv"}
     assert client.get_run(ids["ctm"]).info.artifact_uri.startswith((Path.cwd() / "mlruns").as_uri())
+
+
+def test_the_dataset_and_the_checkpoint_are_named_by_their_digests(project: Project, client: Any) -> None:
+    ids = project.track()["runs"]
+    facts = json.loads((project.layout.dataset / "dataset.json").read_text())
+    data = client.get_run(ids["ctm seed 0"]).inputs.dataset_inputs[0].dataset
+    assert (data.name, data.digest) == ("digits", facts["sha256"][:32])
+    profile = json.loads(data.profile)
+    assert (profile["features_shape"], profile["sha256"]) == ([192, 8, 8, 1], facts["sha256"])
+    assert '"uint8"' in json.loads(data.schema)["mlflow_tensorspec"]["features"]
+    text = Path(client.download_artifacts(ids["ctm seed 0"], "checkpoint.json")).read_text()
+    student = project.layout.student_file("ctm", 0)
+    assert json.loads(text) == {
+        "file": "student.safetensors",
+        "path": "small/students/ctm/seed0/student.safetensors",
+        "sha256": sha256(student),
+        "bytes": student.stat().st_size,
+    }
+
+
+def test_the_coefficients_are_a_readable_table(project: Project, client: Any) -> None:
+    ids = project.track()["runs"]
+    table = pd.read_csv(client.download_artifacts(ids["report"], "coefficients/coefficients.csv"))
+    with np.load(project.layout.coefficients / "coefficients.npz") as arrays:
+        assert list(table.columns)[:2] == ["times", "l"]
+        assert np.array_equal(table["l"], arrays["l"]) and np.array_equal(table["s_se"], arrays["s_se"])
+
+
+def test_the_final_students_are_models(project: Project, client: Any) -> None:
+    assert project.track()["models"] == {run: f"models:/small-{run}/1" for run in ("ctm", "analytic")}
+    assert project.track()["models"] == {run: f"models:/small-{run}/1" for run in ("ctm", "analytic")}
 
 
 def test_a_second_upload_changes_nothing(project: Project, client: Any, capsys: pytest.CaptureFixture[str]) -> None:
@@ -215,7 +254,7 @@ def test_a_killed_upload_is_completed_without_doubles(
 ) -> None:
     from mlflow import MlflowClient
 
-    monkeypatch.setattr(tracking, "BATCH", 10)
+    monkeypatch.setattr(uploading, "BATCH", 10)
     calls, original = [0], getattr(MlflowClient, method)
 
     def dies(*args: Any, **kwargs: Any) -> Any:
@@ -237,7 +276,8 @@ def test_a_killed_upload_is_completed_without_doubles(
     for upload in plan(project.study, project.layout):
         run = next(run for run in runs if run.info.run_name == upload.name)
         assert points_of(client, run) == sorted((p.key, p.step, p.time, p.value) for p in upload.points)
-        assert len(artifacts(client, run.info.run_id)) == len(upload.files)
+        kept = {name for name in artifacts(client, run.info.run_id) if not name.startswith("model-")}
+        assert len(kept) == len(upload.files) + len(upload.texts)
 
 
 def test_changed_results_make_new_runs_and_keep_the_old(project: Project, client: Any) -> None:
@@ -313,7 +353,7 @@ def test_values_that_are_not_finite_are_named_and_left_out(project: Project, cli
 
 def test_a_long_list_of_bad_values_is_cut() -> None:
     points = [Point("loss", float("nan"), 0, step) for step in range(50)]
-    upload = Upload("x", "seed", Data("digits", "0"), 0, 0, {}, {}, "", points)
+    upload = Upload("x", "seed", Data("digits", "images.npy", "0", 1, [8, 8, 1]), 0, 0, {}, {}, "", points)
     assert upload.points == [] and upload.tags["not_finite"].endswith("and 30 more")
 
 
@@ -441,7 +481,7 @@ def test_credentials_are_taken_out(uri: str, clean: str) -> None:
 def test_errors_are_cleaned_of_credentials() -> None:
     text = "API request to http://me:p%40ss@host/api failed; password p@ss"
     assert (
-        tracking._without_secrets(text, "http://me:p%40ss@host")
+        tracking.without_secrets(text, "http://me:p%40ss@host")
         == "API request to http://***host/api failed; password ***"
     )
 
@@ -463,9 +503,9 @@ def test_a_sqlite_address_is_absolute(monkeypatch: pytest.MonkeyPatch, tmp_path:
 def test_another_upload_is_waited_for_but_not_for_ever(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tracking, "LOCK_PATIENCE", 0.3)
     with (
-        tracking._one_at_a_time(tmp_path / "lock"),
+        tracking.one_at_a_time(tmp_path / "lock"),
         pytest.raises(UserError, match="another upload"),
-        tracking._one_at_a_time(tmp_path / "lock"),
+        tracking.one_at_a_time(tmp_path / "lock"),
     ):
         pass
 
@@ -481,7 +521,7 @@ import sys
 from pathlib import Path
 from consistency.layout import Layout
 from consistency.study import load_study
-from consistency.tracking import track_study
+from consistency.tracking.upload import track_study
 assert "mlflow" not in sys.modules
 study = load_study(sys.argv[1])
 track_study(study, Layout(study.name))
@@ -505,9 +545,9 @@ def test_four_processes_share_a_fresh_database(project: Project, tmp_path: Path)
     assert [process.returncode for process in processes] == [0] * 4, outputs
     assert sorted("8 of 8 runs uploaded" in out for out, _ in outputs) == [False, False, True, True]
     assert not any(word in err for _, err in outputs for word in ("INFO", "alembic", "Traceback"))
-    client = tracking._client(uri)
+    client = tracking.connect(uri)
     for name in ("small", "second"):
-        found = tracking._runs(client, client.get_experiment_by_name(name).experiment_id)
+        found = tracking.find_runs(client, client.get_experiment_by_name(name).experiment_id)
         assert sorted(run.info.run_name for run in found) == sorted(NAMES)
 
 
@@ -553,7 +593,7 @@ def test_a_real_server_gets_the_same_and_no_password_is_written(
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://me:hunter2@{address}")
     first = project.track()
     assert project.track() == first
-    remote = tracking._client(f"http://{address}")
+    remote = tracking.connect(f"http://{address}")
     runs = {run.info.run_name: run for run in all_runs(remote)}
     assert set(runs) == NAMES and len(all_runs(remote)) == len(NAMES)
     for upload in plan(project.study, project.layout):

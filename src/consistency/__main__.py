@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
 
-from consistency import __version__, launch
+from consistency import __version__, energy, launch
 from consistency.errors import UserError
 from consistency.layout import Layout
 from consistency.supervision import watch_supervisor
@@ -83,9 +83,30 @@ def _report(args: Arguments) -> None:
 
 def _track(args: Arguments) -> None:
     """upload the results to MLflow (idempotent)"""
-    from consistency.tracking import track_study
+    from consistency.tracking.upload import track_study
 
     track_study(args.study, args.layout)
+
+
+def _plan(args: Arguments) -> None:
+    """write what DVC compares before it runs a stage"""
+    from consistency.plan import write_plan
+
+    write_plan(args.study, args.layout)
+
+
+def _inputs(args: Arguments) -> None:
+    """write which students read the coefficients, for DVC"""
+    from consistency.plan import write_inputs
+
+    write_inputs(args.study, args.layout)
+
+
+def _reproduce(args: Arguments) -> None:
+    """let Snakemake make some files by some rules, for DVC (goes on after a killed run)"""
+    from consistency.workflow import run_rules
+
+    sys.exit(run_rules(args.study.name, args.rules, args.targets))
 
 
 def _summary(args: Arguments) -> None:
@@ -100,6 +121,13 @@ def _estimate(args: Arguments) -> None:
     from consistency.stages.estimate import print_estimate
 
     print_estimate(args.study, args.layout, args.tflops)
+
+
+def _archive(args: Arguments) -> None:
+    """pack a finished study into one checksummed file"""
+    from consistency.archive import make_archive
+
+    make_archive(args.study, args.layout, args.study_file, args.archives, args.snapshots)
 
 
 def _check(args: Arguments) -> None:
@@ -126,6 +154,10 @@ _VERBS: dict[str, tuple[Callable[[Arguments], None], bool, str]] = {
     "report": (_report, False, "none"),
     "track": (_track, False, "none"),
     "summary": (_summary, False, "none"),
+    "archive": (_archive, False, "none"),
+    "plan": (_plan, False, "none"),
+    "inputs": (_inputs, False, "none"),
+    "reproduce": (_reproduce, False, "none"),
 }
 
 # The verbs whose work several processes can share.
@@ -142,6 +174,14 @@ def _parser() -> argparse.ArgumentParser:
         verb.add_argument("--study", required=True, metavar="FILE", help="the study, config/studies/NAME.yaml")
         verb.add_argument("--results", type=Path, default=Path("results"), metavar="DIR", help="default: results")
         verb.add_argument("--state", type=Path, default=Path("state"), metavar="DIR", help="default: state")
+        if name == "reproduce":
+            verb.add_argument("--rules", nargs="+", required=True, metavar="RULE", help="of workflow/rules")
+            verb.add_argument("targets", nargs="+", metavar="FILE", help="what they are to make")
+        if name == "archive":
+            verb.add_argument(
+                "--archives", type=Path, default=Path("archives"), metavar="DIR", help="default: archives"
+            )
+            verb.add_argument("--snapshots", action="store_true", help="with the snapshots of the students too")
         if name == "dataset":
             verb.add_argument("--threads", type=int, default=1, help="processes that read images (default: 1)")
         if computes:
@@ -162,6 +202,17 @@ def _parser() -> argparse.ArgumentParser:
     fetch = verbs.add_parser("fetch", help=_fetch.__doc__, description=_fetch.__doc__)
     fetch.set_defaults(function=_fetch, computes=False, study=None)
     fetch.add_argument("names", nargs="*", metavar="NAME", help="a file of config/resources.yaml")
+    follow = verbs.add_parser("follow", help=_follow.__doc__, description=_follow.__doc__)
+    follow.set_defaults(function=_follow, computes=False, study=None)
+    follow.add_argument("training", help="its name, for those who look at the processes")
+    verify = verbs.add_parser("verify", help=_verify.__doc__, description=_verify.__doc__)
+    verify.set_defaults(function=_verify, computes=False, study=None)
+    verify.add_argument("path", type=Path, metavar="PATH", help="results/NAME, or an archive")
+    verify.add_argument("--study", dest="against", metavar="FILE", help="compare with the settings of this study too")
+    unpack = verbs.add_parser("unpack", help=_unpack.__doc__, description=_unpack.__doc__)
+    unpack.set_defaults(function=_unpack, computes=False, study=None)
+    unpack.add_argument("archive", type=Path, metavar="FILE", help="what `archive` made")
+    unpack.add_argument("--results", type=Path, default=Path("results"), metavar="DIR", help="default: results")
     return parser
 
 
@@ -189,6 +240,32 @@ def _fetch(args: Arguments) -> None:
         fetch(name)
     if not args.names:
         print_states()
+
+
+def _verify(args: Arguments) -> None:
+    """say of each artifact whether it is consistent with its card and its parents, stale or tampered with"""
+    from consistency.archive import verify
+    from consistency.study import load_study
+    from consistency.verification import print_findings, require_consistent
+
+    findings = verify(args.path, load_study(args.against) if args.against else None)
+    print_findings(findings)
+    require_consistent(str(args.path), findings)
+
+
+def _unpack(args: Arguments) -> None:
+    """check an archive and put its results where the workflow expects them"""
+    from consistency.archive import unpack
+
+    folder = unpack(args.archive, args.results)
+    print(f"{folder}: open {folder / 'report/report.html'}; `python -m consistency verify {folder}` checks it any time")
+
+
+def _follow(args: Arguments) -> None:
+    """send a training's new points to MLflow while it goes on (a training starts this)"""
+    from consistency.tracking.follow import follow
+
+    follow(sys.stdin)
 
 
 def main(words: list[str] | None = None) -> int:
@@ -227,7 +304,7 @@ def _run(args: Arguments) -> int:
         if args.study is not None:
             from consistency.study import load_study
 
-            args.study = load_study(args.study)
+            args.study_file, args.study = Path(args.study), load_study(args.study)
             args.layout = Layout(args.study.name, args.results, args.state)
             _require_student(args)
         if args.computes:
@@ -235,7 +312,8 @@ def _run(args: Arguments) -> int:
             if processes > 1:
                 return launch.run_processes(processes, args.words)
             _prepare(args)
-        args.function(args)
+        with energy.metering(_gpus(args)):
+            args.function(args)
     except UserError as error:
         print(f"error{launch.whose()}: {error}", file=sys.stderr)
         return 2
@@ -253,6 +331,13 @@ def _run(args: Arguments) -> int:
         print(f"{error}{launch.whose()}", file=sys.stderr)
         return 128 + int(signum)
     return 0
+
+
+def _gpus(args: Arguments) -> list[str]:
+    """The GPUs that the verb computes on; of several processes, each counts those of all."""
+    if not args.computes or args.device.type != "cuda":
+        return []
+    return energy.gpu_uuids(None if launch.is_worker() else args.device.index)
 
 
 def _require_student(args: Arguments) -> None:

@@ -10,6 +10,7 @@ import pandas as pd
 import torch
 
 from consistency.analysis import SpeedUp, curves_of
+from consistency.lines import line_of
 from consistency.theory.generalized_ode import GeneralizedODE
 
 matplotlib.use("Agg")
@@ -21,11 +22,6 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 Array = np.ndarray
 
-# Okabe and Ito's colours, told apart by colour-blind readers; the line style separates curves that coincide.
-_COLOURS = ("#444444", "#D55E00", "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9")
-_LINES = ("-", "-", "--", "-", "-", "-.", "--")
-# The usual students look the same in every study; others take what is left, in order.
-_USUAL = ("ctm", "analytic", "bcm", "analytic-forward", "cm", "analytic-endpoint")
 _STYLE: Any = {
     "axes.grid": True,
     "axes.spines.right": False,
@@ -52,14 +48,6 @@ def drawn(figure: Figure, suffix: str) -> bytes:
 def close(figure: Figure) -> None:
     """Free a figure's memory."""
     plt.close(figure)
-
-
-def line_of(runs: Sequence[str], run: str) -> dict[str, str]:
-    """Colour and line style of a student, the same in every figure of a study."""
-    left = [i for i in range(len(_COLOURS)) if i >= len(_USUAL) or _USUAL[i] not in runs]
-    others = [name for name in runs if name not in _USUAL]
-    i = _USUAL.index(run) if run in _USUAL else left[others.index(run) % len(left)]
-    return {"color": _COLOURS[i], "linestyle": _LINES[i]}
 
 
 def measure_label(measure: str, extractor: str) -> str:

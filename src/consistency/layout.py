@@ -76,9 +76,18 @@ class Layout:
         return folder / "teacher" if run is None else folder / run / f"seed{seed}"
 
     def scores(self, run: str | None, seed: int | None) -> Path:
-        """The score table of a student, or of the calibration without a run."""
+        """The score table of a student, or of the calibration without a run; its card lies beside it."""
         folder = self.root / "scores"
         return folder / "calibration.csv" if run is None else folder / run / f"seed{seed}.csv"
+
+    def card(self, stage: str, run: str | None = None, seed: int | None = None) -> Path:
+        """The card of what a stage makes; samples and scores without a run are the teacher's."""
+        if stage == "scores":
+            return self.scores(run, seed).with_suffix(".card.json")
+        if run is None or seed is None:
+            folders = {"extractor": self.extractor, "samples": self.samples(None, None)}
+            return folders.get(stage, self.root / stage) / "card.json"
+        return (self.student(run, seed) if stage == "student" else self.samples(run, seed)) / "card.json"
 
     def training_state(self, run: str, seed: int) -> Path:
         """The resumable state of a training; run is 'teacher' or a student. Never a declared output."""

@@ -1,20 +1,29 @@
 """Cards: what made an artifact, from what, where, and how long it took."""
 
+import hashlib
+import json
 import os
 import platform
 import shlex
 import subprocess
 import sys
 import time
+from collections.abc import Iterable
 from datetime import UTC, datetime
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from consistency import energy
 from consistency.errors import UserError
 from consistency.files import read_json, sha256, write_json
-from consistency.study import Study
+from consistency.layout import Layout
+from consistency.resources import known_sha256
+from consistency.study import OfficialTeacher, Study
+
+#: what the cards and the checkpoints of this project call themselves
+CARD, CHECKPOINT = "consistency-card-2", "consistency-denoiser-1"
 
 _PACKAGES = (
     *("torch", "torchvision", "numpy", "scipy", "scikit-learn", "pillow", "safetensors", "clean-fid", "pandas"),
@@ -23,8 +32,8 @@ _PACKAGES = (
 
 
 def write_card(
-    folder: Path,
     study: Study,
+    layout: Layout,
     stage: str,
     *,
     started: float,
@@ -34,30 +43,69 @@ def write_card(
     seed: int | None = None,
     measured: dict[str, float] | None = None,
     known: dict[Path, str] | None = None,
+    downloads: Iterable[str] = (),
+    source: str | None = None,
+    training: dict[str, Any] | None = None,
 ) -> None:
-    """Write folder/card.json. started: time.time() at the stage's start; measured: figures such as evaluations;
-    known: digests of files that need not be read again (16 GB of images take half a minute)."""
+    """Write the card of what a stage made. started: time.time() at its start; measured: figures such as evaluations;
+    known: digests of files that need not be read again (16 GB of images take half a minute); downloads: resources
+    that were opened; source: a digest of what else was read outside of the results; training: its id and when it began.
+    Inputs are named from the study's folder on, outputs from the card's."""
     known = known or {}
+    card = layout.card(stage, run, seed)
+    resolved = study.model_dump(mode="json")
     write_json(
-        folder / "card.json",
+        card,
         {
+            "format": CARD,
             "stage": stage,
             "study": study.name,
             "run": run,
             "seed": seed,
+            "seeds": seeds_of(study, stage, run, seed),
             "key": study.key(stage, run, seed),
             "settings": study.settings(stage, run),
+            "resolved": resolved,
+            "resolved_sha256": content_sha256(resolved),
             "command": shlex.join(["python", "-m", "consistency", *sys.argv[1:]]),
             "created": datetime.now(UTC).isoformat(timespec="seconds"),
             "seconds": round(time.time() - started, 3),
+            "energy_joules": energy.used(),
             "measured": measured or {},
-            "inputs": {str(path): known.get(path) or sha256(path) for path in inputs},
-            "outputs": {path.name: known.get(path) or sha256(path) for path in outputs},
+            "training": training,
+            "source": source,
+            "inputs": {
+                **{path.relative_to(layout.root).as_posix(): known.get(path) or sha256(path) for path in inputs},
+                **{f"resources/{name}": known_sha256(name) for name in downloads},
+            },
+            "outputs": {path.relative_to(card.parent).as_posix(): known.get(path) or sha256(path) for path in outputs},
             "git": git_state(),
             "versions": versions(),
             "hardware": hardware(),
         },
     )
+
+
+def content_sha256(content: Any) -> str:
+    """A digest of plain data, whatever the order of its keys."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def seeds_of(study: Study, stage: str, run: str | None, seed: int | None) -> dict[str, Any]:
+    """The seeds that a stage itself draws from; those of its inputs stand in their cards."""
+    images = f"0 to {study.sampling.count - 1}"
+    if stage == "teacher":
+        return {} if isinstance(study.teacher, OfficialTeacher) else {"teacher": study.teacher.seed}
+    if stage == "extractor":
+        return {"classifier": study.scores.classifier.seed} if study.scores.extractor == "classifier" else {}
+    seeds: dict[str, dict[str, Any]] = {
+        "coefficients": {"coefficients": study.coefficients.seed},
+        "student": {"student": seed},
+        "samples": {"images": images},
+        "scores": {"images": images} if run is None else {"student": seed, "images": images},
+        "report": {"students": study.seeds},
+    }
+    return seeds.get(stage, {})
 
 
 def read_card(
@@ -70,17 +118,17 @@ def read_card(
     if card.get("key") != expected:
         raise UserError(
             f"{folder} was made by study {card.get('study')!r} with other settings"
-            f"{_first_difference(card.get('settings', {}), study.settings(stage, run))}: "
+            f"{first_difference(card.get('settings', {}), study.settings(stage, run))}: "
             f"run `{made_by}` again, or give this study another --results folder"
         )
     return card
 
 
-def _first_difference(old: Any, new: Any, path: str = "") -> str:
-    """' (key: old -> new)' for the first key in which two settings differ."""
+def first_difference(old: Any, new: Any, path: str = "", shared: bool = False) -> str:
+    """' (key: there old, here new)' for the first key in which two settings differ; shared: of those both have."""
     if isinstance(old, dict) and isinstance(new, dict):
-        for key in sorted({*old, *new}):
-            found = _first_difference(old.get(key), new.get(key), f"{path}.{key}" if path else key)
+        for key in sorted(old.keys() & new.keys() if shared else old.keys() | new.keys()):
+            found = first_difference(old.get(key), new.get(key), f"{path}.{key}" if path else key, shared)
             if found:
                 return found
         return ""

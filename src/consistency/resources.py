@@ -156,6 +156,11 @@ def _known(name: str, resource: Resource) -> str | None:
     return resource.sha256 or recorded().get(name)
 
 
+def known_sha256(name: str) -> str:
+    """The sha256 of a resource that was opened: the one it was checked against, or its own where there is none."""
+    return _known(name, find(name)) or sha256(resource_path(name))
+
+
 def _fault(resource: Resource, path: Path, known: str | None) -> str | None:
     """What speaks against a file, or None."""
     size = path.stat().st_size

@@ -375,8 +375,7 @@ class Study(Section):
 
     def key(self, stage: str, run: str | None = None, seed: int | None = None) -> str:
         """16 hex digits that name exactly these settings (and seed): what a file made by the stage is marked with."""
-        content = {"stage": stage, "seed": seed, "settings": self.settings(stage, run)}
-        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+        return settings_key(stage, seed, self.settings(stage, run))
 
     @model_validator(mode="after")
     def _possible(self) -> Self:
@@ -443,6 +442,12 @@ class Study(Section):
                 raise ValueError(f"report.baseline.{objective} names {run!r}, which is not one of the students")
             if self.resolved(run).objective != objective:
                 raise ValueError(f"report.baseline.{objective} names {run!r}, whose objective is another")
+
+
+def settings_key(stage: str, seed: int | None, settings: dict[str, Any]) -> str:
+    """The 16 hex digits that name a stage's settings and seed."""
+    content = {"stage": stage, "seed": seed, "settings": settings}
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
 
 class _Loader(yaml.SafeLoader):

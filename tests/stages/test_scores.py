@@ -56,7 +56,7 @@ def make_student(study: Study, layout: Layout, run: str = "analytic") -> None:
                 for weight in student.parameters():
                     weight += 0.05 * torch.randn(weight.shape, generator=generator)
             save_denoiser(path, student, {"key": study.key("student", run, 0), "study": "tiny"})
-    write_card(folder, study, "student", run=run, seed=0, started=0.0, inputs=[], outputs=[])
+    write_card(study, layout, "student", run=run, seed=0, started=0.0, inputs=[], outputs=[])
     make_samples(study, layout, run, 0, CPU)
 
 

@@ -172,6 +172,23 @@ def test_interrupted_at_every_step_it_still_ends_with_the_same_bits(job: Job, tm
     assert_same(result(tmp_path / "whole"), result(tmp_path / "parts"))
 
 
+def test_a_training_keeps_its_identity_and_says_when_it_goes_on(job: Job, tmp_path: Path) -> None:
+    """When it says so, the history ends at the saved step already."""
+    said: list[tuple[str, int]] = []
+
+    def on_start() -> None:
+        said.append((files.read_identity(tmp_path / "seed0")["id"], len(history(tmp_path / "seed0"))))
+
+    with pytest.raises(Interrupted):
+        train(job(hook=at(3, signal_self), on_start=on_start))
+    with (tmp_path / "seed0/history.jsonl").open("a") as file:
+        file.write('{"step": 5, "loss": 1.0}\n')
+    train(job(on_start=on_start))
+    train(job(on_start=on_start, key="other"))
+    assert said[0] == (said[1][0], 0) and said[1][1] == 1
+    assert said[2][0] != said[0][0] and said[2][1] == 0
+
+
 def test_dropout_is_on_and_differs_from_step_to_step(job: Job, tmp_path: Path) -> None:
     """Or the bitwise tests above would show nothing about it."""
     train(job("with", dropout=0.3))

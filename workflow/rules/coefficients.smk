@@ -18,6 +18,7 @@ rule coefficients:
         gpu=0,
     params:
         key=key("coefficients"),
+        code=code("coefficients"),
     shell:
         "python -m consistency coefficients --study config/studies/{wildcards.study}.yaml --threads {threads}"
         " 2>&1 | tee -i {log}"

@@ -15,6 +15,7 @@ SUPERVISOR = f"{platform.node()}:{os.getpid()}"
 PATH = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
 os.environ.update(PYTHONPATH=SOURCE, PATH=PATH, CONSISTENCY_SUPERVISOR=SUPERVISOR)
 
+from consistency.code import code_digest
 from consistency.errors import UserError
 from consistency.resources import registry, resource_path
 from consistency.study import FITTED, OfficialTeacher, Study, load_study
@@ -71,6 +72,15 @@ def key(stage: str):
     def of(wildcards) -> str:
         seed = wildcards.get("seed")
         return study_of(wildcards).key(stage, wildcards.get("run"), None if seed is None else int(seed))
+
+    return of
+
+
+def code(stage: str):
+    """A parameter that changes exactly when code does that the stage's result depends on."""
+
+    def of(wildcards) -> str:
+        return code_digest(stage)
 
     return of
 

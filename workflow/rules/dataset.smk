@@ -19,6 +19,7 @@ rule dataset:
         runtime=720,
     params:
         key=key("dataset"),
+        code=code("dataset"),
     shell:
         "python -m consistency dataset --study config/studies/{wildcards.study}.yaml --threads {threads}"
         " 2>&1 | tee -i {log}"

@@ -34,5 +34,6 @@ rule report:
         runtime=60,
     params:
         key=key("report"),
+        code=code("report"),
     shell:
         "python -m consistency report --study config/studies/{wildcards.study}.yaml 2>&1 | tee -i {log}"

@@ -18,6 +18,7 @@ rule teacher_samples:
         gpu=0,
     params:
         key=key("samples"),
+        code=code("samples"),
     shell:
         "python -m consistency samples --study config/studies/{wildcards.study}.yaml --threads {threads}"
         " --processes {resources.gpu} 2>&1 | tee -i {log}"
@@ -42,6 +43,7 @@ rule samples:
         gpu=0,
     params:
         key=key("samples"),
+        code=code("samples"),
     shell:
         "python -m consistency samples --study config/studies/{wildcards.study}.yaml"
         " --run {wildcards.run} --seed {wildcards.seed} --threads {threads}"

@@ -18,6 +18,7 @@ rule extractor:
         gpu=0,
     params:
         key=key("extractor"),
+        code=code("extractor"),
     shell:
         "python -m consistency extractor --study config/studies/{wildcards.study}.yaml --threads {threads}"
         " 2>&1 | tee -i {log}"
@@ -32,6 +33,7 @@ rule calibration:
     output:
         "results/{study}/scores/calibration.csv",
         "results/{study}/scores/endpoints.npy",
+        "results/{study}/scores/calibration.card.json",
     log:
         "logs/{study}/calibration.log",
     benchmark:
@@ -45,6 +47,7 @@ rule calibration:
         gpu=0,
     params:
         key=key("scores"),
+        code=code("scores"),
     shell:
         "python -m consistency calibration --study config/studies/{wildcards.study}.yaml --threads {threads}"
         " 2>&1 | tee -i {log}"
@@ -61,6 +64,7 @@ rule scores:
         coefficients_if_fitted,
     output:
         "results/{study}/scores/{run}/seed{seed}.csv",
+        "results/{study}/scores/{run}/seed{seed}.card.json",
     log:
         "logs/{study}/scores/{run}-seed{seed}.log",
     benchmark:
@@ -74,6 +78,7 @@ rule scores:
         gpu=0,
     params:
         key=key("scores"),
+        code=code("scores"),
     shell:
         "python -m consistency scores --study config/studies/{wildcards.study}.yaml"
         " --run {wildcards.run} --seed {wildcards.seed} --threads {threads} 2>&1 | tee -i {log}"

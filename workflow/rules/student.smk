@@ -25,6 +25,7 @@ rule student:
         gpu=0,
     params:
         key=key("student"),
+        code=code("student"),
     shell:
         "python -m consistency student --study config/studies/{wildcards.study}.yaml"
         " --run {wildcards.run} --seed {wildcards.seed} --threads {threads}"

@@ -18,6 +18,7 @@ rule teacher:
         gpu=0,
     params:
         key=key("teacher"),
+        code=code("teacher"),
     shell:
         "python -m consistency teacher --study config/studies/{wildcards.study}.yaml --threads {threads}"
         " --processes {resources.gpu} 2>&1 | tee -i {log}"

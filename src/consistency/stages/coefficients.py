@@ -53,14 +53,15 @@ def make_coefficients(study: Study, layout: Layout, device: torch.device) -> Non
     _require_regular(fit)
     path = folder / "coefficients.npz"
     write_with(path, lambda temporary: _save(temporary, fit))
+    read = ("images.npy", "labels.npy") if study.teacher.conditional else ("images.npy",)
     # An evaluation with its derivative along one direction counts 2; a residual, 1.
     passes = settings.times * settings.samples * (2 * ((probes or images[0].numel()) + 1) + 1)
     write_card(
-        folder,
         study,
+        layout,
         "coefficients",
         started=started,
-        inputs=[layout.teacher / "teacher.safetensors", layout.dataset / "images.npy"],
+        inputs=[layout.teacher / "teacher.safetensors", *(layout.dataset / name for name in read)],
         outputs=[path],
         measured={"network_evaluations": passes, "seconds": round(time.time() - started, 3)},
         known={layout.dataset / "images.npy": data.facts["sha256"]},

@@ -26,7 +26,7 @@ from consistency.layout import Layout
 from consistency.locks import only_one
 from consistency.progress import Progress
 from consistency.provenance import write_card
-from consistency.sources.datasets import Source, open_source
+from consistency.sources.datasets import CIFAR10_ARCHIVE, Source, open_source
 from consistency.study import Study
 
 Array = np.ndarray
@@ -48,7 +48,7 @@ def make_dataset(study: Study, layout: Layout, workers: int = 1) -> None:
     with only_one(state, "prepares the dataset", LOCK_PATIENCE):
         source = open_source(study.dataset)
         done = _fill(study, source, state, workers)
-        _publish(study, source, layout.dataset, state, done, started)
+        _publish(study, source, layout, state, done, started)
         for name in ("progress.json", "images.npy"):
             (state / name).unlink()
 
@@ -217,9 +217,9 @@ def _read_own(rows: range) -> Array:
 # --- the results
 
 
-def _publish(study: Study, source: Source, folder: Path, state: Path, done: _Done, started: float) -> None:
+def _publish(study: Study, source: Source, layout: Layout, state: Path, done: _Done, started: float) -> None:
     """Put the whole array and what is known of it where the results are."""
-    images, settings = state / "images.npy", study.dataset
+    images, folder, settings = state / "images.npy", layout.dataset, study.dataset
     facts: dict[str, Any] = {
         "count": len(source),
         "classes": source.classes,
@@ -237,7 +237,18 @@ def _publish(study: Study, source: Source, folder: Path, state: Path, done: _Don
     write_json(folder / "dataset.json", facts)
     outputs = [folder / name for name in ("images.npy", "labels.npy", "dataset.json")]
     known = {outputs[0]: facts["sha256"]}
-    write_card(folder, study, "dataset", started=started, inputs=[], outputs=outputs, known=known)
+    archive = study.dataset.kind == "cifar10" and study.dataset.path is None
+    write_card(
+        study,
+        layout,
+        "dataset",
+        started=started,
+        inputs=[],
+        outputs=outputs,
+        known=known,
+        downloads=[CIFAR10_ARCHIVE] if archive else [],
+        source=source.identity,
+    )
 
 
 def _sigma_data(done: _Done, count: int) -> float:

@@ -47,11 +47,12 @@ def make_extractor(study: Study, layout: Layout, device: torch.device) -> None:
     write_with(outputs[1], lambda temporary: _save(temporary, mean=found.mean, covariance=found.covariance))
     images = layout.dataset / "images.npy"
     write_card(
-        folder,
         study,
+        layout,
         "extractor",
         started=started,
-        inputs=[images],
+        inputs=[images, layout.dataset / "labels.npy"],
+        downloads=[INCEPTION] if study.scores.extractor == "inception" else [],
         outputs=outputs,
         measured=measured,
         known={images: data.facts["sha256"]},

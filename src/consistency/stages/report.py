@@ -2,6 +2,7 @@
 
 import time
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,7 @@ import pandas as pd
 from consistency.analysis import MEASURES, ema_table
 from consistency.figures import measure_label
 from consistency.files import read_json, write_bytes, write_json
-from consistency.layout import Layout
+from consistency.layout import Layout, sampler_name
 from consistency.provenance import write_card
 from consistency.stages.page import write_page
 from consistency.stages.pictures import draw_pictures
@@ -49,9 +50,31 @@ def make_report(study: Study, layout: Layout) -> None:
     for name, text in texts.items():
         write_bytes(folder / name, text.encode())
     write_json(folder / "summary.json", _summary(results))
-    inputs = [layout.scores(None, None), *(layout.scores(run, seed) for run, seed in students_of(study))]
-    outputs = [folder / name for name in (*texts, "summary.json")]
-    write_card(folder, study, "report", started=started, inputs=inputs, outputs=outputs)
+    figures = [f"figures/{picture.name}.{kind}" for picture in pictures for kind in ("png", "svg")]
+    images = layout.dataset / "images.npy"
+    write_card(
+        study,
+        layout,
+        "report",
+        started=started,
+        inputs=_inputs(study, layout),
+        outputs=[folder / name for name in (*texts, "summary.json", *figures)],
+        known={images: read_json(images.with_name("dataset.json"), "dataset")["sha256"]},
+    )
+
+
+def _inputs(study: Study, layout: Layout) -> list[Path]:
+    """What a report is made from."""
+    students = students_of(study)
+    shown = [f"{sampler_name(nfe)}.npy" for nfe in study.report.grid_nfe]
+    return [
+        *(layout.dataset / name for name in ("images.npy", "dataset.json")),
+        *([layout.coefficients / "coefficients.npz"] if study.needs_coefficients else []),
+        layout.samples(None, None) / "heun.npy",
+        *(layout.samples(run, study.seeds[0]) / name for run in study.students for name in shown),
+        *(layout.student(run, seed) / "history.jsonl" for run, seed in students),
+        *(layout.scores(run, seed) for run, seed in [(None, None), *students]),
+    ]
 
 
 def print_summary(study: Study, layout: Layout) -> None:

@@ -90,7 +90,7 @@ def read_scores(study: Study, layout: Layout) -> pd.DataFrame:
 
 
 def _checked(table: pd.DataFrame, study: Study, path: Path, verb: str) -> pd.DataFrame:
-    """The table, if its rows are those that this study asks for: a score table has no card that would tell."""
+    """The table, if its rows are those that this study asks for."""
     extractor = "classifier" if study.scores.extractor == "classifier" else f"inception-{study.scores.mode}"
     counts = {"curve": study.scores.curve_count, "final": study.sampling.count}
     right = set(COLUMNS) <= set(table.columns) and set(table.study) | set(table.extractor) == {study.name, extractor}

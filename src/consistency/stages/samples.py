@@ -88,8 +88,8 @@ def make_samples(
             for name, output in zip(names, outputs, strict=True):
                 link_file(parts.path(name), output)
             write_card(
-                folder,
                 study,
+                layout,
                 "samples",
                 run=run,
                 seed=seed,

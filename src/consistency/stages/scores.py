@@ -1,5 +1,6 @@
 """Stage scores: first a calibration (data against data, teacher against data), then every student."""
 
+import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -9,12 +10,12 @@ import pandas as pd
 import torch
 
 from consistency.errors import UserError
-from consistency.features import Statistics, frechet_distance, kernel_distance
+from consistency.features import INCEPTION, Statistics, frechet_distance, kernel_distance
 from consistency.files import write_json, write_with
 from consistency.layout import Layout, snapshot_name
 from consistency.nets.denoiser import Denoiser
 from consistency.progress import Progress
-from consistency.provenance import read_card
+from consistency.provenance import read_card, write_card
 from consistency.seeding import generator
 from consistency.stages.extractor import open_extractor, read_data_statistics
 from consistency.stages.inputs import (
@@ -26,7 +27,7 @@ from consistency.stages.inputs import (
     write_array,
 )
 from consistency.stages.samples import StudentSampler, draw, heun_sampler, jump_sampler, prepared, student_samplers
-from consistency.study import Study
+from consistency.study import FITTED, Study
 from consistency.theory.preconditioning import Preconditioning
 from consistency.training.checkpoint import load_denoiser
 from consistency.training.data import to_bytes
@@ -40,10 +41,11 @@ Row = dict[str, Any]
 
 
 def make_calibration(study: Study, layout: Layout, device: torch.device) -> None:
-    """Write calibration.csv (data halves; teacher) and endpoints.npy, the teacher's ODE endpoints.
+    """Write calibration.csv (data halves; teacher), endpoints.npy, the teacher's ODE endpoints, and their card.
 
     Raises UserError, and leaves no calibration.csv, when the teacher's FID is not the published one.
     """
+    started = time.time()
     images = _read_samples(study, layout, None, None, "heun")
     scorer = _Scorer(study, layout, device, f"calibration {study.name}", len(images))
     scorer.warn_of_singular(len(images))
@@ -53,14 +55,18 @@ def make_calibration(study: Study, layout: Layout, device: torch.device) -> None
     scorer.progress.close()
     _require_published(study, layout, row)
     path = layout.scores(None, None)
-    write_array(path.with_name("endpoints.npy"), _endpoints(study, teacher))
+    endpoints = path.with_name("endpoints.npy")
+    write_array(endpoints, _endpoints(study, teacher))
     _write(path, [scorer.halves(), row], CALIBRATION_COLUMNS)
+    inputs = [layout.teacher / "teacher.safetensors", layout.samples(None, None) / "heun.npy"]
+    _write_card(study, layout, None, None, started, inputs, [path, endpoints])
     layout.measured_calibration.unlink(missing_ok=True)
 
 
 def make_scores(study: Study, layout: Layout, run: str, seed: int, device: torch.device) -> None:
-    """Write the score table of one student, for each of its EMA rates: its samples, and its learning curve from the
-    snapshots."""
+    """Write the score table of one student, for each of its EMA rates, and its card: its samples, and its learning
+    curve from the snapshots."""
+    started = time.time()
     read_card(layout.student(run, seed), study, "student", run, seed)
     settings, scores = study.resolved(run), study.scores
     samplers, rates = student_samplers(study, run), (None, *settings.evaluation_ema)
@@ -68,19 +74,53 @@ def make_scores(study: Study, layout: Layout, run: str, seed: int, device: torch
     curve_images = len(rates) * len(steps) * len(scores.curve_nfe) * scores.curve_count
     total = len(samplers) * study.sampling.count + curve_images
     scorer = _Scorer(study, layout, device, f"scores {run} seed {seed}", total)
-    endpoints = read_array(layout.scores(None, None).with_name("endpoints.npy"), "calibration")
-    rows = []
+    of_teacher = layout.scores(None, None).with_name("endpoints.npy")
+    endpoints = read_array(of_teacher, "calibration")
+    rows, inputs = [], [of_teacher]
     for rate in rates:
         student = prepared(study, read_student(study, layout, run, seed, device, rate))
         preconditioning = read_preconditioning(study, layout, run, student.sigma_data, device)
         scored = _Student(scorer, run, seed, rate, endpoints, preconditioning)
-        rows += [scored.final_row(student, sampler) for sampler in samplers if sampler.rate == rate]
+        own = [sampler for sampler in samplers if sampler.rate == rate]
+        rows += [scored.final_row(student, sampler) for sampler in own]
+        inputs += [layout.student_file(run, seed, rate)]
+        inputs += [layout.samples(run, seed) / f"{sampler.name}.npy" for sampler in own]
         for step in steps:
             path = layout.student(run, seed) / "snapshots" / snapshot_name(step, rate)
             model = load_denoiser(path, study.key("student", run, seed))[0].to(device)
             rows += [scored.curve_row(prepared(study, model), step, nfe) for nfe in scores.curve_nfe]
+            inputs.append(path)
     scorer.progress.close()
-    _write(layout.scores(run, seed), rows, COLUMNS)
+    if settings.preconditioning in FITTED:
+        inputs.append(layout.coefficients / "coefficients.npz")
+    table = layout.scores(run, seed)
+    _write(table, rows, COLUMNS)
+    _write_card(study, layout, run, seed, started, inputs, [table])
+
+
+def _write_card(
+    study: Study,
+    layout: Layout,
+    run: str | None,
+    seed: int | None,
+    started: float,
+    inputs: list[Path],
+    outputs: list[Path],
+) -> None:
+    """The card of scores; every one is measured with the extractor's files too."""
+    inception = study.scores.extractor == "inception"
+    names = ["features.npy", "statistics.npz", *([] if inception else ["classifier.safetensors"])]
+    write_card(
+        study,
+        layout,
+        "scores",
+        run=run,
+        seed=seed,
+        started=started,
+        inputs=[*inputs, *(layout.extractor / name for name in names)],
+        outputs=outputs,
+        downloads=[INCEPTION] if inception else [],
+    )
 
 
 class _Scorer:
@@ -221,6 +261,7 @@ def _require_published(study: Study, layout: Layout, row: Row) -> None:
     measured = layout.measured_calibration
     write_json(measured, row)
     layout.scores(None, None).unlink(missing_ok=True)
+    layout.card("scores").unlink(missing_ok=True)
     raise UserError(
         f"the teacher's FID is {row['fd']:.4g}, not the published {published:g} within {tolerance:g} "
         f"(scores.teacher_fid, teacher_fid_tolerance), from {row['images']:,} images in clean-fid's mode "

@@ -1,6 +1,7 @@
 """Stage student: distil the teacher, with the preconditioning as the only difference between two students."""
 
 import time
+from pathlib import Path
 
 from consistency.files import sha256
 from consistency.layout import Layout
@@ -13,9 +14,11 @@ from consistency.stages.publish import forget_state, publish_training
 from consistency.stages.trainer import Machine, build_optimizer, build_update, compile_networks, place
 from consistency.study import FITTED, Student, Study
 from consistency.theory.distance import DISTANCES, Distance
+from consistency.tracking.live import followed
 from consistency.training.checkpoint import save_denoiser
 from consistency.training.data import ImageData
 from consistency.training.ema import Ema
+from consistency.training.folder import read_identity
 from consistency.training.loop import Training, train
 from consistency.training.objectives import Endpoint, Objective, Trajectory
 from consistency.training.stopwatch import Stopwatch
@@ -29,16 +32,27 @@ def make_student(study: Study, layout: Layout, run: str, seed: int, machine: Mac
     """
     study.require(run, seed)
     started = time.time()
-    folder = layout.student(run, seed)
     data = read_dataset(study, layout)
     job = _training(study, layout, run, seed, data, machine)
-    measured = train(job)
-    if not machine.ranks.first:
-        return
-    images = layout.dataset / "images.npy"
-    inputs = [layout.teacher / "teacher.safetensors", images]
-    if study.resolved(run).preconditioning in FITTED:
-        inputs.append(layout.coefficients / "coefficients.npz")
+    with followed(study, layout, job.folder, run, seed) as job.on_start:
+        measured = train(job)
+        if machine.ranks.first:
+            _publish(study, layout, run, seed, job, data, started, measured)
+
+
+def _publish(
+    study: Study,
+    layout: Layout,
+    run: str,
+    seed: int,
+    job: Training,
+    data: ImageData,
+    started: float,
+    measured: dict[str, float],
+) -> None:
+    """The outputs of a finished training, and its card."""
+    folder = layout.student(run, seed)
+    images, inputs = layout.dataset / "images.npy", _inputs(study, layout, run)
     digests = {path: data.facts["sha256"] if path == images else sha256(path) for path in inputs}
     metadata = {"study": study.name, "stage": "student", "run": run, "seed": seed, "key": job.key, "step": job.steps}
     metadata |= {"git": git_state(), "parents": {path.name: digest for path, digest in digests.items()}}
@@ -48,8 +62,8 @@ def make_student(study: Study, layout: Layout, run: str, seed: int, machine: Mac
         save_denoiser(checkpoints[-1], average.model, {**metadata, "ema": average.constant})
     outputs = [*checkpoints[1:], *publish_training(job.folder, folder, checkpoints[0].name)]
     write_card(
-        folder,
         study,
+        layout,
         "student",
         run=run,
         seed=seed,
@@ -58,8 +72,29 @@ def make_student(study: Study, layout: Layout, run: str, seed: int, machine: Mac
         outputs=outputs,
         measured=measured,
         known=digests,
+        downloads=_downloads(study, run),
+        training=read_identity(job.folder),
     )
     forget_state(job.folder)
+
+
+def _inputs(study: Study, layout: Layout, run: str) -> list[Path]:
+    """What a student is made from."""
+    settings = study.resolved(run)
+    inputs = [layout.teacher / "teacher.safetensors", layout.dataset / "images.npy"]
+    inputs += [layout.dataset / "labels.npy"] if study.teacher.conditional else []
+    if settings.preconditioning in FITTED:
+        inputs.append(layout.coefficients / "coefficients.npz")
+    return inputs
+
+
+def _downloads(study: Study, run: str) -> list[str]:
+    """The resources that a student's training opens."""
+    if study.resolved(run).distance != "lpips":
+        return []
+    from consistency.nets.perceptual import VGG16
+
+    return [VGG16]
 
 
 def _training(study: Study, layout: Layout, run: str, seed: int, data: ImageData, machine: Machine) -> Training:

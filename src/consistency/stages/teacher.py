@@ -4,19 +4,21 @@ import time
 from typing import Any
 
 from consistency.errors import UserError
-from consistency.files import sha256, write_bytes
+from consistency.files import write_bytes
 from consistency.layout import Layout
 from consistency.nets.denoiser import Denoiser, init_denoiser
 from consistency.nets.edm_pickle import read_edm_pickle
 from consistency.provenance import git_state, write_card
-from consistency.resources import forget, open_resource
+from consistency.resources import forget, known_sha256, open_resource
 from consistency.stages.inputs import read_dataset, sigma_data
 from consistency.stages.publish import forget_state, publish_training
 from consistency.stages.trainer import Machine, build_optimizer, build_update, compile_networks, place
 from consistency.study import OfficialTeacher, SongUNet, Study, Teacher
+from consistency.tracking.live import followed
 from consistency.training.checkpoint import save_denoiser
 from consistency.training.data import ImageData
 from consistency.training.ema import Ema, half_life_rate
+from consistency.training.folder import read_identity
 from consistency.training.loop import Training, train
 from consistency.training.objectives import Denoising
 
@@ -44,21 +46,21 @@ def _convert(study: Study, settings: OfficialTeacher, layout: Layout) -> None:
         forget(settings.checkpoint)
         raise
     _require_described(study, settings, teacher)
-    path, digest = layout.teacher / "teacher.safetensors", sha256(source)
+    path, digest = layout.teacher / "teacher.safetensors", known_sha256(settings.checkpoint)
     metadata = {"study": study.name, "stage": "teacher", "key": study.key("teacher"), "git": git_state()}
     save_denoiser(path, teacher, {**metadata, "parents": {source.name: digest}})
     # An official checkpoint has no history of ours; the empty file says so.
     history = layout.teacher / "history.jsonl"
     write_bytes(history, b"")
     write_card(
-        layout.teacher,
         study,
+        layout,
         "teacher",
         started=started,
-        inputs=[source],
+        inputs=[],
+        downloads=[settings.checkpoint],
         outputs=[path, history],
         measured={"parameters": sum(p.numel() for p in teacher.parameters())},
-        known={source: digest},
     )
 
 
@@ -80,11 +82,19 @@ def _require_described(study: Study, settings: OfficialTeacher, teacher: Denoise
 
 def _train(study: Study, settings: Teacher, layout: Layout, machine: Machine) -> None:
     started = time.time()
-    data, folder = read_dataset(study, layout), layout.teacher
+    data = read_dataset(study, layout)
     job = _training(study, settings, layout, data, machine)
-    measured = train(job)
-    if not machine.ranks.first:
-        return
+    with followed(study, layout, job.folder) as job.on_start:
+        measured = train(job)
+        if machine.ranks.first:
+            _publish(study, layout, job, data, started, measured)
+
+
+def _publish(
+    study: Study, layout: Layout, job: Training, data: ImageData, started: float, measured: dict[str, float]
+) -> None:
+    """The outputs of a finished training, and its card."""
+    folder = layout.teacher
     metadata = {"study": study.name, "stage": "teacher", "key": job.key, "step": job.steps}
     parents = {"images.npy": data.facts["sha256"]}
     save_denoiser(
@@ -92,14 +102,15 @@ def _train(study: Study, settings: Teacher, layout: Layout, machine: Machine) ->
     )
     outputs = publish_training(job.folder, folder, "teacher.safetensors")
     write_card(
-        folder,
         study,
+        layout,
         "teacher",
         started=started,
-        inputs=[layout.dataset / "images.npy", layout.dataset / "labels.npy"],
+        inputs=[layout.dataset / name for name in ("images.npy", "labels.npy", "dataset.json")],
         outputs=outputs,
         measured=measured | {"parameters": sum(p.numel() for p in job.update.model.parameters())},
         known={layout.dataset / "images.npy": data.facts["sha256"]},
+        training=read_identity(job.folder),
     )
     forget_state(job.folder)
 

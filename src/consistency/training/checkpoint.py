@@ -13,15 +13,15 @@ from safetensors.torch import save_file
 from consistency.errors import UserError
 from consistency.files import atomic, write_with
 from consistency.nets.denoiser import Denoiser, build_denoiser
+from consistency.provenance import CHECKPOINT
 
-_FORMAT = "consistency-denoiser-1"
 # What torch.load raises on files cut short, overwritten or made by something else.
 _DAMAGED = (OSError, RuntimeError, EOFError, ValueError, LookupError, TypeError, pickle.UnpicklingError)
 
 
 def save_denoiser(path: Path, denoiser: Denoiser, metadata: dict[str, Any]) -> None:
     """Write weights and what they are: architecture, and the metadata given (key, study, step, git commit, parents)."""
-    described = {"format": _FORMAT, "architecture": denoiser.architecture, **metadata}
+    described = {"format": CHECKPOINT, "architecture": denoiser.architecture, **metadata}
     texts = {name: json.dumps(value, sort_keys=True) for name, value in described.items()}
     # A copy on the CPU, contiguous: safetensors refuses views, and EMA weights may be channels-last.
     tensors = {name: value.detach().cpu().contiguous().clone() for name, value in denoiser.state_dict().items()}
@@ -58,8 +58,8 @@ def read_metadata(path: Path) -> dict[str, Any]:
         metadata = {name: json.loads(text) for name, text in texts.items()}
     except ValueError:
         metadata = {}
-    if metadata.get("format") != _FORMAT:
-        raise UserError(f"{path} was not written by this project (no {_FORMAT} metadata): put our checkpoint there")
+    if metadata.get("format") != CHECKPOINT:
+        raise UserError(f"{path} was not written by this project (no {CHECKPOINT} metadata): put our checkpoint there")
     return metadata
 
 

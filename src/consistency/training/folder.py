@@ -1,16 +1,19 @@
-"""The folder of a training: its lock, its saved state, its history and snapshots."""
+"""The folder of a training: its lock, its identity, its saved state, its history and snapshots."""
 
 import json
 import math
 import shutil
+import time
+import uuid
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
-from consistency.files import write_bytes
+from consistency.files import read_json, write_bytes, write_json
 from consistency.locks import only_one
 from consistency.training.checkpoint import load_state, save_state
 
+_IDENTITY = "training.json"
 LOCK_PATIENCE = 60.0  # seconds to wait for the trainer of a killed workflow to notice and leave
 
 
@@ -21,8 +24,8 @@ def only_trainer(folder: Path) -> AbstractContextManager[None]:
 
 def prepare(folder: Path, key: str, label: str) -> dict[str, Any] | None:
     """Make the folder ready for going on, or for a start: a state of other settings is set aside, the history is cut
-    back to the saved step, what a killed process had half written is removed. Returns the state to go on from. Raises
-    UserError for a damaged one."""
+    back to the saved step, what a killed process had half written is removed, a new training gets its identity. Returns
+    the state to go on from. Raises UserError for a damaged one."""
     for stale in (*folder.glob(".*.tmp"), *folder.glob("snapshots/.*.tmp")):
         stale.unlink(missing_ok=True)
     state = read(folder)
@@ -32,6 +35,7 @@ def prepare(folder: Path, key: str, label: str) -> dict[str, Any] | None:
         shutil.copytree(folder, aside)
         print(f"{label}: the settings changed, so this starts over; the old state is in {aside}", flush=True)
         state = None
+    _identify(folder, key, label)
     history = folder / "history.jsonl"
     if state is None:
         (folder / "state.pt").unlink(missing_ok=True)
@@ -43,6 +47,20 @@ def prepare(folder: Path, key: str, label: str) -> dict[str, Any] | None:
     write_bytes(history, "".join(line + "\n" for line in written if _line_step(line) <= step).encode())
     print(f"{label}: continues from step {step}", flush=True)
     return state
+
+
+def _identify(folder: Path, key: str, label: str) -> None:
+    """Write down which training this is, if it is not one that was begun here with the same settings."""
+    path = folder / _IDENTITY
+    if not path.exists() or read_json(path, label).get("key") != key:
+        write_json(path, {"key": key, "id": uuid.uuid4().hex, "started": round(1000 * time.time())})
+
+
+def read_identity(folder: Path) -> dict[str, Any]:
+    """The training's id, random, by which MLflow's run is found again, and when it was begun: started, milliseconds
+    since 1970. They stay the same however often it is interrupted."""
+    found = read_json(folder / _IDENTITY, "the training")
+    return {"id": found["id"], "started": found["started"]}
 
 
 def read(folder: Path) -> dict[str, Any] | None:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from consistency import energy
 from consistency.errors import UserError
 from consistency.layout import snapshot_name
 from consistency.progress import Progress
@@ -39,7 +40,8 @@ class Interrupted(Exception):
 @dataclass
 class Training:
     """What is trained and how long. averages: the first is the one that snapshots and results are named after;
-    learning_rate(step): None keeps the optimiser's own. snapshot_every: None for no snapshots."""
+    learning_rate(step): None keeps the optimiser's own. snapshot_every: None for no snapshots. on_start is called,
+    in the first process, when the folder is this training's and its history is cut back to where it goes on."""
 
     label: str
     key: str
@@ -50,6 +52,7 @@ class Training:
     folder: Path
     learning_rate: Callable[[int], float] | None = None
     snapshot_every: int | None = None
+    on_start: Callable[[], None] | None = None
 
 
 @dataclass
@@ -90,6 +93,8 @@ def train(job: Training) -> dict[str, float]:
     ranks = job.update.ranks
     with files.only_trainer(job.folder) if ranks.first else contextlib.nullcontext(), stop_requests() as requests:
         clock, window = _resume(job)
+        if job.on_start and ranks.first:
+            job.on_start()
         if job.snapshot_every and clock.step == 0:
             _snapshot(job, 0)
         progress = Progress(job.label, job.steps, clock.step, lambda: _loss_note(clock), shown=ranks.first)
@@ -213,6 +218,7 @@ def _save(job: Training, clock: _Clock, window: _Window) -> float:
         "averages": [average.model.state_dict() for average in job.averages],
         "optimizer": update.optimizer.state_dict(),
         "scaler": update.scaler.state_dict(),
+        "energy": energy.used(),
     }
     if update.ranks.first:
         files.save(job.folder, state)
@@ -233,6 +239,7 @@ def _resume(job: Training) -> tuple[_Clock, _Window]:
         average.model.load_state_dict(weights)
     job.update.optimizer.load_state_dict(state["optimizer"])
     job.update.scaler.load_state_dict(state["scaler"])
+    energy.add_earlier(state.get("energy"))
     window = _Window(**state["window"])
     device = next(job.update.model.parameters()).device
     window.sums = {name: value.to(device) for name, value in window.sums.items()}

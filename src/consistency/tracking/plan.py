@@ -1,4 +1,4 @@
-"""What of a finished study goes to MLflow, read from its results without MLflow: its runs, params, points, files."""
+"""What of a study goes to MLflow, read from its results without MLflow: its runs, params, points, files."""
 
 import csv
 import hashlib
@@ -12,15 +12,21 @@ from functools import cached_property
 from pathlib import Path
 from statistics import fmean
 from typing import Any, NamedTuple
+from zipfile import BadZipFile
 
 from consistency.errors import UserError
 from consistency.files import read_json, sha256
 from consistency.history import read_history
 from consistency.layout import Layout
+from consistency.lines import line_of
 from consistency.provenance import read_card
 from consistency.study import Study
 
 MEASURES = ("fd", "kid", "alignment")
+# The tags by which a live run is found again: by its training, by its student's settings.
+TRAINING, STUDENT = "consistency.training", "consistency.student"
+
+_TEACHER_NOTE = "The EDM teacher. `final/*/heun-*`: its samples; `calibration/*/data-halves`: real against real."
 
 
 class Point(NamedTuple):
@@ -32,16 +38,21 @@ class Point(NamedTuple):
     step: int
 
 
-class Data(NamedTuple):
-    """The dataset that a run used: its name, and the digest of its images."""
+@dataclass(frozen=True)
+class Data:
+    """The dataset that a run used: its name, where its images lie, their sha256, how many, and [H, W, C] of each."""
 
     name: str
-    digest: str
+    path: str
+    sha256: str
+    count: int
+    shape: list[int]
 
 
 @dataclass
 class Upload:
-    """One run as it shall stand in MLflow. started, ended: milliseconds since 1970; files: path and artifact folder."""
+    """One run as it shall stand in MLflow. started, ended: milliseconds since 1970; files: path and artifact folder;
+    texts: artifact path and content of what is no file of the results; color: that of its curves, if it has one."""
 
     name: str
     role: str
@@ -53,7 +64,9 @@ class Upload:
     note: str
     points: list[Point] = field(default_factory=list)
     files: list[tuple[Path, str]] = field(default_factory=list)
+    texts: list[tuple[str, str]] = field(default_factory=list)
     parent: str | None = None
+    color: str | None = None
 
     def __post_init__(self) -> None:
         """Values that are not finite cannot be drawn: they are left out, and a tag says which."""
@@ -66,7 +79,7 @@ class Upload:
     def digest(self) -> str:
         """What the run holds, in 16 hex digits: the same for the same results."""
         files = [(folder, path.name, sha256(path)) for path, folder in self.files]
-        content = json.dumps([self.name, self.params, self.points, files], sort_keys=True)
+        content = json.dumps([self.name, self.params, self.points, files, self.texts], sort_keys=True)
         return hashlib.sha256(content.encode()).hexdigest()[:16]
 
 
@@ -80,35 +93,68 @@ def plan(study: Study, layout: Layout) -> list[Upload]:
     return [*uploads, _report(study, layout)]
 
 
+def plan_live(study: Study, layout: Layout, run: str | None, seed: int | None, made: dict[str, Any]) -> list[Upload]:
+    """The runs of a training that begins, without points: a student's parent and its own; the teacher's without a run.
+
+    made: what its card will say of command, git, hardware and training.
+    """
+    started = made["training"]["started"]
+    common: dict[str, Any] = {"data": _data(study, layout), "started": started, "ended": started}
+    if run is None or seed is None:
+        params = _teacher_params(study)
+        return [Upload("teacher", "teacher", params=params, tags=_origin(made), note=_TEACHER_NOTE, **common)]
+    differing = _differing(study)
+    own = _flat(study.resolved(run).model_dump(mode="json"))
+    tags = {key: own[key] for key in differing}
+    note = f"Student `{run}`: the mean over its seeds comes with `track`."
+    common["color"] = _color(study, run)
+    parent = Upload(run, "student", params={}, tags=tags | {STUDENT: study.key("student", run)}, note=note, **common)
+    child = Upload(
+        f"{run} seed {seed}",
+        "seed",
+        params=_own_params(study, run, differing) | {"seed": str(seed)},
+        tags=_origin(made) | tags | {"seed": str(seed)},
+        note=_seed_note(run, seed),
+        parent=run,
+        **common,
+    )
+    return [parent, child]
+
+
 def _teacher(study: Study, layout: Layout) -> Upload:
     card = read_card(layout.teacher, study, "teacher")
     table = layout.scores(None, None)
     history = read_history(layout.teacher / "history.jsonl", "teacher")
     started, ended = _training_time(card)
-    points = _history_points(history, started) + _cost(card, ended)
+    points = history_points(history, started) + _cost(card, ended)
     for row in _rows(table, "calibration"):
         # The teacher's score stands beside the students'; real against real is what no sampler can beat.
         own = row["run"] == "teacher"
         name = f"heun-nfe{row['nfe']}" if own else f"{row['run']}-{row['sampler']}"
         points += _measured(row, "final/" if own else "calibration/", name, ended, 0)
-    # Those of its samples: an official checkpoint depends on neither noise nor dataset.
-    settings = study.settings("samples")
     return Upload(
         name="teacher",
         role="teacher",
         data=_data(study, layout),
         started=started,
         ended=ended,
-        params=_flat(settings["teacher"]) | _flat(settings["noise"], "noise.") | _flat(settings["dataset"], "dataset."),
+        params=_teacher_params(study),
         tags=_origin(card),
-        note="The EDM teacher. `final/*/heun-*`: its samples; `calibration/*/data-halves`: real against real.",
+        note=_TEACHER_NOTE,
         points=points,
         files=[
             *_files(layout.teacher, "card.json", "history.jsonl"),
             (table, ""),
             *_files(layout.samples(None, None), "card.json", to="samples"),
         ],
+        texts=[_checkpoint(layout, layout.teacher / "teacher.safetensors", card)],
     )
+
+
+def _teacher_params(study: Study) -> dict[str, str]:
+    """Those of its samples: an official checkpoint depends on neither noise nor dataset."""
+    settings = study.settings("samples")
+    return _flat(settings["teacher"]) | _flat(settings["noise"], "noise.") | _flat(settings["dataset"], "dataset.")
 
 
 def _seed(study: Study, layout: Layout, run: str, seed: int, differing: list[str]) -> Upload:
@@ -118,7 +164,7 @@ def _seed(study: Study, layout: Layout, run: str, seed: int, differing: list[str
     history = read_history(folder / "history.jsonl", f"student {verb}")
     started, ended = _training_time(card)
     seconds = {line["step"]: line["seconds"] for line in history} | {0: 0.0}
-    points = _history_points(history, started) + _cost(card, ended)
+    points = history_points(history, started) + _cost(card, ended)
     main = study.resolved(run).ema_rate
     for row in _rows(table, f"scores {verb}"):
         if row["kind"] == "curve":
@@ -137,15 +183,21 @@ def _seed(study: Study, layout: Layout, run: str, seed: int, differing: list[str
         ended=ended,
         params=_student_params(study, run, differing) | {"seed": str(seed)},
         tags=_origin(card) | _student_tags(study, run, differing, seed) | {"seed": str(seed)},
-        note=f"Student `{run}`, seed {seed}.",
+        note=_seed_note(run, seed),
         points=points,
         files=[
             *_files(folder, "card.json", "history.jsonl"),
             (table, ""),
             *_files(layout.samples(run, seed), "card.json", to="samples"),
         ],
+        texts=[_checkpoint(layout, layout.student_file(run, seed), card)],
         parent=run,
+        color=_color(study, run),
     )
+
+
+def _seed_note(run: str, seed: int) -> str:
+    return f"Student `{run}`, seed {seed}."
 
 
 def _student(study: Study, run: str, seeds: list[Upload], differing: list[str]) -> Upload:
@@ -168,9 +220,12 @@ def _student(study: Study, run: str, seeds: list[Upload], differing: list[str]) 
         started=started,
         ended=started + round(fmean(upload.ended - upload.started for upload in seeds)),
         params=_student_params(study, run, differing) | {"seeds": names},
-        tags=_in_all([upload.tags for upload in seeds]) | _student_tags(study, run, differing),
+        tags=_in_all([upload.tags for upload in seeds])
+        | _student_tags(study, run, differing)
+        | {STUDENT: study.key("student", run)},
         note=f"Student `{run}`: means over seeds {names}.\n\n{_final_table(values)}",
         points=points,
+        color=_color(study, run),
     )
 
 
@@ -193,7 +248,38 @@ def _report(study: Study, layout: Layout) -> Upload:
         + _files(layout.dataset, "dataset.json", "card.json", to="dataset")
         + _files(layout.extractor, "card.json", to="extractor")
         + _files(layout.coefficients, "coefficients.npz", "card.json", to="coefficients"),
+        texts=_coefficient_table(layout) if study.needs_coefficients else [],
     )
+
+
+def _checkpoint(layout: Layout, path: Path, card: dict[str, Any]) -> tuple[str, str]:
+    """What and where the final checkpoint is, as JSON: MLflow keeps no copy of it."""
+    reference = {
+        "file": path.name,
+        "path": path.relative_to(layout.results).as_posix(),
+        "sha256": card["outputs"][path.name],
+        "bytes": path.stat().st_size if path.exists() else None,
+    }
+    return "checkpoint.json", json.dumps(reference, indent=2) + "\n"
+
+
+def _coefficient_table(layout: Layout) -> list[tuple[str, str]]:
+    """The fitted coefficients as CSV: one line a time."""
+    import numpy as np
+
+    path = layout.coefficients / "coefficients.npz"
+    try:
+        with np.load(path) as arrays:
+            columns = {name: arrays[name].tolist() for name in arrays if arrays[name].ndim == 1}
+    except (OSError, ValueError, EOFError, BadZipFile) as error:
+        raise UserError(f"{path} cannot be read ({error}): run `python -m consistency coefficients` again") from None
+    lines = [",".join(columns), *(",".join(map(str, row)) for row in zip(*columns.values(), strict=True))]
+    return [("coefficients/coefficients.csv", "\n".join(lines) + "\n")]
+
+
+def _color(study: Study, run: str) -> str:
+    """That of the report's figures."""
+    return line_of(list(study.students), run)["color"]
 
 
 def _differing(study: Study) -> list[str]:
@@ -202,12 +288,17 @@ def _differing(study: Study) -> list[str]:
     return [key for key in dumps[0] if any(dump[key] != dumps[0][key] for dump in dumps)]
 
 
-def _student_params(study: Study, run: str, differing: list[str]) -> dict[str, str]:
-    """The student's keys, those that differ first, then how it was sampled and scored."""
+def _own_params(study: Study, run: str, differing: list[str]) -> dict[str, str]:
+    """The student's keys, those that differ first: a run's page shows them in this order."""
     own = _flat(study.resolved(run).model_dump(mode="json"))
+    return {key: own[key] for key in differing} | own
+
+
+def _student_params(study: Study, run: str, differing: list[str]) -> dict[str, str]:
+    """The student's keys, then how it was sampled and scored."""
     settings = study.settings("scores", run)
     measured = _flat(settings["sampling"], "sampling.") | _flat(settings["scores"], "scores.")
-    return {key: own[key] for key in differing} | own | measured
+    return _own_params(study, run, differing) | measured
 
 
 def _student_tags(study: Study, run: str, differing: list[str], seed: int | None = None) -> dict[str, str]:
@@ -216,29 +307,35 @@ def _student_tags(study: Study, run: str, differing: list[str], seed: int | None
 
 
 def _in_all(tags: list[dict[str, str]]) -> dict[str, str]:
-    """The tags that all have with the same value."""
-    return {name: value for name, value in tags[0].items() if all(other.get(name) == value for other in tags)}
+    """The tags that all have with the same value, but for those of one training."""
+    common = {name: value for name, value in tags[0].items() if all(other.get(name) == value for other in tags)}
+    return {name: value for name, value in common.items() if name not in (TRAINING, "seed")}
 
 
 def _origin(card: dict[str, Any]) -> dict[str, str]:
-    """Tags of where, from which commit and by which command an artifact was made."""
+    """Tags of where, from which commit, by which command and in which training an artifact was made."""
     git, hardware = card["git"], card["hardware"]
+    training = card.get("training") or {}
     tags = {
         "mlflow.source.type": "LOCAL",
         "mlflow.source.name": card["command"],
         "mlflow.source.git.commit": git["commit"],
-        "git.dirty": None if git["dirty"] is None else str(git["dirty"]).lower(),
+        "git_commit": git["commit"],
+        "git_dirty": None if git["dirty"] is None else str(git["dirty"]).lower(),
         "host": hardware["host"],
         "gpus": ", ".join(hardware["gpus"]),
         "slurm_job": hardware["slurm_job"],
-        "consistency.card": card["key"],
+        "consistency.card": card.get("key"),
+        TRAINING: training.get("id"),
     }
     return {name: value for name, value in tags.items() if value}
 
 
 def _data(study: Study, layout: Layout) -> Data:
     facts = read_json(layout.dataset / "dataset.json", "dataset")
-    return Data(study.dataset.path or study.dataset.kind, facts["sha256"][:16])
+    shape = [facts["resolution"], facts["resolution"], facts["channels"]]
+    images = str((layout.dataset / "images.npy").resolve())
+    return Data(study.dataset.path or study.dataset.kind, images, facts["sha256"], facts["count"], shape)
 
 
 def _milliseconds(card: dict[str, Any]) -> int:
@@ -248,16 +345,19 @@ def _milliseconds(card: dict[str, Any]) -> int:
 
 def _training_time(card: dict[str, Any]) -> tuple[int, int]:
     """Start and end of a training as if it had not been interrupted; of a teacher that was only converted, of that."""
+    seconds = round(1000 * card["measured"].get("seconds", card["seconds"]))
+    if card.get("training"):
+        return card["training"]["started"], card["training"]["started"] + seconds
     ended = _milliseconds(card)
-    return ended - round(1000 * card["measured"].get("seconds", card["seconds"])), ended
+    return ended - seconds, ended
 
 
 def _cost(card: dict[str, Any], ended: int) -> list[Point]:
     return [Point(f"cost/{name}", float(value), ended, 0) for name, value in sorted(card["measured"].items())]
 
 
-def _history_points(history: list[dict[str, Any]], started: int) -> list[Point]:
-    """The curves of a training; the seconds are their time."""
+def history_points(history: list[dict[str, Any]], started: int) -> list[Point]:
+    """The curves of a training; the seconds are their time, counted from its start (milliseconds since 1970)."""
     return [
         Point(f"training/{name}", float(value), started + round(1000 * line["seconds"]), line["step"])
         for line in history

@@ -1,0 +1,142 @@
+"""The digest of code changes with what can change a result, and with nothing else."""
+
+import ast
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from consistency.code import ENTRIES, INERT, SOURCE, code_digest, is_inert, parse, reached
+from consistency.layout import Layout
+from consistency.study import Study
+
+STAGES = set(ENTRIES)
+AFTER_TEACHER = {"coefficients", "student", "samples", "scores"}
+#: they ask torch for the machine's name or clock, or read what was measured
+ASK_TORCH = {"energy", "launch", "provenance", "training.stopwatch", "tracking"}
+
+
+@pytest.fixture
+def package(tmp_path: Path) -> Path:
+    """A copy of the package, to change it."""
+    shutil.copytree(SOURCE, tmp_path / "consistency", ignore=shutil.ignore_patterns("__pycache__"))
+    return tmp_path / "consistency"
+
+
+@pytest.fixture(scope="module")
+def here() -> dict[str, str]:
+    """The digests of this checkout's code."""
+    return digests(SOURCE)
+
+
+def digests(source: Path) -> dict[str, str]:
+    # The parsed modules are remembered by the package's folder.
+    for remembered in (code_digest, reached, parse):
+        remembered.cache_clear()
+    return {stage: code_digest(stage, source) for stage in ENTRIES}
+
+
+def test_a_copy_has_the_same_digests(package: Path, here: dict[str, str]) -> None:
+    assert digests(package) == here
+    assert all(re.fullmatch("[0-9a-f]{16}", digest) for digest in here.values())
+
+
+def test_comments_docstrings_and_layout_change_nothing(package: Path, here: dict[str, str]) -> None:
+    for file in package.rglob("*.py"):
+        text = re.sub(r'(?m)^( *)"""(?=\w)', r'\1"""Otherwise said: ', file.read_text())
+        file.write_text("# A comment.\n\n" + text.replace("\n\n\n", "\n\n\n\n") + "\n# Another.\n")
+    assert digests(package) == here
+
+
+@pytest.mark.parametrize(
+    ("name", "old", "new", "expected"),
+    [
+        ("sources/datasets.py", "def open_source(", "def open_source(*,\n    ", {"dataset"}),
+        ("training/ema.py", "def half_life_rate(", "def half_life_rate(_=0, *,\n    ", {"teacher"}),
+        ("training/loop.py", "def train(", "def train(*,\n    ", {"teacher", "student"}),
+        ("training/objectives.py", "class Trajectory(", "class Trajectory(object, ", {"student"}),
+        ("training/objectives.py", "class Denoising", "class Denoising(object, )", {"teacher"}),
+        ("theory/estimators.py", "def fit_coefficients(", "def fit_coefficients(*,\n    ", {"coefficients"}),
+        ("nets/layers.py", "class Linear", "class Linear(object, )", STAGES - {"dataset", "extractor", "report"}),
+        ("nets/classifier.py", "class Classifier", "class Classifier(object, )", {"extractor", "scores"}),
+        ("wording.py", "def coarse(", "def coarse(*,\n    ", {"report"}),
+        ("templates/report.html.j2", "<", "<!-- -->\n<", {"report"}),
+        ("__main__.py", "allow_tf32 = False", "allow_tf32 = True", STAGES - {"dataset", "report"}),
+        ("__main__.py", "def _summary(", "def _summary(_=0, *,\n    ", set()),
+        ("progress.py", "LINE_EVERY = 5.0", "LINE_EVERY = 6.0", set()),
+        ("provenance.py", "def git_state(", "def git_state(*,\n    ", set()),
+        ("tracking/__init__.py", '"', '"Other', set()),
+    ],
+)
+def test_a_change_concerns_the_stages_that_reach_it(
+    package: Path, here: dict[str, str], name: str, old: str, new: str, expected: set[str]
+) -> None:
+    text = (package / name).read_text()
+    if new.endswith("(object, )"):  # a class, with or without bases
+        old, new = re.search(rf"{old}\b.*:", text)[0], f"{old}(object):"
+    assert old in text
+    (package / name).write_text(text.replace(old, new, 1))
+    after = digests(package)
+    assert {stage for stage in ENTRIES if here[stage] != after[stage]} == expected
+
+
+def test_an_effect_of_an_import_counts(package: Path, here: dict[str, str]) -> None:
+    (package / "training/ema.py").write_text((package / "training/ema.py").read_text() + "\ntorch.set_num_threads(2)\n")
+    assert {stage for stage, digest in digests(package).items() if digest != here[stage]} == {"teacher", "student"}
+
+
+def test_inert_modules_do_no_arithmetic() -> None:
+    for module in INERT - ASK_TORCH:
+        tree = ast.parse((SOURCE / (module.replace(".", "/") + ".py")).read_text())
+        imports = [node for node in ast.walk(tree) if isinstance(node, ast.Import | ast.ImportFrom)]
+        names = {name.name.split(".")[0] for node in imports if isinstance(node, ast.Import) for name in node.names}
+        names |= {(node.module or "").split(".")[0] for node in imports if isinstance(node, ast.ImportFrom)}
+        assert not names & {"torch", "numpy", "scipy", "pandas", "sklearn"}, module
+
+
+# Run apart: a profiler sees every function of the package that a stage enters.
+ENTERED = """
+import sys
+from pathlib import Path
+entered = set()
+def see(frame, event, argument):
+    # The body of a class is no function, and runs when its module is imported.
+    if event == "call" and frame.f_code.co_flags & 1 and "/consistency/" in frame.f_code.co_filename:
+        module = frame.f_globals.get("__name__", "")
+        name = frame.f_code.co_qualname.split(".")[0]
+        entered.add((module, name))
+    return None
+from consistency.__main__ import main
+sys.setprofile(see)
+import threading
+threading.setprofile(see)
+code = main(sys.argv[2:])
+sys.setprofile(None)
+Path(sys.argv[1]).write_text("\\n".join(f"{module} {name}" for module, name in sorted(entered)))
+sys.exit(code)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", ["student", "samples"])
+def test_what_a_stage_enters_was_reached(
+    stage: str, first_results: Layout, write_study: Callable[..., Path], tiny: Callable[..., Study], tmp_path: Path
+) -> None:
+    results = tmp_path / "results"
+    shutil.copytree(first_results.results, results)
+    words = [stage, "--study", str(write_study()), "--results", str(results), "--state", str(tmp_path / "state")]
+    words += ["--run", "analytic", "--seed", "0"] if stage == "student" else []
+    command = [sys.executable, "-c", ENTERED, str(tmp_path / "entered.txt"), *words]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    found = reached(stage)
+    entered = [line.split() for line in (tmp_path / "entered.txt").read_text().splitlines()]
+    entered = [(module.removeprefix("consistency").removeprefix("."), name) for module, name in entered]
+    ours = {(module, name) for module, name in entered if not is_inert(module) and not name.startswith("<")}
+    ours = {(module, name) for module, name in ours if module not in ("", "__main__")}
+    assert len(ours) > 30
+    assert ours - found == set()
