@@ -36,7 +36,8 @@ class Checkout:
     def environment(self) -> dict[str, str]:
         """The outside's, without what a surrounding workflow, make or MLflow would bring in."""
         kept = {name: value for name, value in os.environ.items() if not name.startswith(OUTSIDE)}
-        return kept | {"OMP_NUM_THREADS": "1", "MLFLOW_DISABLE_TELEMETRY": "true", "CONSISTENCY_LIVE": "0"} | self.variables
+        quiet = {"OMP_NUM_THREADS": "1", "MLFLOW_DISABLE_TELEMETRY": "true", "CONSISTENCY_LIVE": "0"}
+        return kept | quiet | self.variables
 
     def start(self, *words: str) -> subprocess.Popen[str]:
         """Snakemake in a process group of its own, as a shell starts it; its output goes to output.txt."""
