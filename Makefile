@@ -31,13 +31,13 @@ export DVC_NO_ANALYTICS := 1
 export MLFLOW_DISABLE_TELEMETRY := true
 unexport PYTHONPATH PYTHONHOME VIRTUAL_ENV
 
-.PHONY: help demo reproduce ui archive test lint format install lock clean
+.PHONY: help demo reproduce ui pull archive test lint format install lock clean
 
 help: ## this list
 	@sed -nE 's/^([a-z]+):.*## (.*)/  make \1\t\2/p' Makefile | expand -t 18
 
 demo: reproduce ## the digits study end to end: data, teacher, coefficients, students, scores, report
-	@exec python -m consistency summary --study config/studies/$(STUDY).yaml
+	@exec python -m consistency summary --study config/studies/digits.yaml
 
 # The lock's descriptor is inherited by Snakemake: it is held as long as Snakemake lives, even if make is killed.
 # Snakemake's own directory lock survives a `kill -9`; it is removed only when nothing of that run is still at work.
@@ -82,6 +82,13 @@ ui: install ## the MLflow page of what was recorded, on 127.0.0.1 (PORT=5000)
 	echo "MLflow: http://127.0.0.1:$(PORT)/#/experiments?workflowType=machine_learning"
 	echo "(Ctrl-C ends it; another port: make ui PORT=5001)"
 	exec mlflow ui --backend-store-uri "$$store" --host 127.0.0.1 --port $(PORT) --workers 1
+
+# Snakemake goes by times, and a clone's are arbitrary: it is told that all is up to date when DVC says so, not before.
+pull: install ## what this commit made, from DVC's remote; nothing is computed (STUDY=digits)
+	@dvc pull
+	dvc status --quiet || { dvc status; echo "Not all of it came: nothing was marked as up to date (docs/dvc.md)." >&2; exit 1; }
+	snakemake --touch --forceall --cores 1 --quiet all --config studies=$(STUDY) -- results/$(STUDY)/report/report.html
+	exec snakemake --cores 1 --quiet all --config studies=$(STUDY)
 
 archive: install ## a finished study as one checksummed file, archives/NAME-KEY.zip (STUDY=digits)
 	@exec python -m consistency archive --study config/studies/$(STUDY).yaml

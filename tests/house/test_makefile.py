@@ -16,7 +16,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 SYSTEM_PATH = "/usr/bin:/bin"
 RUN_STUDY = "snakemake --cores all --rerun-incomplete"
-TARGETS = ["demo", "ui", "archive", "test", "lint", "format", "install", "lock", "clean", "help"]
+TARGETS = ["demo", "ui", "pull", "archive", "test", "lint", "format", "install", "lock", "clean", "help"]
 
 
 def script(path: Path, body: str) -> None:
@@ -62,7 +62,7 @@ def stamp(checkout: Path) -> Path:
 def installed(checkout: Path) -> Path:
     """The checkout with an environment whose programs only write down how they were called."""
     installed_stamp = stamp(checkout)
-    for name in ["python", "snakemake", "mlflow", "ruff", "mypy", "snakefmt", "uv"]:
+    for name in ["python", "snakemake", "dvc", "mlflow", "ruff", "mypy", "snakefmt", "uv"]:
         script(checkout / ".venv/bin" / name, f'echo "{name} $*" >>"$PWD/calls"')
     installed_stamp.write_text(f"{checkout}\n")
     return checkout
@@ -150,6 +150,26 @@ def test_ui_serves_the_local_database_on_the_loopback(installed: Path) -> None:
     assert make(installed, "ui", "PORT=5055").returncode == 0
     (call,) = calls(installed)
     assert "--backend-store-uri sqlite:///mlflow.db --host 127.0.0.1 --port 5055" in call
+
+
+def test_pull_tells_snakemake_that_all_is_up_to_date(installed: Path) -> None:
+    done = make(installed, "pull", "STUDY=mine")
+    assert done.returncode == 0, done.stderr
+    report = "--config studies=mine -- results/mine/report/report.html"
+    assert calls(installed) == [
+        "dvc pull",
+        "dvc status --quiet",
+        f"snakemake --touch --forceall --cores 1 --quiet all {report}",
+        "snakemake --cores 1 --quiet all --config studies=mine",
+    ]
+
+
+def test_a_partial_pull_marks_nothing_as_up_to_date(installed: Path) -> None:
+    script(installed / ".venv/bin/dvc", 'echo "dvc $*" >>"$PWD/calls"; [ "$*" != "status --quiet" ]')
+    done = make(installed, "pull")
+    assert done.returncode != 0
+    assert "nothing was marked as up to date" in done.stderr
+    assert calls(installed) == ["dvc pull", "dvc status --quiet", "dvc status"]
 
 
 def test_clean_asks_first(installed: Path) -> None:
