@@ -73,7 +73,7 @@ reproduce: install
 ui: install ## the MLflow page of what was recorded, on 127.0.0.1 (PORT=5000)
 	@store=$${MLFLOW_TRACKING_URI:-sqlite:///mlflow.db}
 	case "$$store" in
-	  http*) echo "MLFLOW_TRACKING_URI names a running server; open $$store"; exit 0 ;;
+	  http*) echo "MLFLOW_TRACKING_URI names a running server; open $$(sed -E 's#://[^@/]*@#://#' <<<"$$store")"; exit 0 ;;
 	  sqlite:///mlflow.db)
 	    if [ ! -e mlflow.db ]; then echo "Nothing is recorded here yet: run \`make demo\` first." >&2; exit 1; fi ;;
 	esac
@@ -81,7 +81,9 @@ ui: install ## the MLflow page of what was recorded, on 127.0.0.1 (PORT=5000)
 	export MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false
 	echo "MLflow: http://127.0.0.1:$(PORT)/#/experiments?workflowType=machine_learning"
 	echo "(Ctrl-C ends it; another port: make ui PORT=5001)"
-	exec mlflow ui --backend-store-uri "$$store" --host 127.0.0.1 --port $(PORT) --workers 1
+	# By the environment: an address may hold a password, and a command line is everybody's to read.
+	export MLFLOW_BACKEND_STORE_URI="$$store"
+	exec mlflow ui --host 127.0.0.1 --port $(PORT) --workers 1
 
 # Snakemake goes by times, and a clone's are arbitrary: it is told that all is up to date when DVC says so, not before.
 pull: install ## what this commit made, from DVC's remote; nothing is computed (STUDY=digits)

@@ -4,7 +4,7 @@ import copy
 import os
 import signal
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -32,10 +32,12 @@ ABSENT = object()
 Changes = dict[str, Any]
 
 
-@pytest.fixture(autouse=True)
-def _no_live_tracking(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture(scope="session", autouse=True)
+def _no_live_tracking() -> Iterator[None]:
     """Hundreds of tiny trainings must not start a process each; the tests of live tracking turn it on."""
-    monkeypatch.setenv("CONSISTENCY_LIVE", "0")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CONSISTENCY_LIVE", "0")
+        yield
 
 
 @pytest.fixture(autouse=True)

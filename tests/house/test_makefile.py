@@ -40,11 +40,13 @@ def environment_for(path: str) -> dict[str, str]:
     return clean | {"PATH": path}
 
 
-def make(checkout: Path, *arguments: str, path: str = SYSTEM_PATH) -> subprocess.CompletedProcess[str]:
+def make(
+    checkout: Path, *arguments: str, path: str = SYSTEM_PATH, variables: dict[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         ["make", *arguments],
         cwd=checkout,
-        env=environment_for(path),
+        env=environment_for(path) | (variables or {}),
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
@@ -147,9 +149,18 @@ def test_ui_serves_the_local_database_on_the_loopback(installed: Path) -> None:
     assert refused.returncode != 0
     assert "make demo" in refused.stderr
     (installed / "mlflow.db").touch()
+    script(installed / ".venv/bin/mlflow", 'printf "%s\\n" "mlflow $*" "$MLFLOW_BACKEND_STORE_URI" >>"$PWD/calls"')
     assert make(installed, "ui", "PORT=5055").returncode == 0
-    (call,) = calls(installed)
-    assert "--backend-store-uri sqlite:///mlflow.db --host 127.0.0.1 --port 5055" in call
+    assert calls(installed) == ["mlflow ui --host 127.0.0.1 --port 5055 --workers 1", "sqlite:///mlflow.db"]
+
+
+def test_ui_shows_nobody_a_password(installed: Path) -> None:
+    script(installed / ".venv/bin/mlflow", 'echo "mlflow $*" >>"$PWD/calls"')
+    for address in ("http://me:very-secret@127.0.0.1:5000", "postgresql://me:very-secret@127.0.0.1/mlflow"):
+        done = make(installed, "ui", variables={"MLFLOW_TRACKING_URI": address})
+        assert done.returncode == 0, done.stderr
+        assert "secret" not in done.stdout + done.stderr
+    assert calls(installed) == ["mlflow ui --host 127.0.0.1 --port 5000 --workers 1"]
 
 
 def test_pull_tells_snakemake_that_all_is_up_to_date(installed: Path) -> None:

@@ -10,10 +10,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote, unquote
+from urllib.parse import unquote
 
 from consistency.errors import UserError
 from consistency.tracking.plan import Point, Upload
+from consistency.tracking.view import VIEW, charts, saved_view
 
 BATCH = 900  # metrics a call; MLflow takes 1000 entities
 LOCK_PATIENCE = 600.0  # seconds to wait for another upload into the same place
@@ -106,6 +107,7 @@ def open_experiment(client: Any, name: str, title: str, uri: str) -> str:
             links = f"[Compare the students]({charts(made)}), [while they train]({charts(made, live=True)})"
             note = f"{title or name}. {links}."
             client.set_experiment_tag(made, "mlflow.note.content", note)
+            client.set_experiment_tag(made, VIEW, saved_view())
             return made
         except MlflowException:
             # Another process may have made it since.
@@ -118,16 +120,6 @@ def open_experiment(client: Any, name: str, title: str, uri: str) -> str:
             f"`mlflow experiments restore --experiment-id {found.experiment_id}`, and run track again"
         )
     return found.experiment_id
-
-
-def charts(experiment: str, live: bool = False) -> str:
-    """The page, from the server's address on, that shows the students' curves side by side, without teacher, report
-    and older results; or the seeds that train, before their means are there. Without its first word MLflow 3 opens its
-    page for language models."""
-    wanted = "tags.role != 'teacher' AND tags.role != 'report' AND tags.state != 'superseded'"
-    wanted = "tags.role = 'seed' AND tags.state = 'live'" if live else wanted
-    view = f"workflowType=machine_learning&compareRunsMode=CHART&searchFilter={quote(wanted)}"
-    return f"#/experiments/{experiment}/runs?{view}"
 
 
 def _artifact_location(study: str, uri: str) -> str | None:

@@ -1,0 +1,49 @@
+"""Servers, a browser and a finished study for the tests of this folder."""
+
+from collections.abc import Iterator
+
+import pytest
+from tests.tracking.browser import Browser
+from tests.tracking.debian import needs_debian
+from tests.tracking.servers import PROXIES, Postgres, TrackingServer, postgres
+
+
+@pytest.fixture(autouse=True)
+def no_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The loopback is reached directly."""
+    for name in PROXIES:
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture(scope="session")
+def browser() -> Iterator[Browser]:
+    with Browser(needs_debian("chromium", "chromium")) as page:
+        yield page
+
+
+@pytest.fixture(scope="session")
+def cluster() -> Iterator[Postgres]:
+    """PostgreSQL, really started."""
+    package = "postgresql"
+    with postgres(needs_debian(package, "initdb"), needs_debian(package, "postgres")) as started:
+        yield started
+
+
+@pytest.fixture(scope="module")
+def sqlite_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TrackingServer]:
+    """A server on a fresh SQLite file, started; a test may stop and start it."""
+    server = TrackingServer(tmp_path_factory.mktemp("server"), "sqlite:///server.db")
+    try:
+        yield server.start()
+    finally:
+        server.stop()
+
+
+@pytest.fixture(scope="module")
+def postgres_server(cluster: Postgres, tmp_path_factory: pytest.TempPathFactory) -> Iterator[TrackingServer]:
+    """A server on a fresh PostgreSQL database."""
+    server = TrackingServer(tmp_path_factory.mktemp("server"), cluster.create("mlflow"))
+    try:
+        yield server.start()
+    finally:
+        server.stop()

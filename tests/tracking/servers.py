@@ -1,0 +1,178 @@
+"""Tracking servers on the loopback: MLflow's own, on SQLite and on PostgreSQL, and one that never answers."""
+
+import os
+import pwd
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from urllib.request import ProxyHandler, build_opener
+
+ROOT = Path(__file__).resolve().parents[2]
+OUTSIDE = ("CONSISTENCY_", "SNAKEMAKE_", "MLFLOW_", "PYTEST_", "SLURM_")
+PROXIES = ("http_proxy", "HTTP_PROXY", "https_proxy", "HTTPS_PROXY", "all_proxy", "ALL_PROXY")
+#: stands in no log, card, param or tag, wherever it was given
+PASSWORD = "canary-4711"
+DIRECT = build_opener(ProxyHandler({}))
+
+
+def environment(**more: str) -> dict[str, str]:
+    """The outside's, without what would lead a child elsewhere: one thread, no telemetry, no proxy."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(OUTSIDE) and name not in PROXIES}
+    return kept | {"OMP_NUM_THREADS": "1", "MLFLOW_DISABLE_TELEMETRY": "true", "DO_NOT_TRACK": "true"} | more
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def wait_until(condition: Callable[[], object], what: str, patience: float = 120) -> None:
+    """Wait until the condition holds; fail saying what never came."""
+    deadline = time.monotonic() + patience
+    while not condition():
+        assert time.monotonic() < deadline, f"never came: {what}"
+        time.sleep(0.1)
+
+
+@dataclass
+class TrackingServer:
+    """`mlflow server` in a folder, on a port that it keeps when it is started again."""
+
+    folder: Path
+    store: str  # the backend's address; it may hold a password, so it goes by the environment
+    port: int = field(default_factory=free_port)
+    process: subprocess.Popen[bytes] | None = None
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    @property
+    def log(self) -> str:
+        return (self.folder / "server.log").read_text(errors="replace")
+
+    def start(self) -> "TrackingServer":
+        """Start it and wait until it answers."""
+        words = f"server --host 127.0.0.1 --port {self.port} --workers 1 --artifacts-destination artifacts"
+        quiet = environment(MLFLOW_SERVER_ENABLE_JOB_EXECUTION="false", MLFLOW_BACKEND_STORE_URI=self.store)
+        with (self.folder / "server.log").open("ab") as log:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "mlflow", *words.split()],
+                cwd=self.folder,
+                env=quiet,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+            )
+        wait_until(self._answers, f"an answer of {self.url}")
+        return self
+
+    def _answers(self) -> bool:
+        assert self.process is not None and self.process.poll() is None, self.log
+        with suppress(OSError):
+            DIRECT.open(f"{self.url}/health", timeout=5).close()
+            return True
+        return False
+
+    def stop(self) -> None:
+        """End it with its worker, at once: no client is waited for."""
+        if self.process is not None:
+            with suppress(ProcessLookupError):
+                os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.wait(30)
+            self.process = None
+
+
+@dataclass
+class Postgres:
+    """A PostgreSQL cluster of our own, over the loopback, that asks for a password."""
+
+    port: int
+    user: str = "tracker"
+
+    def uri(self, database: str) -> str:
+        return f"postgresql://{self.user}:{PASSWORD}@127.0.0.1:{self.port}/{database}"
+
+    def create(self, database: str) -> str:
+        """Make an empty database. Returns its address."""
+        with closing(self._connect("postgres")) as connection:
+            connection.cursor().execute(f"CREATE DATABASE {database}")
+        return self.uri(database)
+
+    def tables_holding(self, uri: str, text: str) -> list[str]:
+        """The tables of a database with a row in which the text stands."""
+        found = []
+        with closing(self._connect(uri.rpartition("/")[2])) as connection:
+            cursor = connection.cursor()
+            cursor.execute("SELECT tablename FROM pg_tables WHERE schemaname = 'public'")
+            for (table,) in cursor.fetchall():
+                cursor.execute(f'SELECT count(*) FROM "{table}" AS row WHERE row::text LIKE %s', (f"%{text}%",))
+                found += [table] * cursor.fetchone()[0]
+        assert connection.closed
+        return found
+
+    def ready(self) -> bool:
+        import psycopg2
+
+        try:
+            self._connect("postgres").close()
+        except psycopg2.OperationalError:
+            return False
+        return True
+
+    def _connect(self, database: str) -> Any:
+        import psycopg2
+
+        connection = psycopg2.connect(self.uri(database), connect_timeout=5)
+        connection.autocommit = True  # CREATE DATABASE stands in no transaction
+        return connection
+
+
+@contextmanager
+def postgres(initdb: str, server: str) -> Iterator[Postgres]:
+    """A fresh cluster, gone with all its files at the end. initdb, server: paths of PostgreSQL's programs."""
+    # They refuse to work for root, and root's temporary folders are closed to others.
+    owner = pwd.getpwnam("postgres") if os.geteuid() == 0 else None
+    as_owner = {"user": owner.pw_uid, "group": owner.pw_gid, "extra_groups": []} if owner else {}
+    folder = Path(tempfile.mkdtemp(prefix="consistency-postgres-", dir="/tmp"))
+    cluster = Postgres(free_port())
+    secret = folder / "password"
+    secret.write_text(PASSWORD)
+    for path in (folder, secret) if owner else ():
+        os.chown(path, owner.pw_uid, owner.pw_gid)
+    common = {"cwd": folder, "env": environment(LC_ALL="C.UTF-8"), "stdin": subprocess.DEVNULL, **as_owner}
+    make = [initdb, "-D", "data", "-U", cluster.user, "-A", "scram-sha-256", "--pwfile=password", "--no-sync"]
+    settings = {"port": cluster.port, "listen_addresses": "127.0.0.1", "unix_socket_directories": "", "fsync": "off"}
+    options = [word for name, value in settings.items() for word in ("-c", f"{name}={value}")]
+    try:
+        subprocess.run(make, capture_output=True, timeout=120, check=True, **common)
+        with (folder / "log").open("wb") as log:
+            process = subprocess.Popen([server, "-D", "data", *options], stdout=log, stderr=log, **common)
+        try:
+            wait_until(cluster.ready, "an answer of PostgreSQL", 60)
+            yield cluster
+        finally:
+            process.send_signal(signal.SIGINT)  # its fast shutdown: connections are closed, not waited for
+            process.wait(60)
+    finally:
+        shutil.rmtree(folder)
+
+
+@contextmanager
+def silent_server() -> Iterator[str]:
+    """The address of a server that takes connections and never answers."""
+    with socket.socket() as listening:
+        listening.bind(("127.0.0.1", 0))
+        listening.listen(128)
+        yield f"http://127.0.0.1:{listening.getsockname()[1]}"

@@ -1,0 +1,69 @@
+"""Eight trainings at once into one place: nothing is lost, nothing is there twice, and there is one of everything."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from tests.tracking.comparison import assert_complete, ids
+from tests.tracking.servers import PASSWORD, ROOT, TrackingServer, environment
+from tests.tracking.trainings import EIGHT, finished_study
+
+from consistency.tracking.live import EVERY
+from consistency.tracking.server import connect
+from consistency.tracking.upload import track_study
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
+
+
+def holding(folder: Path, text: str) -> list[Path]:
+    """The files below a folder, databases among them, in which the text stands."""
+    return [path for path in folder.rglob("*") if path.is_file() and text.encode() in path.read_bytes()]
+
+
+@pytest.mark.parametrize("store", ["file", "sqlite_server", "postgres_server"])
+def test_eight_writers(
+    store: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+    request: pytest.FixtureRequest,
+) -> None:
+    """They begin where nothing exists yet: no schema, no experiment, no parent."""
+    uri, server = "sqlite:///mlflow.db", None
+    if store != "file":
+        server: TrackingServer = request.getfixturevalue(store)
+        uri = server.url
+    study, layout = finished_study(tmp_path, EIGHT)
+    monkeypatch.chdir(tmp_path)
+    given = {"URI": uri, "USERNAME": "me", "PASSWORD": PASSWORD}
+    for name, value in given.items():
+        monkeypatch.setenv(f"MLFLOW_TRACKING_{name}", value)
+    said = eight_writers(tmp_path, **{f"MLFLOW_TRACKING_{name}": value for name, value in given.items()})
+    client = connect(uri)
+    live = ids(assert_complete(client, study, layout))
+    track_study(study, layout)
+    assert live.items() <= ids(assert_complete(client, study, layout, "teacher", "report")).items()
+    output = capfd.readouterr()
+    assert PASSWORD not in said + output.out + output.err
+    assert holding(tmp_path, PASSWORD) == []
+    if server is not None:
+        assert PASSWORD not in server.log
+    if store == "postgres_server":
+        assert request.getfixturevalue("cluster").tables_holding(server.store, PASSWORD) == []
+
+
+def eight_writers(folder: Path, **variables: str) -> str:
+    """Run them to their good end. Returns what they said."""
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.tracking.writers", "studies/small.yaml"],
+        cwd=folder,
+        env=environment(PYTHONPATH=f"{ROOT / 'src'}:{ROOT}", **{EVERY: "0.2"}, **variables),
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stdout
+    return done.stdout

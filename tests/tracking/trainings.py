@@ -1,0 +1,78 @@
+"""Trainings that cost nothing: a finished history is written again, while the real follower sends its lines."""
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tests.fake_results import SMALL, make_report, make_results, make_study
+
+from consistency.files import read_json, write_json
+from consistency.layout import Layout
+from consistency.study import Study
+from consistency.tracking.live import LOG, followed
+from consistency.training.folder import append, prepare, read_identity
+
+#: two students with two or four seeds: trainings of 50 lines
+FOUR = SMALL.replace("steps: 60, ", "steps: 500, ")
+EIGHT = FOUR.replace("seeds: [0, 1]", "seeds: [0, 1, 2, 3]")
+
+
+def finished_study(folder: Path, text: str = EIGHT, name: str = "small") -> tuple[Study, Layout]:
+    """A study, in studies/<name>.yaml, whose results lie there and whose trainings can be followed again."""
+    study = make_study(folder / "studies", name, text)
+    layout = Layout(study.name, folder / "results", folder / "state")
+    make_results(study, layout)
+    for run in study.students:
+        for seed in study.seeds:
+            _begin(study, layout, run, seed)
+    make_report(study, layout)
+    return study, layout
+
+
+def _begin(study: Study, layout: Layout, run: str, seed: int) -> None:
+    """An empty state, and the training's identity in the card that it has left."""
+    state, card = layout.training_state(run, seed), layout.card("student", run, seed)
+    state.mkdir(parents=True)
+    prepare(state, study.key("student", run, seed), f"{run} seed {seed}")
+    write_json(card, read_json(card, "student") | {"training": read_identity(state)})
+
+
+def history_of(layout: Layout, run: str, seed: int) -> list[dict[str, Any]]:
+    """The lines that the training leaves."""
+    return [json.loads(line) for line in (layout.student(run, seed) / "history.jsonl").read_text().splitlines()]
+
+
+@dataclass
+class Replay:
+    """A training under way. log: what its follower says."""
+
+    layout: Layout
+    run: str
+    seed: int
+    written: int = 0
+
+    @property
+    def state(self) -> Path:
+        return self.layout.training_state(self.run, self.seed)
+
+    @property
+    def log(self) -> str:
+        return (self.state / LOG).read_text()
+
+    def write(self, count: int) -> None:
+        """Add the next lines to the history; 50 are all."""
+        for line in history_of(self.layout, self.run, self.seed)[self.written :][:count]:
+            append(self.state, line)
+            self.written += 1
+
+
+@contextmanager
+def replayed(study: Study, layout: Layout, run: str, seed: int) -> Iterator[Replay]:
+    """A training whose lines the caller writes, with the follower that the stages start."""
+    replay = Replay(layout, run, seed)
+    with followed(study, layout, replay.state, run, seed) as start:
+        start()
+        yield replay
