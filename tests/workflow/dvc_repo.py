@@ -1,0 +1,170 @@
+"""Real git and DVC repositories in which `dvc repro` runs the tiny study, made smaller still."""
+
+import hashlib
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+from tests.workflow.checkout import ROOT, Checkout, fresh
+
+#: what a repository has beside what the workflow needs
+TRACKED = ["dvc.yaml", ".dvc/config", ".dvc/.gitignore", ".dvc/plots", ".dvcignore", ".gitattributes", ".gitignore"]
+TRACKED += ["resources/.gitignore"]
+SMALLER: dict[str, Any] = {
+    "teacher.steps": 20,
+    "coefficients.times": 8,
+    "coefficients.samples": 16,
+    "sampling.nfe": [1],
+    "sampling.gamma": [],
+    "scores.curve_nfe": [1],
+    "report.grid_nfe": [1],
+    "varies": ["preconditioning", "learning_rate"],
+}
+#: the stages that start Snakemake, as the small study has them, and those that do not
+ONCE = ["dataset", "teacher", "coefficients", "extractor", "teacher-samples", "calibration", "report"]
+JOBS = {f"{stage}@tiny" for stage in ONCE} | {
+    f"{stage}@tiny-{run}-0" for stage in ("student", "samples", "scores") for run in ("ctm", "analytic")
+}
+CHEAP = {"plan@tiny", "inputs@tiny"}
+PATIENCE = 900  # seconds for any one command
+
+
+@dataclass(frozen=True)
+class Repo:
+    """A clone, with its own settings of git and DVC and none of the machine's."""
+
+    path: Path
+    variables: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def checkout(self) -> Checkout:
+        return Checkout(self.path)
+
+    @property
+    def environment(self) -> dict[str, str]:
+        private = self.path.parent / f"{self.path.name}-private"
+        return (
+            self.checkout.environment
+            | {
+                "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+                "CORES": "1",
+                "SHELL": "/bin/bash",
+                "GIT_CONFIG_GLOBAL": os.devnull,
+                "GIT_CONFIG_SYSTEM": os.devnull,
+                "DVC_GLOBAL_CONFIG_DIR": str(private / "global"),
+                "DVC_SYSTEM_CONFIG_DIR": str(private / "system"),
+                "DVC_SITE_CACHE_DIR": str(private / "site"),
+            }
+            | {
+                f"GIT_{who}_{what}": "someone@example.org"
+                for who in ("AUTHOR", "COMMITTER")
+                for what in ("NAME", "EMAIL")
+            }
+            | self.variables
+        )
+
+    def start(self, *words: str) -> subprocess.Popen[str]:
+        """A command in a process group of its own, as a shell starts it; its output goes to output.txt."""
+        with (self.path.parent / f"{self.path.name}-output.txt").open("w") as output:
+            return subprocess.Popen(
+                words,
+                cwd=self.path,
+                env=self.environment,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                text=True,
+                start_new_session=True,
+            )
+
+    @property
+    def output(self) -> str:
+        return (self.path.parent / f"{self.path.name}-output.txt").read_text()
+
+    def run(self, *words: str, code: int = 0) -> str:
+        """Run a command to its end, which must have that exit code. Returns its output."""
+        process = self.start(*words)
+        try:
+            assert process.wait(timeout=PATIENCE) == code, self.output
+        finally:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+        return self.output
+
+    def dvc(self, *words: str, code: int = 0) -> str:
+        return self.run("dvc", *words, code=code)
+
+    def git(self, *words: str, code: int = 0) -> str:
+        return self.run("git", *words, code=code)
+
+    def repro(self, *words: str) -> set[str]:
+        """`dvc repro`. Returns the stages that ran; that Snakemake started for each but the cheap ones, and for no
+        other, is checked by its own logs."""
+        before = self.snakemakes()
+        ran = set(re.findall(r"Running stage '(\S+)':", self.dvc("repro", *words)))
+        assert self.snakemakes() - before == len([stage for stage in ran if not stage.startswith(("plan@", "inputs@"))])
+        return ran
+
+    def snakemakes(self) -> int:
+        """How often Snakemake has run jobs here."""
+        return sum("Job stats:" in log.read_text() for log in (self.path / ".snakemake/log").glob("*.log"))
+
+    def changed(self) -> set[str]:
+        """The stages that `dvc status` would run."""
+        return set(re.findall(r"(?m)^(\S+):$", self.dvc("status")))
+
+    def set(self, changes: dict[str, Any]) -> None:
+        """Set dotted keys of the study."""
+        self.checkout.change(changes)
+
+    def commit(self, message: str) -> None:
+        self.git("add", "--all")
+        self.git("commit", "--quiet", "--message", message)
+
+    def copy(self, path: Path) -> "Repo":
+        shutil.copytree(self.path, path, symlinks=True)
+        return Repo(path, self.variables)
+
+    def clone(self, path: Path) -> "Repo":
+        """What somebody else gets: what is committed, and nothing of DVC's."""
+        self.git("clone", "--quiet", ".", str(path))
+        return Repo(path, self.variables)
+
+    def locked(self) -> dict[str, Any]:
+        """The stages of dvc.lock."""
+        return yaml.safe_load((self.path / "dvc.lock").read_text())["stages"]
+
+    def unsound(self) -> list[Path]:
+        """The files of the cache whose content is not what their name says."""
+        files = [file for file in (self.path / ".dvc/cache/files/md5").rglob("*") if file.is_file()]
+        assert files
+        return [file for file in files if _digest(file) != file.parent.name + file.name.removesuffix(".dir")]
+
+
+def _digest(file: Path) -> str:
+    return hashlib.md5(file.read_bytes()).hexdigest()
+
+
+def origin(path: Path) -> Repo:
+    """A repository of this checkout's files, committed, whose study is the small one."""
+    repo = Repo(fresh(path).path)
+    for name in TRACKED:
+        source = ROOT / name
+        (path / name).parent.mkdir(exist_ok=True)
+        if source.is_dir():
+            shutil.copytree(source, path / name)
+        else:
+            shutil.copy2(source, path / name)
+    pipeline = path / "dvc.yaml"
+    pipeline.write_text(pipeline.read_text().replace("config/studies/digits.yaml", "config/studies/tiny.yaml"))
+    repo.set(SMALLER)
+    repo.git("init", "--quiet", "--initial-branch", "main")
+    repo.commit("a study")
+    return repo
