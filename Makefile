@@ -144,7 +144,7 @@ $(STAMP):
 	    "python3.12 instead), then the same command with PYTHON=python3.11 after make."
 	  "$(PYTHON)" -c 'import ensurepip, venv' 2>/dev/null ||
 	    fail "$(PYTHON) cannot make virtual environments. Run: sudo apt-get install $${packages#* }"
-	  echo "Installing the environment into .venv, once: about 230 packages, 5.4 GB on disk with PyTorch for CPU and GPU."
+	  echo "Installing the environment into .venv, once: about 260 packages, 5.6 GB on disk with PyTorch for CPU and GPU."
 	  echo "One to a few minutes, depending on the network; later commands start at once."
 	  mkdir .venv
 	  touch $(INSTALLING)

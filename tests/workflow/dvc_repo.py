@@ -45,7 +45,7 @@ class Repo:
 
     @property
     def checkout(self) -> Checkout:
-        return Checkout(self.path)
+        return Checkout(self.path, variables={"SLURM_CONF": os.devnull})
 
     @property
     def environment(self) -> dict[str, str]:
@@ -56,6 +56,8 @@ class Repo:
                 "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
                 "CORES": "1",
                 "SHELL": "/bin/bash",
+                # Snakemake asks an installed Slurm at every start; one that is not running answers after 9 seconds.
+                "SLURM_CONF": os.devnull,
                 "GIT_CONFIG_GLOBAL": os.devnull,
                 "GIT_CONFIG_SYSTEM": os.devnull,
                 "DVC_GLOBAL_CONFIG_DIR": str(private / "global"),

@@ -152,17 +152,16 @@ def test_a_change_of_the_students_training_runs_the_students(repo: Repo) -> None
 
 def test_a_changed_coefficient_key_does_not_retrain_the_teacher(repo: Repo) -> None:
     repo.set({"coefficients.probes": 2})
-    assert repo.repro("inputs@tiny") == {"plan@tiny", "coefficients@tiny", "inputs@tiny"}
-    assert repo.changed() == {"student@tiny-analytic-0", "samples@tiny-analytic-0", "scores@tiny-analytic-0", REPORT}
+    assert repo.repro("plan@tiny") == {"plan@tiny"}
+    # Not the other student either, nor its samples and scores.
+    assert repo.changed() == {"coefficients@tiny", REPORT} | ANALYTIC
 
 
 def test_an_older_commit_recomputes_nothing(changed: Repo, tmp_path: Path) -> None:
     repo = changed.copy(tmp_path / "repo")
-    for commit in ("main", "faster"):
-        repo.git("checkout", "--quiet", commit)
-        repo.dvc("checkout")
-        assert repo.repro() == set()
-    assert repo.changed() == set()
+    repo.git("checkout", "--quiet", "main")
+    repo.dvc("checkout")
+    assert repo.repro() == set()
     assert repo.git("status", "--short") == ""
 
 
@@ -191,9 +190,9 @@ def test_a_remote_in_s3(reproduced: Repo, tmp_path: Path, monkeypatch: pytest.Mo
             for name, value in {**keys, "region": "us-east-1"}.items():
                 local = name.removeprefix("aws_") if name != "region" else name
                 repo.dvc("remote", "modify", "--local", "s3", local, value)
-            repo.dvc("push" if repo.path.name == "pusher" else "pull", "--remote", "s3")
-        assert repo.changed() == set()
-        assert (repo.path / "results/tiny/report/report.html").exists()
+            repo.dvc("push" if repo.path.name == "pusher" else "pull", "--remote", "s3", REPORT)
+        report = "results/tiny/report/report.html"
+        assert (repo.path / report).read_bytes() == (reproduced.path / report).read_bytes()
         # What git would commit knows the address and no secret.
         assert "endpointurl" in repo.git("diff") and "very-secret" not in repo.git("diff")
         assert repo.git("status", "--short").split() == ["M", ".dvc/config"]
