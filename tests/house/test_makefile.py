@@ -310,7 +310,7 @@ def test_a_missing_python_gets_a_message_that_names_its_packages(checkout: Path)
 @pytest.mark.parametrize("version", ["3.11", "3.12", "3.14"])
 def test_a_fit_python_is_asked_to_make_the_environment(checkout: Path, version: str) -> None:
     done = make(checkout, "install", path=fake_python(checkout, version, with_venv=True))
-    assert "5.4 GB" in done.stdout
+    assert "5.6 GB" in done.stdout
     assert (checkout / ".venv/.installing").exists()
 
 
