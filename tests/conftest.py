@@ -2,6 +2,7 @@
 
 import copy
 import os
+import shutil
 import signal
 import socket
 from collections.abc import Callable, Iterator
@@ -113,6 +114,31 @@ def empty_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("empty") / "mlflow.db"
     connect(f"sqlite:///{path}").search_experiments()
     return path
+
+
+@pytest.fixture(scope="session")
+def finished_small(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished small study, made up, to be copied; its file lies beside the results."""
+    from tests.fake_results import make_report, make_results, make_study
+
+    folder = tmp_path_factory.mktemp("small")
+    study = make_study(folder)
+    layout = Layout(study.name, folder / "results", folder / "state")
+    make_results(study, layout)
+    make_report(study, layout)
+    return folder
+
+
+@pytest.fixture
+def small_project(finished_small: Path, empty_database: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Study:
+    """The small study of a project that is the working directory: its results, and an empty database."""
+    from tests.fake_results import make_study
+
+    shutil.copytree(finished_small / "results", tmp_path / "results")
+    shutil.copy(empty_database, tmp_path)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    return make_study(tmp_path / "studies")
 
 
 @pytest.fixture(scope="session")

@@ -32,21 +32,10 @@ def in_the_projects_root(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
 
 
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A finished study with its file, to be copied."""
-    folder = tmp_path_factory.mktemp("small")
-    study = make_study(folder)
-    layout = Layout(study.name, folder / "results", folder / "state")
-    make_results(study, layout)
-    make_report(study, layout)
-    return folder
-
-
 @pytest.fixture
-def home(finished: Path, tmp_path: Path) -> Path:
+def home(finished_small: Path, tmp_path: Path) -> Path:
     """A finished study of one's own: small.yaml and results/."""
-    return Path(shutil.copytree(finished, tmp_path / "home"))
+    return Path(shutil.copytree(finished_small, tmp_path / "home"))
 
 
 def pack(home: Path, to: str = "archives", **options: Any) -> Path:
@@ -55,10 +44,10 @@ def pack(home: Path, to: str = "archives", **options: Any) -> Path:
 
 
 @pytest.fixture(scope="module")
-def packed(finished: Path) -> Path:
+def packed(finished_small: Path) -> Path:
     """An archive that no test changes."""
     with contextlib.chdir(ROOT):
-        return pack(finished, "packed")
+        return pack(finished_small, "packed")
 
 
 @pytest.fixture
@@ -117,9 +106,9 @@ def test_it_holds_what_a_second_person_needs(packed: Path) -> None:
     assert not [name for name in found if name.endswith((".npy", ".pyc")) or "/snapshots/" in name]
 
 
-def test_the_study_is_the_file_itself(packed: Path, finished: Path) -> None:
+def test_the_study_is_the_file_itself(packed: Path, finished_small: Path) -> None:
     with zipfile.ZipFile(packed) as zipped:
-        assert zipped.read("config/studies/small.yaml") == (finished / "small.yaml").read_bytes()
+        assert zipped.read("config/studies/small.yaml") == (finished_small / "small.yaml").read_bytes()
 
 
 def test_snapshots_come_if_wanted(home: Path) -> None:
@@ -283,9 +272,9 @@ def test_networks_from_an_official_teacher_keep_its_terms(tmp_path: Path) -> Non
 # --- verifying
 
 
-def test_an_archive_is_consistent_anywhere(packed: Path, copied: Path, finished: Path) -> None:
+def test_an_archive_is_consistent_anywhere(packed: Path, copied: Path, finished_small: Path) -> None:
     for path in (packed, copied):
-        assert bad(path) == bad(path, make_study(finished)) == {}
+        assert bad(path) == bad(path, make_study(finished_small)) == {}
         assert len(verify(path)) == 20
 
 

@@ -16,7 +16,6 @@ from typing import Any
 
 import pytest
 import torch
-from tests.fake_results import make_report, make_results, make_study
 
 from consistency.errors import UserError
 from consistency.layout import Layout
@@ -64,25 +63,10 @@ class Project:
         shutil.rmtree(state)
 
 
-@pytest.fixture(scope="module")
-def templates(tmp_path_factory: pytest.TempPathFactory, empty_database: Path) -> Path:
-    folder = tmp_path_factory.mktemp("templates")
-    study = make_study(folder / "studies")
-    layout = Layout(study.name, folder / "results")
-    make_results(study, layout)
-    make_report(study, layout)
-    shutil.copy(empty_database, folder)
-    return folder
-
-
 @pytest.fixture
-def project(templates: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Project:
-    shutil.copytree(templates, tmp_path, dirs_exist_ok=True)
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+def project(small_project: Study, monkeypatch: pytest.MonkeyPatch) -> Project:
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-    study = make_study(tmp_path / "studies")
-    return Project(study, Layout(study.name))
+    return Project(small_project, Layout(small_project.name))
 
 
 @pytest.fixture

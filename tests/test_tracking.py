@@ -54,25 +54,9 @@ class Project:
         return json.loads((self.layout.track / "tracked.json").read_text())
 
 
-@pytest.fixture(scope="module")
-def templates(tmp_path_factory: pytest.TempPathFactory, empty_database: Path) -> Path:
-    """A finished study and an empty database, made once and copied for each test."""
-    folder = tmp_path_factory.mktemp("templates")
-    study = make_study(folder / "studies")
-    layout = Layout(study.name, folder / "results")
-    make_results(study, layout)
-    make_report(study, layout)
-    shutil.copy(empty_database, folder)
-    return folder
-
-
 @pytest.fixture
-def project(templates: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Project:
-    shutil.copytree(templates, tmp_path, dirs_exist_ok=True)
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    study = make_study(tmp_path / "studies")
-    return Project(study, Layout(study.name))
+def project(small_project: Study) -> Project:
+    return Project(small_project, Layout(small_project.name))
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import yaml
-from tests.fake_results import SMALL, make_report, make_results, make_student, make_study
+from tests.fake_results import SMALL, make_student, make_study
 
 from consistency.archive import verify
 from consistency.errors import UserError
@@ -21,21 +21,10 @@ from consistency.training.checkpoint import save_denoiser
 from consistency.verification import Finding, print_findings, require_consistent
 
 
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A finished study, to be copied; its file lies beside the results."""
-    folder = tmp_path_factory.mktemp("small")
-    study = make_study(folder)
-    layout = Layout(study.name, folder / "results", folder / "state")
-    make_results(study, layout)
-    make_report(study, layout)
-    return folder
-
-
 @pytest.fixture
-def root(finished: Path, tmp_path: Path) -> Path:
+def root(finished_small: Path, tmp_path: Path) -> Path:
     """A finished study of one's own."""
-    shutil.copytree(finished, tmp_path / "copy")
+    shutil.copytree(finished_small, tmp_path / "copy")
     return tmp_path / "copy/results/small"
 
 

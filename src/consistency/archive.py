@@ -373,10 +373,8 @@ def _compared(artifact: str, digests: dict[str, str], hashed: dict[str, Hashed])
         found = hashed.get(name)
         if found is None:
             finding.add("missing", f"{name} is not here")
-        elif found.fault:
-            finding.add("damaged", f"{name} {found.fault}")
-        elif found.sha256 != digest:
-            finding.add("tampered", f"{name} has sha256 {found.sha256[:16]}..., {MANIFEST} says {digest[:16]}...")
+        else:
+            finding.compare(name, found, digest, MANIFEST)
     return finding
 
 

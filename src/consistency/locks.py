@@ -1,6 +1,7 @@
-"""One run at a time in a folder."""
+"""One process at a time: in a folder, or at what a file stands for."""
 
 import fcntl
+import math
 import os
 import platform
 import time
@@ -39,6 +40,34 @@ def only_one(folder: Path, doing: str, patience: float) -> Iterator[None]:
             # Not empty: there is a state to go on with, or the next process is here already.
             with suppress(OSError):
                 folder.rmdir()
+
+
+@contextmanager
+def held(path: Path, waiting: str, patience: float = math.inf, late: str = "", advice: str = "") -> Iterator[None]:
+    """Hold a file's lock, which ends with its process, however that ends; the file stays.
+
+    waiting: what is printed while another process holds it; patience: seconds to wait for that one; late: the error
+    after them; advice: the end of the error when the file cannot be written. Raises UserError with these two.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = path.open("a")
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror or error}{advice}") from None
+    with file:
+        deadline, told = time.monotonic() + patience, False
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if not told:
+                    print(waiting, flush=True)
+                    told = True
+                if time.monotonic() > deadline:
+                    raise UserError(late) from None
+                time.sleep(0.1)
+        yield
 
 
 def _locked(path: Path) -> TextIO | None:

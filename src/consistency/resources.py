@@ -4,11 +4,8 @@ Digests are checked at every use and not remembered: sha256 reads 1 GB/s, and no
 """
 
 import difflib
-import fcntl
 import hashlib
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Self
 
@@ -17,6 +14,7 @@ from pydantic import Field, ValidationError, model_validator
 from consistency.download import download
 from consistency.errors import UserError
 from consistency.files import sha256, write_bytes
+from consistency.locks import held
 from consistency.study import Section, explain, parse_yaml
 
 # Relative to the project's root, where every command runs.
@@ -96,7 +94,7 @@ def fetch(name: str) -> Path:
     file cannot be had or is not the right one.
     """
     resource, path = find(name), resource_path(name)
-    with _locked(path.with_name(f".{name}.lock"), f"another process is fetching {name}: waiting for it"):
+    with held(path.with_name(f".{name}.lock"), f"another process is fetching {name}: waiting for it"):
         if path.exists():
             fault = _admit(name, resource, path)
             if fault is None:
@@ -211,7 +209,7 @@ def recorded() -> dict[str, str]:
 
 def _record(name: str, digest: str) -> str:
     """Record a first digest, unless another process was faster. Returns what stands in the file."""
-    with _locked(FOLDER / ".recorded.lock", f"another process is writing {RECORDED}: waiting for it"):
+    with held(FOLDER / ".recorded.lock", f"another process is writing {RECORDED}: waiting for it"):
         digests = recorded()
         if name not in digests:
             digests[name] = digest
@@ -222,7 +220,7 @@ def _record(name: str, digest: str) -> str:
 
 def forget(name: str) -> None:
     """Take back the digest of a file that proved to be no such thing: the right file must not be refused for it."""
-    with _locked(FOLDER / ".recorded.lock", f"another process is writing {RECORDED}: waiting for it"):
+    with held(FOLDER / ".recorded.lock", f"another process is writing {RECORDED}: waiting for it"):
         digests = recorded()
         if digests.pop(name, None):
             _write_recorded(digests)
@@ -232,20 +230,3 @@ def forget(name: str) -> None:
 def _write_recorded(digests: dict[str, str]) -> None:
     lines = [f"{digests[name]}  {name}\n" for name in sorted(digests)]
     write_bytes(RECORDED, (_HEADER + "".join(lines)).encode())
-
-
-@contextmanager
-def _locked(path: Path, waiting: str) -> Iterator[None]:
-    """Only one process at a time. The lock ends with its process, however that ends."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        file = path.open("w")
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror or error}") from None
-    with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            print(waiting, flush=True)
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield

@@ -35,6 +35,14 @@ State = Literal["refused", "damaged", "tampered", "missing", "no card", "stale",
 _STATES: tuple[str, ...] = get_args(State)
 
 
+@dataclass(frozen=True)
+class Hashed:
+    """A file's digest, or why there is none."""
+
+    sha256: str
+    fault: str = ""
+
+
 @dataclass
 class Finding:
     """What is said of an artifact: each thing that is not as it should be. left_out: files that were never packed."""
@@ -51,6 +59,14 @@ class Finding:
     def add(self, state: State, note: str) -> None:
         """One more fault."""
         self.faults.append((state, note))
+
+    def compare(self, name: str, found: Hashed, digest: str, witness: str) -> bool:
+        """Whether a file has the digest that the witness says; the fault is added."""
+        if found.fault:
+            self.add("damaged", f"{name} {found.fault}")
+        elif found.sha256 != digest:
+            self.add("tampered", f"{name} has sha256 {found.sha256[:16]}..., {witness} says {digest[:16]}...")
+        return not found.fault and found.sha256 == digest
 
 
 # --- what is verified: a folder, or the members of an archive
@@ -104,14 +120,6 @@ def read_text(tree: Tree, name: str) -> str:
         raise ValueError(f"{tree.sizes[name]:,} bytes are too many")
     with tree.open(name) as file:
         return file.read(_TEXT).decode()
-
-
-@dataclass(frozen=True)
-class Hashed:
-    """A file's digest, or why there is none."""
-
-    sha256: str
-    fault: str = ""
 
 
 def hash_files(tree: Tree, names: Iterable[str]) -> dict[str, Hashed]:
@@ -249,11 +257,7 @@ class _Judge:
             finding.left_out += 1
         elif found is None:
             finding.add("missing", f"{name} is not here: pull it, or run its stage again")
-        elif found.fault:
-            finding.add("damaged", f"{name} {found.fault}")
-        elif found.sha256 != digest:
-            finding.add("tampered", f"{name} has sha256 {found.sha256[:16]}..., its card says {digest[:16]}...")
-        else:
+        elif finding.compare(name, found, digest, "its card"):
             for contradiction in _contradictions(self.tree, name, card):
                 finding.add("tampered", f"{name} {contradiction}")
 

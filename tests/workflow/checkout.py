@@ -7,7 +7,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -41,17 +41,8 @@ class Checkout:
 
     def start(self, *words: str) -> subprocess.Popen[str]:
         """Snakemake in a process group of its own, as a shell starts it; its output goes to output.txt."""
-        with (self.path / "output.txt").open("w") as output:
-            return subprocess.Popen(
-                [sys.executable, "-m", "snakemake", "--cores", "2", *words, "--config", f"studies={self.study}"],
-                cwd=self.path,
-                env=self.environment,
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                text=True,
-                start_new_session=True,
-            )
+        command = [sys.executable, "-m", "snakemake", "--cores", "2", *words, "--config", f"studies={self.study}"]
+        return start_in(self.path, command, self.environment, self.path / "output.txt")
 
     @property
     def output(self) -> str:
@@ -115,6 +106,21 @@ def _said(file: Path) -> Any:
         lines = [json.loads(line) for line in file.read_text().splitlines()]
         return [{k: v for k, v in line.items() if not k.startswith(UNREPEATABLE)} for line in lines]
     return file.read_bytes()
+
+
+def start_in(folder: Path, words: Sequence[str], environment: dict[str, str], output: Path) -> subprocess.Popen[str]:
+    """A command in a process group of its own, as a shell starts it."""
+    with output.open("w") as file:
+        return subprocess.Popen(
+            words,
+            cwd=folder,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        )
 
 
 def processes_in(folder: Path) -> list[int]:

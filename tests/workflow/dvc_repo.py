@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from tests.workflow.checkout import ROOT, Checkout, fresh
+from tests.workflow.checkout import ROOT, Checkout, fresh, start_in
 
 #: what a repository has beside what the workflow needs
 TRACKED = ["dvc.yaml", ".dvc/config", ".dvc/.gitignore", ".dvc/plots", ".dvcignore", ".gitattributes", ".gitignore"]
@@ -74,21 +74,15 @@ class Repo:
 
     def start(self, *words: str) -> subprocess.Popen[str]:
         """A command in a process group of its own, as a shell starts it; its output goes to output.txt."""
-        with (self.path.parent / f"{self.path.name}-output.txt").open("w") as output:
-            return subprocess.Popen(
-                words,
-                cwd=self.path,
-                env=self.environment,
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                text=True,
-                start_new_session=True,
-            )
+        return start_in(self.path, words, self.environment, self._said)
+
+    @property
+    def _said(self) -> Path:
+        return self.path.parent / f"{self.path.name}-output.txt"
 
     @property
     def output(self) -> str:
-        return (self.path.parent / f"{self.path.name}-output.txt").read_text()
+        return self._said.read_text()
 
     def run(self, *words: str, code: int = 0) -> str:
         """Run a command to its end, which must have that exit code. Returns its output."""

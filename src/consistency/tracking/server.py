@@ -1,18 +1,17 @@
 """Where MLflow is and how it is spoken to: address, client, experiment, runs, one upload at a time, readable errors."""
 
-import fcntl
 import getpass
 import logging
 import os
 import re
-import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
 
 from consistency.errors import UserError
+from consistency.locks import held
 from consistency.tracking.plan import Point, Upload
 from consistency.tracking.view import VIEW, charts, saved_view
 
@@ -210,28 +209,15 @@ def lock_file(uri: str, folder: Path) -> Path:
     return database.with_name(f"{database.name}-lock") if uri.startswith("sqlite:") else folder / ".lock"
 
 
-@contextmanager
-def one_at_a_time(path: Path) -> Iterator[None]:
+def one_at_a_time(path: Path) -> AbstractContextManager[None]:
     """Hold the lock. Raises UserError if another upload holds it for too long, or it cannot be made."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        file = path.open("a")
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}; mend that or set MLFLOW_TRACKING_URI") from None
-    with file:
-        deadline, told = time.monotonic() + LOCK_PATIENCE, False
-        while True:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if not told:
-                    print(f"track: another upload holds {path}; waiting", flush=True)
-                    told = True
-                if time.monotonic() > deadline:
-                    raise UserError(f"another upload has held {path} for {LOCK_PATIENCE:g} s: stop it") from None
-                time.sleep(0.1)
-        yield
+    return held(
+        path,
+        waiting=f"track: another upload holds {path}; waiting",
+        patience=LOCK_PATIENCE,
+        late=f"another upload has held {path} for {LOCK_PATIENCE:g} s: stop it",
+        advice="; mend that or set MLFLOW_TRACKING_URI",
+    )
 
 
 # --- errors
