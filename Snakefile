@@ -14,6 +14,10 @@ include: "workflow/rules/report.smk"
 include: "workflow/rules/track.smk"
 
 
+onstart:
+    require_cluster()
+
+
 # It must stand here: an include would restore the default target, and an included `all` would never run.
 rule all:
     default_target: True

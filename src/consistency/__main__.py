@@ -2,17 +2,19 @@
 
 import argparse
 import os
+import platform
 import signal
 import sys
+import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
 
-from consistency import __version__, energy, launch
+from consistency import __version__, energy, launch, slurm_job
 from consistency.errors import UserError
 from consistency.layout import Layout
-from consistency.supervision import watch_supervisor
+from consistency.supervision import SUPERVISOR, watch_supervisor
 
 # torch, mlflow and matplotlib are imported inside the verbs that use them: --help must not wait for them.
 Arguments = argparse.Namespace
@@ -160,6 +162,8 @@ _VERBS: dict[str, tuple[Callable[[Arguments], None], bool, str]] = {
     "reproduce": (_reproduce, False, "none"),
 }
 
+# The exit code of a verb whose time was over and whose state is saved.
+_OUT_OF_TIME = 128 + signal.SIGALRM
 # The verbs whose work several processes can share.
 _SHARED = ("teacher", "student", "samples")
 
@@ -190,11 +194,21 @@ def _parser() -> argparse.ArgumentParser:
             verb.add_argument("--time-limit", type=float, metavar="MINUTES", help="save, stop and exit with 142 then")
         if name in _SHARED:
             verb.add_argument("--processes", type=int, default=1, help="by torchrun, a GPU each; 0 and 1: none")
+            verb.add_argument("--nodes", type=int, default=1, help="of the Slurm job, to share the processes evenly")
+            verb.add_argument("--gres", default="", help="gpu:4 or gpu:a100:4: the processes of each node, instead")
+            verb.add_argument(
+                "--job-minutes",
+                type=float,
+                metavar="MINUTES",
+                help="the Slurm job's time limit: save before it, and ask Slurm to go on later (elsewhere: nothing)",
+            )
         if name == "estimate":
             verb.add_argument("--tflops", type=float, default=100.0, help="sustained TFLOP/s a GPU (default: 100)")
         if student != "none":
             verb.add_argument("--run", required=student == "required", metavar="NAME", help="the student")
             verb.add_argument("--seed", type=int, required=student == "required", help="its seed")
+    jobs = verbs.add_parser("jobs", help=_jobs.__doc__, description=_jobs.__doc__)
+    jobs.set_defaults(function=_jobs, computes=False, study=None)
     validate = verbs.add_parser("validate", help=_validate.__doc__, description=_validate.__doc__)
     validate.set_defaults(function=_validate, computes=False, study=None)
     schema = verbs.add_parser("schema", help=_schema.__doc__, description=_schema.__doc__)
@@ -214,6 +228,13 @@ def _parser() -> argparse.ArgumentParser:
     unpack.add_argument("archive", type=Path, metavar="FILE", help="what `archive` made")
     unpack.add_argument("--results", type=Path, default=Path("results"), metavar="DIR", help="default: results")
     return parser
+
+
+def _jobs(args: Arguments) -> None:
+    """list the jobs of this folder in Slurm's queue"""
+    from consistency.cluster import print_jobs
+
+    print_jobs(Path.cwd())
 
 
 def _validate(args: Arguments) -> None:
@@ -273,9 +294,32 @@ def main(words: list[str] | None = None) -> int:
     args = _parser().parse_args(words)
     args.words = sys.argv[1:] if words is None else words
     signal.signal(signal.SIGTERM, _terminated)
-    signal.signal(signal.SIGALRM, _terminated)
+    signal.signal(signal.SIGALRM, _too_late)
     watch_supervisor()
-    return _as_worker(args) if launch.is_worker() else _run(args)
+    if launch.is_worker():
+        return _as_worker(args)
+    if SUPERVISOR in os.environ and not launch.is_task():
+        # The first line of a log.
+        print(f"--- {time.strftime('%Y-%m-%d %H:%M:%S')} on {platform.node()}{slurm_job.header()}", flush=True)
+    code = _run(args)
+    if code == _OUT_OF_TIME and _job_minutes(args) and not launch.is_task():
+        _ask_for_more(code)
+    return code
+
+
+def _job_minutes(args: Arguments) -> float | None:
+    """The time limit of the Slurm job, for a verb that can go on later."""
+    return getattr(args, "job_minutes", None) if slurm_job.in_job() else None
+
+
+def _ask_for_more(code: int) -> None:
+    # Slurm ends this process too, while it leaves by itself.
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    refused = slurm_job.requeue()
+    if refused:
+        print(f"Slurm does not start this job again by itself ({refused}): its exit code is {code}", file=sys.stderr)
+    else:
+        print("the job's time is over: Slurm starts it again when there is room, and it goes on", flush=True)
 
 
 def _as_worker(args: Arguments) -> int:
@@ -308,8 +352,11 @@ def _run(args: Arguments) -> int:
             args.layout = Layout(args.study.name, args.results, args.state)
             _require_student(args)
         if args.computes:
-            processes = _claim(args)
-            if processes > 1:
+            processes, nodes = _shares(args)
+            if nodes > 1 and not launch.is_task():
+                return launch.run_on_nodes(nodes, args.words)
+            _claim(args, processes)
+            if (processes > 1 or nodes > 1) and not launch.is_worker():
                 return launch.run_processes(processes, args.words)
             _prepare(args)
         with energy.metering(_gpus(args)):
@@ -354,23 +401,35 @@ def _terminated(signum: int, frame: FrameType | None) -> None:
     sys.exit(128 + signum)
 
 
-def _claim(args: Arguments) -> int:
-    """Check the options of computing verbs and take the GPUs. Returns how many processes are to be started."""
-    for option in ("threads", "time_limit"):
-        if getattr(args, option) is not None and getattr(args, option) <= 0:
+def _too_late(signum: int, frame: FrameType | None) -> None:
+    """The time is over and there is nothing to save: yet, or at all in a verb that does not train or draw."""
+    print("error: the time was over before there was anything to go on from: give the job more", file=sys.stderr)
+    sys.exit(2)
+
+
+def _shares(args: Arguments) -> tuple[int, int]:
+    """Check the options of computing verbs. Returns the processes of a node, and the nodes."""
+    for option in ("threads", "time_limit", "nodes", "job_minutes"):
+        if getattr(args, option, None) is not None and getattr(args, option) <= 0:
             raise UserError(f"--{option.replace('_', '-')} must be positive, got {getattr(args, option):g}")
-    if launch.is_worker():
-        return 1
+    nodes = getattr(args, "nodes", 1)
     processes = max(getattr(args, "processes", 1), 1)
-    if args.device in ("auto", "cuda"):
+    if processes > 1 and processes % nodes:
+        raise UserError(f"--processes {processes} cannot be shared evenly by --nodes {nodes}")
+    return max(processes // nodes, launch.gpus_of_gres(getattr(args, "gres", "")), 1), nodes
+
+
+def _claim(args: Arguments, processes: int) -> None:
+    """Take the GPUs of this node's processes; a worker's are its node's."""
+    if args.device in ("auto", "cuda") and not launch.is_worker():
         launch.claim_gpus(processes)
-    return processes
 
 
 def _prepare(args: Arguments) -> None:
     """Device and threads. One thread by default: the number of threads is part of what decides the last bit."""
-    if args.time_limit is not None:
-        signal.setitimer(signal.ITIMER_REAL, 60 * args.time_limit)
+    limits = [args.time_limit, None if _job_minutes(args) is None else slurm_job.working_minutes(args.job_minutes)]
+    if minutes := min((limit for limit in limits if limit is not None), default=None):
+        signal.setitimer(signal.ITIMER_REAL, 60 * minutes)
 
     import torch
 

@@ -1,8 +1,14 @@
-"""How a verb gets its GPUs: free ones of this machine, and a process for each where there are several."""
+"""How a verb gets its GPUs: free ones of this machine, and a process for each where there are several, on one node of a
+cluster or on more."""
 
 import fcntl
 import logging
 import os
+import platform
+import re
+import signal
+import socket
+import subprocess
 import sys
 import tempfile
 import time
@@ -10,8 +16,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import IO
 
+from consistency import slurm_job
 from consistency.errors import UserError
 
+#: set for the task of each node to "nodes host:port": how many there are and where their processes meet
+_RENDEZVOUS = "CONSISTENCY_RENDEZVOUS"
 #: seconds that torchrun gives its processes to save before it kills them
 _TO_SAVE = 600
 _POLL = 1.0  # seconds
@@ -22,6 +31,17 @@ _held: list[IO[str]] = []
 def is_worker() -> bool:
     """Whether torchrun started this process."""
     return "TORCHELASTIC_RUN_ID" in os.environ
+
+
+def is_task() -> bool:
+    """Whether this process is a node's part of a job of several nodes."""
+    return _RENDEZVOUS in os.environ
+
+
+def gpus_of_gres(gres: str) -> int:
+    """The GPUs of a node that a request such as gpu:4 or gpu:a100:4 names; 0 if it names none."""
+    found = re.fullmatch(r"gpu(?::[A-Za-z]\w*)?(?::(\d+))?", gres)
+    return int(found[1] or 1) if found else 0
 
 
 def whose() -> str:
@@ -42,7 +62,7 @@ def claim_gpus(count: int) -> None:
         return
     if len(gpus) < count:
         raise UserError(f"--processes {count} needs {count} GPUs, this job sees {len(gpus)} ({', '.join(gpus)})")
-    mine = gpus[:count] if "SLURM_JOB_ID" in os.environ else _free(gpus, count)
+    mine = gpus[:count] if slurm_job.in_job() else _free(gpus, count)
     os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(mine)
 
 
@@ -90,9 +110,33 @@ def _try_lock(path: Path) -> IO[str] | None:
     return lock
 
 
+def run_on_nodes(nodes: int, words: Sequence[str]) -> int:
+    """Run the same verb once on each node of this Slurm job, by srun, and return its exit code. Signals that ask for
+    saving and leaving are passed on, and the end of that is waited for."""
+    if not slurm_job.in_job():
+        raise UserError(f"--nodes {nodes} needs a Slurm job of {nodes} nodes")
+    command = ["srun", f"--nodes={nodes}", f"--ntasks={nodes}", "--ntasks-per-node=1", "--kill-on-bad-exit=1"]
+    command += ["--export=ALL", sys.executable, "-m", "consistency", *words]
+    # The first node's process has to be reachable under that name from the others.
+    meeting = {_RENDEZVOUS: f"{nodes} {platform.node()}:{_free_port()}"}
+    try:
+        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, env={**os.environ, **meeting})
+    except FileNotFoundError:
+        raise UserError(f"--nodes {nodes} needs Slurm's srun on the PATH") from None
+    for signum in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
+        signal.signal(signum, lambda signum, frame: process.send_signal(signum))
+    return process.wait()
+
+
+def _free_port() -> int:
+    with socket.create_server(("", 0)) as server:
+        return int(server.getsockname()[1])
+
+
 def run_processes(processes: int, words: Sequence[str]) -> int:
-    """Run the same verb in so many processes on this machine, by torchrun, and return the exit code of the first that
-    failed. torchrun passes on the signals that ask for saving and leaving, and waits while that is done."""
+    """Run the same verb in so many processes on this node, by torchrun, and return the exit code of the first that
+    failed. The processes of all nodes of a job are one group. torchrun passes on the signals that ask for saving and
+    leaving, and waits while that is done."""
     import torch.distributed.run as torchrun
     from torch.distributed.elastic.multiprocessing import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -100,7 +144,7 @@ def run_processes(processes: int, words: Sequence[str]) -> int:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     # The processes say themselves what is wrong; torchrun would add its own traceback.
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
-    options = ["--standalone", f"--nproc-per-node={processes}", f"--shutdown-timeout={_TO_SAVE}"]
+    options = [*_meeting(), f"--nproc-per-node={processes}", f"--shutdown-timeout={_TO_SAVE}"]
     options += ["--signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGUSR1"]
     try:
         # After the dashes our own options are not taken for torchrun's.
@@ -114,3 +158,12 @@ def run_processes(processes: int, words: Sequence[str]) -> int:
             return 128 - failure.exitcode
         return int(failure.exitcode)
     return 0
+
+
+def _meeting() -> list[str]:
+    """torchrun's options that say where the processes of all nodes find each other."""
+    if not is_task():
+        return ["--standalone"]
+    nodes, endpoint = os.environ[_RENDEZVOUS].split()
+    identity = os.environ.get("SLURM_JOB_ID", "0")
+    return [f"--nnodes={nodes}", "--rdzv-backend=c10d", f"--rdzv-endpoint={endpoint}", f"--rdzv-id={identity}"]

@@ -21,4 +21,4 @@ rule coefficients:
         code=code("coefficients"),
     shell:
         "python -m consistency coefficients --study config/studies/{wildcards.study}.yaml --threads {threads}"
-        " 2>&1 | tee -i {log}"
+        + LOG

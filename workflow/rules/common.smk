@@ -15,6 +15,7 @@ SUPERVISOR = f"{platform.node()}:{os.getpid()}"
 PATH = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
 os.environ.update(PYTHONPATH=SOURCE, PATH=PATH, CONSISTENCY_SUPERVISOR=SUPERVISOR)
 
+from consistency.cluster import Request, require_ready
 from consistency.code import code_digest
 from consistency.errors import UserError
 from consistency.resources import registry, resource_path
@@ -46,6 +47,14 @@ def known_resources() -> str:
         raise SystemExit(f"error: {error}") from None
 
 
+# SIGTERM asks a job to save and leave: its shell, and tee, have to live on until that is done.
+shell.prefix("trap '' TERM; ")
+LOG = " 2>&1 | tee -i {log}"
+# What Slurm gave the job; on one machine without Slurm, GPUs alone count.
+MACHINE = (
+    " --processes {resources.gpu} --gres '{resources.gres}' --nodes {resources.nodes}"
+    " --job-minutes {resources.runtime}"
+)
 STUDIES = load_studies()
 RESOURCES = known_resources()
 
@@ -140,3 +149,19 @@ def coefficients_if_needed(wildcards) -> list[str]:
     """The coefficients, for a study with an analytically preconditioned student."""
     needed = study_of(wildcards).needs_coefficients
     return [f"results/{wildcards.study}/coefficients/coefficients.npz"] if needed else []
+
+
+def require_cluster() -> None:
+    """Under Slurm, what would leave jobs waiting for ever stops this before any is submitted."""
+    if workflow.executor_plugin.name != "slurm" or not workflow.is_main_process:
+        return
+    requests = set()
+    for job in workflow.dag.needrun_jobs():
+        if not job.is_local:
+            asked = job.resources
+            gpus = bool(asked.get("gpu")) or "gpu" in str(asked.get("gres", ""))
+            requests.add(Request(job.rule.name, asked.get("slurm_partition"), float(asked.get("runtime", 0)), gpus))
+    try:
+        require_ready(requests, Path.cwd())
+    except UserError as error:
+        raise WorkflowError(f"error: {error}") from None

@@ -22,4 +22,4 @@ rule dataset:
         code=code("dataset"),
     shell:
         "python -m consistency dataset --study config/studies/{wildcards.study}.yaml --threads {threads}"
-        " 2>&1 | tee -i {log}"
+        + LOG

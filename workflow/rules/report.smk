@@ -1,3 +1,7 @@
+localrules:
+    report,
+
+
 rule report:
     input:
         "results/{study}/scores/calibration.csv",
@@ -36,4 +40,5 @@ rule report:
         key=key("report"),
         code=code("report"),
     shell:
-        "python -m consistency report --study config/studies/{wildcards.study}.yaml 2>&1 | tee -i {log}"
+        "python -m consistency report --study config/studies/{wildcards.study}.yaml"
+        + LOG

@@ -16,12 +16,15 @@ rule teacher_samples:
         mem_mb=16000,
         runtime=1440,
         gpu=0,
+        gres="",
+        nodes=1,
     params:
         key=key("samples"),
         code=code("samples"),
     shell:
         "python -m consistency samples --study config/studies/{wildcards.study}.yaml --threads {threads}"
-        " --processes {resources.gpu} 2>&1 | tee -i {log}"
+        + MACHINE
+        + LOG
 
 
 rule samples:
@@ -41,10 +44,13 @@ rule samples:
         mem_mb=16000,
         runtime=1440,
         gpu=0,
+        gres="",
+        nodes=1,
     params:
         key=key("samples"),
         code=code("samples"),
     shell:
         "python -m consistency samples --study config/studies/{wildcards.study}.yaml"
         " --run {wildcards.run} --seed {wildcards.seed} --threads {threads}"
-        " --processes {resources.gpu} 2>&1 | tee -i {log}"
+        + MACHINE
+        + LOG

@@ -21,7 +21,7 @@ rule extractor:
         code=code("extractor"),
     shell:
         "python -m consistency extractor --study config/studies/{wildcards.study}.yaml --threads {threads}"
-        " 2>&1 | tee -i {log}"
+        + LOG
 
 
 # Before any student is scored: what the same measure says of the data itself and of the teacher.
@@ -50,7 +50,7 @@ rule calibration:
         code=code("scores"),
     shell:
         "python -m consistency calibration --study config/studies/{wildcards.study}.yaml --threads {threads}"
-        " 2>&1 | tee -i {log}"
+        + LOG
 
 
 rule scores:
@@ -81,4 +81,5 @@ rule scores:
         code=code("scores"),
     shell:
         "python -m consistency scores --study config/studies/{wildcards.study}.yaml"
-        " --run {wildcards.run} --seed {wildcards.seed} --threads {threads} 2>&1 | tee -i {log}"
+        " --run {wildcards.run} --seed {wildcards.seed} --threads {threads}"
+        + LOG

@@ -23,10 +23,13 @@ rule student:
         mem_mb=16000,
         runtime=1440,
         gpu=0,
+        gres="",
+        nodes=1,
     params:
         key=key("student"),
         code=code("student"),
     shell:
         "python -m consistency student --study config/studies/{wildcards.study}.yaml"
         " --run {wildcards.run} --seed {wildcards.seed} --threads {threads}"
-        " --processes {resources.gpu} 2>&1 | tee -i {log}"
+        + MACHINE
+        + LOG

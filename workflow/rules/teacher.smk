@@ -16,9 +16,12 @@ rule teacher:
         mem_mb=16000,
         runtime=720,
         gpu=0,
+        gres="",
+        nodes=1,
     params:
         key=key("teacher"),
         code=code("teacher"),
     shell:
         "python -m consistency teacher --study config/studies/{wildcards.study}.yaml --threads {threads}"
-        " --processes {resources.gpu} 2>&1 | tee -i {log}"
+        + MACHINE
+        + LOG

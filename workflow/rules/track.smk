@@ -15,4 +15,5 @@ rule track:
     conda:
         environment
     shell:
-        "python -m consistency track --study config/studies/{wildcards.study}.yaml 2>&1 | tee -i {log}"
+        "python -m consistency track --study config/studies/{wildcards.study}.yaml"
+        + LOG

@@ -2,6 +2,7 @@
 
 import contextlib
 import shutil
+import signal
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from consistency.errors import UserError
 from consistency.files import link_file, sha256
 from consistency.layout import Layout, sampler_name
 from consistency.nets.denoiser import Denoiser
@@ -176,6 +178,10 @@ class _Work:
             raise self._interrupted(self.requests())
 
     def _interrupted(self, signum: int) -> Interrupted:
+        if signum == signal.SIGALRM and self.progress.count == self.progress.initial:
+            raise UserError(
+                f"{self.label}: the time was over before a single batch was drawn: give the job more (runtime)"
+            )
         where = f"stopped at image {self.progress.count} of {self.progress.total}"
         return Interrupted(f"{self.label}: {where}, state saved", signum)
 

@@ -12,6 +12,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import IO, Any
 
+from consistency import slurm_job
 from consistency.errors import UserError
 from consistency.layout import Layout
 from consistency.provenance import git_state, hardware
@@ -19,6 +20,7 @@ from consistency.study import Study
 from consistency.supervision import SUPERVISOR
 from consistency.tracking.follow import EVERY, TROUBLE, WELL
 from consistency.tracking.plan import plan_live
+from consistency.tracking.server import tracking_uri
 from consistency.training.folder import read_identity
 
 #: 0 turns live tracking off
@@ -37,10 +39,11 @@ def followed(
     """Within the block, calling what is given starts a follower for the training whose state folder that is; at the
     end of the block the follower is told how the training ended, and left to itself.
 
-    Without a run: the teacher's training. Raises UserError for a CONSISTENCY_LIVE_EVERY that is no positive number.
+    Without a run: the teacher's training. In a Slurm job there is a follower only if MLflow is a server.
+    Raises UserError for a CONSISTENCY_LIVE_EVERY that is no positive number.
     """
     follower = _Follower()
-    wanted, every = os.environ.get(LIVE, "") != "0", _every()
+    wanted, every = os.environ.get(LIVE, "") != "0" and _reachable(), _every()
 
     def start() -> None:
         if wanted:
@@ -54,6 +57,12 @@ def followed(
         follower.end("KILLED" if asked else "FAILED")
         raise
     follower.end("FINISHED")
+
+
+def _reachable() -> bool:
+    """Whether this machine may speak to MLflow: in a job of a cluster to a server only. A SQLite file on a
+    network disk breaks under writers on several machines: there the head node's `track` sends everything."""
+    return not slurm_job.in_job() or not tracking_uri().startswith("sqlite:")
 
 
 def _every() -> float:
