@@ -14,7 +14,7 @@ from consistency import __version__
 from consistency.errors import UserError
 
 ROOT = Path(__file__).parents[1]
-VERBS = [*cli._VERBS, "validate", "schema", "fetch", "follow", "verify", "unpack"]
+VERBS = [*cli._VERBS, "jobs", "validate", "schema", "fetch", "follow", "verify", "unpack"]
 TINY = str(ROOT / "config/studies/tiny.yaml")
 
 
@@ -129,6 +129,57 @@ def test_exit_codes_say_what_happened(
 
     assert cli.main(replaced(monkeypatch, fail)) == code
     assert "Traceback" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("job", "signum", "refusal", "said"),
+    [
+        ("12", signal.SIGALRM, "", "the job's time is over: Slurm starts it again when there is room, and it goes on"),
+        (
+            "12",
+            signal.SIGALRM,
+            "disabled",
+            "Slurm does not start this job again by itself (disabled): its exit code is 142",
+        ),
+        ("12", signal.SIGTERM, "", ""),
+        ("", signal.SIGALRM, "", ""),
+    ],
+)
+def test_only_a_slurm_job_whose_time_is_over_asks_to_go_on(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    job: str,
+    signum: signal.Signals,
+    refusal: str,
+    said: str,
+) -> None:
+    def stop(args: cli.Arguments) -> None:
+        error = Stopped("stopped at step 3")
+        error.signum = signum
+        raise error
+
+    if job:
+        monkeypatch.setenv("SLURM_JOB_ID", job)
+    monkeypatch.setattr("consistency.slurm_job.requeue", lambda: refusal)
+    monkeypatch.setitem(cli._VERBS, "samples", (stop, True, "optional"))
+    assert cli.main(["samples", "--study", TINY, "--device", "cpu", "--job-minutes", "60"]) == 128 + signum
+    signal.setitimer(signal.ITIMER_REAL, 0)
+    printed = capsys.readouterr()
+    assert sorted((printed.out + printed.err).splitlines()) == sorted(filter(None, ["stopped at step 3", said]))
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--nodes", "2"], "error: --nodes 2 needs a Slurm job of 2 nodes"),
+        (["--nodes", "2", "--processes", "3"], "error: --processes 3 cannot be shared evenly by --nodes 2"),
+        (["--nodes", "0"], "error: --nodes must be positive, got 0"),
+        (["--job-minutes", "-1"], "error: --job-minutes must be positive, got -1"),
+    ],
+)
+def test_what_a_job_of_slurm_cannot_be(words: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["samples", "--study", TINY, "--device", "cpu", *words]) == 2
+    assert capsys.readouterr().err == message + "\n"
 
 
 def test_a_bug_is_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -99,3 +99,11 @@ def test_a_job_that_sees_no_gpu_claims_none(monkeypatch: pytest.MonkeyPatch, tmp
     launch.claim_gpus(2)
     assert os.environ["CUDA_VISIBLE_DEVICES"] == none
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("gres", "gpus"),
+    [("", 0), ("gpu", 1), ("gpu:4", 4), ("gpu:a100:8", 8), ("gpu:h200", 1), ("nvme:2", 0), ("shard:4", 0)],
+)
+def test_the_gpus_of_a_request(gres: str, gpus: int) -> None:
+    assert launch.gpus_of_gres(gres) == gpus

@@ -505,6 +505,24 @@ def test_a_follower_that_cannot_start_harms_nobody(
     )
 
 
+@pytest.mark.parametrize(
+    ("uri", "followers"),
+    [("", 0), ("sqlite:////tmp/mlflow.db", 0), ("http://head:5000", 1), ("postgresql://head/mlflow", 1)],
+)
+def test_a_job_of_a_cluster_speaks_to_a_server_alone(
+    project: Project, monkeypatch: pytest.MonkeyPatch, uri: str, followers: int
+) -> None:
+    """Compute nodes and a SQLite file on a network disk do not go together."""
+    monkeypatch.setenv(live.LIVE, "1")
+    monkeypatch.setenv("SLURM_JOB_ID", "12")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    started: list[Path] = []
+    monkeypatch.setattr(live._Follower, "start", lambda self, opening, state, every: started.append(state))
+    with live.followed(project.study, project.layout, project.write([]), "ctm", 0) as start:
+        start()
+    assert len(started) == followers
+
+
 @pytest.mark.parametrize("every", ["0", "-1", "soon"])
 def test_a_senseless_pace_is_one_line(project: Project, monkeypatch: pytest.MonkeyPatch, every: str) -> None:
     monkeypatch.setenv(live.EVERY, every)

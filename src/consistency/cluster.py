@@ -69,7 +69,7 @@ def require_ready(requests: Iterable[Request], folder: Path) -> None:
         numbers = " ".join(job.number for job in jobs[:_NAMED])
         stop = f"scancel {numbers}" if len(jobs) <= _NAMED else f"scancel --name {','.join({job.name for job in jobs})}"
         raise UserError(
-            f"{len(jobs)} jobs of an earlier run of this folder are still in Slurm's queue "
+            f"an earlier run of this folder still has jobs in Slurm's queue, {len(jobs)} of them "
             f"(`python -m consistency jobs`): wait until they end, or stop them, they save: {stop}"
         )
 

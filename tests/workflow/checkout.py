@@ -18,7 +18,7 @@ import yaml
 from safetensors.torch import load_file
 
 ROOT = Path(__file__).resolve().parents[2]
-COPIED = ["Snakefile", "Makefile", "environment.yml", "config", "profiles", "workflow", "src"]
+COPIED = ["Snakefile", "Makefile", "environment.yml", "config", "profiles", "slurm", "workflow", "src"]
 #: keys of a history that no run can repeat begin so: times, speeds, memory
 UNREPEATABLE = ("seconds", "images_per_second", "time_", "peak_")
 OUTSIDE = ("CONSISTENCY_", "SNAKEMAKE_", "MLFLOW_", "PYTEST_", "MAKE", "MFLAGS")
