@@ -38,7 +38,7 @@ def answer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Answer:
 def queued(*jobs: tuple[str, str, Path]) -> str:
     """squeue's lines of (number, comment, folder)."""
     rows = (
-        f"{number}|consistency_a-1|{comment}|R|1:02|1-00:00:00|2|one|{folder}/logs/slurm/x/{number}.log|{folder}|"
+        f"{number}|consistency_a-1|{comment}|R|1:02|1-00:00:00|2|one|{folder}/logs/slurm/x/%j.log|{folder}|"
         for number, comment, folder in jobs
     )
     return "".join("  |".join(row.split("|")) + "\n" for row in rows)

@@ -131,7 +131,10 @@ def find_jobs(folder: Path) -> list[Job]:
     for line in _ask("squeue", "--noheader", f"--user={getpass.getuser()}", f"--Format={columns}").splitlines():
         number, name, comment, *said, place, _ = (cell.strip() for cell in line.split("|"))
         if Path(place) == folder and comment.startswith(_COMMENT):
-            jobs.append(Job(number, name, comment.removeprefix(_COMMENT).replace("_wildcards_", " "), *said))
+            what = comment.removeprefix(_COMMENT).replace("_wildcards_", " ")
+            # Slurm 22.05 tells the pattern of the file's name, not the name.
+            said[-1] = said[-1].replace("%A_%a", number).replace("%j", number)
+            jobs.append(Job(number, name, what, *said))
     return jobs
 
 
