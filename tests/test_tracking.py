@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from urllib.error import URLError
 from urllib.request import urlopen
@@ -482,6 +483,27 @@ def test_a_sqlite_address_is_absolute(monkeypatch: pytest.MonkeyPatch, tmp_path:
         monkeypatch.setenv("MLFLOW_TRACKING_URI", nowhere)
         with pytest.raises(UserError, match="names no file"):
             tracking_uri()
+
+
+@pytest.mark.parametrize(
+    ("uri", "kind", "warned"),
+    [
+        ("sqlite:////home/me/study/mlflow.db", "nfs4", True),
+        ("sqlite:////home/me/study/mlflow.db", "lustre", True),
+        ("sqlite:////home/me/study/mlflow.db", "ext4", False),
+        ("sqlite:////home/you/mlflow.db", "nfs4", False),
+        ("http://head:5000", "nfs4", False),
+    ],
+)
+def test_a_database_on_a_network_disk_is_a_warning(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], uri: str, kind: str, warned: bool
+) -> None:
+    mounted = (("/", "ext4"), ("/home/me", kind), ("/home", "xfs"))
+    mounts = [SimpleNamespace(mountpoint=place, fstype=fstype) for place, fstype in mounted]
+    monkeypatch.setattr("psutil.disk_partitions", lambda all: mounts)
+    tracking.warn_of_network_disk(uri)
+    out = capsys.readouterr().out
+    assert out.startswith(f"warning: {uri[10:]} lies on a network disk ({kind})") if warned else out == ""
 
 
 def test_another_upload_is_waited_for_but_not_for_ever(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

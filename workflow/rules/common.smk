@@ -157,11 +157,12 @@ def require_cluster() -> None:
         return
     requests = set()
     for job in workflow.dag.needrun_jobs():
-        if not job.is_local:
-            asked = job.resources
+        # The last of its attempts asks for most.
+        for attempt in () if job.is_local else (1, job.restart_times + 1):
+            asked = job.rule.expand_resources(job.wildcards_dict, job.input, attempt)
             gpus = bool(asked.get("gpu")) or "gpu" in str(asked.get("gres", ""))
             requests.add(Request(job.rule.name, asked.get("slurm_partition"), float(asked.get("runtime", 0)), gpus))
     try:
         require_ready(requests, Path.cwd())
     except UserError as error:
-        raise WorkflowError(f"error: {error}") from None
+        raise SystemExit(f"error: {error}") from None

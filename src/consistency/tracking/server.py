@@ -26,6 +26,7 @@ _ENVIRONMENT = {
     "DO_NOT_TRACK": "true",
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
 }
+_NETWORK_DISKS = ("nfs", "lustre", "gpfs", "beegfs", "ceph", "cifs", "smb", "afs", "panfs", "wekafs", "fuse.")
 _DATABASES = ("postgresql", "mysql", "mssql")
 _PATIENCE = {"PGCONNECT_TIMEOUT": "10", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2", "MLFLOW_HTTP_REQUEST_TIMEOUT": "20"}
 
@@ -194,6 +195,27 @@ def send_points(client: Any, run_id: str, points: list[Point]) -> None:
     from mlflow.entities import Metric
 
     client.log_batch(run_id, metrics=[Metric(*point) for point in points])
+
+
+# --- the database's place
+
+
+def warn_of_network_disk(uri: str) -> None:
+    """Say so where a SQLite file lies on a disk that several machines share: it may be locked for ever there, or break,
+    when two of them write."""
+    if not uri.startswith("sqlite:"):
+        return
+    import psutil
+
+    folder = _sqlite_file(uri).parent.resolve()
+    disks = [disk for disk in psutil.disk_partitions(all=True) if folder.is_relative_to(disk.mountpoint)]
+    kind = max(disks, key=lambda disk: len(disk.mountpoint)).fstype if disks else ""
+    if kind.startswith(_NETWORK_DISKS):
+        print(
+            f"warning: {_sqlite_file(uri)} lies on a network disk ({kind}), where SQLite is not safe: set "
+            "MLFLOW_TRACKING_URI to a server, or to sqlite:////PATH/mlflow.db on a disk of this machine",
+            flush=True,
+        )
 
 
 # --- one at a time

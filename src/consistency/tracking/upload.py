@@ -31,6 +31,7 @@ from consistency.tracking.server import (
     send_points,
     set_tags,
     tracking_uri,
+    warn_of_network_disk,
     without_credentials,
 )
 from consistency.tracking.view import VIEW, charts, is_untouched, saved_view
@@ -45,6 +46,7 @@ def track_study(study: Study, layout: Layout) -> None:
     """
     uploads = plan(study, layout)
     uri = tracking_uri()
+    warn_of_network_disk(uri)
     with one_at_a_time(lock_file(uri, layout.track)), readable_errors(uri):
         client = connect(uri)
         experiment = open_experiment(client, study.name, study.title, uri)
