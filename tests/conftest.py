@@ -20,6 +20,8 @@ from consistency.study import Study
 # The number of threads decides the last bits of a sum, and tests compare them; what they start inherits it.
 os.environ["OMP_NUM_THREADS"] = "1"
 torch.set_num_threads(1)
+# Where Slurm is installed, each start of Snakemake asks its controller, and waits 9 s for one that is down.
+os.environ["SLURM_CONF"] = os.devnull
 
 # A process started in the background ignores Ctrl-C, and so would all it starts: the tests that press it need it back.
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
