@@ -18,6 +18,10 @@ onstart:
     require_cluster()
 
 
+onerror:
+    say_what_failed()
+
+
 # It must stand here: an include would restore the default target, and an included `all` would never run.
 rule all:
     default_target: True

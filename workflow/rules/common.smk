@@ -18,6 +18,7 @@ os.environ.update(PYTHONPATH=SOURCE, PATH=PATH, CONSISTENCY_SUPERVISOR=SUPERVISO
 from consistency.cluster import Request, require_ready
 from consistency.code import code_digest
 from consistency.errors import UserError
+from consistency.failures import failure, print_failures
 from consistency.resources import registry, resource_path
 from consistency.study import FITTED, OfficialTeacher, Study, load_study
 
@@ -47,8 +48,9 @@ def known_resources() -> str:
         raise SystemExit(f"error: {error}") from None
 
 
-# SIGTERM asks a job to save and leave: its shell, and tee, have to live on until that is done.
-shell.prefix("trap '' TERM; ")
+# SIGTERM asks a job to save and leave: its shell, and tee, have to live on until that is done. The first half is what
+# Snakemake begins with of itself.
+shell.prefix("set -euo pipefail; trap '' TERM; ")
 LOG = " 2>&1 | tee -i {log}"
 # What Slurm gave the job; on one machine without Slurm, GPUs alone count.
 MACHINE = (
@@ -166,3 +168,15 @@ def require_cluster() -> None:
         require_ready(requests, Path.cwd())
     except UserError as error:
         raise SystemExit(f"error: {error}") from None
+
+
+def say_what_failed() -> None:
+    """At the end of a failed run: which jobs, why, and where to look."""
+    if not workflow.is_main_process:
+        return
+    lines = []
+    for job in workflow.scheduler.failed:
+        wildcards = list(job.wildcards_dict.values())
+        folder = Path("logs/slurm") / f"rule_{job.rule.name}" / "_".join(wildcards)
+        lines.append(failure(" ".join([job.rule.name, *wildcards]), Path(str(job.log[0])), folder))
+    print_failures(lines)
