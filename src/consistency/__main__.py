@@ -119,10 +119,10 @@ def _summary(args: Arguments) -> None:
 
 
 def _estimate(args: Arguments) -> None:
-    """what the whole study costs: operations, GPU-hours, disk"""
+    """what the whole study costs: operations, GPU-hours, days, disk"""
     from consistency.stages.estimate import print_estimate
 
-    print_estimate(args.study, args.layout, args.tflops)
+    print_estimate(args.study, args.layout, args.tflops, args.gpus)
 
 
 def _archive(args: Arguments) -> None:
@@ -204,6 +204,7 @@ def _parser() -> argparse.ArgumentParser:
             )
         if name == "estimate":
             verb.add_argument("--tflops", type=float, default=100.0, help="sustained TFLOP/s a GPU (default: 100)")
+            verb.add_argument("--gpus", type=_positive, nargs="+", default=[8, 64], help="for how many (default: 8 64)")
         if student != "none":
             verb.add_argument("--run", required=student == "required", metavar="NAME", help="the student")
             verb.add_argument("--seed", type=int, required=student == "required", help="its seed")
@@ -235,6 +236,14 @@ def _jobs(args: Arguments) -> None:
     from consistency.cluster import print_jobs
 
     print_jobs(Path.cwd())
+
+
+def _positive(text: str) -> int:
+    """A number of things, at least one."""
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not at least 1")
+    return number
 
 
 def _validate(args: Arguments) -> None:

@@ -56,17 +56,13 @@ def held(path: Path, waiting: str, patience: float = math.inf, late: str = "", a
         raise UserError(f"cannot write {path}: {error.strerror or error}{advice}") from None
     with file:
         deadline, told = time.monotonic() + patience, False
-        while True:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if not told:
-                    print(waiting, flush=True)
-                    told = True
-                if time.monotonic() > deadline:
-                    raise UserError(late) from None
-                time.sleep(0.1)
+        while not _taken(file, path):
+            if not told:
+                print(waiting, flush=True)
+                told = True
+            if time.monotonic() > deadline:
+                raise UserError(late)
+            time.sleep(0.1)
         yield
 
 
@@ -81,11 +77,25 @@ def _locked(path: Path) -> TextIO | None:
         raise UserError(
             f"cannot write {path}: {error.strerror}; mend the permission or choose another --state"
         ) from None
-    with suppress(BlockingIOError, FileNotFoundError):
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    with suppress(FileNotFoundError):
         # Who had it may have removed it meanwhile, and a lock that nobody else finds locks nothing.
-        if path.stat().st_ino == os.fstat(file.fileno()).st_ino:
+        if _taken(file, path) and path.stat().st_ino == os.fstat(file.fileno()).st_ino:
             file.truncate(0)
             return file
     file.close()
     return None
+
+
+def _taken(file: TextIO, path: Path) -> bool:
+    """Take the lock if nobody has it. Raises UserError on a disk that has no locks."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        file.close()
+        raise UserError(
+            f"the disk of {path} has no file locks ({error.strerror}), without which two runs could damage one result: "
+            "have it mounted with them (Lustre: -o flock), or work on another disk"
+        ) from None
+    return True

@@ -2,6 +2,7 @@ import os
 import platform
 import re
 import sys
+import time
 from pathlib import Path
 
 from snakemake.exceptions import WorkflowError
@@ -57,6 +58,7 @@ MACHINE = (
     " --processes {resources.gpu} --gres '{resources.gres}' --nodes {resources.nodes}"
     " --job-minutes {resources.runtime}"
 )
+STARTED = time.time()
 STUDIES = load_studies()
 RESOURCES = known_resources()
 
@@ -178,5 +180,5 @@ def say_what_failed() -> None:
     for job in workflow.scheduler.failed:
         wildcards = list(job.wildcards_dict.values())
         folder = Path("logs/slurm") / f"rule_{job.rule.name}" / "_".join(wildcards)
-        lines.append(failure(" ".join([job.rule.name, *wildcards]), Path(str(job.log[0])), folder))
+        lines.append(failure(" ".join([job.rule.name, *wildcards]), Path(str(job.log[0])), STARTED, folder))
     print_failures(lines)
