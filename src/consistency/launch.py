@@ -165,5 +165,5 @@ def _meeting() -> list[str]:
     if not is_task():
         return ["--standalone"]
     nodes, endpoint = os.environ[_RENDEZVOUS].split()
-    identity = os.environ.get("SLURM_JOB_ID", "0")
-    return [f"--nnodes={nodes}", "--rdzv-backend=c10d", f"--rdzv-endpoint={endpoint}", f"--rdzv-id={identity}"]
+    identity = f"--rdzv-id={slurm_job.number()}"
+    return [f"--nnodes={nodes}", "--rdzv-backend=c10d", f"--rdzv-endpoint={endpoint}", identity]

@@ -15,7 +15,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from consistency import energy
+from consistency import energy, slurm_job
 from consistency.errors import UserError
 from consistency.files import read_json, sha256, write_json
 from consistency.layout import Layout
@@ -178,7 +178,7 @@ def hardware() -> dict[str, Any]:
         "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
         "gpus": gpus,
         "threads": torch.get_num_threads(),
-        "slurm_job": os.environ.get("SLURM_JOB_ID"),
+        "slurm_job": slurm_job.number(),
     }
 
 

@@ -9,14 +9,19 @@ _LEAST = 0.5  # minutes
 _PATIENCE = 60  # seconds for the controller
 
 
+def number() -> str | None:
+    """The job's; None for a process that Slurm did not start."""
+    return os.environ.get(_JOB)
+
+
 def in_job() -> bool:
     """Whether Slurm started this process."""
-    return _JOB in os.environ
+    return number() is not None
 
 
 def header() -> str:
     """', Slurm job 12'; nothing elsewhere."""
-    return f", Slurm job {os.environ[_JOB]}" if in_job() else ""
+    return f", Slurm job {number()}" if in_job() else ""
 
 
 def working_minutes(minutes: float) -> float:
