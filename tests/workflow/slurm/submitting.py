@@ -1,0 +1,182 @@
+"""A checkout on the login node of a cluster: what its Snakemake submits, and what becomes of it there."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from tests.workflow.checkout import Checkout, start_in, wait_for
+from tests.workflow.slurm.cluster import Cluster
+
+from consistency.layout import Layout
+from consistency.stages.samples import make_samples
+from consistency.stages.scores import make_scores
+from consistency.study import load_study
+
+PROFILE = Path("workflow/profiles/slurm/config.yaml")
+#: what somebody edits in the profile for a cluster of two small nodes that keeps no accounts
+SITE: dict[str, Any] = {
+    "slurm-status-command": "squeue",
+    "slurm-init-seconds-before-status-checks": 3,
+    "latency-wait": 20,
+}
+ONE_GPU = "gpu:1"
+#: a student that trains long enough to be disturbed
+LONGER: dict[str, Any] = {"student.steps": 1000, "student.snapshot_every": 500, "student.log_every": 20}
+
+
+@dataclass(frozen=True)
+class LoginNode:
+    """A checkout with a profile for the cluster of the tests."""
+
+    checkout: Checkout
+    cluster: Cluster
+
+    @property
+    def path(self) -> Path:
+        return self.checkout.path
+
+    @property
+    def environment(self) -> dict[str, str]:
+        return self.checkout.environment
+
+    @property
+    def output(self) -> str:
+        """What Snakemake has said."""
+        return self.checkout.output
+
+    def start(self, *words: str) -> subprocess.Popen[str]:
+        """The literal command, for a study of the tests; its output goes to output.txt. words: options, then targets
+        after --."""
+        command = ["snakemake", "--cores", "all", "--profile", "slurm", "--config", f"studies={self.checkout.study}"]
+        return start_in(self.path, [*command, *words], self.environment, self.path / "output.txt")
+
+    def run(self, *words: str, patience: float = 600) -> int:
+        """Run it to its end. Returns its exit code."""
+        run = self.start(*words)
+        try:
+            return run.wait(patience)
+        finally:
+            self.interrupt(run)
+
+    def interrupt(self, run: subprocess.Popen[str]) -> int:
+        """Press Ctrl-C if it is at work, and wait for its end. Returns its exit code."""
+        if run.poll() is None:
+            os.killpg(run.pid, signal.SIGINT)
+        return run.wait(120)
+
+    def done(self, *words: str) -> str:
+        """Run it; it must end well. Returns its output."""
+        code = self.run(*words)
+        assert code == 0, self.output
+        return self.output
+
+    def site(self, settings: dict[str, Any] | None = None, **rules: dict[str, Any]) -> "LoginNode":
+        """Edit the profile: its settings, and the resources of rules."""
+        file = self.path / PROFILE
+        content = yaml.safe_load(file.read_text()) | (settings or {})
+        for resources in content["set-resources"].values():
+            if "gres" in resources:
+                resources["gres"] = ONE_GPU
+        for rule, resources in rules.items():
+            content["set-resources"].setdefault(rule, {}).update(resources)
+        file.write_text(yaml.safe_dump(content, sort_keys=False))
+        return self
+
+    def with_variables(self, **variables: str) -> "LoginNode":
+        changed = replace(self.checkout, variables={**self.checkout.variables, **variables})
+        return LoginNode(changed, self.cluster)
+
+    def jobs(self, name: str = "") -> list[dict[str, str]]:
+        """What Slurm says of the jobs of this checkout whose rule and wildcards hold a name, oldest first."""
+        jobs = [job for job in self.cluster.jobs() if job["WorkDir"] == str(self.path)]
+        return [job for job in jobs if name in job["Comment"]]
+
+    def queued(self) -> list[str]:
+        """The states of those that wait or run."""
+        ended = ("COMPLETED", "CANCELLED", "FAILED", "TIMEOUT")
+        return [job["JobState"] for job in self.jobs() if job["JobState"] not in ended]
+
+    def student(self, run: str) -> str:
+        """The target that a student is."""
+        return f"results/{self.checkout.study}/students/{run}/seed0/student.safetensors"
+
+    def log(self, run: str) -> str:
+        """What the last job of a student has said."""
+        return (self.path / f"logs/{self.checkout.study}/student/{run}-seed0.log").read_text()
+
+    def step(self, run: str) -> int:
+        """The last step in the history of a student's training; 0 before there is one."""
+        try:
+            history = self.path / f"state/{self.checkout.study}/{run}/seed0/history.jsonl"
+            return int(json.loads(history.read_text().splitlines()[-1])["step"])
+        except (OSError, ValueError, IndexError):
+            return 0
+
+    def trainers(self, run: str) -> list[int]:
+        """The processes that train a student."""
+        found = []
+        for process in self.checkout.processes():
+            try:
+                words = Path(f"/proc/{process}/cmdline").read_text().split("\0")
+            except OSError:
+                continue
+            if words[1:2] != ["-c"] and {"consistency", "student", run} <= set(words):
+                found.append(process)
+        return found
+
+    def freeze(self, *runs: str, step: int = 100) -> dict[str, list[int]]:
+        """Stop the clock of each training once it has passed a step: it stands as before a slow disk, and what takes
+        time can be waited for without training on. Returns their processes; thaw them."""
+        frozen: dict[str, list[int]] = {}
+
+        def freeze_next() -> bool:
+            for run in set(runs) - set(frozen):
+                if self.step(run) >= step and (trainers := self.trainers(run)):
+                    frozen[run] = trainers
+                    for process in trainers:
+                        os.kill(process, signal.SIGSTOP)
+            return len(frozen) == len(runs)
+
+        wait_for(freeze_next, f"step {step} of {', '.join(runs)}", 300)
+        return frozen
+
+
+def login(checkout: Checkout, cluster: Cluster) -> LoginNode:
+    """A checkout as it is after the login on the cluster: the commands on PATH, the profile's block edited."""
+    path = f"{Path(sys.executable).parent}{os.pathsep}{cluster.path}"
+    node = LoginNode(replace(checkout, variables={**checkout.variables, "PATH": path}), cluster)
+    return node.site(SITE)
+
+
+def thaw(trainers: list[int]) -> None:
+    for trainer in trainers:
+        # Slurm may have killed it meanwhile.
+        with suppress(ProcessLookupError):
+            os.kill(trainer, signal.SIGCONT)
+
+
+def scored(checkout: Checkout, run: str) -> dict[str, Any]:
+    """What a student is and makes: its weights at all snapshots, its history, and, drawn and scored here, its samples
+    and scores. Its name is taken out."""
+    study = load_study(checkout.path / f"config/studies/{checkout.study}.yaml")
+    layout = Layout(study.name, checkout.path / "results", checkout.path / "state")
+    make_samples(study, layout, run, 0, torch.device("cpu"))
+    make_scores(study, layout, run, 0, torch.device("cpu"))
+    numbers = ["students/{}/**/*.safetensors", "students/{}/**/*.jsonl", "samples/{}/**/*.npy", "scores/{}/*.csv"]
+    found = checkout.results(*(pattern.format(run) for pattern in numbers))
+    tables = {name for name in found if name.endswith(".csv")}
+    found |= {name: found[name].replace(run.encode(), b"") for name in tables}
+    return {name.replace(f"/{run}/", "/"): value for name, value in found.items()}
+
+
+def differing(found: dict[str, Any], expected: dict[str, Any]) -> list[str]:
+    """The files that only one side has, and those that say something else."""
+    return sorted(name for name in set(found) | set(expected) if found.get(name) != expected.get(name))

@@ -1,0 +1,123 @@
+"""Trainings on a cluster that are disturbed in every way end with the same bits as one that is not."""
+
+import os
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from threading import Timer
+from typing import Any
+
+import pytest
+from tests.workflow.checkout import Checkout, wait_for
+from tests.workflow.slurm.cluster import NODES, Cluster
+from tests.workflow.slurm.submitting import LONGER, LoginNode, differing, login, scored, thaw
+
+pytestmark = [pytest.mark.slow, pytest.mark.slurm]
+
+#: students with the same settings, by what happens to them. ctm: the daemons are restarted, as for all
+STUDENTS = ["ctm", "cancelled", "killed", "limited", "refused"]
+#: of those, the ones whose jobs have a minute: after half of it they save
+SECONDS = 31
+MINUTE = '"short" if wildcards.run in ("limited", "refused") else "gpu"'
+
+
+@pytest.fixture(scope="module")
+def disturbed(cluster: Cluster, finished: Checkout, tmp_path_factory: pytest.TempPathFactory) -> Iterator[LoginNode]:
+    """Five students in one run. Those whose jobs have a minute start alone, and stand still until it is over. The
+    others stand still while the daemons of the nodes and the controller are stopped and started, and then meet their
+    fates. None is quick enough to escape."""
+    checkout = finished.copy(tmp_path_factory.mktemp("disturbed") / "copied")
+    checkout.change({**LONGER, "students": {name: {"preconditioning": "ctm"} for name in STUDENTS}})
+    node = login(checkout, cluster).site(
+        student={"slurm_partition": MINUTE, "runtime": MINUTE.replace('"short"', "1").replace('"gpu"', "60")}
+    )
+    node = node.with_variables(CONSISTENCY_LIVE="1")
+    cluster.ask("scontrol", "update", "PartitionName=gpu", "State=DOWN")
+    run = node.start("--", *map(node.student, STUDENTS))
+    try:
+        # As where the site does not let jobs be started again.
+        wait_for(lambda: node.jobs("_refused_") != [], "the job of refused", 60)
+        cluster.ask("scontrol", "update", f"JobId={node.jobs('_refused_')[0]['JobId']}", "Requeue=0")
+        timed = node.freeze("limited", "refused")
+        Timer(SECONDS, thaw, [timed["limited"] + timed["refused"]]).start()
+        cluster.ask("scontrol", "update", "PartitionName=gpu", "State=UP")
+        trainers = node.freeze("ctm", "cancelled", "killed")
+        for name in (*NODES, "slurmctld"):
+            cluster.stop(name)
+            time.sleep(0.5)
+            cluster.start(name)
+        wait_for(cluster.answers, "an answer of the controller", 60)
+        for trainer in trainers["killed"]:
+            os.kill(trainer, signal.SIGKILL)
+        thaw(trainers["ctm"] + trainers["cancelled"])
+        cluster.ask("scancel", node.jobs("_cancelled_")[0]["JobId"])
+        assert run.wait(600) == 0, node.output
+        yield node
+    finally:
+        node.interrupt(run)
+
+
+@pytest.mark.parametrize("run", STUDENTS)
+def test_the_same_bits(disturbed: LoginNode, undisturbed: dict[str, Any], run: str) -> None:
+    assert differing(scored(disturbed.checkout, run), undisturbed) == []
+
+
+def ends(node: LoginNode, run: str) -> list[str]:
+    """How a student's jobs ended."""
+    return [job["JobState"] for job in node.jobs(f"_{run}_")]
+
+
+def restarts(node: LoginNode, run: str) -> list[int]:
+    """How often Slurm started each of a student's jobs again."""
+    return [int(job["Restarts"]) for job in node.jobs(f"_{run}_")]
+
+
+def said(node: LoginNode, run: str) -> list[str]:
+    """What the jobs of a student have said, every time that they were started."""
+    return [Path(job["StdOut"]).read_text() for job in node.jobs(f"_{run}_")]
+
+
+def test_daemons_that_restart_disturb_no_job(disturbed: LoginNode) -> None:
+    assert ends(disturbed, "ctm") == ["COMPLETED"]
+    assert restarts(disturbed, "ctm") == [0]
+    assert "continues from step" not in said(disturbed, "ctm")[0]
+
+
+def test_a_cancelled_training_saves_and_is_submitted_again(disturbed: LoginNode) -> None:
+    assert ends(disturbed, "cancelled") == ["CANCELLED", "COMPLETED"]
+    first, second = said(disturbed, "cancelled")
+    assert "student cancelled seed 0: stopped at step" in first
+    assert "student cancelled seed 0: continues from step" in second
+
+
+def test_a_killed_training_is_submitted_again(disturbed: LoginNode) -> None:
+    assert ends(disturbed, "killed") == ["FAILED", "COMPLETED"]
+
+
+# On a machine so busy that a job takes half a minute to begin, a later one may fail, and a third do the rest.
+def test_a_training_whose_time_is_over_goes_on_in_the_same_job(disturbed: LoginNode) -> None:
+    assert ends(disturbed, "limited")[-1] == "COMPLETED"
+    assert restarts(disturbed, "limited")[0] >= 1
+    first = said(disturbed, "limited")[0]
+    assert "student limited seed 0: stopped at step" in first
+    assert "the job's time is over: Slurm starts it again" in first
+    assert "student limited seed 0: continues from step" in first
+
+
+def test_where_slurm_does_not_start_it_again_snakemake_submits_it_again(disturbed: LoginNode) -> None:
+    assert ends(disturbed, "refused")[0] in ("FAILED", "TIMEOUT")
+    assert restarts(disturbed, "refused")[0] == 0
+    assert ends(disturbed, "refused")[-1] == "COMPLETED"
+    logs = said(disturbed, "refused")
+    assert "Slurm does not start this job again by itself" in logs[0]
+    assert any("student refused seed 0: continues from step" in log for log in logs[1:])
+
+
+def test_jobs_leave_a_database_on_a_shared_disk_alone(disturbed: LoginNode, finished: Checkout) -> None:
+    assert (disturbed.path / "mlflow.db").read_bytes() == (finished.path / "mlflow.db").read_bytes()
+
+
+def test_they_leave_nothing_behind(disturbed: LoginNode) -> None:
+    assert disturbed.checkout.litter() == []
+    assert [file for file in (disturbed.path / "state").rglob("*") if file.is_file()] == []
