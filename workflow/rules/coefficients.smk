@@ -20,5 +20,4 @@ rule coefficients:
         key=key("coefficients"),
         code=code("coefficients"),
     shell:
-        "python -m consistency coefficients --study config/studies/{wildcards.study}.yaml --threads {threads}"
-        + LOG
+        "python -m consistency coefficients --study config/studies/{wildcards.study}.yaml --threads {threads}" + LOG

@@ -21,5 +21,4 @@ rule dataset:
         key=key("dataset"),
         code=code("dataset"),
     shell:
-        "python -m consistency dataset --study config/studies/{wildcards.study}.yaml --threads {threads}"
-        + LOG
+        "python -m consistency dataset --study config/studies/{wildcards.study}.yaml --threads {threads}" + LOG

@@ -51,6 +51,4 @@ rule samples:
         code=code("samples"),
     shell:
         "python -m consistency samples --study config/studies/{wildcards.study}.yaml"
-        " --run {wildcards.run} --seed {wildcards.seed} --threads {threads}"
-        + MACHINE
-        + LOG
+        " --run {wildcards.run} --seed {wildcards.seed} --threads {threads}" + MACHINE + LOG

@@ -20,8 +20,7 @@ rule extractor:
         key=key("extractor"),
         code=code("extractor"),
     shell:
-        "python -m consistency extractor --study config/studies/{wildcards.study}.yaml --threads {threads}"
-        + LOG
+        "python -m consistency extractor --study config/studies/{wildcards.study}.yaml --threads {threads}" + LOG
 
 
 # Before any student is scored: what the same measure says of the data itself and of the teacher.
@@ -49,8 +48,7 @@ rule calibration:
         key=key("scores"),
         code=code("scores"),
     shell:
-        "python -m consistency calibration --study config/studies/{wildcards.study}.yaml --threads {threads}"
-        + LOG
+        "python -m consistency calibration --study config/studies/{wildcards.study}.yaml --threads {threads}" + LOG
 
 
 rule scores:
@@ -81,5 +79,4 @@ rule scores:
         code=code("scores"),
     shell:
         "python -m consistency scores --study config/studies/{wildcards.study}.yaml"
-        " --run {wildcards.run} --seed {wildcards.seed} --threads {threads}"
-        + LOG
+        " --run {wildcards.run} --seed {wildcards.seed} --threads {threads}" + LOG

@@ -30,6 +30,4 @@ rule student:
         code=code("student"),
     shell:
         "python -m consistency student --study config/studies/{wildcards.study}.yaml"
-        " --run {wildcards.run} --seed {wildcards.seed} --threads {threads}"
-        + MACHINE
-        + LOG
+        " --run {wildcards.run} --seed {wildcards.seed} --threads {threads}" + MACHINE + LOG
