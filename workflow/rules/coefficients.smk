@@ -20,4 +20,5 @@ rule coefficients:
         key=key("coefficients"),
         code=code("coefficients"),
     shell:
-        "python -m consistency coefficients --study config/studies/{wildcards.study}.yaml --threads {threads}" + LOG
+        "python -m consistency coefficients --study config/studies/{wildcards.study}.yaml --threads {threads}"
+        " 2>&1 | tee -i {log}"

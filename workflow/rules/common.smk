@@ -52,12 +52,7 @@ def known_resources() -> str:
 # SIGTERM asks a job to save and leave: its shell, and tee, have to live on until that is done. The first half is what
 # Snakemake begins with of itself.
 shell.prefix("set -euo pipefail; trap '' TERM; ")
-LOG = " 2>&1 | tee -i {log}"
-# What Slurm gave the job; on one machine without Slurm, GPUs alone count.
-MACHINE = (
-    " --processes {resources.gpu} --gres '{resources.gres}' --nodes {resources.nodes}"
-    " --job-minutes {resources.runtime}"
-)
+
 STARTED = time.time()
 STUDIES = load_studies()
 RESOURCES = known_resources()

@@ -21,4 +21,5 @@ rule dataset:
         key=key("dataset"),
         code=code("dataset"),
     shell:
-        "python -m consistency dataset --study config/studies/{wildcards.study}.yaml --threads {threads}" + LOG
+        "python -m consistency dataset --study config/studies/{wildcards.study}.yaml --threads {threads}"
+        " 2>&1 | tee -i {log}"

@@ -40,4 +40,4 @@ rule report:
         key=key("report"),
         code=code("report"),
     shell:
-        "python -m consistency report --study config/studies/{wildcards.study}.yaml" + LOG
+        "python -m consistency report --study config/studies/{wildcards.study}.yaml 2>&1 | tee -i {log}"

@@ -13,4 +13,4 @@ rule resource:
     conda:
         environment
     shell:
-        "python -m consistency fetch {wildcards.name}" + LOG
+        "python -m consistency fetch {wildcards.name} 2>&1 | tee -i {log}"

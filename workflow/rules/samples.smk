@@ -23,8 +23,8 @@ rule teacher_samples:
         code=code("samples"),
     shell:
         "python -m consistency samples --study config/studies/{wildcards.study}.yaml --threads {threads}"
-        + MACHINE
-        + LOG
+        " --processes {resources.gpu} --gres '{resources.gres}' --nodes {resources.nodes}"
+        " --job-minutes {resources.runtime} 2>&1 | tee -i {log}"
 
 
 rule samples:
@@ -51,4 +51,6 @@ rule samples:
         code=code("samples"),
     shell:
         "python -m consistency samples --study config/studies/{wildcards.study}.yaml"
-        " --run {wildcards.run} --seed {wildcards.seed} --threads {threads}" + MACHINE + LOG
+        " --run {wildcards.run} --seed {wildcards.seed} --threads {threads}"
+        " --processes {resources.gpu} --gres '{resources.gres}' --nodes {resources.nodes}"
+        " --job-minutes {resources.runtime} 2>&1 | tee -i {log}"

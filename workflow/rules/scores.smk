@@ -20,7 +20,8 @@ rule extractor:
         key=key("extractor"),
         code=code("extractor"),
     shell:
-        "python -m consistency extractor --study config/studies/{wildcards.study}.yaml --threads {threads}" + LOG
+        "python -m consistency extractor --study config/studies/{wildcards.study}.yaml --threads {threads}"
+        " 2>&1 | tee -i {log}"
 
 
 # Before any student is scored: what the same measure says of the data itself and of the teacher.
@@ -48,7 +49,8 @@ rule calibration:
         key=key("scores"),
         code=code("scores"),
     shell:
-        "python -m consistency calibration --study config/studies/{wildcards.study}.yaml --threads {threads}" + LOG
+        "python -m consistency calibration --study config/studies/{wildcards.study}.yaml --threads {threads}"
+        " 2>&1 | tee -i {log}"
 
 
 rule scores:
@@ -79,4 +81,5 @@ rule scores:
         code=code("scores"),
     shell:
         "python -m consistency scores --study config/studies/{wildcards.study}.yaml"
-        " --run {wildcards.run} --seed {wildcards.seed} --threads {threads}" + LOG
+        " --run {wildcards.run} --seed {wildcards.seed} --threads {threads}"
+        " 2>&1 | tee -i {log}"

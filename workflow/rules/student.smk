@@ -30,4 +30,6 @@ rule student:
         code=code("student"),
     shell:
         "python -m consistency student --study config/studies/{wildcards.study}.yaml"
-        " --run {wildcards.run} --seed {wildcards.seed} --threads {threads}" + MACHINE + LOG
+        " --run {wildcards.run} --seed {wildcards.seed} --threads {threads}"
+        " --processes {resources.gpu} --gres '{resources.gres}' --nodes {resources.nodes}"
+        " --job-minutes {resources.runtime} 2>&1 | tee -i {log}"

@@ -23,5 +23,5 @@ rule teacher:
         code=code("teacher"),
     shell:
         "python -m consistency teacher --study config/studies/{wildcards.study}.yaml --threads {threads}"
-        + MACHINE
-        + LOG
+        " --processes {resources.gpu} --gres '{resources.gres}' --nodes {resources.nodes}"
+        " --job-minutes {resources.runtime} 2>&1 | tee -i {log}"

@@ -15,4 +15,4 @@ rule track:
     conda:
         environment
     shell:
-        "python -m consistency track --study config/studies/{wildcards.study}.yaml" + LOG
+        "python -m consistency track --study config/studies/{wildcards.study}.yaml 2>&1 | tee -i {log}"
