@@ -115,7 +115,9 @@ def run_on_nodes(nodes: int, words: Sequence[str]) -> int:
     saving and leaving are passed on, and the end of that is waited for."""
     if not slurm_job.in_job():
         raise UserError(f"--nodes {nodes} needs a Slurm job of {nodes} nodes")
-    command = ["srun", f"--nodes={nodes}", f"--ntasks={nodes}", "--ntasks-per-node=1", "--kill-on-bad-exit=1"]
+    # All tasks leave together, with one exit code; one whose others have left is ended, but not while it may be saving.
+    patience = ["--kill-on-bad-exit=0", f"--wait={_TO_SAVE}"]
+    command = ["srun", f"--nodes={nodes}", f"--ntasks={nodes}", "--ntasks-per-node=1", *patience]
     command += ["--export=ALL", sys.executable, "-m", "consistency", *words]
     # The first node's process has to be reachable under that name from the others.
     meeting = {_RENDEZVOUS: f"{nodes} {platform.node()}:{_free_port()}"}
