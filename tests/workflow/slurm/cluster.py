@@ -9,7 +9,9 @@ import re
 import shutil
 import signal
 import subprocess
+import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -17,7 +19,7 @@ from pathlib import Path
 from types import TracebackType
 
 from tests.tracking.debian import needs_debian
-from tests.tracking.servers import environment, free_port, wait_until
+from tests.tracking.servers import ROOT, environment, free_port, wait_until
 
 NODES = ("one", "two")
 #: package: the programs of it that a cluster needs
@@ -63,18 +65,21 @@ SlurmdParameters=config_overrides
 {nodes}
 PartitionName=cpu Nodes=ALL Default=YES MaxTime=7-0
 PartitionName=gpu Nodes=ALL MaxTime=7-0
-PartitionName=short Nodes=ALL MaxTime=1
+PartitionName=short Nodes=ALL MaxTime=2
 """
 
 
 @dataclass
 class Cluster:
-    """Two nodes with four GPUs each, and the partitions cpu, gpu and short (one minute). Use it as a context."""
+    """Two nodes with four GPUs each, and the partitions cpu, gpu and short (two minutes). Use it as a context."""
 
     folder: Path = field(default_factory=lambda: Path(tempfile.mkdtemp(prefix="consistency-slurm-", dir="/tmp")))
     processes: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
+    guard: subprocess.Popen[bytes] | None = None
 
     def __enter__(self) -> "Cluster":
+        words = [sys.executable, "-m", "tests.workflow.slurm.cluster", str(self.folder)]
+        self.guard = subprocess.Popen(words, cwd=ROOT, env=environment(), stdin=subprocess.PIPE, start_new_session=True)
         try:
             self._configure()
             self._start("munged", *self._munge())
@@ -145,27 +150,17 @@ class Cluster:
             self.ask("scontrol", "update", f"NodeName={node}", "State=RESUME")
 
     def close(self) -> None:
-        """Cancel every job, stop every process by its id, remove the folder."""
+        """Cancel every job and stop every daemon; the guard does the rest."""
         try:
-            if "slurmctld" in self.processes:
+            if set(NODES) <= set(self.processes):
                 self.ask("scancel", "--user=root")
                 wait_until(lambda: not self.queued(), "the end of cancelled jobs", 60)
-        finally:
             for name in reversed(list(self.processes)):
                 self.stop(name)
-            for pid in self.left():
-                with suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGKILL)
-            shutil.rmtree(self.folder)
-
-    def left(self) -> list[int]:
-        """Processes of jobs, and those that watch over them: all that Slurm has started knows its configuration."""
-        mark, found = f"SLURM_CONF={self.folder}/".encode(), []
-        for process in Path("/proc").glob("[0-9]*"):
-            with suppress(OSError):
-                if mark in (process / "environ").read_bytes():
-                    found.append(int(process.name))
-        return found
+        finally:
+            assert self.guard is not None and self.guard.stdin is not None
+            self.guard.stdin.close()
+            self.guard.wait(60)
 
     def _configure(self) -> None:
         self.folder.chmod(0o755)
@@ -196,13 +191,37 @@ class Cluster:
 
     def _start(self, name: str, program: str, *words: str) -> None:
         package = {daemon: package for package, daemon in DAEMONS.items()}[program]
-        # It does not outlive a test run that is killed.
-        command = ["setpriv", "--pdeathsig", "TERM", needs_debian(package, program), *words]
         self.processes[name] = subprocess.Popen(
-            command,
+            [needs_debian(package, program), *words],
             cwd=self.folder,
             env=environment(SLURM_CONF=str(self.folder / "slurm.conf")),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
+            start_new_session=True,  # a Ctrl-C at the tests is not meant for it: it is needed to end the jobs
         )
+
+
+def guard(folder: Path) -> None:
+    """Wait for the end of the tests that started this, even by kill -9; then end what is left of their cluster, and
+    remove its folder. Daemons, jobs and Snakemakes all have its path in their environment."""
+    sys.stdin.read()
+    while left := _started_for(folder):
+        for pid in left:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        time.sleep(0.1)
+    shutil.rmtree(folder)
+
+
+def _started_for(folder: Path) -> list[int]:
+    mark, found = f"{folder}/".encode(), []
+    for process in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):
+            if mark in (process / "environ").read_bytes():
+                found.append(int(process.name))
+    return found
+
+
+if __name__ == "__main__":
+    guard(Path(sys.argv[1]))

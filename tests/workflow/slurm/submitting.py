@@ -67,10 +67,11 @@ class LoginNode:
             self.interrupt(run)
 
     def interrupt(self, run: subprocess.Popen[str]) -> int:
-        """Press Ctrl-C if it is at work, and wait for its end. Returns its exit code."""
+        """Press Ctrl-C if it is at work, and wait for its end, that is, for its next look at the jobs. Returns its exit
+        code."""
         if run.poll() is None:
             os.killpg(run.pid, signal.SIGINT)
-        return run.wait(120)
+        return run.wait(240)
 
     def done(self, *words: str) -> str:
         """Run it; it must end well. Returns its output."""
@@ -161,6 +162,22 @@ def thaw(trainers: list[int]) -> None:
         # Slurm may have killed it meanwhile.
         with suppress(ProcessLookupError):
             os.kill(trainer, signal.SIGCONT)
+
+
+def thaw_when_called(trainers: list[int], signum: int) -> None:
+    """Wait until a signal waits for one of the frozen processes, and let them go on."""
+    wait_for(lambda: any(_called(trainer, signum) for trainer in trainers), f"signal {signum}", 150)
+    thaw(trainers)
+
+
+def _called(process: int, signum: int) -> bool:
+    """Whether a signal waits for a process, or the process is gone."""
+    try:
+        status = Path(f"/proc/{process}/status").read_text()
+    except FileNotFoundError:
+        return True
+    pending = next(line for line in status.splitlines() if line.startswith("ShdPnd:"))
+    return bool(int(pending.split()[1], 16) >> (signum - 1) & 1)
 
 
 def scored(checkout: Checkout, run: str) -> dict[str, Any]:

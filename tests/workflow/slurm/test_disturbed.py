@@ -5,42 +5,40 @@ import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from threading import Timer
+from threading import Thread
 from typing import Any
 
 import pytest
 from tests.workflow.checkout import Checkout, wait_for
 from tests.workflow.slurm.cluster import NODES, Cluster
-from tests.workflow.slurm.submitting import LONGER, LoginNode, differing, login, scored, thaw
+from tests.workflow.slurm.submitting import LONGER, LoginNode, differing, login, scored, thaw, thaw_when_called
 
 pytestmark = [pytest.mark.slow, pytest.mark.slurm]
 
 #: students with the same settings, by what happens to them. ctm: the daemons are restarted, as for all
 STUDENTS = ["ctm", "cancelled", "killed", "limited", "refused"]
-#: of those, the ones whose jobs have a minute: after half of it they save
-SECONDS = 31
-MINUTE = '"short" if wildcards.run in ("limited", "refused") else "gpu"'
+#: of those, the ones whose jobs have two minutes: after one and a half they save
+SHORT = ("limited", "refused")
 
 
 @pytest.fixture(scope="module")
 def disturbed(cluster: Cluster, finished: Checkout, tmp_path_factory: pytest.TempPathFactory) -> Iterator[LoginNode]:
-    """Five students in one run. Those whose jobs have a minute start alone, and stand still until it is over. The
+    """Five students in one run. Those whose jobs are short start alone, and stand still until their time is over. The
     others stand still while the daemons of the nodes and the controller are stopped and started, and then meet their
     fates. None is quick enough to escape."""
     checkout = finished.copy(tmp_path_factory.mktemp("disturbed") / "copied")
     checkout.change({**LONGER, "students": {name: {"preconditioning": "ctm"} for name in STUDENTS}})
-    node = login(checkout, cluster).site(
-        student={"slurm_partition": MINUTE, "runtime": MINUTE.replace('"short"', "1").replace('"gpu"', "60")}
-    )
-    node = node.with_variables(CONSISTENCY_LIVE="1")
+    short = f"wildcards.run in {SHORT}"
+    resources = {"slurm_partition": f'"short" if {short} else "gpu"', "runtime": f"2 if {short} else 60"}
+    node = login(checkout, cluster).site(student=resources).with_variables(CONSISTENCY_LIVE="1")
     cluster.ask("scontrol", "update", "PartitionName=gpu", "State=DOWN")
     run = node.start("--", *map(node.student, STUDENTS))
     try:
         # As where the site does not let jobs be started again.
         wait_for(lambda: node.jobs("_refused_") != [], "the job of refused", 60)
         cluster.ask("scontrol", "update", f"JobId={node.jobs('_refused_')[0]['JobId']}", "Requeue=0")
-        timed = node.freeze("limited", "refused")
-        Timer(SECONDS, thaw, [timed["limited"] + timed["refused"]]).start()
+        for trainer in node.freeze(*SHORT).values():
+            Thread(target=thaw_when_called, args=(trainer, signal.SIGALRM), daemon=True).start()
         cluster.ask("scontrol", "update", "PartitionName=gpu", "State=UP")
         trainers = node.freeze("ctm", "cancelled", "killed")
         for name in (*NODES, "slurmctld"):
@@ -95,7 +93,7 @@ def test_a_killed_training_is_submitted_again(disturbed: LoginNode) -> None:
     assert ends(disturbed, "killed") == ["FAILED", "COMPLETED"]
 
 
-# On a machine so busy that a job takes half a minute to begin, a later one may fail, and a third do the rest.
+# On a machine so busy that a job takes more than a minute to begin, a later one may fail, and a third do the rest.
 def test_a_training_whose_time_is_over_goes_on_in_the_same_job(disturbed: LoginNode) -> None:
     assert ends(disturbed, "limited")[-1] == "COMPLETED"
     assert restarts(disturbed, "limited")[0] >= 1

@@ -48,7 +48,7 @@ def refusal(node: LoginNode) -> str:
     ("resources", "said"),
     [
         ({"slurm_partition": "nowhere"}, "rule dataset asks for partition nowhere, .* to one of cpu, gpu, short"),
-        ({"slurm_partition": "short"}, "rule dataset asks for 720 minutes, but partition short gives 1 at most"),
+        ({"slurm_partition": "short"}, "rule dataset asks for 720 minutes, but partition short gives 2 at most"),
     ],
 )
 def test_what_the_cluster_cannot_give(

@@ -1,18 +1,27 @@
 """One student is trained by two nodes together, and goes on with another number of them."""
 
+import signal
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from tests.workflow.checkout import Checkout
 from tests.workflow.slurm.cluster import Cluster
-from tests.workflow.slurm.submitting import LONGER, LoginNode, differing, login, scored, thaw
+from tests.workflow.slurm.submitting import LONGER, LoginNode, differing, login, scored, thaw, thaw_when_called
 
 pytestmark = [pytest.mark.slow, pytest.mark.slurm]
 
 SHORTER = {**LONGER, "student.steps": 400, "student.snapshot_every": 200}
-WIDE = 'wildcards.run == "ctm" or attempt == 1'
-NODES = {"nodes": f"2 if {WIDE} else 1", "tasks": f"2 if {WIDE} else 1", "mpi": f'"srun" if {WIDE} else ""'}
+#: ctm has jobs of two minutes, and two nodes always; narrowed has one node when it is submitted again
+CTM = 'wildcards.run == "ctm"'
+RESOURCES = {
+    "slurm_partition": f'"short" if {CTM} else "gpu"',
+    "runtime": f"2 if {CTM} else 60",
+    "nodes": f"2 if {CTM} or attempt == 1 else 1",
+    "tasks": f"2 if {CTM} or attempt == 1 else 1",
+    "mpi": f'"srun" if {CTM} or attempt == 1 else ""',
+}
 
 
 @pytest.fixture(scope="module")
@@ -25,24 +34,27 @@ def two_processes(finished: Checkout, tmp_path_factory: pytest.TempPathFactory) 
 
 @pytest.fixture(scope="module")
 def wide(cluster: Cluster, finished: Checkout, tmp_path_factory: pytest.TempPathFactory) -> LoginNode:
-    """Two students on two nodes each; one is cancelled, and goes on with one node."""
+    """Two students on two nodes each: the time of one is over while it trains; the other is cancelled."""
     checkout = finished.copy(tmp_path_factory.mktemp("wide") / "copied")
     checkout.change({**SHORTER, "students": {name: {"preconditioning": "ctm"} for name in ("ctm", "narrowed")}})
-    node = login(checkout, cluster).site(student=NODES)
+    node = login(checkout, cluster).site(student=RESOURCES)
     run = node.start("--", node.student("ctm"), node.student("narrowed"))
     try:
-        frozen = node.freeze("narrowed")["narrowed"]
+        frozen = node.freeze("ctm", "narrowed")
         cluster.ask("scancel", node.jobs("_narrowed_")[0]["JobId"])
-        thaw(frozen)
+        thaw(frozen["narrowed"])
+        thaw_when_called(frozen["ctm"], signal.SIGALRM)
         assert run.wait(600) == 0, node.output
     finally:
         node.interrupt(run)
     return node
 
 
-def test_two_nodes_are_two_processes(wide: LoginNode, two_processes: dict[str, Any]) -> None:
-    (job,) = wide.jobs("_ctm_")
+def test_two_nodes_are_two_processes_whose_time_may_be_over(wide: LoginNode, two_processes: dict[str, Any]) -> None:
+    job = wide.jobs("_ctm_")[0]
     assert (job["NumNodes"], job["NumTasks"], job["TresPerNode"]) == ("2", "2", "gres:gpu:1")
+    assert "student ctm seed 0: stopped at step" in Path(job["StdOut"]).read_text()
+    assert int(job["Restarts"]) >= 1
     assert differing(scored(wide.checkout, "ctm"), two_processes) == []
 
 
