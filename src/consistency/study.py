@@ -157,12 +157,42 @@ class Coefficients(Section):
     seed: int = Field(0, description="Seed of images, noise and probes.")
 
 
+class Doubling(Section):
+    """iCT's levels: neighbours of a grid whose intervals double as training goes on."""
+
+    kind: Literal["doubling"] = "doubling"
+    first: Count = Field(10, description="Intervals of the first grid.")
+    last: Count = Field(1280, description="Intervals of the last grid.")
+    p_mean: float = Field(-1.1, description="Mean of ln sigma, by which levels are drawn.")
+    p_std: Positive = Field(2.0, description="Standard deviation of ln sigma.")
+
+    @model_validator(mode="after")
+    def _possible(self) -> Self:
+        if self.first > self.last:
+            raise ValueError(f"first {self.first} is more than last {self.last}")
+        return self
+
+
+class Shrinking(Section):
+    """ECT's levels: ln t is normal, and the second level nears t as training goes on."""
+
+    kind: Literal["shrinking"] = "shrinking"
+    double_every: Count = Field(description="Steps until the next stage; the ratio of the levels nears 1 by q.")
+    p_mean: float = Field(-1.1, description="Mean of ln t.")
+    p_std: Positive = Field(2.0, description="Standard deviation of ln t.")
+    q: Annotated[float, Field(gt=1)] = Field(2.0, description="ECT's q.")
+    k: Annotated[float, Field(ge=0)] = Field(8.0, description="ECT's k.")
+    b: Positive = Field(1.0, description="ECT's b.")
+
+
 class Student(Section):
     """One student. The study's `student` section gives the values that all share; an entry of `students` may
     replace only the keys listed in `varies`."""
 
-    objective: Literal["trajectory", "endpoint"] = Field(
-        "trajectory", description="Trajectory distillation (CTM + DSM) or endpoint distillation (CM)."
+    objective: Literal["trajectory", "endpoint", "consistency"] = Field(
+        "trajectory",
+        description="Trajectory distillation (CTM + DSM), endpoint distillation (CM), or consistency training, which "
+        "needs no teacher (iCT, ECT).",
     )
     preconditioning: Literal["cm", "bcm", "ctm", "analytic", "analytic-forward"] = Field(
         "ctm", description="f(t,s) and g(t,s)."
@@ -171,8 +201,22 @@ class Student(Section):
     max_heun_steps: Count | None = Field(
         None, description="Largest number n of teacher steps, at most N-1 (the default). P(n) is proportional to n."
     )
-    distance: Literal["pseudo_huber", "l2", "lpips"] = Field(
+    distance: Literal["pseudo_huber", "l2", "euclidean", "lpips"] = Field(
         "pseudo_huber", description="Distance between the two endpoints; `lpips` downloads the weights of VGG16."
+    )
+    coupling: Literal["ic", "ot", "gc"] = Field(
+        "ic",
+        description="How data and noise meet (consistency only): independently, by exact assignment in the batch, or "
+        "on flows that the student's average induces.",
+    )
+    mu: Annotated[float, Field(ge=0, le=1)] = Field(
+        0.5, description="Probability that gc replaces an image by a generated one, the paper's mu; the rest is ic."
+    )
+    curriculum: Doubling | Shrinking = Field(
+        default_factory=Doubling, discriminator="kind", description="Levels of consistency training."
+    )
+    start: Literal["random", "teacher"] = Field(
+        "random", description="First weights in consistency training: drawn by the seed, or the teacher's (ECT)."
     )
     target: Literal["online", "ema"] = Field(
         "online", description="Weights of the target's inner jump: the student's (CTM's code) or their EMA (paper)."
@@ -183,11 +227,14 @@ class Student(Section):
         description="`adaptive` multiplies the weight by the ratio of the two terms' gradient norms at the last layer, "
         "as CTM's code does (trajectory only).",
     )
-    optimizer: Literal["radam", "adam"] = Field("radam", description="Optimiser, without weight decay.")
+    optimizer: Literal["radam", "adam", "lion"] = Field("radam", description="Optimiser, without weight decay.")
     steps: Count = Field(description="Optimiser steps.")
     batch: Count = Field(description="Images a step.")
     learning_rate: Positive = Field(4e-4, description="Constant learning rate.")
     ema_rate: Fraction = Field(0.999, description="EMA of target and evaluation, per step.")
+    ema_warm_up: Positive | None = Field(
+        None, description="The rates are at most 1 - step^-ema_warm_up, so that first weights leave no trace."
+    )
     evaluation_ema: list[Fraction] = Field([], description="Further EMA rates that are kept and scored beside it.")
     precision: Precision = Field(
         "float32", description="Arithmetic of the networks in training; preconditioning and losses stay in float32."
@@ -198,6 +245,12 @@ class Student(Section):
 
     @model_validator(mode="after")
     def _possible(self) -> Self:
+        if self.objective != "consistency":
+            given = self.model_fields_set & {"coupling", "mu", "curriculum", "start"}
+            if given:
+                raise ValueError(f"{min(given)} is for consistency training: use it with objective: consistency")
+        elif self.distance == "lpips":
+            raise ValueError("distance lpips is for distillation: consistency training compares by pseudo_huber")
         if self.preconditioning == "cm" and self.objective == "trajectory":
             raise ValueError("preconditioning 'cm' is defined for s = eps only: use it with objective: endpoint")
         if self.max_heun_steps is not None and self.max_heun_steps > self.nodes - 1:
@@ -211,6 +264,11 @@ class Student(Section):
         if self.dsm_balance == "adaptive" and self.objective == "trajectory" and not self.dsm_weight:
             raise ValueError("dsm_balance adaptive needs a DSM term: set dsm_weight above 0")
         return self
+
+    @property
+    def to_the_end(self) -> bool:
+        """Whether its function only jumps to eps, so that more jumps than one need fresh noise between them."""
+        return self.objective != "trajectory"
 
 
 class Churn(Section):
@@ -277,7 +335,7 @@ class Scores(Section):
 class Report(Section):
     """What the report compares."""
 
-    baseline: dict[Literal["trajectory", "endpoint"], Name] = Field(
+    baseline: dict[Literal["trajectory", "endpoint", "consistency"], Name] = Field(
         default_factory=dict, description="The student against which each objective's speed-up is measured."
     )
     grid_nfe: list[Count] = Field([1, 2, 5], min_length=1, description="Numbers of jumps of the sample grids.")

@@ -228,6 +228,11 @@ class OneTime:
         return self.denoiser.raw(x, t, labels=labels)
 
 
+def two_times(denoiser: Denoiser) -> Denoiser | OneTime:
+    """A denoiser as a student D(x,t,s): itself if it has a second time, else one to which s makes no difference."""
+    return denoiser if denoiser.second_time else OneTime(denoiser)
+
+
 def _with_defaults(architecture: Mapping[str, Any]) -> dict[str, Any]:
     given = dict(architecture)
     missing = [key for key in ("network", "img_resolution", "img_channels") if key not in given]

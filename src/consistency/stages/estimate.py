@@ -55,7 +55,7 @@ def estimate(study: Study, layout: Layout) -> list[Cost]:
     drawn = curve = arrays = 0.0
     for run in runs:
         rates = 1 + len(run.evaluation_ema)
-        gammas = len(sampling.gamma) * len(sampling.gamma_nfe) if run.objective == "trajectory" else 0
+        gammas = len(sampling.gamma) * len(sampling.gamma_nfe) if not run.to_the_end else 0
         arrays += rates * len(sampling.nfe) + gammas
         nfe = rates * sum(sampling.nfe) + (gammas and len(sampling.gamma) * sum(sampling.gamma_nfe))
         drawn += sampling.count * nfe * forward
@@ -79,6 +79,8 @@ def training_operations(student: Student, forward: float) -> float:
     """Operations of a student's training. forward: those of one evaluation of one image."""
     if student.objective == "endpoint":
         evaluations = 2.0 + 3 + 1
+    elif student.objective == "consistency":
+        evaluations = 3.0 + 1 + (1 if student.coupling == "gc" and student.mu else 0)
     else:
         most = student.max_heun_steps or student.nodes - 1
         mean_steps = (2 * most + 1) / 3  # P(n) is proportional to n

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from consistency.files import link_file, sha256
 from consistency.layout import Layout, sampler_name
-from consistency.nets.denoiser import Denoiser
+from consistency.nets.denoiser import Denoiser, two_times
 from consistency.progress import Progress
 from consistency.provenance import write_card
 from consistency.seeding import ImageNoise
@@ -52,11 +52,11 @@ class StudentSampler:
 def student_samplers(study: Study, run: str) -> list[StudentSampler]:
     """Every sampler of a student, in the order of their names.
 
-    Endpoint students know no s between: CM's multistep only. Further EMA rates are drawn without gamma.
+    Students that jump to the end know no s between: CM's multistep only. Further EMA rates are drawn without gamma.
     """
     settings, sampling = study.resolved(run), study.sampling
     chosen = [StudentSampler(nfe, None, rate) for rate in (None, *settings.evaluation_ema) for nfe in sampling.nfe]
-    if settings.objective == "trajectory":
+    if not settings.to_the_end:
         chosen += [StudentSampler(nfe, gamma) for gamma in sampling.gamma for nfe in sampling.gamma_nfe]
     return sorted(chosen, key=lambda sampler: sampler.name)
 
@@ -221,14 +221,15 @@ def jump_sampler(
     """nfe jumps along the rho grid from sigma_max to sigma_min."""
     device = next(model.parameters()).device
     times = _times(study, nfe + 1)
-    if study.resolved(run).objective == "endpoint":
+    student = two_times(model)
+    if study.resolved(run).to_the_end:
         gamma = 1.0
 
     def sample(noise: ImageNoise) -> Tensor:
         labels = _labels(noise, device)
 
         def jump(x: Tensor, t: Tensor, s: Tensor) -> Tensor:
-            return preconditioning.jump(model, x, t, s, labels)
+            return preconditioning.jump(student, x, t, s, labels)
 
         return multistep(jump, _to(noise.latents, device) * times[0], times, gamma, _fresh(noise, device))
 

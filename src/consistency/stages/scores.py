@@ -192,7 +192,7 @@ class _Student:
         self.scorer, self.study, self.run, self.seed = scorer, scorer.study, run, seed
         self.rate, self.endpoints, self.preconditioning = rate, endpoints, preconditioning
         self.settings = self.study.resolved(run)
-        self.multistep = self.settings.objective == "endpoint"
+        self.multistep = self.settings.to_the_end
 
     def final_row(self, model: Denoiser, sampler: StudentSampler) -> Row:
         """One sampler's samples at the end of training."""

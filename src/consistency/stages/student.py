@@ -1,21 +1,23 @@
-"""Stage student: distil the teacher, with the preconditioning as the only difference between two students."""
+"""Stage student: distil the teacher, or train without one; two students differ in what the study says, nothing else."""
 
 import time
 from pathlib import Path
 
 from consistency.files import sha256
 from consistency.layout import Layout
-from consistency.nets.denoiser import Denoiser, student_from_teacher
+from consistency.nets.denoiser import Denoiser, init_denoiser, student_from_teacher
 from consistency.provenance import git_state, write_card
 from consistency.resources import open_resource
 from consistency.seeding import derived_seed
 from consistency.stages.inputs import read_dataset, read_preconditioning, read_teacher, require_classes, time_grid
 from consistency.stages.publish import forget_state, publish_training
 from consistency.stages.trainer import Machine, build_optimizer, build_update, compile_networks, place
-from consistency.study import FITTED, Student, Study
+from consistency.study import FITTED, Shrinking, Student, Study
+from consistency.theory.curriculum import DoublingCurriculum, Schedule, ShrinkingCurriculum
 from consistency.theory.distance import DISTANCES, Distance
 from consistency.tracking.live import followed
 from consistency.training.checkpoint import save_denoiser
+from consistency.training.consistency_training import ConsistencyTraining, TransportTraining
 from consistency.training.data import ImageData
 from consistency.training.ema import Ema
 from consistency.training.folder import read_identity
@@ -101,10 +103,9 @@ def _training(study: Study, layout: Layout, run: str, seed: int, data: ImageData
     settings, device = study.resolved(run), machine.device
     teacher = place(study, read_teacher(study, layout, device), device)
     require_classes(study, data, teacher)
-    # Weights, data order and noise depend on the seed alone, so that students of one seed differ in nothing else.
-    student = student_from_teacher(teacher, dropout=settings.dropout, seed=derived_seed(seed, "student"))
-    student = place(study, student, device).train().requires_grad_(True)
-    averages = [Ema(student, rate) for rate in (settings.ema_rate, *settings.evaluation_ema)]
+    student = place(study, _begun(settings, teacher, seed), device).train().requires_grad_(True)
+    rates = (settings.ema_rate, *settings.evaluation_ema)
+    averages = [Ema(student, rate, settings.ema_warm_up) for rate in rates]
     target = averages[0].model
     for model in (student, target, teacher):
         model.compute_in(settings.precision)
@@ -136,6 +137,16 @@ def _training(study: Study, layout: Layout, run: str, seed: int, data: ImageData
     )
 
 
+def _begun(settings: Student, teacher: Denoiser, seed: int) -> Denoiser:
+    """A student before its training. Weights, data order and noise depend on the seed alone, so that students of one
+    seed differ in nothing else."""
+    drawn = derived_seed(seed, "student")
+    if settings.objective != "consistency" or settings.start == "teacher":
+        return student_from_teacher(teacher, dropout=settings.dropout, seed=drawn)
+    # The network of the teacher, not its weights: without a teacher to follow there is no s but eps to be told.
+    return init_denoiser({**teacher.architecture, "dropout": settings.dropout}, drawn)
+
+
 def _objective(
     study: Study,
     layout: Layout,
@@ -147,13 +158,34 @@ def _objective(
     """The loss of a student; models: student, its average, teacher."""
     settings = study.resolved(run)
     preconditioning = read_preconditioning(study, layout, run, models[2].sigma_data, machine.device)
-    grid = time_grid(study, settings.nodes, machine.device)
     distance = _distance(settings, machine)
+    if settings.objective == "consistency":
+        training = TransportTraining if settings.coupling == "ot" else ConsistencyTraining
+        return training(
+            student=models[0],
+            predictor=models[1],
+            preconditioning=preconditioning,
+            distance=distance,
+            schedule=_schedule(study, settings),
+            ends=(study.noise.sigma_min, study.noise.sigma_max),
+            mu=settings.mu if settings.coupling == "gc" else 0.0,
+        )
+    grid = time_grid(study, settings.nodes, machine.device)
     endpoint = Endpoint(*models, preconditioning, distance, grid, settings.target, stopwatch=stopwatch)
     if settings.objective == "endpoint":
         return endpoint
     max_steps = settings.max_heun_steps or settings.nodes - 1
     return Trajectory(**vars(endpoint), max_steps=max_steps, dsm_weight=settings.dsm_weight)
+
+
+def _schedule(study: Study, settings: Student) -> Schedule:
+    """The levels of consistency training."""
+    noise, levels = study.noise, settings.curriculum
+    given = levels.model_dump(exclude={"kind", "p_mean", "p_std"})
+    given |= {"sigma_min": noise.sigma_min, "sigma_max": noise.sigma_max, "mean": levels.p_mean, "std": levels.p_std}
+    if isinstance(levels, Shrinking):
+        return ShrinkingCurriculum(**given)
+    return DoublingCurriculum(steps=settings.steps, rho=noise.rho, **given)
 
 
 def _distance(settings: Student, machine: Machine) -> Distance:
