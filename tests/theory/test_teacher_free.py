@@ -94,7 +94,7 @@ def test_diagonal_and_tangent_give_the_teacher_s_coefficients_at_end_does_not() 
     for denoiser in exact.values():
         fit = fit_without_derivatives(lambda rows, d=denoiser: d, images, noise, TIMES, 4096)
         assert bool((abs(fit.l - l) < 5 * fit.l_se).all())
-        assert bool((abs(fit.s - s) < 5 * fit.s_se).all())
+        assert bool((abs(fit.s - s) < 1e-3 + 5 * fit.s_se).all())
     fit = fit_without_derivatives(lambda rows: at_end(student, EPS), images, noise, TIMES, 4096)
     middle = (TIMES.numpy() > 0.3) & (TIMES.numpy() < 5)
     assert bool((abs(fit.l - l)[middle] > 10 * fit.l_se[middle]).all())
@@ -122,5 +122,6 @@ def test_the_covariance_alone_is_a_lower_bound_on_l() -> None:
     noise = torch.randn(images.shape, generator=generator, dtype=images.dtype)
     times = log_grid(20, 0.05, 20.0)
     fit, own = covariance_fit(images, noise, times), mixture_coefficients(times).l
-    assert bool((fit.l < own + 3 * fit.l_se).all())
+    # The standard error does not count that the covariance itself was sampled.
+    assert bool((fit.l < own + 3 * fit.l_se + 0.03 * (1 - own)).all())
     assert np.max(own - fit.l) > 0.05

@@ -1,12 +1,14 @@
-"""l_t and s_t without Jacobians, from how far a denoiser moves and how far it misses (ours).
+"""l_t and s_t without Jacobians, from where a denoiser moves its noised images (ours).
 
-Where D is the exact denoiser E[x_0 | x_t], v_t = (x - D) / t is the velocity of the PF-ODE and x_t has the same law on
-the ODE's paths as on the lines x_0 + t z. Gaussian integration by parts and the orthogonality of x_0 - D then give
-    l_t = 1 - E tr(dD/dx) / d = E ||v_t||^2 / d = 1 - R_t / d      R_t: the velocity discrepancy of independent pairs
+Gaussian integration by parts over the noise of x_t = x_0 + t z gives AP (15) for any denoiser,
+    l_t = 1 - E tr(dD/dx) / d = 1 - E[z . D(x_t, t)] / (d t).
+Where D is the exact denoiser, (x - D) / t is the velocity v_t of the PF-ODE and x_t has the same law on the ODE's paths
+as on the lines x_0 + t z. Then AP (17) is a slope, and l_t the velocity discrepancy R_t of independent pairs:
     s_t = E[h . h'] / E ||h||^2 = d/dlambda log E ||h||^2 / 2       h = D - (1 - l_t) x
-so that Analytic-Precond's log L = int l and S = rms(h) are two curves that any denoiser offers with one evaluation an
-image and time, where AP (15) and (17) take 3 and more with derivatives. For a denoiser that is off by e, l_t is off in
-second order of e at large t (||x_0 - D||^2 decides there), in first order at small t (||v_t||^2 does).
+    l_t = E ||v_t||^2 / d = 1 - R_t / d.
+So log L = int l and S = rms(h): evaluations at x_0 + t z and x_0 - t z are enough (the pair frees the estimate of l_t
+of its largest error), where AP (15) and (17) take at least three, two of them with derivatives. Where a network is not
+the exact denoiser, its l_t is still that of AP (15) and its s_t only near that of AP (17).
 """
 
 from collections.abc import Callable, Iterable
@@ -28,40 +30,41 @@ def fit_without_derivatives(
     batch: int,
     progress: Callable[[Iterable[int]], Iterable[int]] = lambda steps: steps,
 ) -> CoefficientFit:
-    """Fit l_t and s_t at each time with one evaluation an image; arguments as for `fit_coefficients`.
+    """Fit l_t and s_t at each time with two evaluations an image; arguments as for `fit_coefficients`.
 
     The same images and noise serve every time, so that the curves are smooth in t and can be differentiated. Raises
     ValueError if the denoiser returns NaN or infinity.
     """
-    moments = np.empty((len(times), 4, len(images)))
+    moments = np.empty((len(times), 5, len(images)))
     rows = [slice(i, min(i + batch, len(images))) for i in range(0, len(images), batch)]
     for k in progress(range(len(times))):
         for part in rows:
-            moments[k, :, part] = error_moments(denoiser(part), images[part], noise[part], times[k].item())
+            moments[k, :, part] = move_moments(denoiser(part), images[part], noise[part], times[k].item())
     require_finite(times, moments)
-    return solve_errors(times.double().cpu().numpy(), moments, images[0].numel())
+    return solve_moves(times.double().cpu().numpy(), moments, images[0].numel())
 
 
 @torch.no_grad()
-def error_moments(denoiser: DenoiserFn, images: Tensor, noise: Tensor, time: float) -> Array:
-    """Per image: r.r, r.x, x.x with x = x_0 + t z and r = D - x, and ||x_0 - D||^2. [4, K], float64."""
-    x = images + time * noise
-    move = denoiser(x, every(time, x).to(x.dtype)) - x
-    pairs = [(move, move), (move, x), (x, x)]
-    miss = images - x - move
-    products = [(a.double() * b.double()).flatten(1).sum(1) for a, b in [*pairs, (miss, miss)]]
-    return torch.stack(products).cpu().numpy()
+def move_moments(denoiser: DenoiserFn, images: Tensor, noise: Tensor, time: float) -> Array:
+    """Per image: r.r, r.x, x.x, z.r, z.z with x = x_0 + t z and r = D - x, means over z and -z. [5, K], float64."""
+    total = np.zeros((5, len(images)))
+    for z in (noise, -noise):
+        x = images + time * z
+        move = denoiser(x, every(time, x).to(x.dtype)) - x
+        pairs = [(move, move), (move, x), (x, x), (z, move), (z, z)]
+        products = [(a.double() * b.double()).flatten(1).sum(1) for a, b in pairs]
+        total += torch.stack(products).cpu().numpy() / 2
+    return total
 
 
-def solve_errors(times: Array, moments: Array, dimension: int) -> CoefficientFit:
-    """l_t and s_t from the per-image moments [N, 4, K] of `error_moments`, with delta-method standard errors."""
-    rr, rx, xx, miss = moments.transpose(1, 0, 2)
-    count, lam, scale = rr.shape[1], -np.log(times), dimension * times[:, None] ** 2
-    # l is known twice, as ||v||^2 / d and as 1 - ||z - v||^2 / d: the first is sharp at small t, the second at large t.
-    # Where they change over, E ||x_0||^2 / d, is read at the smallest time: only the errors depend on it.
-    moment = xx[np.argmin(times)].mean() / dimension
-    blend = (times**2 / (times**2 + moment))[:, None]
-    each = (1 - blend) * rr / scale + blend * (1 - miss / scale)
+def solve_moves(times: Array, moments: Array, dimension: int) -> CoefficientFit:
+    """l_t and s_t from the per-image moments [N, 5, K] of `move_moments`, with delta-method standard errors."""
+    rr, rx, xx, zr, zz = moments.transpose(1, 0, 2)
+    count, lam, scale = rr.shape[1], -np.log(times), dimension * times[:, None]
+    # z . z / d - 1 has mean 0: with it the estimate is sharp at large t, without it at small t. They change over where
+    # t^2 is E ||x_0||^2 / d, which is read at the smallest time: only the error depends on it.
+    blend = (times**2 / (times**2 + xx[np.argmin(times)].mean() / dimension))[:, None]
+    each = -zr / scale + blend * (1 - zz / dimension)
     l = each.mean(1)
     c = l[:, None]
     h_h = rr + 2 * c * rx + c**2 * xx
