@@ -171,9 +171,13 @@ def _reference_lines(axis: Axes, scores: pd.DataFrame) -> None:
 
 
 def training_losses(histories: dict[str, list[pd.DataFrame]], runs: Sequence[str]) -> Figure:
-    """Distillation and DSM terms against iterations, mean over seeds."""
+    """The terms of the loss against iterations, mean over seeds."""
     with plt.rc_context(_STYLE):
-        titles = {"distillation": "distillation term", "dsm": "denoising score matching term"}
+        titles = {
+            "distillation": "distillation term",
+            "consistency": "consistency term",
+            "dsm": "denoising score matching term",
+        }
         terms = [term for term in titles if any(term in table for run in runs for table in histories[run])]
         figure, axes = plt.subplots(1, len(terms), figsize=(5 * len(terms), 3.6), squeeze=False)
         for axis, term in zip(axes[0], terms, strict=True):

@@ -140,23 +140,6 @@ class OfficialTeacher(Section):
     conditional: bool = Field(False, description="Whether it is conditioned on the class; must agree with the file.")
 
 
-# The members of the unions, by the word that tells them apart.
-_MEMBERS: dict[str, type[Section]] = {"songunet": SongUNet, "mlp": MLP, "trained": Teacher, "edm": OfficialTeacher}
-
-
-class Coefficients(Section):
-    """The fit of l_t and s_t."""
-
-    times: Annotated[int, Field(ge=8)] = Field(120, description="Log-spaced times from sigma_min to sigma_max.")
-    samples: Annotated[int, Field(ge=2)] = Field(4096, description="Noised training images a time.")
-    probes: Count | Literal["exact"] = Field(
-        4, description="Rademacher probes an image for the trace, or `exact` (one JVP a dimension)."
-    )
-    batch: Count = Field(512, description="Images an evaluation.")
-    precision: Literal["float32", "float64"] = Field("float32", description="Arithmetic of the network.")
-    seed: int = Field(0, description="Seed of images, noise and probes.")
-
-
 class Doubling(Section):
     """iCT's levels: neighbours of a grid whose intervals double as training goes on."""
 
@@ -183,6 +166,39 @@ class Shrinking(Section):
     q: Annotated[float, Field(gt=1)] = Field(2.0, description="ECT's q.")
     k: Annotated[float, Field(ge=0)] = Field(8.0, description="ECT's k.")
     b: Positive = Field(1.0, description="ECT's b.")
+
+
+class NoTeacher(Section):
+    """No teacher: the network that students of consistency training begin with. Nothing is measured by one."""
+
+    kind: Literal["none"] = "none"
+    network: SongUNet | MLP = Field(discriminator="kind", description="The network inside the students.")
+    conditional: bool = Field(False, description="Condition on the class.")
+
+
+# The members of the unions, by the word that tells them apart.
+_MEMBERS: dict[str, type[Section]] = {
+    "songunet": SongUNet,
+    "mlp": MLP,
+    "trained": Teacher,
+    "edm": OfficialTeacher,
+    "none": NoTeacher,
+    "doubling": Doubling,
+    "shrinking": Shrinking,
+}
+
+
+class Coefficients(Section):
+    """The fit of l_t and s_t."""
+
+    times: Annotated[int, Field(ge=8)] = Field(120, description="Log-spaced times from sigma_min to sigma_max.")
+    samples: Annotated[int, Field(ge=2)] = Field(4096, description="Noised training images a time.")
+    probes: Count | Literal["exact"] = Field(
+        4, description="Rademacher probes an image for the trace, or `exact` (one JVP a dimension)."
+    )
+    batch: Count = Field(512, description="Images an evaluation.")
+    precision: Literal["float32", "float64"] = Field("float32", description="Arithmetic of the network.")
+    seed: int = Field(0, description="Seed of images, noise and probes.")
 
 
 class Student(Section):
@@ -363,7 +379,9 @@ class Study(Section):
     title: str = Field("", description="A heading for the report.")
     dataset: Dataset
     noise: Noise = Field(default_factory=Noise)
-    teacher: Teacher | OfficialTeacher = Field(discriminator="kind", description="The EDM denoiser that is distilled.")
+    teacher: Teacher | OfficialTeacher | NoTeacher = Field(
+        discriminator="kind", description="The EDM denoiser that is distilled, or that students are measured against."
+    )
     coefficients: Coefficients = Field(default_factory=Coefficients)
     student: dict[str, Any] = Field(description="Values that all students share; the fields of Student.")
     varies: list[str] = Field(["preconditioning"], description="The keys in which two students may differ.")
@@ -379,6 +397,11 @@ class Study(Section):
         if run not in self.students:
             raise UserError(f"study {self.name} has no student {run!r}; it has {', '.join(self.students)}")
         return Student.model_validate({**self.student, **self.students[run]})
+
+    @property
+    def taught(self) -> bool:
+        """Whether there is a teacher."""
+        return not isinstance(self.teacher, NoTeacher)
 
     def require(self, run: str, seed: int) -> None:
         """Raises UserError if the study has no such student or seed."""
@@ -402,7 +425,7 @@ class Study(Section):
         parts: dict[str, list[str]] = {
             "dataset": ["dataset"],
             "extractor": ["dataset"],
-            "teacher": base if isinstance(self.teacher, Teacher) else ["teacher"],
+            "teacher": ["teacher"] if isinstance(self.teacher, OfficialTeacher) else base,
             "coefficients": [*base, "coefficients"],
         }
         if stage == "report":
@@ -493,6 +516,8 @@ class Study(Section):
                 self.resolved(run)
             except ValidationError as error:
                 raise ValueError(f"students.{run}: {explain(error, Student, 'student.')}") from None
+        if not self.taught:
+            self._check_without_teacher()
         if len({self.resolved(run).snapshot_every for run in self.students}) > 1:
             raise ValueError("students must share snapshot_every, or their learning curves cannot be compared")
         for objective, run in self.report.baseline.items():
@@ -500,6 +525,17 @@ class Study(Section):
                 raise ValueError(f"report.baseline.{objective} names {run!r}, which is not one of the students")
             if self.resolved(run).objective != objective:
                 raise ValueError(f"report.baseline.{objective} names {run!r}, whose objective is another")
+
+    def _check_without_teacher(self) -> None:
+        for run in self.students:
+            student = self.resolved(run)
+            if student.objective != "consistency" or student.start == "teacher" or student.preconditioning in FITTED:
+                raise ValueError(
+                    f"students.{run} needs a teacher, and teacher.kind is none: use objective: consistency with start: "
+                    "random and a preconditioning that is not fitted, or give the study a teacher"
+                )
+        if self.scores.teacher_fid is not None:
+            raise ValueError("scores.teacher_fid is of a teacher, and teacher.kind is none: remove it")
 
 
 def settings_key(stage: str, seed: int | None, settings: dict[str, Any]) -> str:

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from consistency.analysis import Paired, SpeedUp
-from consistency.study import OfficialTeacher, Study
+from consistency.study import NoTeacher, OfficialTeacher, Study
 
 
 def coarse(study: Study) -> str:
@@ -15,8 +15,10 @@ def coarse(study: Study) -> str:
     return "" if count > 4 else " (one seed: no interval)" if count == 1 else f" ({count} seeds: coarse)"
 
 
-def teacher_line(row: Mapping[str, Any], study: Study) -> str:
-    """The teacher's score, the first line of a report. row: the calibration's."""
+def teacher_line(row: Mapping[str, Any] | None, study: Study) -> str:
+    """The teacher's score, the first line of a report. row: the calibration's, None without a teacher."""
+    if row is None:
+        return "No teacher: students are measured against the data alone"
     count, published = int(row["images"]), row.get("published")
     fid = study.scores.extractor == "inception"
     value = f"FID {row['fd']:.2f}" if fid else f"FD {row['fd']:.4g}, not FID"
@@ -29,6 +31,8 @@ def teacher_line(row: Mapping[str, Any], study: Study) -> str:
 def teacher_made(study: Study, parameters: int) -> str:
     """Where the teacher comes from."""
     teacher = study.teacher
+    if isinstance(teacher, NoTeacher):
+        return f"none; the students' network is {teacher.network.kind}, {parameters:,} parameters"
     if isinstance(teacher, OfficialTeacher):
         return f"official EDM checkpoint {teacher.checkpoint}, {parameters:,} parameters"
     steps = f"{teacher.steps:,} steps of {teacher.batch} images"

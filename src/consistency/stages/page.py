@@ -77,10 +77,11 @@ def write_page(
 
 
 def _verdicts(study: Study, results: Results) -> list[str]:
-    """In words only the form the paper trains with, at the NFE it claims a speed-up (2) and none (1); all in the
-    table."""
+    """In words only the form that a paper trains with, at the NFE it claims a speed-up (2) and none (1); all in the
+    table. The couplings of consistency training are all compared."""
     claims = {1, 2} & set(study.scores.curve_nfe) or set(study.scores.curve_nfe)
-    headlines = {run for run in study.students if study.resolved(run).preconditioning == "analytic"}
+    settings = {run: study.resolved(run) for run in study.students}
+    headlines = {run for run, s in settings.items() if s.preconditioning == "analytic" or s.objective == "consistency"}
     faster = [item for item in results.found if item.run in headlines and item.nfe in claims]
     better = [item for item in results.paired if item.run in headlines and item.measure != "fd"]
     return [

@@ -72,15 +72,18 @@ def _samples_picture(study: Study, layout: Layout) -> Picture:
     seed = study.seeds[0]
     data = read_dataset(study, layout)
     picks = np.linspace(0, len(data) - 1, 16).astype(int)
-    rows = [("data", data.images[picks]), ("teacher", read_array(layout.samples(None, None) / "heun.npy", "samples"))]
+    rows = [("data", data.images[picks])]
+    if study.taught:
+        rows.append(("teacher", read_array(layout.samples(None, None) / "heun.npy", "samples")))
     for nfe in study.report.grid_nfe:
         for run in study.students:
             path = layout.samples(run, seed) / f"{sampler_name(nfe)}.npy"
             images = read_array(path, f"samples --run {run} --seed {seed}")
             rows.append((f"{run}, NFE {nfe}", images))
     teacher = f"Heun{' with churn' if study.sampling.teacher_churn else ''}, NFE {2 * study.sampling.teacher_steps - 1}"
+    reference = f"the teacher ({teacher}) and " if study.taught else ""
     caption = (
-        f"Images of seeds 0 to 15, below the first row one noise a column: the teacher ({teacher}) and "
+        f"Images of seeds 0 to 15, below the first row one noise a column: {reference}"
         f"every student (training seed {seed}). First row: 16 training images, for comparison."
     )
     return Picture.of("samples", "samples", caption, figures.sample_grid(rows))

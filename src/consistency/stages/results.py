@@ -54,9 +54,9 @@ class Results:
         return records(self.scores[self.scores.kind == "calibration"])
 
     @property
-    def teacher(self) -> dict[str, Any]:
-        """The teacher's row of the calibration."""
-        return next(row for row in self.calibration if row["run"] == "teacher")
+    def teacher(self) -> dict[str, Any] | None:
+        """The teacher's row of the calibration, if there is a teacher."""
+        return next((row for row in self.calibration if row["run"] == "teacher"), None)
 
 
 def read_results(study: Study, layout: Layout) -> Results:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -17,7 +18,14 @@ from consistency.nets.denoiser import Denoiser, two_times
 from consistency.progress import Progress
 from consistency.provenance import write_card
 from consistency.seeding import ImageNoise
-from consistency.stages.inputs import made, read_preconditioning, read_student, read_teacher, time_grid
+from consistency.stages.inputs import (
+    made,
+    read_preconditioning,
+    read_student,
+    read_teacher,
+    time_grid,
+    write_array,
+)
 from consistency.stages.parts import Parts
 from consistency.stages.trainer import place
 from consistency.study import FITTED, Study
@@ -70,6 +78,9 @@ def make_samples(
     signal asks to stop; what was drawn is kept in the state folder.
     """
     started = time.time()
+    if run is None and not study.taught:
+        _write_none(study, layout, started)
+        return
     label = "samples teacher" if run is None else f"samples {run} seed {seed}"
     names = ["heun"] if run is None else [sampler.name for sampler in student_samplers(study, run)]
     folder, state = layout.samples(run, seed), layout.sampling_state(run, seed)
@@ -100,6 +111,14 @@ def make_samples(
             )
     if ranks.first:
         shutil.rmtree(state)
+
+
+def _write_none(study: Study, layout: Layout, started: float) -> None:
+    """Without a teacher: an array of no images."""
+    path, size = layout.samples(None, None) / "heun.npy", study.dataset.resolution
+    write_array(path, np.zeros((0, size, size, study.dataset.channels), np.uint8))
+    inputs = [layout.teacher / "teacher.safetensors"]
+    write_card(study, layout, "samples", run=None, seed=None, started=started, inputs=inputs, outputs=[path])
 
 
 def _digests(study: Study, layout: Layout, run: str | None, seed: int | None) -> dict[Path, str]:

@@ -41,23 +41,29 @@ Row = dict[str, Any]
 
 
 def make_calibration(study: Study, layout: Layout, device: torch.device) -> None:
-    """Write calibration.csv (data halves; teacher), endpoints.npy, the teacher's ODE endpoints, and their card.
+    """Write calibration.csv (data halves; teacher), endpoints.npy, the teacher's ODE endpoints, none without a teacher,
+    and their card.
 
     Raises UserError, and leaves no calibration.csv, when the teacher's FID is not the published one.
     """
     started = time.time()
     images = _read_samples(study, layout, None, None, "heun")
     scorer = _Scorer(study, layout, device, f"calibration {study.name}", len(images))
-    scorer.warn_of_singular(len(images))
-    teacher = prepared(study, read_teacher(study, layout, device))
-    nfe = 2 * study.sampling.teacher_steps - 1
-    row = scorer.row("calibration", "teacher", None, None, 0, "heun", nfe) | scorer.against_data([images], len(images))
+    scorer.warn_of_singular(study.sampling.count)
+    rows = [scorer.halves()]
+    ends = np.zeros((0, study.dataset.channels, *[study.dataset.resolution] * 2), np.float32)
+    if study.taught:
+        teacher = prepared(study, read_teacher(study, layout, device))
+        nfe = 2 * study.sampling.teacher_steps - 1
+        row = scorer.row("calibration", "teacher", None, None, 0, "heun", nfe)
+        rows.append(row | scorer.against_data([images], len(images)))
+        _require_published(study, layout, rows[-1])
+        ends = _endpoints(study, teacher)
     scorer.progress.close()
-    _require_published(study, layout, row)
     path = layout.scores(None, None)
     endpoints = path.with_name("endpoints.npy")
-    write_array(endpoints, _endpoints(study, teacher))
-    _write(path, [scorer.halves(), row], CALIBRATION_COLUMNS)
+    write_array(endpoints, ends)
+    _write(path, rows, CALIBRATION_COLUMNS)
     inputs = [layout.teacher / "teacher.safetensors", layout.samples(None, None) / "heun.npy"]
     _write_card(study, layout, None, None, started, inputs, [path, endpoints])
     layout.measured_calibration.unlink(missing_ok=True)
@@ -224,8 +230,8 @@ class _Student:
         return self.scorer.row(kind, self.run, self.seed, rate, step, sampler, nfe)
 
     def _aligned(self, nfe: int) -> bool:
-        """Whether the samples come from their first noise alone, as the teacher's endpoints do."""
-        return nfe == 1 or not self.multistep
+        """Whether the samples come from their first noise alone, as the teacher's endpoints do, if there are any."""
+        return len(self.endpoints) > 0 and (nfe == 1 or not self.multistep)
 
     def _drawn(self, model: Denoiser, nfe: int, count: int) -> Iterator[tuple[slice, torch.Tensor]]:
         jumps = jump_sampler(self.study, self.run, model, self.preconditioning, nfe)
