@@ -57,6 +57,15 @@ def test_the_tangent_of_an_exact_consistency_function_is_the_denoiser(t: float) 
     torch.testing.assert_close(tangent(endpoint)(x, time), TEACHER(x, time), rtol=1e-8, atol=1e-10)
 
 
+def test_the_tangent_asks_only_that_f_is_constant_along_the_flow() -> None:
+    """So is any function of f; a linear one has a Jacobian that is not symmetric."""
+    mixing = torch.tensor([[1.0, 2.0, 0.0], [0.0, 1.0, -1.0], [0.5, 0.0, 1.0]], dtype=torch.float64)
+    x = torch.randn(6, 3, dtype=torch.float64, generator=seeded())
+    time = every(0.5, x)
+    found = tangent(lambda y, t: endpoint(y, t) @ mixing.T)(x, time)
+    torch.testing.assert_close(found, TEACHER(x, time), rtol=1e-8, atol=1e-10)
+
+
 @pytest.mark.parametrize("t", [0.1, 1.0, 4.0])
 def test_the_tangent_on_a_mixture_whose_flow_is_not_linear(t: float) -> None:
     """The consistency function by the reference solver, its derivatives by interpolation on a fine table in x and t."""
