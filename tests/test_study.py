@@ -203,6 +203,49 @@ def test_an_impossible_combination_is_explained(write_study: WriteStudy, changes
     assert message in mistake(write_study(changes))
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"student.distance": "lpips"}, "distance lpips is for distillation: consistency training compares by"),
+        ({"student.curriculum.first": 17}, "students.ic: first 17 is more than last 16"),
+        ({"student.curriculum.frist": 2}, "unknown key 'student.curriculum.frist'; did you mean 'first'?"),
+        ({"student.curriculum": {"kind": "halving"}}, "key 'student.curriculum': input tag 'halving'"),
+        ({"student.curriculum": {"kind": "shrinking"}}, "key 'student.curriculum.double_every' is missing"),
+        (
+            {"student.curriculum": {"kind": "shrinking", "double_every": 2, "q": 1.0}},
+            "key 'student.curriculum.q': input should be greater than 1, got 1.0",
+        ),
+        ({"students.gc.mu": 1.5}, "key 'student.mu': input should be less than or equal to 1, got 1.5"),
+        ({"students.ot.coupling": "op"}, "key 'student.coupling': input should be 'ic', 'ot' or 'gc', got 'op'"),
+        ({"student.start": "teacher"}, "students.ic needs a teacher, and teacher.kind is none"),
+        ({"student.preconditioning": "analytic"}, "students.ic needs a teacher, and teacher.kind is none"),
+        (
+            {"student": {"objective": "endpoint", "steps": 6, "batch": 4, "snapshot_every": 6, "log_every": 6}}
+            | {"students": {"cm": {}}, "report": {}},
+            "students.cm needs a teacher, and teacher.kind is none",
+        ),
+        (
+            {"scores.extractor": "inception", "scores.teacher_fid": 1.97},
+            "scores.teacher_fid is of a teacher, and teacher.kind is none: remove it",
+        ),
+        ({"teacher.network.widht": 8}, "unknown key 'teacher.network.widht'; did you mean 'width'?"),
+        ({"teacher.steps": 8}, "unknown key 'teacher.steps'; there are kind, network, conditional"),
+    ],
+)
+def test_a_study_without_a_teacher_is_held_to_what_it_can_do(
+    write_study: WriteStudy, untaught: dict[str, Any], changes: dict[str, Any], message: str
+) -> None:
+    assert message in mistake(write_study(untaught | changes))
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("coupling", "gc"), ("mu", 0.3), ("curriculum", {"kind": "doubling"}), ("start", "teacher")],
+)
+def test_what_is_for_consistency_training_is_refused_elsewhere(write_study: WriteStudy, field: str, value: Any) -> None:
+    assert f"{field} is for consistency training: use it with" in mistake(write_study({f"student.{field}": value}))
+
+
 def test_students_may_differ_in_what_the_study_says_varies(write_study: WriteStudy) -> None:
     path = write_study({"varies": ["preconditioning", "dropout"], "students.ctm.dropout": 0.1})
     study = load_study(path)
@@ -328,6 +371,14 @@ def test_a_key_changes_exactly_when_a_setting_it_depends_on_does(
 ) -> None:
     before, after = keys(tiny()), keys(tiny({key: value}))
     assert {name for name in before if before[name] != after[name]} == changed | {"report"}
+
+
+def test_the_arms_of_a_coupling_have_keys_of_their_own(tiny: Tiny, untaught: dict[str, Any]) -> None:
+    before, after = keys(tiny(untaught)), keys(tiny(untaught | {"students.gc.mu": 0.7}))
+    assert {name for name in before if before[name] != after[name]} == {
+        *("student gc", "samples gc", "scores gc", "report"),
+    }
+    assert len(set(before.values())) == len(before)
 
 
 def test_the_batch_of_the_samplers_changes_no_key(tiny: Tiny) -> None:

@@ -144,7 +144,10 @@ def _begun(settings: Student, teacher: Denoiser, seed: int) -> Denoiser:
     if settings.objective != "consistency" or settings.start == "teacher":
         return student_from_teacher(teacher, dropout=settings.dropout, seed=drawn)
     # The network of the teacher, not its weights: without a teacher to follow there is no s but eps to be told.
-    return init_denoiser({**teacher.architecture, "dropout": settings.dropout}, drawn)
+    architecture = {**teacher.architecture, "dropout": settings.dropout}
+    if "augment_dim" in architecture:
+        architecture["augment_dim"] = 0
+    return init_denoiser(architecture, drawn)
 
 
 def _objective(
