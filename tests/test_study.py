@@ -253,6 +253,19 @@ def test_students_may_differ_in_what_the_study_says_varies(write_study: WriteStu
     assert study.resolved("analytic").dropout == 0.0
 
 
+def test_fields_without_a_say_are_fields_and_do_not_include_the_objectives_own() -> None:
+    common: dict[str, Any] = {"steps": 50, "batch": 4, "snapshot_every": 50}
+    for objective, own in {
+        "trajectory": {"nodes", "max_heun_steps", "dsm_weight", "dsm_balance", "target"},
+        "endpoint": {"nodes", "target"},
+        "consistency": {"coupling", "curriculum", "start"},
+    }.items():
+        student = Student(objective=objective, **common)
+        assert student.idle <= Student.model_fields.keys() - own - {"objective", "preconditioning", "steps"}
+    assert "mu" in student.idle
+    assert "mu" not in Student(objective="consistency", coupling="gc", **common).idle
+
+
 def test_a_student_that_is_not_there_is_named_with_those_that_are(tiny: Tiny) -> None:
     with pytest.raises(UserError, match="study tiny has no student 'ctn'; it has ctm, analytic"):
         tiny().resolved("ctn")

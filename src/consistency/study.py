@@ -282,6 +282,20 @@ class Student(Section):
         return self
 
     @property
+    def idle(self) -> set[str]:
+        """The fields that have no say in this student, whatever they are."""
+        trajectory = {"max_heun_steps", "dsm_weight", "dsm_balance"}
+        if self.objective != "consistency":
+            coupled = {"coupling", "mu", "curriculum", "start"}
+            return coupled if self.objective == "trajectory" else coupled | trajectory
+        return trajectory | {"nodes", "target"} | (set() if self.coupling == "gc" else {"mu"})
+
+    @property
+    def from_teacher(self) -> bool:
+        """Whether its first weights are the teacher's."""
+        return self.objective != "consistency" or self.start == "teacher"
+
+    @property
     def to_the_end(self) -> bool:
         """Whether its function only jumps to eps, so that more jumps than one need fresh noise between them."""
         return self.objective != "trajectory"
@@ -529,7 +543,7 @@ class Study(Section):
     def _check_without_teacher(self) -> None:
         for run in self.students:
             student = self.resolved(run)
-            if student.objective != "consistency" or student.start == "teacher" or student.preconditioning in FITTED:
+            if student.from_teacher or student.preconditioning in FITTED:
                 raise ValueError(
                     f"students.{run} needs a teacher, and teacher.kind is none: use objective: consistency with start: "
                     "random and a preconditioning that is not fitted, or give the study a teacher"

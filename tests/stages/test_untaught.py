@@ -96,7 +96,7 @@ def test_the_estimate_counts_the_evaluations_that_training_did(study: Study, lay
 
 def test_the_report_has_no_teacher_in_its_pictures(study: Study, layout: Layout) -> None:
     names = {path.stem for path in (layout.report / "figures").glob("*.png")}
-    assert {"samples", "curves_fd", "losses", "speedup_fd"} <= names
+    assert names == {"samples", "curves_fd", "losses", "speedup_fd"}
 
 
 def test_every_folder_was_handed_over(layout: Layout) -> None:

@@ -45,12 +45,15 @@ def draw_pictures(
     if study.needs_coefficients:
         pictures += _coefficient_pictures(study, layout)
     for measure in ("fd", "alignment"):
+        nfes = [nfe for nfe in study.scores.curve_nfe if scores[scores.nfe == nfe][measure].notna().any()]
+        if not nfes:
+            continue
         images = count if measure == "fd" else study.scores.alignment_count
         caption = (
             f"{figures.measure_label(measure, extractor)} against training iterations: mean over {seeds}, band from "
             f"the lowest to the highest seed, N = {images} images a point. Step 0 is left out."
         )
-        figure = figures.learning_curves(scores, runs, study.scores.curve_nfe, measure, extractor)
+        figure = figures.learning_curves(scores, runs, nfes, measure, extractor)
         pictures.append(Picture.of(f"curves_{measure}", "curves", caption, figure))
     if found:
         for measure in dict.fromkeys(item.measure for item in found):

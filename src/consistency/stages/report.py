@@ -83,10 +83,12 @@ def print_summary(study: Study, layout: Layout) -> None:
     label = measure_label("fd", results.extractor)
     print(f"\n{teacher_line(results.teacher, study)}")
     print(f"\n{study.title or study.name}: mean ± half-width of the 95 % t interval over seeds{coarse(study)}\n")
-    print(f"{'student':18} {'sampler':10} {'NFE':>3}  {label:>36}  {'alignment error':>24}")
+    measures = ("fd", "alignment") if results.aligned else ("fd", "kid")
+    other = "alignment error" if results.aligned else "KID"
+    print(f"{'student':18} {'sampler':10} {'NFE':>3}  {label:>36}  {other:>24}")
     for row in results.table.itertuples():
-        fd, alignment = (plus_minus(getattr(row, m), getattr(row, f"{m}_half_width")) for m in ("fd", "alignment"))
-        print(f"{row.run:18} {row.sampler:10} {row.nfe:3}  {fd:>36}  {alignment:>24}")
+        first, second = (plus_minus(getattr(row, m), getattr(row, f"{m}_half_width")) for m in measures)
+        print(f"{row.run:18} {row.sampler:10} {row.nfe:3}  {first:>36}  {second:>24}")
     for known in results.calibration:
         print(f"{known['run']:18} {known['sampler']:10} {known['nfe'] or '':3}  {known['fd']:36.4g}")
     if results.found:

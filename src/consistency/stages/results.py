@@ -49,6 +49,11 @@ class Results:
         return len(self.main) < len(self.scores)
 
     @property
+    def aligned(self) -> bool:
+        """Whether any student was held against a teacher's endpoints."""
+        return bool(self.scores.alignment.notna().any())
+
+    @property
     def calibration(self) -> list[dict[str, Any]]:
         """What was scored before any student."""
         return records(self.scores[self.scores.kind == "calibration"])

@@ -141,7 +141,7 @@ def _begun(settings: Student, teacher: Denoiser, seed: int) -> Denoiser:
     """A student before its training. Weights, data order and noise depend on the seed alone, so that students of one
     seed differ in nothing else."""
     drawn = derived_seed(seed, "student")
-    if settings.objective != "consistency" or settings.start == "teacher":
+    if settings.from_teacher:
         return student_from_teacher(teacher, dropout=settings.dropout, seed=drawn)
     # The network of the teacher, not its weights: without a teacher to follow there is no s but eps to be told.
     architecture = {**teacher.architecture, "dropout": settings.dropout}

@@ -27,6 +27,7 @@ MEASURES = ("fd", "kid", "alignment")
 TRAINING, STUDENT = "consistency.training", "consistency.student"
 
 _TEACHER_NOTE = "The EDM teacher. `final/*/heun-*`: its samples; `calibration/*/data-halves`: real against real."
+_NO_TEACHER_NOTE = "No teacher: the network of the students. `calibration/*/data-halves`: real against real."
 
 
 class Point(NamedTuple):
@@ -102,7 +103,7 @@ def plan_live(study: Study, layout: Layout, run: str | None, seed: int | None, m
     common: dict[str, Any] = {"data": _data(study, layout), "started": started, "ended": started}
     if run is None or seed is None:
         params = _teacher_params(study)
-        return [Upload("teacher", "teacher", params=params, tags=_origin(made), note=_TEACHER_NOTE, **common)]
+        return [Upload("teacher", "teacher", params=params, tags=_origin(made), note=_teacher_note(study), **common)]
     differing = _differing(study)
     own = _flat(study.resolved(run).model_dump(mode="json"))
     tags = {key: own[key] for key in differing}
@@ -140,7 +141,7 @@ def _teacher(study: Study, layout: Layout) -> Upload:
         ended=ended,
         params=_teacher_params(study),
         tags=_origin(card),
-        note=_TEACHER_NOTE,
+        note=_teacher_note(study),
         points=points,
         files=[
             *_files(layout.teacher, "card.json", "history.jsonl"),
@@ -149,6 +150,10 @@ def _teacher(study: Study, layout: Layout) -> Upload:
         ],
         texts=[_checkpoint(layout, layout.teacher / "teacher.safetensors", card)],
     )
+
+
+def _teacher_note(study: Study) -> str:
+    return _TEACHER_NOTE if study.taught else _NO_TEACHER_NOTE
 
 
 def _teacher_params(study: Study) -> dict[str, str]:
