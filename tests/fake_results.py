@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 from consistency.files import atomic, sha256, write_json
 from consistency.layout import Layout, snapshot_name
 from consistency.provenance import write_card
+from consistency.stages.inputs import student_file
 from consistency.stages.samples import student_samplers
 from consistency.study import FITTED, NoTeacher, OfficialTeacher, Study, load_study
 from consistency.theory.noise import log_grid
@@ -85,7 +86,8 @@ def make_results(study: Study, layout: Layout) -> None:
     if study.needs_coefficients:
         _coefficients(study, layout)
     _samples(study, layout, None, None)
-    for run in study.students:
+    # Those that others are made from come first.
+    for run in sorted(study.students, key=lambda run: study.resolved(run).frozen is not None):
         for seed in study.seeds:
             make_student(study, layout, run, seed)
     _calibration(study, layout)
@@ -104,6 +106,8 @@ def make_student(study: Study, layout: Layout, run: str, seed: int, level: float
         _weights(layout.student_file(run, seed, rate), study.key("student", run, seed), settings.steps)
     inputs = [layout.dataset / "images.npy", layout.teacher / "teacher.safetensors"]
     inputs += [layout.coefficients / "coefficients.npz"] if settings.preconditioning in FITTED else []
+    if frozen := settings.frozen:
+        inputs.append(student_file(layout, frozen.run, seed, step=frozen.step))
     images, seconds = settings.steps * settings.batch, lines[-1]["seconds"]
     _card(study, layout, "student", inputs, run, seed, images=images, seconds=seconds)
     _samples(study, layout, run, seed)

@@ -72,6 +72,16 @@ def test_a_section_that_dvc_names_must_be_there(tiny: Callable[..., Study], tmp_
         plan(tiny({"report": absent}), tmp_path)
 
 
+def test_students_made_from_students_have_no_plan(
+    tiny: Callable[..., Study], couplings: dict[str, Any], tmp_path: Path
+) -> None:
+    frozen = {"varies": ["coupling", "mu", "predictor"], "students.gc.predictor": {"run": "ic"}}
+    with pytest.raises(
+        UserError, match=r"students\.gc is made from another student, .*snakemake --config studies=tiny"
+    ):
+        plan(tiny(couplings | frozen), tmp_path)
+
+
 def test_only_a_student_that_reads_the_coefficients_sees_them_change(
     tiny: Callable[..., Study], tmp_path: Path
 ) -> None:

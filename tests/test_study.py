@@ -239,8 +239,47 @@ def test_a_study_without_a_teacher_is_held_to_what_it_can_do(
 
 
 @pytest.mark.parametrize(
+    ("predictor", "message"),
+    [
+        ("averge", "students.gc: key 'student.predictor': input should be 'average', got 'averge'"),
+        ({"rum": "ic"}, "unknown key 'student.predictor.rum'; did you mean 'run'?"),
+        ({"step": 3}, "key 'student.predictor.run' is missing"),
+        ({"run": "ic", "step": 0}, "key 'student.predictor.step': input should be greater than or equal to 1, got 0"),
+        ({"run": "otehr"}, "predictor names 'otehr', which is not one of the students; did you mean 'other'?"),
+        ({"run": "ic", "step": 2}, "names step 2 of 'ic', which keeps a snapshot every 3 steps up to 6: name one"),
+        ({"run": "ic", "step": 9}, "names step 9 of 'ic', which keeps a snapshot every 3 steps up to 6: name one"),
+        ({"run": "gc"}, "students.gc: predictor leads round in a circle (gc -> gc): one must come first"),
+        ({"run": "other"}, "predictor leads round in a circle (other -> gc -> other): one must come first"),
+        ({"run": "ctm"}, "students.gc: predictor names 'ctm', whose preconditioning is another: they must agree"),
+    ],
+)
+def test_a_frozen_predictor_is_a_student_that_can_come_first(
+    write_study: WriteStudy, untaught: dict[str, Any], predictor: Any, message: str
+) -> None:
+    students = {
+        "other": {"coupling": "gc", "predictor": {"run": "gc" if predictor == {"run": "other"} else "ic"}},
+        "ctm": {"preconditioning": "ctm"},
+        **untaught["students"],
+    }
+    varies = {"varies": ["coupling", "mu", "predictor", "preconditioning"]}
+    changes = untaught | varies | {"students": students, "students.gc.predictor": predictor}
+    assert message in mistake(write_study(changes))
+
+
+def test_only_gc_has_a_predictor(write_study: WriteStudy, untaught: dict[str, Any]) -> None:
+    changes = untaught | {"student.predictor": {"run": "gc"}}
+    assert "students.ic: predictor is for coupling gc, ic makes no endpoints" in mistake(write_study(changes))
+
+
+@pytest.mark.parametrize(
     ("field", "value"),
-    [("coupling", "gc"), ("mu", 0.3), ("curriculum", {"kind": "doubling"}), ("start", "teacher")],
+    [
+        ("predictor", {"run": "ctm"}),
+        ("coupling", "gc"),
+        ("mu", 0.3),
+        ("curriculum", {"kind": "doubling"}),
+        ("start", "teacher"),
+    ],
 )
 def test_what_is_for_consistency_training_is_refused_elsewhere(write_study: WriteStudy, field: str, value: Any) -> None:
     assert f"{field} is for consistency training: use it with" in mistake(write_study({f"student.{field}": value}))
@@ -392,6 +431,20 @@ def test_the_arms_of_a_coupling_have_keys_of_their_own(tiny: Tiny, untaught: dic
         *("student gc", "samples gc", "scores gc", "report"),
     }
     assert len(set(before.values())) == len(before)
+
+
+def test_a_student_made_from_a_student_changes_with_it(tiny: Tiny, untaught: dict[str, Any]) -> None:
+    students = untaught["students"] | {"weak": {"coupling": "gc", "mu": 1.0, "predictor": {"run": "ic", "step": 3}}}
+    study = untaught | {"varies": ["coupling", "mu", "predictor", "learning_rate"], "students": students}
+    before = keys(tiny(study))
+    for change, runs in (
+        ({"students.ic.learning_rate": 1e-3}, ("ic", "weak")),
+        ({"students.weak.predictor": {"run": "ic"}}, ("weak",)),
+        ({"students.gc.learning_rate": 1e-3}, ("gc",)),
+    ):
+        after = keys(tiny(study | change))
+        expected = {f"{stage} {run}" for stage in ("student", "samples", "scores") for run in runs} | {"report"}
+        assert {name for name in before if before[name] != after[name]} == expected
 
 
 def test_the_batch_of_the_samplers_changes_no_key(tiny: Tiny) -> None:

@@ -70,6 +70,10 @@ class Layout:
         """A student's checkpoint; rate: a further EMA rate."""
         return self.student(run, seed) / f"student{ema_suffix(rate)}.safetensors"
 
+    def snapshot(self, run: str, seed: int, step: int, rate: float | None = None) -> Path:
+        """A student's snapshot at a step; rate: a further EMA rate."""
+        return self.student(run, seed) / "snapshots" / snapshot_name(step, rate)
+
     def samples(self, run: str | None, seed: int | None) -> Path:
         """One .npy a sampler, card.json; the teacher's without a run."""
         folder = self.root / "samples"

@@ -23,8 +23,13 @@ def write_plan(study: Study, layout: Layout) -> None:
     """Write results/<study>/plan/: a JSON file a job with the key of its settings, the digest of its code, and the
     sha256 of its downloads.
 
-    Raises UserError when the study leaves out a section that dvc.yaml names.
+    Raises UserError when the study leaves out a section that dvc.yaml names, or has students made from students.
     """
+    if frozen := [run for run in study.students if study.resolved(run).frozen]:
+        raise UserError(
+            f"students.{frozen[0]} is made from another student, and dvc.yaml knows no order among students: "
+            f"run `snakemake --config studies={study.name}` instead"
+        )
     for section in _NAMED:
         if section not in study.model_fields_set:
             raise UserError(f"study {study.name} has no section {section}, which dvc.yaml reads: add `{section}: {{}}`")

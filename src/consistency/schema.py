@@ -12,6 +12,7 @@ from consistency.study import (
     Churn,
     Classifier,
     Doubling,
+    Frozen,
     NoTeacher,
     OfficialTeacher,
     Shrinking,
@@ -47,6 +48,7 @@ _INSIDE: dict[str, dict[str, type[BaseModel]]] = {
         "`teacher`, kind none": NoTeacher,
     },
     "student": {
+        "`student.predictor`, if it is not `average`": Frozen,
         "`student.curriculum`, kind doubling": Doubling,
         "`student.curriculum`, kind shrinking": Shrinking,
     },

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, model_validator
 
 from consistency.errors import UserError
 
@@ -111,7 +111,7 @@ class MLP(Section):
 
 
 # What pydantic adds to a location besides keys: the member of a union, and that it is the key which is wrong.
-_UNION_MEMBER = re.compile(r"^(constrained-\w+|literal\[.*\]|\[key\])$")
+_UNION_MEMBER = re.compile(r"^(constrained-\w+|literal\[.*\]|\[key\]|average)$")
 
 
 class Teacher(Section):
@@ -168,6 +168,17 @@ class Shrinking(Section):
     b: Positive = Field(1.0, description="ECT's b.")
 
 
+class Frozen(Section):
+    """gc's endpoints from a student that was trained before, of the same seed, instead of the student's own average."""
+
+    run: Name = Field(description="The name of that student.")
+    step: Count | None = Field(None, description="Its snapshot at that step; without: its final weights.")
+
+
+def _kind_of_predictor(value: Any) -> str:
+    return "frozen" if isinstance(value, dict | Frozen) else "average"
+
+
 class NoTeacher(Section):
     """No teacher: the network that students of consistency training begin with. Nothing is measured by one."""
 
@@ -185,6 +196,7 @@ _MEMBERS: dict[str, type[Section]] = {
     "none": NoTeacher,
     "doubling": Doubling,
     "shrinking": Shrinking,
+    "frozen": Frozen,
 }
 
 
@@ -228,6 +240,10 @@ class Student(Section):
     mu: Annotated[float, Field(ge=0, le=1)] = Field(
         0.5, description="Probability that gc replaces an image by a generated one, the paper's mu; the rest is ic."
     )
+    predictor: Annotated[
+        Annotated[Literal["average"], Tag("average")] | Annotated[Frozen, Tag("frozen")],
+        Discriminator(_kind_of_predictor),
+    ] = Field("average", description="What makes gc's endpoints: the student's average, or another student, frozen.")
     curriculum: Doubling | Shrinking = Field(
         default_factory=Doubling, discriminator="kind", description="Levels of consistency training."
     )
@@ -262,9 +278,11 @@ class Student(Section):
     @model_validator(mode="after")
     def _possible(self) -> Self:
         if self.objective != "consistency":
-            given = self.model_fields_set & {"coupling", "mu", "curriculum", "start"}
+            given = self.model_fields_set & {"coupling", "mu", "predictor", "curriculum", "start"}
             if given:
                 raise ValueError(f"{min(given)} is for consistency training: use it with objective: consistency")
+        elif isinstance(self.predictor, Frozen) and self.coupling != "gc":
+            raise ValueError(f"predictor is for coupling gc, {self.coupling} makes no endpoints: remove it")
         elif self.distance == "lpips":
             raise ValueError("distance lpips is for distillation: consistency training compares by pseudo_huber")
         if self.preconditioning == "cm" and self.objective == "trajectory":
@@ -282,13 +300,18 @@ class Student(Section):
         return self
 
     @property
+    def frozen(self) -> Frozen | None:
+        """The student before it that makes gc's endpoints, if one does."""
+        return self.predictor if isinstance(self.predictor, Frozen) else None
+
+    @property
     def idle(self) -> set[str]:
         """The fields that have no say in this student, whatever they are."""
         trajectory = {"max_heun_steps", "dsm_weight", "dsm_balance"}
         if self.objective != "consistency":
-            coupled = {"coupling", "mu", "curriculum", "start"}
+            coupled = {"coupling", "mu", "predictor", "curriculum", "start"}
             return coupled if self.objective == "trajectory" else coupled | trajectory
-        return trajectory | {"nodes", "target"} | (set() if self.coupling == "gc" else {"mu"})
+        return trajectory | {"nodes", "target"} | (set() if self.coupling == "gc" else {"mu", "predictor"})
 
     @property
     def from_teacher(self) -> bool:
@@ -461,6 +484,8 @@ class Study(Section):
             student = self.resolved(run)
             settings = self.settings("coefficients") if student.preconditioning in FITTED else settings
             settings["student"] = student.model_dump(mode="json")
+            if student.frozen:
+                settings["predictor"] = self.settings("student", student.frozen.run)
         if stage in ("samples", "scores"):
             settings["sampling"] = dump["sampling"]
             settings["sampling"].pop("batch")
@@ -532,6 +557,8 @@ class Study(Section):
                 raise ValueError(f"students.{run}: {explain(error, Student, 'student.')}") from None
         if not self.taught:
             self._check_without_teacher()
+        for run in self.students:
+            self._check_predictor(run)
         if len({self.resolved(run).snapshot_every for run in self.students}) > 1:
             raise ValueError("students must share snapshot_every, or their learning curves cannot be compared")
         for objective, run in self.report.baseline.items():
@@ -539,6 +566,33 @@ class Study(Section):
                 raise ValueError(f"report.baseline.{objective} names {run!r}, which is not one of the students")
             if self.resolved(run).objective != objective:
                 raise ValueError(f"report.baseline.{objective} names {run!r}, whose objective is another")
+
+    def _check_predictor(self, run: str) -> None:
+        """Raises ValueError where the student that another one reads is not there, not alike, or made from it."""
+        student, where = self.resolved(run), f"students.{run}: predictor"
+        frozen = student.frozen
+        if frozen is None:
+            return
+        if frozen.run not in self.students:
+            near = difflib.get_close_matches(frozen.run, self.students, 1)
+            raise ValueError(
+                f"{where} names {frozen.run!r}, which is not one of the students"
+                + (f"; did you mean {near[0]!r}?" if near else "")
+            )
+        other = self.resolved(frozen.run)
+        if other.preconditioning != student.preconditioning:
+            raise ValueError(f"{where} names {frozen.run!r}, whose preconditioning is another: they must agree")
+        if frozen.step is not None and (frozen.step > other.steps or frozen.step % other.snapshot_every):
+            raise ValueError(
+                f"{where} names step {frozen.step} of {frozen.run!r}, which keeps a snapshot every "
+                f"{other.snapshot_every} steps up to {other.steps}: name one of those, or none for its final weights"
+            )
+        chain = [run]
+        while (following := self.resolved(chain[-1]).frozen) and following.run in self.students:
+            if following.run in chain:
+                way = " -> ".join([*chain, following.run])
+                raise ValueError(f"{where} leads round in a circle ({way}): one must come first")
+            chain.append(following.run)
 
     def _check_without_teacher(self) -> None:
         for run in self.students:

@@ -1,5 +1,6 @@
 """Two compared students start from the same weights and see the same images, times and noise."""
 
+import json
 import os
 import shutil
 import signal
@@ -230,6 +231,40 @@ def test_an_interrupted_arm_ends_with_the_bits_of_an_uninterrupted_one(
         train(job)
         ends.append(torch.cat([weights(job.update.model), weights(job.averages[0].model)]))
     assert torch.equal(ends[1], ends[0])
+
+
+def test_a_frozen_predictor_is_the_other_students_and_stays_what_it_is(
+    tiny: Tiny, couplings: Changes, first_results: Layout, tmp_path: Path
+) -> None:
+    shutil.copytree(first_results.results, tmp_path / "results")
+    layout = Layout("tiny", tmp_path / "results", tmp_path / "state")
+    arms = {
+        "own": {"coupling": "gc", "mu": 1.0},
+        "full": {"coupling": "gc", "mu": 1.0, "predictor": {"run": "ic"}},
+        "weak": {"coupling": "gc", "mu": 1.0, "predictor": {"run": "ic", "step": 3}},
+    }
+    changes = couplings | {"varies": ["coupling", "mu", "predictor"], "students": couplings["students"] | arms}
+    study = tiny(changes)
+    with pytest.raises(UserError, match="run `python -m consistency student --run ic --seed 0` first"):
+        training(study, layout, "full")
+    stage.make_student(study, layout, "ic", 0, CPU)
+    ended = weights(load_denoiser(layout.student_file("ic", 0))[0])
+    halfway = weights(load_denoiser(layout.snapshot("ic", 0, 3))[0])
+    trained = []
+    for run, expected in (("full", ended), ("weak", halfway), ("own", None)):
+        job = training(study, layout, run)
+        predictor = job.update.objective.predictor  # type: ignore[attr-defined]
+        train(job)
+        trained.append(weights(job.update.model))
+        # The student's own average moves away from where it began; a frozen predictor is what it was.
+        assert expected is None or torch.equal(weights(predictor), expected)
+        assert (predictor is job.averages[0].model) == (expected is None)
+    assert not torch.equal(trained[0], trained[1]) and not torch.equal(trained[0], trained[2])
+    stage.make_student(study, layout, "weak", 0, CPU)
+    card = json.loads((layout.student("weak", 0) / "card.json").read_text())
+    assert "students/ic/seed0/snapshots/step-000003.safetensors" in card["inputs"]
+    with pytest.raises(UserError, match="made by study 'tiny' with other settings"):
+        training(tiny(changes | {"student.learning_rate": 1e-3}), layout, "full")
 
 
 def test_lion_is_the_optimiser_that_the_study_asks_for(tiny: Tiny, couplings: Changes, first_results: Layout) -> None:

@@ -118,6 +118,16 @@ def coefficients_if_fitted(wildcards) -> list[str]:
     return [f"results/{wildcards.study}/coefficients/coefficients.npz"] if fitted else []
 
 
+def predictor_if_frozen(wildcards) -> list[str]:
+    """The student of the same seed that makes gc's endpoints, for one that does not make its own: its final weights or
+    its snapshots."""
+    frozen = study_of(wildcards).resolved(wildcards.run).frozen
+    if frozen is None:
+        return []
+    folder = f"results/{wildcards.study}/students/{frozen.run}/seed{wildcards.seed}"
+    return [f"{folder}/student.safetensors" if frozen.step is None else f"{folder}/snapshots"]
+
+
 def calibration_if_required(wildcards) -> list[str]:
     """The calibration, where the study says what it must find: no student is trained on a teacher that fails it."""
     required = study_of(wildcards).scores.teacher_fid is not None

@@ -12,7 +12,7 @@ import torch
 from consistency.errors import UserError
 from consistency.features import INCEPTION, Statistics, frechet_distance, kernel_distance
 from consistency.files import write_json, write_with
-from consistency.layout import Layout, snapshot_name
+from consistency.layout import Layout
 from consistency.nets.denoiser import Denoiser
 from consistency.progress import Progress
 from consistency.provenance import read_card, write_card
@@ -24,12 +24,12 @@ from consistency.stages.inputs import (
     read_preconditioning,
     read_student,
     read_teacher,
+    student_file,
     write_array,
 )
 from consistency.stages.samples import StudentSampler, draw, heun_sampler, jump_sampler, prepared, student_samplers
 from consistency.study import FITTED, Study
 from consistency.theory.preconditioning import Preconditioning
-from consistency.training.checkpoint import load_denoiser
 from consistency.training.data import to_bytes
 
 COLUMNS = ["study", "kind", "run", "seed", "ema", "step", "sampler", "nfe"]
@@ -92,10 +92,9 @@ def make_scores(study: Study, layout: Layout, run: str, seed: int, device: torch
         inputs += [layout.student_file(run, seed, rate)]
         inputs += [layout.samples(run, seed) / f"{sampler.name}.npy" for sampler in own]
         for step in steps:
-            path = layout.student(run, seed) / "snapshots" / snapshot_name(step, rate)
-            model = load_denoiser(path, study.key("student", run, seed))[0].to(device)
+            model = read_student(study, layout, run, seed, device, rate, step)
             rows += [scored.curve_row(prepared(study, model), step, nfe) for nfe in scores.curve_nfe]
-            inputs.append(path)
+            inputs.append(student_file(layout, run, seed, rate, step))
     scorer.progress.close()
     if settings.preconditioning in FITTED:
         inputs.append(layout.coefficients / "coefficients.npz")

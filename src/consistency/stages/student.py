@@ -9,7 +9,15 @@ from consistency.nets.denoiser import Denoiser, init_denoiser, student_from_teac
 from consistency.provenance import git_state, write_card
 from consistency.resources import open_resource
 from consistency.seeding import derived_seed
-from consistency.stages.inputs import read_dataset, read_preconditioning, read_teacher, require_classes, time_grid
+from consistency.stages.inputs import (
+    read_dataset,
+    read_preconditioning,
+    read_student,
+    read_teacher,
+    require_classes,
+    student_file,
+    time_grid,
+)
 from consistency.stages.publish import forget_state, publish_training
 from consistency.stages.trainer import Machine, build_optimizer, build_update, compile_networks, place
 from consistency.study import FITTED, Shrinking, Student, Study
@@ -54,7 +62,7 @@ def _publish(
 ) -> None:
     """The outputs of a finished training, and its card."""
     folder = layout.student(run, seed)
-    images, inputs = layout.dataset / "images.npy", _inputs(study, layout, run)
+    images, inputs = layout.dataset / "images.npy", _inputs(study, layout, run, seed)
     digests = {path: data.facts["sha256"] if path == images else sha256(path) for path in inputs}
     metadata = {"study": study.name, "stage": "student", "run": run, "seed": seed, "key": job.key, "step": job.steps}
     metadata |= {"git": git_state(), "parents": {path.name: digest for path, digest in digests.items()}}
@@ -80,13 +88,15 @@ def _publish(
     forget_state(job.folder)
 
 
-def _inputs(study: Study, layout: Layout, run: str) -> list[Path]:
+def _inputs(study: Study, layout: Layout, run: str, seed: int) -> list[Path]:
     """What a student is made from."""
     settings = study.resolved(run)
     inputs = [layout.teacher / "teacher.safetensors", layout.dataset / "images.npy"]
     inputs += [layout.dataset / "labels.npy"] if study.teacher.conditional else []
     if settings.preconditioning in FITTED:
         inputs.append(layout.coefficients / "coefficients.npz")
+    if frozen := settings.frozen:
+        inputs.append(student_file(layout, frozen.run, seed, step=frozen.step))
     return inputs
 
 
@@ -107,9 +117,11 @@ def _training(study: Study, layout: Layout, run: str, seed: int, data: ImageData
     rates = (settings.ema_rate, *settings.evaluation_ema)
     averages = [Ema(student, rate, settings.ema_warm_up) for rate in rates]
     target = averages[0].model
-    for model in (student, target, teacher):
+    if frozen := settings.frozen:
+        target = place(study, read_student(study, layout, frozen.run, seed, device, step=frozen.step), device)
+    for model in (student, averages[0].model, target, teacher):
         model.compute_in(settings.precision)
-    compile_networks(study, student, target, teacher)
+    compile_networks(study, *{student, averages[0].model, target, teacher})
     stopwatch = Stopwatch(device)
     update = build_update(
         study,
@@ -158,7 +170,7 @@ def _objective(
     models: tuple[Denoiser, Denoiser, Denoiser],
     stopwatch: Stopwatch,
 ) -> Objective:
-    """The loss of a student; models: student, its average, teacher."""
+    """The loss of a student; models: student, its average or the frozen predictor in its place, teacher."""
     settings = study.resolved(run)
     preconditioning = read_preconditioning(study, layout, run, models[2].sigma_data, machine.device)
     distance = _distance(settings, machine)

@@ -106,7 +106,7 @@ def plan_live(study: Study, layout: Layout, run: str | None, seed: int | None, m
         return [Upload("teacher", "teacher", params=params, tags=_origin(made), note=_teacher_note(study), **common)]
     differing = _differing(study)
     own = _flat(study.resolved(run).model_dump(mode="json"))
-    tags = {key: own[key] for key in differing}
+    tags = _those(own, differing)
     note = f"Student `{run}`: the mean over its seeds comes with `track`."
     common["color"] = _color(study, run)
     parent = Upload(run, "student", params={}, tags=tags | {STUDENT: study.key("student", run)}, note=note, **common)
@@ -289,14 +289,20 @@ def _color(study: Study, run: str) -> str:
 
 def _differing(study: Study) -> list[str]:
     """The keys in which the study's students differ."""
-    dumps = [study.resolved(run).model_dump(mode="json") for run in study.students]
-    return [key for key in dumps[0] if any(dump[key] != dumps[0][key] for dump in dumps)]
+    own = [_flat(study.resolved(run).model_dump(mode="json")) for run in study.students]
+    keys = dict.fromkeys(key for flat in own for key in flat)
+    return [key for key in keys if any(flat.get(key) != own[0].get(key) for flat in own)]
+
+
+def _those(own: dict[str, str], differing: list[str]) -> dict[str, str]:
+    """Those of the keys that a student has: a section of another kind has others."""
+    return {key: own[key] for key in differing if key in own}
 
 
 def _own_params(study: Study, run: str, differing: list[str]) -> dict[str, str]:
     """The student's keys, those that differ first: a run's page shows them in this order."""
     own = _flat(study.resolved(run).model_dump(mode="json"))
-    return {key: own[key] for key in differing} | own
+    return _those(own, differing) | own
 
 
 def _student_params(study: Study, run: str, differing: list[str]) -> dict[str, str]:
@@ -308,7 +314,7 @@ def _student_params(study: Study, run: str, differing: list[str]) -> dict[str, s
 
 def _student_tags(study: Study, run: str, differing: list[str], seed: int | None = None) -> dict[str, str]:
     own = _flat(study.resolved(run).model_dump(mode="json"))
-    return {key: own[key] for key in differing} | {"consistency.key": study.key("scores", run, seed)}
+    return _those(own, differing) | {"consistency.key": study.key("scores", run, seed)}
 
 
 def _in_all(tags: list[dict[str, str]]) -> dict[str, str]:
