@@ -69,6 +69,10 @@ report: {baseline: {consistency: ic}, grid_nfe: [1, 2], bootstrap: 100}
 """
 
 
+#: and a sweep of mu
+SWEEP = UNTAUGHT.replace("  gc: {", "  gc1: {coupling: gc, mu: 1.0}\n  gc3: {coupling: gc, mu: 0.3}\n  gc: {")
+
+
 def make_study(folder: Path, name: str = "small", text: str = SMALL) -> Study:
     """The small study, read from a file as a person's would be."""
     folder.mkdir(parents=True, exist_ok=True)

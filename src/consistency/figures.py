@@ -1,7 +1,7 @@
 """The report's figures, one function each, from arrays to a matplotlib figure. Files are the report stage's matter."""
 
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import matplotlib
@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from consistency.analysis import SpeedUp, curves_of
+from consistency.analysis import OWN_SAMPLERS, SpeedUp, curves_of
 from consistency.lines import line_of
 from consistency.theory.generalized_ode import GeneralizedODE
 
@@ -224,6 +224,37 @@ def speed_up_bars(found: Sequence[SpeedUp], runs: Sequence[str], measure: str, e
         )
         dots = [Line2D([], [], marker="o", ls="", color=line_of(runs, run)["color"], label=run) for run in shown]
         figure.legend(handles=dots, loc="outside right upper")
+    return figure
+
+
+def mu_sweep(
+    scores: pd.DataFrame,
+    mu: Mapping[str, float],
+    others: Sequence[str],
+    runs: Sequence[str],
+    nfes: Sequence[int],
+    extractor: str,
+) -> Figure:
+    """FD and KID at the end of training against mu: a point a seed, a line through the means, a row a number of jumps.
+
+    mu: run -> its mu, rising; others: runs without one, drawn as horizontal lines at their means; runs: the study's.
+    """
+    final = scores[(scores.kind == "final") & scores.sampler.isin(OWN_SAMPLERS)]
+    with plt.rc_context(_STYLE):
+        figure, axes = plt.subplots(len(nfes), 2, figsize=(9, 3.2 * len(nfes)), squeeze=False)
+        for nfe, pair in zip(nfes, axes, strict=True):
+            rows = final[final.nfe == nfe]
+            for axis, measure in zip(pair, ("fd", "kid"), strict=True):
+                swept = rows[rows.run.isin(mu)]
+                axis.plot(swept.run.map(mu), swept[measure], "o", mfc="none", color="#0072B2", label="a seed")
+                means = swept.groupby(swept.run.map(mu))[measure].mean()
+                axis.plot(means.index, means, color="#0072B2", lw=1, label="mean over seeds")
+                for run in others:
+                    style = line_of(runs, run) | {"linestyle": "--"}
+                    axis.axhline(rows[rows.run == run][measure].mean(), lw=1, label=f"{run}, mean", **style)
+                axis.set(title=f"NFE {nfe}", xlabel="$\\mu$", ylabel=measure_label(measure, extractor))
+        handles, labels = axes[0, 0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside lower center", ncols=len(labels))
     return figure
 
 

@@ -447,6 +447,19 @@ class Study(Section):
             raise UserError(f"study {self.name} has no seed {seed}; its seeds are {self.seeds}")
 
     @property
+    def mu_sweep(self) -> dict[str, float]:
+        """The students that differ in mu alone, with their own averages, and their mu in rising order; ic is mu 0.
+        Empty with fewer than three values."""
+        alike: dict[str, dict[str, float]] = {}
+        for run in self.students:
+            student = self.resolved(run)
+            if student.objective == "consistency" and student.coupling != "ot" and not student.frozen:
+                others = repr(student.model_dump(exclude={"coupling", "mu"}))
+                alike.setdefault(others, {})[run] = student.mu if student.coupling == "gc" else 0.0
+        sweep = max(alike.values(), key=lambda found: len(set(found.values())), default={})
+        return dict(sorted(sweep.items(), key=lambda item: item[1])) if len(set(sweep.values())) > 2 else {}
+
+    @property
     def needs_coefficients(self) -> bool:
         """Whether any student is preconditioned analytically."""
         return any(self.resolved(run).preconditioning in FITTED for run in self.students)

@@ -8,8 +8,9 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-from tests.fake_results import SMALL, UNTAUGHT, make_results, make_study
+from tests.fake_results import SMALL, SWEEP, UNTAUGHT, make_results, make_study
 
+from consistency import figures
 from consistency.analysis import SpeedUp
 from consistency.errors import UserError
 from consistency.layout import Layout
@@ -58,7 +59,7 @@ def made(folder: Path, text: str = SMALL) -> tuple[Study, Layout]:
 
 @pytest.mark.parametrize(
     "text",
-    [SMALL, ONE_SEED, PLAIN, LARGE, RATES, UNTAUGHT, BOTH],
+    [SMALL, ONE_SEED, PLAIN, LARGE, RATES, SWEEP, BOTH],
     ids=["two", "one seed", "no fit", "six students", "EMA rates", "no teacher", "both papers"],
 )
 def test_the_page_is_whole_and_loads_nothing(tmp_path: Path, text: str) -> None:
@@ -96,6 +97,32 @@ def test_without_a_teacher_nothing_speaks_of_one(tmp_path: Path, capsys: pytest.
     print_summary(study, layout)
     said = capsys.readouterr().out
     assert "alignment" not in said and "KID" in said
+
+
+def test_a_sweep_of_mu_has_a_figure_and_a_chapter(tmp_path: Path) -> None:
+    study, layout = made(tmp_path, SWEEP)
+    assert study.mu_sweep == {"ic": 0.0, "gc3": 0.3, "gc": 0.5, "gc1": 1.0}
+    results = read_results(study, layout)
+    figure = figures.mu_sweep(results.main, study.mu_sweep, ["ot"], list(study.students), [1, 2], results.extractor)
+    points, means, transported = figure.axes[0].get_lines()
+    final = results.main[(results.main.kind == "final") & (results.main.nfe == 1)]
+    assert sorted(points.get_xydata().tolist()) == sorted(
+        [study.mu_sweep[row.run], row.fd] for row in final.itertuples() if row.run != "ot"
+    )
+    table = results.table[results.table.nfe == 1].set_index("run").fd
+    np.testing.assert_allclose(means.get_xydata(), [[mu, table[run]] for run, mu in study.mu_sweep.items()])
+    assert transported.get_ydata()[0] == pytest.approx(table["ot"])
+    figures.close(figure)
+    make_report(study, layout)
+    assert (layout.report / "figures/mu_sweep.png").exists()
+    assert "Sweep of mu" in (layout.report / "report.html").read_text()
+
+
+def test_arms_that_differ_in_more_than_mu_are_no_sweep(tmp_path: Path) -> None:
+    text = SWEEP.replace("varies: [coupling, mu]", "varies: [coupling, mu, dropout]")
+    study = make_study(tmp_path, text=text.replace("gc, mu: 1.0}", "gc, mu: 1.0, dropout: 0.1}"))
+    assert study.mu_sweep == {"ic": 0.0, "gc3": 0.3, "gc": 0.5}
+    assert make_study(tmp_path, text=UNTAUGHT).mu_sweep == {}
 
 
 def test_the_claims_are_those_of_the_paper_that_a_student_is_of(tmp_path: Path) -> None:

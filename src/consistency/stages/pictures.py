@@ -66,6 +66,8 @@ def draw_pictures(
             )
             bars = figures.speed_up_bars(found, runs, measure, extractor)
             pictures.append(Picture.of(f"speedup_{measure}", "speedup", caption, bars))
+    if study.mu_sweep:
+        pictures.append(_mu_picture(study, results, seeds))
     caption = f"The terms of the training loss, mean over {seeds} and over the steps between two lines of the history."
     pictures.append(Picture.of("losses", "curves", caption, figures.training_losses(histories, runs)))
     return pictures
@@ -90,6 +92,18 @@ def _samples_picture(study: Study, layout: Layout) -> Picture:
         f"every student (training seed {seed}). First row: 16 training images, for comparison."
     )
     return Picture.of("samples", "samples", caption, figures.sample_grid(rows))
+
+
+def _mu_picture(study: Study, results: Results, seeds: str) -> Picture:
+    runs = list(study.students)
+    transported = [run for run in runs if study.resolved(run).coupling == "ot"]
+    dashed = f" Dashed: {', '.join(transported)}, mean." if transported else ""
+    caption = (
+        "Scores at the end of training against mu, the probability that gc replaces an image by a generated one; mu 0 "
+        f"is ic. A point a seed, line: the mean over {seeds}, N = {study.sampling.count} images.{dashed}"
+    )
+    figure = figures.mu_sweep(results.main, study.mu_sweep, transported, runs, study.report.grid_nfe, results.extractor)
+    return Picture.of("mu_sweep", "mu", caption, figure)
 
 
 def _coefficient_pictures(study: Study, layout: Layout) -> list[Picture]:
