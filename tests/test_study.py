@@ -266,6 +266,24 @@ def test_a_frozen_predictor_is_a_student_that_can_come_first(
     assert message in mistake(write_study(changes))
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"flows": {}}, "flows measures students of consistency training, and there is none: remove the section"),
+        ({"flows": {"toy_step": 5}}, "unknown key 'flows.toy_step'; did you mean 'toy_steps'?"),
+        ({"flows": {"intervals": 9}}, "key 'flows.intervals': input should be greater than or equal to 10, got 9"),
+    ],
+)
+def test_flows_are_measured_of_consistency_training(
+    write_study: WriteStudy, changes: dict[str, Any], message: str
+) -> None:
+    assert message in mistake(write_study(changes))
+
+
+def test_flows_toys_have_seeds_of_their_own(write_study: WriteStudy, untaught: dict[str, Any]) -> None:
+    assert "toy_seeds lists a seed twice" in mistake(write_study(untaught | {"flows": {"toy_seeds": [1, 1]}}))
+
+
 def test_only_gc_has_a_predictor(write_study: WriteStudy, untaught: dict[str, Any]) -> None:
     changes = untaught | {"student.predictor": {"run": "gc"}}
     assert "students.ic: predictor is for coupling gc, ic makes no endpoints" in mistake(write_study(changes))

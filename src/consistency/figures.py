@@ -258,6 +258,71 @@ def mu_sweep(
     return figure
 
 
+def transport_cost(table: pd.DataFrame, runs: Sequence[str]) -> Figure:
+    """The rows of transport.csv: cost against t, mean over seeds with their range, and that of the pairs themselves."""
+    with plt.rc_context(_STYLE):
+        figure, axis = plt.subplots(figsize=(7, 4))
+        for run in runs:
+            rows = table[(table.kind == "student") & (table.run == run)]
+            wide = rows.pivot(index="t", columns="seed", values="cost")
+            times, costs = wide.index.to_numpy(float), wide.to_numpy(float)
+            style: Any = line_of(runs, run)
+            axis.plot(times, costs.mean(1), label=run, **style)
+            axis.fill_between(times, costs.min(1), costs.max(1), color=style["color"], alpha=0.18, lw=0)
+        pairs = table[table.kind == "pairs"]
+        for run, cost, dashes in zip(pairs.run, pairs.cost, ("--", ":", "-.", (0, (1, 4))), strict=False):
+            axis.axhline(cost, color="#888888", lw=1, ls=dashes, label=f"pairs of {run}")
+        axis.set(xscale="log", xlabel="time t (noise level)", ylabel="$E||f(x_t, t) - z||^2$")
+        axis.legend()
+    return figure
+
+
+def toy(arrays: Mapping[str, Array], couplings: Sequence[str]) -> Figure:
+    """The toy of the plane: the paths x_t of the first seed from t = 2 on, its samples, and the cost against t."""
+    with plt.rc_context(_STYLE):
+        figure, axes = plt.subplots(1, len(couplings) + 1, figsize=(4 * (len(couplings) + 1), 4))
+        times = arrays["times"]
+        for axis, coupling in zip(axes, couplings, strict=False):
+            paths = arrays[f"{coupling}_paths"][0]  # [T, n, 2]
+            shown = times <= _TOY_SHOWN
+            for k in range(paths.shape[1]):
+                axis.plot(*paths[shown, k].T, color=line_of(couplings, coupling)["color"], lw=0.6, alpha=0.5)
+            axis.plot(*paths[shown][-1].T, "o", ms=3, mfc="none", color="#888888", label=f"t = {times[shown][-1]:.2g}")
+            axis.plot(*arrays[f"{coupling}_samples"][0].T, ".", ms=4, color="#009E73", label="one-jump samples")
+            axis.plot(*arrays["modes"].T, "x", color="black", label="modes")
+            axis.set(title=coupling, aspect="equal")
+            axis.legend(fontsize=8)
+            costs = arrays[f"{coupling}_cost"]
+            style = line_of(couplings, coupling)
+            axes[-1].plot(times, costs.mean(0), label=coupling, **style)
+            axes[-1].fill_between(times, costs.min(0), costs.max(0), color=style["color"], alpha=0.18, lw=0)
+        axes[-1].set(xscale="log", xlabel="time t", ylabel="transport cost $E||x - z||^2$")
+        axes[-1].legend()
+    return figure
+
+
+#: up to this time the toy's paths are drawn; later ones are straight in every coupling
+_TOY_SHOWN = 2.0
+
+
+def loss_limits(table: pd.DataFrame) -> Figure:
+    """The rows of limit.csv: N^2 times the two losses and their difference against N; dashed: the limits."""
+    with plt.rc_context(_STYLE):
+        figure, axis = plt.subplots(figsize=(7, 4))
+        squared = table.intervals**2
+        lines = {
+            "$L_{CT}$": (table.ct, table.ct_limit, "#444444"),
+            "$L_{CD}$": (table.cd, table.cd_limit, "#0072B2"),
+            "$L_{CT} - L_{CD}$": (table.ct - table.cd, table.ct_limit - table.cd_limit, "#D55E00"),
+        }
+        for label, (losses, limit, colour) in lines.items():
+            axis.plot(table.intervals, squared * losses, marker="o", ms=3, color=colour, label=f"$N^2$ ({label})")
+            axis.axhline(limit.iloc[0], color=colour, lw=1, ls="--")
+        axis.set(xscale="log", yscale="log", xlabel="intervals N of the grid", ylabel="$N^2$ times the loss")
+        axis.legend()
+    return figure
+
+
 def _short(measure: str, extractor: str) -> str:
     if measure == "alignment":
         return "alignment error"

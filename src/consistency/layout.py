@@ -53,6 +53,11 @@ class Layout:
         return self.root / "scores" / "extractor"
 
     @property
+    def flows(self) -> Path:
+        """transport.csv, toy.npz, limit.csv, card.json."""
+        return self.root / "flows"
+
+    @property
     def report(self) -> Path:
         """report.html, figures/, the tables as CSV, summary.json, card.json."""
         return self.root / "report"

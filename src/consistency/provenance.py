@@ -103,6 +103,7 @@ def seeds_of(study: Study, stage: str, run: str | None, seed: int | None) -> dic
         "student": {"student": seed},
         "samples": {"images": images},
         "scores": {"images": images} if run is None else {"student": seed, "images": images},
+        "flows": {"flows": study.flows.seed, "toy": study.flows.toy_seeds} if study.flows else {},
         "report": {"students": study.seeds},
     }
     return seeds.get(stage, {})

@@ -12,6 +12,7 @@ from consistency.study import (
     Churn,
     Classifier,
     Doubling,
+    Flows,
     Frozen,
     NoTeacher,
     OfficialTeacher,
@@ -54,6 +55,7 @@ _INSIDE: dict[str, dict[str, type[BaseModel]]] = {
     },
     "sampling": {"`sampling.teacher_churn`": Churn},
     "scores": {"`scores.classifier`": Classifier},
+    "flows": {"`flows`": Flows},
 }
 
 

@@ -9,7 +9,7 @@ import hashlib
 import json
 import re
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, model_validator
@@ -385,6 +385,17 @@ class Scores(Section):
     alignment_nodes: Annotated[int, Field(ge=2)] = Field(80, description="Heun nodes of the reference ODE endpoint.")
 
 
+class Flows(Section):
+    """What is measured of the couplings of consistency training (GC): transport cost, the toy, the theorem."""
+
+    images: Annotated[int, Field(ge=2)] = Field(2048, description="Images of the transport cost, at most the data's.")
+    times: Annotated[int, Field(ge=2)] = Field(24, description="Times of the transport cost, a rho grid.")
+    toy_steps: Count = Field(4000, description="Optimiser steps of the toy in the plane; 25 s of CPU for 4,000.")
+    toy_seeds: list[Annotated[int, Field(ge=0)]] = Field([0], min_length=1, description="Seeds of the toy.")
+    intervals: Annotated[int, Field(ge=10)] = Field(1280, description="The finest grid of the theorem, from 10 on.")
+    seed: int = Field(0, description="Seed of images and noise.")
+
+
 class Report(Section):
     """What the report compares."""
 
@@ -426,6 +437,7 @@ class Study(Section):
     seeds: list[Annotated[int, Field(ge=0)]] = Field(min_length=1, description="Seeds of every student.")
     sampling: Sampling
     scores: Scores
+    flows: Flows | None = Field(None, description="What is measured of the couplings; without: nothing is.")
     report: Report = Field(default_factory=Report)
     compute: Compute = Field(default_factory=Compute)
 
@@ -447,13 +459,18 @@ class Study(Section):
             raise UserError(f"study {self.name} has no seed {seed}; its seeds are {self.seeds}")
 
     @property
+    def coupled(self) -> dict[str, Student]:
+        """The students of consistency training."""
+        students = {run: self.resolved(run) for run in self.students}
+        return {run: student for run, student in students.items() if student.objective == "consistency"}
+
+    @property
     def mu_sweep(self) -> dict[str, float]:
         """The students that differ in mu alone, with their own averages, and their mu in rising order; ic is mu 0.
         Empty with fewer than three values."""
         alike: dict[str, dict[str, float]] = {}
-        for run in self.students:
-            student = self.resolved(run)
-            if student.objective == "consistency" and student.coupling != "ot" and not student.frozen:
+        for run, student in self.coupled.items():
+            if student.coupling != "ot" and not student.frozen:
                 others = repr(student.model_dump(exclude={"coupling", "mu"}))
                 alike.setdefault(others, {})[run] = student.mu if student.coupling == "gc" else 0.0
         sweep = max(alike.values(), key=lambda found: len(set(found.values())), default={})
@@ -467,8 +484,8 @@ class Study(Section):
     def settings(self, stage: str, run: str | None = None) -> dict[str, Any]:
         """Every key that a stage's result depends on, those of the stages before it included.
 
-        stage: dataset, teacher, extractor, coefficients, student, samples, scores, report. run names the student for
-        student, samples and scores; samples and scores without one are the teacher's.
+        stage: dataset, teacher, extractor, coefficients, student, samples, scores, flows, report. run names the student
+        for student, samples and scores; samples and scores without one are the teacher's.
         """
         dump = self.model_dump(mode="json", exclude={"student", "students", "varies", "compute"})
         base = ["dataset", "noise", "teacher"]
@@ -482,6 +499,12 @@ class Study(Section):
             everything = self.model_dump(mode="json", exclude={"compute"})
             everything["sampling"].pop("batch")
             return everything
+        if stage == "flows":
+            if self.flows is None:
+                return {"flows": None}
+            students = {run: self.settings("student", run) for run in self.coupled}
+            settings = {"flows": dump["flows"], "seeds": dump["seeds"], "measured": students}
+            return settings | {"precision": dump["sampling"]["precision"]}
         if stage in parts:
             settings = {part: dump[part] for part in parts[stage]}
             if stage == "dataset" or stage == "extractor":
@@ -514,6 +537,7 @@ class Study(Section):
     def _possible(self) -> Self:
         self._check_students()
         self._check_teacher()
+        self._check_flows()
         if len(set(self.seeds)) < len(self.seeds):
             raise ValueError("seeds lists a seed twice")
         missing = set(self.report.grid_nfe) - set(self.sampling.nfe)
@@ -530,6 +554,12 @@ class Study(Section):
         if self.scores.curve_count <= self.scores.classifier.features and self.scores.extractor == "classifier":
             raise ValueError("scores.curve_count must exceed scores.classifier.features")
         return self
+
+    def _check_flows(self) -> None:
+        if self.flows and not self.coupled:
+            raise ValueError("flows measures students of consistency training, and there is none: remove the section")
+        if self.flows and len(set(self.flows.toy_seeds)) < len(self.flows.toy_seeds):
+            raise ValueError("flows.toy_seeds lists a seed twice")
 
     def _check_teacher(self) -> None:
         if isinstance(self.teacher, OfficialTeacher):
@@ -699,6 +729,8 @@ def _owner(location: list[str], model: type[BaseModel]) -> type[BaseModel] | Non
             continue
         field = model.model_fields.get(part)
         annotation = field.annotation if field else None
+        options = [each for each in get_args(annotation) if each is not type(None)]  # of a section that may be left out
+        annotation = options[0] if len(options) == 1 else annotation
         if isinstance(annotation, type) and issubclass(annotation, BaseModel):
             model = annotation
     return model

@@ -310,7 +310,8 @@ class _Judge:
         study = self.study or (newest and newest.study_then())
         if not study:
             return {}
-        alone = ["dataset", "teacher", "extractor", *(["coefficients"] if study.needs_coefficients else []), "report"]
+        alone = ["dataset", "teacher", "extractor", *(["coefficients"] if study.needs_coefficients else [])]
+        alone += [*(["flows"] if study.flows else []), "report"]
         students = [(run, seed) for run in study.students for seed in study.seeds]
         wanted: list[tuple[str, str | None, int | None]] = [(stage, None, None) for stage in alone]
         for stage in ("student", "samples", "scores"):

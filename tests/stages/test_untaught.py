@@ -1,6 +1,8 @@
 """A study without a teacher, from the dataset to the report: real stages, in seconds."""
 
 import json
+import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,10 +13,16 @@ import pytest
 import torch
 
 from consistency.archive import verify
+from consistency.errors import UserError
 from consistency.layout import Layout
+from consistency.provenance import read_card
+from consistency.seeding import generator
+from consistency.stages import flows
 from consistency.stages.dataset import make_dataset
 from consistency.stages.estimate import estimate
 from consistency.stages.extractor import make_extractor
+from consistency.stages.flows import make_flows
+from consistency.stages.inputs import time_grid
 from consistency.stages.report import make_report
 from consistency.stages.samples import make_samples
 from consistency.stages.scores import make_calibration, make_scores
@@ -23,14 +31,20 @@ from consistency.stages.teacher import make_teacher
 from consistency.stages.trainer import Machine
 from consistency.study import Study
 from consistency.training.checkpoint import load_denoiser
+from consistency.training.data import load_images
+from consistency.training.toy import train_toy
 
 Tiny = Callable[..., Study]
 CPU = torch.device("cpu")
 
 
+#: one image fewer than a whole number of batches
+FLOWS = {"images": 47, "times": 5, "toy_steps": 12, "toy_seeds": [0, 1], "intervals": 40}
+
+
 @pytest.fixture(scope="module")
 def study(tiny: Tiny, untaught: dict[str, Any]) -> Study:
-    return tiny(untaught)
+    return tiny(untaught | {"flows": FLOWS})
 
 
 @pytest.fixture(scope="module")
@@ -47,6 +61,7 @@ def layout(study: Study, tmp_path_factory: pytest.TempPathFactory) -> Layout:
         make_student(study, made, run, 0, machine)
         make_samples(study, made, run, 0, CPU)
         make_scores(study, made, run, 0, CPU)
+    make_flows(study, made, CPU)
     make_report(study, made)
     return made
 
@@ -96,7 +111,94 @@ def test_the_estimate_counts_the_evaluations_that_training_did(study: Study, lay
 
 def test_the_report_has_no_teacher_in_its_pictures(study: Study, layout: Layout) -> None:
     names = {path.stem for path in (layout.report / "figures").glob("*.png")}
-    assert names == {"samples", "curves_fd", "losses", "speedup_fd"}
+    assert names == {"samples", "curves_fd", "losses", "speedup_fd", "transport_cost", "toy", "loss_limits"}
+    page = (layout.report / "report.html").read_text()
+    assert '<h2 id="flows">' in page
+    for caption in re.findall(r"<figcaption>(.*?)</figcaption>", page, re.S):
+        assert "seed" in caption
+
+
+# --- the stage flows
+
+
+def transport(layout: Layout) -> pd.DataFrame:
+    return pd.read_csv(layout.flows / "transport.csv")
+
+
+def test_at_eps_every_student_leaves_x_where_it_is(study: Study, layout: Layout) -> None:
+    """The boundary condition: f(x_eps, eps) = x + eps z, so the cost is known, whatever the weights."""
+    table, eps = transport(layout), study.noise.sigma_min
+    data = load_images(layout.dataset)
+    draws = generator(0, "flows")
+    images, _ = data.take(torch.randperm(len(data), generator=draws)[:47])
+    noise = torch.randn(images.shape, generator=draws)
+    exact = (images + (eps - 1) * noise).double().square().flatten(1).sum(1)
+    first = table[(table.kind == "student") & (table.t == table.t.min())]
+    assert table.t.min() == pytest.approx(eps)
+    np.testing.assert_allclose(first.cost, exact.mean().item(), rtol=1e-5)
+    np.testing.assert_allclose(first.cost_se, exact.std().item() / 47**0.5, rtol=1e-5)
+
+
+def test_every_student_has_a_cost_at_every_time(study: Study, layout: Layout) -> None:
+    table = transport(layout)
+    rows = table[table.kind == "student"]
+    grid = time_grid(study, 5, CPU).tolist()
+    assert sorted(zip(rows.run, rows.seed, strict=True)) == [(run, 0) for run in ("gc", "ic", "ot") for _ in range(5)]
+    for run in study.students:
+        np.testing.assert_allclose(sorted(rows[rows.run == run].t), sorted(grid), rtol=1e-12)
+    late = rows[rows.t == rows.t.max()].set_index("run").cost
+    assert len(set(late)) == 3  # the students do differ
+
+
+def test_the_pairs_of_ot_are_cheaper_than_those_of_ic(layout: Layout) -> None:
+    pairs = transport(layout)[lambda table: table.kind == "pairs"].set_index("run").cost
+    assert list(pairs.index) == ["ic", "ot"]
+    assert pairs["ot"] < pairs["ic"]
+
+
+def test_ot_stays_within_its_batches_and_classes() -> None:
+    draws = torch.Generator().manual_seed(0)
+    images, noise = torch.randn(11, 1, 2, 2, generator=draws), torch.randn(11, 1, 2, 2, generator=draws)
+    labels = torch.arange(11) % 2
+    moved = flows._transported(images, noise, labels, 4)
+    assert len(moved) == 8
+    for first in (0, 4):
+        for label in (0, 1):
+            rows = [k for k in range(first, first + 4) if labels[k] == label]
+            assert {tuple(row) for row in moved[rows].flatten(1).tolist()} == {
+                tuple(row) for row in noise[rows].flatten(1).tolist()
+            }
+    assert len(flows._transported(images, noise, None, 64)) == 11
+
+
+def test_the_toys_are_those_of_their_seeds(layout: Layout) -> None:
+    with np.load(layout.flows / "toy.npz") as arrays:
+        toy = train_toy("gc", 1, steps=12)
+        np.testing.assert_array_equal(arrays["gc_paths"][1], toy.paths)
+        np.testing.assert_array_equal(arrays["gc_cost"][1], toy.cost)
+        np.testing.assert_array_equal(arrays["times"], toy.times)
+        assert arrays["ic_samples"].shape == (2, 64, 2)
+
+
+def test_the_losses_near_their_limits(layout: Layout) -> None:
+    table = pd.read_csv(layout.flows / "limit.csv")
+    assert list(table.intervals) == [10, 20, 40]
+    ratio = table.intervals**2 * table.ct / table.ct_limit
+    assert (np.diff(ratio) > 0).all() and 0.98 < ratio.iloc[-1] < 1
+
+
+def test_a_study_that_asks_for_no_flows_gets_tables_without_rows(tiny: Tiny, tmp_path: Path) -> None:
+    """DVC has one pipeline for all studies."""
+    layout = Layout("tiny", tmp_path / "results", tmp_path / "state")
+    make_flows(tiny(), layout, CPU)
+    assert len(transport(layout)) == len(pd.read_csv(layout.flows / "limit.csv")) == 0
+    assert read_card(layout.flows, tiny(), "flows")["inputs"] == {}
+
+
+def test_flows_of_a_student_that_is_missing_name_the_verb(study: Study, layout: Layout, tmp_path: Path) -> None:
+    shutil.copytree(layout.dataset, tmp_path / "results/tiny/dataset")
+    with pytest.raises(UserError, match="run `python -m consistency student --run ic --seed 0` first"):
+        make_flows(study, Layout("tiny", tmp_path / "results"), CPU)
 
 
 def test_every_folder_was_handed_over(layout: Layout) -> None:

@@ -146,6 +146,19 @@ def every_score(wildcards) -> list[str]:
     return [f"results/{study.name}/scores/{run}/seed{seed}.csv" for run in study.students for seed in study.seeds]
 
 
+def every_coupled_student(wildcards) -> list[str]:
+    """The students of consistency training, for a study that measures what their couplings do."""
+    study = study_of(wildcards)
+    runs = study.coupled if study.flows else []
+    return [f"results/{study.name}/students/{run}/seed{seed}/student.safetensors" for run in runs for seed in study.seeds]
+
+
+def flows_if_measured(wildcards) -> list[str]:
+    """The measures of the couplings, for a study that asks for them."""
+    names = ("transport.csv", "toy.npz", "limit.csv") if study_of(wildcards).flows else ()
+    return [f"results/{wildcards.study}/flows/{name}" for name in names]
+
+
 def coefficients_if_needed(wildcards) -> list[str]:
     """The coefficients, for a study with an analytically preconditioned student."""
     needed = study_of(wildcards).needs_coefficients

@@ -9,9 +9,10 @@ from matplotlib.figure import Figure
 
 from consistency import figures
 from consistency.layout import Layout, sampler_name
-from consistency.stages.inputs import read_array, read_coefficients, read_dataset
+from consistency.stages.flows import TOYS
+from consistency.stages.inputs import made, read_array, read_coefficients, read_dataset
 from consistency.stages.results import Results
-from consistency.study import Study
+from consistency.study import Flows, Study
 from consistency.theory.generalized_ode import GeneralizedODE
 from consistency.wording import coarse, what_of
 
@@ -68,6 +69,8 @@ def draw_pictures(
             pictures.append(Picture.of(f"speedup_{measure}", "speedup", caption, bars))
     if study.mu_sweep:
         pictures.append(_mu_picture(study, results, seeds))
+    if study.flows:
+        pictures += _flow_pictures(study, study.flows, layout, seeds)
     caption = f"The terms of the training loss, mean over {seeds} and over the steps between two lines of the history."
     pictures.append(Picture.of("losses", "curves", caption, figures.training_losses(histories, runs)))
     return pictures
@@ -104,6 +107,36 @@ def _mu_picture(study: Study, results: Results, seeds: str) -> Picture:
     )
     figure = figures.mu_sweep(results.main, study.mu_sweep, transported, runs, study.report.grid_nfe, results.extractor)
     return Picture.of("mu_sweep", "mu", caption, figure)
+
+
+def _flow_pictures(study: Study, settings: Flows, layout: Layout, seeds: str) -> list[Picture]:
+    table = pd.read_csv(made(layout.flows / "transport.csv", "flows"))
+    limits = pd.read_csv(made(layout.flows / "limit.csv", "flows"))
+    with np.load(made(layout.flows / "toy.npz", "flows")) as arrays:
+        toys = dict(arrays)
+    count = min(settings.images, len(read_dataset(study, layout)))
+    transport = (
+        "Transport cost of each student's average: squared distance, summed over pixels, between the noise z and "
+        f"where the student goes from x + t z; mean over {seeds}, band from the lowest to the highest, N = {count} "
+        "images with independent noise for all. Grey: the pairs of a coupling themselves, which know no t."
+    )
+    own = ", ".join(map(str, settings.toy_seeds))
+    toy = (
+        f"Two Gaussians in the plane, learnt with {settings.toy_steps:,} steps: paths x_t of N = 64 pairs, straight "
+        "with ic and bent by the generator with gc (mu 1), and samples in one jump (seed "
+        f"{settings.toy_seeds[0]}); right: transport cost of the pairs that training meets, N = 2,048, mean and range "
+        f"over seed{'s' if len(settings.toy_seeds) > 1 else ''} {own}."
+    )
+    limit = (
+        "The theorem on the closed-form mixture, alpha = 2: losses of consistency training and distillation on grids "
+        "of N intervals, times N^2, and (dashed) the limits. The difference does not vanish. By quadrature: "
+        f"no seed, N = 10 to {int(limits.intervals.max())}."
+    )
+    return [
+        Picture.of("transport_cost", "flows", transport, figures.transport_cost(table, list(study.coupled))),
+        Picture.of("toy", "flows", toy, figures.toy(toys, TOYS)),
+        Picture.of("loss_limits", "flows", limit, figures.loss_limits(limits)),
+    ]
 
 
 def _coefficient_pictures(study: Study, layout: Layout) -> list[Picture]:

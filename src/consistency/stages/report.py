@@ -70,6 +70,7 @@ def _inputs(study: Study, layout: Layout) -> list[Path]:
     return [
         *(layout.dataset / name for name in ("images.npy", "dataset.json")),
         *([layout.coefficients / "coefficients.npz"] if study.needs_coefficients else []),
+        *(layout.flows / name for name in ("transport.csv", "toy.npz", "limit.csv") if study.flows),
         layout.samples(None, None) / "heun.npy",
         *(layout.samples(run, study.seeds[0]) / name for run in study.students for name in shown),
         *(layout.student(run, seed) / "history.jsonl" for run, seed in students),

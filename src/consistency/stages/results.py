@@ -143,6 +143,8 @@ def read_cards(study: Study, layout: Layout) -> Cards:
     if study.needs_coefficients:
         cards["coefficients"] = read_card(layout.coefficients, study, "coefficients")
     cards["samples of the teacher"] = read_card(layout.samples(None, None), study, "samples")
+    if study.flows:
+        cards["flows"] = read_card(layout.flows, study, "flows")
     for run, seed in students_of(study):
         cards[f"student {run} seed {seed}"] = read_card(layout.student(run, seed), study, "student", run, seed)
         cards[f"samples {run} seed {seed}"] = read_card(layout.samples(run, seed), study, "samples", run, seed)

@@ -1,0 +1,182 @@
+"""Stage flows: what a coupling does to the flow, on the study's images, in the plane and in closed form (GC)."""
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor
+
+from consistency.files import write_with
+from consistency.layout import Layout
+from consistency.nets.denoiser import two_times
+from consistency.progress import Progress
+from consistency.provenance import write_card
+from consistency.seeding import generator
+from consistency.stages.inputs import read_dataset, read_preconditioning, read_student, time_grid
+from consistency.stages.samples import prepared
+from consistency.study import FITTED, Flows, Study
+from consistency.theory.coupling import assignment
+from consistency.theory.flows import ConsistencyLosses, Coupling, pf_ode_velocity, quadrature_pairs
+from consistency.theory.oracles import MIXTURE_1D
+from consistency.theory.solver import every, expand
+from consistency.training.data import ImageData
+from consistency.training.toy import TWO_GAUSSIANS, train_toy
+
+TRANSPORT = ["kind", "run", "seed", "t", "cost", "cost_se"]
+LIMIT = ["intervals", "ct", "cd", "ct_limit", "cd_limit"]
+#: the toy's couplings, and what of each is kept, with the seeds as first axis
+TOYS: tuple[Coupling, ...] = ("ic", "gc")
+_KEPT = ("paths", "samples", "cost", "cost_se")
+Row = dict[str, Any]
+# (x [K, C, H, W], t, labels) -> f(x, t, eps), on the CPU
+Endpoint = Callable[[Tensor, float, Tensor | None], Tensor]
+
+
+def make_flows(study: Study, layout: Layout, device: torch.device) -> None:
+    """Write transport.csv, toy.npz, limit.csv and card.json; tables without rows for a study that asks for no flows.
+
+    transport.csv: E ||f(x + t z, t, eps) - z||^2 of every student's average (kind student), and E ||x - z||^2 of the
+    pairs themselves, the same at all t (kind pairs); toy.npz: `train_toy` for each of TOYS; limit.csv: L_CT and L_CD of
+    the mixture on grids, and the limits of N^2 L. Raises UserError when a student is missing or has other settings.
+    """
+    started, settings = time.time(), study.flows
+    rows: list[Row] = []
+    limits: list[Row] = []
+    toys: dict[str, np.ndarray] = {}
+    inputs: list[Path] = []
+    digests: dict[Path, str] = {}
+    if settings is not None:
+        data = read_dataset(study, layout)
+        digests = {layout.dataset / "images.npy": data.facts["sha256"]}
+        rows, inputs = _transport(study, settings, layout, data, device)
+        toys, limits = _toys(study, settings), _limits(settings)
+    folder = layout.flows
+    outputs = [folder / name for name in ("transport.csv", "toy.npz", "limit.csv")]
+    _write_table(outputs[0], rows, TRANSPORT)
+    write_with(outputs[1], lambda temporary: _save(temporary, toys))
+    _write_table(outputs[2], limits, LIMIT)
+    write_card(study, layout, "flows", started=started, inputs=inputs, outputs=outputs, known=digests)
+
+
+# --- transport cost on the images
+
+
+def _transport(
+    study: Study, settings: Flows, layout: Layout, data: ImageData, device: torch.device
+) -> tuple[list[Row], list[Path]]:
+    """The rows of transport.csv, and the files they were made from."""
+    draws = generator(settings.seed, "flows")
+    images, classes = data.take(torch.randperm(len(data), generator=draws)[: settings.images])
+    noise = torch.randn(images.shape, generator=draws)
+    labels = classes if study.teacher.conditional else None
+    rows = [_row("pairs", "ic", None, None, _costs(images, noise))]
+    for run, student in study.coupled.items():
+        if student.coupling == "ot":
+            moved = _transported(images, noise, labels, student.batch)
+            rows.append(_row("pairs", run, None, None, _costs(images[: len(moved)], moved)))
+    times = time_grid(study, settings.times, torch.device("cpu")).flip(0).tolist()
+    inputs = [layout.dataset / "images.npy", *([layout.dataset / "labels.npy"] if labels is not None else [])]
+    if any(student.preconditioning in FITTED for student in study.coupled.values()):
+        inputs.append(layout.coefficients / "coefficients.npz")
+    progress = Progress(f"flows {study.name}", len(study.coupled) * len(study.seeds) * len(times) * len(images))
+    for run in study.coupled:
+        for seed in study.seeds:
+            endpoint = _endpoint(study, layout, run, seed, device)
+            inputs.append(layout.student_file(run, seed))
+            for t in times:
+                costs = _costs(endpoint(images + t * noise, t, labels), noise)
+                rows.append(_row("student", run, seed, t, costs))
+                progress.advance(len(images))
+    progress.close()
+    return rows, inputs
+
+
+def _endpoint(study: Study, layout: Layout, run: str, seed: int, device: torch.device) -> Endpoint:
+    """f of a student's average; its evaluations are no larger than the samplers'."""
+    model = prepared(study, read_student(study, layout, run, seed, device))
+    student, eps = two_times(model), study.noise.sigma_min
+    preconditioning = read_preconditioning(study, layout, run, model.sigma_data, device)
+
+    @torch.inference_mode()
+    def ends(x: Tensor, t: float, labels: Tensor | None) -> Tensor:
+        found = []
+        for first in range(0, len(x), study.sampling.batch):
+            part = slice(first, first + study.sampling.batch)
+            here = x[part].to(device)
+            own = None if labels is None else labels[part].to(device)
+            found.append(preconditioning.jump(student, here, every(t, here), every(eps, here), own).cpu())
+        return torch.cat(found)
+
+    return ends
+
+
+def _transported(images: Tensor, noise: Tensor, labels: Tensor | None, batch: int) -> Tensor:
+    """The noise as ot pairs it in training, batch by batch; fewer images than the last batch needs are left out."""
+    size = min(batch, len(images))
+    rows = [slice(first, first + size) for first in range(0, len(images) - size + 1, size)]
+    return torch.cat([noise[r][assignment(images[r], noise[r], None if labels is None else labels[r])] for r in rows])
+
+
+def _costs(ends: Tensor, noise: Tensor) -> np.ndarray:
+    """||x - z||^2 of each pair, [K]: a sum over the pixels."""
+    difference = (ends.double() - noise.double()).square().flatten(1).sum(1)
+    return np.asarray(difference.numpy())
+
+
+def _row(kind: str, run: str, seed: int | None, t: float | None, costs: np.ndarray) -> Row:
+    """The mean over the images and its standard error."""
+    error = costs.std(ddof=1) / len(costs) ** 0.5
+    return {"kind": kind, "run": run, "seed": seed, "t": t, "cost": costs.mean(), "cost_se": error}
+
+
+# --- the toy, and the theorem on the mixture
+
+
+def _toys(study: Study, settings: Flows) -> dict[str, np.ndarray]:
+    """What is kept of the toys as `<coupling>_<name>` [seeds, ...], their times [T] and the modes' centres [2, 2]."""
+    progress = Progress(f"flows {study.name}, toys", len(TOYS) * len(settings.toy_seeds))
+    arrays: dict[str, np.ndarray] = {}
+    for coupling in TOYS:
+        found = []
+        for seed in settings.toy_seeds:
+            found.append(train_toy(coupling, seed, steps=settings.toy_steps))
+            progress.advance()
+        arrays |= {f"{coupling}_{name}": np.stack([getattr(toy, name) for toy in found]) for name in _KEPT}
+        arrays["times"] = found[0].times
+    progress.close()
+    return arrays | {"modes": TWO_GAUSSIANS.means.numpy()}
+
+
+def _limits(settings: Flows) -> list[Row]:
+    """L_CT and L_CD, alpha = 2, of the mixture's ctm jump with the exact denoiser, on grids of doubling intervals."""
+    pairs, eps = quadrature_pairs(MIXTURE_1D, 40), 0.002
+
+    def jump(x: Tensor, t: Tensor) -> Tensor:
+        kept = eps / expand(t, x)
+        return kept * x + (1 - kept) * MIXTURE_1D(x, t)
+
+    losses = ConsistencyLosses(jump, pf_ode_velocity(MIXTURE_1D), lambda t: pairs, sigma_min=eps)
+    ct_limit, cd_limit = losses.limits()
+    rows = []
+    intervals = 10
+    while intervals <= settings.intervals:
+        ct, cd = losses.on_grid(intervals)
+        rows.append({"intervals": intervals, "ct": ct, "cd": cd, "ct_limit": ct_limit, "cd_limit": cd_limit})
+        intervals *= 2
+    return rows
+
+
+def _write_table(path: Path, rows: list[Row], columns: list[str]) -> None:
+    table = pd.DataFrame(rows, columns=columns)
+    if "seed" in columns:
+        table = table.astype({"seed": "Int64"})
+    write_with(path, lambda temporary: table.to_csv(temporary, index=False))
+
+
+def _save(temporary: Path, arrays: dict[str, np.ndarray]) -> None:
+    with temporary.open("wb") as file:  # np.savez would append .npz to a temporary name
+        np.savez(file, **arrays)  # type: ignore[arg-type]
