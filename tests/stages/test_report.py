@@ -140,10 +140,9 @@ def test_the_claims_are_those_of_the_paper_that_a_student_is_of(tmp_path: Path) 
 def test_verdicts_hold_each_coupling_against_independent_noise(tmp_path: Path) -> None:
     study, layout = made(tmp_path, UNTAUGHT)
     said = _verdicts(study, read_results(study, layout))
-    assert len(said) == 4
-    for run, paired, faster in zip(("ot", "gc"), said[:2], said[2:], strict=True):
+    for run, paired in zip(("ot", "gc"), said, strict=True):
         assert paired.startswith(f"At NFE 1, {run}'s FD over the second half of training differs from ic's, seed by")
-        assert faster.startswith(f"At NFE 1, {run} reaches ic's final FD in ")
+        assert "95 % t interval, 2 seeds" in paired
 
 
 def test_a_section_in_which_students_differ_is_said_by_its_kind(tmp_path: Path) -> None:

@@ -84,20 +84,17 @@ def write_page(
 def _verdicts(study: Study, results: Results) -> list[str]:
     """In words only what a paper claims, the rest in the tables: of distillation the form that is trained with, its
     speed-up at the NFE with one (2) and without (1), and its alignment; of consistency training every arm's FD at
-    NFE 1, and how much sooner it has the baseline's."""
-    settings = {run: study.resolved(run) for run in study.students}
-    coupled = {run for run, s in settings.items() if s.objective == "consistency"}
-    distilled = {run for run, s in settings.items() if s.preconditioning == "analytic"} - coupled
+    NFE 1."""
+    coupled = study.coupled
+    distilled = {run for run in study.students if study.resolved(run).preconditioning == "analytic"} - coupled.keys()
     at = {1, 2} & set(study.scores.curve_nfe) or set(study.scores.curve_nfe)
     first = {min(study.scores.curve_nfe)}
     faster = [item for item in results.found if item.run in distilled and item.nfe in at]
     better = [item for item in results.paired if item.run in distilled and item.measure != "fd"]
     better += [item for item in results.paired if item.run in coupled and item.measure == "fd" and item.nfe in first]
-    faster_arms = [item for item in results.found if item.run in coupled and item.measure == "fd" and item.nfe in first]
     return [
         *(sentence(item, results.extractor) for item in faster),
         *(paired_sentence(item, results.extractor) for item in better),
-        *(sentence(item, results.extractor) for item in faster_arms),
     ]
 
 
