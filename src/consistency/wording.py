@@ -106,10 +106,11 @@ def differs_in(study: Study, run: str) -> str:
 
 
 def _value(value: Any) -> str:
-    """A setting in a sentence; a section by its kind, with its fields in brackets."""
+    """A setting in a sentence; a section by its kind, with those of its fields that are set in brackets."""
     if not isinstance(value, dict):
         return str(value)
-    fields = ", ".join(f"{name} {_value(each)}" for name, each in value.items() if name != "kind")
+    said = {name: each for name, each in value.items() if name != "kind" and each is not None}
+    fields = ", ".join(f"{name} {_value(each)}" for name, each in said.items())
     return f"{value['kind']} ({fields})" if "kind" in value else fields
 
 

@@ -158,6 +158,19 @@ def test_a_section_in_which_students_differ_is_said_by_its_kind(tmp_path: Path) 
     assert differs_in(study, "ect").startswith("curriculum: shrinking (double_every 20, ")
 
 
+def test_a_frozen_predictor_is_said_by_its_student_and_is_in_no_sweep(tmp_path: Path) -> None:
+    text = SWEEP.replace("varies: [coupling, mu]", "varies: [coupling, mu, predictor]").replace(
+        "  gc: {coupling: gc, mu: 0.5}",
+        "  gc: {coupling: gc, mu: 0.5, predictor: {run: ic}}\n"
+        "  weak: {coupling: gc, mu: 0.7, predictor: {run: ic, step: 20}}",
+    )
+    study = make_study(tmp_path, text=text)
+    assert differs_in(study, "gc") == "coupling: gc, mu: 0.5, predictor: run ic"
+    assert differs_in(study, "weak") == "coupling: gc, mu: 0.7, predictor: run ic, step 20"
+    assert differs_in(study, "ot") == "coupling: ot"
+    assert study.mu_sweep == {"ic": 0.0, "gc3": 0.3, "gc1": 1.0}
+
+
 def test_the_tables_are_numbers_for_machines(tmp_path: Path) -> None:
     study, layout = made(tmp_path, LARGE)
     make_report(study, layout)

@@ -116,12 +116,14 @@ def _training(study: Study, layout: Layout, run: str, seed: int, data: ImageData
     student = place(study, _begun(settings, teacher, seed), device).train().requires_grad_(True)
     rates = (settings.ema_rate, *settings.evaluation_ema)
     averages = [Ema(student, rate, settings.ema_warm_up) for rate in rates]
-    target = averages[0].model
+    average = averages[0].model
+    target = average
     if frozen := settings.frozen:
         target = place(study, read_student(study, layout, frozen.run, seed, device, step=frozen.step), device)
-    for model in (student, averages[0].model, target, teacher):
+    networks = {student, average, target, teacher}
+    for model in networks:
         model.compute_in(settings.precision)
-    compile_networks(study, *{student, averages[0].model, target, teacher})
+    compile_networks(study, *networks)
     stopwatch = Stopwatch(device)
     update = build_update(
         study,
