@@ -278,7 +278,7 @@ def transport_cost(table: pd.DataFrame, runs: Sequence[str]) -> Figure:
 
 
 def toy(arrays: Mapping[str, Array], couplings: Sequence[str]) -> Figure:
-    """The toy of the plane: the paths x_t of the first seed from t = 2 on, its samples, and the cost against t."""
+    """The toy of the plane: the paths x_t of the first seed from t = 1 on, its samples, and the cost against t."""
     with plt.rc_context(_STYLE):
         figure, axes = plt.subplots(1, len(couplings) + 1, figsize=(4 * (len(couplings) + 1), 4))
         times = arrays["times"]
@@ -291,18 +291,18 @@ def toy(arrays: Mapping[str, Array], couplings: Sequence[str]) -> Figure:
             axis.plot(*arrays[f"{coupling}_samples"][0].T, ".", ms=4, color="#009E73", label="one-jump samples")
             axis.plot(*arrays["modes"].T, "x", color="black", label="modes")
             axis.set(title=coupling, aspect="equal")
-            axis.legend(fontsize=8)
             costs = arrays[f"{coupling}_cost"]
             style = line_of(couplings, coupling)
             axes[-1].plot(times, costs.mean(0), label=coupling, **style)
             axes[-1].fill_between(times, costs.min(0), costs.max(0), color=style["color"], alpha=0.18, lw=0)
         axes[-1].set(xscale="log", xlabel="time t", ylabel="transport cost $E||x - z||^2$")
         axes[-1].legend()
+        figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
     return figure
 
 
 #: up to this time the toy's paths are drawn; later ones are straight in every coupling
-_TOY_SHOWN = 2.0
+_TOY_SHOWN = 1.0
 
 
 def loss_limits(table: pd.DataFrame) -> Figure:
@@ -311,14 +311,17 @@ def loss_limits(table: pd.DataFrame) -> Figure:
         figure, axis = plt.subplots(figsize=(7, 4))
         squared = table.intervals**2
         lines = {
-            "$L_{CT}$": (table.ct, table.ct_limit, "#444444"),
-            "$L_{CD}$": (table.cd, table.cd_limit, "#0072B2"),
-            "$L_{CT} - L_{CD}$": (table.ct - table.cd, table.ct_limit - table.cd_limit, "#D55E00"),
+            "$N^2 L_{CT}$": (table.ct, table.ct_limit, "#444444"),
+            "$N^2 L_{CD}$": (table.cd, table.cd_limit, "#0072B2"),
+            "$N^2 (L_{CT} - L_{CD})$": (table.ct - table.cd, table.ct_limit - table.cd_limit, "#D55E00"),
         }
         for label, (losses, limit, colour) in lines.items():
-            axis.plot(table.intervals, squared * losses, marker="o", ms=3, color=colour, label=f"$N^2$ ({label})")
+            axis.plot(table.intervals, squared * losses, marker="o", ms=3, color=colour, label=label)
             axis.axhline(limit.iloc[0], color=colour, lw=1, ls="--")
-        axis.set(xscale="log", yscale="log", xlabel="intervals N of the grid", ylabel="$N^2$ times the loss")
+        axis.set(xscale="log", xlabel="intervals N of the grid", ylabel="$N^2$ times the loss")
+        axis.set_xticks(table.intervals, [str(count) for count in table.intervals])
+        axis.xaxis.set_minor_formatter(NullFormatter())
+        _logarithmic(axis)
         axis.legend()
     return figure
 

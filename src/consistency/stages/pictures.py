@@ -122,8 +122,8 @@ def _flow_pictures(study: Study, settings: Flows, layout: Layout, seeds: str) ->
     )
     own = ", ".join(map(str, settings.toy_seeds))
     toy = (
-        f"Two Gaussians in the plane, learnt with {settings.toy_steps:,} steps: paths x_t of N = 64 pairs, straight "
-        "with ic and bent by the generator with gc (mu 1), and samples in one jump (seed "
+        f"Two Gaussians in the plane, learnt with {settings.toy_steps:,} steps: paths x_t of N = 64 pairs up to t = 1, "
+        "straight with ic and bent by the generator with gc (mu 1), and samples in one jump (seed "
         f"{settings.toy_seeds[0]}); right: transport cost of the pairs that training meets, N = 2,048, mean and range "
         f"over seed{'s' if len(settings.toy_seeds) > 1 else ''} {own}."
     )
