@@ -95,6 +95,8 @@ def make_results(study: Study, layout: Layout) -> None:
         for seed in study.seeds:
             make_student(study, layout, run, seed)
     _calibration(study, layout)
+    if study.flows:
+        _flows(study, layout)
 
 
 def make_student(study: Study, layout: Layout, run: str, seed: int, level: float = 1.0) -> None:
@@ -228,6 +230,14 @@ def _rate_rows(study: Study, run: str, seed: int, rate: float, level: float, mai
         place = {"kind": "final", "step": settings.steps, "sampler": name, "nfe": nfe, "images": study.sampling.count}
         rows.append(common | place | _values(settings.steps, nfe, level, aligned))
     return rows
+
+
+def _flows(study: Study, layout: Layout) -> None:
+    """Files of its names; the figures' tests have real ones."""
+    for name in ("transport.csv", "limit.csv", "toy.npz"):
+        _write_text(layout.flows / name, f"{name}\n")
+    students = [layout.student_file(run, seed) for run in study.coupled for seed in study.seeds]
+    _card(study, layout, "flows", [layout.dataset / "images.npy", *students])
 
 
 def _calibration(study: Study, layout: Layout) -> None:

@@ -87,6 +87,29 @@ def test_receipts_and_other_tools_notes_are_no_strays(root: Path) -> None:
     assert states(root) == {}
 
 
+def test_flows_are_judged_like_everything_else(tmp_path: Path) -> None:
+    study = make_study(tmp_path, text=f"{UNTAUGHT}flows: {{}}\n")
+    layout = Layout(study.name, tmp_path / "results", tmp_path / "state")
+    make_results(study, layout)
+    make_report(study, layout)
+    assert states(layout.root, study) == {}
+    assert [finding.artifact for finding in verify(layout.root)][-2:] == ["flows", "report"]
+    finer = make_study(tmp_path / "finer", text=f"{UNTAUGHT}flows: {{times: 30}}\n")
+    assert states(layout.root, finer).keys() == {"flows", "report"}
+    assert "flows.times: there 24, here 30" in notes(layout.root, "flows", finer).replace("(", "").replace(")", "")
+    flip(layout.flows / "toy.npz")
+    assert states(layout.root) == {"flows": "tampered"}
+    make_student(study, layout, "gc", 1, level=2.0)
+    flip(layout.student_file("gc", 1))
+    edit_card(
+        layout.student("gc", 1) / "card.json",
+        lambda card: card["outputs"].update({"student.safetensors": sha256(layout.student_file("gc", 1))}),
+    )
+    assert "was made from another students/gc/seed1/student.safetensors" in notes(layout.root, "flows")
+    shutil.rmtree(layout.flows)
+    assert states(layout.root)["flows"] == "missing"
+
+
 def test_staleness_goes_from_student_to_student(tmp_path: Path) -> None:
     """A predictor's name may come after that of the student made from it."""
     text = UNTAUGHT.replace("varies: [coupling, mu]", "varies: [coupling, mu, predictor]").replace(
