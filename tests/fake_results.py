@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 from consistency.files import atomic, sha256, write_json
 from consistency.layout import Layout, snapshot_name
 from consistency.provenance import write_card
+from consistency.stages.flows import FILES
 from consistency.stages.inputs import student_file
 from consistency.stages.samples import student_samplers
 from consistency.study import FITTED, NoTeacher, OfficialTeacher, Study, load_study
@@ -234,7 +235,7 @@ def _rate_rows(study: Study, run: str, seed: int, rate: float, level: float, mai
 
 def _flows(study: Study, layout: Layout) -> None:
     """Files of its names; the figures' tests have real ones."""
-    for name in ("transport.csv", "limit.csv", "toy.npz"):
+    for name in FILES:
         _write_text(layout.flows / name, f"{name}\n")
     students = [layout.student_file(run, seed) for run in study.coupled for seed in study.seeds]
     _card(study, layout, "flows", [layout.dataset / "images.npy", *students])

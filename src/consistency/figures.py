@@ -305,6 +305,30 @@ def toy(arrays: Mapping[str, Array], couplings: Sequence[str]) -> Figure:
 _TOY_SHOWN = 1.0
 
 
+def plane(table: pd.DataFrame) -> Figure:
+    """The rows of plane.csv: velocity discrepancy and transport cost of couplings against t, +-2 standard errors."""
+    couplings = list(dict.fromkeys(table.coupling))
+    with plt.rc_context(_STYLE):
+        figure, axes = plt.subplots(1, 2, figsize=(10, 3.8))
+        labels = ("$R_t = E||z - v_t(x_t)||^2$", "transport cost $E||x - z||^2$")
+        for axis, name, label in zip(axes, ("discrepancy", "cost"), labels, strict=True):
+            for coupling in couplings:
+                rows = table[table.coupling == coupling]
+                style = line_of(couplings, coupling)
+                axis.errorbar(
+                    rows.t,
+                    rows[name],
+                    2 * rows[f"{name}_se"],
+                    color=style["color"],
+                    ls=style["linestyle"],
+                    label=coupling,
+                )
+            axis.set(xscale="log", xlabel="time t", ylabel=label)
+        _logarithmic(axes[0])
+        axes[0].legend()
+    return figure
+
+
 def loss_limits(table: pd.DataFrame) -> Figure:
     """The rows of limit.csv: N^2 times the two losses and their difference against N; dashed: the limits."""
     with plt.rc_context(_STYLE):

@@ -54,7 +54,7 @@ class Layout:
 
     @property
     def flows(self) -> Path:
-        """transport.csv, toy.npz, limit.csv, card.json."""
+        """transport.csv, toy.npz, plane.csv, limit.csv, card.json."""
         return self.root / "flows"
 
     @property

@@ -392,8 +392,11 @@ class Flows(Section):
     times: Annotated[int, Field(ge=2)] = Field(24, description="Times of the transport cost, a rho grid.")
     toy_steps: Count = Field(4000, description="Optimiser steps of the toy in the plane; 25 s of CPU for 4,000.")
     toy_seeds: list[Annotated[int, Field(ge=0)]] = Field([0], min_length=1, description="Seeds of the toy.")
+    pairs: Annotated[int, Field(ge=2)] = Field(
+        4096, description="Pairs of the velocity discrepancy on the toy's data, each of 4 times."
+    )
     intervals: Annotated[int, Field(ge=10)] = Field(1280, description="The finest grid of the theorem, from 10 on.")
-    seed: int = Field(0, description="Seed of images and noise.")
+    seed: int = Field(0, description="Seed of images, pairs and noise.")
 
 
 class Report(Section):

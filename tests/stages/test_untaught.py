@@ -39,7 +39,7 @@ CPU = torch.device("cpu")
 
 
 #: one image fewer than a whole number of batches
-FLOWS = {"images": 47, "times": 5, "toy_steps": 12, "toy_seeds": [0, 1], "intervals": 40}
+FLOWS = {"images": 47, "times": 5, "toy_steps": 12, "toy_seeds": [0, 1], "pairs": 512, "intervals": 40}
 
 
 @pytest.fixture(scope="module")
@@ -111,7 +111,7 @@ def test_the_estimate_counts_the_evaluations_that_training_did(study: Study, lay
 
 def test_the_report_has_no_teacher_in_its_pictures(study: Study, layout: Layout) -> None:
     names = {path.stem for path in (layout.report / "figures").glob("*.png")}
-    assert names == {"samples", "curves_fd", "losses", "speedup_fd", "transport_cost", "toy", "loss_limits"}
+    assert names == {"samples", "curves_fd", "losses", "speedup_fd", "transport_cost", "toy", "plane", "loss_limits"}
     page = (layout.report / "report.html").read_text()
     assert '<h2 id="flows">' in page
     for caption in re.findall(r"<figcaption>(.*?)</figcaption>", page, re.S):
@@ -178,6 +178,20 @@ def test_the_toys_are_those_of_their_seeds(layout: Layout) -> None:
         np.testing.assert_array_equal(arrays["gc_cost"][1], toy.cost)
         np.testing.assert_array_equal(arrays["times"], toy.times)
         assert arrays["ic_samples"].shape == (2, 64, 2)
+
+
+def test_on_the_toys_data_the_discrepancy_of_ic_is_the_closed_one(layout: Layout) -> None:
+    """Where t is large against the modes' distance, the data are one Gaussian: R_t = sum c / (c + t^2)."""
+    table = pd.read_csv(layout.flows / "plane.csv")
+    assert list(dict.fromkeys(table.coupling)) == ["ic", "ot", "gc"]
+    last = table[table.t == table.t.max()].set_index("coupling")
+    t, c = last.t["ic"], np.array([1e-4, 0.25 + 1e-4])
+    assert t == 5.0
+    assert last.discrepancy["ic"] == pytest.approx((c / (c + t**2)).sum(), rel=0.1)
+    exact = 0.25 + 2 * 1e-4 + 2  # E||x||^2 + E||z||^2
+    assert last.cost["ic"] == pytest.approx(exact, abs=0.2)  # 4 deviations of a mean of 2,048 pairs
+    assert last.cost["gc"] < 0.8 * exact and last.cost["ot"] < 0.8 * exact
+    assert table[table.coupling == "ic"].cost.nunique() == 1
 
 
 def test_the_losses_near_their_limits(layout: Layout) -> None:

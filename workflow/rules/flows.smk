@@ -6,6 +6,7 @@ rule flows:
     output:
         "results/{study}/flows/transport.csv",
         "results/{study}/flows/toy.npz",
+        "results/{study}/flows/plane.csv",
         "results/{study}/flows/limit.csv",
         "results/{study}/flows/card.json",
     log:

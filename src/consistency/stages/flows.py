@@ -20,31 +20,45 @@ from consistency.stages.inputs import read_dataset, read_preconditioning, read_s
 from consistency.stages.samples import prepared
 from consistency.study import FITTED, Flows, Study
 from consistency.theory.coupling import assignment
-from consistency.theory.flows import ConsistencyLosses, Coupling, pf_ode_velocity, quadrature_pairs
-from consistency.theory.oracles import MIXTURE_1D
+from consistency.theory.flows import (
+    ConsistencyLosses,
+    Coupling,
+    exact_predictor,
+    flow_curves,
+    pf_ode_velocity,
+    quadrature_pairs,
+)
+from consistency.theory.noise import log_grid
+from consistency.theory.oracles import MIXTURE_1D, MixtureTeacher
 from consistency.theory.solver import every, expand
 from consistency.training.data import ImageData
-from consistency.training.toy import TWO_GAUSSIANS, train_toy
+from consistency.training.toy import SIGMA_MAX, SIGMA_MIN, TWO_GAUSSIANS, train_toy
 
+FILES = ("transport.csv", "toy.npz", "plane.csv", "limit.csv")
 TRANSPORT = ["kind", "run", "seed", "t", "cost", "cost_se"]
+PLANE = ["coupling", "t", "discrepancy", "discrepancy_se", "cost", "cost_se"]
 LIMIT = ["intervals", "ct", "cd", "ct_limit", "cd_limit"]
 #: the toy's couplings, and what of each is kept, with the seeds as first axis
 TOYS: tuple[Coupling, ...] = ("ic", "gc")
 _KEPT = ("paths", "samples", "cost", "cost_se")
+#: times of plane.csv, and the images among which its ot assigns
+PLANE_TIMES, PLANE_BATCH = 16, 256
 Row = dict[str, Any]
 # (x [K, C, H, W], t, labels) -> f(x, t, eps), on the CPU
 Endpoint = Callable[[Tensor, float, Tensor | None], Tensor]
 
 
 def make_flows(study: Study, layout: Layout, device: torch.device) -> None:
-    """Write transport.csv, toy.npz, limit.csv and card.json; tables without rows for a study that asks for no flows.
+    """Write transport.csv, toy.npz, plane.csv, limit.csv and card.json; without rows if the study asks for no flows.
 
     transport.csv: E ||f(x + t z, t, eps) - z||^2 of every student's average (kind student), and E ||x - z||^2 of the
-    pairs themselves, the same at all t (kind pairs); toy.npz: `train_toy` for each of TOYS; limit.csv: L_CT and L_CD of
-    the mixture on grids, and the limits of N^2 L. Raises UserError when a student is missing or has other settings.
+    pairs themselves, the same at all t (kind pairs); toy.npz: `train_toy` for each of TOYS; plane.csv: R_t and E ||x -
+    z||^2 of each coupling on the toy's data, with the exact endpoint as gc's generator; limit.csv: L_CT and L_CD of the
+    mixture on grids, and the limits of N^2 L. Raises UserError when a student is missing or has other settings.
     """
     started, settings = time.time(), study.flows
     rows: list[Row] = []
+    plane: list[Row] = []
     limits: list[Row] = []
     toys: dict[str, np.ndarray] = {}
     inputs: list[Path] = []
@@ -53,12 +67,13 @@ def make_flows(study: Study, layout: Layout, device: torch.device) -> None:
         data = read_dataset(study, layout)
         digests = {layout.dataset / "images.npy": data.facts["sha256"]}
         rows, inputs = _transport(study, settings, layout, data, device)
-        toys, limits = _toys(study, settings), _limits(settings)
+        toys, plane, limits = _toys(study, settings), _plane(settings), _limits(settings)
     folder = layout.flows
-    outputs = [folder / name for name in ("transport.csv", "toy.npz", "limit.csv")]
+    outputs = [folder / name for name in FILES]
     _write_table(outputs[0], rows, TRANSPORT)
     write_with(outputs[1], lambda temporary: _save(temporary, toys))
-    _write_table(outputs[2], limits, LIMIT)
+    _write_table(outputs[2], plane, PLANE)
+    _write_table(outputs[3], limits, LIMIT)
     write_card(study, layout, "flows", started=started, inputs=inputs, outputs=outputs, known=digests)
 
 
@@ -149,6 +164,30 @@ def _toys(study: Study, settings: Flows) -> dict[str, np.ndarray]:
         arrays["times"] = found[0].times
     progress.close()
     return arrays | {"modes": TWO_GAUSSIANS.means.numpy()}
+
+
+def _plane(settings: Flows) -> list[Row]:
+    """R_t and transport cost of ic, ot and gc (mu 1) on the toy's two Gaussians: nothing is trained."""
+    data = TWO_GAUSSIANS
+    exact = MixtureTeacher(data.weights.double(), data.means.double(), data.variances.double())
+    rows: list[Row] = []
+    couplings: tuple[Coupling, ...] = ("ic", "ot", "gc")
+    for coupling in couplings:
+        curves = flow_curves(
+            coupling,
+            exact.sample,
+            log_grid(PLANE_TIMES, 0.01, SIGMA_MAX),
+            settings.seed,
+            predictor=exact_predictor(exact, SIGMA_MIN),
+            batch=PLANE_BATCH,
+            count=settings.pairs,
+        )
+        found = {"t": curves.times} | {name: getattr(curves, name) for name in PLANE[2:]}
+        rows += [
+            {"coupling": coupling} | {name: float(values[k]) for name, values in found.items()}
+            for k in range(PLANE_TIMES)
+        ]
+    return rows
 
 
 def _limits(settings: Flows) -> list[Row]:

@@ -13,6 +13,7 @@ from consistency.figures import measure_label
 from consistency.files import read_json, write_bytes, write_json
 from consistency.layout import Layout, sampler_name
 from consistency.provenance import write_card
+from consistency.stages.flows import FILES
 from consistency.stages.page import write_page
 from consistency.stages.pictures import draw_pictures
 from consistency.stages.results import Results, read_cards, read_histories, read_results, records, students_of
@@ -70,7 +71,7 @@ def _inputs(study: Study, layout: Layout) -> list[Path]:
     return [
         *(layout.dataset / name for name in ("images.npy", "dataset.json")),
         *([layout.coefficients / "coefficients.npz"] if study.needs_coefficients else []),
-        *(layout.flows / name for name in ("transport.csv", "toy.npz", "limit.csv") if study.flows),
+        *(layout.flows / name for name in FILES if study.flows),
         layout.samples(None, None) / "heun.npy",
         *(layout.samples(run, study.seeds[0]) / name for run in study.students for name in shown),
         *(layout.student(run, seed) / "history.jsonl" for run, seed in students),
