@@ -280,6 +280,13 @@ def test_flows_are_measured_of_consistency_training(
     assert message in mistake(write_study(changes))
 
 
+def test_the_discrepancy_is_of_a_student_of_consistency_training(
+    write_study: WriteStudy, untaught: dict[str, Any]
+) -> None:
+    message = mistake(write_study(untaught | {"flows": {"discrepancy": ["ic", "gx"]}}))
+    assert "flows.discrepancy names 'gx', which is not one of the students of consistency training" in message
+
+
 def test_flows_toys_have_seeds_of_their_own(write_study: WriteStudy, untaught: dict[str, Any]) -> None:
     assert "toy_seeds lists a seed twice" in mistake(write_study(untaught | {"flows": {"toy_seeds": [1, 1]}}))
 

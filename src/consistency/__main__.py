@@ -78,7 +78,7 @@ def _flows(args: Arguments) -> None:
     """measure what the couplings of consistency training do to the flow"""
     from consistency.stages.flows import make_flows
 
-    make_flows(args.study, args.layout, args.device)
+    make_flows(args.study, args.layout, args.machine)
 
 
 def _report(args: Arguments) -> None:

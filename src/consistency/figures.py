@@ -305,6 +305,20 @@ def toy(arrays: Mapping[str, Array], couplings: Sequence[str]) -> Figure:
 _TOY_SHOWN = 1.0
 
 
+def discrepancy(table: pd.DataFrame, runs: Sequence[str]) -> Figure:
+    """The rows of discrepancy.csv: R_t of the couplings against t, +-2 standard errors; runs: the study's."""
+    with plt.rc_context(_STYLE):
+        figure, axis = plt.subplots(figsize=(7, 4))
+        for run in dict.fromkeys(table.run):
+            rows, style = table[table.run == run], line_of(runs, run)
+            values, errors = rows.discrepancy, 2 * rows.discrepancy_se
+            axis.errorbar(rows.t, values, errors, color=style["color"], ls=style["linestyle"], label=run)
+        axis.set(xscale="log", xlabel="time t (noise level)", ylabel="$R_t = E||z - v_t(x_t)||^2$")
+        _logarithmic(axis)
+        axis.legend()
+    return figure
+
+
 def plane(table: pd.DataFrame) -> Figure:
     """The rows of plane.csv: velocity discrepancy and transport cost of couplings against t, +-2 standard errors."""
     couplings = list(dict.fromkeys(table.coupling))

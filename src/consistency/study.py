@@ -396,7 +396,13 @@ class Flows(Section):
         4096, description="Pairs of the velocity discrepancy on the toy's data, each of 4 times."
     )
     intervals: Annotated[int, Field(ge=10)] = Field(1280, description="The finest grid of the theorem, from 10 on.")
-    seed: int = Field(0, description="Seed of images, pairs and noise.")
+    discrepancy: list[Name] = Field(
+        [], description="Students for whose coupling a denoiser is trained, to measure R_t on the images (first seed)."
+    )
+    denoiser_steps: Count = Field(6000, description="Optimiser steps of each.")
+    denoiser_batch: Count = Field(256, description="Images a step.")
+    denoiser_learning_rate: Positive = Field(1e-3, description="Adam's learning rate.")
+    seed: int = Field(0, description="Seed of images, pairs, noise and denoisers.")
 
 
 class Report(Section):
@@ -563,6 +569,11 @@ class Study(Section):
             raise ValueError("flows measures students of consistency training, and there is none: remove the section")
         if self.flows and len(set(self.flows.toy_seeds)) < len(self.flows.toy_seeds):
             raise ValueError("flows.toy_seeds lists a seed twice")
+        for run in self.flows.discrepancy if self.flows else []:
+            if run not in self.coupled:
+                raise ValueError(
+                    f"flows.discrepancy names {run!r}, which is not one of the students of consistency training"
+                )
 
     def _check_teacher(self) -> None:
         if isinstance(self.teacher, OfficialTeacher):

@@ -19,6 +19,7 @@ from consistency.provenance import read_card
 from consistency.seeding import generator
 from consistency.stages import flows
 from consistency.stages.dataset import make_dataset
+from consistency.stages.discrepancy import discrepancy_of
 from consistency.stages.estimate import estimate
 from consistency.stages.extractor import make_extractor
 from consistency.stages.flows import make_flows
@@ -40,6 +41,7 @@ CPU = torch.device("cpu")
 
 #: one image fewer than a whole number of batches
 FLOWS = {"images": 47, "times": 5, "toy_steps": 12, "toy_seeds": [0, 1], "pairs": 512, "intervals": 40}
+FLOWS |= {"discrepancy": ["ic", "ot", "gc"], "denoiser_steps": 40, "denoiser_batch": 64}
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +63,7 @@ def layout(study: Study, tmp_path_factory: pytest.TempPathFactory) -> Layout:
         make_student(study, made, run, 0, machine)
         make_samples(study, made, run, 0, CPU)
         make_scores(study, made, run, 0, CPU)
-    make_flows(study, made, CPU)
+    make_flows(study, made, machine)
     make_report(study, made)
     return made
 
@@ -111,7 +113,17 @@ def test_the_estimate_counts_the_evaluations_that_training_did(study: Study, lay
 
 def test_the_report_has_no_teacher_in_its_pictures(study: Study, layout: Layout) -> None:
     names = {path.stem for path in (layout.report / "figures").glob("*.png")}
-    assert names == {"samples", "curves_fd", "losses", "speedup_fd", "transport_cost", "toy", "plane", "loss_limits"}
+    assert names == {
+        "samples",
+        "curves_fd",
+        "losses",
+        "speedup_fd",
+        "transport_cost",
+        "discrepancy",
+        "toy",
+        "plane",
+        "loss_limits",
+    }
     page = (layout.report / "report.html").read_text()
     assert '<h2 id="flows">' in page
     for caption in re.findall(r"<figcaption>(.*?)</figcaption>", page, re.S):
@@ -171,6 +183,32 @@ def test_ot_stays_within_its_batches_and_classes() -> None:
     assert len(flows._transported(images, noise, None, 64)) == 11
 
 
+def test_the_discrepancy_is_a_number_for_each_coupling_that_is_named(study: Study, layout: Layout) -> None:
+    table = pd.read_csv(layout.flows / "discrepancy.csv")
+    assert list(dict.fromkeys(table.run)) == ["ic", "ot", "gc"]
+    assert len(table) == 15 and set(table.seed) == {0}
+    assert (table.discrepancy > 0).all() and (table.discrepancy_se > 0).all()
+    last = table[table.t == table.t.max()].set_index("run").discrepancy
+    # At T the data hide under the noise: R_t is about the data's variance over t^2, for any denoiser near its mean.
+    assert (last < 64 * 4 / 80**2).all()
+
+
+def test_the_denoisers_of_couplings_differ_in_the_coupling_alone(
+    study: Study, layout: Layout, tiny: Tiny, untaught: dict[str, Any]
+) -> None:
+    data, machine = load_images(layout.dataset), Machine(CPU)
+    assert study.flows is not None
+    found = {run: discrepancy_of(study, study.flows, layout, run, data, machine) for run in study.students}
+    first = [next(measure.job.update.model.parameters()) for measure in found.values()]
+    assert torch.equal(first[0], first[1]) and torch.equal(first[0], first[2])
+    kinds = {run: type(measure.objective).__name__ for run, measure in found.items()}
+    assert kinds == {"ic": "CoupledDenoising", "ot": "TransportDenoising", "gc": "CoupledDenoising"}
+    assert found["ic"].objective.coupling.mu == 0 and found["gc"].objective.coupling.mu == 0.5
+    own = next(load_denoiser(layout.student_file("gc", 0))[0].parameters())
+    predictor = found["gc"].objective.coupling.predictor
+    assert predictor is not None and torch.equal(next(predictor.parameters()), own)
+
+
 def test_the_toys_are_those_of_their_seeds(layout: Layout) -> None:
     with np.load(layout.flows / "toy.npz") as arrays:
         toy = train_toy("gc", 1, steps=12)
@@ -204,7 +242,7 @@ def test_the_losses_near_their_limits(layout: Layout) -> None:
 def test_a_study_that_asks_for_no_flows_gets_tables_without_rows(tiny: Tiny, tmp_path: Path) -> None:
     """DVC has one pipeline for all studies."""
     layout = Layout("tiny", tmp_path / "results", tmp_path / "state")
-    make_flows(tiny(), layout, CPU)
+    make_flows(tiny(), layout, Machine(CPU))
     assert len(transport(layout)) == len(pd.read_csv(layout.flows / "limit.csv")) == 0
     assert read_card(layout.flows, tiny(), "flows")["inputs"] == {}
 
@@ -212,7 +250,7 @@ def test_a_study_that_asks_for_no_flows_gets_tables_without_rows(tiny: Tiny, tmp
 def test_flows_of_a_student_that_is_missing_name_the_verb(study: Study, layout: Layout, tmp_path: Path) -> None:
     shutil.copytree(layout.dataset, tmp_path / "results/tiny/dataset")
     with pytest.raises(UserError, match="run `python -m consistency student --run ic --seed 0` first"):
-        make_flows(study, Layout("tiny", tmp_path / "results"), CPU)
+        make_flows(study, Layout("tiny", tmp_path / "results"), Machine(CPU))
 
 
 def test_every_folder_was_handed_over(layout: Layout) -> None:

@@ -155,7 +155,7 @@ def every_coupled_student(wildcards) -> list[str]:
 
 def flows_if_measured(wildcards) -> list[str]:
     """The measures of the couplings, for a study that asks for them."""
-    names = ("transport.csv", "toy.npz", "plane.csv", "limit.csv") if study_of(wildcards).flows else ()
+    names = ("transport.csv", "discrepancy.csv", "toy.npz", "plane.csv", "limit.csv") if study_of(wildcards).flows else ()
     return [f"results/{wildcards.study}/flows/{name}" for name in names]
 
 

@@ -5,6 +5,7 @@ rule flows:
         coefficients_if_needed,
     output:
         "results/{study}/flows/transport.csv",
+        "results/{study}/flows/discrepancy.csv",
         "results/{study}/flows/toy.npz",
         "results/{study}/flows/plane.csv",
         "results/{study}/flows/limit.csv",

@@ -62,7 +62,10 @@ def estimate(study: Study, layout: Layout) -> list[Cost]:
         points = rates * (1 + run.steps // run.snapshot_every)
         curve += points * scores.curve_count * (sum(scores.curve_nfe) * forward + len(scores.curve_nfe) * extractor)
     aligned = scores.alignment_count * (2 * scores.alignment_nodes - 2) * forward
-    measured = study.flows.images * study.flows.times * len(study.coupled) if study.flows else 0
+    flows = 0.0
+    if study.flows:
+        denoisers = len(study.flows.discrepancy) * study.flows.denoiser_steps * study.flows.denoiser_batch * 4
+        flows = (seeds * study.flows.images * study.flows.times * len(study.coupled) + denoisers) * forward
     return [
         Cost("dataset", 0.0, images * pixels),
         Cost("extractor", images * extractor, min(images, scores.kid_images) * 2048 * _BYTES if extractor else 0),
@@ -73,7 +76,7 @@ def estimate(study: Study, layout: Layout) -> list[Cost]:
         Cost("students", seeds * sum(training_operations(run, forward) for run in runs), seeds * kept * weights),
         Cost("samples", seeds * drawn, seeds * arrays * sampling.count * pixels),
         Cost("scores", seeds * (curve + arrays * sampling.count * extractor), 0.0),
-        *([Cost("flows", seeds * measured * forward, 0.0)] if study.flows else []),
+        *([Cost("flows", flows, 0.0)] if study.flows else []),
     ]
 
 

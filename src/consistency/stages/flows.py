@@ -16,8 +16,11 @@ from consistency.nets.denoiser import two_times
 from consistency.progress import Progress
 from consistency.provenance import write_card
 from consistency.seeding import generator
+from consistency.stages.discrepancy import Discrepancy, discrepancy_of
 from consistency.stages.inputs import read_dataset, read_preconditioning, read_student, time_grid
+from consistency.stages.publish import forget_state
 from consistency.stages.samples import prepared
+from consistency.stages.trainer import Machine
 from consistency.study import FITTED, Flows, Study
 from consistency.theory.coupling import assignment
 from consistency.theory.flows import (
@@ -34,8 +37,9 @@ from consistency.theory.solver import every, expand
 from consistency.training.data import ImageData
 from consistency.training.toy import SIGMA_MAX, SIGMA_MIN, TWO_GAUSSIANS, train_toy
 
-FILES = ("transport.csv", "toy.npz", "plane.csv", "limit.csv")
+FILES = ("transport.csv", "discrepancy.csv", "toy.npz", "plane.csv", "limit.csv")
 TRANSPORT = ["kind", "run", "seed", "t", "cost", "cost_se"]
+DISCREPANCY = ["run", "seed", "t", "discrepancy", "discrepancy_se"]
 PLANE = ["coupling", "t", "discrepancy", "discrepancy_se", "cost", "cost_se"]
 LIMIT = ["intervals", "ct", "cd", "ct_limit", "cd_limit"]
 #: the toy's couplings, and what of each is kept, with the seeds as first axis
@@ -48,52 +52,72 @@ Row = dict[str, Any]
 Endpoint = Callable[[Tensor, float, Tensor | None], Tensor]
 
 
-def make_flows(study: Study, layout: Layout, device: torch.device) -> None:
-    """Write transport.csv, toy.npz, plane.csv, limit.csv and card.json; without rows if the study asks for no flows.
+def make_flows(study: Study, layout: Layout, machine: Machine) -> None:
+    """Write FILES and card.json; tables without rows if the study asks for no flows.
 
     transport.csv: E ||f(x + t z, t, eps) - z||^2 of every student's average (kind student), and E ||x - z||^2 of the
-    pairs themselves, the same at all t (kind pairs); toy.npz: `train_toy` for each of TOYS; plane.csv: R_t and E ||x -
-    z||^2 of each coupling on the toy's data, with the exact endpoint as gc's generator; limit.csv: L_CT and L_CD of the
-    mixture on grids, and the limits of N^2 L. Raises UserError when a student is missing or has other settings.
+    pairs themselves, the same at all t (kind pairs); discrepancy.csv: R_t of the couplings that the study names, each
+    as its student's training met it at its end; toy.npz: `train_toy` for each of TOYS; plane.csv: R_t and E ||x - z||^2
+    of each coupling on the toy's data, with the exact endpoint as gc's generator; limit.csv: L_CT and L_CD of the
+    mixture on grids, and the limits of N^2 L. Raises UserError when a student is missing or has other settings,
+    Interrupted when asked to stop while a denoiser is trained.
     """
     started, settings = time.time(), study.flows
-    rows: list[Row] = []
+    transport: list[Row] = []
+    discrepancy: list[Row] = []
     plane: list[Row] = []
     limits: list[Row] = []
     toys: dict[str, np.ndarray] = {}
     inputs: list[Path] = []
     digests: dict[Path, str] = {}
+    states: list[Path] = []
     if settings is not None:
         data = read_dataset(study, layout)
         digests = {layout.dataset / "images.npy": data.facts["sha256"]}
-        rows, inputs = _transport(study, settings, layout, data, device)
+        pairs = _pairs(study, settings, data)
+        transport, inputs = _transport(study, settings, layout, pairs, machine.device)
+        for run in settings.discrepancy:
+            measure = discrepancy_of(study, settings, layout, run, data, machine)
+            discrepancy += _discrepancy(study, settings, pairs, run, measure)
+            inputs += [path for path in measure.inputs if path not in inputs]
+            states.append(measure.state)
         toys, plane, limits = _toys(study, settings), _plane(settings), _limits(settings)
-    folder = layout.flows
-    outputs = [folder / name for name in FILES]
-    _write_table(outputs[0], rows, TRANSPORT)
-    write_with(outputs[1], lambda temporary: _save(temporary, toys))
-    _write_table(outputs[2], plane, PLANE)
-    _write_table(outputs[3], limits, LIMIT)
+    outputs = [layout.flows / name for name in FILES]
+    _write_table(outputs[0], transport, TRANSPORT)
+    _write_table(outputs[1], discrepancy, DISCREPANCY)
+    write_with(outputs[2], lambda temporary: _save(temporary, toys))
+    _write_table(outputs[3], plane, PLANE)
+    _write_table(outputs[4], limits, LIMIT)
     write_card(study, layout, "flows", started=started, inputs=inputs, outputs=outputs, known=digests)
+    for state in states:
+        forget_state(state)
 
 
 # --- transport cost on the images
 
 
-def _transport(
-    study: Study, settings: Flows, layout: Layout, data: ImageData, device: torch.device
-) -> tuple[list[Row], list[Path]]:
-    """The rows of transport.csv, and the files they were made from."""
+def _pairs(study: Study, settings: Flows, data: ImageData) -> tuple[Tensor, Tensor | None, Tensor]:
+    """Images [K, C, H, W], their labels if students are conditional, and independent noise."""
     draws = generator(settings.seed, "flows")
     images, classes = data.take(torch.randperm(len(data), generator=draws)[: settings.images])
-    noise = torch.randn(images.shape, generator=draws)
-    labels = classes if study.teacher.conditional else None
+    return images, classes if study.teacher.conditional else None, torch.randn(images.shape, generator=draws)
+
+
+def _times(study: Study, settings: Flows) -> list[float]:
+    return time_grid(study, settings.times, torch.device("cpu")).flip(0).tolist()
+
+
+def _transport(
+    study: Study, settings: Flows, layout: Layout, pairs: tuple[Tensor, Tensor | None, Tensor], device: torch.device
+) -> tuple[list[Row], list[Path]]:
+    """The rows of transport.csv, and the files they were made from."""
+    images, labels, noise = pairs
     rows = [_row("pairs", "ic", None, None, _costs(images, noise))]
     for run, student in study.coupled.items():
         if student.coupling == "ot":
             moved = _transported(images, noise, labels, student.batch)
             rows.append(_row("pairs", run, None, None, _costs(images[: len(moved)], moved)))
-    times = time_grid(study, settings.times, torch.device("cpu")).flip(0).tolist()
+    times = _times(study, settings)
     inputs = [layout.dataset / "images.npy", *([layout.dataset / "labels.npy"] if labels is not None else [])]
     if any(student.preconditioning in FITTED for student in study.coupled.values()):
         inputs.append(layout.coefficients / "coefficients.npz")
@@ -108,6 +132,28 @@ def _transport(
                 progress.advance(len(images))
     progress.close()
     return rows, inputs
+
+
+def _discrepancy(
+    study: Study,
+    settings: Flows,
+    pairs: tuple[Tensor, Tensor | None, Tensor],
+    run: str,
+    measure: Discrepancy,
+) -> list[Row]:
+    """The rows of discrepancy.csv of one coupling: its denoiser is trained, if it is not yet."""
+    images, labels, noise = pairs
+    student = study.resolved(run)
+    if student.coupling == "ot":
+        noise = _transported(images, noise, labels, student.batch)
+        images, labels = images[: len(noise)], None if labels is None else labels[: len(noise)]
+    measure.train()
+    rows = []
+    for t in _times(study, settings):
+        mean, error = _mean(measure.at(images, labels, noise, t))
+        place = {"run": run, "seed": study.seeds[0], "t": t}
+        rows.append(place | {"discrepancy": mean, "discrepancy_se": error})
+    return rows
 
 
 def _endpoint(study: Study, layout: Layout, run: str, seed: int, device: torch.device) -> Endpoint:
@@ -143,9 +189,13 @@ def _costs(ends: Tensor, noise: Tensor) -> np.ndarray:
 
 
 def _row(kind: str, run: str, seed: int | None, t: float | None, costs: np.ndarray) -> Row:
+    mean, error = _mean(costs)
+    return {"kind": kind, "run": run, "seed": seed, "t": t, "cost": mean, "cost_se": error}
+
+
+def _mean(values: np.ndarray) -> tuple[float, float]:
     """The mean over the images and its standard error."""
-    error = costs.std(ddof=1) / len(costs) ** 0.5
-    return {"kind": kind, "run": run, "seed": seed, "t": t, "cost": costs.mean(), "cost_se": error}
+    return float(values.mean()), float(values.std(ddof=1) / len(values) ** 0.5)
 
 
 # --- the toy, and the theorem on the mixture

@@ -138,8 +138,17 @@ def _flow_pictures(study: Study, settings: Flows, layout: Layout, seeds: str) ->
         "of N intervals, times N^2, and (dashed) the limits. The difference does not vanish. By quadrature: "
         f"no seed, N = 10 to {int(limits.intervals.max())}."
     )
+    pictures = [Picture.of("transport_cost", "flows", transport, figures.transport_cost(table, list(study.coupled)))]
+    if settings.discrepancy:
+        found = pd.read_csv(made(layout.flows / "discrepancy.csv", "flows"))
+        trained = (
+            f"Velocity discrepancy of the couplings that students (seed {study.seeds[0]}) met at the end of their "
+            f"training, by a denoiser each of {settings.denoiser_steps:,} steps, N = {count} of the images that it was "
+            f"trained on; bars: two standard errors. A denoiser trained too briefly overstates R_t."
+        )
+        pictures.append(Picture.of("discrepancy", "flows", trained, figures.discrepancy(found, list(study.students))))
     return [
-        Picture.of("transport_cost", "flows", transport, figures.transport_cost(table, list(study.coupled))),
+        *pictures,
         Picture.of("toy", "flows", toy, figures.toy(toys, TOYS)),
         Picture.of("plane", "flows", measured, figures.plane(plane)),
         Picture.of("loss_limits", "flows", limit, figures.loss_limits(limits)),

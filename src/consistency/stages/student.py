@@ -174,25 +174,33 @@ def _objective(
 ) -> Objective:
     """The loss of a student; models: student, its average or the frozen predictor in its place, teacher."""
     settings = study.resolved(run)
+    if settings.objective == "consistency":
+        return consistency_objective(study, layout, run, models[:2], machine)
     preconditioning = read_preconditioning(study, layout, run, models[2].sigma_data, machine.device)
     distance = _distance(settings, machine)
-    if settings.objective == "consistency":
-        training = TransportTraining if settings.coupling == "ot" else ConsistencyTraining
-        return training(
-            student=models[0],
-            predictor=models[1],
-            preconditioning=preconditioning,
-            distance=distance,
-            schedule=_schedule(study, settings),
-            ends=(study.noise.sigma_min, study.noise.sigma_max),
-            mu=settings.mu if settings.coupling == "gc" else 0.0,
-        )
     grid = time_grid(study, settings.nodes, machine.device)
     endpoint = Endpoint(*models, preconditioning, distance, grid, settings.target, stopwatch=stopwatch)
     if settings.objective == "endpoint":
         return endpoint
     max_steps = settings.max_heun_steps or settings.nodes - 1
     return Trajectory(**vars(endpoint), max_steps=max_steps, dsm_weight=settings.dsm_weight)
+
+
+def consistency_objective(
+    study: Study, layout: Layout, run: str, models: tuple[Denoiser, Denoiser], machine: Machine
+) -> ConsistencyTraining:
+    """The loss of a student of consistency training; models: student, its average or the frozen predictor."""
+    settings = study.resolved(run)
+    training = TransportTraining if settings.coupling == "ot" else ConsistencyTraining
+    return training(
+        student=models[0],
+        predictor=models[1],
+        preconditioning=read_preconditioning(study, layout, run, models[0].sigma_data, machine.device),
+        distance=_distance(settings, machine),
+        schedule=_schedule(study, settings),
+        ends=(study.noise.sigma_min, study.noise.sigma_max),
+        mu=settings.mu if settings.coupling == "gc" else 0.0,
+    )
 
 
 def _schedule(study: Study, settings: Student) -> Schedule:

@@ -252,7 +252,7 @@ def _report(study: Study, layout: Layout) -> Upload:
         files=_tree(layout.report)
         + _files(layout.dataset, "dataset.json", "card.json", to="dataset")
         + _files(layout.extractor, "card.json", to="extractor")
-        + _files(layout.flows, "transport.csv", "plane.csv", "limit.csv", "toy.npz", "card.json", to="flows")
+        + [(path, "flows") for path, _ in (_tree(layout.flows) if study.flows else [])]
         + _files(layout.coefficients, "coefficients.npz", "card.json", to="coefficients"),
         texts=_coefficient_table(layout) if study.needs_coefficients else [],
     )
