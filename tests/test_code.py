@@ -57,7 +57,7 @@ def test_comments_docstrings_and_layout_change_nothing(package: Path, here: dict
     [
         ("sources/datasets.py", "def open_source(", "def open_source(*,\n    ", {"dataset"}),
         ("training/ema.py", "def half_life_rate(", "def half_life_rate(_=0, *,\n    ", {"teacher"}),
-        ("training/loop.py", "def train(", "def train(*,\n    ", {"teacher", "student"}),
+        ("training/loop.py", "def train(", "def train(*,\n    ", {"teacher", "student", "flows"}),
         ("training/objectives.py", "class Trajectory(", "class Trajectory(object, ", {"student"}),
         ("training/objectives.py", "class Denoising", "class Denoising(object, )", {"teacher"}),
         ("theory/estimators.py", "def fit_coefficients(", "def fit_coefficients(*,\n    ", {"coefficients"}),
