@@ -310,7 +310,11 @@ def discrepancy(table: pd.DataFrame, runs: Sequence[str]) -> Figure:
     with plt.rc_context(_STYLE):
         figure, axis = plt.subplots(figsize=(7, 4))
         for run in dict.fromkeys(table.run):
-            rows, style = table[table.run == run], line_of(runs, run)
+            rows = table[table.run == run]
+            if run == "teacher":
+                axis.plot(rows.t, rows.discrepancy, color="#888888", ls=":", label="independent noise, by the teacher")
+                continue
+            style = line_of(runs, run)
             values, errors = rows.discrepancy, 2 * rows.discrepancy_se
             axis.errorbar(rows.t, values, errors, color=style["color"], ls=style["linestyle"], label=run)
         axis.set(xscale="log", xlabel="time t (noise level)", ylabel="$R_t = E||z - v_t(x_t)||^2$")

@@ -1,6 +1,7 @@
 rule flows:
     input:
         "results/{study}/dataset/images.npy",
+        "results/{study}/teacher/teacher.safetensors",
         every_coupled_student,
         coefficients_if_needed,
     output:

@@ -1,5 +1,6 @@
 """R_t on the images: for each coupling a denoiser of its own, which is trained here and then let go of (GC)."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -8,13 +9,13 @@ import torch
 from torch import Tensor
 
 from consistency.layout import Layout
-from consistency.nets.denoiser import init_denoiser
+from consistency.nets.denoiser import Denoiser, init_denoiser
 from consistency.seeding import derived_seed, generator
 from consistency.stages.inputs import read_student, student_file
 from consistency.stages.student import consistency_objective
 from consistency.stages.trainer import Machine, build_optimizer, build_update, place
 from consistency.study import Flows, Study
-from consistency.training.coupled_denoising import CoupledDenoising, TransportDenoising
+from consistency.training.coupled_denoising import CoupledDenoising, TransportDenoising, missed
 from consistency.training.data import ImageData
 from consistency.training.ema import Ema
 from consistency.training.loop import Training, train
@@ -43,15 +44,42 @@ class Discrepancy:
 
     def at(self, images: Tensor, labels: Tensor | None, noise: Tensor, t: float) -> np.ndarray:
         """||z - v_t(x_t)||^2 of each pair, [K], a sum over pixels."""
-        denoiser, size = self.job.averages[0].model, self.study.sampling.batch
-        device, found = next(denoiser.parameters()).device, []
-        for first in range(0, len(images), size):
-            part = slice(first, first + size)
-            own = None if labels is None else labels[part].to(device)
-            draws = generator(self.study.seeds[0], "flows mask", first, device)
-            x, z = images[part].to(device), noise[part].to(device)
-            found.append(self.objective.discrepancy(denoiser, x, own, z, t, draws).cpu())
-        return np.asarray(torch.cat(found).numpy())
+        denoiser = self.job.averages[0].model
+
+        def measure(first: int, x: Tensor, own: Tensor | None, z: Tensor) -> Tensor:
+            draws = generator(self.study.seeds[0], "flows mask", first, x.device)
+            return self.objective.discrepancy(denoiser, x, own, z, t, draws)
+
+        return _in_batches(self.study, measure, next(denoiser.parameters()).device, images, labels, noise)
+
+
+def by_teacher(
+    study: Study, teacher: Denoiser, images: Tensor, labels: Tensor | None, noise: Tensor, t: float
+) -> np.ndarray:
+    """The same of independent noise by the teacher, [K]; its mean is d (1 - l_t) for an exact one (AP (15))."""
+
+    def measure(first: int, x: Tensor, own: Tensor | None, z: Tensor) -> Tensor:
+        return missed(teacher, x, own, z, t)
+
+    return _in_batches(study, measure, next(teacher.parameters()).device, images, labels, noise)
+
+
+@torch.no_grad()
+def _in_batches(
+    study: Study,
+    measure: Callable[[int, Tensor, Tensor | None, Tensor], Tensor],
+    device: torch.device,
+    images: Tensor,
+    labels: Tensor | None,
+    noise: Tensor,
+) -> np.ndarray:
+    """measure(first row, images, labels, noise) of all, [K], no more at once than the samplers take."""
+    found = []
+    for first in range(0, len(images), study.sampling.batch):
+        part = slice(first, first + study.sampling.batch)
+        own = None if labels is None else labels[part].to(device)
+        found.append(measure(first, images[part].to(device), own, noise[part].to(device)).cpu())
+    return np.asarray(torch.cat(found).numpy())
 
 
 def discrepancy_of(

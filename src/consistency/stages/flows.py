@@ -16,8 +16,8 @@ from consistency.nets.denoiser import two_times
 from consistency.progress import Progress
 from consistency.provenance import write_card
 from consistency.seeding import generator
-from consistency.stages.discrepancy import Discrepancy, discrepancy_of
-from consistency.stages.inputs import read_dataset, read_preconditioning, read_student, time_grid
+from consistency.stages.discrepancy import Discrepancy, by_teacher, discrepancy_of
+from consistency.stages.inputs import read_dataset, read_preconditioning, read_student, read_teacher, time_grid
 from consistency.stages.publish import forget_state
 from consistency.stages.samples import prepared
 from consistency.stages.trainer import Machine
@@ -57,10 +57,10 @@ def make_flows(study: Study, layout: Layout, machine: Machine) -> None:
 
     transport.csv: E ||f(x + t z, t, eps) - z||^2 of every student's average (kind student), and E ||x - z||^2 of the
     pairs themselves, the same at all t (kind pairs); discrepancy.csv: R_t of the couplings that the study names, each
-    as its student's training met it at its end; toy.npz: `train_toy` for each of TOYS; plane.csv: R_t and E ||x - z||^2
-    of each coupling on the toy's data, with the exact endpoint as gc's generator; limit.csv: L_CT and L_CD of the
-    mixture on grids, and the limits of N^2 L. Raises UserError when a student is missing or has other settings,
-    Interrupted when asked to stop while a denoiser is trained.
+    as its student's training met it at its end, and of independent noise by the teacher; toy.npz: `train_toy` for each
+    of TOYS; plane.csv: R_t and E ||x - z||^2 of each coupling on the toy's data, with the exact endpoint as gc's
+    generator; limit.csv: L_CT and L_CD of the mixture on grids, and the limits of N^2 L. Raises UserError when a
+    student is missing or has other settings, Interrupted when asked to stop while a denoiser is trained.
     """
     started, settings = time.time(), study.flows
     transport: list[Row] = []
@@ -76,6 +76,9 @@ def make_flows(study: Study, layout: Layout, machine: Machine) -> None:
         digests = {layout.dataset / "images.npy": data.facts["sha256"]}
         pairs = _pairs(study, settings, data)
         transport, inputs = _transport(study, settings, layout, pairs, machine.device)
+        if settings.discrepancy and study.taught:
+            discrepancy += _by_teacher(study, settings, layout, pairs, machine.device)
+            inputs.append(layout.teacher / "teacher.safetensors")
         for run in settings.discrepancy:
             measure = discrepancy_of(study, settings, layout, run, data, machine)
             discrepancy += _discrepancy(study, settings, pairs, run, measure)
@@ -132,6 +135,17 @@ def _transport(
                 progress.advance(len(images))
     progress.close()
     return rows, inputs
+
+
+def _by_teacher(
+    study: Study, settings: Flows, layout: Layout, pairs: tuple[Tensor, Tensor | None, Tensor], device: torch.device
+) -> list[Row]:
+    """The rows of discrepancy.csv that hold the teacher against independent noise: how far ic's denoiser is trained."""
+    teacher, rows = prepared(study, read_teacher(study, layout, device)), []
+    for t in _times(study, settings):
+        mean, error = _mean(by_teacher(study, teacher, *pairs, t))
+        rows.append({"run": "teacher", "seed": None, "t": t, "discrepancy": mean, "discrepancy_se": error})
+    return rows
 
 
 def _discrepancy(

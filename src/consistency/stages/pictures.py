@@ -144,7 +144,8 @@ def _flow_pictures(study: Study, settings: Flows, layout: Layout, seeds: str) ->
         trained = (
             f"Velocity discrepancy of the couplings that students (seed {study.seeds[0]}) met at the end of their "
             f"training, by a denoiser each of {settings.denoiser_steps:,} steps, N = {count} of the images that it was "
-            f"trained on; bars: two standard errors. A denoiser trained too briefly overstates R_t."
+            f"trained on; bars: two standard errors. A denoiser trained too briefly overstates R_t"
+            f"{': compare ic with the teacher (dotted)' if study.taught else ''}."
         )
         pictures.append(Picture.of("discrepancy", "flows", trained, figures.discrepancy(found, list(study.students))))
     return [

@@ -14,6 +14,13 @@ from consistency.training.consistency_training import ConsistencyTraining, Coupl
 from consistency.training.objectives import Shape, Term, normal, weighted_denoising_error, with_labels
 
 
+def missed(denoiser: Denoiser, data: Tensor, labels: Tensor | None, z: Tensor, t: float) -> Tensor:
+    """||z - (x_t - D) / t||^2 = ||x - D||^2 / t^2 of x_t = x + t z, [N]: a sum over pixels."""
+    times = every(t, data)
+    error = denoiser(data + expand(times, data) * z, times, labels=labels) - data
+    return (error.double() / t).square().flatten(1).sum(1)
+
+
 @dataclass(frozen=True)
 class CoupledDenoising:
     """EDM's loss on the coupled images: D(x_t, t) of x_t = x_hat + t z nears E[x_hat | x_t], so that (x_t - D) / t
@@ -48,11 +55,9 @@ class CoupledDenoising:
     def discrepancy(
         self, denoiser: Denoiser, images: Tensor, labels: Tensor | None, z: Tensor, t: float, generator: torch.Generator
     ) -> Tensor:
-        """||z - (x_t - D) / t||^2 of each image, [N], a sum over pixels: it is ||x_hat - D||^2 / t^2."""
-        times = every(t, images)
-        data = self.coupling.coupled(images, labels, self.pairs(times, z, generator))
-        error = denoiser(data + expand(times, data) * z, times, labels=labels) - data
-        return (error.double() / t).square().flatten(1).sum(1)
+        """||z - (x_t - D) / t||^2 of each coupled image, [N]."""
+        data = self.coupling.coupled(images, labels, self.pairs(every(t, images), z, generator))
+        return missed(denoiser, data, labels, z, t)
 
 
 @dataclass(frozen=True)
