@@ -10,6 +10,7 @@ include: "workflow/rules/coefficients.smk"
 include: "workflow/rules/student.smk"
 include: "workflow/rules/samples.smk"
 include: "workflow/rules/scores.smk"
+include: "workflow/rules/flows.smk"
 include: "workflow/rules/report.smk"
 include: "workflow/rules/track.smk"
 

@@ -46,10 +46,10 @@ RUNGS = {
 class FixedSteps(Trajectory):
     """CTM's objective with always the same number of teacher steps, max_steps."""
 
-    def draw(self, shape: Shape, host: torch.Generator, device: torch.Generator) -> Jumps:
+    def draw(self, shape: Shape, step: int, host: torch.Generator, device: torch.Generator) -> Jumps:
         host = torch.Generator()
         while True:
-            drawn = super().draw(shape, host, device)
+            drawn = super().draw(shape, step, host, device)
             if drawn.steps == self.max_steps:
                 return drawn
 

@@ -57,7 +57,7 @@ def changed(changes: Changes) -> dict[str, Any]:
         section = content
         for parent in parents:
             section = section.setdefault(parent, {})
-        section[last] = value
+        section[last] = copy.deepcopy(value)
         if value is ABSENT:
             del section[last]
     return content
@@ -67,6 +67,27 @@ def changed(changes: Changes) -> dict[str, Any]:
 def absent() -> object:
     """The value that takes a key out of the study."""
     return ABSENT
+
+
+@pytest.fixture(scope="session")
+def couplings() -> Changes:
+    """What makes the tiny study one of consistency training: students ic, ot and gc."""
+    return {
+        "student.objective": "consistency",
+        "student.preconditioning": "cm",
+        "student.curriculum": {"kind": "doubling", "first": 4, "last": 16},
+        "varies": ["coupling", "mu"],
+        "students": {"ic": {"coupling": "ic"}, "ot": {"coupling": "ot"}, "gc": {"coupling": "gc", "mu": 0.5}},
+        "report.baseline": {"consistency": "ic"},
+        "report.grid_nfe": [1, 2],
+    }
+
+
+@pytest.fixture(scope="session")
+def untaught(couplings: Changes) -> Changes:
+    """What makes it a study without a teacher."""
+    network = {"kind": "mlp", "width": 32, "depth": 1, "embedding": 16}
+    return couplings | {"teacher": {"kind": "none", "network": network, "conditional": True}}
 
 
 @pytest.fixture(scope="session")

@@ -19,8 +19,10 @@ from safetensors.torch import save_file
 from consistency.files import atomic, sha256, write_json
 from consistency.layout import Layout, snapshot_name
 from consistency.provenance import write_card
+from consistency.stages.flows import FILES
+from consistency.stages.inputs import student_file
 from consistency.stages.samples import student_samplers
-from consistency.study import FITTED, OfficialTeacher, Study, load_study
+from consistency.study import FITTED, NoTeacher, OfficialTeacher, Study, load_study
 from consistency.theory.noise import log_grid
 from consistency.theory.oracles import GaussianTeacher
 
@@ -47,6 +49,31 @@ report: {baseline: {trajectory: ctm}, bootstrap: 100}
 """
 
 
+#: three arms of consistency training, without a teacher
+UNTAUGHT = """
+name: small
+title: A small study
+dataset: {kind: digits, resolution: 8, channels: 1}
+noise: {sigma_data: measured}
+teacher: {kind: none, network: {kind: mlp, width: 32, depth: 2}}
+coefficients: {}
+student: {objective: consistency, preconditioning: cm, steps: 60, batch: 16, snapshot_every: 20, log_every: 10}
+varies: [coupling, mu]
+students:
+  ic: {coupling: ic}
+  ot: {coupling: ot}
+  gc: {coupling: gc, mu: 0.5}
+seeds: [0, 1]
+sampling: {count: 96, nfe: [1, 2]}
+scores: {extractor: classifier, curve_nfe: [1, 2], curve_count: 96, kid_subset_size: 50, alignment_count: 64}
+report: {baseline: {consistency: ic}, grid_nfe: [1, 2], bootstrap: 100}
+"""
+
+
+#: and a sweep of mu
+SWEEP = UNTAUGHT.replace("  gc: {", "  gc1: {coupling: gc, mu: 1.0}\n  gc3: {coupling: gc, mu: 0.3}\n  gc: {")
+
+
 def make_study(folder: Path, name: str = "small", text: str = SMALL) -> Study:
     """The small study, read from a file as a person's would be."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -64,10 +91,13 @@ def make_results(study: Study, layout: Layout) -> None:
     if study.needs_coefficients:
         _coefficients(study, layout)
     _samples(study, layout, None, None)
-    for run in study.students:
+    # Those that others are made from come first.
+    for run in sorted(study.students, key=lambda run: study.resolved(run).frozen is not None):
         for seed in study.seeds:
             make_student(study, layout, run, seed)
     _calibration(study, layout)
+    if study.flows:
+        _flows(study, layout)
 
 
 def make_student(study: Study, layout: Layout, run: str, seed: int, level: float = 1.0) -> None:
@@ -83,6 +113,8 @@ def make_student(study: Study, layout: Layout, run: str, seed: int, level: float
         _weights(layout.student_file(run, seed, rate), study.key("student", run, seed), settings.steps)
     inputs = [layout.dataset / "images.npy", layout.teacher / "teacher.safetensors"]
     inputs += [layout.coefficients / "coefficients.npz"] if settings.preconditioning in FITTED else []
+    if frozen := settings.frozen:
+        inputs.append(student_file(layout, frozen.run, seed, step=frozen.step))
     images, seconds = settings.steps * settings.batch, lines[-1]["seconds"]
     _card(study, layout, "student", inputs, run, seed, images=images, seconds=seconds)
     _samples(study, layout, run, seed)
@@ -123,6 +155,11 @@ def _teacher(study: Study, layout: Layout) -> None:
         _weights(layout.teacher / "teacher.safetensors", study.key("teacher"), 0)
         _card(study, layout, "teacher", [], parameters=55_733_891)
         return
+    if isinstance(settings, NoTeacher):
+        _write_lines(layout.teacher / "history.jsonl", [])
+        _weights(layout.teacher / "teacher.safetensors", study.key("teacher"), 0)
+        _card(study, layout, "teacher", [layout.dataset / "images.npy"], parameters=10_192)
+        return
     steps = range(settings.log_every, settings.steps + 1, settings.log_every)
     lines = [_history_line(step, settings.batch, 1.0, None) for step in steps]
     _write_lines(layout.teacher / "history.jsonl", lines)
@@ -158,8 +195,9 @@ def _samples(study: Study, layout: Layout, run: str | None, seed: int | None) ->
     names = ["heun"]
     if run is not None:
         names = [sampler.name for sampler in student_samplers(study, run)]
+    count = sampling.count if run is not None or study.taught else 0
     for name in names:
-        _save_array(folder / f"{name}.npy", _images(study, sampling.count, f"{run} {seed} {name}"))
+        _save_array(folder / f"{name}.npy", _images(study, count, f"{run} {seed} {name}"))
     made_from = layout.teacher / "teacher.safetensors"
     if run is not None and seed is not None:
         made_from = layout.student_file(run, seed)
@@ -178,21 +216,29 @@ def _scores(study: Study, layout: Layout, run: str, seed: int, level: float) -> 
 
 def _rate_rows(study: Study, run: str, seed: int, rate: float, level: float, main: bool) -> list[dict[str, Any]]:
     settings, scores = study.resolved(run), study.scores
-    endpoint = settings.objective == "endpoint"
+    endpoint, taught = settings.to_the_end, study.taught
     sampler, rows = "multistep" if endpoint else "jumps", []
     common = {"study": study.name, "run": run, "seed": seed, "ema": rate, "extractor": _extractor(study)}
     for step in range(0, settings.steps + 1, settings.snapshot_every):
         for nfe in scores.curve_nfe:
-            values = _values(step, nfe, level, aligned=not endpoint or nfe == 1)
+            values = _values(step, nfe, level, aligned=taught and (not endpoint or nfe == 1))
             place = {"kind": "curve", "step": step, "sampler": sampler, "nfe": nfe, "images": scores.curve_count}
             rows.append(common | place | values)
-    final = [(sampler, nfe, not endpoint or nfe == 1) for nfe in study.sampling.nfe]
+    final = [(sampler, nfe, taught and (not endpoint or nfe == 1)) for nfe in study.sampling.nfe]
     if main and not endpoint:
         final += [(f"gamma={g:g}", nfe, False) for g in study.sampling.gamma for nfe in study.sampling.gamma_nfe]
     for name, nfe, aligned in final:
         place = {"kind": "final", "step": settings.steps, "sampler": name, "nfe": nfe, "images": study.sampling.count}
         rows.append(common | place | _values(settings.steps, nfe, level, aligned))
     return rows
+
+
+def _flows(study: Study, layout: Layout) -> None:
+    """Files of its names; the figures' tests have real ones."""
+    for name in FILES:
+        _write_text(layout.flows / name, f"{name}\n")
+    students = [layout.student_file(run, seed) for run in study.coupled for seed in study.seeds]
+    _card(study, layout, "flows", [layout.dataset / "images.npy", *students])
 
 
 def _calibration(study: Study, layout: Layout) -> None:
@@ -206,7 +252,8 @@ def _calibration(study: Study, layout: Layout) -> None:
     teacher = {"run": "teacher", "sampler": "heun", "nfe": heun, "fd": 1.1, "kid": 0.0008}
     if study.scores.teacher_fid is not None:
         teacher |= {"published": study.scores.teacher_fid, "tolerance": study.scores.teacher_fid_tolerance}
-    rows = [common | {"run": "data", "sampler": "halves", "nfe": 0, "fd": 0.4, "kid": 0.0001}, common | teacher]
+    rows = [common | {"run": "data", "sampler": "halves", "nfe": 0, "fd": 0.4, "kid": 0.0001}]
+    rows += [common | teacher] if study.taught else []
     write_scores(layout.scores(None, None), rows, CALIBRATION_COLUMNS)
     _card(study, layout, "scores", [layout.samples(None, None) / "heun.npy"])
 
@@ -244,12 +291,12 @@ def _history_line(step: int, batch: int, level: float, objective: str | None) ->
     fall = level / (1 + step / 10) ** 0.5
     terms = {"loss": 0.8 * fall}
     if objective is not None:
-        terms["distillation"] = 0.6 * fall
+        terms["consistency" if objective == "consistency" else "distillation"] = 0.6 * fall
     if objective == "trajectory":
         terms["dsm"] = 0.2 * fall
     speed = {"images_per_second": 10.0 * batch, "seconds": round(step / 10, 3), "peak_memory_mib": 700.0 + step}
     parts = {"time_data": 0.001, "time_forward": 0.02, "time_backward": 0.03, "time_optimizer": 0.005}
-    if objective is not None:
+    if objective in ("trajectory", "endpoint"):
         parts["time_teacher"] = 0.2
     return {"step": step, **terms, "grad_norm": 2 * fall, **speed, **parts}
 

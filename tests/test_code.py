@@ -57,7 +57,7 @@ def test_comments_docstrings_and_layout_change_nothing(package: Path, here: dict
     [
         ("sources/datasets.py", "def open_source(", "def open_source(*,\n    ", {"dataset"}),
         ("training/ema.py", "def half_life_rate(", "def half_life_rate(_=0, *,\n    ", {"teacher"}),
-        ("training/loop.py", "def train(", "def train(*,\n    ", {"teacher", "student"}),
+        ("training/loop.py", "def train(", "def train(*,\n    ", {"teacher", "student", "flows"}),
         ("training/objectives.py", "class Trajectory(", "class Trajectory(object, ", {"student"}),
         ("training/objectives.py", "class Denoising", "class Denoising(object, )", {"teacher"}),
         ("theory/estimators.py", "def fit_coefficients(", "def fit_coefficients(*,\n    ", {"coefficients"}),
@@ -86,7 +86,9 @@ def test_a_change_concerns_the_stages_that_reach_it(
 
 def test_an_effect_of_an_import_counts(package: Path, here: dict[str, str]) -> None:
     (package / "training/ema.py").write_text((package / "training/ema.py").read_text() + "\ntorch.set_num_threads(2)\n")
-    assert {stage for stage, digest in digests(package).items() if digest != here[stage]} == {"teacher", "student"}
+    assert {stage for stage, digest in digests(package).items() if digest != here[stage]} == {
+        *("teacher", "student", "flows"),
+    }
 
 
 def test_inert_modules_do_no_arithmetic() -> None:

@@ -72,6 +72,31 @@ def test_a_section_that_dvc_names_must_be_there(tiny: Callable[..., Study], tmp_
         plan(tiny({"report": absent}), tmp_path)
 
 
+def test_a_study_without_a_teacher_has_no_plan(
+    tiny: Callable[..., Study], untaught: dict[str, Any], tmp_path: Path
+) -> None:
+    with pytest.raises(UserError, match=r"tiny has no teacher, .*run `snakemake --config studies=tiny` instead"):
+        plan(tiny(untaught), tmp_path)
+
+
+def test_flows_are_a_job_of_their_own(tiny: Callable[..., Study], couplings: dict[str, Any], tmp_path: Path) -> None:
+    study = couplings | {"flows": {}}
+    before, after = plan(tiny(study), tmp_path), plan(tiny(study | {"flows.times": 12}), tmp_path)
+    assert {job for job in before if before[job] != after[job]} == {"flows", "report"}
+    after = plan(tiny(study | {"student.learning_rate": 0.01}), tmp_path)
+    assert "flows" in {job for job in before if before[job] != after[job]}
+
+
+def test_students_made_from_students_have_no_plan(
+    tiny: Callable[..., Study], couplings: dict[str, Any], tmp_path: Path
+) -> None:
+    frozen = {"varies": ["coupling", "mu", "predictor"], "students.gc.predictor": {"run": "ic"}}
+    with pytest.raises(
+        UserError, match=r"students\.gc is made from another student, .*snakemake --config studies=tiny"
+    ):
+        plan(tiny(couplings | frozen), tmp_path)
+
+
 def test_only_a_student_that_reads_the_coefficients_sees_them_change(
     tiny: Callable[..., Study], tmp_path: Path
 ) -> None:

@@ -203,11 +203,131 @@ def test_an_impossible_combination_is_explained(write_study: WriteStudy, changes
     assert message in mistake(write_study(changes))
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"student.distance": "lpips"}, "distance lpips is for distillation: consistency training compares by"),
+        ({"student.curriculum.first": 17}, "students.ic: first 17 is more than last 16"),
+        ({"student.curriculum.frist": 2}, "unknown key 'student.curriculum.frist'; did you mean 'first'?"),
+        ({"student.curriculum": {"kind": "halving"}}, "key 'student.curriculum': input tag 'halving'"),
+        ({"student.curriculum": {"kind": "shrinking"}}, "key 'student.curriculum.double_every' is missing"),
+        (
+            {"student.curriculum": {"kind": "shrinking", "double_every": 2, "q": 1.0}},
+            "key 'student.curriculum.q': input should be greater than 1, got 1.0",
+        ),
+        ({"students.gc.mu": 1.5}, "key 'student.mu': input should be less than or equal to 1, got 1.5"),
+        ({"students.ot.coupling": "op"}, "key 'student.coupling': input should be 'ic', 'ot' or 'gc', got 'op'"),
+        ({"student.start": "teacher"}, "students.ic needs a teacher, and teacher.kind is none"),
+        ({"student.preconditioning": "analytic"}, "students.ic needs a teacher, and teacher.kind is none"),
+        (
+            {"student": {"objective": "endpoint", "steps": 6, "batch": 4, "snapshot_every": 6, "log_every": 6}}
+            | {"students": {"cm": {}}, "report": {}},
+            "students.cm needs a teacher, and teacher.kind is none",
+        ),
+        (
+            {"scores.extractor": "inception", "scores.teacher_fid": 1.97},
+            "scores.teacher_fid is of a teacher, and teacher.kind is none: remove it",
+        ),
+        ({"teacher.network.widht": 8}, "unknown key 'teacher.network.widht'; did you mean 'width'?"),
+        ({"teacher.steps": 8}, "unknown key 'teacher.steps'; there are kind, network, conditional"),
+    ],
+)
+def test_a_study_without_a_teacher_is_held_to_what_it_can_do(
+    write_study: WriteStudy, untaught: dict[str, Any], changes: dict[str, Any], message: str
+) -> None:
+    assert message in mistake(write_study(untaught | changes))
+
+
+@pytest.mark.parametrize(
+    ("predictor", "message"),
+    [
+        ("averge", "students.gc: key 'student.predictor': input should be 'average', got 'averge'"),
+        ({"rum": "ic"}, "unknown key 'student.predictor.rum'; did you mean 'run'?"),
+        ({"step": 3}, "key 'student.predictor.run' is missing"),
+        ({"run": "ic", "step": 0}, "key 'student.predictor.step': input should be greater than or equal to 1, got 0"),
+        ({"run": "otehr"}, "predictor names 'otehr', which is not one of the students; did you mean 'other'?"),
+        ({"run": "ic", "step": 2}, "names step 2 of 'ic', which keeps a snapshot every 3 steps up to 6: name one"),
+        ({"run": "ic", "step": 9}, "names step 9 of 'ic', which keeps a snapshot every 3 steps up to 6: name one"),
+        ({"run": "gc"}, "students.gc: predictor leads round in a circle (gc -> gc): one must come first"),
+        ({"run": "other"}, "predictor leads round in a circle (other -> gc -> other): one must come first"),
+        ({"run": "ctm"}, "students.gc: predictor names 'ctm', whose preconditioning is another: they must agree"),
+    ],
+)
+def test_a_frozen_predictor_is_a_student_that_can_come_first(
+    write_study: WriteStudy, untaught: dict[str, Any], predictor: Any, message: str
+) -> None:
+    students = {
+        "other": {"coupling": "gc", "predictor": {"run": "gc" if predictor == {"run": "other"} else "ic"}},
+        "ctm": {"preconditioning": "ctm"},
+        **untaught["students"],
+    }
+    varies = {"varies": ["coupling", "mu", "predictor", "preconditioning"]}
+    changes = untaught | varies | {"students": students, "students.gc.predictor": predictor}
+    assert message in mistake(write_study(changes))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"flows": {}}, "flows measures students of consistency training, and there is none: remove the section"),
+        ({"flows": {"toy_step": 5}}, "unknown key 'flows.toy_step'; did you mean 'toy_steps'?"),
+        ({"flows": {"intervals": 9}}, "key 'flows.intervals': input should be greater than or equal to 10, got 9"),
+    ],
+)
+def test_flows_are_measured_of_consistency_training(
+    write_study: WriteStudy, changes: dict[str, Any], message: str
+) -> None:
+    assert message in mistake(write_study(changes))
+
+
+def test_the_discrepancy_is_of_a_student_of_consistency_training(
+    write_study: WriteStudy, untaught: dict[str, Any]
+) -> None:
+    message = mistake(write_study(untaught | {"flows": {"discrepancy": ["ic", "gx"]}}))
+    assert "flows.discrepancy names 'gx', which is not one of the students of consistency training" in message
+
+
+def test_flows_toys_have_seeds_of_their_own(write_study: WriteStudy, untaught: dict[str, Any]) -> None:
+    assert "toy_seeds lists a seed twice" in mistake(write_study(untaught | {"flows": {"toy_seeds": [1, 1]}}))
+
+
+def test_only_gc_has_a_predictor(write_study: WriteStudy, untaught: dict[str, Any]) -> None:
+    changes = untaught | {"student.predictor": {"run": "gc"}}
+    assert "students.ic: predictor is for coupling gc, ic makes no endpoints" in mistake(write_study(changes))
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("predictor", {"run": "ctm"}),
+        ("coupling", "gc"),
+        ("mu", 0.3),
+        ("curriculum", {"kind": "doubling"}),
+        ("start", "teacher"),
+    ],
+)
+def test_what_is_for_consistency_training_is_refused_elsewhere(write_study: WriteStudy, field: str, value: Any) -> None:
+    assert f"{field} is for consistency training: use it with" in mistake(write_study({f"student.{field}": value}))
+
+
 def test_students_may_differ_in_what_the_study_says_varies(write_study: WriteStudy) -> None:
     path = write_study({"varies": ["preconditioning", "dropout"], "students.ctm.dropout": 0.1})
     study = load_study(path)
     assert study.resolved("ctm").dropout == 0.1
     assert study.resolved("analytic").dropout == 0.0
+
+
+def test_fields_without_a_say_are_fields_and_do_not_include_the_objectives_own() -> None:
+    common: dict[str, Any] = {"steps": 50, "batch": 4, "snapshot_every": 50}
+    for objective, own in {
+        "trajectory": {"nodes", "max_heun_steps", "dsm_weight", "dsm_balance", "target"},
+        "endpoint": {"nodes", "target"},
+        "consistency": {"coupling", "curriculum", "start"},
+    }.items():
+        student = Student(objective=objective, **common)
+        assert student.idle <= Student.model_fields.keys() - own - {"objective", "preconditioning", "steps"}
+    assert "mu" in student.idle
+    assert "mu" not in Student(objective="consistency", coupling="gc", **common).idle
 
 
 def test_a_student_that_is_not_there_is_named_with_those_that_are(tiny: Tiny) -> None:
@@ -328,6 +448,28 @@ def test_a_key_changes_exactly_when_a_setting_it_depends_on_does(
 ) -> None:
     before, after = keys(tiny()), keys(tiny({key: value}))
     assert {name for name in before if before[name] != after[name]} == changed | {"report"}
+
+
+def test_the_arms_of_a_coupling_have_keys_of_their_own(tiny: Tiny, untaught: dict[str, Any]) -> None:
+    before, after = keys(tiny(untaught)), keys(tiny(untaught | {"students.gc.mu": 0.7}))
+    assert {name for name in before if before[name] != after[name]} == {
+        *("student gc", "samples gc", "scores gc", "report"),
+    }
+    assert len(set(before.values())) == len(before)
+
+
+def test_a_student_made_from_a_student_changes_with_it(tiny: Tiny, untaught: dict[str, Any]) -> None:
+    students = untaught["students"] | {"weak": {"coupling": "gc", "mu": 1.0, "predictor": {"run": "ic", "step": 3}}}
+    study = untaught | {"varies": ["coupling", "mu", "predictor", "learning_rate"], "students": students}
+    before = keys(tiny(study))
+    for change, runs in (
+        ({"students.ic.learning_rate": 1e-3}, ("ic", "weak")),
+        ({"students.weak.predictor": {"run": "ic"}}, ("weak",)),
+        ({"students.gc.learning_rate": 1e-3}, ("gc",)),
+    ):
+        after = keys(tiny(study | change))
+        expected = {f"{stage} {run}" for stage in ("student", "samples", "scores") for run in runs} | {"report"}
+        assert {name for name in before if before[name] != after[name]} == expected
 
 
 def test_the_batch_of_the_samplers_changes_no_key(tiny: Tiny) -> None:

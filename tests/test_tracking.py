@@ -21,6 +21,7 @@ import pandas as pd
 import pytest
 from tests.fake_results import (
     SMALL,
+    UNTAUGHT,
     make_report,
     make_results,
     make_student,
@@ -131,6 +132,24 @@ def test_params_and_tags_say_what_a_run_is(project: Project, client: Any) -> Non
 def test_the_keys_that_differ_are_the_first_params(project: Project) -> None:
     upload = next(upload for upload in plan(project.study, project.layout) if upload.name == "ctm seed 0")
     assert next(iter(upload.params)) == "preconditioning"
+
+
+def test_students_may_differ_in_sections_of_other_kinds(tmp_path: Path) -> None:
+    text = UNTAUGHT.replace("varies: [coupling, mu]", "varies: [coupling, mu, curriculum, predictor]").replace(
+        "  gc: {coupling: gc, mu: 0.5}",
+        "  gc: {coupling: gc, mu: 0.5, predictor: {run: ic}}\n  ect: {curriculum: {kind: shrinking, double_every: 20}}",
+    )
+    study = make_study(tmp_path, text=f"{text}flows: {{}}\n")
+    layout = Layout(study.name, tmp_path / "results")
+    make_results(study, layout)
+    make_report(study, layout)
+    uploads = {upload.name: upload for upload in plan(study, layout)}
+    assert uploads["ect"].tags["curriculum.double_every"] == "20"
+    assert "curriculum.double_every" not in uploads["ic"].tags
+    assert uploads["ic"].tags["curriculum.first"] == "10"
+    assert uploads["gc"].tags["predictor.run"] == "ic" and uploads["ic"].tags["predictor"] == "average"
+    assert "No teacher" in uploads["teacher"].note
+    assert {folder for path, folder in uploads["report"].files if path.name == "transport.csv"} == {"flows"}
 
 
 def test_metrics_are_the_results(project: Project, client: Any) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import yaml
-from tests.fake_results import SMALL, make_student, make_study
+from tests.fake_results import SMALL, UNTAUGHT, make_report, make_results, make_student, make_study
 
 from consistency.archive import verify
 from consistency.errors import UserError
@@ -74,6 +74,72 @@ def test_receipts_and_other_tools_notes_are_no_strays(root: Path) -> None:
     (root / "samples/ctm/seed0/.snakemake_timestamp").touch()
     (root / "teacher/.gitignore").write_text("/teacher.safetensors\n")
     assert states(root) == {}
+
+
+def test_flows_are_judged_like_everything_else(tmp_path: Path) -> None:
+    study = make_study(tmp_path, text=f"{UNTAUGHT}flows: {{}}\n")
+    layout = Layout(study.name, tmp_path / "results", tmp_path / "state")
+    make_results(study, layout)
+    make_report(study, layout)
+    assert states(layout.root, study) == {}
+    assert [finding.artifact for finding in verify(layout.root)][-2:] == ["flows", "report"]
+    finer = make_study(tmp_path / "finer", text=f"{UNTAUGHT}flows: {{times: 30}}\n")
+    assert states(layout.root, finer).keys() == {"flows", "report"}
+    assert "flows.times: there 24, here 30" in notes(layout.root, "flows", finer).replace("(", "").replace(")", "")
+    flip(layout.flows / "toy.npz")
+    assert states(layout.root) == {"flows": "tampered"}
+    make_student(study, layout, "gc", 1, level=2.0)
+    flip(layout.student_file("gc", 1))
+    edit_card(
+        layout.student("gc", 1) / "card.json",
+        lambda card: card["outputs"].update({"student.safetensors": sha256(layout.student_file("gc", 1))}),
+    )
+    assert "was made from another students/gc/seed1/student.safetensors" in notes(layout.root, "flows")
+    shutil.rmtree(layout.flows)
+    assert states(layout.root)["flows"] == "missing"
+
+
+def test_staleness_goes_from_student_to_student(tmp_path: Path) -> None:
+    """A predictor's name may come after that of the student made from it."""
+    text = UNTAUGHT.replace("varies: [coupling, mu]", "varies: [coupling, mu, predictor]").replace(
+        "  gc: {coupling: gc, mu: 0.5}",
+        "  gc: {coupling: gc, mu: 0.5, predictor: {run: ic, step: 20}}\n"
+        "  again: {coupling: gc, mu: 0.5, predictor: {run: gc}}",
+    )
+    study = make_study(tmp_path, text=text)
+    layout = Layout(study.name, tmp_path / "results", tmp_path / "state")
+    make_results(study, layout)
+    make_student(study, layout, "again", 0)
+    make_student(study, layout, "again", 1)
+    make_report(study, layout)
+    assert states(layout.root, study) == {}
+    card = layout.student("ic", 1) / "card.json"
+    make_student(study, layout, "ic", 1, level=2.0)
+    name = "snapshots/step-000020.safetensors"
+    content = json.loads(card.read_text())
+    flip(layout.student("ic", 1) / name)
+    edit_card(card, lambda card: card["outputs"].update({name: sha256(layout.student("ic", 1) / name)}))
+    assert content["outputs"][name] != json.loads(card.read_text())["outputs"][name]
+    found = states(layout.root)
+    assert {
+        f"{stage} {run} seed 1" for stage in ("student", "samples", "scores") for run in ("gc", "again")
+    } <= found.keys()
+    assert "student gc seed 0" not in found and "student ot seed 1" not in found
+    assert "student gc seed 1, which is stale" in notes(layout.root, "student again seed 1")
+
+
+def test_a_student_made_from_one_of_other_settings_is_stale(tmp_path: Path) -> None:
+    text = UNTAUGHT.replace("varies: [coupling, mu]", "varies: [coupling, mu, predictor, learning_rate]")
+    text = text.replace("gc, mu: 0.5}", "gc, predictor: {run: ic}}")
+    study = make_study(tmp_path, text=text)
+    layout = Layout(study.name, tmp_path / "results", tmp_path / "state")
+    make_results(study, layout)
+    assert "student gc seed 0" not in states(layout.root)
+    other = make_study(tmp_path / "other", text=text.replace("{coupling: ic}", "{coupling: ic, learning_rate: 0.01}"))
+    make_student(other, layout, "ic", 0)
+    assert "made with other settings than student ic seed 0 (student.learning_rate" in notes(
+        layout.root, "student gc seed 0"
+    )
 
 
 # --- tampered

@@ -76,6 +76,13 @@ def _scores(args: Arguments) -> None:
     make_scores(args.study, args.layout, args.run, args.seed, args.device)
 
 
+def _flows(args: Arguments) -> None:
+    """measure what the couplings of consistency training do to the flow"""
+    from consistency.stages.flows import make_flows
+
+    make_flows(args.study, args.layout, args.machine)
+
+
 def _report(args: Arguments) -> None:
     """tables, figures and report.html"""
     from consistency.stages.report import make_report
@@ -153,6 +160,7 @@ _VERBS: dict[str, tuple[Callable[[Arguments], None], bool, str]] = {
     "extractor": (_extractor, True, "none"),
     "calibration": (_calibration, True, "none"),
     "scores": (_scores, True, "required"),
+    "flows": (_flows, True, "none"),
     "report": (_report, False, "none"),
     "track": (_track, False, "none"),
     "summary": (_summary, False, "none"),

@@ -12,7 +12,7 @@ from consistency.provenance import CARD
 from consistency.study import Name, Study, explain
 
 Digests = dict[str, Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]]
-Stage = Literal["dataset", "teacher", "extractor", "coefficients", "student", "samples", "scores", "report"]
+Stage = Literal["dataset", "teacher", "extractor", "coefficients", "student", "samples", "scores", "flows", "report"]
 #: in the order of the workflow
 STAGES: tuple[str, ...] = get_args(Stage)
 

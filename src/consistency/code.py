@@ -25,6 +25,7 @@ ENTRIES = {
     "student": ["__main__:_student", "__main__:_prepare"],
     "samples": ["__main__:_samples", "__main__:_prepare"],
     "scores": ["__main__:_calibration", "__main__:_scores", "__main__:_prepare"],
+    "flows": ["__main__:_flows", "__main__:_prepare"],
     "report": ["__main__:_report"],
 }
 

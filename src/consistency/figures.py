@@ -1,7 +1,7 @@
 """The report's figures, one function each, from arrays to a matplotlib figure. Files are the report stage's matter."""
 
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import matplotlib
@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from consistency.analysis import SpeedUp, curves_of
+from consistency.analysis import OWN_SAMPLERS, SpeedUp, curves_of
 from consistency.lines import line_of
 from consistency.theory.generalized_ode import GeneralizedODE
 
@@ -171,9 +171,13 @@ def _reference_lines(axis: Axes, scores: pd.DataFrame) -> None:
 
 
 def training_losses(histories: dict[str, list[pd.DataFrame]], runs: Sequence[str]) -> Figure:
-    """Distillation and DSM terms against iterations, mean over seeds."""
+    """The terms of the loss against iterations, mean over seeds."""
     with plt.rc_context(_STYLE):
-        titles = {"distillation": "distillation term", "dsm": "denoising score matching term"}
+        titles = {
+            "distillation": "distillation term",
+            "consistency": "consistency term",
+            "dsm": "denoising score matching term",
+        }
         terms = [term for term in titles if any(term in table for run in runs for table in histories[run])]
         figure, axes = plt.subplots(1, len(terms), figsize=(5 * len(terms), 3.6), squeeze=False)
         for axis, term in zip(axes[0], terms, strict=True):
@@ -220,6 +224,147 @@ def speed_up_bars(found: Sequence[SpeedUp], runs: Sequence[str], measure: str, e
         )
         dots = [Line2D([], [], marker="o", ls="", color=line_of(runs, run)["color"], label=run) for run in shown]
         figure.legend(handles=dots, loc="outside right upper")
+    return figure
+
+
+def mu_sweep(
+    scores: pd.DataFrame,
+    mu: Mapping[str, float],
+    others: Sequence[str],
+    runs: Sequence[str],
+    nfes: Sequence[int],
+    extractor: str,
+) -> Figure:
+    """FD and KID at the end of training against mu: a point a seed, a line through the means, a row a number of jumps.
+
+    mu: run -> its mu, rising; others: runs without one, drawn as horizontal lines at their means; runs: the study's.
+    """
+    final = scores[(scores.kind == "final") & scores.sampler.isin(OWN_SAMPLERS)]
+    with plt.rc_context(_STYLE):
+        figure, axes = plt.subplots(len(nfes), 2, figsize=(9, 3.2 * len(nfes)), squeeze=False)
+        for nfe, pair in zip(nfes, axes, strict=True):
+            rows = final[final.nfe == nfe]
+            for axis, measure in zip(pair, ("fd", "kid"), strict=True):
+                swept = rows[rows.run.isin(mu)]
+                axis.plot(swept.run.map(mu), swept[measure], "o", mfc="none", color="#0072B2", label="a seed")
+                means = swept.groupby(swept.run.map(mu))[measure].mean()
+                axis.plot(means.index, means, color="#0072B2", lw=1, label="mean over seeds")
+                for run in others:
+                    style = line_of(runs, run) | {"linestyle": "--"}
+                    axis.axhline(rows[rows.run == run][measure].mean(), lw=1, label=f"{run}, mean", **style)
+                axis.set(title=f"NFE {nfe}", xlabel="$\\mu$", ylabel=measure_label(measure, extractor))
+        handles, labels = axes[0, 0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside lower center", ncols=len(labels))
+    return figure
+
+
+def transport_cost(table: pd.DataFrame, runs: Sequence[str]) -> Figure:
+    """The rows of transport.csv: cost against t, mean over seeds with their range, and that of the pairs themselves."""
+    with plt.rc_context(_STYLE):
+        figure, axis = plt.subplots(figsize=(7, 4))
+        for run in runs:
+            rows = table[(table.kind == "student") & (table.run == run)]
+            wide = rows.pivot(index="t", columns="seed", values="cost")
+            times, costs = wide.index.to_numpy(float), wide.to_numpy(float)
+            style: Any = line_of(runs, run)
+            axis.plot(times, costs.mean(1), label=run, **style)
+            axis.fill_between(times, costs.min(1), costs.max(1), color=style["color"], alpha=0.18, lw=0)
+        pairs = table[table.kind == "pairs"]
+        for run, cost, dashes in zip(pairs.run, pairs.cost, ("--", ":", "-.", (0, (1, 4))), strict=False):
+            axis.axhline(cost, color="#888888", lw=1, ls=dashes, label=f"pairs of {run}")
+        axis.set(xscale="log", xlabel="time t (noise level)", ylabel="$E||f(x_t, t) - z||^2$")
+        axis.legend()
+    return figure
+
+
+def toy(arrays: Mapping[str, Array], couplings: Sequence[str]) -> Figure:
+    """The toy of the plane: the paths x_t of the first seed from t = 1 on, its samples, and the cost against t."""
+    with plt.rc_context(_STYLE):
+        figure, axes = plt.subplots(1, len(couplings) + 1, figsize=(4 * (len(couplings) + 1), 4))
+        times = arrays["times"]
+        for axis, coupling in zip(axes, couplings, strict=False):
+            paths = arrays[f"{coupling}_paths"][0]  # [T, n, 2]
+            shown = times <= _TOY_SHOWN
+            for k in range(paths.shape[1]):
+                axis.plot(*paths[shown, k].T, color=line_of(couplings, coupling)["color"], lw=0.6, alpha=0.5)
+            axis.plot(*paths[shown][-1].T, "o", ms=3, mfc="none", color="#888888", label=f"t = {times[shown][-1]:.2g}")
+            axis.plot(*arrays[f"{coupling}_samples"][0].T, ".", ms=4, color="#009E73", label="one-jump samples")
+            axis.plot(*arrays["modes"].T, "x", color="black", label="modes")
+            axis.set(title=coupling, aspect="equal")
+            costs = arrays[f"{coupling}_cost"]
+            style = line_of(couplings, coupling)
+            axes[-1].plot(times, costs.mean(0), label=coupling, **style)
+            axes[-1].fill_between(times, costs.min(0), costs.max(0), color=style["color"], alpha=0.18, lw=0)
+        axes[-1].set(xscale="log", xlabel="time t", ylabel="transport cost $E||x - z||^2$")
+        axes[-1].legend()
+        figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
+    return figure
+
+
+#: up to this time the toy's paths are drawn; later ones are straight in every coupling
+_TOY_SHOWN = 1.0
+
+
+def discrepancy(table: pd.DataFrame, runs: Sequence[str]) -> Figure:
+    """The rows of discrepancy.csv: R_t of the couplings against t, +-2 standard errors; runs: the study's."""
+    with plt.rc_context(_STYLE):
+        figure, axis = plt.subplots(figsize=(7, 4))
+        for run in dict.fromkeys(table.run):
+            rows = table[table.run == run]
+            if run == "teacher":
+                axis.plot(rows.t, rows.discrepancy, color="#888888", ls=":", label="independent noise, by the teacher")
+                continue
+            style = line_of(runs, run)
+            values, errors = rows.discrepancy, 2 * rows.discrepancy_se
+            axis.errorbar(rows.t, values, errors, color=style["color"], ls=style["linestyle"], label=run)
+        axis.set(xscale="log", xlabel="time t (noise level)", ylabel="$R_t = E||z - v_t(x_t)||^2$")
+        _logarithmic(axis)
+        axis.legend()
+    return figure
+
+
+def plane(table: pd.DataFrame) -> Figure:
+    """The rows of plane.csv: velocity discrepancy and transport cost of couplings against t, +-2 standard errors."""
+    couplings = list(dict.fromkeys(table.coupling))
+    with plt.rc_context(_STYLE):
+        figure, axes = plt.subplots(1, 2, figsize=(10, 3.8))
+        labels = ("$R_t = E||z - v_t(x_t)||^2$", "transport cost $E||x - z||^2$")
+        for axis, name, label in zip(axes, ("discrepancy", "cost"), labels, strict=True):
+            for coupling in couplings:
+                rows = table[table.coupling == coupling]
+                style = line_of(couplings, coupling)
+                axis.errorbar(
+                    rows.t,
+                    rows[name],
+                    2 * rows[f"{name}_se"],
+                    color=style["color"],
+                    ls=style["linestyle"],
+                    label=coupling,
+                )
+            axis.set(xscale="log", xlabel="time t", ylabel=label)
+        _logarithmic(axes[0])
+        axes[0].legend()
+    return figure
+
+
+def loss_limits(table: pd.DataFrame) -> Figure:
+    """The rows of limit.csv: N^2 times the two losses and their difference against N; dashed: the limits."""
+    with plt.rc_context(_STYLE):
+        figure, axis = plt.subplots(figsize=(7, 4))
+        squared = table.intervals**2
+        lines = {
+            "$N^2 L_{CT}$": (table.ct, table.ct_limit, "#444444"),
+            "$N^2 L_{CD}$": (table.cd, table.cd_limit, "#0072B2"),
+            "$N^2 (L_{CT} - L_{CD})$": (table.ct - table.cd, table.ct_limit - table.cd_limit, "#D55E00"),
+        }
+        for label, (losses, limit, colour) in lines.items():
+            axis.plot(table.intervals, squared * losses, marker="o", ms=3, color=colour, label=label)
+            axis.axhline(limit.iloc[0], color=colour, lw=1, ls="--")
+        axis.set(xscale="log", xlabel="intervals N of the grid", ylabel="$N^2$ times the loss")
+        axis.set_xticks(table.intervals, [str(count) for count in table.intervals])
+        axis.xaxis.set_minor_formatter(NullFormatter())
+        _logarithmic(axis)
+        axis.legend()
     return figure
 
 

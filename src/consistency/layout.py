@@ -53,6 +53,11 @@ class Layout:
         return self.root / "scores" / "extractor"
 
     @property
+    def flows(self) -> Path:
+        """transport.csv, toy.npz, plane.csv, limit.csv, card.json."""
+        return self.root / "flows"
+
+    @property
     def report(self) -> Path:
         """report.html, figures/, the tables as CSV, summary.json, card.json."""
         return self.root / "report"
@@ -69,6 +74,10 @@ class Layout:
     def student_file(self, run: str, seed: int, rate: float | None = None) -> Path:
         """A student's checkpoint; rate: a further EMA rate."""
         return self.student(run, seed) / f"student{ema_suffix(rate)}.safetensors"
+
+    def snapshot(self, run: str, seed: int, step: int, rate: float | None = None) -> Path:
+        """A student's snapshot at a step; rate: a further EMA rate."""
+        return self.student(run, seed) / "snapshots" / snapshot_name(step, rate)
 
     def samples(self, run: str | None, seed: int | None) -> Path:
         """One .npy a sampler, card.json; the teacher's without a run."""

@@ -13,5 +13,9 @@ def line_of(runs: Sequence[str], run: str) -> dict[str, str]:
     """Colour and line style of a student, the same in every figure of a study."""
     left = [i for i in range(len(_COLOURS)) if i >= len(_USUAL) or _USUAL[i] not in runs]
     others = [name for name in runs if name not in _USUAL]
-    i = _USUAL.index(run) if run in _USUAL else left[others.index(run) % len(left)]
-    return {"color": _COLOURS[i], "linestyle": _LINES[i]}
+    if run in _USUAL:
+        i, again = _USUAL.index(run), 0
+    else:
+        again, k = divmod(others.index(run), len(left))
+        i = left[k]
+    return {"color": _COLOURS[i], "linestyle": ":" if again else _LINES[i]}

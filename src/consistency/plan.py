@@ -23,14 +23,25 @@ def write_plan(study: Study, layout: Layout) -> None:
     """Write results/<study>/plan/: a JSON file a job with the key of its settings, the digest of its code, and the
     sha256 of its downloads.
 
-    Raises UserError when the study leaves out a section that dvc.yaml names.
+    Raises UserError when the study leaves out a section that dvc.yaml names, has no teacher, or has students made from
+    students.
     """
+    if not study.taught:
+        raise UserError(
+            f"study {study.name} has no teacher, and dvc.yaml fits coefficients from one: "
+            f"run `snakemake --config studies={study.name}` instead"
+        )
+    if frozen := [run for run in study.students if study.resolved(run).frozen]:
+        raise UserError(
+            f"students.{frozen[0]} is made from another student, and dvc.yaml knows no order among students: "
+            f"run `snakemake --config studies={study.name}` instead"
+        )
     for section in _NAMED:
         if section not in study.model_fields_set:
             raise UserError(f"study {study.name} has no section {section}, which dvc.yaml reads: add `{section}: {{}}`")
     folder = layout.root / "plan"
     shutil.rmtree(folder, ignore_errors=True)
-    for stage in ("dataset", "teacher", "coefficients", "extractor", "samples", "scores", "report"):
+    for stage in ("dataset", "teacher", "coefficients", "extractor", "samples", "scores", "flows", "report"):
         write_json(folder / f"{stage}.json", _job(study, stage))
     for run, seed in _runs(study):
         for stage in ("student", "samples", "scores"):

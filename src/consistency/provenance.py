@@ -20,7 +20,7 @@ from consistency.errors import UserError
 from consistency.files import read_json, sha256, write_json
 from consistency.layout import Layout
 from consistency.resources import known_sha256
-from consistency.study import OfficialTeacher, Study
+from consistency.study import Study, Teacher
 
 #: what the cards and the checkpoints of this project call themselves
 CARD, CHECKPOINT = "consistency-card-2", "consistency-denoiser-1"
@@ -95,7 +95,7 @@ def seeds_of(study: Study, stage: str, run: str | None, seed: int | None) -> dic
     """The seeds that a stage itself draws from; those of its inputs stand in their cards."""
     images = f"0 to {study.sampling.count - 1}"
     if stage == "teacher":
-        return {} if isinstance(study.teacher, OfficialTeacher) else {"teacher": study.teacher.seed}
+        return {"teacher": study.teacher.seed} if isinstance(study.teacher, Teacher) else {}
     if stage == "extractor":
         return {"classifier": study.scores.classifier.seed} if study.scores.extractor == "classifier" else {}
     seeds: dict[str, dict[str, Any]] = {
@@ -103,6 +103,7 @@ def seeds_of(study: Study, stage: str, run: str | None, seed: int | None) -> dic
         "student": {"student": seed},
         "samples": {"images": images},
         "scores": {"images": images} if run is None else {"student": seed, "images": images},
+        "flows": {"flows": study.flows.seed, "toy": study.flows.toy_seeds} if study.flows else {},
         "report": {"students": study.seeds},
     }
     return seeds.get(stage, {})

@@ -7,7 +7,21 @@ from typing import Any
 from pydantic import BaseModel
 
 from consistency.files import write_bytes
-from consistency.study import MLP, Churn, Classifier, OfficialTeacher, SongUNet, Student, Study, Teacher
+from consistency.study import (
+    MLP,
+    Churn,
+    Classifier,
+    Doubling,
+    Flows,
+    Frozen,
+    NoTeacher,
+    OfficialTeacher,
+    Shrinking,
+    SongUNet,
+    Student,
+    Study,
+    Teacher,
+)
 
 SCHEMA = Path("workflow/schemas/study.schema.json")
 REFERENCE = Path("config/studies/README.md")
@@ -32,9 +46,16 @@ _INSIDE: dict[str, dict[str, type[BaseModel]]] = {
         "`teacher.network`, kind songunet": SongUNet,
         "`teacher.network`, kind mlp": MLP,
         "`teacher`, kind edm": OfficialTeacher,
+        "`teacher`, kind none": NoTeacher,
+    },
+    "student": {
+        "`student.predictor`, if it is not `average`": Frozen,
+        "`student.curriculum`, kind doubling": Doubling,
+        "`student.curriculum`, kind shrinking": Shrinking,
     },
     "sampling": {"`sampling.teacher_churn`": Churn},
     "scores": {"`scores.classifier`": Classifier},
+    "flows": {"`flows`": Flows},
 }
 
 
@@ -48,8 +69,10 @@ def schema_text() -> str:
     """The JSON schema: Study, with `student` and `students` spelt out."""
     schema = Study.model_json_schema()
     student = Student.model_json_schema()
-    partial = {**student, "required": [], "title": "StudentPart"}
-    schema.setdefault("$defs", {})["StudentPart"] = partial
+    # A reference is looked up at the root.
+    definitions = schema.setdefault("$defs", {})
+    definitions |= student.pop("$defs", {})
+    definitions["StudentPart"] = {**student, "required": [], "title": "StudentPart"}
     schema["properties"]["student"] = {"$ref": "#/$defs/StudentPart"}
     # The names are constrained, so pydantic describes the students by the pattern of their names.
     students = schema["properties"]["students"]

@@ -9,10 +9,10 @@ import hashlib
 import json
 import re
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, model_validator
 
 from consistency.errors import UserError
 
@@ -111,7 +111,7 @@ class MLP(Section):
 
 
 # What pydantic adds to a location besides keys: the member of a union, and that it is the key which is wrong.
-_UNION_MEMBER = re.compile(r"^(constrained-\w+|literal\[.*\]|\[key\])$")
+_UNION_MEMBER = re.compile(r"^(constrained-\w+|literal\[.*\]|\[key\]|average)$")
 
 
 class Teacher(Section):
@@ -140,8 +140,64 @@ class OfficialTeacher(Section):
     conditional: bool = Field(False, description="Whether it is conditioned on the class; must agree with the file.")
 
 
+class Doubling(Section):
+    """iCT's levels: neighbours of a grid whose intervals double as training goes on."""
+
+    kind: Literal["doubling"] = "doubling"
+    first: Count = Field(10, description="Intervals of the first grid.")
+    last: Count = Field(1280, description="Intervals of the last grid.")
+    p_mean: float = Field(-1.1, description="Mean of ln sigma, by which levels are drawn.")
+    p_std: Positive = Field(2.0, description="Standard deviation of ln sigma.")
+
+    @model_validator(mode="after")
+    def _possible(self) -> Self:
+        if self.first > self.last:
+            raise ValueError(f"first {self.first} is more than last {self.last}")
+        return self
+
+
+class Shrinking(Section):
+    """ECT's levels: ln t is normal, and the second level nears t as training goes on."""
+
+    kind: Literal["shrinking"] = "shrinking"
+    double_every: Count = Field(description="Steps until the next stage; the ratio of the levels nears 1 by q.")
+    p_mean: float = Field(-1.1, description="Mean of ln t.")
+    p_std: Positive = Field(2.0, description="Standard deviation of ln t.")
+    q: Annotated[float, Field(gt=1)] = Field(2.0, description="ECT's q.")
+    k: Annotated[float, Field(ge=0)] = Field(8.0, description="ECT's k.")
+    b: Positive = Field(1.0, description="ECT's b.")
+
+
+class Frozen(Section):
+    """gc's endpoints from a student that was trained before, of the same seed, instead of the student's own average."""
+
+    run: Name = Field(description="The name of that student.")
+    step: Count | None = Field(None, description="Its snapshot at that step; without: its final weights.")
+
+
+def _kind_of_predictor(value: Any) -> str:
+    return "frozen" if isinstance(value, dict | Frozen) else "average"
+
+
+class NoTeacher(Section):
+    """No teacher: the network that students of consistency training begin with. Nothing is measured by one."""
+
+    kind: Literal["none"] = "none"
+    network: SongUNet | MLP = Field(discriminator="kind", description="The network inside the students.")
+    conditional: bool = Field(False, description="Condition on the class.")
+
+
 # The members of the unions, by the word that tells them apart.
-_MEMBERS: dict[str, type[Section]] = {"songunet": SongUNet, "mlp": MLP, "trained": Teacher, "edm": OfficialTeacher}
+_MEMBERS: dict[str, type[Section]] = {
+    "songunet": SongUNet,
+    "mlp": MLP,
+    "trained": Teacher,
+    "edm": OfficialTeacher,
+    "none": NoTeacher,
+    "doubling": Doubling,
+    "shrinking": Shrinking,
+    "frozen": Frozen,
+}
 
 
 class Coefficients(Section):
@@ -161,8 +217,10 @@ class Student(Section):
     """One student. The study's `student` section gives the values that all share; an entry of `students` may
     replace only the keys listed in `varies`."""
 
-    objective: Literal["trajectory", "endpoint"] = Field(
-        "trajectory", description="Trajectory distillation (CTM + DSM) or endpoint distillation (CM)."
+    objective: Literal["trajectory", "endpoint", "consistency"] = Field(
+        "trajectory",
+        description="Trajectory distillation (CTM + DSM), endpoint distillation (CM), or consistency training, which "
+        "needs no teacher (iCT, ECT).",
     )
     preconditioning: Literal["cm", "bcm", "ctm", "analytic", "analytic-forward"] = Field(
         "ctm", description="f(t,s) and g(t,s)."
@@ -171,8 +229,26 @@ class Student(Section):
     max_heun_steps: Count | None = Field(
         None, description="Largest number n of teacher steps, at most N-1 (the default). P(n) is proportional to n."
     )
-    distance: Literal["pseudo_huber", "l2", "lpips"] = Field(
+    distance: Literal["pseudo_huber", "l2", "euclidean", "lpips"] = Field(
         "pseudo_huber", description="Distance between the two endpoints; `lpips` downloads the weights of VGG16."
+    )
+    coupling: Literal["ic", "ot", "gc"] = Field(
+        "ic",
+        description="How data and noise meet (consistency only): independently, by exact assignment in the batch, or "
+        "on flows that the student's average induces.",
+    )
+    mu: Annotated[float, Field(ge=0, le=1)] = Field(
+        0.5, description="Probability that gc replaces an image by a generated one, the paper's mu; the rest is ic."
+    )
+    predictor: Annotated[
+        Annotated[Literal["average"], Tag("average")] | Annotated[Frozen, Tag("frozen")],
+        Discriminator(_kind_of_predictor),
+    ] = Field("average", description="What makes gc's endpoints: the student's average, or another student, frozen.")
+    curriculum: Doubling | Shrinking = Field(
+        default_factory=Doubling, discriminator="kind", description="Levels of consistency training."
+    )
+    start: Literal["random", "teacher"] = Field(
+        "random", description="First weights in consistency training: drawn by the seed, or the teacher's (ECT)."
     )
     target: Literal["online", "ema"] = Field(
         "online", description="Weights of the target's inner jump: the student's (CTM's code) or their EMA (paper)."
@@ -183,11 +259,14 @@ class Student(Section):
         description="`adaptive` multiplies the weight by the ratio of the two terms' gradient norms at the last layer, "
         "as CTM's code does (trajectory only).",
     )
-    optimizer: Literal["radam", "adam"] = Field("radam", description="Optimiser, without weight decay.")
+    optimizer: Literal["radam", "adam", "lion"] = Field("radam", description="Optimiser, without weight decay.")
     steps: Count = Field(description="Optimiser steps.")
     batch: Count = Field(description="Images a step.")
     learning_rate: Positive = Field(4e-4, description="Constant learning rate.")
     ema_rate: Fraction = Field(0.999, description="EMA of target and evaluation, per step.")
+    ema_warm_up: Positive | None = Field(
+        None, description="The rates are at most 1 - step^-ema_warm_up, so that first weights leave no trace."
+    )
     evaluation_ema: list[Fraction] = Field([], description="Further EMA rates that are kept and scored beside it.")
     precision: Precision = Field(
         "float32", description="Arithmetic of the networks in training; preconditioning and losses stay in float32."
@@ -198,6 +277,14 @@ class Student(Section):
 
     @model_validator(mode="after")
     def _possible(self) -> Self:
+        if self.objective != "consistency":
+            given = self.model_fields_set & {"coupling", "mu", "predictor", "curriculum", "start"}
+            if given:
+                raise ValueError(f"{min(given)} is for consistency training: use it with objective: consistency")
+        elif isinstance(self.predictor, Frozen) and self.coupling != "gc":
+            raise ValueError(f"predictor is for coupling gc, {self.coupling} makes no endpoints: remove it")
+        elif self.distance == "lpips":
+            raise ValueError("distance lpips is for distillation: consistency training compares by pseudo_huber")
         if self.preconditioning == "cm" and self.objective == "trajectory":
             raise ValueError("preconditioning 'cm' is defined for s = eps only: use it with objective: endpoint")
         if self.max_heun_steps is not None and self.max_heun_steps > self.nodes - 1:
@@ -211,6 +298,30 @@ class Student(Section):
         if self.dsm_balance == "adaptive" and self.objective == "trajectory" and not self.dsm_weight:
             raise ValueError("dsm_balance adaptive needs a DSM term: set dsm_weight above 0")
         return self
+
+    @property
+    def frozen(self) -> Frozen | None:
+        """The student before it that makes gc's endpoints, if one does."""
+        return self.predictor if isinstance(self.predictor, Frozen) else None
+
+    @property
+    def idle(self) -> set[str]:
+        """The fields that have no say in this student, whatever they are."""
+        trajectory = {"max_heun_steps", "dsm_weight", "dsm_balance"}
+        if self.objective != "consistency":
+            coupled = {"coupling", "mu", "predictor", "curriculum", "start"}
+            return coupled if self.objective == "trajectory" else coupled | trajectory
+        return trajectory | {"nodes", "target"} | (set() if self.coupling == "gc" else {"mu", "predictor"})
+
+    @property
+    def from_teacher(self) -> bool:
+        """Whether its first weights are the teacher's."""
+        return self.objective != "consistency" or self.start == "teacher"
+
+    @property
+    def to_the_end(self) -> bool:
+        """Whether its function only jumps to eps, so that more jumps than one need fresh noise between them."""
+        return self.objective != "trajectory"
 
 
 class Churn(Section):
@@ -274,10 +385,30 @@ class Scores(Section):
     alignment_nodes: Annotated[int, Field(ge=2)] = Field(80, description="Heun nodes of the reference ODE endpoint.")
 
 
+class Flows(Section):
+    """What is measured of the couplings of consistency training (GC): transport cost, the toy, the theorem."""
+
+    images: Annotated[int, Field(ge=2)] = Field(2048, description="Images of the transport cost, at most the data's.")
+    times: Annotated[int, Field(ge=2)] = Field(24, description="Times of the transport cost, a rho grid.")
+    toy_steps: Count = Field(4000, description="Optimiser steps of the toy in the plane; 25 s of CPU for 4,000.")
+    toy_seeds: list[Annotated[int, Field(ge=0)]] = Field([0], min_length=1, description="Seeds of the toy.")
+    pairs: Annotated[int, Field(ge=2)] = Field(
+        4096, description="Pairs of the velocity discrepancy on the toy's data, each of 4 times."
+    )
+    intervals: Annotated[int, Field(ge=10)] = Field(1280, description="The finest grid of the theorem, from 10 on.")
+    discrepancy: list[Name] = Field(
+        [], description="Students for whose coupling a denoiser is trained, to measure R_t on the images (first seed)."
+    )
+    denoiser_steps: Count = Field(6000, description="Optimiser steps of each.")
+    denoiser_batch: Count = Field(256, description="Images a step.")
+    denoiser_learning_rate: Positive = Field(1e-3, description="Adam's learning rate.")
+    seed: int = Field(0, description="Seed of images, pairs, noise and denoisers.")
+
+
 class Report(Section):
     """What the report compares."""
 
-    baseline: dict[Literal["trajectory", "endpoint"], Name] = Field(
+    baseline: dict[Literal["trajectory", "endpoint", "consistency"], Name] = Field(
         default_factory=dict, description="The student against which each objective's speed-up is measured."
     )
     grid_nfe: list[Count] = Field([1, 2, 5], min_length=1, description="Numbers of jumps of the sample grids.")
@@ -305,7 +436,9 @@ class Study(Section):
     title: str = Field("", description="A heading for the report.")
     dataset: Dataset
     noise: Noise = Field(default_factory=Noise)
-    teacher: Teacher | OfficialTeacher = Field(discriminator="kind", description="The EDM denoiser that is distilled.")
+    teacher: Teacher | OfficialTeacher | NoTeacher = Field(
+        discriminator="kind", description="The EDM denoiser that is distilled, or that students are measured against."
+    )
     coefficients: Coefficients = Field(default_factory=Coefficients)
     student: dict[str, Any] = Field(description="Values that all students share; the fields of Student.")
     varies: list[str] = Field(["preconditioning"], description="The keys in which two students may differ.")
@@ -313,6 +446,7 @@ class Study(Section):
     seeds: list[Annotated[int, Field(ge=0)]] = Field(min_length=1, description="Seeds of every student.")
     sampling: Sampling
     scores: Scores
+    flows: Flows | None = Field(None, description="What is measured of the couplings; without: nothing is.")
     report: Report = Field(default_factory=Report)
     compute: Compute = Field(default_factory=Compute)
 
@@ -322,11 +456,34 @@ class Study(Section):
             raise UserError(f"study {self.name} has no student {run!r}; it has {', '.join(self.students)}")
         return Student.model_validate({**self.student, **self.students[run]})
 
+    @property
+    def taught(self) -> bool:
+        """Whether there is a teacher."""
+        return not isinstance(self.teacher, NoTeacher)
+
     def require(self, run: str, seed: int) -> None:
         """Raises UserError if the study has no such student or seed."""
         self.resolved(run)
         if seed not in self.seeds:
             raise UserError(f"study {self.name} has no seed {seed}; its seeds are {self.seeds}")
+
+    @property
+    def coupled(self) -> dict[str, Student]:
+        """The students of consistency training."""
+        students = {run: self.resolved(run) for run in self.students}
+        return {run: student for run, student in students.items() if student.objective == "consistency"}
+
+    @property
+    def mu_sweep(self) -> dict[str, float]:
+        """The students that differ in mu alone, with their own averages, and their mu in rising order; ic is mu 0.
+        Empty with fewer than three values."""
+        alike: dict[str, dict[str, float]] = {}
+        for run, student in self.coupled.items():
+            if student.coupling != "ot" and not student.frozen:
+                others = repr(student.model_dump(exclude={"coupling", "mu"}))
+                alike.setdefault(others, {})[run] = student.mu if student.coupling == "gc" else 0.0
+        sweep = max(alike.values(), key=lambda found: len(set(found.values())), default={})
+        return dict(sorted(sweep.items(), key=lambda item: item[1])) if len(set(sweep.values())) > 2 else {}
 
     @property
     def needs_coefficients(self) -> bool:
@@ -336,21 +493,27 @@ class Study(Section):
     def settings(self, stage: str, run: str | None = None) -> dict[str, Any]:
         """Every key that a stage's result depends on, those of the stages before it included.
 
-        stage: dataset, teacher, extractor, coefficients, student, samples, scores, report. run names the student for
-        student, samples and scores; samples and scores without one are the teacher's.
+        stage: dataset, teacher, extractor, coefficients, student, samples, scores, flows, report. run names the student
+        for student, samples and scores; samples and scores without one are the teacher's.
         """
         dump = self.model_dump(mode="json", exclude={"student", "students", "varies", "compute"})
         base = ["dataset", "noise", "teacher"]
         parts: dict[str, list[str]] = {
             "dataset": ["dataset"],
             "extractor": ["dataset"],
-            "teacher": base if isinstance(self.teacher, Teacher) else ["teacher"],
+            "teacher": ["teacher"] if isinstance(self.teacher, OfficialTeacher) else base,
             "coefficients": [*base, "coefficients"],
         }
         if stage == "report":
             everything = self.model_dump(mode="json", exclude={"compute"})
             everything["sampling"].pop("batch")
             return everything
+        if stage == "flows":
+            if self.flows is None:
+                return {"flows": None}
+            students = {run: self.settings("student", run) for run in self.coupled}
+            settings = {"flows": dump["flows"], "seeds": dump["seeds"], "measured": students}
+            return settings | {"precision": dump["sampling"]["precision"]}
         if stage in parts:
             settings = {part: dump[part] for part in parts[stage]}
             if stage == "dataset" or stage == "extractor":
@@ -366,6 +529,8 @@ class Study(Section):
             student = self.resolved(run)
             settings = self.settings("coefficients") if student.preconditioning in FITTED else settings
             settings["student"] = student.model_dump(mode="json")
+            if student.frozen:
+                settings["predictor"] = self.settings("student", student.frozen.run)
         if stage in ("samples", "scores"):
             settings["sampling"] = dump["sampling"]
             settings["sampling"].pop("batch")
@@ -381,6 +546,7 @@ class Study(Section):
     def _possible(self) -> Self:
         self._check_students()
         self._check_teacher()
+        self._check_flows()
         if len(set(self.seeds)) < len(self.seeds):
             raise ValueError("seeds lists a seed twice")
         missing = set(self.report.grid_nfe) - set(self.sampling.nfe)
@@ -397,6 +563,17 @@ class Study(Section):
         if self.scores.curve_count <= self.scores.classifier.features and self.scores.extractor == "classifier":
             raise ValueError("scores.curve_count must exceed scores.classifier.features")
         return self
+
+    def _check_flows(self) -> None:
+        if self.flows and not self.coupled:
+            raise ValueError("flows measures students of consistency training, and there is none: remove the section")
+        if self.flows and len(set(self.flows.toy_seeds)) < len(self.flows.toy_seeds):
+            raise ValueError("flows.toy_seeds lists a seed twice")
+        for run in self.flows.discrepancy if self.flows else []:
+            if run not in self.coupled:
+                raise ValueError(
+                    f"flows.discrepancy names {run!r}, which is not one of the students of consistency training"
+                )
 
     def _check_teacher(self) -> None:
         if isinstance(self.teacher, OfficialTeacher):
@@ -435,6 +612,10 @@ class Study(Section):
                 self.resolved(run)
             except ValidationError as error:
                 raise ValueError(f"students.{run}: {explain(error, Student, 'student.')}") from None
+        if not self.taught:
+            self._check_without_teacher()
+        for run in self.students:
+            self._check_predictor(run)
         if len({self.resolved(run).snapshot_every for run in self.students}) > 1:
             raise ValueError("students must share snapshot_every, or their learning curves cannot be compared")
         for objective, run in self.report.baseline.items():
@@ -442,6 +623,44 @@ class Study(Section):
                 raise ValueError(f"report.baseline.{objective} names {run!r}, which is not one of the students")
             if self.resolved(run).objective != objective:
                 raise ValueError(f"report.baseline.{objective} names {run!r}, whose objective is another")
+
+    def _check_predictor(self, run: str) -> None:
+        """Raises ValueError where the student that another one reads is not there, not alike, or made from it."""
+        student, where = self.resolved(run), f"students.{run}: predictor"
+        frozen = student.frozen
+        if frozen is None:
+            return
+        if frozen.run not in self.students:
+            near = difflib.get_close_matches(frozen.run, self.students, 1)
+            raise ValueError(
+                f"{where} names {frozen.run!r}, which is not one of the students"
+                + (f"; did you mean {near[0]!r}?" if near else "")
+            )
+        other = self.resolved(frozen.run)
+        if other.preconditioning != student.preconditioning:
+            raise ValueError(f"{where} names {frozen.run!r}, whose preconditioning is another: they must agree")
+        if frozen.step is not None and (frozen.step > other.steps or frozen.step % other.snapshot_every):
+            raise ValueError(
+                f"{where} names step {frozen.step} of {frozen.run!r}, which keeps a snapshot every "
+                f"{other.snapshot_every} steps up to {other.steps}: name one of those, or none for its final weights"
+            )
+        chain = [run]
+        while (following := self.resolved(chain[-1]).frozen) and following.run in self.students:
+            if following.run in chain:
+                way = " -> ".join([*chain, following.run])
+                raise ValueError(f"{where} leads round in a circle ({way}): one must come first")
+            chain.append(following.run)
+
+    def _check_without_teacher(self) -> None:
+        for run in self.students:
+            student = self.resolved(run)
+            if student.from_teacher or student.preconditioning in FITTED:
+                raise ValueError(
+                    f"students.{run} needs a teacher, and teacher.kind is none: use objective: consistency with start: "
+                    "random and a preconditioning that is not fitted, or give the study a teacher"
+                )
+        if self.scores.teacher_fid is not None:
+            raise ValueError("scores.teacher_fid is of a teacher, and teacher.kind is none: remove it")
 
 
 def settings_key(stage: str, seed: int | None, settings: dict[str, Any]) -> str:
@@ -524,6 +743,8 @@ def _owner(location: list[str], model: type[BaseModel]) -> type[BaseModel] | Non
             continue
         field = model.model_fields.get(part)
         annotation = field.annotation if field else None
+        options = [each for each in get_args(annotation) if each is not type(None)]  # of a section that may be left out
+        annotation = options[0] if len(options) == 1 else annotation
         if isinstance(annotation, type) and issubclass(annotation, BaseModel):
             model = annotation
     return model

@@ -280,10 +280,18 @@ class _Judge:
 
     def spread_staleness(self, found: dict[str, Finding]) -> None:
         """What is made from something stale is stale too."""
-        for card in self.cards:  # parents stand before their children
-            for parent in self._parents(card):
-                if any(state == "stale" for state, _ in found[parent.label].faults) and parent is not card:
-                    found[card.label].add("stale", f"was made from {parent.label}, which is stale")
+        # Parents stand before their children, but for students that were made from a student: hence several rounds.
+        again = True
+        while again:
+            again = False
+            for card in self.cards:
+                faults = found[card.label].faults
+                for parent in self._parents(card):
+                    fault: tuple[State, str] = ("stale", f"was made from {parent.label}, which is stale")
+                    stale = any(state == "stale" for state, _ in found[parent.label].faults)
+                    if stale and parent is not card and fault not in faults:
+                        faults.append(fault)
+                        again = True
 
     def absent(self, found: Mapping[str, Finding]) -> list[Finding]:
         """Artifacts whose card is not here, and files that others were made from and nobody knows."""
@@ -306,7 +314,8 @@ class _Judge:
         study = self.study or (newest and newest.study_then())
         if not study:
             return {}
-        alone = ["dataset", "teacher", "extractor", *(["coefficients"] if study.needs_coefficients else []), "report"]
+        alone = ["dataset", "teacher", "extractor", *(["coefficients"] if study.needs_coefficients else [])]
+        alone += [*(["flows"] if study.flows else []), "report"]
         students = [(run, seed) for run in study.students for seed in study.seeds]
         wanted: list[tuple[str, str | None, int | None]] = [(stage, None, None) for stage in alone]
         for stage in ("student", "samples", "scores"):
@@ -331,8 +340,13 @@ class _Judge:
 
 
 def _settings(card: Card, other: Card) -> dict[str, Any]:
-    """A card's settings as another's may be compared with them: a report's hold every student's, not yet resolved."""
+    """A card's settings as another's may be compared with them: a report's hold every student's, not yet resolved, and
+    a student's those of the one that it was made from."""
     settings = card.settings
+    if card.stage == other.stage == "student" and card.run != other.run and "predictor" in settings:
+        predictor = _mapping(settings["predictor"])
+        if _mapping(_mapping(settings.get("student")).get("predictor")).get("run") == other.run:
+            return predictor
     if card.stage != "report":
         return settings
     own = _mapping(_mapping(settings.get("students")).get(other.run or ""))

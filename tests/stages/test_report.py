@@ -8,16 +8,17 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-from tests.fake_results import SMALL, make_results, make_study
+from tests.fake_results import SMALL, SWEEP, UNTAUGHT, make_results, make_study
 
+from consistency import figures
 from consistency.analysis import SpeedUp
 from consistency.errors import UserError
 from consistency.layout import Layout
-from consistency.stages.page import write_page
+from consistency.stages.page import _verdicts, write_page
 from consistency.stages.report import _summary, make_report, print_summary
 from consistency.stages.results import read_cards, read_histories, read_results, read_scores
 from consistency.study import Study
-from consistency.wording import sentence, teacher_line
+from consistency.wording import differs_in, sentence, teacher_line
 
 ONE_SEED = SMALL.replace("seeds: [0, 1]", "seeds: [3]")
 PLAIN = SMALL.replace("  analytic: {preconditioning: analytic}", "  bcm: {preconditioning: bcm}")
@@ -43,6 +44,11 @@ OFFICIAL = (
     .replace("{extractor: classifier,", "{extractor: inception, teacher_fid: 1.05,")
 )
 
+BOTH = SMALL.replace("students:\n", "varies: [preconditioning, objective, coupling]\nstudents:\n").replace(
+    "seeds: [0, 1]", "  gc: {preconditioning: cm, objective: consistency, coupling: gc}\nseeds: [0, 1]"
+)
+CLAIMS = {"coupled": UNTAUGHT, "distilled": SMALL}
+
 
 def made(folder: Path, text: str = SMALL) -> tuple[Study, Layout]:
     study = make_study(folder, text=text)
@@ -52,7 +58,9 @@ def made(folder: Path, text: str = SMALL) -> tuple[Study, Layout]:
 
 
 @pytest.mark.parametrize(
-    "text", [SMALL, ONE_SEED, PLAIN, LARGE, RATES], ids=["two", "one seed", "no fit", "six students", "EMA rates"]
+    "text",
+    [SMALL, ONE_SEED, PLAIN, LARGE, RATES, SWEEP, BOTH],
+    ids=["two", "one seed", "no fit", "six students", "EMA rates", "no teacher", "both papers"],
 )
 def test_the_page_is_whole_and_loads_nothing(tmp_path: Path, text: str) -> None:
     study, layout = made(tmp_path, text)
@@ -60,7 +68,8 @@ def test_the_page_is_whole_and_loads_nothing(tmp_path: Path, text: str) -> None:
     page = (layout.report / "report.html").read_text()
     assert not re.search(r"""(src|href)=["']?(https?:|//|\.|/)|@import|url\(""", page)
     names = [path.stem for path in (layout.report / "figures").glob("*.png")]
-    assert {"samples", "curves_fd", "curves_alignment", "losses", "speedup_fd"} <= set(names)
+    assert {"samples", "curves_fd", "losses", "speedup_fd"} <= set(names)
+    assert ("curves_alignment" in names) == study.taught
     assert ("coefficients" in names) == study.needs_coefficients
     for name in names:
         assert (layout.report / "figures" / f"{name}.svg").stat().st_size > 1000
@@ -71,6 +80,95 @@ def test_the_page_is_whole_and_loads_nothing(tmp_path: Path, text: str) -> None:
     assert "not FID" in page
     words = re.sub(r"base64,[^\"]+", "", page)
     assert not re.search(r"\bnan\b", words, re.I)
+
+
+def test_without_a_teacher_nothing_speaks_of_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    study, layout = made(tmp_path, UNTAUGHT)
+    make_report(study, layout)
+    names = {path.stem for path in (layout.report / "figures").glob("*.png")}
+    assert names == {"samples", "curves_fd", "speedup_fd", "losses"}
+    page = text_of(study, layout)
+    read = page.split("Commands")[0]
+    assert "alignment" not in read.lower()
+    assert "starts from random weights, the same for all of one seed, and differs from the others only in" in read
+    assert re.search(r"ic : coupling: ic ot : coupling: ot gc : coupling: gc, mu: 0\.5", read)
+    assert "teacher 0." not in read and "samples (6)" in read
+    assert "No teacher: students are measured against the data alone" in read
+    print_summary(study, layout)
+    said = capsys.readouterr().out
+    assert "alignment" not in said and "KID" in said
+
+
+def test_a_sweep_of_mu_has_a_figure_and_a_chapter(tmp_path: Path) -> None:
+    study, layout = made(tmp_path, SWEEP)
+    assert study.mu_sweep == {"ic": 0.0, "gc3": 0.3, "gc": 0.5, "gc1": 1.0}
+    results = read_results(study, layout)
+    figure = figures.mu_sweep(results.main, study.mu_sweep, ["ot"], list(study.students), [1, 2], results.extractor)
+    points, means, transported = figure.axes[0].get_lines()
+    final = results.main[(results.main.kind == "final") & (results.main.nfe == 1)]
+    assert sorted(points.get_xydata().tolist()) == sorted(
+        [study.mu_sweep[row.run], row.fd] for row in final.itertuples() if row.run != "ot"
+    )
+    table = results.table[results.table.nfe == 1].set_index("run").fd
+    np.testing.assert_allclose(means.get_xydata(), [[mu, table[run]] for run, mu in study.mu_sweep.items()])
+    assert transported.get_ydata()[0] == pytest.approx(table["ot"])
+    figures.close(figure)
+    make_report(study, layout)
+    assert (layout.report / "figures/mu_sweep.png").exists()
+    assert "Sweep of mu" in (layout.report / "report.html").read_text()
+
+
+def test_arms_that_differ_in_more_than_mu_are_no_sweep(tmp_path: Path) -> None:
+    text = SWEEP.replace("varies: [coupling, mu]", "varies: [coupling, mu, dropout]")
+    study = make_study(tmp_path, text=text.replace("gc, mu: 1.0}", "gc, mu: 1.0, dropout: 0.1}"))
+    assert study.mu_sweep == {"ic": 0.0, "gc3": 0.3, "gc": 0.5}
+    assert make_study(tmp_path, text=UNTAUGHT).mu_sweep == {}
+
+
+def test_the_claims_are_those_of_the_paper_that_a_student_is_of(tmp_path: Path) -> None:
+    coupled, distilled = (text_of(*made(tmp_path / name, text)) for name, text in CLAIMS.items())
+    assert "7.42 ± 0.04 with ic, 6.75 ± 0.04 with ot, 5.95 ± 0.05 with gc" in coupled
+    assert "2 to 3 times fewer iterations" not in coupled
+    assert "2 to 3 times fewer iterations" in distilled and "7.42" not in distilled
+    both = text_of(*made(tmp_path / "both", BOTH))
+    assert "7.42" in both and "2 to 3 times" in both
+    assert "start from the teacher (ctm, analytic) or from random weights, the same for all of one seed, (gc)" in both
+    assert "gc : preconditioning: cm, objective: consistency, coupling: gc" in both
+    assert "ctm : preconditioning: ctm, objective: trajectory The measure" not in both
+
+
+def test_verdicts_hold_each_coupling_against_independent_noise(tmp_path: Path) -> None:
+    study, layout = made(tmp_path, UNTAUGHT)
+    said = _verdicts(study, read_results(study, layout))
+    for run, paired in zip(("ot", "gc"), said, strict=True):
+        assert paired.startswith(f"At NFE 1, {run}'s FD over the second half of training differs from ic's, seed by")
+        assert "95 % t interval, 2 seeds" in paired
+
+
+def test_a_section_in_which_students_differ_is_said_by_its_kind(tmp_path: Path) -> None:
+    text = UNTAUGHT.replace("varies: [coupling, mu]", "varies: [curriculum]")
+    text = re.sub(
+        r"students:\n(  .*\n)+",
+        "students:\n  ic: {}\n  slow: {curriculum: {kind: doubling, last: 40}}\n"
+        "  ect: {curriculum: {kind: shrinking, double_every: 20}}\n",
+        text,
+    )
+    study = make_study(tmp_path, text=text)
+    assert differs_in(study, "slow") == "curriculum: doubling (first 10, last 40, p_mean -1.1, p_std 2.0)"
+    assert differs_in(study, "ect").startswith("curriculum: shrinking (double_every 20, ")
+
+
+def test_a_frozen_predictor_is_said_by_its_student_and_is_in_no_sweep(tmp_path: Path) -> None:
+    text = SWEEP.replace("varies: [coupling, mu]", "varies: [coupling, mu, predictor]").replace(
+        "  gc: {coupling: gc, mu: 0.5}",
+        "  gc: {coupling: gc, mu: 0.5, predictor: {run: ic}}\n"
+        "  weak: {coupling: gc, mu: 0.7, predictor: {run: ic, step: 20}}",
+    )
+    study = make_study(tmp_path, text=text)
+    assert differs_in(study, "gc") == "coupling: gc, mu: 0.5, predictor: run ic"
+    assert differs_in(study, "weak") == "coupling: gc, mu: 0.7, predictor: run ic, step 20"
+    assert differs_in(study, "ot") == "coupling: ot"
+    assert study.mu_sweep == {"ic": 0.0, "gc3": 0.3, "gc1": 1.0}
 
 
 def test_the_tables_are_numbers_for_machines(tmp_path: Path) -> None:

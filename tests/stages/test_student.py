@@ -1,6 +1,9 @@
 """Two compared students start from the same weights and see the same images, times and noise."""
 
+import json
+import os
 import shutil
+import signal
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,11 +18,15 @@ from consistency.nets.denoiser import Denoiser
 from consistency.stages import student as stage
 from consistency.stages.trainer import Machine
 from consistency.study import Study
+from consistency.training.checkpoint import load_denoiser
+from consistency.training.consistency_training import ConsistencyTraining
 from consistency.training.data import load_images
-from consistency.training.loop import Training, train
-from consistency.training.objectives import Jumps, Term
+from consistency.training.loop import Interrupted, Training, train
+from consistency.training.objectives import Term
 
 Tiny = Callable[..., Study]
+MakeDenoiser = Callable[..., Denoiser]
+Changes = dict[str, Any]
 CPU = Machine(torch.device("cpu"))
 
 
@@ -33,20 +40,25 @@ class Seen:
 
     images: torch.Tensor
     labels: torch.Tensor | None
-    draws: Jumps
+    draws: Any
 
 
 @pytest.fixture
 def seen(monkeypatch: pytest.MonkeyPatch) -> list[Seen]:
     """What every step is given."""
     steps: list[Seen] = []
-    whole = stage.Trajectory.terms
 
-    def note(self: Any, images: torch.Tensor, labels: torch.Tensor | None, draws: Jumps) -> Iterator[Term]:
-        steps.append(Seen(images, labels, draws))
-        return whole(self, images, labels, draws)
+    def watch(objective: type[Any]) -> None:
+        whole = objective.terms
 
-    monkeypatch.setattr(stage.Trajectory, "terms", note)
+        def note(self: Any, images: torch.Tensor, labels: torch.Tensor | None, draws: Any) -> Iterator[Term]:
+            steps.append(Seen(images, labels, draws))
+            return whole(self, images, labels, draws)
+
+        monkeypatch.setattr(objective, "terms", note)
+
+    watch(stage.Trajectory)
+    watch(ConsistencyTraining)
     return steps
 
 
@@ -90,8 +102,6 @@ def test_another_seed_is_another_order_and_other_second_time_weights(
 
 
 def test_a_students_first_jumps_are_its_teachers(tiny: Tiny, first_results: Layout) -> None:
-    from consistency.training.checkpoint import load_denoiser
-
     teacher, _ = load_denoiser(first_results.teacher / "teacher.safetensors")
     model = training(tiny(), first_results, "analytic").update.model
     x, t, s = torch.randn(4, 1, 8, 8), torch.full((4,), 3.0), torch.full((4,), 0.1)
@@ -138,6 +148,146 @@ def test_coefficients_that_are_damaged_are_refused(tiny: Tiny, first_results: La
                 training(tiny(), first_results, "analytic")
     finally:
         path.write_bytes(content)
+
+
+# --- consistency training: the arms differ in the coupling, and no weight of the teacher is needed
+
+
+def weights(model: torch.nn.Module) -> torch.Tensor:
+    """All of them in one row."""
+    return torch.cat([value.flatten() for value in model.state_dict().values()])
+
+
+def test_the_arms_of_a_seed_share_weights_images_levels_and_noise(
+    tiny: Tiny, couplings: Changes, first_results: Layout, seen: list[Seen]
+) -> None:
+    study = tiny(couplings | {"student.start": "teacher", "students.half": {"coupling": "gc", "mu": 0.25}})
+    arms = [training(study, first_results, run) for run in ("ic", "gc", "half", "ot")]
+    for arm in arms[1:]:
+        assert torch.equal(weights(arm.update.model), weights(arms[0].update.model))
+    for step in range(3):
+        for arm in arms:
+            arm.update.step(step)
+    replaced = []
+    for ic, gc, half, ot in zip(*(seen[k::4] for k in range(4)), strict=True):
+        for other in (gc, half, ot):
+            assert torch.equal(other.images, ic.images)
+            for name in ("t", "u", "weight"):
+                assert torch.equal(getattr(other.draws, name), getattr(ic.draws, name)), name
+        assert torch.equal(gc.draws.z, ic.draws.z) and torch.equal(half.draws.z, ic.draws.z)
+        assert not ic.draws.generated.any() and not ot.draws.generated.any()
+        assert not (half.draws.generated & ~gc.draws.generated).any()
+        replaced.append(gc.draws.generated)
+        # The same noise, paired with other images: a permutation of its rows.
+        assert not torch.equal(ot.draws.z, ic.draws.z)
+        rows = (ot.draws.z.flatten(1)[:, None] == ic.draws.z.flatten(1)[None]).all(2)
+        assert (rows.sum(0) == 1).all() and (rows.sum(1) == 1).all()
+    share = torch.cat(replaced).float().mean()
+    assert 0.2 < share < 0.8
+
+
+def test_the_first_weights_are_the_seeds_and_no_teachers(
+    tiny: Tiny, couplings: Changes, first_results: Layout, make_denoiser: MakeDenoiser, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    study = tiny(couplings | {"seeds": [0, 1]})
+    drawn = [weights(training(study, first_results, "gc", seed).update.model) for seed in (0, 1)]
+    other = make_denoiser(5, img_resolution=8, label_dim=10, width=32, depth=1, embedding=16)
+    monkeypatch.setattr(stage, "read_teacher", lambda *_: other)
+    again = weights(training(study, first_results, "gc").update.model)
+    assert torch.equal(again, drawn[0])
+    assert not torch.equal(drawn[1], drawn[0])
+
+
+def test_a_student_that_starts_from_the_teacher_is_its_denoiser(
+    tiny: Tiny, couplings: Changes, first_results: Layout
+) -> None:
+    teacher = load_denoiser(first_results.teacher / "teacher.safetensors")[0]
+    model = training(tiny(couplings | {"student.start": "teacher"}), first_results, "gc").update.model
+    x, t = torch.randn(4, 1, 8, 8), torch.full((4,), 3.0)
+    assert torch.equal(model(x, t, torch.full((4,), 0.002)), teacher(x, t))
+
+
+@pytest.mark.parametrize("run", ["ic", "ot", "gc"])
+def test_an_interrupted_arm_ends_with_the_bits_of_an_uninterrupted_one(
+    tiny: Tiny, couplings: Changes, first_results: Layout, tmp_path: Path, run: str
+) -> None:
+    study = tiny(couplings)
+    ends = []
+    for interrupted in (False, True):
+        layout = Layout("tiny", first_results.results, tmp_path / f"{interrupted}")
+        job = training(study, layout, run)
+        if interrupted:
+            step = job.update.step
+
+            def stopping(k: int, step: Any = step) -> Any:
+                if k == 3:
+                    os.kill(os.getpid(), signal.SIGTERM)
+                return step(k)
+
+            job.update.step = stopping  # type: ignore[method-assign]
+            with pytest.raises(Interrupted):
+                train(job)
+            job = training(study, layout, run)
+        train(job)
+        ends.append(torch.cat([weights(job.update.model), weights(job.averages[0].model)]))
+    assert torch.equal(ends[1], ends[0])
+
+
+def test_a_frozen_predictor_is_the_other_students_and_stays_what_it_is(
+    tiny: Tiny, couplings: Changes, first_results: Layout, tmp_path: Path
+) -> None:
+    shutil.copytree(first_results.results, tmp_path / "results")
+    layout = Layout("tiny", tmp_path / "results", tmp_path / "state")
+    arms = {
+        "own": {"coupling": "gc", "mu": 1.0},
+        "full": {"coupling": "gc", "mu": 1.0, "predictor": {"run": "ic"}},
+        "weak": {"coupling": "gc", "mu": 1.0, "predictor": {"run": "ic", "step": 3}},
+    }
+    changes = couplings | {"varies": ["coupling", "mu", "predictor"], "students": couplings["students"] | arms}
+    study = tiny(changes)
+    with pytest.raises(UserError, match="run `python -m consistency student --run ic --seed 0` first"):
+        training(study, layout, "full")
+    stage.make_student(study, layout, "ic", 0, CPU)
+    ended = weights(load_denoiser(layout.student_file("ic", 0))[0])
+    halfway = weights(load_denoiser(layout.snapshot("ic", 0, 3))[0])
+    trained = []
+    for run, expected in (("full", ended), ("weak", halfway), ("own", None)):
+        job = training(study, layout, run)
+        predictor = job.update.objective.predictor  # type: ignore[attr-defined]
+        train(job)
+        trained.append(weights(job.update.model))
+        # The student's own average moves away from where it began; a frozen predictor is what it was.
+        assert expected is None or torch.equal(weights(predictor), expected)
+        assert (predictor is job.averages[0].model) == (expected is None)
+    assert not torch.equal(trained[0], trained[1]) and not torch.equal(trained[0], trained[2])
+    stage.make_student(study, layout, "weak", 0, CPU)
+    card = json.loads((layout.student("weak", 0) / "card.json").read_text())
+    assert "students/ic/seed0/snapshots/step-000003.safetensors" in card["inputs"]
+    with pytest.raises(UserError, match="made by study 'tiny' with other settings"):
+        training(tiny(changes | {"student.learning_rate": 1e-3}), layout, "full")
+
+
+def test_lion_is_the_optimiser_that_the_study_asks_for(tiny: Tiny, couplings: Changes, first_results: Layout) -> None:
+    pytest.importorskip("lion_pytorch")
+    job = training(tiny(couplings | {"student.optimizer": "lion"}), first_results, "gc")
+    before = weights(job.update.model)
+    job.update.step(0)
+    moved = (weights(job.update.model) - before).abs()
+    assert type(job.update.optimizer).__name__ == "Lion"
+    # Every weight that has a gradient moves by the learning rate.
+    torch.testing.assert_close(moved[moved > 0], torch.full_like(moved[moved > 0], 4e-4), rtol=0.01, atol=1e-7)
+
+
+def test_the_levels_near_each_other_as_the_study_says(tiny: Tiny, couplings: Changes, first_results: Layout) -> None:
+    objective: Any = training(tiny(couplings), first_results, "ic").update.objective
+    drawn = [objective.schedule.levels(step, 4096, torch.Generator()).t for step in (0, 2, 5)]
+    assert [len(t.unique()) for t in drawn] == [4, 8, 16]
+    shrinking = {"student.curriculum": {"kind": "shrinking", "double_every": 3}}
+    objective = training(tiny(couplings | shrinking), first_results, "ic").update.objective
+    t, u, _ = objective.schedule.levels(0, 4096, torch.Generator())
+    late, near, _ = objective.schedule.levels(3, 4096, torch.Generator())
+    assert torch.equal(t, late)
+    assert (near >= u).all() and (near > u).any()
 
 
 # --- how the machine is used changes the last bits, no more

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from consistency.nets.denoiser import Denoiser
-from consistency.training.ema import Ema, half_life_rate
+from consistency.training.ema import Ema, half_life_rate, warmed_up
 
 
 def test_the_average_of_constant_weights_is_a_geometric_series(make_denoiser: Callable[..., Denoiser]) -> None:
@@ -49,3 +49,27 @@ def test_the_rate_is_EDMs_formula(batch: int, seen: int) -> None:
 def test_after_a_half_life_of_images_half_of_the_old_weights_are_left() -> None:
     rate = half_life_rate(100, 10**9, 50_000, 0.05)
     assert rate ** (50_000 / 100) == pytest.approx(0.5)
+
+
+def test_warm_up_forgets_the_first_weights_and_ends_at_the_rate(make_denoiser: Callable[..., Denoiser]) -> None:
+    model = make_denoiser(0).double()
+    average = Ema(model, 0.999, warm_up=1.0)
+    assert average.constant == 0.999
+    with torch.no_grad():
+        for p in model.parameters():
+            p += 1
+        average.update(1)
+        for p in model.parameters():
+            p += 1
+        average.update(2)
+    for p, mean in zip(model.parameters(), average.model.parameters(), strict=True):
+        # Exponent 1 is the plain mean of the weights after each step; those before the first have no part in it.
+        torch.testing.assert_close(mean, p - 0.5, rtol=1e-12, atol=1e-12)
+    assert average.rate(1_000_000) == 0.999
+
+
+def test_the_warm_up_is_the_library_s_of_the_released_gc_code() -> None:
+    """ema_pytorch counts from 0: 1 - (1 + epoch / inv_gamma)^-power with its defaults 1 and 2/3, at most beta."""
+    for step in (1, 2, 10, 1000, 100_000):
+        assert warmed_up(0.9999, step) == pytest.approx(1 - (1 + (step - 1)) ** (-2 / 3))
+    assert warmed_up(0.9999, 2_000_000) == 0.9999

@@ -57,7 +57,7 @@ class Disturbed:
     hook: Hook
     step: int = 0
 
-    def draw(self, shape: Shape, host: torch.Generator, device: torch.Generator) -> Noise:
+    def draw(self, shape: Shape, step: int, host: torch.Generator, device: torch.Generator) -> Noise:
         return Noise(self.step, torch.exp(torch.randn(shape[0], generator=device)))
 
     def terms(self, images: torch.Tensor, labels: torch.Tensor | None, draws: Noise) -> Iterator[Term]:

@@ -60,7 +60,7 @@ class Step:
     objective: Objective
 
     def __call__(self, images: Tensor, labels: Tensor | None, generator: torch.Generator) -> Losses:
-        draws = self.objective.draw(images.shape, generator, generator)  # type: ignore[arg-type]
+        draws = self.objective.draw(images.shape, 0, generator, generator)  # type: ignore[arg-type]
         terms = list(self.objective.terms(images, labels, draws))
         loss = sum((term.weight * term.value for term in terms), torch.zeros(()))
         return Losses({term.name: term.value for term in terms} | {"loss": loss}, sum(t.evaluations for t in terms))

@@ -115,7 +115,7 @@ def by_hand(update: Update, step: int = 0) -> tuple[dict[str, list[Tensor]], dic
     """Gradient and value of each term of a step, by autograd."""
     images, labels = update.batches(step)
     host, device = generator(0, "test", step), generator(0, "test noise", step)
-    draws: Jumps = update.objective.draw(images.shape, host, device)  # type: ignore[arg-type]
+    draws: Jumps = update.objective.draw(images.shape, step, host, device)  # type: ignore[arg-type]
     terms = {term.name: term.value for term in update.objective.terms(images, labels, draws)}
     weights = list(update.model.parameters())
     found = {name: list(torch.autograd.grad(value, weights, materialize_grads=True)) for name, value in terms.items()}

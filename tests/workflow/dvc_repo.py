@@ -28,7 +28,7 @@ SMALLER: dict[str, Any] = {
     "varies": ["preconditioning", "learning_rate"],
 }
 #: the stages that start Snakemake, as the small study has them, and those that do not
-ONCE = ["dataset", "teacher", "coefficients", "extractor", "teacher-samples", "calibration", "report"]
+ONCE = ["dataset", "teacher", "coefficients", "extractor", "teacher-samples", "calibration", "flows", "report"]
 JOBS = {f"{stage}@tiny" for stage in ONCE} | {
     f"{stage}@tiny-{run}-0" for stage in ("student", "samples", "scores") for run in ("ctm", "analytic")
 }

@@ -21,7 +21,7 @@ from consistency.study import load_study
 
 pytestmark = pytest.mark.slow
 
-REPORT = "report@tiny"
+REPORT, FLOWS = "report@tiny", "flows@tiny"
 CTM = {"student@tiny-ctm-0", "samples@tiny-ctm-0", "scores@tiny-ctm-0"}
 ANALYTIC = {"student@tiny-analytic-0", "samples@tiny-analytic-0", "scores@tiny-analytic-0"}
 STUDY = "config/studies/tiny.yaml"
@@ -54,7 +54,7 @@ def changed(reproduced: Repo, home: Path) -> Repo:
     repo = reproduced.copy(home / "changed")
     repo.git("checkout", "--quiet", "-b", "faster")
     repo.set({"students.ctm.learning_rate": 0.02})
-    assert repo.repro() == CTM | {REPORT} | CHEAP
+    assert repo.repro() == CTM | {FLOWS, REPORT} | CHEAP
     repo.commit("ctm learns faster")
     return repo
 

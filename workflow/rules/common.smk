@@ -126,6 +126,16 @@ def coefficients_if_fitted(wildcards) -> list[str]:
     return [f"results/{wildcards.study}/coefficients/coefficients.npz"] if fitted else []
 
 
+def predictor_if_frozen(wildcards) -> list[str]:
+    """The student of the same seed that makes gc's endpoints, for one that does not make its own: its final weights or
+    its snapshots."""
+    frozen = study_of(wildcards).resolved(wildcards.run).frozen
+    if frozen is None:
+        return []
+    folder = f"results/{wildcards.study}/students/{frozen.run}/seed{wildcards.seed}"
+    return [f"{folder}/student.safetensors" if frozen.step is None else f"{folder}/snapshots"]
+
+
 def calibration_if_required(wildcards) -> list[str]:
     """The calibration, where the study says what it must find: no student is trained on a teacher that fails it."""
     required = study_of(wildcards).scores.teacher_fid is not None
@@ -142,6 +152,23 @@ def every_score(wildcards) -> list[str]:
     """The score tables of all students and seeds."""
     study = study_of(wildcards)
     return [f"results/{study.name}/scores/{run}/seed{seed}.csv" for run in study.students for seed in study.seeds]
+
+
+def every_coupled_student(wildcards) -> list[str]:
+    """The students of consistency training, for a study that measures what their couplings do."""
+    study = study_of(wildcards)
+    runs = study.coupled if study.flows else []
+    return [
+        f"results/{study.name}/students/{run}/seed{seed}/student.safetensors" for run in runs for seed in study.seeds
+    ]
+
+
+def flows_if_measured(wildcards) -> list[str]:
+    """The measures of the couplings, for a study that asks for them."""
+    names = (
+        ("transport.csv", "discrepancy.csv", "toy.npz", "plane.csv", "limit.csv") if study_of(wildcards).flows else ()
+    )
+    return [f"results/{wildcards.study}/flows/{name}" for name in names]
 
 
 def coefficients_if_needed(wildcards) -> list[str]:

@@ -8,6 +8,7 @@ rule report:
         "results/{study}/samples/teacher/heun.npy",
         every_score,
         coefficients_if_needed,
+        flows_if_measured,
     output:
         report(
             "results/{study}/report/report.html",

@@ -5,6 +5,7 @@ rule student:
         "results/{study}/teacher/teacher.safetensors",
         coefficients_if_fitted,
         vgg_if_used,
+        predictor_if_frozen,
         # It must be there, whenever it was made: a student does not depend on what it says.
         ancient(calibration_if_required),
     output:

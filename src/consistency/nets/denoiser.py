@@ -213,6 +213,26 @@ def student_from_teacher(teacher: Denoiser, dropout: float | None = None, seed: 
     return student
 
 
+@dataclass(frozen=True)
+class OneTime:
+    """A denoiser D(x,t) in the place of a student's D(x,t,s), for consistency functions whose s is always eps: the
+    network is not told s. Calls as `Denoiser`, with s ignored."""
+
+    denoiser: Denoiser
+
+    def __call__(self, x: Tensor, t: Tensor, s: Tensor, labels: Tensor | None = None) -> Tensor:
+        return self.denoiser(x, t, labels=labels)
+
+    def raw(self, x: Tensor, t: Tensor, s: Tensor, labels: Tensor | None = None) -> Tensor:
+        """F(c_in(t) x, ln(t)/4)."""
+        return self.denoiser.raw(x, t, labels=labels)
+
+
+def two_times(denoiser: Denoiser) -> Denoiser | OneTime:
+    """A denoiser as a student D(x,t,s): itself if it has a second time, else one to which s makes no difference."""
+    return denoiser if denoiser.second_time else OneTime(denoiser)
+
+
 def _with_defaults(architecture: Mapping[str, Any]) -> dict[str, Any]:
     given = dict(architecture)
     missing = [key for key in ("network", "img_resolution", "img_channels") if key not in given]

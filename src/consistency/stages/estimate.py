@@ -90,6 +90,8 @@ def estimate(study: Study, layout: Layout) -> Estimate:
         "samples": float(seeds * sum(_arrays(study, run) for run in runs) * count * pixels),
         "scores": 0.0,
     }
+    if study.flows:
+        disk["flows"] = 0.0
     # The student, its averages, and two moments of the optimiser.
     state = max(1 + _rates(run) + 2 for run in runs) * size.weights
     return Estimate(_jobs(study, size), disk, snapshots, state)
@@ -126,16 +128,28 @@ def _jobs(study: Study, size: _Size) -> dict[str, Job]:
         measured = _scoring_operations(study, student, size)
         for seed in study.seeds:
             name = f"{run} seed {seed}"
-            students[f"student {name}"] = Job("students", operations, tuple(needs), shared=True)
+            frozen = [f"student {student.frozen.run} seed {seed}"] if student.frozen else []
+            students[f"student {name}"] = Job("students", operations, (*needs, *frozen), shared=True)
             samples[f"samples {name}"] = Job("samples", drawn, (f"student {name}",))
             scored[f"scores {name}"] = Job("scores", measured, (f"samples {name}", "calibration"))
-    return jobs | students | samples | scored
+    flows = {"flows": Job("flows", _flows_operations(study, forward), tuple(students))} if study.flows else {}
+    return jobs | students | samples | scored | flows
+
+
+def _flows_operations(study: Study, forward: float) -> float:
+    """Operations of the transport costs, and of the trainings of a denoiser for a coupling."""
+    flows = study.flows
+    assert flows is not None
+    transported = len(study.seeds) * flows.images * flows.times * len(study.coupled)
+    return (transported + 4 * len(flows.discrepancy) * flows.denoiser_steps * flows.denoiser_batch) * forward
 
 
 def training_operations(student: Student, forward: float) -> float:
     """Operations of a student's training. forward: those of one evaluation of one image."""
     if student.objective == "endpoint":
         evaluations = 2.0 + 3 + 1
+    elif student.objective == "consistency":
+        evaluations = 3.0 + 1 + (1 if student.coupling == "gc" and student.mu else 0)
     else:
         most = student.max_heun_steps or student.nodes - 1
         mean_steps = (2 * most + 1) / 3  # P(n) is proportional to n
@@ -165,14 +179,14 @@ def _snapshots(student: Student) -> int:
 def _arrays(study: Study, student: Student) -> int:
     """Arrays of samples of a student and seed."""
     sampling = study.sampling
-    gammas = len(sampling.gamma) * len(sampling.gamma_nfe) if student.objective == "trajectory" else 0
+    gammas = len(sampling.gamma) * len(sampling.gamma_nfe) if not student.to_the_end else 0
     return _rates(student) * len(sampling.nfe) + gammas
 
 
 def _evaluations(study: Study, student: Student) -> int:
     """Evaluations for one image of every array."""
     sampling = study.sampling
-    gammas = len(sampling.gamma) * sum(sampling.gamma_nfe) if student.objective == "trajectory" else 0
+    gammas = len(sampling.gamma) * sum(sampling.gamma_nfe) if not student.to_the_end else 0
     return _rates(student) * sum(sampling.nfe) + gammas
 
 

@@ -59,11 +59,22 @@ def require_classes(study: Study, data: ImageData, teacher: Denoiser) -> None:
         )
 
 
+def student_file(layout: Layout, run: str, seed: int, rate: float | None = None, step: int | None = None) -> Path:
+    """Where a student lies; rate: a further EMA rate; step: a snapshot, None for the end of training."""
+    return layout.student_file(run, seed, rate) if step is None else layout.snapshot(run, seed, step, rate)
+
+
 def read_student(
-    study: Study, layout: Layout, run: str, seed: int, device: torch.device, rate: float | None = None
+    study: Study,
+    layout: Layout,
+    run: str,
+    seed: int,
+    device: torch.device,
+    rate: float | None = None,
+    step: int | None = None,
 ) -> Denoiser:
-    """A distilled student (EMA weights; rate: a further EMA rate), frozen."""
-    path = made(layout.student_file(run, seed, rate), f"student --run {run} --seed {seed}")
+    """A student (EMA weights; rate: a further EMA rate; step: a snapshot, None for the end of training), frozen."""
+    path = made(student_file(layout, run, seed, rate, step), f"student --run {run} --seed {seed}")
     return load_denoiser(path, study.key("student", run, seed))[0].to(device)
 
 

@@ -19,6 +19,8 @@ from consistency.stages.pictures import Picture
 from consistency.stages.results import Cards, Results, records, students_of
 from consistency.study import FITTED, Study
 from consistency.wording import (
+    beginning,
+    claims,
     coarse,
     commit,
     differs_in,
@@ -52,6 +54,9 @@ def write_page(
         study=study,
         teacher_line=teacher_line(results.teacher, study),
         teacher_made=teacher_made(study, int(cards["teacher"]["measured"]["parameters"])),
+        beginning=beginning(study),
+        claims=claims(study),
+        aligned=results.aligned,
         students={run: differs_in(study, run) for run in study.students},
         data=read_json(layout.dataset / "dataset.json", "dataset"),
         is_fid=extractor.startswith("inception"),
@@ -66,7 +71,7 @@ def write_page(
         coarse=coarse(study),
         cost=_cost(study, cards),
         steps=_step_table(histories),
-        times=_times(cards),
+        times=_times(cards, study.taught),
         pictures=chapters,
         card=cards["teacher"],
         commits=sorted({commit(state) for state in (git_state(), *(card["git"] for card in cards.values()))}),
@@ -77,12 +82,16 @@ def write_page(
 
 
 def _verdicts(study: Study, results: Results) -> list[str]:
-    """In words only the form the paper trains with, at the NFE it claims a speed-up (2) and none (1); all in the
-    table."""
-    claims = {1, 2} & set(study.scores.curve_nfe) or set(study.scores.curve_nfe)
-    headlines = {run for run in study.students if study.resolved(run).preconditioning == "analytic"}
-    faster = [item for item in results.found if item.run in headlines and item.nfe in claims]
-    better = [item for item in results.paired if item.run in headlines and item.measure != "fd"]
+    """In words only what a paper claims, the rest in the tables: of distillation the form that is trained with, its
+    speed-up at the NFE with one (2) and without (1), and its alignment; of consistency training every arm's FD at
+    NFE 1."""
+    coupled = study.coupled
+    distilled = {run for run in study.students if study.resolved(run).preconditioning == "analytic"} - coupled.keys()
+    at = {1, 2} & set(study.scores.curve_nfe) or set(study.scores.curve_nfe)
+    first = {min(study.scores.curve_nfe)}
+    faster = [item for item in results.found if item.run in distilled and item.nfe in at]
+    better = [item for item in results.paired if item.run in distilled and item.measure != "fd"]
+    better += [item for item in results.paired if item.run in coupled and item.measure == "fd" and item.nfe in first]
     return [
         *(sentence(item, results.extractor) for item in faster),
         *(paired_sentence(item, results.extractor) for item in better),
@@ -132,12 +141,13 @@ def _cost(study: Study, cards: Cards) -> dict[str, Any] | None:
     }
 
 
-def _times(cards: Cards) -> list[tuple[str, float]]:
-    """Wall time of each stage, the students together."""
+def _times(cards: Cards, taught: bool) -> list[tuple[str, float]]:
+    """Wall time of each stage, the students together; what stands in the place of a teacher took none."""
     times: dict[str, float] = {}
-    for card in cards.values():
+    counted = [card for name, card in cards.items() if taught or name not in ("teacher", "samples of the teacher")]
+    for card in counted:
         # A training that was interrupted has its whole time only in `measured`.
         seconds = card["measured"].get("seconds", card["seconds"])
         times[card["stage"]] = times.get(card["stage"], 0.0) + seconds
-    counts = Counter(card["stage"] for card in cards.values())
+    counts = Counter(card["stage"] for card in counted)
     return [(f"{stage} ({counts[stage]})" if counts[stage] > 1 else stage, times[stage]) for stage in times]

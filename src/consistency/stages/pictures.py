@@ -9,9 +9,10 @@ from matplotlib.figure import Figure
 
 from consistency import figures
 from consistency.layout import Layout, sampler_name
-from consistency.stages.inputs import read_array, read_coefficients, read_dataset
+from consistency.stages.flows import PLANE_BATCH, TOYS
+from consistency.stages.inputs import made, read_array, read_coefficients, read_dataset
 from consistency.stages.results import Results
-from consistency.study import Study
+from consistency.study import Flows, Study
 from consistency.theory.generalized_ode import GeneralizedODE
 from consistency.wording import coarse, what_of
 
@@ -45,12 +46,15 @@ def draw_pictures(
     if study.needs_coefficients:
         pictures += _coefficient_pictures(study, layout)
     for measure in ("fd", "alignment"):
+        nfes = [nfe for nfe in study.scores.curve_nfe if scores[scores.nfe == nfe][measure].notna().any()]
+        if not nfes:
+            continue
         images = count if measure == "fd" else study.scores.alignment_count
         caption = (
             f"{figures.measure_label(measure, extractor)} against training iterations: mean over {seeds}, band from "
             f"the lowest to the highest seed, N = {images} images a point. Step 0 is left out."
         )
-        figure = figures.learning_curves(scores, runs, study.scores.curve_nfe, measure, extractor)
+        figure = figures.learning_curves(scores, runs, nfes, measure, extractor)
         pictures.append(Picture.of(f"curves_{measure}", "curves", caption, figure))
     if found:
         for measure in dict.fromkeys(item.measure for item in found):
@@ -63,6 +67,10 @@ def draw_pictures(
             )
             bars = figures.speed_up_bars(found, runs, measure, extractor)
             pictures.append(Picture.of(f"speedup_{measure}", "speedup", caption, bars))
+    if study.mu_sweep:
+        pictures.append(_mu_picture(study, results, seeds))
+    if study.flows:
+        pictures += _flow_pictures(study, study.flows, layout, seeds)
     caption = f"The terms of the training loss, mean over {seeds} and over the steps between two lines of the history."
     pictures.append(Picture.of("losses", "curves", caption, figures.training_losses(histories, runs)))
     return pictures
@@ -72,18 +80,80 @@ def _samples_picture(study: Study, layout: Layout) -> Picture:
     seed = study.seeds[0]
     data = read_dataset(study, layout)
     picks = np.linspace(0, len(data) - 1, 16).astype(int)
-    rows = [("data", data.images[picks]), ("teacher", read_array(layout.samples(None, None) / "heun.npy", "samples"))]
+    rows = [("data", data.images[picks])]
+    if study.taught:
+        rows.append(("teacher", read_array(layout.samples(None, None) / "heun.npy", "samples")))
     for nfe in study.report.grid_nfe:
         for run in study.students:
             path = layout.samples(run, seed) / f"{sampler_name(nfe)}.npy"
             images = read_array(path, f"samples --run {run} --seed {seed}")
             rows.append((f"{run}, NFE {nfe}", images))
     teacher = f"Heun{' with churn' if study.sampling.teacher_churn else ''}, NFE {2 * study.sampling.teacher_steps - 1}"
+    reference = f"the teacher ({teacher}) and " if study.taught else ""
     caption = (
-        f"Images of seeds 0 to 15, below the first row one noise a column: the teacher ({teacher}) and "
+        f"Images of seeds 0 to 15, below the first row one noise a column: {reference}"
         f"every student (training seed {seed}). First row: 16 training images, for comparison."
     )
     return Picture.of("samples", "samples", caption, figures.sample_grid(rows))
+
+
+def _mu_picture(study: Study, results: Results, seeds: str) -> Picture:
+    runs = list(study.students)
+    transported = [run for run in runs if study.resolved(run).coupling == "ot"]
+    dashed = f" Dashed: {', '.join(transported)}, mean." if transported else ""
+    caption = (
+        "Scores at the end of training against mu, the probability that gc replaces an image by a generated one; mu 0 "
+        f"is ic. A point a seed, line: the mean over {seeds}, N = {study.sampling.count} images.{dashed}"
+    )
+    figure = figures.mu_sweep(results.main, study.mu_sweep, transported, runs, study.report.grid_nfe, results.extractor)
+    return Picture.of("mu_sweep", "mu", caption, figure)
+
+
+def _flow_pictures(study: Study, settings: Flows, layout: Layout, seeds: str) -> list[Picture]:
+    table = pd.read_csv(made(layout.flows / "transport.csv", "flows"))
+    limits = pd.read_csv(made(layout.flows / "limit.csv", "flows"))
+    plane = pd.read_csv(made(layout.flows / "plane.csv", "flows"))
+    with np.load(made(layout.flows / "toy.npz", "flows")) as arrays:
+        toys = dict(arrays)
+    count = min(settings.images, len(read_dataset(study, layout)))
+    transport = (
+        "Transport cost of each student's average: squared distance, summed over pixels, between the noise z and "
+        f"where the student goes from x + t z; mean over {seeds}, band from the lowest to the highest, N = {count} "
+        "images with independent noise for all. Grey: the pairs of a coupling themselves, which know no t."
+    )
+    own = ", ".join(map(str, settings.toy_seeds))
+    toy = (
+        f"Two Gaussians in the plane, learnt with {settings.toy_steps:,} steps: paths x_t of N = 64 pairs up to t = 1, "
+        "straight with ic and bent by the generator with gc (mu 1), and samples in one jump (seed "
+        f"{settings.toy_seeds[0]}); right: transport cost of the pairs that training meets, N = 2,048, mean and range "
+        f"over seed{'s' if len(settings.toy_seeds) > 1 else ''} {own}."
+    )
+    measured = (
+        "Velocity discrepancy and transport cost of the couplings on the same two Gaussians; gc (mu 1) with the exact "
+        f"endpoint, ot in batches of {PLANE_BATCH}. 4 times N = {settings.pairs:,} pairs, seed {settings.seed}; bars: "
+        "two standard errors. In so few dimensions ot is nearly optimal; on images it is not."
+    )
+    limit = (
+        "The theorem on the closed-form mixture, alpha = 2: losses of consistency training and distillation on grids "
+        "of N intervals, times N^2, and (dashed) the limits. The difference does not vanish. By quadrature: "
+        f"no seed, N = 10 to {int(limits.intervals.max())}."
+    )
+    pictures = [Picture.of("transport_cost", "flows", transport, figures.transport_cost(table, list(study.coupled)))]
+    if settings.discrepancy:
+        found = pd.read_csv(made(layout.flows / "discrepancy.csv", "flows"))
+        trained = (
+            f"Velocity discrepancy of the couplings that students (seed {study.seeds[0]}) met at the end of their "
+            f"training, by a denoiser each of {settings.denoiser_steps:,} steps, N = {count} of the images that it was "
+            f"trained on; bars: two standard errors. A denoiser trained too briefly overstates R_t"
+            f"{': compare ic with the teacher (dotted)' if study.taught else ''}."
+        )
+        pictures.append(Picture.of("discrepancy", "flows", trained, figures.discrepancy(found, list(study.students))))
+    return [
+        *pictures,
+        Picture.of("toy", "flows", toy, figures.toy(toys, TOYS)),
+        Picture.of("plane", "flows", measured, figures.plane(plane)),
+        Picture.of("loss_limits", "flows", limit, figures.loss_limits(limits)),
+    ]
 
 
 def _coefficient_pictures(study: Study, layout: Layout) -> list[Picture]:

@@ -13,6 +13,7 @@ from consistency.figures import measure_label
 from consistency.files import read_json, write_bytes, write_json
 from consistency.layout import Layout, sampler_name
 from consistency.provenance import write_card
+from consistency.stages.flows import FILES
 from consistency.stages.page import write_page
 from consistency.stages.pictures import draw_pictures
 from consistency.stages.results import Results, read_cards, read_histories, read_results, records, students_of
@@ -70,6 +71,7 @@ def _inputs(study: Study, layout: Layout) -> list[Path]:
     return [
         *(layout.dataset / name for name in ("images.npy", "dataset.json")),
         *([layout.coefficients / "coefficients.npz"] if study.needs_coefficients else []),
+        *(layout.flows / name for name in FILES if study.flows),
         layout.samples(None, None) / "heun.npy",
         *(layout.samples(run, study.seeds[0]) / name for run in study.students for name in shown),
         *(layout.student(run, seed) / "history.jsonl" for run, seed in students),
@@ -83,10 +85,12 @@ def print_summary(study: Study, layout: Layout) -> None:
     label = measure_label("fd", results.extractor)
     print(f"\n{teacher_line(results.teacher, study)}")
     print(f"\n{study.title or study.name}: mean ± half-width of the 95 % t interval over seeds{coarse(study)}\n")
-    print(f"{'student':18} {'sampler':10} {'NFE':>3}  {label:>36}  {'alignment error':>24}")
+    measures = ("fd", "alignment") if results.aligned else ("fd", "kid")
+    other = "alignment error" if results.aligned else "KID"
+    print(f"{'student':18} {'sampler':10} {'NFE':>3}  {label:>36}  {other:>24}")
     for row in results.table.itertuples():
-        fd, alignment = (plus_minus(getattr(row, m), getattr(row, f"{m}_half_width")) for m in ("fd", "alignment"))
-        print(f"{row.run:18} {row.sampler:10} {row.nfe:3}  {fd:>36}  {alignment:>24}")
+        first, second = (plus_minus(getattr(row, m), getattr(row, f"{m}_half_width")) for m in measures)
+        print(f"{row.run:18} {row.sampler:10} {row.nfe:3}  {first:>36}  {second:>24}")
     for known in results.calibration:
         print(f"{known['run']:18} {known['sampler']:10} {known['nfe'] or '':3}  {known['fd']:36.4g}")
     if results.found:

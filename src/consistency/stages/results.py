@@ -49,14 +49,19 @@ class Results:
         return len(self.main) < len(self.scores)
 
     @property
+    def aligned(self) -> bool:
+        """Whether any student was held against a teacher's endpoints."""
+        return bool(self.scores.alignment.notna().any())
+
+    @property
     def calibration(self) -> list[dict[str, Any]]:
         """What was scored before any student."""
         return records(self.scores[self.scores.kind == "calibration"])
 
     @property
-    def teacher(self) -> dict[str, Any]:
-        """The teacher's row of the calibration."""
-        return next(row for row in self.calibration if row["run"] == "teacher")
+    def teacher(self) -> dict[str, Any] | None:
+        """The teacher's row of the calibration, if there is a teacher."""
+        return next((row for row in self.calibration if row["run"] == "teacher"), None)
 
 
 def read_results(study: Study, layout: Layout) -> Results:
@@ -138,6 +143,8 @@ def read_cards(study: Study, layout: Layout) -> Cards:
     if study.needs_coefficients:
         cards["coefficients"] = read_card(layout.coefficients, study, "coefficients")
     cards["samples of the teacher"] = read_card(layout.samples(None, None), study, "samples")
+    if study.flows:
+        cards["flows"] = read_card(layout.flows, study, "flows")
     for run, seed in students_of(study):
         cards[f"student {run} seed {seed}"] = read_card(layout.student(run, seed), study, "student", run, seed)
         cards[f"samples {run} seed {seed}"] = read_card(layout.samples(run, seed), study, "samples", run, seed)

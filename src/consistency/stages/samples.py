@@ -9,17 +9,25 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from consistency.errors import UserError
 from consistency.files import link_file, sha256
 from consistency.layout import Layout, sampler_name
-from consistency.nets.denoiser import Denoiser
+from consistency.nets.denoiser import Denoiser, two_times
 from consistency.progress import Progress
 from consistency.provenance import write_card
 from consistency.seeding import ImageNoise
-from consistency.stages.inputs import made, read_preconditioning, read_student, read_teacher, time_grid
+from consistency.stages.inputs import (
+    made,
+    read_preconditioning,
+    read_student,
+    read_teacher,
+    time_grid,
+    write_array,
+)
 from consistency.stages.parts import Parts
 from consistency.stages.trainer import place
 from consistency.study import FITTED, Study
@@ -54,11 +62,11 @@ class StudentSampler:
 def student_samplers(study: Study, run: str) -> list[StudentSampler]:
     """Every sampler of a student, in the order of their names.
 
-    Endpoint students know no s between: CM's multistep only. Further EMA rates are drawn without gamma.
+    Students that jump to the end know no s between: CM's multistep only. Further EMA rates are drawn without gamma.
     """
     settings, sampling = study.resolved(run), study.sampling
     chosen = [StudentSampler(nfe, None, rate) for rate in (None, *settings.evaluation_ema) for nfe in sampling.nfe]
-    if settings.objective == "trajectory":
+    if not settings.to_the_end:
         chosen += [StudentSampler(nfe, gamma) for gamma in sampling.gamma for nfe in sampling.gamma_nfe]
     return sorted(chosen, key=lambda sampler: sampler.name)
 
@@ -72,6 +80,9 @@ def make_samples(
     signal asks to stop; what was drawn is kept in the state folder.
     """
     started = time.time()
+    if run is None and not study.taught:
+        _write_none(study, layout, started)
+        return
     label = "samples teacher" if run is None else f"samples {run} seed {seed}"
     names = ["heun"] if run is None else [sampler.name for sampler in student_samplers(study, run)]
     folder, state = layout.samples(run, seed), layout.sampling_state(run, seed)
@@ -102,6 +113,14 @@ def make_samples(
             )
     if ranks.first:
         shutil.rmtree(state)
+
+
+def _write_none(study: Study, layout: Layout, started: float) -> None:
+    """Without a teacher: an array of no images."""
+    path, size = layout.samples(None, None) / "heun.npy", study.dataset.resolution
+    write_array(path, np.zeros((0, size, size, study.dataset.channels), np.uint8))
+    inputs = [layout.teacher / "teacher.safetensors"]
+    write_card(study, layout, "samples", run=None, seed=None, started=started, inputs=inputs, outputs=[path])
 
 
 def _digests(study: Study, layout: Layout, run: str | None, seed: int | None) -> dict[Path, str]:
@@ -227,14 +246,15 @@ def jump_sampler(
     """nfe jumps along the rho grid from sigma_max to sigma_min."""
     device = next(model.parameters()).device
     times = _times(study, nfe + 1)
-    if study.resolved(run).objective == "endpoint":
+    student = two_times(model)
+    if study.resolved(run).to_the_end:
         gamma = 1.0
 
     def sample(noise: ImageNoise) -> Tensor:
         labels = _labels(noise, device)
 
         def jump(x: Tensor, t: Tensor, s: Tensor) -> Tensor:
-            return preconditioning.jump(model, x, t, s, labels)
+            return preconditioning.jump(student, x, t, s, labels)
 
         return multistep(jump, _to(noise.latents, device) * times[0], times, gamma, _fresh(noise, device))
 

@@ -12,7 +12,7 @@ import torch
 from consistency.errors import UserError
 from consistency.features import INCEPTION, Statistics, frechet_distance, kernel_distance
 from consistency.files import write_json, write_with
-from consistency.layout import Layout, snapshot_name
+from consistency.layout import Layout
 from consistency.nets.denoiser import Denoiser
 from consistency.progress import Progress
 from consistency.provenance import read_card, write_card
@@ -24,12 +24,12 @@ from consistency.stages.inputs import (
     read_preconditioning,
     read_student,
     read_teacher,
+    student_file,
     write_array,
 )
 from consistency.stages.samples import StudentSampler, draw, heun_sampler, jump_sampler, prepared, student_samplers
 from consistency.study import FITTED, Study
 from consistency.theory.preconditioning import Preconditioning
-from consistency.training.checkpoint import load_denoiser
 from consistency.training.data import to_bytes
 
 COLUMNS = ["study", "kind", "run", "seed", "ema", "step", "sampler", "nfe"]
@@ -41,23 +41,29 @@ Row = dict[str, Any]
 
 
 def make_calibration(study: Study, layout: Layout, device: torch.device) -> None:
-    """Write calibration.csv (data halves; teacher), endpoints.npy, the teacher's ODE endpoints, and their card.
+    """Write calibration.csv (data halves; teacher), endpoints.npy, the teacher's ODE endpoints, none without a teacher,
+    and their card.
 
     Raises UserError, and leaves no calibration.csv, when the teacher's FID is not the published one.
     """
     started = time.time()
     images = _read_samples(study, layout, None, None, "heun")
     scorer = _Scorer(study, layout, device, f"calibration {study.name}", len(images))
-    scorer.warn_of_singular(len(images))
-    teacher = prepared(study, read_teacher(study, layout, device))
-    nfe = 2 * study.sampling.teacher_steps - 1
-    row = scorer.row("calibration", "teacher", None, None, 0, "heun", nfe) | scorer.against_data([images], len(images))
+    scorer.warn_of_singular(study.sampling.count)
+    rows = [scorer.halves()]
+    ends = np.zeros((0, study.dataset.channels, *[study.dataset.resolution] * 2), np.float32)
+    if study.taught:
+        teacher = prepared(study, read_teacher(study, layout, device))
+        nfe = 2 * study.sampling.teacher_steps - 1
+        row = scorer.row("calibration", "teacher", None, None, 0, "heun", nfe)
+        rows.append(row | scorer.against_data([images], len(images)))
+        _require_published(study, layout, rows[-1])
+        ends = _endpoints(study, teacher)
     scorer.progress.close()
-    _require_published(study, layout, row)
     path = layout.scores(None, None)
     endpoints = path.with_name("endpoints.npy")
-    write_array(endpoints, _endpoints(study, teacher))
-    _write(path, [scorer.halves(), row], CALIBRATION_COLUMNS)
+    write_array(endpoints, ends)
+    _write(path, rows, CALIBRATION_COLUMNS)
     inputs = [layout.teacher / "teacher.safetensors", layout.samples(None, None) / "heun.npy"]
     _write_card(study, layout, None, None, started, inputs, [path, endpoints])
     layout.measured_calibration.unlink(missing_ok=True)
@@ -86,10 +92,9 @@ def make_scores(study: Study, layout: Layout, run: str, seed: int, device: torch
         inputs += [layout.student_file(run, seed, rate)]
         inputs += [layout.samples(run, seed) / f"{sampler.name}.npy" for sampler in own]
         for step in steps:
-            path = layout.student(run, seed) / "snapshots" / snapshot_name(step, rate)
-            model = load_denoiser(path, study.key("student", run, seed))[0].to(device)
+            model = read_student(study, layout, run, seed, device, rate, step)
             rows += [scored.curve_row(prepared(study, model), step, nfe) for nfe in scores.curve_nfe]
-            inputs.append(path)
+            inputs.append(student_file(layout, run, seed, rate, step))
     scorer.progress.close()
     if settings.preconditioning in FITTED:
         inputs.append(layout.coefficients / "coefficients.npz")
@@ -192,7 +197,7 @@ class _Student:
         self.scorer, self.study, self.run, self.seed = scorer, scorer.study, run, seed
         self.rate, self.endpoints, self.preconditioning = rate, endpoints, preconditioning
         self.settings = self.study.resolved(run)
-        self.multistep = self.settings.objective == "endpoint"
+        self.multistep = self.settings.to_the_end
 
     def final_row(self, model: Denoiser, sampler: StudentSampler) -> Row:
         """One sampler's samples at the end of training."""
@@ -224,8 +229,8 @@ class _Student:
         return self.scorer.row(kind, self.run, self.seed, rate, step, sampler, nfe)
 
     def _aligned(self, nfe: int) -> bool:
-        """Whether the samples come from their first noise alone, as the teacher's endpoints do."""
-        return nfe == 1 or not self.multistep
+        """Whether the samples come from their first noise alone, as the teacher's endpoints do, if there are any."""
+        return len(self.endpoints) > 0 and (nfe == 1 or not self.multistep)
 
     def _drawn(self, model: Denoiser, nfe: int, count: int) -> Iterator[tuple[slice, torch.Tensor]]:
         jumps = jump_sampler(self.study, self.run, model, self.preconditioning, nfe)

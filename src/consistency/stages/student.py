@@ -1,21 +1,31 @@
-"""Stage student: distil the teacher, with the preconditioning as the only difference between two students."""
+"""Stage student: distil the teacher, or train without one; two students differ in what the study says, nothing else."""
 
 import time
 from pathlib import Path
 
 from consistency.files import sha256
 from consistency.layout import Layout
-from consistency.nets.denoiser import Denoiser, student_from_teacher
+from consistency.nets.denoiser import Denoiser, init_denoiser, student_from_teacher
 from consistency.provenance import git_state, write_card
 from consistency.resources import open_resource
 from consistency.seeding import derived_seed
-from consistency.stages.inputs import read_dataset, read_preconditioning, read_teacher, require_classes, time_grid
+from consistency.stages.inputs import (
+    read_dataset,
+    read_preconditioning,
+    read_student,
+    read_teacher,
+    require_classes,
+    student_file,
+    time_grid,
+)
 from consistency.stages.publish import forget_state, publish_training
 from consistency.stages.trainer import Machine, build_optimizer, build_update, compile_networks, place
-from consistency.study import FITTED, Student, Study
+from consistency.study import FITTED, Shrinking, Student, Study
+from consistency.theory.curriculum import DoublingCurriculum, Schedule, ShrinkingCurriculum
 from consistency.theory.distance import DISTANCES, Distance
 from consistency.tracking.live import followed
 from consistency.training.checkpoint import save_denoiser
+from consistency.training.consistency_training import ConsistencyTraining, TransportTraining
 from consistency.training.data import ImageData
 from consistency.training.ema import Ema
 from consistency.training.folder import read_identity
@@ -52,7 +62,7 @@ def _publish(
 ) -> None:
     """The outputs of a finished training, and its card."""
     folder = layout.student(run, seed)
-    images, inputs = layout.dataset / "images.npy", _inputs(study, layout, run)
+    images, inputs = layout.dataset / "images.npy", _inputs(study, layout, run, seed)
     digests = {path: data.facts["sha256"] if path == images else sha256(path) for path in inputs}
     metadata = {"study": study.name, "stage": "student", "run": run, "seed": seed, "key": job.key, "step": job.steps}
     metadata |= {"git": git_state(), "parents": {path.name: digest for path, digest in digests.items()}}
@@ -78,13 +88,15 @@ def _publish(
     forget_state(job.folder)
 
 
-def _inputs(study: Study, layout: Layout, run: str) -> list[Path]:
+def _inputs(study: Study, layout: Layout, run: str, seed: int) -> list[Path]:
     """What a student is made from."""
     settings = study.resolved(run)
     inputs = [layout.teacher / "teacher.safetensors", layout.dataset / "images.npy"]
     inputs += [layout.dataset / "labels.npy"] if study.teacher.conditional else []
     if settings.preconditioning in FITTED:
         inputs.append(layout.coefficients / "coefficients.npz")
+    if frozen := settings.frozen:
+        inputs.append(student_file(layout, frozen.run, seed, step=frozen.step))
     return inputs
 
 
@@ -101,14 +113,17 @@ def _training(study: Study, layout: Layout, run: str, seed: int, data: ImageData
     settings, device = study.resolved(run), machine.device
     teacher = place(study, read_teacher(study, layout, device), device)
     require_classes(study, data, teacher)
-    # Weights, data order and noise depend on the seed alone, so that students of one seed differ in nothing else.
-    student = student_from_teacher(teacher, dropout=settings.dropout, seed=derived_seed(seed, "student"))
-    student = place(study, student, device).train().requires_grad_(True)
-    averages = [Ema(student, rate) for rate in (settings.ema_rate, *settings.evaluation_ema)]
-    target = averages[0].model
-    for model in (student, target, teacher):
+    student = place(study, _begun(settings, teacher, seed), device).train().requires_grad_(True)
+    rates = (settings.ema_rate, *settings.evaluation_ema)
+    averages = [Ema(student, rate, settings.ema_warm_up) for rate in rates]
+    average = averages[0].model
+    target = average
+    if frozen := settings.frozen:
+        target = place(study, read_student(study, layout, frozen.run, seed, device, step=frozen.step), device)
+    networks = {student, average, target, teacher}
+    for model in networks:
         model.compute_in(settings.precision)
-    compile_networks(study, student, target, teacher)
+    compile_networks(study, *networks)
     stopwatch = Stopwatch(device)
     update = build_update(
         study,
@@ -136,6 +151,19 @@ def _training(study: Study, layout: Layout, run: str, seed: int, data: ImageData
     )
 
 
+def _begun(settings: Student, teacher: Denoiser, seed: int) -> Denoiser:
+    """A student before its training. Weights, data order and noise depend on the seed alone, so that students of one
+    seed differ in nothing else."""
+    drawn = derived_seed(seed, "student")
+    if settings.from_teacher:
+        return student_from_teacher(teacher, dropout=settings.dropout, seed=drawn)
+    # The network of the teacher, not its weights: without a teacher to follow there is no s but eps to be told.
+    architecture = {**teacher.architecture, "dropout": settings.dropout}
+    if "augment_dim" in architecture:
+        architecture["augment_dim"] = 0
+    return init_denoiser(architecture, drawn)
+
+
 def _objective(
     study: Study,
     layout: Layout,
@@ -144,16 +172,45 @@ def _objective(
     models: tuple[Denoiser, Denoiser, Denoiser],
     stopwatch: Stopwatch,
 ) -> Objective:
-    """The loss of a student; models: student, its average, teacher."""
+    """The loss of a student; models: student, its average or the frozen predictor in its place, teacher."""
     settings = study.resolved(run)
+    if settings.objective == "consistency":
+        return consistency_objective(study, layout, run, models[:2], machine)
     preconditioning = read_preconditioning(study, layout, run, models[2].sigma_data, machine.device)
-    grid = time_grid(study, settings.nodes, machine.device)
     distance = _distance(settings, machine)
+    grid = time_grid(study, settings.nodes, machine.device)
     endpoint = Endpoint(*models, preconditioning, distance, grid, settings.target, stopwatch=stopwatch)
     if settings.objective == "endpoint":
         return endpoint
     max_steps = settings.max_heun_steps or settings.nodes - 1
     return Trajectory(**vars(endpoint), max_steps=max_steps, dsm_weight=settings.dsm_weight)
+
+
+def consistency_objective(
+    study: Study, layout: Layout, run: str, models: tuple[Denoiser, Denoiser], machine: Machine
+) -> ConsistencyTraining:
+    """The loss of a student of consistency training; models: student, its average or the frozen predictor."""
+    settings = study.resolved(run)
+    training = TransportTraining if settings.coupling == "ot" else ConsistencyTraining
+    return training(
+        student=models[0],
+        predictor=models[1],
+        preconditioning=read_preconditioning(study, layout, run, models[0].sigma_data, machine.device),
+        distance=_distance(settings, machine),
+        schedule=_schedule(study, settings),
+        ends=(study.noise.sigma_min, study.noise.sigma_max),
+        mu=settings.mu if settings.coupling == "gc" else 0.0,
+    )
+
+
+def _schedule(study: Study, settings: Student) -> Schedule:
+    """The levels of consistency training."""
+    noise, levels = study.noise, settings.curriculum
+    given = levels.model_dump(exclude={"kind", "p_mean", "p_std"})
+    given |= {"sigma_min": noise.sigma_min, "sigma_max": noise.sigma_max, "mean": levels.p_mean, "std": levels.p_std}
+    if isinstance(levels, Shrinking):
+        return ShrinkingCurriculum(**given)
+    return DoublingCurriculum(steps=settings.steps, rho=noise.rho, **given)
 
 
 def _distance(settings: Student, machine: Machine) -> Distance:

@@ -3,6 +3,8 @@
 import time
 from typing import Any
 
+import torch
+
 from consistency.errors import UserError
 from consistency.files import write_bytes
 from consistency.layout import Layout
@@ -13,7 +15,7 @@ from consistency.resources import forget, known_sha256, open_resource
 from consistency.stages.inputs import read_dataset, sigma_data
 from consistency.stages.publish import forget_state, publish_training
 from consistency.stages.trainer import Machine, build_optimizer, build_update, compile_networks, place
-from consistency.study import OfficialTeacher, SongUNet, Study, Teacher
+from consistency.study import NoTeacher, OfficialTeacher, SongUNet, Study, Teacher
 from consistency.tracking.live import followed
 from consistency.training.checkpoint import save_denoiser
 from consistency.training.data import ImageData
@@ -32,6 +34,9 @@ def make_teacher(study: Study, layout: Layout, machine: Machine) -> None:
     if isinstance(study.teacher, OfficialTeacher):
         if machine.ranks.first:
             _convert(study, study.teacher, layout)
+    elif isinstance(study.teacher, NoTeacher):
+        if machine.ranks.first:
+            _describe(study, study.teacher, layout)
     else:
         _train(study, study.teacher, layout, machine)
 
@@ -61,6 +66,29 @@ def _convert(study: Study, settings: OfficialTeacher, layout: Layout) -> None:
         downloads=[settings.checkpoint],
         outputs=[path, history],
         measured={"parameters": sum(p.numel() for p in teacher.parameters())},
+    )
+
+
+def _describe(study: Study, settings: NoTeacher, layout: Layout) -> None:
+    """Without a teacher: the network of the students, its weights at zero, so that nobody takes them for anything."""
+    started, data = time.time(), read_dataset(study, layout)
+    network = init_denoiser(architecture(study, settings, data), 0)
+    with torch.no_grad():
+        for weight in network.parameters():
+            weight.zero_()
+    path, history = layout.teacher / "teacher.safetensors", layout.teacher / "history.jsonl"
+    metadata = {"study": study.name, "stage": "teacher", "key": study.key("teacher"), "git": git_state()}
+    save_denoiser(path, network, {**metadata, "parents": {"images.npy": data.facts["sha256"]}})
+    write_bytes(history, b"")
+    write_card(
+        study,
+        layout,
+        "teacher",
+        started=started,
+        inputs=[layout.dataset / name for name in ("images.npy", "labels.npy", "dataset.json")],
+        outputs=[path, history],
+        measured={"parameters": sum(p.numel() for p in network.parameters())},
+        known={layout.dataset / "images.npy": data.facts["sha256"]},
     )
 
 
@@ -154,12 +182,12 @@ def _ramped(settings: Teacher, step: int) -> float:
     return settings.learning_rate * min(seen / max(settings.learning_rate_ramp, 1), 1)
 
 
-def architecture(study: Study, settings: Teacher, data: ImageData) -> dict[str, Any]:
+def architecture(study: Study, settings: Teacher | NoTeacher, data: ImageData) -> dict[str, Any]:
     """The denoiser's description, as build_denoiser takes it."""
     return architecture_of(study, settings, data.classes, sigma_data(study, data))
 
 
-def architecture_of(study: Study, settings: Teacher, classes: int, data_std: float) -> dict[str, Any]:
+def architecture_of(study: Study, settings: Teacher | NoTeacher, classes: int, data_std: float) -> dict[str, Any]:
     """The same from what is known of the data: its classes and its standard deviation."""
     network = settings.network
     common = {

@@ -69,8 +69,12 @@ def build_update(
 
 
 def build_optimizer(name: str, model: Denoiser, learning_rate: float) -> torch.optim.Optimizer:
-    """RAdam or Adam, in the fastest form that the device and PyTorch have: fused Adam on a GPU, else foreach."""
+    """RAdam, Adam or Lion, in the fastest form that the device and PyTorch have: fused Adam on a GPU, else foreach."""
     parameters = list(model.parameters())
+    if name == "lion":
+        from lion_pytorch import Lion
+
+        return Lion(parameters, lr=learning_rate)
     on_gpu = parameters[0].device.type == "cuda"
     if name == "adam" and on_gpu:
         return torch.optim.Adam(parameters, lr=learning_rate, fused=True)

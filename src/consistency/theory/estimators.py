@@ -62,10 +62,15 @@ def fit_coefficients(
             x = images[part] + times[k].to(images.dtype) * noise[part]
             probe = None if signs is None else signs[:, part].to(x.dtype)
             moments[k, :, part] = image_moments(teacher(part), x, times[k].item(), probe)
+    require_finite(times, moments)
+    return solve_moments(times.double().cpu().numpy(), moments, images[0].numel())
+
+
+def require_finite(times: Tensor, moments: Array) -> None:
+    """Raise ValueError, naming the times [N], unless the moments [N, ...] of a teacher are finite."""
     if not np.isfinite(moments).all():
         bad = [f"{t:g}" for t, m in zip(times.tolist(), moments, strict=True) if not np.isfinite(m).all()]
         raise ValueError(f"the teacher returned NaN or infinity at t = {', '.join(bad[:5])}")
-    return solve_moments(times.double().cpu().numpy(), moments, images[0].numel())
 
 
 def image_moments(denoiser: DenoiserFn, x: Tensor, time: float, probes: Tensor | None) -> Array:
@@ -109,9 +114,17 @@ def solve_moments(times: Array, moments: Array, dimension: int) -> CoefficientFi
     floor = 1e-12 * (rr + c**2 * xx).mean(1) + np.finfo(float).tiny
     s = h_dh.mean(1) / np.maximum(size, floor)
     s_se = (h_dh - s[:, None] * h_h).std(1, ddof=1) / np.sqrt(count) / np.maximum(size, floor)
-    determined = (size > floor) & (s_se < _S_RANGE)
+    return settled(times, (l, l_se), (s, s_se), size > floor)
+
+
+def settled(times: Array, l: tuple[Array, Array], s: tuple[Array, Array], known: Array) -> CoefficientFit:
+    """The fit with s interpolated where it says nothing; l, s: values and standard errors; known: where ||h|| is more
+    than rounding. All [N]."""
+    lam = -np.log(times)
+    value, error = s
+    determined = known & (error < _S_RANGE)
     if determined.any():
-        s = np.where(determined, s, np.interp(lam, lam[determined], s[determined]))
+        value = np.where(determined, value, np.interp(lam, lam[determined], value[determined]))
     else:
-        s = np.full_like(s, -1.0)
-    return CoefficientFit(times, l, l_se, s, np.where(determined, s_se, _S_RANGE), determined)
+        value = np.full_like(value, -1.0)
+    return CoefficientFit(times, *l, value, np.where(determined, error, _S_RANGE), determined)

@@ -29,6 +29,11 @@ class GaussianTeacher:
         """x: [N, d]; t: [N]; returns [N, d]."""
         return self.variances / (self.variances + t[:, None] ** 2) * x
 
+    def sample(self, count: int, generator: torch.Generator) -> Tensor:
+        """count samples of the data, [count, d]."""
+        shape = (count, len(self.variances))
+        return torch.sqrt(self.variances) * torch.randn(shape, generator=generator, dtype=self.variances.dtype)
+
     def flow(self, x: Tensor, t: float, s: float) -> Tensor:
         """The exact solution at time s of the PF-ODE through x at time t."""
         return torch.sqrt((self.variances + s**2) / (self.variances + t**2)) * x

@@ -27,6 +27,7 @@ MEASURES = ("fd", "kid", "alignment")
 TRAINING, STUDENT = "consistency.training", "consistency.student"
 
 _TEACHER_NOTE = "The EDM teacher. `final/*/heun-*`: its samples; `calibration/*/data-halves`: real against real."
+_NO_TEACHER_NOTE = "No teacher: the network of the students. `calibration/*/data-halves`: real against real."
 
 
 class Point(NamedTuple):
@@ -102,10 +103,10 @@ def plan_live(study: Study, layout: Layout, run: str | None, seed: int | None, m
     common: dict[str, Any] = {"data": _data(study, layout), "started": started, "ended": started}
     if run is None or seed is None:
         params = _teacher_params(study)
-        return [Upload("teacher", "teacher", params=params, tags=_origin(made), note=_TEACHER_NOTE, **common)]
+        return [Upload("teacher", "teacher", params=params, tags=_origin(made), note=_teacher_note(study), **common)]
     differing = _differing(study)
     own = _flat(study.resolved(run).model_dump(mode="json"))
-    tags = {key: own[key] for key in differing}
+    tags = _those(own, differing)
     note = f"Student `{run}`: the mean over its seeds comes with `track`."
     common["color"] = _color(study, run)
     parent = Upload(run, "student", params={}, tags=tags | {STUDENT: study.key("student", run)}, note=note, **common)
@@ -140,7 +141,7 @@ def _teacher(study: Study, layout: Layout) -> Upload:
         ended=ended,
         params=_teacher_params(study),
         tags=_origin(card),
-        note=_TEACHER_NOTE,
+        note=_teacher_note(study),
         points=points,
         files=[
             *_files(layout.teacher, "card.json", "history.jsonl"),
@@ -149,6 +150,10 @@ def _teacher(study: Study, layout: Layout) -> Upload:
         ],
         texts=[_checkpoint(layout, layout.teacher / "teacher.safetensors", card)],
     )
+
+
+def _teacher_note(study: Study) -> str:
+    return _TEACHER_NOTE if study.taught else _NO_TEACHER_NOTE
 
 
 def _teacher_params(study: Study) -> dict[str, str]:
@@ -247,6 +252,7 @@ def _report(study: Study, layout: Layout) -> Upload:
         files=_tree(layout.report)
         + _files(layout.dataset, "dataset.json", "card.json", to="dataset")
         + _files(layout.extractor, "card.json", to="extractor")
+        + [(path, "flows") for path, _ in (_tree(layout.flows) if study.flows else [])]
         + _files(layout.coefficients, "coefficients.npz", "card.json", to="coefficients"),
         texts=_coefficient_table(layout) if study.needs_coefficients else [],
     )
@@ -284,14 +290,20 @@ def _color(study: Study, run: str) -> str:
 
 def _differing(study: Study) -> list[str]:
     """The keys in which the study's students differ."""
-    dumps = [study.resolved(run).model_dump(mode="json") for run in study.students]
-    return [key for key in dumps[0] if any(dump[key] != dumps[0][key] for dump in dumps)]
+    own = [_flat(study.resolved(run).model_dump(mode="json")) for run in study.students]
+    keys = dict.fromkeys(key for flat in own for key in flat)
+    return [key for key in keys if any(flat.get(key) != own[0].get(key) for flat in own)]
+
+
+def _those(own: dict[str, str], differing: list[str]) -> dict[str, str]:
+    """Those of the keys that a student has: a section of another kind has others."""
+    return {key: own[key] for key in differing if key in own}
 
 
 def _own_params(study: Study, run: str, differing: list[str]) -> dict[str, str]:
     """The student's keys, those that differ first: a run's page shows them in this order."""
     own = _flat(study.resolved(run).model_dump(mode="json"))
-    return {key: own[key] for key in differing} | own
+    return _those(own, differing) | own
 
 
 def _student_params(study: Study, run: str, differing: list[str]) -> dict[str, str]:
@@ -303,7 +315,7 @@ def _student_params(study: Study, run: str, differing: list[str]) -> dict[str, s
 
 def _student_tags(study: Study, run: str, differing: list[str], seed: int | None = None) -> dict[str, str]:
     own = _flat(study.resolved(run).model_dump(mode="json"))
-    return {key: own[key] for key in differing} | {"consistency.key": study.key("scores", run, seed)}
+    return _those(own, differing) | {"consistency.key": study.key("scores", run, seed)}
 
 
 def _in_all(tags: list[dict[str, str]]) -> dict[str, str]:

@@ -35,6 +35,15 @@ class Ranks:
         for tensor, part in zip(tensors, parts, strict=True):
             tensor.copy_(part.view(tensor.shape))
 
+    def gathered(self, tensor: Tensor) -> Tensor:
+        """The rows of all processes, in the order of their ranks; every process must have equally many."""
+        if self.world == 1:
+            return tensor
+        here = tensor.contiguous()
+        rows = [torch.empty_like(here) for _ in range(self.world)]
+        dist.all_gather(rows, here)
+        return torch.cat(rows)
+
     def largest(self, value: int) -> int:
         """The largest of a number over all processes. It travels through the CPU: a GPU's queue is not waited for."""
         if self.world == 1:

@@ -9,7 +9,7 @@ pass as 1 an image and a backward pass as 2.
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
-from typing import Any, Protocol, Self
+from typing import Any, Protocol, Self, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -48,13 +48,21 @@ class Draws:
 class Objective(Protocol):
     """What the training asks of a loss."""
 
-    def draw(self, shape: Shape, host: torch.Generator, device: torch.Generator) -> Any:
-        """The randomness of a step for a batch of that shape. Only what Python must know comes from the host's
-        generator: reading a number back from a GPU would stall it."""
+    def draw(self, shape: Shape, step: int, host: torch.Generator, device: torch.Generator) -> Any:
+        """The randomness of a step (from 0) for a batch of that shape. Only what Python must know comes from the
+        host's generator: reading a number back from a GPU would stall it."""
 
     def terms(self, images: Tensor, labels: Tensor | None, draws: Any) -> Iterator[Term]:
         """The terms, one after the other, so that each may be differentiated before the next is computed.
         images: float [N, C, H, W] in [-1, 1]; labels: int64 [N] or None; draws: of those images."""
+
+
+@runtime_checkable
+class WholeBatch(Protocol):
+    """An objective whose draws also depend on the images of the whole batch, over all processes."""
+
+    def pair(self, images: Tensor, labels: Tensor | None, draws: Any) -> Any:
+        """The draws of the batch, given all its images [N, C, H, W] and labels [N]."""
 
 
 def with_labels(denoiser: Denoiser, labels: Tensor | None) -> DenoiserFn:
@@ -86,9 +94,9 @@ class Denoising:
     p_mean: float
     p_std: float
 
-    def draw(self, shape: Shape, host: torch.Generator, device: torch.Generator) -> Noising:
+    def draw(self, shape: Shape, step: int, host: torch.Generator, device: torch.Generator) -> Noising:
         """A noise level and noise for every image."""
-        return Noising(lognormal_sigma(shape[0], self.p_mean, self.p_std, device), _normal(shape, device))
+        return Noising(lognormal_sigma(shape[0], self.p_mean, self.p_std, device), normal(shape, device))
 
     def terms(self, images: Tensor, labels: Tensor | None, draws: Noising) -> Iterator[Term]:
         """The weighted denoising error."""
@@ -158,17 +166,17 @@ class Trajectory(_Distillation):
     max_steps: int
     dsm_weight: float
 
-    def draw(self, shape: Shape, host: torch.Generator, device: torch.Generator) -> Jumps:
+    def draw(self, shape: Shape, step: int, host: torch.Generator, device: torch.Generator) -> Jumps:
         """n teacher steps a batch, P(n) ~ n; t, u = t + n nodes and s <= u of each image are uniform."""
         steps = int(torch.multinomial(torch.arange(1.0, self.max_steps + 1), 1, generator=host)) + 1
         uniform = torch.rand(2, shape[0], generator=device, device=device.device)
         first = (uniform[0] * (len(self.grid) - steps)).long()
         last = first + steps
         to = last + (uniform[1] * (len(self.grid) - last)).long()
-        z = _normal(shape, device)
+        z = normal(shape, device)
         if not self.dsm_weight:
             return Jumps(steps, first, to, z, None, None)
-        return Jumps(steps, first, to, z, ctm_dsm_sigma(shape[0], *self.ends, device), _normal(shape, device))
+        return Jumps(steps, first, to, z, ctm_dsm_sigma(shape[0], *self.ends, device), normal(shape, device))
 
     def terms(self, images: Tensor, labels: Tensor | None, draws: Jumps) -> Iterator[Term]:
         """The distillation term, then the DSM term if it has a weight."""
@@ -208,10 +216,10 @@ class Pairs(Draws):
 class Endpoint(_Distillation):
     """Endpoint distillation, AP (5): neighbouring grid times t > u, both jumps to eps."""
 
-    def draw(self, shape: Shape, host: torch.Generator, device: torch.Generator) -> Pairs:
+    def draw(self, shape: Shape, step: int, host: torch.Generator, device: torch.Generator) -> Pairs:
         """A uniform node for every image."""
         first = torch.randint(len(self.grid) - 1, shape[:1], generator=device, device=device.device)
-        return Pairs(first, _normal(shape, device))
+        return Pairs(first, normal(shape, device))
 
     def terms(self, images: Tensor, labels: Tensor | None, draws: Pairs) -> Iterator[Term]:
         """One teacher step apart, both sides end at eps."""
@@ -224,5 +232,6 @@ class Endpoint(_Distillation):
         yield Term("distillation", self.distance(estimate, target).mean(), 1.0, (2 + 3 + 1) * len(images))
 
 
-def _normal(shape: Shape, generator: torch.Generator) -> Tensor:
+def normal(shape: Shape, generator: torch.Generator) -> Tensor:
+    """Standard normal noise, float32, on the generator's device."""
     return torch.randn(shape, generator=generator, device=generator.device)

@@ -11,7 +11,7 @@ from consistency.errors import UserError
 from consistency.nets.denoiser import Denoiser
 from consistency.seeding import derived_seed, generator
 from consistency.training.distributed import Ranks
-from consistency.training.objectives import Objective, Shape, Term
+from consistency.training.objectives import Objective, Shape, Term, WholeBatch
 from consistency.training.stopwatch import Stopwatch
 
 #: the term whose weight the adaptive balance scales
@@ -112,7 +112,11 @@ class Update:
             images, labels = self.batches(step)
             shape: Shape = (self.batch, images.shape[1], images.shape[2], images.shape[3])
             host = generator(self.seed, self.purpose, step)
-            draws = self.objective.draw(shape, host, generator(self.seed, f"{self.purpose} noise", step, images.device))
+            device = generator(self.seed, f"{self.purpose} noise", step, images.device)
+            draws = self.objective.draw(shape, step, host, device)
+            if isinstance(self.objective, WholeBatch):
+                all_labels = None if labels is None else self.ranks.gathered(labels)
+                draws = self.objective.pair(self.ranks.gathered(images), all_labels, draws)
         first = self.ranks.rank * self._share
         for start in range(0, self._share, self.part):
             rows = slice(start, start + self.part)

@@ -1,0 +1,258 @@
+"""A study without a teacher, from the dataset to the report: real stages, in seconds."""
+
+import json
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from consistency.archive import verify
+from consistency.errors import UserError
+from consistency.layout import Layout
+from consistency.provenance import read_card
+from consistency.seeding import generator
+from consistency.stages import flows
+from consistency.stages.dataset import make_dataset
+from consistency.stages.discrepancy import discrepancy_of
+from consistency.stages.estimate import estimate
+from consistency.stages.extractor import make_extractor
+from consistency.stages.flows import make_flows
+from consistency.stages.inputs import time_grid
+from consistency.stages.report import make_report
+from consistency.stages.samples import make_samples
+from consistency.stages.scores import make_calibration, make_scores
+from consistency.stages.student import make_student
+from consistency.stages.teacher import make_teacher
+from consistency.stages.trainer import Machine
+from consistency.study import Study
+from consistency.training.checkpoint import load_denoiser
+from consistency.training.data import load_images
+from consistency.training.toy import train_toy
+
+Tiny = Callable[..., Study]
+CPU = torch.device("cpu")
+
+
+#: one image fewer than a whole number of batches
+FLOWS = {"images": 47, "times": 5, "toy_steps": 12, "toy_seeds": [0, 1], "pairs": 512, "intervals": 40}
+FLOWS |= {"discrepancy": ["ic", "ot", "gc"], "denoiser_steps": 40, "denoiser_batch": 64}
+
+
+@pytest.fixture(scope="module")
+def study(tiny: Tiny, untaught: dict[str, Any]) -> Study:
+    return tiny(untaught | {"flows": FLOWS})
+
+
+@pytest.fixture(scope="module")
+def layout(study: Study, tmp_path_factory: pytest.TempPathFactory) -> Layout:
+    """The finished study."""
+    folder = tmp_path_factory.mktemp("untaught")
+    made, machine = Layout(study.name, folder / "results", folder / "state"), Machine(CPU)
+    make_dataset(study, made)
+    make_teacher(study, made, machine)
+    make_extractor(study, made, CPU)
+    make_samples(study, made, None, None, CPU)
+    make_calibration(study, made, CPU)
+    for run in study.students:
+        make_student(study, made, run, 0, machine)
+        make_samples(study, made, run, 0, CPU)
+        make_scores(study, made, run, 0, CPU)
+    make_flows(study, made, machine)
+    make_report(study, made)
+    return made
+
+
+def test_in_the_teachers_place_is_a_network_that_nobody_takes_for_one(study: Study, layout: Layout) -> None:
+    network, _ = load_denoiser(layout.teacher / "teacher.safetensors", study.key("teacher"))
+    assert not any(weight.any() for weight in network.parameters())
+    student, _ = load_denoiser(layout.student_file("gc", 0))
+    assert student.architecture == network.architecture | {"dropout": 0.0}
+    assert student.label_dim == 10
+    assert len(np.load(layout.samples(None, None) / "heun.npy")) == 0
+
+
+def test_students_are_measured_against_the_data_alone(study: Study, layout: Layout) -> None:
+    calibration = pd.read_csv(layout.scores(None, None))
+    assert list(calibration.run) == ["data"]
+    assert len(np.load(layout.scores(None, None).with_name("endpoints.npy"))) == 0
+    for run in study.students:
+        scores = pd.read_csv(layout.scores(run, 0))
+        assert np.isfinite(scores[["fd", "kid"]]).all(axis=None)
+        assert scores.alignment.isna().all()
+        assert set(scores.sampler) == {"multistep"}
+        assert set(scores[scores.kind == "curve"].step) == {0, 3, 6}
+
+
+def test_the_arms_are_scored_the_same_before_training_alone(study: Study, layout: Layout) -> None:
+    tables = [pd.read_csv(layout.scores(run, 0)).set_index(["kind", "step", "nfe"]).fd for run in study.students]
+    for table in tables[1:]:
+        for nfe in study.scores.curve_nfe:
+            assert table["curve", 0, nfe] == tables[0]["curve", 0, nfe]
+            assert table["curve", 6, nfe] != tables[0]["curve", 6, nfe]
+
+
+def test_what_was_made_agrees_with_its_cards(study: Study, layout: Layout) -> None:
+    assert {finding.artifact: finding.state for finding in verify(layout.root, study) if finding.faults} == {}
+
+
+def test_the_estimate_counts_the_evaluations_that_training_did(study: Study, layout: Layout) -> None:
+    found = estimate(study, layout)
+    assert found.operations("teacher") == found.operations("coefficients") == 0 < found.operations("flows")
+    assert found.jobs["flows"].after == tuple(name for name in found.jobs if name.startswith("student "))
+    counted = {
+        run: json.loads((layout.student(run, 0) / "card.json").read_text())["measured"]["network_evaluations"]
+        for run in study.students
+    }
+    assert counted == {"ic": 6 * 16 * 4, "ot": 6 * 16 * 4, "gc": 6 * 16 * 5}
+
+
+def test_the_report_has_no_teacher_in_its_pictures(study: Study, layout: Layout) -> None:
+    names = {path.stem for path in (layout.report / "figures").glob("*.png")}
+    assert names == {
+        "samples",
+        "curves_fd",
+        "losses",
+        "speedup_fd",
+        "transport_cost",
+        "discrepancy",
+        "toy",
+        "plane",
+        "loss_limits",
+    }
+    page = (layout.report / "report.html").read_text()
+    assert '<h2 id="flows">' in page
+    for caption in re.findall(r"<figcaption>(.*?)</figcaption>", page, re.S):
+        assert "seed" in caption
+
+
+# --- the stage flows
+
+
+def transport(layout: Layout) -> pd.DataFrame:
+    return pd.read_csv(layout.flows / "transport.csv")
+
+
+def test_at_eps_every_student_leaves_x_where_it_is(study: Study, layout: Layout) -> None:
+    """The boundary condition: f(x_eps, eps) = x + eps z, so the cost is known, whatever the weights."""
+    table, eps = transport(layout), study.noise.sigma_min
+    data = load_images(layout.dataset)
+    draws = generator(0, "flows")
+    images, _ = data.take(torch.randperm(len(data), generator=draws)[:47])
+    noise = torch.randn(images.shape, generator=draws)
+    exact = (images + (eps - 1) * noise).double().square().flatten(1).sum(1)
+    first = table[(table.kind == "student") & (table.t == table.t.min())]
+    assert table.t.min() == pytest.approx(eps)
+    np.testing.assert_allclose(first.cost, exact.mean().item(), rtol=1e-5)
+    np.testing.assert_allclose(first.cost_se, exact.std().item() / 47**0.5, rtol=1e-5)
+
+
+def test_every_student_has_a_cost_at_every_time(study: Study, layout: Layout) -> None:
+    table = transport(layout)
+    rows = table[table.kind == "student"]
+    grid = time_grid(study, 5, CPU).tolist()
+    assert sorted(zip(rows.run, rows.seed, strict=True)) == [(run, 0) for run in ("gc", "ic", "ot") for _ in range(5)]
+    for run in study.students:
+        np.testing.assert_allclose(sorted(rows[rows.run == run].t), sorted(grid), rtol=1e-12)
+    late = rows[rows.t == rows.t.max()].set_index("run").cost
+    assert len(set(late)) == 3  # the students do differ
+
+
+def test_the_pairs_of_ot_are_cheaper_than_those_of_ic(layout: Layout) -> None:
+    pairs = transport(layout)[lambda table: table.kind == "pairs"].set_index("run").cost
+    assert list(pairs.index) == ["ic", "ot"]
+    assert pairs["ot"] < pairs["ic"]
+
+
+def test_ot_stays_within_its_batches_and_classes() -> None:
+    draws = torch.Generator().manual_seed(0)
+    images, noise = torch.randn(11, 1, 2, 2, generator=draws), torch.randn(11, 1, 2, 2, generator=draws)
+    labels = torch.arange(11) % 2
+    moved = flows._transported(images, noise, labels, 4)
+    assert len(moved) == 8
+    for first in (0, 4):
+        for label in (0, 1):
+            rows = [k for k in range(first, first + 4) if labels[k] == label]
+            assert {tuple(row) for row in moved[rows].flatten(1).tolist()} == {
+                tuple(row) for row in noise[rows].flatten(1).tolist()
+            }
+    assert len(flows._transported(images, noise, None, 64)) == 11
+
+
+def test_the_discrepancy_is_a_number_for_each_coupling_that_is_named(study: Study, layout: Layout) -> None:
+    table = pd.read_csv(layout.flows / "discrepancy.csv")
+    assert list(dict.fromkeys(table.run)) == ["ic", "ot", "gc"]
+    assert len(table) == 15 and set(table.seed) == {0}
+    assert (table.discrepancy > 0).all() and (table.discrepancy_se > 0).all()
+    last = table[table.t == table.t.max()].set_index("run").discrepancy
+    # At T the data hide under the noise: R_t is about the data's variance over t^2, for any denoiser near its mean.
+    assert (last < 64 * 4 / 80**2).all()
+
+
+def test_the_denoisers_of_couplings_differ_in_the_coupling_alone(
+    study: Study, layout: Layout, tiny: Tiny, untaught: dict[str, Any]
+) -> None:
+    data, machine = load_images(layout.dataset), Machine(CPU)
+    assert study.flows is not None
+    found = {run: discrepancy_of(study, study.flows, layout, run, data, machine) for run in study.students}
+    first = [next(measure.job.update.model.parameters()) for measure in found.values()]
+    assert torch.equal(first[0], first[1]) and torch.equal(first[0], first[2])
+    kinds = {run: type(measure.objective).__name__ for run, measure in found.items()}
+    assert kinds == {"ic": "CoupledDenoising", "ot": "TransportDenoising", "gc": "CoupledDenoising"}
+    assert found["ic"].objective.coupling.mu == 0 and found["gc"].objective.coupling.mu == 0.5
+    own = next(load_denoiser(layout.student_file("gc", 0))[0].parameters())
+    predictor = found["gc"].objective.coupling.predictor
+    assert predictor is not None and torch.equal(next(predictor.parameters()), own)
+
+
+def test_the_toys_are_those_of_their_seeds(layout: Layout) -> None:
+    with np.load(layout.flows / "toy.npz") as arrays:
+        toy = train_toy("gc", 1, steps=12)
+        np.testing.assert_array_equal(arrays["gc_paths"][1], toy.paths)
+        np.testing.assert_array_equal(arrays["gc_cost"][1], toy.cost)
+        np.testing.assert_array_equal(arrays["times"], toy.times)
+        assert arrays["ic_samples"].shape == (2, 64, 2)
+
+
+def test_on_the_toys_data_the_discrepancy_of_ic_is_the_closed_one(layout: Layout) -> None:
+    """Where t is large against the modes' distance, the data are one Gaussian: R_t = sum c / (c + t^2)."""
+    table = pd.read_csv(layout.flows / "plane.csv")
+    assert list(dict.fromkeys(table.coupling)) == ["ic", "ot", "gc"]
+    last = table[table.t == table.t.max()].set_index("coupling")
+    t, c = last.t["ic"], np.array([1e-4, 0.25 + 1e-4])
+    assert t == 5.0
+    assert last.discrepancy["ic"] == pytest.approx((c / (c + t**2)).sum(), rel=0.1)
+    exact = 0.25 + 2 * 1e-4 + 2  # E||x||^2 + E||z||^2
+    assert last.cost["ic"] == pytest.approx(exact, abs=0.2)  # 4 deviations of a mean of 2,048 pairs
+    assert last.cost["gc"] < 0.8 * exact and last.cost["ot"] < 0.8 * exact
+    assert table[table.coupling == "ic"].cost.nunique() == 1
+
+
+def test_the_losses_near_their_limits(layout: Layout) -> None:
+    table = pd.read_csv(layout.flows / "limit.csv")
+    assert list(table.intervals) == [10, 20, 40]
+    ratio = table.intervals**2 * table.ct / table.ct_limit
+    assert (np.diff(ratio) > 0).all() and 0.98 < ratio.iloc[-1] < 1
+
+
+def test_a_study_that_asks_for_no_flows_gets_tables_without_rows(tiny: Tiny, tmp_path: Path) -> None:
+    """DVC has one pipeline for all studies."""
+    layout = Layout("tiny", tmp_path / "results", tmp_path / "state")
+    make_flows(tiny(), layout, Machine(CPU))
+    assert len(transport(layout)) == len(pd.read_csv(layout.flows / "limit.csv")) == 0
+    assert read_card(layout.flows, tiny(), "flows")["inputs"] == {}
+
+
+def test_flows_of_a_student_that_is_missing_name_the_verb(study: Study, layout: Layout, tmp_path: Path) -> None:
+    shutil.copytree(layout.dataset, tmp_path / "results/tiny/dataset")
+    with pytest.raises(UserError, match="run `python -m consistency student --run ic --seed 0` first"):
+        make_flows(study, Layout("tiny", tmp_path / "results"), Machine(CPU))
+
+
+def test_every_folder_was_handed_over(layout: Layout) -> None:
+    assert not list(Path(layout.state).rglob("state.pt"))

@@ -1,0 +1,94 @@
+"""The couplings of data and noise: exact assignment, generated endpoints, and who is replaced."""
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from consistency.theory.coupling import assignment, generated, generator_mask
+from consistency.theory.solver import expand
+
+
+def seeded(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def cost(images: Tensor, noise: Tensor) -> float:
+    return (images - noise).square().sum().item()
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_the_assignment_is_the_best_of_all_permutations(seed: int) -> None:
+    images, noise = torch.randn(2, 6, 1, 2, 2, generator=seeded(seed))
+    best = min(cost(images, noise[list(order)]) for order in itertools.permutations(range(6)))
+    assert cost(images, noise[assignment(images, noise)]) == pytest.approx(best, rel=1e-6)
+
+
+def test_in_one_dimension_the_assignment_sorts() -> None:
+    images, noise = torch.randn(2, 100, 1, generator=seeded())
+    paired = noise[assignment(images, noise)]
+    order = images[:, 0].argsort()
+    assert torch.equal(paired[order, 0], noise[:, 0].sort().values)
+
+
+def test_noise_is_exchanged_never_changed() -> None:
+    images, noise = torch.randn(2, 50, 3, generator=seeded())
+    assert sorted(assignment(images, noise).tolist()) == list(range(50))
+
+
+def test_with_labels_noise_stays_in_its_class_and_is_best_there() -> None:
+    images, noise = torch.randn(2, 40, 3, generator=seeded())
+    labels = torch.randint(3, (40,), generator=seeded(1))
+    chosen = assignment(images, noise, labels)
+    assert torch.equal(labels[chosen], labels)
+    assert sorted(chosen.tolist()) == list(range(40))
+    for label in range(3):
+        rows = (labels == label).nonzero()[:, 0]
+        best = rows[assignment(images[rows], noise[rows])]
+        assert torch.equal(chosen[rows], best)
+
+
+def test_labelled_noise_stays_standard_normal_within_a_class() -> None:
+    """The reason for assigning within classes: over all classes, a class's noise would lean towards its images."""
+    generator = seeded()
+    labels = torch.arange(2).repeat(32)
+    means = {True: [], False: []}
+    for _ in range(50):
+        images = torch.where(labels[:, None] == 0, -1.0, 1.0) + 0.1 * torch.randn(64, 1, generator=generator)
+        noise = torch.randn(64, 1, generator=generator)
+        for by_class in means:
+            means[by_class].append(noise[assignment(images, noise, labels if by_class else None)][labels == 1].mean())
+    assert abs(np.mean(means[True])) < 0.1
+    assert np.mean(means[False]) > 0.5
+
+
+@pytest.mark.parametrize("mu", [0.0, 0.3, 0.7, 1.0])
+def test_mu_is_the_probability_of_a_generated_image(mu: float) -> None:
+    mask = generator_mask(20_000, mu, seeded())
+    assert mask.float().mean().item() == pytest.approx(mu, abs=0.01)
+    if mu in (0.0, 1.0):
+        assert bool((mask == bool(mu)).all())
+
+
+def test_masks_of_two_mu_are_nested() -> None:
+    """The arms of a sweep over mu differ in as few images as they can."""
+    few, many = (generator_mask(1000, mu, seeded()) for mu in (0.3, 0.7))
+    assert bool((many | ~few).all())
+
+
+def test_generated_images_are_the_predictor_s_endpoints_where_the_mask_says_so() -> None:
+    images, noise = torch.randn(2, 5, 1, 2, 2, generator=seeded())
+    u = torch.tensor([0.1, 1.0, 2.0, 3.0, 50.0], dtype=torch.float64)
+    mask = torch.tensor([True, False, True, False, True])
+    weight = torch.ones((), requires_grad=True)
+
+    def predictor(x: Tensor, t: Tensor) -> Tensor:
+        return weight * x / (1 + expand(t, x))
+
+    found = generated(predictor, images, noise, u, mask)
+    assert not found.requires_grad
+    for i in range(5):
+        endpoint = (images[i] + u[i].float() * noise[i]) / (1 + u[i].float())
+        torch.testing.assert_close(found[i], endpoint if mask[i] else images[i])

@@ -1,0 +1,115 @@
+"""The levels of consistency training against their published schedules."""
+
+import math
+
+import pytest
+import torch
+from scipy.stats import chisquare, norm
+
+from consistency.theory.curriculum import (
+    DoublingCurriculum,
+    ShrinkingCurriculum,
+    doubling_nodes,
+    level_probabilities,
+    shrink,
+)
+from consistency.theory.noise import rho_grid
+
+EPS, T = 0.002, 80.0
+
+
+def seeded(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+@pytest.mark.parametrize(("steps", "stage"), [(400_000, 50_000), (100_000, 12_500), (150_000, 18_750)])
+def test_the_grid_doubles_at_the_published_steps(steps: int, stage: int) -> None:
+    nodes = [11, 21, 41, 81, 161, 321, 641, 1281]
+    for k, expected in enumerate(nodes):
+        assert doubling_nodes(k * stage, steps) == expected
+        assert doubling_nodes((k + 1) * stage - 1, steps) == expected
+    assert doubling_nodes(10 * steps, steps) == 1281
+
+
+@pytest.mark.parametrize(
+    ("first", "last", "steps"), [(10, 1280, 5), (10, 100, 10_000), (3, 4, 10), (7, 7, 9), (1, 9, 1)]
+)
+def test_any_curriculum_starts_at_first_never_falls_and_never_passes_last(first: int, last: int, steps: int) -> None:
+    nodes = [doubling_nodes(step, steps, first, last) for step in range(2 * steps)]
+    assert nodes[0] == first + 1
+    assert nodes == sorted(nodes)
+    assert nodes[-1] <= last + 1
+
+
+def test_the_last_stage_is_capped() -> None:
+    """10 to 100 is no whole number of doublings: K' = 10,000 / (log2 10 + 1) = 2,313 steps, the last stage capped."""
+    assert doubling_nodes(4 * 2_313 - 1, 10_000, 10, 100) == 81
+    assert doubling_nodes(4 * 2_313, 10_000, 10, 100) == 101
+
+
+def test_level_probabilities_are_the_normal_mass_between_neighbours() -> None:
+    grid = rho_grid(41, EPS, T)
+    mass = -torch.diff(torch.from_numpy(norm.cdf(grid.log().numpy(), -1.1, 2.0)))
+    torch.testing.assert_close(level_probabilities(grid), mass / mass.sum(), rtol=1e-12, atol=0)
+
+
+def test_drawn_levels_are_neighbours_with_these_probabilities_and_weights() -> None:
+    grid = rho_grid(21, EPS, T)
+    t, u, weight = DoublingCurriculum(steps=800).levels(100, 100_000, seeded())
+    upper = (grid[:, None] - t[None]).abs().argmin(0)
+    assert torch.equal(grid[upper], t)
+    assert torch.equal(grid[upper + 1], u)
+    torch.testing.assert_close(weight, 1 / (t - u), rtol=0, atol=0)
+    counts = torch.bincount(upper, minlength=20).double()
+    likely = 100_000 * level_probabilities(grid) > 5
+    kept = [*counts[likely].tolist(), counts[~likely].sum().item()]
+    expected = 100_000 * level_probabilities(grid)
+    wanted = [*expected[likely].tolist(), expected[~likely].sum().item()]
+    assert chisquare(kept[:-1] if not kept[-1] else kept, wanted[:-1] if not kept[-1] else wanted).pvalue > 0.01
+
+
+def test_the_levels_follow_the_step() -> None:
+    curriculum = DoublingCurriculum(steps=80)
+    gaps = [(lambda level: level.t - level.u)(curriculum.levels(step, 1000, seeded())).mean() for step in (0, 40, 79)]
+    assert gaps[0] > 4 * gaps[1] > 16 * gaps[2]
+
+
+@pytest.mark.parametrize(("first", "last"), [(0, 10), (20, 10)])
+def test_an_impossible_curriculum_is_refused(first: int, last: int) -> None:
+    with pytest.raises(ValueError, match="1 <= first <= last"):
+        DoublingCurriculum(100, first=first, last=last)
+
+
+def test_ect_shrinks_by_the_published_formula() -> None:
+    for stage, t in [(0, 3.0), (2, 0.7), (5, 0.01), (7, 50.0)]:
+        ratio = 1 - 2.0 ** -(stage + 1) * (1 + 8 / (1 + math.exp(t)))
+        found = shrink(torch.tensor([t], dtype=torch.float64), stage).item()
+        assert found == pytest.approx(max(0.0, ratio), rel=1e-12)
+
+
+def test_ect_goes_from_denoising_to_neighbouring_times() -> None:
+    """At stage 0 most targets are the data; the relative gap halves with each stage once it is below one."""
+    t = torch.logspace(-2, 1.5, 50, dtype=torch.float64)
+    assert bool((shrink(t, 0)[t < 1] == 0).all())
+    for stage in range(4, 9):
+        torch.testing.assert_close(1 - shrink(t, stage + 1), (1 - shrink(t, stage)) / 2, rtol=1e-9, atol=0)
+
+
+@pytest.mark.parametrize("step", [0, 1000, 9000])
+def test_ect_s_levels_are_lognormal_and_stay_within_the_times_there_are(step: int) -> None:
+    t, u, weight = ShrinkingCurriculum(double_every=1000).levels(step, 50_000, seeded())
+    assert bool(((u >= EPS) & (u <= t) & (t <= T)).all())
+    for quantile in (0.1, 0.3, 0.5, 0.9):
+        level = math.exp(norm.ppf(quantile, -1.1, 2.0))
+        assert (t < level).double().mean().item() == pytest.approx(quantile, abs=0.01)
+    r = t * shrink(t, step // 1000)
+    torch.testing.assert_close(weight, 1 / (t - r))
+    assert torch.equal(u, r.clamp(min=EPS))
+    assert bool(torch.isfinite(weight).all())
+
+
+@pytest.mark.parametrize("schedule", [DoublingCurriculum(steps=10), ShrinkingCurriculum(double_every=10)])
+def test_levels_depend_on_step_and_generator_alone(schedule: DoublingCurriculum | ShrinkingCurriculum) -> None:
+    for a, b in zip(schedule.levels(7, 9, seeded(3)), schedule.levels(7, 9, seeded(3)), strict=True):
+        assert torch.equal(a, b)
+        assert a.dtype == torch.float64

@@ -1,0 +1,417 @@
+"""Consistency training against its formula, what it draws, and where its gradients go."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from consistency.nets.denoiser import Denoiser, student_from_teacher
+from consistency.seeding import generator
+from consistency.theory.coupling import assignment
+from consistency.theory.curriculum import DoublingCurriculum, ShrinkingCurriculum
+from consistency.theory.distance import euclidean, pseudo_huber, squared_l2
+from consistency.theory.generalized_ode import GeneralizedODE
+from consistency.theory.noise import log_grid
+from consistency.theory.preconditioning import build_preconditioning
+from consistency.theory.solver import expand
+from consistency.training.consistency_training import ConsistencyTraining, CoupledPairs, TransportTraining
+from consistency.training.ema import Ema
+from consistency.training.update import Update
+
+EPS, T = 0.002, 80.0
+ROOT = Path(__file__).parents[2]
+MakeDenoiser = Callable[..., Denoiser]
+BATCH = 8
+
+
+def seeded(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def fitted() -> GeneralizedODE:
+    times = log_grid(60, EPS, T)
+    l = torch.sigmoid(torch.log(times))
+    return GeneralizedODE(times, l, 4 * l - 2)
+
+
+@pytest.fixture
+def make(make_denoiser: MakeDenoiser) -> Callable[..., ConsistencyTraining]:
+    """make(mu=0.5, ...): iCT's loss on two small networks, the second the predictor."""
+
+    def build(
+        *, kind: type[ConsistencyTraining] = ConsistencyTraining, preconditioning: str = "cm", **changes: Any
+    ) -> Any:
+        settings: dict[str, Any] = {
+            "student": make_denoiser(1),
+            "predictor": make_denoiser(2).eval().requires_grad_(False),
+            "preconditioning": build_preconditioning(preconditioning, 0.5, fitted()),
+            "distance": squared_l2,
+            "schedule": DoublingCurriculum(steps=80),
+        }
+        return kind(**{**settings, **changes})
+
+    return build
+
+
+def drawn(objective: ConsistencyTraining, step: int = 0, seed: int = 0, count: int = BATCH) -> CoupledPairs:
+    return objective.draw((count, 1, 4, 4), step, seeded(seed), seeded(seed))
+
+
+def loss(objective: ConsistencyTraining, images: Tensor, draws: CoupledPairs, labels: Tensor | None = None) -> Tensor:
+    return next(objective.terms(images, labels, draws)).value
+
+
+def batch(seed: int = 0) -> Tensor:
+    return 0.5 * torch.randn(BATCH, 1, 4, 4, generator=seeded(seed))
+
+
+# --- the formula
+
+
+def cm_endpoint(model: Denoiser, x: Tensor, t: Tensor) -> Tensor:
+    """The published cm pair, written out."""
+    gap = t - EPS
+    f, g = 0.25 / (gap**2 + 0.25), 0.5 * gap / (t**2 + 0.25).sqrt()
+    return expand(f, x) * x + expand(g, x) * model.raw(x, t)
+
+
+@pytest.mark.parametrize("mu", [0.0, 0.4, 1.0])
+def test_the_loss_is_the_formula_written_out(make: Callable[..., ConsistencyTraining], mu: float) -> None:
+    objective = make(mu=mu, distance=pseudo_huber)
+    images, draws = batch(), drawn(objective, seed=5)
+    predictor = objective.predictor
+    assert predictor is not None
+    x_hat = cm_endpoint(predictor, images + expand(draws.u, images) * draws.z, draws.u)
+    assert mu in (0.0, 1.0) or 0 < draws.generated.sum() < BATCH
+    data = torch.where(draws.generated[:, None, None, None], x_hat, images)
+    upper = cm_endpoint(objective.student, data + expand(draws.t, images) * draws.z, draws.t)
+    lower = cm_endpoint(objective.student, data + expand(draws.u, images) * draws.z, draws.u)
+    c = 0.00054 * 4
+    huber = ((upper - lower).flatten(1).square().sum(1) + c**2).sqrt() - c
+    expected = (huber.double() / (draws.t - draws.u)).mean().float()
+    torch.testing.assert_close(loss(objective, images, draws), expected, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("preconditioning", ["cm", "ctm", "bcm", "analytic"])
+def test_at_the_lowest_level_the_target_is_the_data_with_eps_of_noise(
+    make: Callable[..., ConsistencyTraining], preconditioning: str
+) -> None:
+    """The boundary condition: f(x, eps, eps) = x, whatever the network."""
+    objective = make(preconditioning=preconditioning)
+    x = batch()
+    end = torch.full((BATCH,), EPS, dtype=torch.float64)
+    assert torch.equal(objective.endpoint(objective.student, x, end, None), x)
+
+
+def test_a_consistent_function_has_no_loss(make: Callable[..., ConsistencyTraining]) -> None:
+    """Data at one point: every pair (x + t z, x + u z) lies on one trajectory, whose end is x + eps z exactly."""
+
+    class Exact:
+        @staticmethod
+        def jump(model: Any, x: Tensor, t: Tensor, s: Tensor, labels: Tensor | None) -> Tensor:
+            return 0.3 + expand(s / t, x) * (x - 0.3)
+
+    images = torch.full((BATCH, 1, 4, 4), 0.3, dtype=torch.float64)
+    for mu in (0.0, 1.0):
+        objective = make(preconditioning="cm", mu=mu)
+        objective = replace(objective, preconditioning=Exact())  # type: ignore[arg-type]
+        draws = drawn(objective)
+        draws = replace(draws, z=draws.z.double())
+        # A generated image is x + eps z, not x; its pair lies on x's line too, at t + eps instead of t.
+        data = objective.coupled(images, None, draws)
+        torch.testing.assert_close(data, images + (EPS * draws.z if mu else 0))
+        if not mu:
+            assert loss(objective, images, draws) < 1e-24
+
+
+def test_ect_has_a_finite_gradient_where_both_sides_are_equal(make: Callable[..., ConsistencyTraining]) -> None:
+    objective = make(distance=euclidean, schedule=ShrinkingCurriculum(double_every=10))
+    draws = drawn(objective)
+    low = torch.full((BATCH,), EPS, dtype=torch.float64)
+    loss(objective, batch(), replace(draws, t=low, u=low, weight=1 / low)).backward()
+    assert all(p.grad is None or bool(torch.isfinite(p.grad).all()) for p in objective.student.parameters())
+
+
+def test_one_time_and_second_time_networks_agree_where_s_has_no_say(
+    make: Callable[..., ConsistencyTraining], make_denoiser: MakeDenoiser
+) -> None:
+    """A student made from a teacher ignores s at first: its loss is that of the teacher's own network."""
+    plain = make_denoiser(1)
+    second = student_from_teacher(plain)
+    one, two = make(student=plain), make(student=second)
+    draws = drawn(one)
+    torch.testing.assert_close(loss(one, batch(), draws), loss(two, batch(), draws))
+
+
+def test_labels_reach_student_and_predictor(
+    make: Callable[..., ConsistencyTraining], make_denoiser: MakeDenoiser
+) -> None:
+    labelled = {"student": make_denoiser(1, label_dim=3), "predictor": make_denoiser(2, label_dim=3)}
+    for mu in (0.0, 1.0):
+        objective = make(mu=mu, **labelled)
+        draws = drawn(objective)
+        first, second = (loss(objective, batch(), draws, torch.full((BATCH,), k)) for k in (0, 1))
+        assert not torch.equal(first, second)
+    only_predictor = make(mu=1.0, predictor=labelled["predictor"], student=labelled["student"])
+    images = batch()
+    a, b = (only_predictor.coupled(images, torch.full((BATCH,), k), drawn(only_predictor)) for k in (0, 1))
+    assert not torch.equal(a, b)
+
+
+# --- the draws
+
+
+def test_arms_with_different_mu_see_the_same_levels_and_noise(make: Callable[..., ConsistencyTraining]) -> None:
+    ic, gc, ot = drawn(make()), drawn(make(mu=0.5)), drawn(make(kind=TransportTraining))
+    for other in (gc, ot):
+        for name in ("t", "u", "weight", "z"):
+            assert torch.equal(getattr(ic, name), getattr(other, name))
+
+
+def test_the_levels_follow_the_step(make: Callable[..., ConsistencyTraining]) -> None:
+    objective = make()
+    gaps = [(lambda d: d.t - d.u)(drawn(objective, step, count=512)).mean() for step in (0, 79)]
+    assert gaps[0] > 20 * gaps[1]
+
+
+# --- gradients, masks, cost
+
+
+def test_gradients_reach_the_student_alone_and_through_the_upper_level_alone(
+    make: Callable[..., ConsistencyTraining],
+) -> None:
+    objective = make(mu=0.5)
+    objective.student.double()
+    assert objective.predictor is not None
+    objective.predictor.double()
+    images, draws = batch().double(), drawn(objective)
+    draws = replace(draws, z=draws.z.double())
+    with torch.no_grad():
+        data = objective.coupled(images, None, draws)
+        target = cm_endpoint(objective.student, data + expand(draws.u, data) * draws.z, draws.u)
+    upper = cm_endpoint(objective.student, data + expand(draws.t, data) * draws.z, draws.t)
+    alone = ((upper - target).square().flatten(1).mean(1) * draws.weight).mean()
+    weights = list(objective.student.parameters())
+    expected = torch.autograd.grad(alone, weights, materialize_grads=True)
+    found = torch.autograd.grad(loss(objective, images, draws), weights, materialize_grads=True)
+    assert max(g.abs().max().item() for g in expected) > 1e-3
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
+    loss(objective, images, draws).backward()
+    assert all(p.grad is None for p in objective.predictor.parameters())
+
+
+class Watched:
+    """The dropout masks of a network's passes, as which outputs of each layer are zero."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.masks: list[Tensor] = []
+        real = torch.nn.functional.dropout
+
+        def dropout(h: Tensor, p: float, training: bool) -> Tensor:
+            kept = real(torch.ones_like(h), p, training) != 0
+            self.masks.append(kept)
+            return h * kept / (1 - p)
+
+        monkeypatch.setattr(torch.nn.functional, "dropout", dropout)
+
+
+def test_both_sides_have_the_same_dropout_masks(
+    make: Callable[..., ConsistencyTraining], make_denoiser: MakeDenoiser, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    watched = Watched(monkeypatch)
+    objective = make(student=make_denoiser(1, dropout=0.5, depth=2).train())
+    draws = drawn(objective)
+    loss(objective, batch(), draws)
+    target, estimate = watched.masks[:2], watched.masks[2:]
+    assert len(estimate) == 2
+    for a, b in zip(target, estimate, strict=True):
+        assert torch.equal(a, b)
+        assert 0 < a.float().mean() < 1
+    # The next pass meets other masks: the random state went on.
+    loss(objective, batch(), draws)
+    assert not torch.equal(watched.masks[4], watched.masks[0])
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_both_sides_have_the_same_dropout_masks_on_a_gpu(
+    make: Callable[..., ConsistencyTraining], make_denoiser: MakeDenoiser, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    watched = Watched(monkeypatch)
+    objective = make(student=make_denoiser(1, dropout=0.5).cuda().train())
+    device = torch.Generator("cuda").manual_seed(0)
+    loss(objective, batch().cuda(), objective.draw((BATCH, 1, 4, 4), 0, seeded(), device))
+    assert torch.equal(*watched.masks)
+
+
+@pytest.mark.filterwarnings("ignore:Full backward hook is firing")
+@pytest.mark.parametrize("mu", [0.0, 0.5])
+@pytest.mark.parametrize("dsm_weight", [0.0, 0.5])
+def test_evaluations_are_the_passes_really_made(
+    make: Callable[..., ConsistencyTraining], make_denoiser: MakeDenoiser, mu: float, dsm_weight: float
+) -> None:
+    networks = {"student": make_denoiser(1, second_time=True), "predictor": make_denoiser(2, second_time=True)}
+    objective = make(mu=mu, dsm_weight=dsm_weight, **networks)
+    count = 0
+
+    def add(worth: int) -> Callable[..., None]:
+        def hook(*_: Any) -> None:
+            nonlocal count
+            count += worth
+
+        return hook
+
+    for model in networks.values():
+        model.model.register_forward_hook(add(1))
+        model.model.register_full_backward_hook(add(2))
+    claimed = 0
+    for term in objective.terms(batch(), None, drawn(objective)):
+        term.value.backward()
+        claimed += term.evaluations
+    assert claimed == BATCH * count
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"mu": 1.5}, "in \\[0, 1\\]"),
+        ({"mu": 0.5, "predictor": None}, "need a predictor"),
+        ({"dsm_weight": 1.0}, "second time"),
+    ],
+)
+def test_contradictions_are_refused(
+    make: Callable[..., ConsistencyTraining], changes: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        make(**changes)
+
+
+# --- optimal transport over the whole batch, and the step in parts
+
+
+def make_update(objective: ConsistencyTraining, part: int = BATCH, labels: bool = False) -> Update:
+    def batches(step: int) -> tuple[Tensor, Tensor | None]:
+        images = 0.5 * torch.randn(BATCH, 1, 4, 4, generator=generator(0, "images", step))
+        return images, torch.arange(BATCH) % 3 if labels else None
+
+    return Update(
+        model=objective.student,
+        optimizer=torch.optim.SGD(objective.student.parameters(), lr=1e-3),
+        objective=objective,
+        batches=batches,
+        batch=BATCH,
+        part=part,
+        seed=0,
+        purpose="test",
+    )
+
+
+@pytest.mark.parametrize("part", [4, 2, 1])
+@pytest.mark.parametrize(
+    ("kind", "mu"), [(ConsistencyTraining, 0.0), (ConsistencyTraining, 0.5), (TransportTraining, 0.0)]
+)
+def test_a_batch_in_parts_is_the_whole_batch(
+    make: Callable[..., ConsistencyTraining], kind: type[ConsistencyTraining], mu: float, part: int
+) -> None:
+    weights = []
+    for size in (BATCH, part):
+        update = make_update(make(kind=kind, mu=mu), size)
+        for step in range(4):
+            update.step(step)
+        weights.append([p.detach() for p in update.model.parameters()])
+    for a, b in zip(*weights, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
+
+
+def test_ot_pairs_the_whole_batch_within_its_classes(make: Callable[..., ConsistencyTraining]) -> None:
+    objective = make(kind=TransportTraining)
+    images, draws = batch(), drawn(objective)
+    for labels in (None, torch.arange(BATCH) % 3):
+        paired = objective.pair(images, labels, draws)  # type: ignore[attr-defined]
+        assert torch.equal(paired.z, draws.z[assignment(images, draws.z, labels)])
+        assert not torch.equal(paired.z, draws.z)
+        assert torch.equal(paired.t, draws.t)
+
+
+def test_ot_really_reaches_the_step(make: Callable[..., ConsistencyTraining]) -> None:
+    values = [make_update(make(kind=kind)).step(0)[0]["loss"] for kind in (ConsistencyTraining, TransportTraining)]
+    assert not torch.equal(*values)
+
+
+SCRIPT = """
+import sys, torch
+from consistency.nets.denoiser import init_denoiser
+from consistency.seeding import generator
+from consistency.theory.curriculum import DoublingCurriculum
+from consistency.theory.distance import squared_l2
+from consistency.theory.preconditioning import build_preconditioning
+from consistency.training.consistency_training import TransportTraining
+from consistency.training.distributed import join, leave
+from consistency.training.update import Update, share_of
+
+ranks, _ = join(torch.device("cpu"))
+share, part = share_of(8, None, ranks)
+net = {"network": "mlp", "img_resolution": 4, "img_channels": 1, "width": 16, "depth": 1, "embedding": 8}
+student = init_denoiser(net | {"label_dim": 2}, 0)
+objective = TransportTraining(
+    student, None, build_preconditioning("cm", 0.5), squared_l2, DoublingCurriculum(steps=80)
+)
+def batches(step):
+    images = torch.randn(8, 1, 4, 4, generator=generator(0, "images", step))
+    return images[share], (torch.arange(8) % 2)[share]
+optimizer = torch.optim.SGD(student.parameters(), lr=1e-2)
+update = Update(student, optimizer, objective, batches, 8, part, 0, "test", ranks=ranks)
+for step in range(3):
+    update.step(step)
+if ranks.first:
+    torch.save(student.state_dict(), sys.argv[1])
+leave()
+"""
+
+
+@pytest.mark.slow
+def test_ot_is_the_same_in_two_processes(tmp_path: Path) -> None:
+    script = tmp_path / "train.py"
+    script.write_text(SCRIPT)
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(("TORCHELASTIC", "SLURM"))}
+    environment |= {"PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1"}
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    found = []
+    for name, words in (("one", []), ("two", torchrun)):
+        command = [sys.executable, *words, str(script), str(tmp_path / name)]
+        subprocess.run(command, env=environment, check=True, timeout=240, capture_output=True)
+        found.append(torch.load(tmp_path / name, weights_only=True))
+    for name, weight in found[0].items():
+        torch.testing.assert_close(found[1][name], weight, rtol=1e-6, atol=1e-6)
+
+
+# --- it learns
+
+
+def test_training_brings_down_the_distance_between_neighbours(
+    make: Callable[..., ConsistencyTraining], make_denoiser: MakeDenoiser
+) -> None:
+    student = make_denoiser(1, width=32)
+    average = Ema(student, 0.99, warm_up=2 / 3)
+    objective = make(
+        student=student,
+        predictor=average.model,
+        mu=0.5,
+        distance=pseudo_huber,
+        schedule=DoublingCurriculum(steps=400, first=4, last=4),
+    )
+    update = replace(make_update(objective), optimizer=torch.optim.Adam(student.parameters(), lr=3e-3))
+    held_out, draws = batch(9), drawn(replace(objective, mu=0.0), seed=9)
+    before = loss(replace(objective, mu=0.0), held_out, draws).item()
+    for step in range(400):
+        update.step(step)
+        average.update(step + 1)
+    assert loss(replace(objective, mu=0.0), held_out, draws).item() < 0.7 * before

@@ -1,0 +1,30 @@
+rule flows:
+    input:
+        "results/{study}/dataset/images.npy",
+        "results/{study}/teacher/teacher.safetensors",
+        every_coupled_student,
+        coefficients_if_needed,
+    output:
+        "results/{study}/flows/transport.csv",
+        "results/{study}/flows/discrepancy.csv",
+        "results/{study}/flows/toy.npz",
+        "results/{study}/flows/plane.csv",
+        "results/{study}/flows/limit.csv",
+        "results/{study}/flows/card.json",
+    log:
+        "logs/{study}/flows.log",
+    benchmark:
+        "logs/{study}/flows.tsv"
+    conda:
+        environment
+    threads: 1
+    resources:
+        mem_mb=16000,
+        runtime=240,
+        gpu=0,
+    params:
+        key=key("flows"),
+        code=code("flows"),
+    shell:
+        "python -m consistency flows --study config/studies/{wildcards.study}.yaml --threads {threads}"
+        " 2>&1 | tee -i {log}"
