@@ -388,7 +388,7 @@ from consistency.layout import Layout
 from consistency.stages import parts
 from consistency.stages.samples import make_samples
 from consistency.study import load_study
-from consistency.training.distributed import Ranks
+from consistency.training.distributed import Ranks, leave
 
 folder, rank, world, kill_at = Path(sys.argv[1]), *map(int, sys.argv[2:])
 torch.set_num_threads(1)
@@ -407,6 +407,7 @@ def count(module, _):
 torch.nn.modules.module.register_module_forward_pre_hook(count)
 study = load_study(folder / "tiny.yaml")
 make_samples(study, Layout("tiny", folder / "results", folder / "state"), None, None, torch.device("cpu"), ranks)
+leave()
 print("evaluations", seen)
 """
 
