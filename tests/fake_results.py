@@ -22,7 +22,7 @@ from consistency.provenance import write_card
 from consistency.stages.flows import FILES
 from consistency.stages.inputs import student_file
 from consistency.stages.samples import student_samplers
-from consistency.study import FITTED, NoTeacher, OfficialTeacher, Study, load_study
+from consistency.study import NoTeacher, OfficialTeacher, Study, load_study
 from consistency.theory.noise import log_grid
 from consistency.theory.oracles import GaussianTeacher
 
@@ -112,7 +112,7 @@ def make_student(study: Study, layout: Layout, run: str, seed: int, level: float
             _weights(folder / "snapshots" / snapshot_name(step, rate), study.key("student", run, seed), step)
         _weights(layout.student_file(run, seed, rate), study.key("student", run, seed), settings.steps)
     inputs = [layout.dataset / "images.npy", layout.teacher / "teacher.safetensors"]
-    inputs += [layout.coefficients / "coefficients.npz"] if settings.preconditioning in FITTED else []
+    inputs += [layout.coefficients / "coefficients.npz"] if settings.needs_coefficients else []
     if frozen := settings.frozen:
         inputs.append(student_file(layout, frozen.run, seed, step=frozen.step))
     images, seconds = settings.steps * settings.batch, lines[-1]["seconds"]

@@ -13,7 +13,7 @@ from consistency.errors import UserError
 from consistency.files import sha256, write_json
 from consistency.layout import Layout
 from consistency.resources import find
-from consistency.study import FITTED, OfficialTeacher, Study
+from consistency.study import OfficialTeacher, Study
 
 # Sections that dvc.yaml names as parameters; DVC refuses a parameter that the file leaves to its default.
 _NAMED = ("noise", "coefficients", "report")
@@ -56,7 +56,7 @@ def write_inputs(study: Study, layout: Layout) -> None:
         raise UserError(f"{coefficients} is missing: run `python -m consistency coefficients` first")
     shutil.rmtree(folder, ignore_errors=True)
     for run in study.students:
-        fitted = study.resolved(run).preconditioning in FITTED
+        fitted = study.resolved(run).needs_coefficients
         write_json(folder / f"{run}.json", {coefficients.name: sha256(coefficients) if fitted else None})
 
 

@@ -225,6 +225,12 @@ class Student(Section):
     preconditioning: Literal["cm", "bcm", "ctm", "analytic", "analytic-forward"] = Field(
         "ctm", description="f(t,s) and g(t,s)."
     )
+    fit: Literal["teacher", "data", "average"] = Field(
+        "teacher",
+        description="What the analytic l_t and s_t are fitted from: the teacher, before any student; the mean and "
+        "covariance of the data; or these at first, and the student's own average at every new stage of the curriculum "
+        "(needs dsm_weight). The last two are ours, for consistency training.",
+    )
     nodes: Annotated[int, Field(ge=2)] = Field(18, description="Nodes N of the time grid.")
     max_heun_steps: Count | None = Field(
         None, description="Largest number n of teacher steps, at most N-1 (the default). P(n) is proportional to n."
@@ -253,11 +259,14 @@ class Student(Section):
     target: Literal["online", "ema"] = Field(
         "online", description="Weights of the target's inner jump: the student's (CTM's code) or their EMA (paper)."
     )
-    dsm_weight: Annotated[float, Field(ge=0)] = Field(1.0, description="Weight of the DSM term (trajectory only).")
+    dsm_weight: Annotated[float, Field(ge=0)] = Field(
+        1.0,
+        description="Weight of the DSM term; none in endpoint distillation; in consistency training 0 unless given.",
+    )
     dsm_balance: Literal["fixed", "adaptive"] = Field(
         "fixed",
         description="`adaptive` multiplies the weight by the ratio of the two terms' gradient norms at the last layer, "
-        "as CTM's code does (trajectory only).",
+        "as CTM's code does.",
     )
     optimizer: Literal["radam", "adam", "lion"] = Field("radam", description="Optimiser, without weight decay.")
     steps: Count = Field(description="Optimiser steps.")
@@ -275,8 +284,16 @@ class Student(Section):
     snapshot_every: Count = Field(description="Steps between snapshots of the EMA, the points of the learning curves.")
     log_every: Count = Field(50, description="Steps a line of history.jsonl; the state is saved at these steps.")
 
+    @model_validator(mode="before")
+    @classmethod
+    def _without_dsm(cls, given: Any) -> Any:
+        """Consistency training has a DSM term only where it is asked for: the papers have none."""
+        consistency = isinstance(given, dict) and given.get("objective") == "consistency"
+        return {"dsm_weight": 0.0, **given} if consistency else given
+
     @model_validator(mode="after")
     def _possible(self) -> Self:
+        self._check_fit()
         if self.objective != "consistency":
             given = self.model_fields_set & {"coupling", "mu", "predictor", "curriculum", "start"}
             if given:
@@ -295,9 +312,36 @@ class Student(Section):
             raise ValueError(f"log_every {self.log_every} does not divide snapshot_every {self.snapshot_every}")
         if len({self.ema_rate, *self.evaluation_ema}) < 1 + len(self.evaluation_ema):
             raise ValueError("evaluation_ema lists a rate twice, or ema_rate itself, which is evaluated anyway")
-        if self.dsm_balance == "adaptive" and self.objective == "trajectory" and not self.dsm_weight:
+        if self.dsm_balance == "adaptive" and self.objective != "endpoint" and not self.dsm_weight:
             raise ValueError("dsm_balance adaptive needs a DSM term: set dsm_weight above 0")
         return self
+
+    def _check_fit(self) -> None:
+        if self.fit == "teacher":
+            return
+        if self.objective != "consistency":
+            raise ValueError(f"fit {self.fit} is for consistency training: use it with objective: consistency")
+        if self.preconditioning not in FITTED:
+            raise ValueError(
+                f"fit {self.fit} has nothing to fit: {self.preconditioning} has no l_t and s_t; use preconditioning: "
+                "analytic, or remove it"
+            )
+        if self.fit == "average" and not self.dsm_weight:
+            raise ValueError(
+                "fit average is of the denoiser D(x, t, t), which only a DSM term trains: set dsm_weight above 0"
+            )
+        if self.fit == "average" and isinstance(self.predictor, Frozen):
+            raise ValueError("predictor has coefficients of its own, fitted at other steps: use fit: teacher or data")
+
+    @property
+    def needs_coefficients(self) -> bool:
+        """Whether it reads the coefficients that are fitted from the teacher."""
+        return self.preconditioning in FITTED and self.fit == "teacher"
+
+    @property
+    def carries_fit(self) -> bool:
+        """Whether l_t and s_t are fitted without the teacher and kept beside its weights."""
+        return self.preconditioning in FITTED and self.fit != "teacher"
 
     @property
     def frozen(self) -> Frozen | None:
@@ -307,11 +351,15 @@ class Student(Section):
     @property
     def idle(self) -> set[str]:
         """The fields that have no say in this student, whatever they are."""
-        trajectory = {"max_heun_steps", "dsm_weight", "dsm_balance"}
-        if self.objective != "consistency":
-            coupled = {"coupling", "mu", "predictor", "curriculum", "start"}
-            return coupled if self.objective == "trajectory" else coupled | trajectory
-        return trajectory | {"nodes", "target"} | (set() if self.coupling == "gc" else {"mu", "predictor"})
+        fit = set() if self.preconditioning in FITTED else {"fit"}
+        coupled = {"coupling", "mu", "predictor", "curriculum", "start"}
+        if self.objective == "trajectory":
+            return fit | coupled
+        if self.objective == "endpoint":
+            return fit | coupled | {"max_heun_steps", "dsm_weight", "dsm_balance"}
+        without = set() if self.dsm_weight else {"dsm_balance"}
+        own = set() if self.coupling == "gc" else {"mu", "predictor"}
+        return fit | without | own | {"max_heun_steps", "nodes", "target"}
 
     @property
     def from_teacher(self) -> bool:
@@ -487,8 +535,8 @@ class Study(Section):
 
     @property
     def needs_coefficients(self) -> bool:
-        """Whether any student is preconditioned analytically."""
-        return any(self.resolved(run).preconditioning in FITTED for run in self.students)
+        """Whether any student reads the coefficients fitted from the teacher."""
+        return any(self.resolved(run).needs_coefficients for run in self.students)
 
     def settings(self, stage: str, run: str | None = None) -> dict[str, Any]:
         """Every key that a stage's result depends on, those of the stages before it included.
@@ -637,7 +685,7 @@ class Study(Section):
                 + (f"; did you mean {near[0]!r}?" if near else "")
             )
         other = self.resolved(frozen.run)
-        if other.preconditioning != student.preconditioning:
+        if (other.preconditioning, other.fit) != (student.preconditioning, student.fit):
             raise ValueError(f"{where} names {frozen.run!r}, whose preconditioning is another: they must agree")
         if frozen.step is not None and (frozen.step > other.steps or frozen.step % other.snapshot_every):
             raise ValueError(
@@ -654,10 +702,10 @@ class Study(Section):
     def _check_without_teacher(self) -> None:
         for run in self.students:
             student = self.resolved(run)
-            if student.from_teacher or student.preconditioning in FITTED:
+            if student.from_teacher or student.needs_coefficients:
                 raise ValueError(
                     f"students.{run} needs a teacher, and teacher.kind is none: use objective: consistency with start: "
-                    "random and a preconditioning that is not fitted, or give the study a teacher"
+                    "random and a preconditioning that is not fitted from one (fit), or give the study a teacher"
                 )
         if self.scores.teacher_fid is not None:
             raise ValueError("scores.teacher_fid is of a teacher, and teacher.kind is none: remove it")

@@ -101,7 +101,7 @@ def test_a_row_is_what_one_computes_from_all_its_images_at_once(tiny: Tiny, layo
     make_student(study, layout)
     table = scored(study, layout)
     model = load_denoiser(layout.student("analytic", 0) / "snapshots" / snapshot_name(3))[0]
-    jumps = jump_sampler(study, "analytic", model, read_preconditioning(study, layout, "analytic", 0.5, CPU), 2)
+    jumps = jump_sampler(study, "analytic", model, read_preconditioning(study, layout, "analytic", model), 2)
     images = torch.cat([batch for _, batch in draw(study, model, jumps, 80)])
     features = open_extractor(study, layout, load_images(layout.dataset), CPU)(to_bytes(images)).astype(np.float64)
     data = read_data_statistics(study, layout)

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from consistency.errors import UserError
-from consistency.layout import Layout
+from consistency.layout import Layout, snapshot_name
 from consistency.nets.denoiser import Denoiser
 from consistency.stages import student as stage
 from consistency.stages.trainer import Machine
@@ -207,11 +207,21 @@ def test_a_student_that_starts_from_the_teacher_is_its_denoiser(
     assert torch.equal(model(x, t, torch.full((4,), 0.002)), teacher(x, t))
 
 
-@pytest.mark.parametrize("run", ["ic", "ot", "gc"])
+#: a student that fits its coefficients itself: at the start, and before steps 2 and 4
+OWN = {
+    "varies": ["coupling", "mu", "preconditioning", "fit", "dsm_weight"],
+    "students.own": {"preconditioning": "analytic", "fit": "average", "dsm_weight": 1.0, "coupling": "gc"},
+    "students.data": {"preconditioning": "analytic", "fit": "data"},
+    "coefficients.samples": 64,
+}
+
+
+@pytest.mark.parametrize("run", ["ic", "ot", "gc", "own"])
 def test_an_interrupted_arm_ends_with_the_bits_of_an_uninterrupted_one(
     tiny: Tiny, couplings: Changes, first_results: Layout, tmp_path: Path, run: str
 ) -> None:
-    study = tiny(couplings)
+    """The student own is stopped between two refits of its coefficients."""
+    study = tiny(couplings | OWN)
     ends = []
     for interrupted in (False, True):
         layout = Layout("tiny", first_results.results, tmp_path / f"{interrupted}")
@@ -229,7 +239,13 @@ def test_an_interrupted_arm_ends_with_the_bits_of_an_uninterrupted_one(
                 train(job)
             job = training(study, layout, run)
         train(job)
-        ends.append(torch.cat([weights(job.update.model), weights(job.averages[0].model)]))
+        snapshots = [load_denoiser(job.folder / "snapshots" / snapshot_name(step))[0] for step in (0, 3, 6)]
+        if run == "own":
+            fits = [model.fit for model in snapshots]
+            assert not torch.equal(fits[0], fits[1])
+            assert not torch.equal(fits[1], fits[2])
+            assert torch.equal(fits[2], job.update.model.fit)
+        ends.append(torch.cat([weights(model) for model in (job.update.model, *snapshots)]))
     assert torch.equal(ends[1], ends[0])
 
 

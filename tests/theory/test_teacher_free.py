@@ -12,7 +12,7 @@ from consistency.theory.noise import log_grid
 from consistency.theory.oracles import MIXTURE_1D, GaussianTeacher, exact_endpoint, mixture_coefficients
 from consistency.theory.preconditioning import ctm
 from consistency.theory.solver import every, expand
-from consistency.theory.teacher_free import at_end, covariance_fit, diagonal, tangent
+from consistency.theory.teacher_free import at_end, diagonal, gaussian_coefficients, tangent
 
 EPS = 0.002
 TEACHER = GaussianTeacher(torch.tensor([0.05, 0.3, 1.2], dtype=torch.float64))
@@ -118,19 +118,47 @@ def test_at_end_is_biased_towards_the_endpoint_as_described(t: float) -> None:
     assert bool((gain > TEACHER(x, every(t, x))[0]).all())
 
 
-def test_the_covariance_alone_is_exact_for_a_gaussian_wherever_its_mean() -> None:
-    images, noise = draws(8192)
-    fit = covariance_fit((images + 3.0).reshape(-1, 3, 1, 1), noise.reshape(-1, 3, 1, 1), TIMES)
-    l = TEACHER.coefficients(TIMES)[0].numpy()
-    assert bool((abs(fit.l - l) < 5 * fit.l_se).all())
+def turned(seed: int = 0) -> Tensor:
+    """A rotation of three dimensions."""
+    return torch.linalg.qr(torch.randn(3, 3, dtype=torch.float64, generator=seeded(seed)))[0]
+
+
+def test_the_coefficients_of_a_gaussian_are_those_of_its_covariance_however_it_is_turned() -> None:
+    covariance = turned() @ torch.diag(TEACHER.variances) @ turned().T
+    found = gaussian_coefficients(torch.zeros(3), covariance, TIMES)
+    for own, exact in zip(found, TEACHER.coefficients(TIMES), strict=True):
+        torch.testing.assert_close(own, exact, rtol=1e-9, atol=1e-9)
+
+
+def test_the_mean_of_a_gaussian_counts_in_s_alone() -> None:
+    """Against d/dlambda log E||h||^2 / 2 with E||h||^2 = d l (l (m + t^2) - t^2), m = E||x_0||^2 / d."""
+    times, mean = log_grid(4000, 0.01, 20.0), torch.tensor([0.5, -1.0, 0.2], dtype=torch.float64)
+    l, s = gaussian_coefficients(mean, torch.diag(TEACHER.variances), times)
+    torch.testing.assert_close(l, TEACHER.coefficients(times)[0])
+    moment = (TEACHER.variances.sum() + mean.square().sum()) / 3
+    size = l * (l * (moment + times**2) - times**2)
+    growth = np.gradient(0.5 * np.log(size.numpy()), -np.log(times.numpy()))
+    np.testing.assert_allclose(s[5:-5].numpy(), growth[5:-5], rtol=0, atol=1e-4)
+    assert float((s - TEACHER.coefficients(times)[1]).abs().max()) > 0.1
+
+
+def test_an_isotropic_covariance_gives_ctm() -> None:
+    l, s = gaussian_coefficients(torch.zeros(4), 0.25 * torch.eye(4), TIMES)
+    torch.testing.assert_close(l, TIMES**2 / (0.25 + TIMES**2))
+    assert bool((s == -1).all())
+
+
+def test_dimensions_without_variance_do_no_harm() -> None:
+    """The digits' corners are white in all images; rounding makes their eigenvalues negative."""
+    covariance = torch.diag(torch.tensor([1.0, 0.3, 0.0, -1e-17], dtype=torch.float64))
+    l, s = gaussian_coefficients(torch.full((4,), 0.1), covariance, log_grid(50, 0.002, 80.0))
+    assert bool((torch.isfinite(s) & (l > 0) & (l < 1)).all())
 
 
 def test_the_covariance_alone_is_a_lower_bound_on_l() -> None:
-    generator = seeded()
-    images = MIXTURE_1D.sample(20_000, generator)
-    noise = torch.randn(images.shape, generator=generator, dtype=images.dtype)
-    times = log_grid(20, 0.05, 20.0)
-    fit, own = covariance_fit(images, noise, times), mixture_coefficients(times).l
-    # The standard error does not count that the covariance itself was sampled.
-    assert bool((fit.l < own + 3 * fit.l_se + 0.03 * (1 - own)).all())
-    assert np.max(own - fit.l) > 0.05
+    images, times = MIXTURE_1D.sample(20_000, seeded()), log_grid(20, 0.05, 20.0)
+    l = gaussian_coefficients(images.mean(0), images.T.cov().reshape(1, 1), times)[0].numpy()
+    own = mixture_coefficients(times).l
+    # The covariance itself was sampled.
+    assert bool((l < own + 0.03 * (1 - own)).all())
+    assert np.max(own - l) > 0.05

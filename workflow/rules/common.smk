@@ -21,7 +21,7 @@ from consistency.code import code_digest
 from consistency.errors import UserError
 from consistency.failures import failure, print_failures
 from consistency.resources import registry, resource_path
-from consistency.study import FITTED, OfficialTeacher, Study, load_study
+from consistency.study import OfficialTeacher, Study, load_study
 
 
 def load_studies() -> dict[str, Study]:
@@ -122,7 +122,7 @@ def vgg_if_used(wildcards) -> list[str]:
 
 def coefficients_if_fitted(wildcards) -> list[str]:
     """The coefficients, for a student whose preconditioning reads them."""
-    fitted = study_of(wildcards).resolved(wildcards.run).preconditioning in FITTED
+    fitted = study_of(wildcards).resolved(wildcards.run).needs_coefficients
     return [f"results/{wildcards.study}/coefficients/coefficients.npz"] if fitted else []
 
 

@@ -36,7 +36,8 @@ class Denoiser(nn.Module):
 
     A student (`second_time`) is D(x,t,s) with F(c_in(t) x, ln(t)/4, ln(s)/4). `architecture` is a JSON-able
     dictionary from which `build_denoiser` makes the same network again; it also gives the attributes
-    `sigma_data`, `label_dim`, `img_channels` and `img_resolution`.
+    `sigma_data`, `label_dim`, `img_channels` and `img_resolution`. own_fit: N where the network
+    carries l_t and s_t [N] of its own (`carry`); other architectures have not that key.
 
     x: [N,C,H,W]; t, s: number, scalar tensor or [N], > 0; labels: None (on a conditional network, a label of
     all zeros), class indices int64 [N], or one-hot float [N,label_dim]; augment_labels: [N,augment_dim].
@@ -48,6 +49,7 @@ class Denoiser(nn.Module):
 
     def __init__(self, model: nn.Module, architecture: Mapping[str, Any]) -> None:
         super().__init__()
+        self.fit: Tensor
         self.model = model
         self.architecture: dict[str, Any] = json.loads(json.dumps(architecture))
         self.sigma_data = float(self.architecture["sigma_data"])
@@ -56,11 +58,20 @@ class Denoiser(nn.Module):
         self.img_resolution = int(self.architecture["img_resolution"])
         #: what the network computes in by autocast; None: the precision of x
         self.precision: torch.dtype | None = None
+        if "own_fit" in self.architecture:
+            self.carry(torch.zeros(3, self.architecture["own_fit"], dtype=torch.float64))
 
     @property
     def second_time(self) -> bool:
         """Whether this is a student's denoiser D(x,t,s)."""
         return bool(self.architecture["second_time"])
+
+    def carry(self, fit: Tensor) -> None:
+        """Keep times, l_t and s_t, float64 [3, N], as the buffer `fit`: what keeps the weights keeps it with them."""
+        if "fit" not in self._buffers:
+            self.architecture["own_fit"] = fit.shape[1]
+            self.register_buffer("fit", fit.clone())
+        self.fit.copy_(fit)
 
     def compute_in(self, precision: str) -> Denoiser:
         """Let the network, not the preconditioning around it, compute in bfloat16 or float16 by autocast.
@@ -243,7 +254,7 @@ def _with_defaults(architecture: Mapping[str, Any]) -> dict[str, Any]:
     required = {key: given[key] for key in ("network", "img_resolution", "img_channels")}
     defaults = {**required, "sigma_data": 0.5, **_NETWORKS[given["network"]].options()}
     for key in given:
-        if key not in defaults:
+        if key not in defaults and key != "own_fit":
             raise ValueError(f"unknown key {key!r} in a {given['network']} architecture" + _suggestion(key, defaults))
     return {**defaults, **given}
 

@@ -5,6 +5,7 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from consistency.errors import UserError
 from consistency.files import write_with
@@ -13,11 +14,12 @@ from consistency.progress import track
 from consistency.provenance import write_card
 from consistency.seeding import generator
 from consistency.stages.inputs import read_dataset, read_teacher, require_classes
-from consistency.study import Study
+from consistency.study import Coefficients, Study
 from consistency.theory.estimators import CoefficientFit, fit_coefficients
 from consistency.theory.generalized_ode import GeneralizedODE
 from consistency.theory.noise import log_grid
 from consistency.theory.solver import DenoiserFn
+from consistency.training.data import ImageData
 from consistency.training.objectives import with_labels
 
 
@@ -31,17 +33,13 @@ def make_coefficients(study: Study, layout: Layout, device: torch.device) -> Non
     dtype = torch.float64 if settings.precision == "float64" else torch.float32
     teacher = read_teacher(study, layout, device).to(dtype)
     require_classes(study, data, teacher)
-    draws = generator(settings.seed, "coefficients")
-    # Every image serves equally often, as far as the numbers allow: a permutation, repeated.
-    rows = torch.cat([torch.randperm(len(data), generator=draws) for _ in range(-(-settings.samples // len(data)))])
-    images, labels = data.take(rows[: settings.samples])
-    noise = torch.randn(images.shape, generator=draws).to(device, dtype)
+    images, labels, noise = fitted_images(data, settings)
     probes = None if settings.probes == "exact" else settings.probes
     try:
         fit = fit_coefficients(
             _teacher_of(teacher, labels.to(device) if study.teacher.conditional else None),
             images.to(device, dtype),
-            noise,
+            noise.to(device, dtype),
             log_grid(settings.times, study.noise.sigma_min, study.noise.sigma_max),
             probes,
             generator(settings.seed, "probes", device=device),
@@ -68,6 +66,15 @@ def make_coefficients(study: Study, layout: Layout, device: torch.device) -> Non
     )
 
 
+def fitted_images(data: ImageData, settings: Coefficients) -> tuple[Tensor, Tensor, Tensor]:
+    """The images [K, C, H, W], labels [K] and noise that the study's fits are made with."""
+    draws = generator(settings.seed, "coefficients")
+    # Every image serves equally often, as far as the numbers allow: a permutation, repeated.
+    rows = torch.cat([torch.randperm(len(data), generator=draws) for _ in range(-(-settings.samples // len(data)))])
+    images, labels = data.take(rows[: settings.samples])
+    return images, labels, torch.randn(images.shape, generator=draws)
+
+
 def _teacher_of(teacher: torch.nn.Module, labels: torch.Tensor | None) -> Callable[[slice], DenoiserFn]:
     return lambda part: with_labels(teacher, None if labels is None else labels[part])  # type: ignore[arg-type]
 
@@ -79,12 +86,6 @@ def _save(path: object, fit: CoefficientFit) -> None:
 
 def _require_regular(fit: CoefficientFit) -> None:
     """Every jump between fitted times must have finite coefficients."""
-    times = torch.from_numpy(fit.times)
-    ode = GeneralizedODE(times, torch.from_numpy(fit.l), torch.from_numpy(fit.s))
-    first, second = torch.triu_indices(len(times), len(times))
-    for form in (ode.backward, ode.forward):
-        f, g = form(times[first], times[second])
-        if not bool(torch.isfinite(f).all() and torch.isfinite(g).all() and (g >= 0).all()):
-            raise UserError(
-                "coefficients: the fitted l_t, s_t give a singular jump; raise coefficients.samples or probes"
-            )
+    times, l, s = (torch.from_numpy(values) for values in (fit.times, fit.l, fit.s))
+    if not GeneralizedODE(times, l, s).is_regular():
+        raise UserError("coefficients: the fitted l_t, s_t give a singular jump; raise coefficients.samples or probes")

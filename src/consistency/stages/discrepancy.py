@@ -95,6 +95,7 @@ def discrepancy_of(
         inputs.append(student_file(layout, frozen.run, seed, step=frozen.step))
     coupling = consistency_objective(study, layout, run, (average, predictor), machine)
     architecture = {**average.architecture, "second_time": False, "dropout": 0.0}
+    architecture.pop("own_fit", None)
     model = init_denoiser(architecture, derived_seed(settings.seed, "flows denoiser"))
     model = place(study, model, machine.device).train()
     kind = TransportDenoising if student.coupling == "ot" else CoupledDenoising

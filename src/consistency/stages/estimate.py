@@ -13,7 +13,7 @@ from consistency.layout import Layout
 from consistency.nets.denoiser import build_denoiser
 from consistency.nets.official import official_architecture
 from consistency.stages.teacher import architecture_of
-from consistency.study import FITTED, OfficialTeacher, Student, Study, Teacher
+from consistency.study import OfficialTeacher, Student, Study, Teacher
 from consistency.training.data import load_images
 
 #: images and classes of the known datasets, for a study whose data is not there yet
@@ -121,7 +121,7 @@ def _jobs(study: Study, size: _Size) -> dict[str, Job]:
     for run in study.students:
         student = study.resolved(run)
         needs = ["dataset", "teacher"]
-        needs += ["coefficients"] if student.preconditioning in FITTED else []
+        needs += ["coefficients"] if student.needs_coefficients else []
         needs += ["calibration"] if scores.teacher_fid is not None else []
         operations = training_operations(student, forward)
         drawn = sampling.count * _evaluations(study, student) * forward

@@ -21,7 +21,7 @@ from consistency.stages.inputs import read_dataset, read_preconditioning, read_s
 from consistency.stages.publish import forget_state
 from consistency.stages.samples import prepared
 from consistency.stages.trainer import Machine
-from consistency.study import FITTED, Flows, Study
+from consistency.study import Flows, Study
 from consistency.theory.coupling import assignment
 from consistency.theory.flows import (
     ConsistencyLosses,
@@ -122,7 +122,7 @@ def _transport(
             rows.append(_row("pairs", run, None, None, _costs(images[: len(moved)], moved)))
     times = _times(study, settings)
     inputs = [layout.dataset / "images.npy", *([layout.dataset / "labels.npy"] if labels is not None else [])]
-    if any(student.preconditioning in FITTED for student in study.coupled.values()):
+    if any(student.needs_coefficients for student in study.coupled.values()):
         inputs.append(layout.coefficients / "coefficients.npz")
     progress = Progress(f"flows {study.name}", len(study.coupled) * len(study.seeds) * len(times) * len(images))
     for run in study.coupled:
@@ -174,7 +174,7 @@ def _endpoint(study: Study, layout: Layout, run: str, seed: int, device: torch.d
     """f of a student's average; its evaluations are no larger than the samplers'."""
     model = prepared(study, read_student(study, layout, run, seed, device))
     student, eps = two_times(model), study.noise.sigma_min
-    preconditioning = read_preconditioning(study, layout, run, model.sigma_data, device)
+    preconditioning = read_preconditioning(study, layout, run, model)
 
     @torch.inference_mode()
     def ends(x: Tensor, t: float, labels: Tensor | None) -> Tensor:

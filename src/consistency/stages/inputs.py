@@ -12,12 +12,13 @@ from consistency.files import write_with
 from consistency.layout import Layout
 from consistency.nets.denoiser import Denoiser
 from consistency.provenance import read_card
-from consistency.study import FITTED, Study
+from consistency.study import Study
 from consistency.theory.generalized_ode import GeneralizedODE
 from consistency.theory.noise import rho_grid
 from consistency.theory.preconditioning import Preconditioning, build_preconditioning
 from consistency.training.checkpoint import load_denoiser
 from consistency.training.data import ImageData, load_images
+from consistency.training.own_fit import own_preconditioning
 
 
 def pick_device(name: str) -> torch.device:
@@ -119,18 +120,19 @@ def read_coefficients(layout: Layout) -> dict[str, np.ndarray[Any, Any]]:
         raise UserError(f"{path} is damaged ({error}): run `coefficients` again") from None
 
 
-def read_preconditioning(
-    study: Study, layout: Layout, run: str, teacher_sigma_data: float, device: torch.device
-) -> Preconditioning:
-    """The preconditioning of a student, with the fitted coefficients where it needs them."""
-    name = study.resolved(run).preconditioning
+def read_preconditioning(study: Study, layout: Layout, run: str, model: Denoiser) -> Preconditioning:
+    """The preconditioning of a student, given its network, with the coefficients fitted from the teacher, or carried by
+    the network itself, where it needs them."""
+    settings = study.resolved(run)
+    if settings.carries_fit:
+        return own_preconditioning(settings.preconditioning, model)
     ode = None
-    if name in FITTED:
+    if settings.needs_coefficients:
         read_card(layout.coefficients, study, "coefficients")
         arrays = read_coefficients(layout)
         times, l, s = (torch.from_numpy(arrays[letter]) for letter in ("times", "l", "s"))
-        ode = GeneralizedODE(times, l, s, device)
-    return build_preconditioning(name, teacher_sigma_data, ode)
+        ode = GeneralizedODE(times, l, s, next(model.parameters()).device)
+    return build_preconditioning(settings.preconditioning, model.sigma_data, ode)
 
 
 def time_grid(study: Study, nodes: int, device: torch.device) -> torch.Tensor:

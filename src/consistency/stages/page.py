@@ -17,7 +17,7 @@ from consistency.layout import Layout
 from consistency.provenance import git_state
 from consistency.stages.pictures import Picture
 from consistency.stages.results import Cards, Results, records, students_of
-from consistency.study import FITTED, Study
+from consistency.study import Study
 from consistency.wording import (
     beginning,
     claims,
@@ -129,7 +129,7 @@ def _cost(study: Study, cards: Cards) -> dict[str, Any] | None:
     fitted = [
         cards[f"student {run} seed {seed}"]["measured"]
         for run, seed in students_of(study)
-        if study.resolved(run).preconditioning in FITTED
+        if study.resolved(run).needs_coefficients
     ]
     return {
         "evaluations": fit["network_evaluations"],

@@ -30,7 +30,7 @@ from consistency.stages.inputs import (
 )
 from consistency.stages.parts import Parts
 from consistency.stages.trainer import place
-from consistency.study import FITTED, Study
+from consistency.study import Study
 from consistency.theory.preconditioning import Preconditioning
 from consistency.theory.sampler import Churn, Fresh, multistep, stochastic_heun
 from consistency.theory.solver import DenoiserFn, heun_solve
@@ -130,7 +130,7 @@ def _digests(study: Study, layout: Layout, run: str | None, seed: int | None) ->
     else:
         settings, verb = study.resolved(run), f"student --run {run} --seed {seed}"
         verbs = {layout.student_file(run, seed, rate): verb for rate in (None, *settings.evaluation_ema)}
-        if settings.preconditioning in FITTED:
+        if settings.needs_coefficients:
             verbs[layout.coefficients / "coefficients.npz"] = "coefficients"
     return {path: sha256(made(path, verb)) for path, verb in verbs.items()}
 
@@ -145,7 +145,7 @@ def _samplers(
         return
     for rate in (None, *study.resolved(run).evaluation_ema):
         model = prepared(study, read_student(study, layout, run, seed, device, rate))
-        preconditioning = read_preconditioning(study, layout, run, model.sigma_data, device)
+        preconditioning = read_preconditioning(study, layout, run, model)
         for one in (sampler for sampler in student_samplers(study, run) if sampler.rate == rate):
             yield one.name, model, jump_sampler(study, run, model, preconditioning, one.nfe, one.gamma or 0.0)
 

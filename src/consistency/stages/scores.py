@@ -28,8 +28,7 @@ from consistency.stages.inputs import (
     write_array,
 )
 from consistency.stages.samples import StudentSampler, draw, heun_sampler, jump_sampler, prepared, student_samplers
-from consistency.study import FITTED, Study
-from consistency.theory.preconditioning import Preconditioning
+from consistency.study import Study
 from consistency.training.data import to_bytes
 
 COLUMNS = ["study", "kind", "run", "seed", "ema", "step", "sampler", "nfe"]
@@ -85,8 +84,7 @@ def make_scores(study: Study, layout: Layout, run: str, seed: int, device: torch
     rows, inputs = [], [of_teacher]
     for rate in rates:
         student = prepared(study, read_student(study, layout, run, seed, device, rate))
-        preconditioning = read_preconditioning(study, layout, run, student.sigma_data, device)
-        scored = _Student(scorer, run, seed, rate, endpoints, preconditioning)
+        scored = _Student(scorer, run, seed, rate, endpoints)
         own = [sampler for sampler in samplers if sampler.rate == rate]
         rows += [scored.final_row(student, sampler) for sampler in own]
         inputs += [layout.student_file(run, seed, rate)]
@@ -96,7 +94,7 @@ def make_scores(study: Study, layout: Layout, run: str, seed: int, device: torch
             rows += [scored.curve_row(prepared(study, model), step, nfe) for nfe in scores.curve_nfe]
             inputs.append(student_file(layout, run, seed, rate, step))
     scorer.progress.close()
-    if settings.preconditioning in FITTED:
+    if settings.needs_coefficients:
         inputs.append(layout.coefficients / "coefficients.npz")
     table = layout.scores(run, seed)
     _write(table, rows, COLUMNS)
@@ -192,10 +190,9 @@ class _Student:
         seed: int,
         rate: float | None,
         endpoints: Array,
-        preconditioning: Preconditioning,
     ) -> None:
         self.scorer, self.study, self.run, self.seed = scorer, scorer.study, run, seed
-        self.rate, self.endpoints, self.preconditioning = rate, endpoints, preconditioning
+        self.rate, self.endpoints = rate, endpoints
         self.settings = self.study.resolved(run)
         self.multistep = self.settings.to_the_end
 
@@ -233,7 +230,8 @@ class _Student:
         return len(self.endpoints) > 0 and (nfe == 1 or not self.multistep)
 
     def _drawn(self, model: Denoiser, nfe: int, count: int) -> Iterator[tuple[slice, torch.Tensor]]:
-        jumps = jump_sampler(self.study, self.run, model, self.preconditioning, nfe)
+        preconditioning = read_preconditioning(self.study, self.scorer.layout, self.run, model)
+        jumps = jump_sampler(self.study, self.run, model, preconditioning, nfe)
         return draw(self.study, model, jumps, count)
 
 

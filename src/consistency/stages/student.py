@@ -3,12 +3,16 @@
 import time
 from pathlib import Path
 
+import torch
+from torch import Tensor
+
 from consistency.files import sha256
 from consistency.layout import Layout
 from consistency.nets.denoiser import Denoiser, init_denoiser, student_from_teacher
 from consistency.provenance import git_state, write_card
 from consistency.resources import open_resource
 from consistency.seeding import derived_seed
+from consistency.stages.coefficients import fitted_images
 from consistency.stages.inputs import (
     read_dataset,
     read_preconditioning,
@@ -20,9 +24,10 @@ from consistency.stages.inputs import (
 )
 from consistency.stages.publish import forget_state, publish_training
 from consistency.stages.trainer import Machine, build_optimizer, build_update, compile_networks, place
-from consistency.study import FITTED, Shrinking, Student, Study
+from consistency.study import Shrinking, Student, Study
 from consistency.theory.curriculum import DoublingCurriculum, Schedule, ShrinkingCurriculum
 from consistency.theory.distance import DISTANCES, Distance
+from consistency.theory.noise import log_grid
 from consistency.tracking.live import followed
 from consistency.training.checkpoint import save_denoiser
 from consistency.training.consistency_training import ConsistencyTraining, TransportTraining
@@ -31,6 +36,7 @@ from consistency.training.ema import Ema
 from consistency.training.folder import read_identity
 from consistency.training.loop import Training, train
 from consistency.training.objectives import Endpoint, Objective, Trajectory
+from consistency.training.own_fit import Refits, covariance_fit
 from consistency.training.stopwatch import Stopwatch
 
 
@@ -93,7 +99,7 @@ def _inputs(study: Study, layout: Layout, run: str, seed: int) -> list[Path]:
     settings = study.resolved(run)
     inputs = [layout.teacher / "teacher.safetensors", layout.dataset / "images.npy"]
     inputs += [layout.dataset / "labels.npy"] if study.teacher.conditional else []
-    if settings.preconditioning in FITTED:
+    if settings.needs_coefficients:
         inputs.append(layout.coefficients / "coefficients.npz")
     if frozen := settings.frozen:
         inputs.append(student_file(layout, frozen.run, seed, step=frozen.step))
@@ -113,7 +119,7 @@ def _training(study: Study, layout: Layout, run: str, seed: int, data: ImageData
     settings, device = study.resolved(run), machine.device
     teacher = place(study, read_teacher(study, layout, device), device)
     require_classes(study, data, teacher)
-    student = place(study, _begun(settings, teacher, seed), device).train().requires_grad_(True)
+    student = place(study, _begun(study, settings, teacher, seed, data), device).train().requires_grad_(True)
     rates = (settings.ema_rate, *settings.evaluation_ema)
     averages = [Ema(student, rate, settings.ema_warm_up) for rate in rates]
     average = averages[0].model
@@ -148,20 +154,53 @@ def _training(study: Study, layout: Layout, run: str, seed: int, data: ImageData
         log_every=settings.log_every,
         folder=layout.training_state(run, seed),
         snapshot_every=settings.snapshot_every,
+        before_step=_refits(study, settings, data, machine, student, [average.model for average in averages]),
     )
 
 
-def _begun(settings: Student, teacher: Denoiser, seed: int) -> Denoiser:
+def _begun(study: Study, settings: Student, teacher: Denoiser, seed: int, data: ImageData) -> Denoiser:
     """A student before its training. Weights, data order and noise depend on the seed alone, so that students of one
     seed differ in nothing else."""
     drawn = derived_seed(seed, "student")
     if settings.from_teacher:
-        return student_from_teacher(teacher, dropout=settings.dropout, seed=drawn)
-    # The network of the teacher, not its weights: without a teacher to follow there is no s but eps to be told.
-    architecture = {**teacher.architecture, "dropout": settings.dropout}
-    if "augment_dim" in architecture:
-        architecture["augment_dim"] = 0
-    return init_denoiser(architecture, drawn)
+        student = student_from_teacher(teacher, dropout=settings.dropout, seed=drawn)
+    else:
+        # The network of the teacher, not its weights. Of an s other than eps only the DSM term tells it.
+        architecture = {**teacher.architecture, "dropout": settings.dropout}
+        if "augment_dim" in architecture:
+            architecture["augment_dim"] = 0
+        student = init_denoiser(architecture, drawn)
+        student = student_from_teacher(student, seed=drawn) if settings.dsm_weight else student
+    if settings.carries_fit:
+        student.carry(covariance_fit(data, _fitted_times(study)))
+    return student
+
+
+def _fitted_times(study: Study) -> Tensor:
+    return log_grid(study.coefficients.times, study.noise.sigma_min, study.noise.sigma_max)
+
+
+def _refits(
+    study: Study, settings: Student, data: ImageData, machine: Machine, student: Denoiser, averages: list[Denoiser]
+) -> Refits | None:
+    """What fits a student's coefficients again in the middle of its training, if anything does."""
+    if settings.fit != "average":
+        return None
+    fit, device = study.coefficients, machine.device
+    dtype = torch.float64 if fit.precision == "float64" else torch.float32
+    images, labels, noise = fitted_images(data, fit)
+    return Refits(
+        stage=_schedule(study, settings).stage,
+        student=student,
+        averages=averages,
+        images=images.to(device, dtype),
+        labels=labels.to(device) if study.teacher.conditional else None,
+        noise=noise.to(device, dtype),
+        times=_fitted_times(study),
+        batch=fit.batch,
+        precision=dtype,
+        ranks=machine.ranks,
+    )
 
 
 def _objective(
@@ -176,7 +215,7 @@ def _objective(
     settings = study.resolved(run)
     if settings.objective == "consistency":
         return consistency_objective(study, layout, run, models[:2], machine)
-    preconditioning = read_preconditioning(study, layout, run, models[2].sigma_data, machine.device)
+    preconditioning = read_preconditioning(study, layout, run, models[0])
     distance = _distance(settings, machine)
     grid = time_grid(study, settings.nodes, machine.device)
     endpoint = Endpoint(*models, preconditioning, distance, grid, settings.target, stopwatch=stopwatch)
@@ -195,11 +234,12 @@ def consistency_objective(
     return training(
         student=models[0],
         predictor=models[1],
-        preconditioning=read_preconditioning(study, layout, run, models[0].sigma_data, machine.device),
+        preconditioning=read_preconditioning(study, layout, run, models[0]),
         distance=_distance(settings, machine),
         schedule=_schedule(study, settings),
         ends=(study.noise.sigma_min, study.noise.sigma_max),
         mu=settings.mu if settings.coupling == "gc" else 0.0,
+        dsm_weight=settings.dsm_weight,
     )
 
 

@@ -28,6 +28,9 @@ class Schedule(Protocol):
     def levels(self, step: int, count: int, generator: torch.Generator) -> Levels:
         """The levels of count images at a step (from 0), on the generator's device."""
 
+    def stage(self, step: int) -> int:
+        """A number that changes whenever the rule does, as training goes on."""
+
 
 def doubling_nodes(step: int, steps: int, first: int = 10, last: int = 1280) -> int:
     """Nodes of the grid at a step of so many (from 0): min(first 2^floor(step / K'), last) + 1.
@@ -69,12 +72,14 @@ class DoublingCurriculum:
         if not 1 <= self.first <= self.last:
             raise ValueError(f"a curriculum needs 1 <= first <= last intervals, got {self.first} and {self.last}")
 
+    def stage(self, step: int) -> int:
+        """The nodes of the grid."""
+        return doubling_nodes(step, self.steps, self.first, self.last)
+
     def levels(self, step: int, count: int, generator: torch.Generator) -> Levels:
         """Pairs drawn with `level_probabilities`, each image its own."""
-        nodes = doubling_nodes(step, self.steps, self.first, self.last)
-        grid, probabilities = _grid(
-            (nodes, self.sigma_min, self.sigma_max, self.rho), (self.mean, self.std), generator.device
-        )
+        shape = (self.stage(step), self.sigma_min, self.sigma_max, self.rho)
+        grid, probabilities = _grid(shape, (self.mean, self.std), generator.device)
         upper = torch.multinomial(probabilities, count, replacement=True, generator=generator)
         t, u = grid[upper], grid[upper + 1]
         return Levels(t, u, 1 / (t - u))
@@ -115,8 +120,12 @@ class ShrinkingCurriculum:
     k: float = 8.0
     b: float = 1.0
 
+    def stage(self, step: int) -> int:
+        """How often r / t has come nearer 1."""
+        return step // self.double_every
+
     def levels(self, step: int, count: int, generator: torch.Generator) -> Levels:
         """Levels drawn anew for each image."""
         t = lognormal_sigma(count, self.mean, self.std, generator).double().clamp(self.sigma_min, self.sigma_max)
-        r = t * shrink(t, step // self.double_every, self.q, self.k, self.b)
+        r = t * shrink(t, self.stage(step), self.q, self.k, self.b)
         return Levels(t, r.clamp(min=self.sigma_min), 1 / (t - r))

@@ -67,10 +67,10 @@ def fit_coefficients(
 
 
 def require_finite(times: Tensor, moments: Array) -> None:
-    """Raise ValueError, naming the times [N], unless the moments [N, ...] of a teacher are finite."""
+    """Raise ValueError, naming the times [N], unless the moments [N, ...] of a denoiser are finite."""
     if not np.isfinite(moments).all():
         bad = [f"{t:g}" for t, m in zip(times.tolist(), moments, strict=True) if not np.isfinite(m).all()]
-        raise ValueError(f"the teacher returned NaN or infinity at t = {', '.join(bad[:5])}")
+        raise ValueError(f"the denoiser returned NaN or infinity at t = {', '.join(bad[:5])}")
 
 
 def image_moments(denoiser: DenoiserFn, x: Tensor, time: float, probes: Tensor | None) -> Array:

@@ -30,6 +30,7 @@ class GeneralizedODE:
             raise ValueError("the fit's times must be at least two different positive numbers")
         if not bool(torch.isfinite(l).all() and torch.isfinite(s).all()):
             raise ValueError("l_t and s_t must be finite at every time")
+        self.times = times
         self.sigma_max, self.sigma_min = times[0].item(), times[-1].item()
         lam = -torch.log(times)
         width = torch.diff(lam)
@@ -50,6 +51,12 @@ class GeneralizedODE:
         for k in range(len(width) - 1):
             nodes["log_Q"][k + 1] = self._log_Q(torch.tensor([k]), width[k : k + 1])[0]
         self._nodes = {name: value.to(device) for name, value in nodes.items()}
+
+    def is_regular(self) -> bool:
+        """Whether every jump from node to node has finite coefficients, and g >= 0, in both forms."""
+        first, second = torch.triu_indices(len(self.times), len(self.times))
+        pairs = [form(self.times[first], self.times[second]) for form in (self.backward, self.forward)]
+        return all(bool(torch.isfinite(f).all() and torch.isfinite(g).all() and (g >= 0).all()) for f, g in pairs)
 
     def l_t(self, t: Tensor) -> Tensor:
         """l at times t, in the shape of t."""

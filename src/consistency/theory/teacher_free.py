@@ -2,16 +2,13 @@
 
 A consistency student offers three. `diagonal` is a denoiser if the DSM term trained it. `tangent` is exact for an exact
 consistency function, but inverts its Jacobian. `at_end` is neither: it is what the network computes for a jump to eps,
-biased towards the endpoint, and here to measure that bias. `covariance_fit` needs no network at all.
+biased towards the endpoint, and here to measure that bias. `gaussian_coefficients` needs no network at all.
 """
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.func import jvp
 
-from consistency.theory.derivative_free import fit_without_derivatives
-from consistency.theory.estimators import CoefficientFit
 from consistency.theory.preconditioning import StudentDenoiser
 from consistency.theory.solver import DenoiserFn, every, expand
 
@@ -47,19 +44,23 @@ def tangent(function: DenoiserFn) -> DenoiserFn:
     return denoiser
 
 
-def covariance_fit(images: Tensor, noise: Tensor, times: Tensor) -> CoefficientFit:
-    """l_t and s_t of the Gaussian with the images' mean and covariance: no network, no training, no cost.
+def gaussian_coefficients(mean: Tensor, covariance: Tensor, times: Tensor) -> tuple[Tensor, Tensor]:
+    """l_t and s_t of the Gaussian with that mean [d] and covariance [d, d], each float64 [N]: no network, no training.
 
-    images, noise: [K, ...]; times: [N]. Its linear denoiser m + C (C + t^2)^-1 (x - m) misses by at least as much as
-    the exact one, so this l_t is a lower bound on the data's own, up to sampling.
+    times: [N] > 0. A linear denoiser misses by at least as much as the exact one, so this l_t is a lower bound on that
+    of any data with these moments. Where h = 0 (an isotropic covariance around 0) s_t is -1, as ctm's.
     """
-    flat = images.flatten(1).double()
-    mean = flat.mean(0)
-    scale, axes = np.linalg.eigh(np.cov(flat.cpu().numpy(), rowvar=False).reshape(len(mean), len(mean)))
-    variances, rotation = (torch.from_numpy(v).to(flat) for v in (scale.clip(min=0), axes))
-
-    def denoiser(x: Tensor, t: Tensor) -> Tensor:
-        gain = variances / (variances + t.to(x)[:, None] ** 2)
-        return mean + (gain * ((x - mean) @ rotation)) @ rotation.T
-
-    return fit_without_derivatives(lambda rows: denoiser, flat, noise.flatten(1).double(), times, len(flat))
+    # The smallest eigenvalues of a covariance are 0 up to rounding, of either sign.
+    variances = torch.linalg.eigvalsh(covariance.double().cpu()).clamp(min=0)
+    centre = mean.double().cpu().square().sum()
+    t = times.double().cpu()[:, None]
+    gain = variances / (variances + t**2)
+    total = variances + t**2
+    l = 1 - gain.mean(1)
+    rate = 2 * gain * (1 - gain)  # d gain / d lambda, along the ODE
+    spread = gain - gain.mean(1, keepdim=True)
+    change = rate - rate.mean(1, keepdim=True) + spread * (gain - 1)
+    along = (spread * change * total).sum(1) - centre * l * rate.mean(1)
+    size = (spread**2 * total).sum(1) + centre * l**2
+    floor = 1e-12 * ((1 - gain) ** 2 * total).sum(1)
+    return l, torch.where(size > floor, along / torch.where(size > floor, size, 1.0), -1.0)

@@ -9,7 +9,7 @@ from typing import Any
 
 from consistency.layout import Layout
 from consistency.provenance import read_card, versions
-from consistency.study import FITTED, Study
+from consistency.study import Study
 from consistency.tracking.server import DIGEST
 
 # Not imported here: it needs MLflow, which takes seconds.
@@ -55,7 +55,7 @@ def reference(study: Study, layout: Layout, run: str, seed: int) -> dict[str, An
     """What the model's configuration says: the study, the student, and its files by path (below the folder of results)
     and sha256; their content is not in it."""
     paths = {layout.student_file(run, seed): read_card(layout.student(run, seed), study, "student", run, seed)}
-    if study.resolved(run).preconditioning in FITTED:
+    if study.resolved(run).needs_coefficients:
         paths[layout.coefficients / "coefficients.npz"] = read_card(layout.coefficients, study, "coefficients")
     files = [
         {"path": path.relative_to(layout.results).as_posix(), "sha256": card["outputs"][path.name]}

@@ -70,7 +70,7 @@ def open_student(config: dict[str, Any]) -> OpenStudent:
     layout = Layout(study.name, _results(study, config))
     device = pick_device(config.get("device", "auto"))
     model = prepared(study, read_student(study, layout, run, seed, device))
-    preconditioning = read_preconditioning(study, layout, run, model.sigma_data, device)
+    preconditioning = read_preconditioning(study, layout, run, model)
     return OpenStudent(study, run, model, preconditioning, int(config.get("threads", 1)))
 
 

@@ -41,7 +41,8 @@ class Interrupted(Exception):
 class Training:
     """What is trained and how long. averages: the first is the one that snapshots and results are named after;
     learning_rate(step): None keeps the optimiser's own. snapshot_every: None for no snapshots. on_start is called,
-    in the first process, when the folder is this training's and its history is cut back to where it goes on."""
+    in the first process, when the folder is this training's and its history is cut back to where it goes on.
+    before_step is called before every step (from 0), in all processes, and returns the evaluations that it made."""
 
     label: str
     key: str
@@ -53,6 +54,7 @@ class Training:
     learning_rate: Callable[[int], float] | None = None
     snapshot_every: int | None = None
     on_start: Callable[[], None] | None = None
+    before_step: Callable[[int], int] | None = None
 
 
 @dataclass
@@ -133,6 +135,8 @@ def _step(job: Training, clock: _Clock) -> dict[str, Tensor]:
     if job.learning_rate is not None:
         for group in job.update.optimizer.param_groups:
             group["lr"] = job.learning_rate(clock.step)
+    if job.before_step is not None:
+        clock.evaluations += job.before_step(clock.step) * job.update.ranks.world
     terms, evaluations = job.update.step(clock.step)
     clock.step += 1
     with job.update.stopwatch.part("optimizer"):

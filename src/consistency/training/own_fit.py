@@ -1,0 +1,137 @@
+"""A student with l_t and s_t of its own (ours): fitted without a teacher, kept in the buffer `fit` beside its weights.
+
+The first fit is that of the Gaussian with the data's mean and covariance. A student that has a DSM term also learns a
+denoiser, D_theta(x, t, t), and its average can be fitted again in the middle of the training.
+"""
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from consistency.errors import UserError
+from consistency.nets.denoiser import Denoiser
+from consistency.theory.derivative_free import fit_without_derivatives
+from consistency.theory.generalized_ode import GeneralizedODE
+from consistency.theory.preconditioning import Preconditioning
+from consistency.theory.solver import DenoiserFn
+from consistency.theory.teacher_free import diagonal, gaussian_coefficients
+from consistency.training.data import ImageData
+from consistency.training.distributed import Ranks
+
+#: images, at most, that the data's mean and covariance are taken from
+IMAGES = 50_000
+_ROWS = 4096  # images at once
+
+
+def own_preconditioning(name: str, model: Denoiser) -> Preconditioning:
+    """The analytic preconditioning of that name with the l_t and s_t that the model carries, whatever they are when it
+    is used."""
+    own = OwnODE(model)
+    forms = {"analytic": own.backward, "analytic-forward": own.forward}
+    return Preconditioning(name, "D", forms[name])
+
+
+class OwnODE:
+    """f(t,s) and g(t,s) from a model's buffer `fit`, made again when that has changed."""
+
+    def __init__(self, model: Denoiser) -> None:
+        self._fit = model.fit
+        self._version = -1
+        self._ode: GeneralizedODE | None = None
+
+    def backward(self, t: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
+        """As `GeneralizedODE.backward`."""
+        return self._now().backward(t, s)
+
+    def forward(self, t: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
+        """As `GeneralizedODE.forward`."""
+        return self._now().forward(t, s)
+
+    def _now(self) -> GeneralizedODE:
+        # PyTorch counts what is written into a tensor: so a state that is loaded is noticed too.
+        if self._ode is None or self._version != self._fit._version:
+            self._ode, self._version = _ode(self._fit), self._fit._version
+        return self._ode
+
+
+def _ode(fit: Tensor) -> GeneralizedODE:
+    times, l, s = fit
+    return GeneralizedODE(times, l, s, fit.device)
+
+
+def covariance_fit(data: ImageData, times: Tensor) -> Tensor:
+    """times, l_t and s_t, float64 [3, N], of the Gaussian with the data's mean and covariance (of 50,000 images spread
+    evenly over it, where it has more)."""
+    rows = np.unique(np.linspace(0, len(data) - 1, min(len(data), IMAGES)).round().astype(np.int64))
+    pixels = int(np.prod(data.shape))
+    total, products = torch.zeros(pixels, dtype=torch.float64), torch.zeros(pixels, pixels, dtype=torch.float64)
+    for first in range(0, len(rows), _ROWS):
+        images = data.take(rows[first : first + _ROWS])[0].flatten(1).double()
+        total += images.sum(0)
+        products.addmm_(images.T, images)
+    mean = total / len(rows)
+    l, s = gaussian_coefficients(mean, products / len(rows) - torch.outer(mean, mean), times)
+    return torch.stack([times.double().cpu(), l, s])
+
+
+def diagonal_fit(
+    average: Denoiser, images: Tensor, labels: Tensor | None, noise: Tensor, times: Tensor, batch: int
+) -> Tensor:
+    """times, l_t and s_t, float64 [3, N], of the denoiser D(x, t, t) of a student's average, from two evaluations an
+    image and time.
+
+    images, noise: [K, C, H, W]; labels: [K] or None; times: [N]; batch: images an evaluation. Raises ValueError if
+    the average returns NaN, or a jump of the fit is singular.
+    """
+
+    def own(rows: slice) -> DenoiserFn:
+        return diagonal(average, None if labels is None else labels[rows])
+
+    found = fit_without_derivatives(own, images, noise, times, batch)
+    fit = torch.from_numpy(np.stack([found.times, found.l, found.s]))
+    if not _ode(fit).is_regular():
+        raise ValueError("the fitted l_t, s_t give a singular jump")
+    return fit
+
+
+@dataclass(frozen=True)
+class Refits:
+    """Fits l_t and s_t again whenever a training enters a new stage, before that step.
+
+    stage: that of a step; student, averages: who carry the fit, which is made from the first average; images, noise:
+    [K, C, H, W], labels: [K] or None, times: [N], batch: as for `diagonal_fit`; precision: what it computes in.
+    """
+
+    stage: Callable[[int], int]
+    student: Denoiser
+    averages: list[Denoiser]
+    images: Tensor
+    labels: Tensor | None
+    noise: Tensor
+    times: Tensor
+    batch: int
+    precision: torch.dtype
+    ranks: Ranks
+
+    def __call__(self, step: int) -> int:
+        """Called before every step (from 0). Returns the evaluations made; raises UserError for a fit that is none."""
+        if not step or self.stage(step) == self.stage(step - 1):
+            return 0
+        # A copy: whatever the training computes in, the fit has its own precision.
+        average = copy.deepcopy(self.averages[0]).to(self.precision).compute_in("float32")
+        try:
+            fit = diagonal_fit(average, self.images, self.labels, self.noise, self.times, self.batch)
+        except ValueError as error:
+            raise UserError(
+                f"refit of the coefficients at step {step}: {error}; raise dsm_weight or coefficients.samples, or use "
+                "fit: data"
+            ) from None
+        # All processes have computed it; that of the first is the one, to the bit.
+        here = self.ranks.gathered(fit.to(next(self.student.parameters()).device))[:3]
+        for model in (self.student, *self.averages):
+            model.carry(here)
+        return 2 * len(self.times) * len(self.images)
