@@ -310,6 +310,51 @@ def test_what_is_for_consistency_training_is_refused_elsewhere(write_study: Writ
     assert f"{field} is for consistency training: use it with" in mistake(write_study({f"student.{field}": value}))
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"preconditioning": "cm", "fit": "data"},
+            "fit data has nothing to fit: cm has no l_t and s_t; use preconditio",
+        ),
+        ({"fit": "average"}, "fit average is of the denoiser D(x, t, t), which only a DSM term trains: set dsm_weight"),
+        ({"fit": "avrage"}, "key 'student.fit': input should be 'teacher', 'data' or 'average', got 'avrage'"),
+        ({"fit": "teacher"}, "students.own needs a teacher, and teacher.kind is none"),
+        ({"dsm_balance": "adaptive", "fit": "data"}, "dsm_balance adaptive needs a DSM term: set dsm_weight above 0"),
+        (
+            {"fit": "average", "dsm_weight": 1.0, "coupling": "gc", "predictor": {"run": "other"}},
+            "predictor has coefficients of its own, fitted at other steps: use fit: teacher or data",
+        ),
+    ],
+)
+def test_coefficients_of_a_students_own_need_something_to_be_fitted_from(
+    write_study: WriteStudy, untaught: dict[str, Any], changes: dict[str, Any], message: str
+) -> None:
+    students = {"own": {"preconditioning": "analytic", **changes}, "other": {}, "ic": {}}
+    varies = ["preconditioning", "fit", "dsm_weight", "dsm_balance", "coupling", "predictor"]
+    assert message in mistake(write_study(untaught | {"students": students, "varies": varies}))
+
+
+def test_coefficients_without_a_teacher_are_for_consistency_training(write_study: WriteStudy) -> None:
+    changes = {"student.preconditioning": "analytic", "student.fit": "data"}
+    assert "fit data is for consistency training: use it with objective" in mistake(write_study(changes))
+
+
+def test_a_student_s_own_fit_asks_for_no_teacher_and_is_part_of_its_key(
+    write_study: WriteStudy, untaught: dict[str, Any]
+) -> None:
+    own = {"preconditioning": "analytic", "fit": "data"}
+    students = {"ic": {}, "own": own, "self": own | {"fit": "average", "dsm_weight": 1.0}}
+    settings = untaught | {"students": students, "varies": ["preconditioning", "fit", "dsm_weight"]}
+    study = load_study(write_study(settings))
+    assert not study.needs_coefficients
+    assert study.resolved("ic").dsm_weight == 0
+    finer = load_study(write_study(settings | {"coefficients.times": 99}))
+    changed = {run for run in students if study.key("student", run, 0) != finer.key("student", run, 0)}
+    assert changed == {"own", "self"}
+    assert len({study.key("student", run, 0) for run in students}) == 3
+
+
 def test_students_may_differ_in_what_the_study_says_varies(write_study: WriteStudy) -> None:
     path = write_study({"varies": ["preconditioning", "dropout"], "students.ctm.dropout": 0.1})
     study = load_study(path)
@@ -322,12 +367,15 @@ def test_fields_without_a_say_are_fields_and_do_not_include_the_objectives_own()
     for objective, own in {
         "trajectory": {"nodes", "max_heun_steps", "dsm_weight", "dsm_balance", "target"},
         "endpoint": {"nodes", "target"},
-        "consistency": {"coupling", "curriculum", "start"},
+        "consistency": {"coupling", "curriculum", "start", "dsm_weight"},
     }.items():
         student = Student(objective=objective, **common)
         assert student.idle <= Student.model_fields.keys() - own - {"objective", "preconditioning", "steps"}
     assert "mu" in student.idle
     assert "mu" not in Student(objective="consistency", coupling="gc", **common).idle
+    assert "fit" in student.idle
+    assert "fit" not in Student(objective="consistency", preconditioning="analytic", **common).idle
+    assert "dsm_balance" not in Student(objective="consistency", dsm_weight=1.0, **common).idle
 
 
 def test_a_student_that_is_not_there_is_named_with_those_that_are(tiny: Tiny) -> None:

@@ -23,7 +23,7 @@ from consistency.stages.discrepancy import discrepancy_of
 from consistency.stages.estimate import estimate
 from consistency.stages.extractor import make_extractor
 from consistency.stages.flows import make_flows
-from consistency.stages.inputs import time_grid
+from consistency.stages.inputs import student_file, time_grid
 from consistency.stages.report import make_report
 from consistency.stages.samples import make_samples
 from consistency.stages.scores import make_calibration, make_scores
@@ -33,6 +33,7 @@ from consistency.stages.trainer import Machine
 from consistency.study import Study
 from consistency.training.checkpoint import load_denoiser
 from consistency.training.data import load_images
+from consistency.training.own_fit import covariance_fit
 from consistency.training.toy import train_toy
 
 Tiny = Callable[..., Study]
@@ -44,9 +45,19 @@ FLOWS = {"images": 47, "times": 5, "toy_steps": 12, "toy_seeds": [0, 1], "pairs"
 FLOWS |= {"discrepancy": ["ic", "ot", "gc"], "denoiser_steps": 40, "denoiser_batch": 64}
 
 
+#: students with coefficients of their own: of the data's moments, and of their average
+OWN = {
+    "varies": ["coupling", "mu", "preconditioning", "fit", "dsm_weight"],
+    "students.data": {"preconditioning": "analytic", "fit": "data"},
+    "students.own": {"preconditioning": "analytic", "fit": "average", "dsm_weight": 1.0, "coupling": "gc"},
+    "coefficients.samples": 64,
+}
+
+
 @pytest.fixture(scope="module")
 def study(tiny: Tiny, untaught: dict[str, Any]) -> Study:
-    return tiny(untaught | {"flows": FLOWS})
+    flows = FLOWS | {"discrepancy": [*FLOWS["discrepancy"], "own"]}
+    return tiny(untaught | OWN | {"flows": flows})
 
 
 @pytest.fixture(scope="module")
@@ -90,7 +101,8 @@ def test_students_are_measured_against_the_data_alone(study: Study, layout: Layo
 
 
 def test_the_arms_are_scored_the_same_before_training_alone(study: Study, layout: Layout) -> None:
-    tables = [pd.read_csv(layout.scores(run, 0)).set_index(["kind", "step", "nfe"]).fd for run in study.students]
+    runs = ["ic", "ot", "gc"]
+    tables = [pd.read_csv(layout.scores(run, 0)).set_index(["kind", "step", "nfe"]).fd for run in runs]
     for table in tables[1:]:
         for nfe in study.scores.curve_nfe:
             assert table["curve", 0, nfe] == tables[0]["curve", 0, nfe]
@@ -101,6 +113,20 @@ def test_what_was_made_agrees_with_its_cards(study: Study, layout: Layout) -> No
     assert {finding.artifact: finding.state for finding in verify(layout.root, study) if finding.faults} == {}
 
 
+def test_students_carry_the_coefficients_they_were_trained_with(study: Study, layout: Layout) -> None:
+    fits = {
+        (run, step): load_denoiser(student_file(layout, run, 0, step=step))[0].fit
+        for run in ("data", "own")
+        for step in (0, 3, 6, None)
+    }
+    first = covariance_fit(load_images(layout.dataset), fits["data", 0][0])
+    for run, step in (("data", 0), ("data", 3), ("data", None), ("own", 0)):
+        assert torch.equal(fits[run, step], first)
+    assert torch.equal(fits["own", 6], fits["own", None])
+    assert len({tuple(fits["own", step][1].tolist()) for step in (0, 3, 6)}) == 3
+    assert not layout.coefficients.exists()
+
+
 def test_the_estimate_counts_the_evaluations_that_training_did(study: Study, layout: Layout) -> None:
     found = estimate(study, layout)
     assert found.operations("teacher") == found.operations("coefficients") == 0 < found.operations("flows")
@@ -109,7 +135,12 @@ def test_the_estimate_counts_the_evaluations_that_training_did(study: Study, lay
         run: json.loads((layout.student(run, 0) / "card.json").read_text())["measured"]["network_evaluations"]
         for run in study.students
     }
-    assert counted == {"ic": 6 * 16 * 4, "ot": 6 * 16 * 4, "gc": 6 * 16 * 5}
+    step = 6 * 16
+    refits = 2 * 2 * study.coefficients.times * 64
+    assert counted == {"ic": 4 * step, "ot": 4 * step, "gc": 5 * step, "data": 4 * step, "own": 8 * step + refits}
+    evaluation = found.jobs["student ic seed 0"].operations / (4 * step)
+    for run, evaluations in counted.items():
+        assert found.jobs[f"student {run} seed 0"].operations / evaluation == pytest.approx(evaluations, rel=1e-12)
 
 
 def test_the_report_has_no_teacher_in_its_pictures(study: Study, layout: Layout) -> None:
@@ -156,11 +187,13 @@ def test_every_student_has_a_cost_at_every_time(study: Study, layout: Layout) ->
     table = transport(layout)
     rows = table[table.kind == "student"]
     grid = time_grid(study, 5, CPU).tolist()
-    assert sorted(zip(rows.run, rows.seed, strict=True)) == [(run, 0) for run in ("gc", "ic", "ot") for _ in range(5)]
+    assert sorted(zip(rows.run, rows.seed, strict=True)) == [
+        (run, 0) for run in sorted(study.students) for _ in range(5)
+    ]
     for run in study.students:
         np.testing.assert_allclose(sorted(rows[rows.run == run].t), sorted(grid), rtol=1e-12)
     late = rows[rows.t == rows.t.max()].set_index("run").cost
-    assert len(set(late)) == 3  # the students do differ
+    assert len(set(late)) == len(study.students)  # they do differ
 
 
 def test_the_pairs_of_ot_are_cheaper_than_those_of_ic(layout: Layout) -> None:
@@ -186,8 +219,8 @@ def test_ot_stays_within_its_batches_and_classes() -> None:
 
 def test_the_discrepancy_is_a_number_for_each_coupling_that_is_named(study: Study, layout: Layout) -> None:
     table = pd.read_csv(layout.flows / "discrepancy.csv")
-    assert list(dict.fromkeys(table.run)) == ["ic", "ot", "gc"]
-    assert len(table) == 15 and set(table.seed) == {0}
+    assert list(dict.fromkeys(table.run)) == ["ic", "ot", "gc", "own"]
+    assert len(table) == 20 and set(table.seed) == {0}
     assert (table.discrepancy > 0).all() and (table.discrepancy_se > 0).all()
     last = table[table.t == table.t.max()].set_index("run").discrepancy
     # At T the data hide under the noise: R_t is about the data's variance over t^2, for any denoiser near its mean.
@@ -199,7 +232,8 @@ def test_the_denoisers_of_couplings_differ_in_the_coupling_alone(
 ) -> None:
     data, machine = load_images(layout.dataset), Machine(CPU)
     assert study.flows is not None
-    found = {run: discrepancy_of(study, study.flows, layout, run, data, machine) for run in study.students}
+    runs = ("ic", "ot", "gc")
+    found = {run: discrepancy_of(study, study.flows, layout, run, data, machine) for run in runs}
     first = [next(measure.job.update.model.parameters()) for measure in found.values()]
     assert torch.equal(first[0], first[1]) and torch.equal(first[0], first[2])
     kinds = {run: type(measure.objective).__name__ for run, measure in found.items()}

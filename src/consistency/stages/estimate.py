@@ -12,6 +12,7 @@ from consistency.errors import UserError
 from consistency.layout import Layout
 from consistency.nets.denoiser import build_denoiser
 from consistency.nets.official import official_architecture
+from consistency.stages.student import schedule_of
 from consistency.stages.teacher import architecture_of
 from consistency.study import OfficialTeacher, Student, Study, Teacher
 from consistency.training.data import load_images
@@ -123,7 +124,7 @@ def _jobs(study: Study, size: _Size) -> dict[str, Job]:
         needs = ["dataset", "teacher"]
         needs += ["coefficients"] if student.needs_coefficients else []
         needs += ["calibration"] if scores.teacher_fid is not None else []
-        operations = training_operations(student, forward)
+        operations = training_operations(student, forward) + _refits(study, student) * forward
         drawn = sampling.count * _evaluations(study, student) * forward
         measured = _scoring_operations(study, student, size)
         for seed in study.seeds:
@@ -134,6 +135,15 @@ def _jobs(study: Study, size: _Size) -> dict[str, Job]:
             scored[f"scores {name}"] = Job("scores", measured, (f"samples {name}", "calibration"))
     flows = {"flows": Job("flows", _flows_operations(study, forward), tuple(students))} if study.flows else {}
     return jobs | students | samples | scored | flows
+
+
+def _refits(study: Study, student: Student) -> float:
+    """Evaluations of the fits that a student makes of itself."""
+    if student.fit != "average":
+        return 0.0
+    stage = schedule_of(study, student).stage
+    times = sum(stage(step) != stage(step - 1) for step in range(1, student.steps))
+    return 2.0 * times * study.coefficients.times * study.coefficients.samples
 
 
 def _flows_operations(study: Study, forward: float) -> float:
@@ -149,7 +159,7 @@ def training_operations(student: Student, forward: float) -> float:
     if student.objective == "endpoint":
         evaluations = 2.0 + 3 + 1
     elif student.objective == "consistency":
-        evaluations = 3.0 + 1 + (1 if student.coupling == "gc" and student.mu else 0)
+        evaluations = 3.0 + 1 + (1 if student.coupling == "gc" and student.mu else 0) + (3 if student.dsm_weight else 0)
     else:
         most = student.max_heun_steps or student.nodes - 1
         mean_steps = (2 * most + 1) / 3  # P(n) is proportional to n

@@ -190,7 +190,7 @@ def _refits(
     dtype = torch.float64 if fit.precision == "float64" else torch.float32
     images, labels, noise = fitted_images(data, fit)
     return Refits(
-        stage=_schedule(study, settings).stage,
+        stage=schedule_of(study, settings).stage,
         student=student,
         averages=averages,
         images=images.to(device, dtype),
@@ -236,14 +236,14 @@ def consistency_objective(
         predictor=models[1],
         preconditioning=read_preconditioning(study, layout, run, models[0]),
         distance=_distance(settings, machine),
-        schedule=_schedule(study, settings),
+        schedule=schedule_of(study, settings),
         ends=(study.noise.sigma_min, study.noise.sigma_max),
         mu=settings.mu if settings.coupling == "gc" else 0.0,
         dsm_weight=settings.dsm_weight,
     )
 
 
-def _schedule(study: Study, settings: Student) -> Schedule:
+def schedule_of(study: Study, settings: Student) -> Schedule:
     """The levels of consistency training."""
     noise, levels = study.noise, settings.curriculum
     given = levels.model_dump(exclude={"kind", "p_mean", "p_std"})
