@@ -195,6 +195,16 @@ def test_a_missing_key_is_named(write_study: WriteStudy, absent: object, key: st
         ),
         ({"report.baseline": {"trajectory": "ctn"}}, "report.baseline.trajectory names 'ctn', which is not one"),
         ({"report.baseline": {"endpoint": "ctm"}}, "report.baseline.endpoint names 'ctm', whose objective is another"),
+        ({"report.against": {"analytic": "ctn"}}, "report.against names 'ctn', which is not one of the students"),
+        ({"report.against": {"analytc": "ctm"}}, "report.against names 'analytc', which is not one of the students"),
+        (
+            {
+                "varies": ["preconditioning", "objective"],
+                "students.cm": {"preconditioning": "cm", "objective": "endpoint"},
+                "report.against": {"analytic": "cm"},
+            },
+            "report.against.analytic names 'cm', whose objective is another",
+        ),
         ({"students": {"teacher": {}}, "report": {}}, "students.teacher: that name is taken"),
         ({"students": {"extractor": {}}, "report": {}}, "students.extractor: that name is taken"),
     ],

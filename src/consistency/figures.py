@@ -125,6 +125,34 @@ def preconditioning(ode: GeneralizedODE, forward: bool) -> Figure:
     return figure
 
 
+def own_fits(fits: Mapping[str, Mapping[int, Array]], teacher: Array | None) -> Figure:
+    """l_t, s_t and g(t, eps) minus ctm's against t, a row a student. fits: student -> step -> [3, N] (times, l_t, s_t);
+    teacher: the same of the teacher's fit, if there is one."""
+    titles = ("$l_t$", "$s_t$", r"g(t, $\epsilon$) - (1 - $\epsilon$/t)")
+    with plt.rc_context(_STYLE):
+        figure, axes = plt.subplots(len(fits), 3, figsize=(11, 3.1 * len(fits)), squeeze=False)
+        for row, (run, by_step) in zip(axes, fits.items(), strict=True):
+            colours = plt.get_cmap("viridis")(np.linspace(0, 0.9, len(by_step)))
+            for (step, fit), colour in zip(by_step.items(), colours, strict=True):
+                for axis, values in zip(row, _to_the_end(fit), strict=True):
+                    axis.plot(fit[0], values, color=colour, lw=1.2, label=f"step {step:,}")
+            for axis, values in zip(row, () if teacher is None else _to_the_end(teacher), strict=False):
+                axis.plot(teacher[0], values, color="black", ls=":", label="the teacher's")  # type: ignore[index]
+            for axis, title, ctm in zip(row, titles, (0.0, -1.0, 0.0), strict=True):
+                axis.axhline(ctm, color="#444444", lw=1, ls="--", label="ctm")
+                axis.set(xscale="log", xlabel="time t (noise level)", ylabel=title, title=run)
+            row[0].legend(fontsize=8)
+    return figure
+
+
+def _to_the_end(fit: Array) -> tuple[Array, Array, Array]:
+    """l_t, s_t and g(t, eps) minus ctm's at the times of a fit [3, N]."""
+    times, l, s = (torch.from_numpy(row) for row in fit)
+    end = times.min().expand(len(times))
+    g = GeneralizedODE(times, l, s).backward(times, end)[1]
+    return fit[1], fit[2], (g - (1 - end / times)).numpy()
+
+
 def learning_curves(
     scores: pd.DataFrame, runs: Sequence[str], nfes: Sequence[int], measure: str, extractor: str
 ) -> Figure:

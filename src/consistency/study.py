@@ -459,6 +459,10 @@ class Report(Section):
     baseline: dict[Literal["trajectory", "endpoint", "consistency"], Name] = Field(
         default_factory=dict, description="The student against which each objective's speed-up is measured."
     )
+    against: dict[Name, Name] = Field(
+        default_factory=dict,
+        description="Students measured against another one than their objective's baseline.",
+    )
     grid_nfe: list[Count] = Field([1, 2, 5], min_length=1, description="Numbers of jumps of the sample grids.")
     bootstrap: Count = Field(2000, description="Resamples of the intervals.")
 
@@ -520,6 +524,11 @@ class Study(Section):
         """The students of consistency training."""
         students = {run: self.resolved(run) for run in self.students}
         return {run: student for run, student in students.items() if student.objective == "consistency"}
+
+    @property
+    def carrying(self) -> list[str]:
+        """The students that carry coefficients of their own."""
+        return [run for run in self.students if self.resolved(run).carries_fit]
 
     @property
     def mu_sweep(self) -> dict[str, float]:
@@ -671,6 +680,12 @@ class Study(Section):
                 raise ValueError(f"report.baseline.{objective} names {run!r}, which is not one of the students")
             if self.resolved(run).objective != objective:
                 raise ValueError(f"report.baseline.{objective} names {run!r}, whose objective is another")
+        for run, baseline in self.report.against.items():
+            unknown_runs = [name for name in (run, baseline) if name not in self.students]
+            if unknown_runs:
+                raise ValueError(f"report.against names {unknown_runs[0]!r}, which is not one of the students")
+            if self.resolved(run).objective != self.resolved(baseline).objective:
+                raise ValueError(f"report.against.{run} names {baseline!r}, whose objective is another")
 
     def _check_predictor(self, run: str) -> None:
         """Raises ValueError where the student that another one reads is not there, not alike, or made from it."""

@@ -147,6 +147,7 @@ def test_the_report_has_no_teacher_in_its_pictures(study: Study, layout: Layout)
     names = {path.stem for path in (layout.report / "figures").glob("*.png")}
     assert names == {
         "samples",
+        "own_fits",
         "curves_fd",
         "losses",
         "speedup_fd",

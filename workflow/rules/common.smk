@@ -163,6 +163,13 @@ def every_coupled_student(wildcards) -> list[str]:
     ]
 
 
+def snapshots_that_carry(wildcards) -> list[str]:
+    """The snapshots whose own coefficients the report shows."""
+    study = study_of(wildcards)
+    folder = f"results/{study.name}/students"
+    return [f"{folder}/{run}/seed{study.seeds[0]}/snapshots" for run in study.carrying]
+
+
 def flows_if_measured(wildcards) -> list[str]:
     """The measures of the couplings, for a study that asks for them."""
     names = (

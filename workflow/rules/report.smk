@@ -9,6 +9,7 @@ rule report:
         every_score,
         coefficients_if_needed,
         flows_if_measured,
+        snapshots_that_carry,
     output:
         report(
             "results/{study}/report/report.html",

@@ -1,6 +1,7 @@
 """The figures of a report, with N and seeds in their captions."""
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -14,6 +15,7 @@ from consistency.stages.inputs import made, read_array, read_coefficients, read_
 from consistency.stages.results import Results
 from consistency.study import Flows, Study
 from consistency.theory.generalized_ode import GeneralizedODE
+from consistency.training.checkpoint import read_fit
 from consistency.wording import coarse, what_of
 
 
@@ -45,6 +47,8 @@ def draw_pictures(
     pictures = [_samples_picture(study, layout)]
     if study.needs_coefficients:
         pictures += _coefficient_pictures(study, layout)
+    if study.carrying:
+        pictures.append(_own_fits_picture(study, layout))
     for measure in ("fd", "alignment"):
         nfes = [nfe for nfe in study.scores.curve_nfe if scores[scores.nfe == nfe][measure].notna().any()]
         if not nfes:
@@ -74,6 +78,37 @@ def draw_pictures(
     caption = f"The terms of the training loss, mean over {seeds} and over the steps between two lines of the history."
     pictures.append(Picture.of("losses", "curves", caption, figures.training_losses(histories, runs)))
     return pictures
+
+
+def carried(study: Study, layout: Layout) -> dict[str, dict[int, Path]]:
+    """The snapshots whose coefficients a report shows, of the first seed: student -> step -> file."""
+    found = {}
+    for run in study.carrying:
+        settings = study.resolved(run)
+        steps = range(0, settings.steps + 1, settings.snapshot_every) if settings.fit == "average" else [0]
+        found[run] = {step: layout.snapshot(run, study.seeds[0], step) for step in steps}
+    return found
+
+
+def _own_fits_picture(study: Study, layout: Layout) -> Picture:
+    fits: dict[str, dict[int, np.ndarray]] = {}
+    for run, paths in carried(study, layout).items():
+        kept = fits.setdefault(run, {})
+        for step, path in paths.items():
+            fit = read_fit(made(path, f"student --run {run} --seed {study.seeds[0]}"))
+            if not kept or not np.array_equal(fit, list(kept.values())[-1]):
+                kept[step] = fit
+    teacher = None
+    if study.needs_coefficients:
+        arrays = read_coefficients(layout)
+        teacher = np.stack([arrays[name] for name in ("times", "l", "s")])
+    caption = (
+        "l_t and s_t that students carry themselves, and what follows for g in jumps to the end, by the first snapshot "
+        f"that has them (seed {study.seeds[0]}). Step 0: of the Gaussian with the data's mean and covariance; later: "
+        f"of the student's own average, N = {study.coefficients.samples} noised images at "
+        f"{study.coefficients.times} times."
+    )
+    return Picture.of("own_fits", "coefficients", caption, figures.own_fits(fits, teacher))
 
 
 def _samples_picture(study: Study, layout: Layout) -> Picture:

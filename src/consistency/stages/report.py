@@ -15,7 +15,7 @@ from consistency.layout import Layout, sampler_name
 from consistency.provenance import write_card
 from consistency.stages.flows import FILES
 from consistency.stages.page import write_page
-from consistency.stages.pictures import draw_pictures
+from consistency.stages.pictures import carried, draw_pictures
 from consistency.stages.results import Results, read_cards, read_histories, read_results, records, students_of
 from consistency.study import Study
 from consistency.wording import coarse, plus_minus, ratio, speed, teacher_line
@@ -72,6 +72,7 @@ def _inputs(study: Study, layout: Layout) -> list[Path]:
         *(layout.dataset / name for name in ("images.npy", "dataset.json")),
         *([layout.coefficients / "coefficients.npz"] if study.needs_coefficients else []),
         *(layout.flows / name for name in FILES if study.flows),
+        *(path for paths in carried(study, layout).values() for path in paths.values()),
         layout.samples(None, None) / "heun.npy",
         *(layout.samples(run, study.seeds[0]) / name for run in study.students for name in shown),
         *(layout.student(run, seed) / "history.jsonl" for run, seed in students),

@@ -114,8 +114,9 @@ def _checked(table: pd.DataFrame, study: Study, path: Path, verb: str) -> pd.Dat
 
 
 def baselines(study: Study) -> dict[str, str]:
-    """The student each student's speed-up is measured against, where its objective has one."""
+    """The student that each is measured against, where it or its objective has one."""
     pairs = {run: study.report.baseline.get(study.resolved(run).objective) for run in study.students}
+    pairs |= study.report.against
     return {run: baseline for run, baseline in pairs.items() if baseline is not None}
 
 
