@@ -31,13 +31,17 @@ export DVC_NO_ANALYTICS := 1
 export MLFLOW_DISABLE_TELEMETRY := true
 unexport PYTHONPATH PYTHONHOME VIRTUAL_ENV
 
-.PHONY: help demo reproduce ui pull archive test lint format install lock clean
+.PHONY: help demo demo-gc reproduce ui pull archive test lint format install lock clean
 
 help: ## this list
-	@sed -nE 's/^([a-z]+):.*## (.*)/  make \1\t\2/p' Makefile | expand -t 18
+	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' Makefile | expand -t 18
 
 demo: reproduce ## the digits study end to end: data, teacher, coefficients, students, scores, report
 	@exec python -m consistency summary --study config/studies/digits.yaml
+
+demo-gc: STUDIES := digits-gc
+demo-gc: reproduce ## the second paper on the digits: consistency training along generator-induced flows
+	@exec python -m consistency summary --study config/studies/digits-gc.yaml
 
 # The lock's descriptor is inherited by Snakemake: it is held as long as Snakemake lives, even if make is killed.
 # Snakemake's own directory lock survives a `kill -9`; it is removed only when nothing of that run is still at work.
@@ -68,7 +72,7 @@ reproduce: install
 	  echo "An earlier run was killed; going on where it stopped."
 	  snakemake --unlock --quiet all
 	fi
-	exec snakemake --cores $(CORES) --rerun-incomplete
+	exec snakemake --cores $(CORES) --rerun-incomplete $(addprefix --config studies=,$(STUDIES))
 
 ui: install ## the MLflow page of what was recorded, on 127.0.0.1 (PORT=5000)
 	@store=$${MLFLOW_TRACKING_URI:-sqlite:///mlflow.db}

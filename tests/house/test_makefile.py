@@ -16,7 +16,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 SYSTEM_PATH = "/usr/bin:/bin"
 RUN_STUDY = "snakemake --cores all --rerun-incomplete"
-TARGETS = ["demo", "ui", "pull", "archive", "test", "lint", "format", "install", "lock", "clean", "help"]
+TARGETS = ["demo", "demo-gc", "ui", "pull", "archive", "test", "lint", "format", "install", "lock", "clean", "help"]
 
 
 def script(path: Path, body: str) -> None:
@@ -94,7 +94,7 @@ def wait_for(condition: Callable[[], bool], what: str) -> None:
 @pytest.mark.parametrize("arguments", [(), ("help",)])
 def test_help_lists_the_targets(checkout: Path, arguments: tuple[str, ...]) -> None:
     output = make(checkout, *arguments).stdout
-    assert sorted(re.findall(r"(?m)^  make ([a-z]+)  +\S", output)) == sorted(TARGETS)
+    assert sorted(re.findall(r"(?m)^  make ([a-z-]+)  +\S", output)) == sorted(TARGETS)
 
 
 def test_dry_run_of_demo_shows_its_commands(checkout: Path) -> None:
@@ -117,12 +117,16 @@ def test_dry_run_of_test_shows_its_commands(checkout: Path) -> None:
     assert re.search(r"python -m pytest -n \d .*-k laws", output)
 
 
-def test_demo_runs_the_study_then_the_summary(installed: Path) -> None:
-    done = make(installed, "demo")
+@pytest.mark.parametrize(
+    ("target", "chosen", "study"),
+    [("demo", "", "digits"), ("demo-gc", " --config studies=digits-gc", "digits-gc")],
+)
+def test_demo_runs_the_study_then_the_summary(installed: Path, target: str, chosen: str, study: str) -> None:
+    done = make(installed, target)
     assert done.returncode == 0, done.stderr
     assert calls(installed) == [
-        RUN_STUDY,
-        "python -m consistency summary --study config/studies/digits.yaml",
+        f"{RUN_STUDY}{chosen}",
+        f"python -m consistency summary --study config/studies/{study}.yaml",
     ]
 
 
