@@ -22,6 +22,19 @@ Count = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 Precision = Literal["float32", "bfloat16", "float16"]
 
+
+def _number_or_levels(value: Any) -> str:
+    return "levels" if isinstance(value, list) else "number"
+
+
+# One number for all levels of a U-Net, or a list with one for each, from full resolution down.
+Blocks = Annotated[
+    Annotated[Count, Tag("number")] | Annotated[list[Count], Tag("levels")], Discriminator(_number_or_levels)
+]
+Dropout = Annotated[
+    Annotated[Fraction, Tag("number")] | Annotated[list[Fraction], Tag("levels")], Discriminator(_number_or_levels)
+]
+
 # Which preconditionings read the fitted coefficients, and where each may be used.
 FITTED = ("analytic", "analytic-forward")
 
@@ -95,9 +108,25 @@ class SongUNet(Section):
     variant: Literal["ddpmpp", "ncsnpp"] = Field("ddpmpp", description="DDPM++ (the -vp teachers) or NCSN++ (-ve).")
     model_channels: Count = Field(128, description="Channels at full resolution before the multiplier.")
     channel_mult: list[Count] = Field([2, 2, 2], min_length=1, description="Channel multiplier of each level.")
-    num_blocks: Count = Field(4, description="Residual blocks a level.")
-    attn_resolutions: list[Count] = Field([16], description="Resolutions with self-attention, pixels.")
-    dropout: Fraction = Field(0.13, description="Dropout probability.")
+    num_blocks: Blocks = Field(4, description="Residual blocks a level; a list: one number for each level.")
+    attn_resolutions: list[Count] = Field(
+        [16], description="Resolutions with self-attention, pixels; the decoder's first block always has it."
+    )
+    dropout: Dropout = Field(0.13, description="Dropout probability; a list: one for each level.")
+
+    @model_validator(mode="after")
+    def _possible(self) -> Self:
+        for key in ("num_blocks", "dropout"):
+            self.require_levels(f"teacher.network.{key}", getattr(self, key))
+        return self
+
+    def require_levels(self, key: str, value: float | list[int] | list[float]) -> None:
+        """Raises ValueError, which names the key, for a list that is not as long as channel_mult."""
+        if isinstance(value, list) and len(value) != len(self.channel_mult):
+            raise ValueError(
+                f"{key} lists {len(value)} levels, teacher.network.channel_mult has {len(self.channel_mult)}: give "
+                "one number for each level, or one number for all"
+            )
 
 
 class MLP(Section):
@@ -111,7 +140,7 @@ class MLP(Section):
 
 
 # What pydantic adds to a location besides keys: the member of a union, and that it is the key which is wrong.
-_UNION_MEMBER = re.compile(r"^(constrained-\w+|literal\[.*\]|\[key\]|average)$")
+_UNION_MEMBER = re.compile(r"^(constrained-\w+|literal\[.*\]|\[key\]|average|number|levels)$")
 
 
 class Teacher(Section):
@@ -271,7 +300,7 @@ class Student(Section):
     precision: Precision = Field(
         "float32", description="Arithmetic of the networks in training; preconditioning and losses stay in float32."
     )
-    dropout: Fraction = Field(0.0, description="Dropout of the student's network.")
+    dropout: Dropout = Field(0.0, description="Dropout of the student's network; a list: one for each level.")
     snapshot_every: Count = Field(description="Steps between snapshots of the EMA, the points of the learning curves.")
     log_every: Count = Field(50, description="Steps a line of history.jsonl; the state is saved at these steps.")
 
@@ -615,6 +644,7 @@ class Study(Section):
         if not self.taught:
             self._check_without_teacher()
         for run in self.students:
+            self._check_dropout(run)
             self._check_predictor(run)
         if len({self.resolved(run).snapshot_every for run in self.students}) > 1:
             raise ValueError("students must share snapshot_every, or their learning curves cannot be compared")
@@ -623,6 +653,18 @@ class Study(Section):
                 raise ValueError(f"report.baseline.{objective} names {run!r}, which is not one of the students")
             if self.resolved(run).objective != objective:
                 raise ValueError(f"report.baseline.{objective} names {run!r}, whose objective is another")
+
+    def _check_dropout(self, run: str) -> None:
+        """Raises ValueError for a dropout by level where the study does not say which levels there are."""
+        dropout = self.resolved(run).dropout
+        network = None if isinstance(self.teacher, OfficialTeacher) else self.teacher.network
+        if isinstance(network, SongUNet):
+            network.require_levels(f"students.{run}: dropout", dropout)
+        elif isinstance(dropout, list):
+            raise ValueError(
+                f"students.{run}: dropout lists levels, which only a teacher.network of kind songunet has: give one "
+                "number"
+            )
 
     def _check_predictor(self, run: str) -> None:
         """Raises ValueError where the student that another one reads is not there, not alike, or made from it."""
