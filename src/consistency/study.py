@@ -48,19 +48,22 @@ class Section(BaseModel):
 class Dataset(Section):
     """Where the images come from, and the shape they are brought to."""
 
-    kind: Literal["digits", "image_folder", "cifar10", "ffhq", "imagenet", "edm_zip"] = Field(
+    kind: Literal["digits", "image_folder", "cifar10", "ffhq", "imagenet", "celeba", "edm_zip"] = Field(
         description="`digits`: the 1,797 UCI 8x8 images that come with scikit-learn; "
         "`image_folder`: a tree `<path>/<split>/<class>/*.{png,jpg}`; "
         "`cifar10`: its archive, downloaded, or `path` (the archive or the folder cifar-10-batches-py); "
         "`ffhq`: the official aligned images, a folder or a zip; "
         "`imagenet`: the ILSVRC2012 training set, its tree or its tar; "
+        "`celeba`: img_align_celeba, a folder or a zip, and list_eval_partition.txt in or beside it; "
         "`edm_zip`: the zip of PNGs with dataset.json that EDM's dataset tool writes."
     )
     path: str | None = Field(
         None, description="Where the images are: a folder, zip or tar; relative paths start at the project's root."
     )
     split: Name = Field(
-        "train", description="Which part to read: of an image folder any, of cifar10 `train` or `test`."
+        "train",
+        description="Which part to read: of an image folder any, of cifar10 `train` or `test`, of celeba `train`, "
+        "`valid` or `test`.",
     )
     resolution: Count = Field(
         description="Side of the square images, pixels. Others are cropped (not FFHQ's, which are square) and resized."
@@ -81,6 +84,8 @@ class Dataset(Section):
             raise ValueError("cifar10 has 32x32 colour images: set dataset.resolution to 32 and dataset.channels to 3")
         if self.kind == "cifar10" and self.split not in ("train", "test"):
             raise ValueError(f"cifar10 has the splits train and test, not {self.split!r}: change dataset.split")
+        if self.kind == "celeba" and self.split not in ("train", "valid", "test"):
+            raise ValueError(f"celeba has the splits train, valid and test, not {self.split!r}: change dataset.split")
         return self
 
 
