@@ -139,6 +139,25 @@ def imagenet_tar(path: Path, files: dict[str, bytes]) -> Path:
     return path
 
 
+# --- CelebA
+
+#: images of the miniature's train, valid and test
+CELEBA_SPLITS = {"train": 5, "valid": 2, "test": 3}
+
+
+def celeba_files(folder: str = "img_align_celeba/") -> dict[str, bytes]:
+    """img_align_celeba/000001.jpg, ..., of the originals' 178x218 pixels; splits alternate, unlike the original's."""
+    count = sum(CELEBA_SPLITS.values())
+    return {f"{folder}{k:06d}.jpg": encoded(pixels(218, 178, seed=k), "JPEG") for k in range(1, count + 1)}
+
+
+def celeba_partition() -> dict[str, bytes]:
+    """list_eval_partition.txt of those files: 000001.jpg 0, ...; images 2, 4 are valid, 6, 8, 10 test."""
+    numbers = [1 if k in (2, 4) else 2 if k in (6, 8, 10) else 0 for k in range(1, 11)]
+    lines = [f"{k:06d}.jpg {number}" for k, number in enumerate(numbers, 1)]
+    return {"list_eval_partition.txt": "\n".join([*lines, ""]).encode()}
+
+
 # --- EDM's zip
 
 

@@ -154,6 +154,54 @@ def test_a_missing_key_is_named(write_study: WriteStudy, absent: object, key: st
     assert message in mistake(write_study({key: absent}))
 
 
+# --- a number for each level
+
+
+UNET = {"kind": "songunet", "model_channels": 16, "channel_mult": [1, 2], "num_blocks": 1, "attn_resolutions": []}
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        (
+            "teacher.network.num_blocks",
+            [1, 2, 3],
+            "teacher.network.num_blocks lists 3 levels, teacher.network.channel_mult has 2: give one number for each",
+        ),
+        ("teacher.network.dropout", [0.1], "teacher.network.dropout lists 1 levels, teacher.network.channel_mult has"),
+        ("teacher.network.num_blocks", [], "teacher.network.num_blocks lists 0 levels"),
+        ("teacher.network.num_blocks", [1, 0], "key 'teacher.network.num_blocks.1': input should be greater than or"),
+        ("teacher.network.num_blocks", 1.5, "key 'teacher.network.num_blocks': input should be a valid integer"),
+        ("teacher.network.dropout", [0.1, 1.0], "key 'teacher.network.dropout.1': input should be less than 1"),
+        ("teacher.network.dropout", "0.1", "key 'teacher.network.dropout': input should be a valid number"),
+        ("student.dropout", [0.1], "students.ctm: dropout lists 1 levels, teacher.network.channel_mult has 2"),
+        ("student.dropout", [0.1, -0.1], "key 'student.dropout.1': input should be greater than or equal to 0"),
+    ],
+)
+def test_a_wrong_list_by_level_is_named(write_study: WriteStudy, key: str, value: Any, message: str) -> None:
+    assert message in mistake(write_study({"teacher.network": UNET, key: value}))
+
+
+def test_levels_are_those_of_a_described_songunet(write_study: WriteStudy) -> None:
+    lists = {"teacher.network": UNET | {"num_blocks": [1, 2]}, "student.dropout": [0.0, 0.2]}
+    study = load_study(write_study(lists))
+    assert study.resolved("ctm").dropout == [0.0, 0.2]
+    refused = "students.ctm: dropout lists levels, which only a teacher.network of kind songunet has: give one number"
+    assert refused in mistake(write_study({"student.dropout": [0.0, 0.2]}))
+    official = {"kind": "edm", "checkpoint": "edm-cifar10-32x32-uncond-vp.pkl"}
+    assert refused in mistake(
+        write_study({"student.dropout": [0.0, 0.2, 0.2], "teacher": official, "noise.sigma_data": 0.5})
+    )
+
+
+def test_one_number_for_all_levels_is_dumped_as_ever(tiny: Tiny) -> None:
+    """Or every result of older code would be made again."""
+    study = tiny({"teacher.network": UNET | {"dropout": 0}, "student.dropout": 0})
+    network = study.settings("teacher")["teacher"]["network"]
+    assert repr((network["num_blocks"], network["dropout"])) == "(1, 0.0)"
+    assert repr(study.settings("student", "ctm")["student"]["dropout"]) == "0.0"
+
+
 # --- combinations that cannot be
 
 
@@ -163,6 +211,11 @@ def test_a_missing_key_is_named(write_study: WriteStudy, absent: object, key: st
         ({"dataset.resolution": 16}, "set dataset.resolution to 8"),
         ({"dataset.path": "data"}, "dataset.path is for other kinds"),
         ({"dataset.kind": "image_folder"}, "dataset.path is missing"),
+        ({"dataset.kind": "celeba"}, "dataset.path is missing: celeba needs to know where the images are"),
+        (
+            {"dataset.kind": "celeba", "dataset.path": "data", "dataset.split": "val"},
+            "celeba has the splits train, valid and test, not 'val': change dataset.split",
+        ),
         ({"noise.sigma_max": 0.001}, "noise.sigma_min must be smaller than noise.sigma_max"),
         (
             {"dataset": {"kind": "image_folder", "path": "data", "resolution": 64, "channels": 3}},

@@ -172,8 +172,9 @@ _VERBS: dict[str, tuple[Callable[[Arguments], None], bool, str]] = {
 
 # The exit code of a verb whose time was over and whose state is saved.
 _OUT_OF_TIME = 128 + signal.SIGALRM
-# The verbs whose work several processes can share.
+# The verbs whose work several processes can share, and those that save what they have done and can go on later.
 _SHARED = ("teacher", "student", "samples")
+_RESUMED = (*_SHARED, "flows")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -204,6 +205,7 @@ def _parser() -> argparse.ArgumentParser:
             verb.add_argument("--processes", type=int, default=1, help="by torchrun, a GPU each; 0 and 1: none")
             verb.add_argument("--nodes", type=int, default=1, help="of the Slurm job, to share the processes evenly")
             verb.add_argument("--gres", default="", help="gpu:4 or gpu:a100:4: the processes of each node, instead")
+        if name in _RESUMED:
             verb.add_argument(
                 "--job-minutes",
                 type=float,

@@ -22,6 +22,19 @@ Count = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 Precision = Literal["float32", "bfloat16", "float16"]
 
+
+def _number_or_levels(value: Any) -> str:
+    return "levels" if isinstance(value, list) else "number"
+
+
+# One number for all levels of a U-Net, or a list with one for each, from full resolution down.
+Blocks = Annotated[
+    Annotated[Count, Tag("number")] | Annotated[list[Count], Tag("levels")], Discriminator(_number_or_levels)
+]
+Dropout = Annotated[
+    Annotated[Fraction, Tag("number")] | Annotated[list[Fraction], Tag("levels")], Discriminator(_number_or_levels)
+]
+
 # Which preconditionings read the fitted coefficients, and where each may be used.
 FITTED = ("analytic", "analytic-forward")
 
@@ -35,19 +48,22 @@ class Section(BaseModel):
 class Dataset(Section):
     """Where the images come from, and the shape they are brought to."""
 
-    kind: Literal["digits", "image_folder", "cifar10", "ffhq", "imagenet", "edm_zip"] = Field(
+    kind: Literal["digits", "image_folder", "cifar10", "ffhq", "imagenet", "celeba", "edm_zip"] = Field(
         description="`digits`: the 1,797 UCI 8x8 images that come with scikit-learn; "
         "`image_folder`: a tree `<path>/<split>/<class>/*.{png,jpg}`; "
         "`cifar10`: its archive, downloaded, or `path` (the archive or the folder cifar-10-batches-py); "
         "`ffhq`: the official aligned images, a folder or a zip; "
         "`imagenet`: the ILSVRC2012 training set, its tree or its tar; "
+        "`celeba`: img_align_celeba, a folder or a zip, and list_eval_partition.txt in or beside it; "
         "`edm_zip`: the zip of PNGs with dataset.json that EDM's dataset tool writes."
     )
     path: str | None = Field(
         None, description="Where the images are: a folder, zip or tar; relative paths start at the project's root."
     )
     split: Name = Field(
-        "train", description="Which part to read: of an image folder any, of cifar10 `train` or `test`."
+        "train",
+        description="Which part to read: of an image folder any, of cifar10 `train` or `test`, of celeba `train`, "
+        "`valid` or `test`.",
     )
     resolution: Count = Field(
         description="Side of the square images, pixels. Others are cropped (not FFHQ's, which are square) and resized."
@@ -68,6 +84,8 @@ class Dataset(Section):
             raise ValueError("cifar10 has 32x32 colour images: set dataset.resolution to 32 and dataset.channels to 3")
         if self.kind == "cifar10" and self.split not in ("train", "test"):
             raise ValueError(f"cifar10 has the splits train and test, not {self.split!r}: change dataset.split")
+        if self.kind == "celeba" and self.split not in ("train", "valid", "test"):
+            raise ValueError(f"celeba has the splits train, valid and test, not {self.split!r}: change dataset.split")
         return self
 
 
@@ -95,9 +113,25 @@ class SongUNet(Section):
     variant: Literal["ddpmpp", "ncsnpp"] = Field("ddpmpp", description="DDPM++ (the -vp teachers) or NCSN++ (-ve).")
     model_channels: Count = Field(128, description="Channels at full resolution before the multiplier.")
     channel_mult: list[Count] = Field([2, 2, 2], min_length=1, description="Channel multiplier of each level.")
-    num_blocks: Count = Field(4, description="Residual blocks a level.")
-    attn_resolutions: list[Count] = Field([16], description="Resolutions with self-attention, pixels.")
-    dropout: Fraction = Field(0.13, description="Dropout probability.")
+    num_blocks: Blocks = Field(4, description="Residual blocks a level; a list: one number for each level.")
+    attn_resolutions: list[Count] = Field(
+        [16], description="Resolutions with self-attention, pixels; the decoder's first block always has it."
+    )
+    dropout: Dropout = Field(0.13, description="Dropout probability; a list: one for each level.")
+
+    @model_validator(mode="after")
+    def _possible(self) -> Self:
+        for key in ("num_blocks", "dropout"):
+            self.require_levels(f"teacher.network.{key}", getattr(self, key))
+        return self
+
+    def require_levels(self, key: str, value: float | list[int] | list[float]) -> None:
+        """Raises ValueError, which names the key, for a list that is not as long as channel_mult."""
+        if isinstance(value, list) and len(value) != len(self.channel_mult):
+            raise ValueError(
+                f"{key} lists {len(value)} levels, teacher.network.channel_mult has {len(self.channel_mult)}: give "
+                "one number for each level, or one number for all"
+            )
 
 
 class MLP(Section):
@@ -111,7 +145,7 @@ class MLP(Section):
 
 
 # What pydantic adds to a location besides keys: the member of a union, and that it is the key which is wrong.
-_UNION_MEMBER = re.compile(r"^(constrained-\w+|literal\[.*\]|\[key\]|average)$")
+_UNION_MEMBER = re.compile(r"^(constrained-\w+|literal\[.*\]|\[key\]|average|number|levels)$")
 
 
 class Teacher(Section):
@@ -280,7 +314,7 @@ class Student(Section):
     precision: Precision = Field(
         "float32", description="Arithmetic of the networks in training; preconditioning and losses stay in float32."
     )
-    dropout: Fraction = Field(0.0, description="Dropout of the student's network.")
+    dropout: Dropout = Field(0.0, description="Dropout of the student's network; a list: one for each level.")
     snapshot_every: Count = Field(description="Steps between snapshots of the EMA, the points of the learning curves.")
     log_every: Count = Field(50, description="Steps a line of history.jsonl; the state is saved at these steps.")
 
@@ -672,6 +706,7 @@ class Study(Section):
         if not self.taught:
             self._check_without_teacher()
         for run in self.students:
+            self._check_dropout(run)
             self._check_predictor(run)
         if len({self.resolved(run).snapshot_every for run in self.students}) > 1:
             raise ValueError("students must share snapshot_every, or their learning curves cannot be compared")
@@ -686,6 +721,18 @@ class Study(Section):
                 raise ValueError(f"report.against names {unknown_runs[0]!r}, which is not one of the students")
             if self.resolved(run).objective != self.resolved(baseline).objective:
                 raise ValueError(f"report.against.{run} names {baseline!r}, whose objective is another")
+
+    def _check_dropout(self, run: str) -> None:
+        """Raises ValueError for a dropout by level where the study does not say which levels there are."""
+        dropout = self.resolved(run).dropout
+        network = None if isinstance(self.teacher, OfficialTeacher) else self.teacher.network
+        if isinstance(network, SongUNet):
+            network.require_levels(f"students.{run}: dropout", dropout)
+        elif isinstance(dropout, list):
+            raise ValueError(
+                f"students.{run}: dropout lists levels, which only a teacher.network of kind songunet has: give one "
+                "number"
+            )
 
     def _check_predictor(self, run: str) -> None:
         """Raises ValueError where the student that another one reads is not there, not alike, or made from it."""

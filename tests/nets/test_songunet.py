@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from tests.nets.official import OFFICIAL, count, golden, translate
 
-from consistency.nets.denoiser import build_denoiser
+from consistency.nets.denoiser import build_denoiser, init_denoiser, student_from_teacher
+from consistency.nets.layers import UNetBlock
 from consistency.nets.songunet import SongUNet
+from consistency.training.checkpoint import load_denoiser, save_denoiser
 
 CIFAR_VE: dict[str, Any] = {
     "img_resolution": 32,
@@ -120,6 +123,89 @@ def test_augment_labels_change_the_output() -> None:
 def test_unknown_type_is_an_error(wrong: str) -> None:
     with pytest.raises(ValueError, match=f"unknown {wrong} 'resnet'.*standard|positional"):
         SongUNet(8, 1, 1, **{wrong: "resnet"})  # type: ignore[arg-type]
+
+
+def blocks_of(net: SongUNet, part: str, size: int) -> list[str]:
+    """The plain blocks of a resolution, in the order in which they are passed."""
+    return [name for name in getattr(net, part) if name.startswith(f"{size}x{size}_block")]
+
+
+def test_each_level_has_the_blocks_that_a_list_says() -> None:
+    """GC's CelebA-64 network: 3, 3, 4, 5 blocks; the decoder has one more a level; only in0 attends."""
+    with torch.device("meta"):
+        net = SongUNet(64, 3, 3, channel_mult=[1, 2, 2, 2], num_blocks=[3, 3, 4, 5], attn_resolutions=[])
+    for size, number in zip([64, 32, 16, 8], [3, 3, 4, 5], strict=True):
+        assert blocks_of(net, "enc", size) == [f"{size}x{size}_block{k}" for k in range(number)]
+        assert blocks_of(net, "dec", size) == [f"{size}x{size}_block{k}" for k in range(number + 1)]
+    blocks = [*net.enc.items(), *net.dec.items()]
+    assert [name for name, block in blocks if isinstance(block, UNetBlock) and block.num_heads] == ["8x8_in0"]
+
+
+def test_a_block_more_at_one_level_is_its_parameters_more() -> None:
+    """On the lowest level of [1, 2]: one block of 32 channels in the encoder, one of 64 to 32 in the decoder."""
+    options: dict[str, Any] = {"model_channels": 16, "channel_mult": [1, 2], "attn_resolutions": [], "dropout": 0.0}
+    one, more = SongUNet(8, 1, 1, num_blocks=[1, 1], **options), SongUNet(8, 1, 1, num_blocks=[1, 2], **options)
+
+    def block(channels_in: int, channels: int) -> int:
+        norms = 2 * channels_in + 2 * channels
+        convolutions = (9 * channels_in + 1) * channels + (9 * channels + 1) * channels
+        skip = (channels_in + 1) * channels if channels_in != channels else 0
+        return norms + convolutions + skip + (4 * 16 + 1) * channels
+
+    # The skip connection that the new block makes widens nothing else: the next block had one of 32 channels too.
+    assert count(more) - count(one) == block(32, 32) + block(64, 32)
+    assert one.state_dict().keys() < more.state_dict().keys()
+
+
+def test_a_list_of_equal_numbers_is_the_number() -> None:
+    options: dict[str, Any] = {"network": "songunet", "img_resolution": 8, "img_channels": 1, "model_channels": 16}
+    options |= {"channel_mult": [1, 2], "attn_resolutions": [4]}
+    plain = init_denoiser({**options, "num_blocks": 2, "dropout": 0.1}, 3)
+    listed = init_denoiser({**options, "num_blocks": [2, 2], "dropout": [0.1, 0.1]}, 3)
+    assert list(plain.state_dict()) == list(listed.state_dict())
+    x, t = torch.randn(2, 1, 8, 8), torch.tensor([0.1, 2.0])
+    with torch.random.fork_rng():
+        first = plain(x, t)
+    assert torch.equal(listed(x, t), first)
+
+
+def test_dropout_is_that_of_the_level() -> None:
+    net = SongUNet(16, 1, 1, model_channels=16, channel_mult=[1, 1, 2], num_blocks=1, dropout=[0.0, 0.1, 0.2])
+    found = {(block.dropout, name.split("x")[0]) for name, block in [*net.enc.items(), *net.dec.items()]
+             if isinstance(block, UNetBlock)}  # fmt: skip
+    assert found == {(0.0, "16"), (0.1, "8"), (0.2, "4")}
+
+
+def test_a_network_of_lists_trains_and_comes_back_from_its_file(tmp_path: Path) -> None:
+    lists = {"channel_mult": [1, 2, 2], "num_blocks": [1, 2, 3], "dropout": [0.0, 0.1, 0.2], "attn_resolutions": []}
+    options = {"network": "songunet", "img_resolution": 8, "img_channels": 1, "model_channels": 16}
+    net = init_denoiser({**options, **lists}, 0).train()
+    optimizer = torch.optim.SGD(net.parameters(), lr=1e-3)
+    (net(torch.randn(2, 1, 8, 8), 0.5) - 1).square().sum().backward()
+    gradients = {name: weight.grad for name, weight in net.named_parameters()}
+    assert [name for name, gradient in gradients.items() if gradient is None or not gradient.any()] == []
+    optimizer.step()
+    save_denoiser(tmp_path / "net.safetensors", net, {})
+    again, _ = load_denoiser(tmp_path / "net.safetensors")
+    assert {key: again.architecture[key] for key in lists} == lists
+    x = torch.randn(2, 1, 8, 8)
+    assert torch.equal(again.eval()(x, 0.3), net.eval()(x, 0.3))
+
+
+def test_a_student_takes_its_teachers_blocks_and_a_dropout_of_its_own() -> None:
+    options = {"network": "songunet", "img_resolution": 8, "img_channels": 1, "model_channels": 16, "dropout": 0.0}
+    teacher = init_denoiser({**options, "channel_mult": [1, 2], "num_blocks": [1, 2]}, 0).eval()
+    student = student_from_teacher(teacher, dropout=[0.0, 0.4]).eval()
+    assert student.architecture["num_blocks"] == [1, 2]
+    assert student.architecture["dropout"] == [0.0, 0.4]
+    x = torch.randn(2, 1, 8, 8)
+    assert torch.equal(student(x, 0.7, 0.2), teacher(x, 0.7))
+
+
+@pytest.mark.parametrize(("key", "value"), [("num_blocks", [1, 2]), ("dropout", [0.1, 0.1, 0.1, 0.1])])
+def test_a_list_that_is_not_as_long_as_the_levels_is_an_error(key: str, value: list[Any]) -> None:
+    with pytest.raises(ValueError, match=f"{key} lists {len(value)} levels and channel_mult 3"):
+        SongUNet(8, 1, 1, model_channels=16, channel_mult=[1, 1, 1], **{key: value})
 
 
 def test_resolution_that_cannot_be_halved_is_an_error() -> None:

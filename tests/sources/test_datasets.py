@@ -20,9 +20,12 @@ import numpy as np
 import pytest
 from PIL import Image
 from tests.image_sources import (
+    CELEBA_SPLITS,
     CIFAR10_CLASSES,
     SYNSETS,
     add,
+    celeba_files,
+    celeba_partition,
     cifar10_archive,
     cifar10_content,
     cifar10_files,
@@ -35,9 +38,11 @@ from tests.image_sources import (
     write_folder,
     write_zip,
 )
+from torchvision.transforms import CenterCrop, Compose, InterpolationMode, Resize
 
 from consistency import resources
 from consistency.errors import UserError
+from consistency.sources import datasets
 from consistency.sources.datasets import Source, open_source
 from consistency.study import Dataset
 
@@ -442,6 +447,122 @@ def test_a_16_bit_colour_png_is_refused_rather_than_halved(tmp_path: Path) -> No
     png = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
     files = edm_files(noise(3), None) | {"00000/img00000001.png": png}
     assert "has more than 8 bits a channel" in mistake("edm_zip", write_zip(tmp_path / "edm.zip", files))
+
+
+# --- CelebA
+
+
+@pytest.fixture
+def celeba(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """img_align_celeba and its partition, of a CelebA with ten images."""
+    monkeypatch.setattr(datasets, "_CELEBA_SPLITS", CELEBA_SPLITS)
+    write_folder(tmp_path / "celeba", celeba_files() | celeba_partition())
+    return tmp_path / "celeba/img_align_celeba"
+
+
+def shrunk(number: int, size: int) -> np.ndarray:
+    """What GC's code does to an image of CelebA: torchvision's Resize (Lanczos) and CenterCrop."""
+    transform = Compose([Resize(size, interpolation=InterpolationMode.LANCZOS), CenterCrop(size)])
+    with Image.open(io.BytesIO(celeba_files()[f"img_align_celeba/{number:06d}.jpg"])) as picture:
+        return np.array(transform(picture))
+
+
+@pytest.mark.parametrize("size", [64, 32, 17])
+def test_celeba_is_resized_and_then_cropped_as_gc_does(celeba: Path, size: int) -> None:
+    opened = source("celeba", celeba, size)
+    assert np.array_equal(images(opened), np.stack([shrunk(number, size) for number in (1, 3, 5, 7, 9)]))
+    assert opened.labels.tolist() == [0] * 5
+    assert opened.classes == ["celeba"]
+
+
+def test_celebas_order_is_not_the_crop_before_the_resize(celeba: Path) -> None:
+    """What GC does is near, and is not, what is done to the other datasets."""
+    other = lanczos(celeba_files()["img_align_celeba/000001.jpg"], 64).astype(float)
+    difference = np.abs(source("celeba", celeba, 64).read(0) - other)
+    assert 0 < difference.mean() < 4
+
+
+@pytest.mark.parametrize(("split", "numbers"), [("valid", [2, 4]), ("test", [6, 8, 10])])
+def test_a_split_of_celeba_is_the_partitions(celeba: Path, split: str, numbers: list[int]) -> None:
+    found = images(source("celeba", celeba, 16, split=split))
+    assert np.array_equal(found, np.stack([shrunk(number, 16) for number in numbers]))
+
+
+def test_a_limit_takes_the_first_images_of_celeba(celeba: Path) -> None:
+    everything, some = source("celeba", celeba), source("celeba", celeba, limit=2)
+    assert np.array_equal(images(some), images(everything)[:2])
+    assert some.identity != everything.identity != source("celeba", celeba, split="test").identity
+
+
+@pytest.mark.parametrize("method", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
+def test_the_zip_of_celeba_gives_the_same_as_the_folder(celeba: Path, method: int) -> None:
+    files = celeba_files() | {"__MACOSX/img_align_celeba/._000001.jpg": b"not an image"}
+    path = write_zip(celeba.with_suffix(".zip"), {name: files[name] for name in reversed(files)}, method)
+    assert np.array_equal(images(source("celeba", path)), images(source("celeba", celeba)))
+
+
+def test_celebas_partition_may_lie_where_the_original_has_it(celeba: Path) -> None:
+    """In the folder above (torchvision), with the images, or as Img/ and Eval/."""
+    expected, partition = images(source("celeba", celeba)), celeba.parent / "list_eval_partition.txt"
+    assert np.array_equal(images(source("celeba", celeba.parent)), expected)
+    write_folder(celeba.parent / "original/Eval", celeba_partition())
+    path = write_zip(celeba.parent / "original/Img/img_align_celeba.zip", celeba_files())
+    partition.rename(celeba / partition.name)
+    assert np.array_equal(images(source("celeba", celeba)), expected)
+    assert np.array_equal(images(source("celeba", path)), expected)
+
+
+def test_a_missing_partition_of_celeba_says_where_to_put_it(celeba: Path) -> None:
+    (celeba.parent / "list_eval_partition.txt").unlink()
+    message = mistake("celeba", celeba)
+    assert f"list_eval_partition.txt, which says what CelebA's splits are, is not in {celeba.parent}" in message
+
+
+def test_missing_images_of_celeba_are_counted_and_the_first_is_named(celeba: Path) -> None:
+    for number in (2, 5, 7):
+        (celeba / f"{number:06d}.jpg").unlink()
+    message = mistake("celeba", celeba)
+    assert f"{celeba} lacks 2 of the 5 images that" in message and "000005.jpg the first" in message
+    assert "lacks 1 of the 2 images" in mistake("celeba", celeba, split="valid")
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (
+            lambda text: text.replace(b"000009.jpg 0\n", b""),
+            "lists 4 different images for train in 4 lines, CelebA has 5",
+        ),
+        (lambda text: text + b"000011.jpg 0\n", "lists 6 different images for train in 6 lines, CelebA has 5"),
+        (
+            lambda text: text.replace(b"000009.jpg 0", b"000007.jpg 0"),
+            "lists 4 different images for train in 5 lines, CelebA has 5",
+        ),
+        (lambda text: b"image_id,partition\n" + text, "line 1 of {} is not of the form `000001.jpg 0`"),
+        (lambda text: text.replace(b"000009.jpg 0", b"000009.jpg 3"), "line 9 of {} is not of the form"),
+        (lambda text: b"", "lists 0 different images for train"),
+    ],
+)
+def test_a_partition_of_another_count_or_form_is_refused(
+    celeba: Path, change: Callable[[bytes], bytes], words: str
+) -> None:
+    partition = celeba.parent / "list_eval_partition.txt"
+    partition.write_bytes(change(partition.read_bytes()))
+    message = mistake("celeba", celeba)
+    assert str(partition) in message and words.format(partition) in message
+
+
+def test_the_splits_of_the_real_celeba_are_all_its_images() -> None:
+    assert sum(datasets._CELEBA_SPLITS.values()) == 202_599
+
+
+def test_a_celeba_of_other_images_is_named(celeba: Path) -> None:
+    (celeba / "000003.jpg").write_bytes(encoded(pixels(218, 218), "JPEG"))
+    assert f"{celeba}/000003.jpg has 218x218 pixels, and CelebA's aligned images 178x218" in mistake("celeba", celeba)
+    write_folder(celeba.parent / "again", celeba_files(""))
+    assert f"{celeba.parent} has two images 000001.jpg" in mistake("celeba", celeba.parent)
+    message = mistake("celeba", celeba.parent / "nowhere")
+    assert "there is no" in message and "CelebA's img_align_celeba" in message
 
 
 # --- zips

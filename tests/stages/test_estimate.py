@@ -59,6 +59,35 @@ def test_the_fit_is_a_small_part_of_a_full_size_training(capsys: pytest.CaptureF
         assert "total" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("name", "parameters", "images"),
+    [
+        ("cifar10-gc", 34_711_811, 50_000),
+        ("imagenet32-gc", 39_479_683, 1_281_167),
+        ("celeba64-gc", 59_582_723, 162_770),
+    ],
+)
+def test_the_second_papers_studies_are_counted_without_data(
+    name: str, parameters: int, images: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Students are the described network, without a second time; no teacher draws anything, none is fitted."""
+    study = load_study(f"config/studies/{name}.yaml")
+    found = estimate(study, Layout(name))
+    assert found.disk["teacher"] == 4 * parameters
+    assert found.disk["dataset"] == images * study.dataset.resolution**2 * 3
+    assert [found.disk[stage] for stage in ("teacher's samples", "calibration")] == [0, 0]
+    assert [found.operations(stage) for stage in ("teacher", "teacher's samples", "calibration")] == [0, 0, 0]
+    assert found.operations("flows") < 0.05 * found.operations("students")
+    print_estimate(study, Layout(name), 30.0)
+    assert "coefficient fit" not in capsys.readouterr().out
+
+
+def test_a_student_that_starts_from_its_teacher_has_a_second_time() -> None:
+    """REFERENCE B1: CTM's student, 60,395,267 parameters."""
+    name = "cifar10-ect"
+    assert estimate(load_study(f"config/studies/{name}.yaml"), Layout(name)).disk["teacher"] == 4 * 60_395_267
+
+
 def test_a_study_with_its_data_at_hand_is_counted_with_it(tiny: Tiny, first_results: Layout) -> None:
     found = estimate(tiny(), first_results)
     assert found.disk["dataset"] == 200 * 64

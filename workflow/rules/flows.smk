@@ -1,3 +1,4 @@
+# The denoisers of the couplings are trained here, and go on from state/ where a job ended before them.
 rule flows:
     input:
         "results/{study}/dataset/images.npy",
@@ -20,11 +21,11 @@ rule flows:
     threads: 1
     resources:
         mem_mb=16000,
-        runtime=240,
+        runtime=1440,
         gpu=0,
     params:
         key=key("flows"),
         code=code("flows"),
     shell:
         "python -m consistency flows --study config/studies/{wildcards.study}.yaml --threads {threads}"
-        " 2>&1 | tee -i {log}"
+        " --job-minutes {resources.runtime} 2>&1 | tee -i {log}"

@@ -66,11 +66,11 @@ class DhariwalUNet(nn.Module):
         emb_channels = model_channels * channel_mult_emb
         self._build_mapping(model_channels, emb_channels)
 
-        block = partial(UNetBlock, emb_channels=emb_channels, dropout=dropout, init=_INIT, second_time=second_time)
-        levels = _levels(img_resolution, model_channels, channel_mult, attn_resolutions)
+        block = partial(UNetBlock, emb_channels=emb_channels, init=_INIT, second_time=second_time)
+        levels = _levels(img_resolution, model_channels, channel_mult, attn_resolutions, num_blocks, dropout)
         first = levels[0].width
-        self.enc = encoder(levels, block, partial(Conv2d, init=_INIT), in_channels, first, num_blocks)
-        self.dec = _decoder(levels, block, skip_widths(self.enc), num_blocks)
+        self.enc = encoder(levels, block, partial(Conv2d, init=_INIT), in_channels, first)
+        self.dec = _decoder(levels, partial(block, dropout=dropout), skip_widths(self.enc))
         self.out_norm = GroupNorm(first)
         self.out_conv = Conv2d(first, out_channels, 3, init=ZERO_INIT)
 
@@ -126,19 +126,22 @@ class DhariwalUNet(nn.Module):
 
 
 def _levels(
-    img_resolution: int, model_channels: int, channel_mult: Sequence[int], attn_resolutions: Sequence[int]
+    img_resolution: int,
+    model_channels: int,
+    channel_mult: Sequence[int],
+    attn_resolutions: Sequence[int],
+    num_blocks: int,
+    dropout: float,
 ) -> list[Level]:
     sizes = [img_resolution >> level for level in range(len(channel_mult))]
     widths = [model_channels * mult for mult in channel_mult]
     return [
-        Level(size, width, width // _CHANNELS_PER_HEAD if size in attn_resolutions else 0)
+        Level(size, width, width // _CHANNELS_PER_HEAD if size in attn_resolutions else 0, num_blocks, dropout)
         for size, width in zip(sizes, widths, strict=True)
     ]
 
 
-def _decoder(
-    levels: Sequence[Level], block: Callable[..., UNetBlock], skips: list[int], num_blocks: int
-) -> nn.ModuleDict:
+def _decoder(levels: Sequence[Level], block: Callable[..., UNetBlock], skips: list[int]) -> nn.ModuleDict:
     dec = nn.ModuleDict()
     channels = skips[-1]
     for level in reversed(levels):
@@ -147,7 +150,7 @@ def _decoder(
             dec[level.name("in1")] = block(channels, channels)
         else:
             dec[level.name("up")] = block(channels, channels, up=True)
-        for i in range(num_blocks + 1):
+        for i in range(level.num_blocks + 1):
             dec[level.name(f"block{i}")] = block(channels + skips.pop(), level.width, num_heads=level.num_heads)
             channels = level.width
     return dec

@@ -6,7 +6,7 @@ import contextlib
 import difflib
 import inspect
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -201,13 +201,13 @@ def init_denoiser(architecture: Mapping[str, Any], seed: int) -> Denoiser:
         return build_denoiser(architecture)
 
 
-def student_from_teacher(teacher: Denoiser, dropout: float | None = None, seed: int = 0) -> Denoiser:
+def student_from_teacher(teacher: Denoiser, dropout: float | Sequence[float] | None = None, seed: int = 0) -> Denoiser:
     """Make a student D_theta(x,t,s) that equals the teacher's D(x,t) exactly until its first update.
 
     The teacher's weights are copied by name, to the same device and dtype; the parameters of the second time
     are drawn from `seed`, and those that project it into the blocks are zero. The student takes no
-    augmentation labels, so the teacher's map_augment is left out. dropout: the student's, in [0,1); None
-    keeps the teacher's. Exact equality holds without active dropout.
+    augmentation labels, so the teacher's map_augment is left out. dropout: the student's, in [0,1), of a
+    songunet also one for each level; None keeps the teacher's. Exact equality holds without active dropout.
     Raises ValueError if the teacher already has a second time.
     """
     if teacher.second_time:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +23,8 @@ from consistency.nets.layers import (
     label_vectors,
 )
 
+Number = TypeVar("Number", int, float)
+
 _INIT = Init("xavier_uniform")
 _INIT_ZERO = Init("xavier_uniform", weight=1e-5)
 _INIT_ATTN = Init("xavier_uniform", weight=math.sqrt(0.2))
@@ -39,14 +41,17 @@ class SongUNet(nn.Module):
 
     NCSN++ is embedding_type="fourier", encoder_type="residual", channel_mult_noise=2,
     resample_filter=(1, 3, 3, 1). Levels listed in attn_resolutions have one-head attention; the first block
-    of the decoder always has it. label_dropout is the probability of zeroing a label during training.
+    of the decoder always has it. num_blocks and dropout are one number, or a list with one for each level of
+    channel_mult, from full resolution down (Issenhuth et al. 2025); a level's dropout is that of all its blocks,
+    those that change the resolution included. label_dropout is the probability of zeroing a label during training.
     With second_time the network also takes the end time s of a jump, embedded like t but through its own
     map_layer0_s and map_layer1_s, and added in every block by affine_s, which starts at zero.
 
     Shapes: x [N,in_channels,R,R] -> [N,out_channels,R,R]; noise_labels and second_noise_labels [N] or [1],
     ln(t)/4 and ln(s)/4; class_labels [N or 1, label_dim], one-hot; augment_labels [N or 1, augment_dim].
-    Raises ValueError for unknown types, a resolution that cannot be halved often enough, channels that group
-    normalisation cannot split, and for a condition the network was not built for.
+    Raises ValueError for unknown types, a list that is not as long as channel_mult, a resolution that cannot be
+    halved often enough, channels that group normalisation cannot split, and for a condition the network was not
+    built for.
     """
 
     def __init__(
@@ -59,9 +64,9 @@ class SongUNet(nn.Module):
         model_channels: int = 128,
         channel_mult: Sequence[int] = (1, 2, 2, 2),
         channel_mult_emb: int = 4,
-        num_blocks: int = 4,
+        num_blocks: int | Sequence[int] = 4,
         attn_resolutions: Sequence[int] = (16,),
-        dropout: float = 0.1,
+        dropout: float | Sequence[float] = 0.1,
         label_dropout: float = 0.0,
         embedding_type: str = "positional",
         channel_mult_noise: int = 1,
@@ -82,7 +87,6 @@ class SongUNet(nn.Module):
         block = partial(
             UNetBlock,
             emb_channels=emb_channels,
-            dropout=dropout,
             skip_scale=math.sqrt(0.5),
             eps=_EPS,
             resample_filter=resample_filter,
@@ -93,9 +97,11 @@ class SongUNet(nn.Module):
             init_attn=_INIT_ATTN,
             second_time=second_time,
         )
-        levels = _levels(img_resolution, model_channels, channel_mult, attn_resolutions)
-        self.enc = encoder(levels, block, conv, in_channels, model_channels, num_blocks, encoder_type)
-        self.dec = _decoder(levels, block, conv, skip_widths(self.enc), out_channels, num_blocks, decoder_type)
+        blocks = _per_level("num_blocks", num_blocks, len(channel_mult))
+        dropouts = _per_level("dropout", dropout, len(channel_mult))
+        levels = _levels(img_resolution, model_channels, channel_mult, attn_resolutions, blocks, dropouts)
+        self.enc = encoder(levels, block, conv, in_channels, model_channels, encoder_type)
+        self.dec = _decoder(levels, block, conv, skip_widths(self.enc), out_channels, decoder_type)
 
     def _build_mapping(self, noise_channels: int, emb_channels: int, embedding_type: str) -> None:
         self.map_noise: nn.Module = (
@@ -181,24 +187,41 @@ class SongUNet(nn.Module):
 
 
 class Level(NamedTuple):
-    """One resolution of a U-Net: its side in pixels, its channels, and the heads of its attention (0: none)."""
+    """One resolution of a U-Net: its side in pixels, its channels, the heads of its attention (0: none), its blocks
+    in the encoder (the decoder has one more), and the dropout of all of them."""
 
     size: int
     width: int
     num_heads: int
+    num_blocks: int
+    dropout: float
 
     def name(self, part: str) -> str:
         """Return the published name of a part of this level, such as 32x32_block0."""
         return f"{self.size}x{self.size}_{part}"
 
 
+def _per_level(name: str, value: Number | Sequence[Number], levels: int) -> list[Number]:
+    """Return a value for each level: those of a list, or the one number. ValueError for a list of another length."""
+    if not isinstance(value, Sequence):
+        return [value] * levels
+    if len(value) != levels:
+        raise ValueError(f"{name} lists {len(value)} levels and channel_mult {levels}: give one number a level, or one")
+    return list(value)
+
+
 def _levels(
-    img_resolution: int, model_channels: int, channel_mult: Sequence[int], attn_resolutions: Sequence[int]
+    img_resolution: int,
+    model_channels: int,
+    channel_mult: Sequence[int],
+    attn_resolutions: Sequence[int],
+    num_blocks: Sequence[int],
+    dropouts: Sequence[float],
 ) -> list[Level]:
     sizes = [img_resolution >> level for level in range(len(channel_mult))]
     return [
-        Level(size, model_channels * mult, int(size in attn_resolutions))
-        for size, mult in zip(sizes, channel_mult, strict=True)
+        Level(size, model_channels * mult, int(size in attn_resolutions), blocks, dropout)
+        for size, mult, blocks, dropout in zip(sizes, channel_mult, num_blocks, dropouts, strict=True)
     ]
 
 
@@ -208,23 +231,23 @@ def encoder(
     conv: Callable[..., Conv2d],
     in_channels: int,
     model_channels: int,
-    num_blocks: int,
     encoder_type: str = "standard",
 ) -> nn.ModuleDict:
     """Build the encoder under its published names, `model_channels` wide after the first convolution."""
     enc = nn.ModuleDict({levels[0].name("conv"): conv(in_channels, model_channels, 3)})
     channels, aux_channels = model_channels, in_channels
     for depth, level in enumerate(levels):
+        here = partial(block, dropout=level.dropout)
         if depth:
-            enc[level.name("down")] = block(channels, channels, down=True)
+            enc[level.name("down")] = here(channels, channels, down=True)
         if depth and encoder_type == "skip":
             enc[level.name("aux_down")] = conv(aux_channels, aux_channels, 0, down=True)
             enc[level.name("aux_skip")] = conv(aux_channels, channels, 1)
         if depth and encoder_type == "residual":
             enc[level.name("aux_residual")] = conv(aux_channels, channels, 3, down=True, fused_resample=True)
             aux_channels = channels
-        for i in range(num_blocks):
-            enc[level.name(f"block{i}")] = block(channels, level.width, num_heads=level.num_heads)
+        for i in range(level.num_blocks):
+            enc[level.name(f"block{i}")] = here(channels, level.width, num_heads=level.num_heads)
             channels = level.width
     return enc
 
@@ -241,20 +264,20 @@ def _decoder(
     conv: Callable[..., Conv2d],
     skips: list[int],
     out_channels: int,
-    num_blocks: int,
     decoder_type: str,
 ) -> nn.ModuleDict:
     dec = nn.ModuleDict()
     channels = skips[-1]
     for level in reversed(levels):
+        here = partial(block, dropout=level.dropout)
         if level is levels[-1]:
-            dec[level.name("in0")] = block(channels, channels, num_heads=1)
-            dec[level.name("in1")] = block(channels, channels)
+            dec[level.name("in0")] = here(channels, channels, num_heads=1)
+            dec[level.name("in1")] = here(channels, channels)
         else:
-            dec[level.name("up")] = block(channels, channels, up=True)
-        for i in range(num_blocks + 1):
-            num_heads = level.num_heads if i == num_blocks else 0
-            dec[level.name(f"block{i}")] = block(channels + skips.pop(), level.width, num_heads=num_heads)
+            dec[level.name("up")] = here(channels, channels, up=True)
+        for i in range(level.num_blocks + 1):
+            num_heads = level.num_heads if i == level.num_blocks else 0
+            dec[level.name(f"block{i}")] = here(channels + skips.pop(), level.width, num_heads=num_heads)
             channels = level.width
         if decoder_type == "skip" and level is not levels[-1]:
             dec[level.name("aux_up")] = conv(out_channels, out_channels, 0, up=True)

@@ -39,6 +39,10 @@ CIFAR10_ARCHIVE = "cifar-10-python.tar.gz"
 _CIFAR10_FOLDER = "cifar-10-batches-py"
 _CIFAR10_PAGE = "https://www.cs.toronto.edu/~kriz/cifar.html"
 _BATCH_BYTES = 1 << 26  # more than any file of CIFAR-10 has
+_CELEBA_PAGE = "https://mmlab.ie.cuhk.edu.hk/projects/CelebA.html"
+_CELEBA_PARTITION = "list_eval_partition.txt"
+#: the splits of CelebA, in the order of their numbers in the partition, and their images
+_CELEBA_SPLITS = {"train": 162_770, "valid": 19_867, "test": 19_962}
 _SYNSET = re.compile(r"n\d{8}")
 _MOST_CLASSES = 100_000
 
@@ -222,18 +226,9 @@ def _class_folders(root: Path, classes: list[str], settings: Dataset, empty: str
 def _ffhq(settings: Dataset) -> Source:
     """FFHQ's aligned images, of one class, from the folder or a zip of it, with the same result."""
     path = Path(settings.path or "")
-    if path.is_dir():
-        container: Container = open_folder(path, sorted(images_below(path)))
-    elif path.is_file():
-        everything = open_zip(path)
-        container = everything.pick(_image_rows(everything))
-    else:
-        raise UserError(
-            f"dataset.path: there is no {path}: put FFHQ's images1024x1024 there (the folder, or a zip of it; "
-            "https://github.com/NVlabs/ffhq-dataset)"
-        )
-    if not len(container.names):
-        raise UserError(f"dataset.path: {path} has no *.png or *.jpg in it")
+    container = _folder_or_zip(
+        path, "FFHQ's images1024x1024 there (the folder, or a zip of it; https://github.com/NVlabs/ffhq-dataset)"
+    )
     numbers = sorted(name.rpartition(b"/")[2] for name in container.names.tolist())
     for number, following in pairwise(numbers):
         if number == following:
@@ -242,6 +237,75 @@ def _ffhq(settings: Dataset) -> Source:
             )
     labels = np.zeros(len(container.names), np.int64)
     return _files(container, labels, ["ffhq"], pictures.resize, settings)
+
+
+def _celeba(settings: Dataset) -> Source:
+    """CelebA's aligned images of a split, of one class, in the order of the partition: a folder of them or a zip."""
+    path = Path(settings.path or "")
+    container = _folder_or_zip(path, f"CelebA's img_align_celeba there (the folder, or its zip; {_CELEBA_PAGE})")
+    partition = _celeba_partition(path)
+    wanted = _celeba_names(partition, settings.split)
+    rows: dict[bytes, int] = {}
+    for row, name in enumerate(container.names.tolist()):
+        number = name.rpartition(b"/")[2]
+        if rows.setdefault(number, row) != row:
+            raise UserError(f"{path} has two images {shown(number)}: set dataset.path to img_align_celeba alone")
+    missing = [name for name in wanted if name not in rows]
+    if missing:
+        raise UserError(
+            f"{path} lacks {len(missing)} of the {len(wanted)} images that {partition} lists for {settings.split}, "
+            f"{shown(missing[0])} the first: get img_align_celeba.zip of {_CELEBA_PAGE} again"
+        )
+    chosen = container.pick(np.array([rows[name] for name in wanted]))
+    return _files(chosen, np.zeros(len(wanted), np.int64), ["celeba"], pictures.shrink_and_crop, settings)
+
+
+def _celeba_partition(images: Path) -> Path:
+    """The partition in the folder of the images, beside it or its zip, or where the original's tree has it."""
+    places = [images, images.parent, images.parent.parent / "Eval"]
+    for place in places:
+        if (place / _CELEBA_PARTITION).is_file():
+            return place / _CELEBA_PARTITION
+    raise UserError(
+        f"{_CELEBA_PARTITION}, which says what CelebA's splits are, is not in {images.parent}: put it beside "
+        f"{images.name} (folder Eval of {_CELEBA_PAGE})"
+    )
+
+
+def _celeba_names(partition: Path, split: str) -> list[bytes]:
+    """The images of a split as the partition's lines `000001.jpg 0` list them."""
+    try:
+        lines = [line.split() for line in partition.read_bytes().splitlines()]
+    except OSError as error:
+        raise UserError(f"cannot read {partition}: {error.strerror}") from None
+    numbers = {str(number).encode(): name for number, name in enumerate(_CELEBA_SPLITS)}
+    listed: dict[str, list[bytes]] = {name: [] for name in _CELEBA_SPLITS}
+    for row, line in enumerate(lines):
+        if len(line) != 2 or line[1] not in numbers:
+            raise UserError(f"line {row + 1} of {partition} is not of the form `000001.jpg 0`: get it again")
+        listed[numbers[line[1]]].append(line[0])
+    names, count = listed[split], _CELEBA_SPLITS[split]
+    different = len(set(names))
+    if (len(names), different) != (count, count):
+        raise UserError(
+            f"{partition} lists {different} different images for {split} in {len(names)} lines, CelebA has {count}: "
+            f"get it again from {_CELEBA_PAGE} (for a part of CelebA: dataset.limit)"
+        )
+    return names
+
+
+def _folder_or_zip(path: Path, what: str) -> Container:
+    """The images below a folder or in a zip, sorted. what: to put there. Raises UserError where there are none."""
+    if path.is_dir():
+        container: Container = open_folder(path, sorted(images_below(path)))
+    elif path.is_file():
+        everything = open_zip(path)
+        container = everything.pick(_image_rows(everything))
+    else:
+        raise UserError(f"dataset.path: there is no {path}: put {what}")
+    if not len(container.names):
+        raise UserError(f"dataset.path: {path} has no *.png or *.jpg in it")
+    return container
 
 
 def _image_rows(container: Container) -> Array:
@@ -290,5 +354,6 @@ _KINDS: dict[str, Callable[[Dataset], Source]] = {
     "cifar10": _cifar10,
     "ffhq": _ffhq,
     "imagenet": _imagenet,
+    "celeba": _celeba,
     "edm_zip": _edm_zip,
 }

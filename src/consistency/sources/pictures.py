@@ -1,4 +1,4 @@
-"""One image: decoded by Pillow, brought to the study's size as EDM's dataset tool does."""
+"""One image: decoded by Pillow, brought to the study's size as EDM's dataset tool does; CelebA's as GC's code does."""
 
 import warnings
 from io import BytesIO
@@ -14,6 +14,7 @@ Array = np.ndarray
 # Whatever a file is named, Pillow looks into it; some of its other formats start a program to read it.
 _FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
 _BIT_DEPTH = 24  # where a PNG has it
+_ALIGNED_CELEBA = (178, 218)
 
 
 def decode(content: bytes, where: str) -> Image.Image:
@@ -50,6 +51,21 @@ def resize(picture: Image.Image, where: str, settings: Dataset) -> Array:
             "set dataset.path to images1024x1024, or dataset.kind to image_folder to have it cropped"
         )
     return _resized(_coloured(picture, settings), settings)
+
+
+def shrink_and_crop(picture: Image.Image, where: str, settings: Dataset) -> Array:
+    """An aligned image of CelebA, its shorter side brought to the study's size by Lanczos on uint8, then the centred
+    square of it: what GC does, and not `crop_and_resize`, for the longer side is rounded down to whole pixels first.
+    [R, R, C]. Raises UserError for one of another size."""
+    if picture.size != _ALIGNED_CELEBA:
+        raise UserError(
+            f"{where} has {picture.width}x{picture.height} pixels, and CelebA's aligned images 178x218: set "
+            "dataset.path to img_align_celeba, or dataset.kind to image_folder to have any images cropped"
+        )
+    size, width, height = settings.resolution, *picture.size
+    picture = _coloured(picture, settings).resize((size, size * height // width), Image.Resampling.LANCZOS)
+    top = round((picture.height - size) / 2)
+    return np.asarray(picture.crop((0, top, size, top + size))).reshape(size, size, settings.channels)
 
 
 def keep(picture: Image.Image, where: str, settings: Dataset) -> Array:

@@ -17,8 +17,14 @@ from consistency.stages.teacher import architecture_of
 from consistency.study import OfficialTeacher, Student, Study, Teacher
 from consistency.training.data import load_images
 
-#: images and classes of the known datasets, for a study whose data is not there yet
-_KNOWN = {"digits": (1_797, 10), "cifar10": (50_000, 10), "ffhq": (70_000, 1), "imagenet": (1_281_167, 1000)}
+#: images and classes of the known datasets' training sets, for a study whose data is not there yet
+_KNOWN = {
+    "digits": (1_797, 10),
+    "cifar10": (50_000, 10),
+    "ffhq": (70_000, 1),
+    "imagenet": (1_281_167, 1000),
+    "celeba": (162_770, 1),
+}
 #: operations of Inception-v3 at 299x299 and of VGG16's convolutions at 224x224, forward, an image
 _INCEPTION, VGG16_OPERATIONS = 11.4e9, 30.7e9
 _BYTES = 4  # of a float32
@@ -84,8 +90,8 @@ def estimate(study: Study, layout: Layout) -> Estimate:
         "dataset": float(images * pixels),
         "extractor": min(images, study.scores.kid_images) * 2048.0 * _BYTES if extractor else 0.0,
         "teacher": size.weights,
-        "teacher's samples": float(count * pixels),
-        "calibration": float(study.scores.alignment_count * pixels * _BYTES),
+        "teacher's samples": float(study.taught * count * pixels),
+        "calibration": float(study.taught * study.scores.alignment_count * pixels * _BYTES),
         "coefficients": 0.0,
         "students": finals + snapshots,
         "samples": float(seeds * sum(_arrays(study, run) for run in runs) * count * pixels),
@@ -104,16 +110,16 @@ def _jobs(study: Study, size: _Size) -> dict[str, Job]:
     teacher = 3 * study.teacher.steps * study.teacher.batch * forward if isinstance(study.teacher, Teacher) else 0.0
     probes = size.pixels if fit.probes == "exact" else fit.probes
     fitted = fit.times * fit.samples * (2 * (probes + 1) + 1) * forward if study.needs_coefficients else 0.0
-    drawn = sampling.count * (2 * sampling.teacher_steps - 1) * forward
-    aligned = scores.alignment_count * (2 * scores.alignment_nodes - 2) * forward
+    # Without a teacher nothing is drawn from it, and nothing held against its trajectories.
+    drawn = study.taught * sampling.count * (2 * sampling.teacher_steps - 1) * forward
+    aligned = study.taught * scores.alignment_count * (2 * scores.alignment_nodes - 2) * forward
+    rated = study.taught * sampling.count * size.extractor
     jobs = {
         "dataset": Job("dataset"),
         "extractor": Job("extractor", size.images * size.extractor, ("dataset",)),
         "teacher": Job("teacher", teacher, ("dataset",), shared=True),
         "teacher's samples": Job("teacher's samples", drawn, ("teacher",), shared=True),
-        "calibration": Job(
-            "calibration", aligned + sampling.count * size.extractor, ("extractor", "teacher's samples")
-        ),
+        "calibration": Job("calibration", aligned + rated, ("extractor", "teacher's samples")),
         "coefficients": Job("coefficients", fitted, ("dataset", "teacher")),
     }
     students: dict[str, Job] = {}
@@ -243,8 +249,9 @@ def print_estimate(study: Study, layout: Layout, tflops: float, gpus: Sequence[i
         f"While a training goes on, its state takes {found.state / 1e9:,.1f} GB more, twice that while it is written."
     )
     one = found.operations("students") / (len(study.students) * len(study.seeds))
-    share = found.operations("coefficients") / one
-    print(f"The coefficient fit is {share:.2%} of the mean training of one student, and is made once for all.")
+    if study.needs_coefficients:
+        share = found.operations("coefficients") / one
+        print(f"The coefficient fit is {share:.2%} of the mean training of one student, and is made once for all.")
     print_days(found.jobs, hour, gpus)
 
 
@@ -275,7 +282,8 @@ def _network(study: Study, classes: int) -> tuple[float, int]:
         architecture = official_architecture(study.teacher.checkpoint) | {"augment_dim": 0}
     else:
         architecture = architecture_of(study, study.teacher, classes, 0.5)
-    architecture = {**architecture, "second_time": True}
+    # A student that begins at random is its teacher's network as it is.
+    architecture = {**architecture, "second_time": any(study.resolved(run).from_teacher for run in study.students)}
     with torch.device("meta"):
         parameters = sum(p.numel() for p in build_denoiser(architecture).parameters())
     return forward_operations(architecture), parameters
