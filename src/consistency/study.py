@@ -401,6 +401,11 @@ class Student(Section):
         return self.objective != "consistency" or self.start == "teacher"
 
     @property
+    def second_time(self) -> bool:
+        """Whether its network is told s; in consistency training the DSM term alone tells one other than eps."""
+        return self.from_teacher or self.dsm_weight > 0
+
+    @property
     def to_the_end(self) -> bool:
         """Whether its function only jumps to eps, so that more jumps than one need fresh noise between them."""
         return self.objective != "trajectory"

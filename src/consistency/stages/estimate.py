@@ -283,7 +283,7 @@ def _network(study: Study, classes: int) -> tuple[float, int]:
     else:
         architecture = architecture_of(study, study.teacher, classes, 0.5)
     # A student that begins at random is its teacher's network as it is.
-    architecture = {**architecture, "second_time": any(study.resolved(run).from_teacher for run in study.students)}
+    architecture = {**architecture, "second_time": any(study.resolved(run).second_time for run in study.students)}
     with torch.device("meta"):
         parameters = sum(p.numel() for p in build_denoiser(architecture).parameters())
     return forward_operations(architecture), parameters

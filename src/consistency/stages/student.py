@@ -165,12 +165,12 @@ def _begun(study: Study, settings: Student, teacher: Denoiser, seed: int, data: 
     if settings.from_teacher:
         student = student_from_teacher(teacher, dropout=settings.dropout, seed=drawn)
     else:
-        # The network of the teacher, not its weights. Of an s other than eps only the DSM term tells it.
+        # The network of the teacher, not its weights.
         architecture = {**teacher.architecture, "dropout": settings.dropout}
         if "augment_dim" in architecture:
             architecture["augment_dim"] = 0
         student = init_denoiser(architecture, drawn)
-        student = student_from_teacher(student, seed=drawn) if settings.dsm_weight else student
+        student = student_from_teacher(student, seed=drawn) if settings.second_time else student
     if settings.carries_fit:
         student.carry(covariance_fit(data, _fitted_times(study)))
     return student
