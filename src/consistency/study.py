@@ -508,6 +508,8 @@ class Study(Section):
             everything = self.model_dump(mode="json", exclude={"compute"})
             everything["sampling"].pop("batch")
             return everything
+        if stage == "coefficients" and not self.needs_coefficients:
+            return {"coefficients": None}
         if stage == "flows":
             if self.flows is None:
                 return {"flows": None}
