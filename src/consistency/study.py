@@ -7,6 +7,7 @@ config/studies/ are generated from these classes (`python -m consistency schema`
 import difflib
 import hashlib
 import json
+import math
 import re
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, get_args
@@ -152,7 +153,7 @@ class Doubling(Section):
     @model_validator(mode="after")
     def _possible(self) -> Self:
         if self.first > self.last:
-            raise ValueError(f"first {self.first} is more than last {self.last}")
+            raise ValueError(f"curriculum.first {self.first} is more than curriculum.last {self.last}: raise last")
         return self
 
 
@@ -618,6 +619,8 @@ class Study(Section):
             self._check_without_teacher()
         for run in self.students:
             self._check_predictor(run)
+        for run, student in self.coupled.items():
+            self._check_levels(run, student.curriculum, student.steps)
         if len({self.resolved(run).snapshot_every for run in self.students}) > 1:
             raise ValueError("students must share snapshot_every, or their learning curves cannot be compared")
         for objective, run in self.report.baseline.items():
@@ -625,6 +628,20 @@ class Study(Section):
                 raise ValueError(f"report.baseline.{objective} names {run!r}, which is not one of the students")
             if self.resolved(run).objective != objective:
                 raise ValueError(f"report.baseline.{objective} names {run!r}, whose objective is another")
+
+    def _check_levels(self, run: str, levels: Doubling | Shrinking, steps: int) -> None:
+        """Raises ValueError where there is no level to draw, or the two levels of a pair become one."""
+        where, low, high = f"students.{run}: curriculum", math.log(self.noise.sigma_min), math.log(self.noise.sigma_max)
+        if not low - 5 * levels.p_std < levels.p_mean < high + 5 * levels.p_std:
+            raise ValueError(
+                f"{where}.p_mean {levels.p_mean:g} is far from the noise of the study, whose ln sigma goes from "
+                f"{low:.2f} to {high:.2f}: move it there"
+            )
+        if isinstance(levels, Shrinking) and ((steps - 1) // levels.double_every + 1) * math.log2(levels.q) > 48:
+            raise ValueError(
+                f"{where}.double_every {levels.double_every} brings the two levels together to the last bit before "
+                f"{steps} steps are over: raise it"
+            )
 
     def _check_predictor(self, run: str) -> None:
         """Raises ValueError where the student that another one reads is not there, not alike, or made from it."""

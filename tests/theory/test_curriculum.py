@@ -157,3 +157,17 @@ def test_shrinking_levels_are_ordered_within_the_times_and_weighed(seed: int) ->
         # The same t at every stage, and a second level that only rises towards it.
         assert before is None or (torch.equal(before.t, t) and bool((before.u <= u).all()))
         before = Levels(t, u, weight)
+
+
+@pytest.mark.parametrize(("q", "stages"), [(2.0, 48), (4.0, 24), (256.0, 6), (1.5, 82)])
+def test_as_far_as_a_study_may_go_numbers_tell_the_levels_apart(q: float, stages: int) -> None:
+    """48 bits (Study._check_levels): float64 has 53."""
+    t, u, weight = ShrinkingCurriculum(1, q=q).levels(stages - 1, 10_000, seeded())
+    assert bool((u < t)[t > EPS].all())
+    assert bool(torch.isfinite(weight).all())
+
+
+@pytest.mark.parametrize("mean", [math.log(EPS) - 5 * 0.5, math.log(T) + 5 * 0.5])
+def test_as_far_as_a_study_may_go_there_are_levels_to_draw(mean: float) -> None:
+    t, u, _ = DoublingCurriculum(10, mean=mean, std=0.5).levels(0, 100, seeded())
+    assert bool((u < t).all())
