@@ -36,6 +36,19 @@ def test_another_run_is_not_disturbed(other_run: subprocess.Popen[bytes]) -> Non
     assert (LOCKS / "0.input.lock").exists()
 
 
+@pytest.mark.parametrize(("run", "student"), [(None, []), ("gc-full", ["student=gc-full"])])
+def test_snakemake_is_told_which_student_is_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, run: str | None, student: list[str]
+) -> None:
+    started: list[list[str]] = []
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("consistency.workflow._supervised", lambda command: started.append(command) or 0)
+    assert run_rules("tiny", ["student", "resource"], ["a", "b"], run) == 0
+    words = started[0]
+    assert words[words.index("--config") + 1 : words.index("--allowed-rules")] == ["studies=tiny", *student]
+    assert words[words.index("--allowed-rules") + 1 :] == ["student", "resource", "--", "a", "b"]
+
+
 CALLER = """
 import subprocess, sys
 subprocess.Popen([sys.executable, "-c", sys.argv[1]]).wait()
