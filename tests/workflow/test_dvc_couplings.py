@@ -89,7 +89,7 @@ def test_dvc_takes_note_of_what_snakemake_made(reproduced: Repo, tmp_path: Path)
         repo.run("python", "-m", "consistency", verb, "--study", "config/studies/tiny.yaml")
     repo.dvc("commit", "--force")
     assert repo.changed() == set()
-    assert repo.git("diff", "HEAD", "--stat") == ""
+    assert repo.locked() == reproduced.locked()
 
 
 def test_a_fresh_clone_pulls_and_trains_one_student_on_what_it_pulled(reproduced: Repo, tmp_path: Path) -> None:
@@ -101,7 +101,7 @@ def test_a_fresh_clone_pulls_and_trains_one_student_on_what_it_pulled(reproduced
     clone.set({"students.full.learning_rate": 0.02})
     student = "student@tiny-full-0"
     assert clone.repro(student) == {"plan@tiny", student} | inputs("full")
-    assert [log.name for log in (clone.path / "logs/tiny/student").iterdir()] == ["full-seed0.log", "full-seed0.tsv"]
+    assert {log.name for log in (clone.path / "logs/tiny/student").iterdir()} == {"full-seed0.log", "full-seed0.tsv"}
     assert card(clone, "ic") == before
     assert card(clone, "full")["inputs"] == card(reproduced, "full")["inputs"]
 
