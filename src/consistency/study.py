@@ -530,7 +530,8 @@ class Study(Section):
         settings = {part: dump[part] for part in base}
         if run is not None:
             student = self.resolved(run)
-            settings = self.settings("coefficients") if student.preconditioning in FITTED else settings
+            if student.preconditioning in FITTED:
+                settings |= {"coefficients": dump["coefficients"]}
             settings["student"] = student.model_dump(mode="json")
             if student.frozen:
                 settings["predictor"] = self.settings("student", student.frozen.run)
