@@ -207,55 +207,30 @@ def test_a_student_that_starts_from_the_teacher_is_its_denoiser(
     assert torch.equal(model(x, t, torch.full((4,), 0.002)), teacher(x, t))
 
 
-def ends(study: Study, results: Path, state: Path, run: str, interrupted: bool) -> torch.Tensor:
-    """Weights and averages at the end of a training that SIGTERM stopped in its fourth step, or nothing did."""
-    layout = Layout("tiny", results, state)
-    job = training(study, layout, run)
-    if interrupted:
-        step = job.update.step
-
-        def stopping(k: int) -> Any:
-            if k == 3:
-                os.kill(os.getpid(), signal.SIGTERM)
-            return step(k)
-
-        job.update.step = stopping  # type: ignore[method-assign]
-        with pytest.raises(Interrupted):
-            train(job)
-        job = training(study, layout, run)
-    train(job)
-    return torch.cat([weights(job.update.model), *(weights(average.model) for average in job.averages)])
-
-
 @pytest.mark.parametrize("run", ["ic", "ot", "gc"])
 def test_an_interrupted_arm_ends_with_the_bits_of_an_uninterrupted_one(
     tiny: Tiny, couplings: Changes, first_results: Layout, tmp_path: Path, run: str
 ) -> None:
-    one, two = (ends(tiny(couplings), first_results.results, tmp_path / f"{k}", run, k) for k in (False, True))
-    assert torch.equal(one, two)
+    study = tiny(couplings)
+    ends = []
+    for interrupted in (False, True):
+        layout = Layout("tiny", first_results.results, tmp_path / f"{interrupted}")
+        job = training(study, layout, run)
+        if interrupted:
+            step = job.update.step
 
+            def stopping(k: int, step: Any = step) -> Any:
+                if k == 3:
+                    os.kill(os.getpid(), signal.SIGTERM)
+                return step(k)
 
-@pytest.mark.parametrize("predictor", ["average", {"run": "ic"}, {"run": "ic", "step": 3}])
-@pytest.mark.parametrize("optimizer", ["radam", "lion"])
-def test_so_does_one_whose_average_warms_up_with_any_predictor(
-    tiny: Tiny, couplings: Changes, first_results: Layout, tmp_path: Path, predictor: Any, optimizer: str
-) -> None:
-    """With a further average, and levels that change while it is stopped."""
-    averages = {"student.ema_rate": 0.999, "student.evaluation_ema": [0.9], "student.ema_warm_up": 0.75}
-    gc = {
-        "students.gc": {"coupling": "gc", "mu": 1.0, "predictor": predictor},
-        "varies": ["coupling", "mu", "predictor"],
-    }
-    study = tiny(couplings | averages | gc | {"student.optimizer": optimizer})
-    results = tmp_path / "results"
-    shutil.copytree(first_results.results, results)
-    stage.make_student(study, Layout("tiny", results, tmp_path / "ic"), "ic", 0, CPU)
-    one, two = (ends(study, results, tmp_path / f"{k}", "gc", k) for k in (False, True))
-    assert torch.equal(one, two)
-    # The warm-up has a say: without it the averages are others.
-    cold = tiny(couplings | averages | gc | {"student.optimizer": optimizer, "student.ema_warm_up": None})
-    if predictor == "average":
-        assert not torch.equal(ends(cold, results, tmp_path / "cold", "gc", False), one)
+            job.update.step = stopping  # type: ignore[method-assign]
+            with pytest.raises(Interrupted):
+                train(job)
+            job = training(study, layout, run)
+        train(job)
+        ends.append(torch.cat([weights(job.update.model), weights(job.averages[0].model)]))
+    assert torch.equal(ends[1], ends[0])
 
 
 def test_a_frozen_predictor_is_the_other_students_and_stays_what_it_is(
@@ -301,6 +276,49 @@ def test_lion_is_the_optimiser_that_the_study_asks_for(tiny: Tiny, couplings: Ch
     assert type(job.update.optimizer).__name__ == "Lion"
     # Every weight that has a gradient moves by the learning rate.
     torch.testing.assert_close(moved[moved > 0], torch.full_like(moved[moved > 0], 4e-4), rtol=0.01, atol=1e-7)
+
+
+def at_the_end(study: Study, results: Path, state: Path, run: str, interrupted: bool) -> torch.Tensor:
+    """Weights and averages at the end of a training that SIGTERM stopped in its fourth step, or nothing did."""
+    layout = Layout("tiny", results, state)
+    job = training(study, layout, run)
+    if interrupted:
+        step = job.update.step
+
+        def stopping(k: int) -> Any:
+            if k == 3:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return step(k)
+
+        job.update.step = stopping  # type: ignore[method-assign]
+        with pytest.raises(Interrupted):
+            train(job)
+        job = training(study, layout, run)
+    train(job)
+    return torch.cat([weights(job.update.model), *(weights(average.model) for average in job.averages)])
+
+
+@pytest.mark.parametrize("predictor", ["average", {"run": "ic"}, {"run": "ic", "step": 3}])
+@pytest.mark.parametrize("optimizer", ["radam", "lion"])
+def test_one_whose_average_warms_up_goes_on_with_the_same_bits_whatever_its_predictor(
+    tiny: Tiny, couplings: Changes, first_results: Layout, tmp_path: Path, predictor: Any, optimizer: str
+) -> None:
+    """With a further average, and levels that change while it is stopped."""
+    averages = {"student.ema_rate": 0.999, "student.evaluation_ema": [0.9], "student.ema_warm_up": 0.75}
+    gc = {
+        "students.gc": {"coupling": "gc", "mu": 1.0, "predictor": predictor},
+        "varies": ["coupling", "mu", "predictor"],
+    }
+    study = tiny(couplings | averages | gc | {"student.optimizer": optimizer})
+    results = tmp_path / "results"
+    shutil.copytree(first_results.results, results)
+    stage.make_student(study, Layout("tiny", results, tmp_path / "ic"), "ic", 0, CPU)
+    one, two = (at_the_end(study, results, tmp_path / f"{k}", "gc", k) for k in (False, True))
+    assert torch.equal(one, two)
+    # The warm-up has a say: without it the averages are others.
+    cold = tiny(couplings | averages | gc | {"student.optimizer": optimizer, "student.ema_warm_up": None})
+    if predictor == "average":
+        assert not torch.equal(at_the_end(cold, results, tmp_path / "cold", "gc", False), one)
 
 
 def test_the_levels_near_each_other_as_the_study_says(tiny: Tiny, couplings: Changes, first_results: Layout) -> None:
