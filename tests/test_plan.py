@@ -13,9 +13,10 @@ import pytest
 from consistency.errors import UserError
 from consistency.layout import Layout
 from consistency.plan import write_inputs, write_plan
-from consistency.study import Study
+from consistency.study import Study, load_study
 
 ROOT = Path(__file__).parents[1]
+STUDIES = sorted((ROOT / "config/studies").glob("*.yaml"))
 CTM = {f"{stage}/ctm/seed0" for stage in ("student", "samples", "scores")}
 ANALYTIC = {f"{stage}/analytic/seed0" for stage in ("student", "samples", "scores")}
 SCORED = {"scores", "scores/ctm/seed0", "scores/analytic/seed0"}
@@ -69,6 +70,19 @@ def test_a_key_changes_the_jobs_that_depend_on_it(
     before, after = plan(tiny(), tmp_path / "before"), plan(tiny({key: value}), tmp_path / "after")
     silent = {"sampling.batch", "compute.channels_last", "noise.rho"}
     assert {job for job in before if before[job] != after[job]} == jobs | (set() if key in silent else {"report"})
+
+
+@pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.stem)
+def test_every_study_of_the_project_has_a_plan(path: Path, pipeline: Path, tmp_path: Path) -> None:
+    """Where students are made from others, with the line that the refusal says."""
+    (tmp_path / "config").symlink_to(ROOT / "config")
+    study = load_study(path)
+    if any(study.resolved(run).frozen for run in study.students):
+        with pytest.raises(UserError) as error:
+            plan(study, tmp_path)
+        pipeline.write_text(pipeline.read_text().replace("- frozen: []", str(error.value).split("`")[1]))
+    jobs = [f"{stage}/{run}/seed{k}" for stage in ("student", "samples") for run in study.students for k in study.seeds]
+    assert set(plan(study, tmp_path)) > set(jobs)
 
 
 def test_another_seed_keeps_the_first(tiny: Callable[..., Study], tmp_path: Path) -> None:
