@@ -140,8 +140,10 @@ def test_what_is_made_from_no_other_student_is_not_said_to_be(
     tiny: Callable[..., Study], frozen: dict[str, Any], pipeline: Path, tmp_path: Path
 ) -> None:
     pipeline.write_text(pipeline.read_text().replace("- frozen: []", "- frozen: [{run: analytic, predictor: ctm}]"))
-    with pytest.raises(UserError, match=re.escape("under vars, write `- frozen: []`")):
-        plan(tiny(), tmp_path)
+    for text in (pipeline.read_text(), "stages: {}", "vars: []", ""):
+        pipeline.write_text(text)
+        with pytest.raises(UserError, match=re.escape("under vars, write `- frozen: []`")):
+            plan(tiny(), tmp_path)
     pipeline.unlink()
     with pytest.raises(UserError, match=r"no dvc\.yaml here: run this in the project's folder"):
         plan(tiny(), tmp_path)

@@ -114,7 +114,8 @@ def check_order(study: Study) -> None:
         content = parse_yaml(PIPELINE.read_text(), PIPELINE)
     except FileNotFoundError:
         raise UserError(f"no {PIPELINE} here: run this in the project's folder") from None
-    said: list[Any] = [item["frozen"] for item in content["vars"] if isinstance(item, dict) and "frozen" in item]
+    items: list[Any] = (content.get("vars") if isinstance(content, dict) else None) or []
+    said = [item["frozen"] for item in items if isinstance(item, dict) and "frozen" in item]
     pairs = {run: student.frozen.run for run in study.students if (student := study.resolved(run)).frozen}
     order = [{"run": run, "predictor": predictor} for run, predictor in pairs.items()]
     if said != [order]:

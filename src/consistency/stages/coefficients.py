@@ -33,6 +33,7 @@ def make_coefficients(study: Study, layout: Layout, device: torch.device) -> Non
         nothing = CoefficientFit(none, none, none, none, none, none.astype(bool))
         write_with(path, lambda temporary: _save(temporary, nothing))
         write_card(study, layout, "coefficients", started=started, inputs=[], outputs=[path])
+        print(f"coefficients {study.name}: no student reads them, so nothing is fitted")
         return
     data, settings = read_dataset(study, layout), study.coefficients
     dtype = torch.float64 if settings.precision == "float64" else torch.float32
