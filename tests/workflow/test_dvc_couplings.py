@@ -101,7 +101,7 @@ def test_a_fresh_clone_pulls_and_trains_one_student_on_what_it_pulled(reproduced
     clone.set({"students.full.learning_rate": 0.02})
     (clone.path / "results/tiny/dataset/images.npy").touch()
     student = "student@tiny-full-0"
-    assert clone.repro(student) == {"plan@tiny", student} | inputs("full")
+    assert clone.repro(student) == {"plan@tiny", "predictor@tiny-pair0-0", student} | inputs("full")
     assert {log.name for log in (clone.path / "logs/tiny/student").iterdir()} == {"full-seed0.log", "full-seed0.tsv"}
     assert card(clone, "ic") == before
     assert card(clone, "full")["inputs"] == card(reproduced, "full")["inputs"]
