@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+from tests.fake_results import UNTAUGHT, make_report, make_results, make_study
 
 from consistency.errors import UserError
 from consistency.layout import Layout
@@ -165,6 +166,49 @@ def test_track_completes_the_live_runs_and_makes_no_second_ones(project: Project
     assert {name: run.info.run_id for name, run in runs_of(client).items()} == {
         name: run.info.run_id for name, run in after.items()
     }
+
+
+def test_consistency_training_without_a_teacher_is_followed_and_tracked(
+    tmp_path: Path, empty_database: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    shutil.copy(empty_database, tmp_path)
+    frozen = "  gc: {coupling: gc, mu: 0.5}\n  full: {coupling: gc, mu: 0.7, predictor: {run: ic}}"
+    text = UNTAUGHT.replace("varies: [coupling, mu]", "varies: [coupling, mu, predictor]")
+    study = make_study(tmp_path / "studies", text=text.replace("  gc: {coupling: gc, mu: 0.5}", frozen))
+    project = Project(study, Layout(study.name))
+    make_results(study, project.layout)
+    make_report(study, project.layout)
+    client = server.connect(server.tracking_uri())
+    for run in study.students:
+        for seed in study.seeds:
+            lines = project.history(run, seed)
+            project.write(lines, run, seed)
+            assert project.sender(run, seed).attempt("FINISHED")
+            project.finish(run, seed)
+    before = runs_of(client)
+    said = {name: before[f"{name} seed 1"].data.params for name in study.students}
+    assert {name: params["coupling"] for name, params in said.items()} == {
+        "ic": "ic",
+        "ot": "ot",
+        "gc": "gc",
+        "full": "gc",
+    }
+    assert said["gc"]["mu"] == "0.5" and said["full"]["mu"] == "0.7"
+    assert said["full"]["predictor.run"] == "ic" and said["gc"]["predictor"] == "average"
+    assert said["gc"]["curriculum.kind"] == "doubling"
+    assert list(said["gc"])[:2] == ["coupling", "mu"]
+    loss = client.get_metric_history(before["gc seed 0"].info.run_id, "training/consistency")
+    assert [m.value for m in loss] == [line["consistency"] for line in project.history("gc", 0)]
+    track_study(study, project.layout)
+    after = runs_of(client)
+    assert {name: after[name].info.run_id for name in before} == {name: run.info.run_id for name, run in before.items()}
+    for upload in plan(study, project.layout):
+        run = after[upload.name]
+        assert run.data.params == upload.params
+        assert points_of(client, run) == sorted((p.key, p.step, p.time, p.value) for p in upload.points)
+    assert not [key for run in after.values() for key in run.data.metrics if "alignment" in key]
 
 
 def test_a_follower_that_comes_after_track_changes_nothing(project: Project, client: Any) -> None:

@@ -1,6 +1,9 @@
 """What DVC compares changes with exactly the jobs that depend on a key, as Snakemake's parameters do."""
 
+import hashlib
 import json
+import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,12 +13,28 @@ import pytest
 from consistency.errors import UserError
 from consistency.layout import Layout
 from consistency.plan import write_inputs, write_plan
-from consistency.study import Study
+from consistency.study import Study, load_study
 
+ROOT = Path(__file__).parents[1]
+STUDIES = sorted((ROOT / "config/studies").glob("*.yaml"))
 CTM = {f"{stage}/ctm/seed0" for stage in ("student", "samples", "scores")}
 ANALYTIC = {f"{stage}/analytic/seed0" for stage in ("student", "samples", "scores")}
 SCORED = {"scores", "scores/ctm/seed0", "scores/analytic/seed0"}
 TEACHER = {"teacher", "samples", "coefficients"} | SCORED | CTM | ANALYTIC
+
+
+@pytest.fixture(autouse=True)
+def pipeline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """dvc.yaml of the working directory, as it comes."""
+    monkeypatch.chdir(tmp_path)
+    return Path(shutil.copy(ROOT / "dvc.yaml", tmp_path))
+
+
+@pytest.fixture
+def frozen(couplings: dict[str, Any]) -> dict[str, Any]:
+    """The study of couplings, where gc is made from ic."""
+    varies = {"varies": ["coupling", "mu", "predictor", "ema_rate"]}
+    return couplings | varies | {"students.gc.predictor": {"run": "ic"}}
 
 
 def plan(study: Study, folder: Path) -> dict[str, Any]:
@@ -53,6 +72,19 @@ def test_a_key_changes_the_jobs_that_depend_on_it(
     assert {job for job in before if before[job] != after[job]} == jobs | (set() if key in silent else {"report"})
 
 
+@pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.stem)
+def test_every_study_of_the_project_has_a_plan(path: Path, pipeline: Path, tmp_path: Path) -> None:
+    """Where students are made from others, with the line that the refusal says."""
+    (tmp_path / "config").symlink_to(ROOT / "config")
+    study = load_study(path)
+    if any(study.resolved(run).frozen for run in study.students):
+        with pytest.raises(UserError) as error:
+            plan(study, tmp_path)
+        pipeline.write_text(pipeline.read_text().replace("- frozen: []", str(error.value).split("`")[1]))
+    jobs = [f"{stage}/{run}/seed{k}" for stage in ("student", "samples") for run in study.students for k in study.seeds]
+    assert set(plan(study, tmp_path)) > set(jobs)
+
+
 def test_another_seed_keeps_the_first(tiny: Callable[..., Study], tmp_path: Path) -> None:
     before, after = plan(tiny(), tmp_path), plan(tiny({"seeds": [0, 1]}), tmp_path)
     assert {job for job in before if before[job] != after[job]} == {"report"}
@@ -72,11 +104,13 @@ def test_a_section_that_dvc_names_must_be_there(tiny: Callable[..., Study], tmp_
         plan(tiny({"report": absent}), tmp_path)
 
 
-def test_a_study_without_a_teacher_has_no_plan(
+def test_a_study_without_a_teacher_fits_nothing(
     tiny: Callable[..., Study], untaught: dict[str, Any], tmp_path: Path
 ) -> None:
-    with pytest.raises(UserError, match=r"tiny has no teacher, .*run `snakemake --config studies=tiny` instead"):
-        plan(tiny(untaught), tmp_path)
+    before = plan(tiny(untaught), tmp_path)
+    after = plan(tiny(untaught | {"coefficients.probes": 2, "teacher.network.width": 33}), tmp_path)
+    changed = {job for job in before if before[job] != after[job]}
+    assert changed == set(before) - {"dataset", "extractor", "coefficients", "flows"}
 
 
 def test_flows_are_a_job_of_their_own(tiny: Callable[..., Study], couplings: dict[str, Any], tmp_path: Path) -> None:
@@ -87,30 +121,108 @@ def test_flows_are_a_job_of_their_own(tiny: Callable[..., Study], couplings: dic
     assert "flows" in {job for job in before if before[job] != after[job]}
 
 
-def test_students_made_from_students_have_no_plan(
-    tiny: Callable[..., Study], couplings: dict[str, Any], tmp_path: Path
+@pytest.mark.parametrize("said", ["[]", "[{run: gc, predictor: ot}]", "[{run: ic, predictor: gc}]"])
+def test_dvc_is_told_which_students_are_made_from_which(
+    tiny: Callable[..., Study], frozen: dict[str, Any], pipeline: Path, tmp_path: Path, said: str
 ) -> None:
-    frozen = {"varies": ["coupling", "mu", "predictor"], "students.gc.predictor": {"run": "ic"}}
+    order = "- frozen: [{run: gc, predictor: ic}]"
+    pipeline.write_text(pipeline.read_text().replace("- frozen: []", f"- frozen: {said}"))
     with pytest.raises(
-        UserError, match=r"students\.gc is made from another student, .*snakemake --config studies=tiny"
+        UserError,
+        match=re.escape(f"dvc.yaml must say which students of tiny are made from which: under vars, write `{order}`"),
     ):
-        plan(tiny(couplings | frozen), tmp_path)
+        plan(tiny(frozen), tmp_path)
+    pipeline.write_text(pipeline.read_text().replace(f"- frozen: {said}", order))
+    assert "student/gc/seed0" in plan(tiny(frozen), tmp_path)
+
+
+def test_what_is_made_from_no_other_student_is_not_said_to_be(
+    tiny: Callable[..., Study], frozen: dict[str, Any], pipeline: Path, tmp_path: Path
+) -> None:
+    pipeline.write_text(pipeline.read_text().replace("- frozen: []", "- frozen: [{run: analytic, predictor: ctm}]"))
+    for text in (pipeline.read_text(), "stages: {}", "vars: []", ""):
+        pipeline.write_text(text)
+        with pytest.raises(UserError, match=re.escape("under vars, write `- frozen: []`")):
+            plan(tiny(), tmp_path)
+    pipeline.unlink()
+    with pytest.raises(UserError, match=r"no dvc\.yaml here: run this in the project's folder"):
+        plan(tiny(), tmp_path)
+
+
+def test_a_changed_student_changes_those_that_are_made_from_it(
+    tiny: Callable[..., Study], frozen: dict[str, Any], pipeline: Path, tmp_path: Path
+) -> None:
+    pipeline.write_text(pipeline.read_text().replace("- frozen: []", "- frozen: [{run: gc, predictor: ic}]"))
+    before, after = plan(tiny(frozen), tmp_path), plan(tiny(frozen | {"students.ic.ema_rate": 0.9}), tmp_path)
+    ic, gc = ({f"{stage}/{run}/seed0" for stage in ("student", "samples", "scores")} for run in ("ic", "gc"))
+    assert {job for job in before if before[job] != after[job]} == ic | gc | {"report"}
+
+
+def inputs(study: Study, folder: Path, *of: Any) -> dict[str, Any]:
+    """What stands in inputs/ afterwards, by file."""
+    layout = Layout("tiny", folder)
+    write_inputs(study, layout, *of)
+    root = layout.root / "inputs"
+    return {str(path.relative_to(root)): json.loads(path.read_text()) for path in root.rglob("*.json")}
+
+
+def write(folder: Path, name: str, content: bytes) -> str:
+    """Write a result. Returns its digest."""
+    path = folder / "tiny" / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content)
+    return hashlib.sha256(content).hexdigest()
 
 
 def test_only_a_student_that_reads_the_coefficients_sees_them_change(
     tiny: Callable[..., Study], tmp_path: Path
 ) -> None:
-    layout = Layout("tiny", tmp_path)
-    said = []
+    name = "coefficients/coefficients.npz"
     for content in (b"one", b"two"):
-        layout.coefficients.mkdir(parents=True, exist_ok=True)
-        (layout.coefficients / "coefficients.npz").write_bytes(content)
-        write_inputs(tiny(), layout)
-        said.append({run: (layout.root / f"inputs/{run}.json").read_bytes() for run in ("ctm", "analytic")})
-    assert said[0]["ctm"] == said[1]["ctm"]
-    assert said[0]["analytic"] != said[1]["analytic"]
+        digest = write(tmp_path, name, content)
+        found = inputs(tiny(), tmp_path)
+        expected = {"ctm/seed0/coefficients.json": None, "analytic/seed0/coefficients.json": {name: digest}}
+        assert found == expected | {"flows.json": None}
 
 
-def test_missing_coefficients_say_what_to_do(tiny: Callable[..., Study], tmp_path: Path) -> None:
+def test_a_student_that_is_made_from_another_sees_what_it_reads_change(
+    tiny: Callable[..., Study], frozen: dict[str, Any], tmp_path: Path
+) -> None:
+    last = write(tmp_path, "students/ic/seed0/student.safetensors", b"the last")
+    third = write(tmp_path, "students/ic/seed0/snapshots/step-000003.safetensors", b"the third")
+    assert inputs(tiny(frozen), tmp_path)["gc/seed0/predictor.json"] == {"students/ic/seed0/student.safetensors": last}
+    study = tiny(frozen | {"students.gc.predictor.step": 3})
+    found = inputs(study, tmp_path, "predictor", "gc", 0)
+    assert found["gc/seed0/predictor.json"] == {"students/ic/seed0/snapshots/step-000003.safetensors": third}
+    assert not [file for file in found if file.startswith(("ic", "ot")) and "predictor" in file]
+
+
+def test_a_student_that_makes_its_own_endpoints_again_keeps_no_trace_of_another(
+    tiny: Callable[..., Study], frozen: dict[str, Any], tmp_path: Path
+) -> None:
+    write(tmp_path, "students/ic/seed0/student.safetensors", b"the last")
+    assert "gc/seed0/predictor.json" in inputs(tiny(frozen), tmp_path)
+    own = tiny(frozen | {"students.gc.predictor": "average"})
+    assert "gc/seed0/predictor.json" not in inputs(own, tmp_path, "coefficients", "gc", 0)
+
+
+def test_flows_see_every_file_that_they_read(
+    tiny: Callable[..., Study], frozen: dict[str, Any], tmp_path: Path
+) -> None:
+    study = tiny(frozen | {"flows": {}, "seeds": [0, 1], "students.gc.predictor.step": 3})
+    read = ["dataset/dataset.json", "dataset/labels.npy", "teacher/teacher.safetensors"]
+    read += [f"students/{run}/seed{seed}/student.safetensors" for run in study.students for seed in study.seeds]
+    read += [f"students/ic/seed{seed}/snapshots/step-000003.safetensors" for seed in study.seeds]
+    expected = {name: write(tmp_path, name, name.encode()) for name in read}
+    assert inputs(study, tmp_path, "flows") == {"flows.json": expected}
+    (tmp_path / "tiny/students/ot/seed1/student.safetensors").unlink()
+    with pytest.raises(UserError, match="run `python -m consistency student --run ot --seed 1` first"):
+        inputs(study, tmp_path, "flows")
+
+
+def test_missing_coefficients_say_what_to_do(
+    tiny: Callable[..., Study], couplings: dict[str, Any], tmp_path: Path
+) -> None:
     with pytest.raises(UserError, match="run `python -m consistency coefficients` first"):
-        write_inputs(tiny(), Layout("tiny", tmp_path))
+        inputs(tiny(), tmp_path)
+    assert set(inputs(tiny(couplings), tmp_path).values()) == {None}

@@ -270,7 +270,20 @@ def test_an_impossible_combination_is_explained(write_study: WriteStudy, changes
     ("changes", "message"),
     [
         ({"student.distance": "lpips"}, "distance lpips is for distillation: consistency training compares by"),
-        ({"student.curriculum.first": 17}, "students.ic: first 17 is more than last 16"),
+        ({"student.curriculum.first": 17}, "curriculum.first 17 is more than curriculum.last 16: raise last"),
+        (
+            {"student.curriculum.p_mean": 50.0},
+            "curriculum.p_mean 50 is far from the noise of the study, whose ln sigma goes from -6.21 to 4.38: move",
+        ),
+        ({"student.curriculum.p_mean": -17.0}, "students.ic: curriculum.p_mean -17 is far from the noise"),
+        (
+            {"student.curriculum": {"kind": "shrinking", "double_every": 2}, "student.steps": 99},
+            "students.ic: curriculum.double_every 2 brings the two levels together to the last bit before 99 steps",
+        ),
+        (
+            {"student.curriculum": {"kind": "shrinking", "double_every": 1, "q": 512.0}},
+            "students.ic: curriculum.double_every 1 brings the two levels together",
+        ),
         ({"student.curriculum.frist": 2}, "unknown key 'student.curriculum.frist'; did you mean 'first'?"),
         ({"student.curriculum": {"kind": "halving"}}, "key 'student.curriculum': input tag 'halving'"),
         ({"student.curriculum": {"kind": "shrinking"}}, "key 'student.curriculum.double_every' is missing"),
@@ -348,6 +361,10 @@ def test_the_discrepancy_is_of_a_student_of_consistency_training(
 ) -> None:
     message = mistake(write_study(untaught | {"flows": {"discrepancy": ["ic", "gx"]}}))
     assert "flows.discrepancy names 'gx', which is not one of the students of consistency training" in message
+    distilled = {"student.objective": "endpoint", "student.preconditioning": "ctm", "varies": ["objective"]}
+    students = {"ic": {"objective": "consistency"}, "cd": {}}
+    changes = distilled | {"students": students, "report.baseline": {}, "flows": {"discrepancy": ["cd"]}}
+    assert "names 'cd', which is not one of the students of consistency training" in mistake(write_study(changes))
 
 
 def test_flows_toys_have_seeds_of_their_own(write_study: WriteStudy, untaught: dict[str, Any]) -> None:

@@ -69,7 +69,12 @@ def test_a_finished_study_is_consistent_anywhere(root: Path, study: Study) -> No
 
 
 def test_receipts_and_other_tools_notes_are_no_strays(root: Path) -> None:
-    for name in ("track/tracked.json", "plan/teacher.json", "plan/student/ctm/seed0.json", "inputs/ctm.json"):
+    for name in (
+        "track/tracked.json",
+        "plan/teacher.json",
+        "plan/student/ctm/seed0.json",
+        "inputs/ctm/seed0/coefficients.json",
+    ):
         write_json(root / name, {})
     (root / "samples/ctm/seed0/.snakemake_timestamp").touch()
     (root / "teacher/.gitignore").write_text("/teacher.safetensors\n")

@@ -8,9 +8,11 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from consistency.__main__ import main
 from consistency.errors import UserError
 from consistency.workflow import LOCKS, run_rules
 
@@ -34,6 +36,39 @@ def test_another_run_is_not_disturbed(other_run: subprocess.Popen[bytes]) -> Non
     with pytest.raises(UserError, match=f"wait until it ends, or stop it: kill {other_run.pid}$"):
         run_rules("tiny", ["dataset"], ["results/tiny/dataset/images.npy"], patience=0)
     assert (LOCKS / "0.input.lock").exists()
+
+
+@pytest.mark.parametrize(("run", "student"), [(None, []), ("gc-full", ["student=gc-full"])])
+def test_snakemake_is_told_which_student_is_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, run: str | None, student: list[str]
+) -> None:
+    started: list[list[str]] = []
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("consistency.workflow._supervised", lambda command: started.append(command) or 0)
+    assert run_rules("tiny", ["student", "resource"], ["a", "b"], run) == 0
+    words = started[0]
+    assert words[words.index("--config") + 1 : words.index("--allowed-rules")] == ["studies=tiny", *student]
+    assert words[words.index("--allowed-rules") + 1 :] == ["student", "resource", "--", "a", "b"]
+
+
+def test_no_student_is_trained_before_dvc_knows_what_it_is_made_from(
+    write_study: Callable[..., Path],
+    couplings: dict[str, Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("consistency.workflow._supervised", lambda command: 7)
+    frozen = {"varies": ["coupling", "mu", "predictor"], "students.gc.predictor": {"run": "ic"}}
+    words = ["reproduce", "--study", str(write_study(couplings | frozen)), "--rules", "student", "resource"]
+    words += ["--run", "gc", "--seed", "0", "--", "student.safetensors"]
+    Path("dvc.yaml").write_text("vars: [config/studies/tiny.yaml, frozen: []]")
+    assert main(words) == 2
+    assert "under vars, write `- frozen: [{run: gc, predictor: ic}]`" in capsys.readouterr().err
+    Path("dvc.yaml").write_text("vars: [config/studies/tiny.yaml, frozen: [{run: gc, predictor: ic}]]")
+    with pytest.raises(SystemExit, match="7"):
+        main(words)
 
 
 CALLER = """

@@ -105,17 +105,20 @@ def _plan(args: Arguments) -> None:
 
 
 def _inputs(args: Arguments) -> None:
-    """write which students read the coefficients, for DVC"""
+    """write what students and flows read of other results, for DVC"""
     from consistency.plan import write_inputs
 
-    write_inputs(args.study, args.layout)
+    write_inputs(args.study, args.layout, args.of, args.run, args.seed)
 
 
 def _reproduce(args: Arguments) -> None:
     """let Snakemake make some files by some rules, for DVC (goes on after a killed run)"""
+    from consistency.plan import check_order
     from consistency.workflow import run_rules
 
-    sys.exit(run_rules(args.study.name, args.rules, args.targets))
+    if args.run is not None:
+        check_order(args.study)
+    sys.exit(run_rules(args.study.name, args.rules, args.targets, args.run))
 
 
 def _summary(args: Arguments) -> None:
@@ -166,8 +169,8 @@ _VERBS: dict[str, tuple[Callable[[Arguments], None], bool, str]] = {
     "summary": (_summary, False, "none"),
     "archive": (_archive, False, "none"),
     "plan": (_plan, False, "none"),
-    "inputs": (_inputs, False, "none"),
-    "reproduce": (_reproduce, False, "none"),
+    "inputs": (_inputs, False, "optional"),
+    "reproduce": (_reproduce, False, "optional"),
 }
 
 # The exit code of a verb whose time was over and whose state is saved.
@@ -187,6 +190,8 @@ def _parser() -> argparse.ArgumentParser:
         verb.add_argument("--study", required=True, metavar="FILE", help="the study, config/studies/NAME.yaml")
         verb.add_argument("--results", type=Path, default=Path("results"), metavar="DIR", help="default: results")
         verb.add_argument("--state", type=Path, default=Path("state"), metavar="DIR", help="default: state")
+        if name == "inputs":
+            verb.add_argument("--of", choices=["coefficients", "predictor", "flows"], help="default: all")
         if name == "reproduce":
             verb.add_argument("--rules", nargs="+", required=True, metavar="RULE", help="of workflow/rules")
             verb.add_argument("targets", nargs="+", metavar="FILE", help="what they are to make")

@@ -7,14 +7,17 @@ a folder of code. The stages of dvc.yaml therefore depend on these files, which 
 
 import shutil
 from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 from consistency.code import code_digest
 from consistency.errors import UserError
 from consistency.files import sha256, write_json
 from consistency.layout import Layout
 from consistency.resources import find
-from consistency.study import OfficialTeacher, Study
+from consistency.study import OfficialTeacher, Study, parse_yaml
 
+PIPELINE = Path("dvc.yaml")
 # Sections that dvc.yaml names as parameters; DVC refuses a parameter that the file leaves to its default.
 _NAMED = ("noise", "coefficients", "report")
 
@@ -23,19 +26,10 @@ def write_plan(study: Study, layout: Layout) -> None:
     """Write results/<study>/plan/: a JSON file a job with the key of its settings, the digest of its code, and the
     sha256 of its downloads.
 
-    Raises UserError when the study leaves out a section that dvc.yaml names, has no teacher, or has students made from
-    students.
+    Raises UserError when the study leaves out a section that dvc.yaml names, or dvc.yaml does not say which students
+    are made from which.
     """
-    if not study.taught:
-        raise UserError(
-            f"study {study.name} has no teacher, and dvc.yaml fits coefficients from one: "
-            f"run `snakemake --config studies={study.name}` instead"
-        )
-    if frozen := [run for run in study.students if study.resolved(run).frozen]:
-        raise UserError(
-            f"students.{frozen[0]} is made from another student, and dvc.yaml knows no order among students: "
-            f"run `snakemake --config studies={study.name}` instead"
-        )
+    check_order(study)
     for section in _NAMED:
         if section not in study.model_fields_set:
             raise UserError(f"study {study.name} has no section {section}, which dvc.yaml reads: add `{section}: {{}}`")
@@ -48,16 +42,88 @@ def write_plan(study: Study, layout: Layout) -> None:
             write_json(folder / stage / run / f"seed{seed}.json", _job(study, stage, run, seed))
 
 
-def write_inputs(study: Study, layout: Layout) -> None:
-    """Write results/<study>/inputs/<run>.json: the sha256 of the coefficients for a student that reads them, null for
-    one that does not, and so is not trained again when they change. Raises UserError without coefficients."""
-    folder, coefficients = layout.root / "inputs", layout.coefficients / "coefficients.npz"
-    if not coefficients.is_file():
-        raise UserError(f"{coefficients} is missing: run `python -m consistency coefficients` first")
-    shutil.rmtree(folder, ignore_errors=True)
-    for run in study.students:
-        fitted = study.resolved(run).needs_coefficients
-        write_json(folder / f"{run}.json", {coefficients.name: sha256(coefficients) if fitted else None})
+def write_inputs(
+    study: Study, layout: Layout, of: str | None = None, run: str | None = None, seed: int | None = None
+) -> None:
+    """Write results/<study>/inputs/: the sha256 of what a job reads of other results, null where it reads nothing, and
+    so is not run again when they change.
+
+    of: `coefficients` and `predictor` of a student (the latter for one made from another), files of these names in
+    <run>/seed<k>/, or `flows`, one file; without: all. run, seed: one student alone. Raises UserError when something
+    that is read is missing.
+    """
+    folder = layout.root / "inputs"
+    if of is None:
+        shutil.rmtree(folder, ignore_errors=True)
+    runs = _runs(study) if run is None or seed is None else [(run, seed)]
+    for each, k in runs if of != "flows" else []:
+        place, student = folder / each / f"seed{k}", study.resolved(each)
+        if of in (None, "coefficients"):
+            read = _coefficients(layout, student.needs_coefficients)
+            write_json(place / "coefficients.json", _digests(layout, read))
+        if not student.frozen:
+            # DVC leaves there what a stage made that is no more.
+            (place / "predictor.json").unlink(missing_ok=True)
+        elif of in (None, "predictor"):
+            write_json(place / "predictor.json", _digests(layout, _predictor(study, layout, each, k)))
+    if of in (None, "flows"):
+        write_json(folder / "flows.json", _digests(layout, _measured(study, layout) if study.flows else {}))
+
+
+def _coefficients(layout: Layout, read: bool) -> dict[Path, str]:
+    """The file, if it is read, and the verb that makes it."""
+    return {layout.coefficients / "coefficients.npz": "coefficients"} if read else {}
+
+
+def _predictor(study: Study, layout: Layout, run: str, seed: int) -> dict[Path, str]:
+    """The weights that make a student's endpoints, if another student's do, and the verb that makes them."""
+    frozen = study.resolved(run).frozen
+    if frozen is None:
+        return {}
+    path = layout.student_file(frozen.run, seed)
+    if frozen.step is not None:
+        path = layout.snapshot(frozen.run, seed, frozen.step)
+    return {path: f"student --run {frozen.run} --seed {seed}"}
+
+
+def _measured(study: Study, layout: Layout) -> dict[Path, str]:
+    """What the stage flows reads, and the verbs that make it."""
+    # dataset.json holds the digest of the images, which may be 16 GB.
+    found = {layout.dataset / "dataset.json": "dataset", layout.dataset / "labels.npy": "dataset"}
+    found |= {layout.teacher / "teacher.safetensors": "teacher"}
+    for run, student in study.coupled.items():
+        found |= _coefficients(layout, student.needs_coefficients)
+        for seed in study.seeds:
+            found[layout.student_file(run, seed)] = f"student --run {run} --seed {seed}"
+            found |= _predictor(study, layout, run, seed)
+    return found
+
+
+def _digests(layout: Layout, files: dict[Path, str]) -> dict[str, str] | None:
+    """The sha256 of files by name, below the study's folder; null without any. Raises UserError, naming the verb that
+    makes it, when one is missing."""
+    for path, verb in files.items():
+        if not path.is_file():
+            raise UserError(f"{path} is missing: run `python -m consistency {verb}` first")
+    return {path.relative_to(layout.root).as_posix(): sha256(path) for path in files} or None
+
+
+def check_order(study: Study) -> None:
+    """Raises UserError unless `frozen`, under `vars` in dvc.yaml, says which students are made from which."""
+    try:
+        content = parse_yaml(PIPELINE.read_text(), PIPELINE)
+    except FileNotFoundError:
+        raise UserError(f"no {PIPELINE} here: run this in the project's folder") from None
+    items: list[Any] = (content.get("vars") if isinstance(content, dict) else None) or []
+    said = [item["frozen"] for item in items if isinstance(item, dict) and "frozen" in item]
+    pairs = {run: student.frozen.run for run in study.students if (student := study.resolved(run)).frozen}
+    order = [{"run": run, "predictor": predictor} for run, predictor in pairs.items()]
+    if said != [order]:
+        text = ", ".join(f"{{run: {run}, predictor: {predictor}}}" for run, predictor in pairs.items())
+        raise UserError(
+            f"{PIPELINE} must say which students of {study.name} are made from which: "
+            f"under vars, write `- frozen: [{text}]`"
+        )
 
 
 def _runs(study: Study) -> Iterator[tuple[str, int]]:

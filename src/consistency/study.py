@@ -7,6 +7,7 @@ config/studies/ are generated from these classes (`python -m consistency schema`
 import difflib
 import hashlib
 import json
+import math
 import re
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, get_args
@@ -186,7 +187,7 @@ class Doubling(Section):
     @model_validator(mode="after")
     def _possible(self) -> Self:
         if self.first > self.last:
-            raise ValueError(f"first {self.first} is more than last {self.last}")
+            raise ValueError(f"curriculum.first {self.first} is more than curriculum.last {self.last}: raise last")
         return self
 
 
@@ -604,6 +605,8 @@ class Study(Section):
             everything = self.model_dump(mode="json", exclude={"compute"})
             everything["sampling"].pop("batch")
             return everything
+        if stage == "coefficients" and not self.needs_coefficients:
+            return {"coefficients": None}
         if stage == "flows":
             if self.flows is None:
                 return {"flows": None}
@@ -623,7 +626,8 @@ class Study(Section):
         settings = {part: dump[part] for part in base}
         if run is not None:
             student = self.resolved(run)
-            settings = self.settings("coefficients") if student.preconditioning in FITTED else settings
+            if student.preconditioning in FITTED:
+                settings |= {"coefficients": dump["coefficients"]}
             settings["student"] = student.model_dump(mode="json")
             if student.frozen:
                 settings["predictor"] = self.settings("student", student.frozen.run)
@@ -713,6 +717,8 @@ class Study(Section):
         for run in self.students:
             self._check_dropout(run)
             self._check_predictor(run)
+        for run, student in self.coupled.items():
+            self._check_levels(run, student.curriculum, student.steps)
         if len({self.resolved(run).snapshot_every for run in self.students}) > 1:
             raise ValueError("students must share snapshot_every, or their learning curves cannot be compared")
         for objective, run in self.report.baseline.items():
@@ -737,6 +743,20 @@ class Study(Section):
             raise ValueError(
                 f"students.{run}: dropout lists levels, which only a teacher.network of kind songunet has: give one "
                 "number"
+            )
+
+    def _check_levels(self, run: str, levels: Doubling | Shrinking, steps: int) -> None:
+        """Raises ValueError where there is no level to draw, or the two levels of a pair become one."""
+        where, low, high = f"students.{run}: curriculum", math.log(self.noise.sigma_min), math.log(self.noise.sigma_max)
+        if not low - 5 * levels.p_std < levels.p_mean < high + 5 * levels.p_std:
+            raise ValueError(
+                f"{where}.p_mean {levels.p_mean:g} is far from the noise of the study, whose ln sigma goes from "
+                f"{low:.2f} to {high:.2f}: move it there"
+            )
+        if isinstance(levels, Shrinking) and ((steps - 1) // levels.double_every + 1) * math.log2(levels.q) > 48:
+            raise ValueError(
+                f"{where}.double_every {levels.double_every} brings the two levels together to the last bit before "
+                f"{steps} steps are over: raise it"
             )
 
     def _check_predictor(self, run: str) -> None:

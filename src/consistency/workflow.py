@@ -18,23 +18,26 @@ PATIENCE = 60.0  # seconds for the jobs of a killed run to notice, save and leav
 _POLL = 0.5
 
 
-def run_rules(study: str, rules: list[str], targets: list[str], patience: float = PATIENCE) -> int:
+def run_rules(
+    study: str, rules: list[str], targets: list[str], run: str | None = None, patience: float = PATIENCE
+) -> int:
     """Let Snakemake make the targets by those rules alone, on $CORES cores (default: all). Returns its exit code.
 
-    The others' results are taken as they are. When whoever called is gone (a killed `dvc repro`), Snakemake is
-    interrupted. Raises UserError when another run is at work in this directory and does not leave in `patience`
-    seconds.
+    The others' results are taken as they are, and so are other students' than `run`'s, where one is named. When whoever
+    called is gone (a killed `dvc repro`), Snakemake is interrupted. Raises UserError when another run is at work in
+    this directory and does not leave in `patience` seconds.
     """
     if LOCKS.is_dir() and any(LOCKS.iterdir()):
         _require_alone(patience)
-        subprocess.run([sys.executable, "-m", "snakemake", "--unlock", "--quiet", "all", *_config(study)], check=True)
+        unlock = ["--unlock", "--quiet", "all", *_config(study, None)]
+        subprocess.run([sys.executable, "-m", "snakemake", *unlock], check=True)
     cores = os.environ.get("CORES", "all")
-    words = ["--cores", cores, *_config(study), "--allowed-rules", *rules, "--", *targets]
+    words = ["--cores", cores, *_config(study, run), "--allowed-rules", *rules, "--", *targets]
     return _supervised([sys.executable, "-m", "snakemake", *words])
 
 
-def _config(study: str) -> list[str]:
-    return ["--config", f"studies={study}"]
+def _config(study: str, run: str | None) -> list[str]:
+    return ["--config", f"studies={study}", *([] if run is None else [f"student={run}"])]
 
 
 def _supervised(command: list[str]) -> int:

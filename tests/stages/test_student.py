@@ -294,6 +294,49 @@ def test_lion_is_the_optimiser_that_the_study_asks_for(tiny: Tiny, couplings: Ch
     torch.testing.assert_close(moved[moved > 0], torch.full_like(moved[moved > 0], 4e-4), rtol=0.01, atol=1e-7)
 
 
+def at_the_end(study: Study, results: Path, state: Path, run: str, interrupted: bool) -> torch.Tensor:
+    """Weights and averages at the end of a training that SIGTERM stopped in its fourth step, or nothing did."""
+    layout = Layout("tiny", results, state)
+    job = training(study, layout, run)
+    if interrupted:
+        step = job.update.step
+
+        def stopping(k: int) -> Any:
+            if k == 3:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return step(k)
+
+        job.update.step = stopping  # type: ignore[method-assign]
+        with pytest.raises(Interrupted):
+            train(job)
+        job = training(study, layout, run)
+    train(job)
+    return torch.cat([weights(job.update.model), *(weights(average.model) for average in job.averages)])
+
+
+@pytest.mark.parametrize("predictor", ["average", {"run": "ic"}, {"run": "ic", "step": 3}])
+@pytest.mark.parametrize("optimizer", ["radam", "lion"])
+def test_one_whose_average_warms_up_goes_on_with_the_same_bits_whatever_its_predictor(
+    tiny: Tiny, couplings: Changes, first_results: Layout, tmp_path: Path, predictor: Any, optimizer: str
+) -> None:
+    """With a further average, and levels that change while it is stopped."""
+    averages = {"student.ema_rate": 0.999, "student.evaluation_ema": [0.9], "student.ema_warm_up": 0.75}
+    gc = {
+        "students.gc": {"coupling": "gc", "mu": 1.0, "predictor": predictor},
+        "varies": ["coupling", "mu", "predictor"],
+    }
+    study = tiny(couplings | averages | gc | {"student.optimizer": optimizer})
+    results = tmp_path / "results"
+    shutil.copytree(first_results.results, results)
+    stage.make_student(study, Layout("tiny", results, tmp_path / "ic"), "ic", 0, CPU)
+    one, two = (at_the_end(study, results, tmp_path / f"{k}", "gc", k) for k in (False, True))
+    assert torch.equal(one, two)
+    # The warm-up has a say: without it the averages are others.
+    cold = tiny(couplings | averages | gc | {"student.optimizer": optimizer, "student.ema_warm_up": None})
+    if predictor == "average":
+        assert not torch.equal(at_the_end(cold, results, tmp_path / "cold", "gc", False), one)
+
+
 def test_the_levels_near_each_other_as_the_study_says(tiny: Tiny, couplings: Changes, first_results: Layout) -> None:
     objective: Any = training(tiny(couplings), first_results, "ic").update.objective
     drawn = [objective.schedule.levels(step, 4096, torch.Generator()).t for step in (0, 2, 5)]

@@ -18,6 +18,7 @@ from consistency.layout import Layout
 from consistency.provenance import read_card
 from consistency.seeding import generator
 from consistency.stages import flows
+from consistency.stages.coefficients import make_coefficients
 from consistency.stages.dataset import make_dataset
 from consistency.stages.discrepancy import discrepancy_of
 from consistency.stages.estimate import estimate
@@ -291,3 +292,23 @@ def test_flows_of_a_student_that_is_missing_name_the_verb(study: Study, layout: 
 
 def test_every_folder_was_handed_over(layout: Layout) -> None:
     assert not list(Path(layout.state).rglob("state.pt"))
+
+
+@pytest.mark.parametrize("taught", [True, False])
+def test_coefficients_that_no_student_reads_are_arrays_without_rows(
+    tiny: Tiny, couplings: dict[str, Any], untaught: dict[str, Any], tmp_path: Path, taught: bool
+) -> None:
+    """DVC has one pipeline for all studies, and nothing is fitted in vain."""
+    study, layout = tiny(couplings if taught else untaught), Layout("tiny", tmp_path / "results")
+    make_coefficients(study, layout, CPU)
+    with np.load(layout.coefficients / "coefficients.npz") as arrays:
+        assert {name: len(arrays[name]) for name in arrays} == dict.fromkeys(
+            ("times", "l", "l_se", "s", "s_se", "determined"), 0
+        )
+    assert read_card(layout.coefficients, study, "coefficients")["inputs"] == {}
+    assert [finding.state for finding in verify(layout.root, study) if finding.artifact == "coefficients"] == [
+        "consistent"
+    ]
+    # A student that reads them finds that they are not its own.
+    with pytest.raises(UserError, match="with other settings"):
+        read_card(layout.coefficients, tiny(), "coefficients")

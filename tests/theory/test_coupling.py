@@ -92,3 +92,53 @@ def test_generated_images_are_the_predictor_s_endpoints_where_the_mask_says_so()
     for i in range(5):
         endpoint = (images[i] + u[i].float() * noise[i]) / (1 + u[i].float())
         torch.testing.assert_close(found[i], endpoint if mask[i] else images[i])
+
+
+# --- laws, at any size
+
+
+@pytest.mark.parametrize("labelled", [False, True])
+@pytest.mark.parametrize("seed", range(25))
+def test_an_assignment_is_a_permutation_that_none_of_many_others_beats(seed: int, labelled: bool) -> None:
+    generator, draws = seeded(seed), np.random.default_rng(seed)
+    count, shape = int(draws.integers(1, 60)), tuple(draws.integers(1, 5, 3).tolist())
+    images = float(draws.uniform(0.1, 30)) * torch.randn(count, *shape, generator=generator)
+    noise = torch.randn(count, *shape, generator=generator)
+    labels = torch.randint(int(draws.integers(1, 8)), (count,), generator=generator) if labelled else None
+    chosen = assignment(images, noise, labels)
+    assert torch.equal(chosen.sort().values, torch.arange(count))
+    assert labels is None or torch.equal(labels[chosen], labels)
+    classes = torch.zeros(count, dtype=torch.int64) if labels is None else labels
+    least = cost(images.double(), noise[chosen].double())
+    for _ in range(50):
+        other = torch.arange(count)
+        for label in classes.unique():
+            rows = (classes == label).nonzero()[:, 0]
+            other[rows] = rows[torch.randperm(len(rows), generator=generator)]
+        assert least <= cost(images.double(), noise[other].double()) * (1 + 1e-12)
+    assert least <= cost(images.double(), noise.double()) * (1 + 1e-12)
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_who_is_paired_with_whom_does_not_depend_on_the_order(seed: int) -> None:
+    generator = seeded(seed)
+    images, noise = torch.randn(2, 3 + 5 * seed, 4, generator=generator)
+    labels = torch.randint(3, (len(images),), generator=generator)
+    rows, others = (torch.randperm(len(images), generator=generator) for _ in range(2))
+    for own in (None, labels):
+        paired = noise[assignment(images, noise, own)]
+        assert torch.equal(
+            noise[rows][assignment(images[rows], noise[rows], None if own is None else own[rows])], paired[rows]
+        )
+    # Without classes the noise may come in any order of its own.
+    assert torch.equal(noise[others][assignment(images, noise[others])], noise[assignment(images, noise)])
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_the_masks_of_any_sweep_are_nested(seed: int) -> None:
+    draws = np.random.default_rng(seed)
+    count, sweep = int(draws.integers(1, 3000)), [0.0, *np.sort(draws.uniform(size=4)).tolist(), 1.0]
+    masks = [generator_mask(count, mu, seeded(seed)) for mu in sweep]
+    assert not masks[0].any() and masks[-1].all()
+    for fewer, more in itertools.pairwise(masks):
+        assert bool((more | ~fewer).all())

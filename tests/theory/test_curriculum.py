@@ -2,12 +2,14 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from scipy.stats import chisquare, norm
 
 from consistency.theory.curriculum import (
     DoublingCurriculum,
+    Levels,
     ShrinkingCurriculum,
     doubling_nodes,
     level_probabilities,
@@ -113,3 +115,59 @@ def test_levels_depend_on_step_and_generator_alone(schedule: DoublingCurriculum 
     for a, b in zip(schedule.levels(7, 9, seeded(3)), schedule.levels(7, 9, seeded(3)), strict=True):
         assert torch.equal(a, b)
         assert a.dtype == torch.float64
+
+
+# --- laws, with any settings
+
+
+def some_times(draws: np.random.Generator) -> dict[str, float]:
+    """eps, T and the normal law of ln sigma."""
+    eps = float(10 ** draws.uniform(-4, -1))
+    ends = {"sigma_min": eps, "sigma_max": float(eps * 10 ** draws.uniform(0.5, 5))}
+    return ends | {"mean": float(draws.uniform(-3, 1)), "std": float(draws.uniform(0.5, 3))}
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_doubling_levels_are_ordered_within_the_times_and_weighed(seed: int) -> None:
+    draws = np.random.default_rng(seed)
+    times, steps, first = some_times(draws), int(draws.integers(1, 5000)), int(draws.integers(1, 40))
+    last, rho = first + int(draws.integers(0, 2000)), float(draws.uniform(1, 9))
+    curriculum = DoublingCurriculum(steps, rho=rho, first=first, last=last, **times)
+    eps, end = times["sigma_min"], times["sigma_max"]
+    for step in (0, steps // 2, steps - 1, 3 * steps):
+        t, u, weight = curriculum.levels(step, 500, seeded(seed))
+        assert bool(((eps * (1 - 1e-9) <= u) & (u < t) & (t <= end * (1 + 1e-9))).all())
+        assert bool((torch.isfinite(weight) & (weight > 0)).all())
+        torch.testing.assert_close(weight * (t - u), torch.ones(500, dtype=torch.float64))
+        assert len(torch.cat([t, u]).unique()) <= doubling_nodes(step, steps, first, last) <= last + 1
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_shrinking_levels_are_ordered_within_the_times_and_weighed(seed: int) -> None:
+    draws = np.random.default_rng(seed)
+    times, every = some_times(draws), int(draws.integers(1, 500))
+    shape = {"q": float(draws.uniform(1.1, 4)), "k": float(draws.uniform(0, 10)), "b": float(draws.uniform(0.1, 3))}
+    curriculum = ShrinkingCurriculum(every, **times, **shape)
+    eps, end, before = times["sigma_min"], times["sigma_max"], None
+    for stage in range(12):
+        t, u, weight = curriculum.levels(stage * every + every // 2, 500, seeded(seed))
+        assert bool(((eps <= u) & (u <= t) & (t <= end)).all())
+        assert bool((u < t)[t > eps].all())
+        assert bool((torch.isfinite(weight) & (weight > 0)).all())
+        # The same t at every stage, and a second level that only rises towards it.
+        assert before is None or (torch.equal(before.t, t) and bool((before.u <= u).all()))
+        before = Levels(t, u, weight)
+
+
+@pytest.mark.parametrize(("q", "stages"), [(2.0, 48), (4.0, 24), (256.0, 6), (1.5, 82)])
+def test_as_far_as_a_study_may_go_numbers_tell_the_levels_apart(q: float, stages: int) -> None:
+    """48 bits (Study._check_levels): float64 has 53."""
+    t, u, weight = ShrinkingCurriculum(1, q=q).levels(stages - 1, 10_000, seeded())
+    assert bool((u < t)[t > EPS].all())
+    assert bool(torch.isfinite(weight).all())
+
+
+@pytest.mark.parametrize("mean", [math.log(EPS) - 5 * 0.5, math.log(T) + 5 * 0.5])
+def test_as_far_as_a_study_may_go_there_are_levels_to_draw(mean: float) -> None:
+    t, u, _ = DoublingCurriculum(10, mean=mean, std=0.5).levels(0, 100, seeded())
+    assert bool((u < t).all())

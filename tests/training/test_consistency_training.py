@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -415,3 +416,55 @@ def test_training_brings_down_the_distance_between_neighbours(
         update.step(step)
         average.update(step + 1)
     assert loss(replace(objective, mu=0.0), held_out, draws).item() < 0.7 * before
+
+
+# --- laws, with any batch
+
+
+def some_batch(seed: int) -> tuple[Tensor, int, float]:
+    """Images [N, 1, 4, 4] of a size that the seed says, a step, and a mu."""
+    draws = np.random.default_rng(seed)
+    images = 0.5 * torch.randn(int(draws.integers(2, 40)), 1, 4, 4, generator=seeded(seed))
+    return images, int(draws.integers(0, 80)), float(draws.uniform(0.1, 0.9))
+
+
+def rows_of(draws: CoupledPairs, rows: Tensor) -> CoupledPairs:
+    """The draws of some images."""
+    return replace(draws, **{name: value[rows] for name, value in vars(draws).items() if value is not None})
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_at_mu_0_gc_is_ic_bit_for_bit(make: Callable[..., ConsistencyTraining], seed: int) -> None:
+    """Loss, gradient, and what is left of the random state for the next step."""
+    images, step, _ = some_batch(seed)
+    found = []
+    for predictor in ({}, {"predictor": None}):
+        objective = make(mu=0.0, distance=pseudo_huber, **predictor)
+        host, device = seeded(seed), seeded(seed + 1)
+        value = loss(objective, images, objective.draw(images.shape, step, host, device))
+        value.backward()
+        gradient = torch.cat([p.grad.flatten() for p in objective.student.parameters() if p.grad is not None])
+        found.append((value.detach(), gradient, host.get_state(), device.get_state()))
+    for one, other in zip(*found, strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("kind", [ConsistencyTraining, TransportTraining])
+@pytest.mark.parametrize("seed", range(8))
+def test_neither_parts_nor_order_of_a_batch_matter(
+    make: Callable[..., ConsistencyTraining], kind: type[ConsistencyTraining], seed: int
+) -> None:
+    images, step, mu = some_batch(seed)
+    objective = make(kind=kind, mu=mu)
+    draws = objective.draw(images.shape, step, seeded(seed), seeded(seed))
+    order = torch.randperm(len(images), generator=seeded(seed + 1))
+    mixed, shuffled = images[order], rows_of(draws, order)
+    if isinstance(objective, TransportTraining):
+        draws, shuffled = objective.pair(images, None, draws), objective.pair(mixed, None, shuffled)
+        assert torch.equal(shuffled.z, draws.z[order])
+    whole = loss(objective, images, draws).item()
+    assert loss(objective, mixed, shuffled).item() == pytest.approx(whole, rel=1e-4)
+    cut = int(np.random.default_rng(seed).integers(1, len(images)))
+    parts = torch.arange(len(images)).tensor_split([cut])
+    shares = [len(rows) / len(images) * loss(objective, images[rows], rows_of(draws, rows)).item() for rows in parts]
+    assert sum(shares) == pytest.approx(whole, rel=1e-4)

@@ -27,12 +27,13 @@ SMALLER: dict[str, Any] = {
     "report.grid_nfe": [1],
     "varies": ["preconditioning", "learning_rate"],
 }
-#: the stages that start Snakemake, as the small study has them, and those that do not
+#: the stages that start Snakemake, as the small study has them
 ONCE = ["dataset", "teacher", "coefficients", "extractor", "teacher-samples", "calibration", "flows", "report"]
 JOBS = {f"{stage}@tiny" for stage in ONCE} | {
     f"{stage}@tiny-{run}-0" for stage in ("student", "samples", "scores") for run in ("ctm", "analytic")
 }
-CHEAP = {"plan@tiny", "inputs@tiny"}
+#: those that do not, by what their names begin with
+BESIDE = ("plan@", "inputs@", "predictor@", "flow-inputs@")
 PATIENCE = 900  # seconds for any one command
 
 
@@ -105,7 +106,7 @@ class Repo:
         other, is checked by its own logs."""
         before = self.snakemakes()
         ran = set(re.findall(r"Running stage '(\S+)':", self.dvc("repro", *words)))
-        assert self.snakemakes() - before == len([stage for stage in ran if not stage.startswith(("plan@", "inputs@"))])
+        assert self.snakemakes() - before == len([stage for stage in ran if not stage.startswith(BESIDE)])
         return ran
 
     def snakemakes(self) -> int:

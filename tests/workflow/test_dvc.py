@@ -14,14 +14,16 @@ import pytest
 import yaml
 from moto.server import ThreadedMotoServer
 from tests.workflow.checkout import processes_in, wait_for
-from tests.workflow.dvc_repo import CHEAP, JOBS, Repo, origin
+from tests.workflow.dvc_repo import JOBS, Repo, origin
 from tests.workflow.miniatures import Site
 
 from consistency.study import load_study
 
 pytestmark = pytest.mark.slow
 
-REPORT, FLOWS = "report@tiny", "flows@tiny"
+REPORT, PLAN = "report@tiny", "plan@tiny"
+INPUTS = {"inputs@tiny-ctm-0", "inputs@tiny-analytic-0"}
+CHEAP = {PLAN, "flow-inputs@tiny"} | INPUTS
 CTM = {"student@tiny-ctm-0", "samples@tiny-ctm-0", "scores@tiny-ctm-0"}
 ANALYTIC = {"student@tiny-analytic-0", "samples@tiny-analytic-0", "scores@tiny-analytic-0"}
 STUDY = "config/studies/tiny.yaml"
@@ -54,7 +56,8 @@ def changed(reproduced: Repo, home: Path) -> Repo:
     repo = reproduced.copy(home / "changed")
     repo.git("checkout", "--quiet", "-b", "faster")
     repo.set({"students.ctm.learning_rate": 0.02})
-    assert repo.repro() == CTM | {FLOWS, REPORT} | CHEAP
+    # Without a section flows there is nothing to measure of a student.
+    assert repo.repro() == CTM | {REPORT, PLAN, "flow-inputs@tiny", "inputs@tiny-ctm-0"}
     repo.commit("ctm learns faster")
     return repo
 
@@ -135,7 +138,7 @@ def test_plots_make_a_page(reproduced: Repo, tmp_path: Path) -> None:
 def test_a_comment_runs_nothing(repo: Repo) -> None:
     loop = repo.path / "src/consistency/training/loop.py"
     loop.write_text(f"# A comment.\n{loop.read_text()}")
-    assert repo.repro() == {"plan@tiny"}
+    assert repo.repro() == {PLAN}
     assert repo.changed() == set()
     assert repo.checkout.planned() == {"track"}
 
@@ -143,7 +146,7 @@ def test_a_comment_runs_nothing(repo: Repo) -> None:
 def test_a_change_of_the_students_training_runs_the_students(repo: Repo) -> None:
     file = repo.path / "src/consistency/training/objectives.py"
     file.write_text(re.sub(r"class Trajectory\b.*:\n", r"\g<0>    changed = True\n", file.read_text()))
-    assert repo.repro("plan@tiny") == {"plan@tiny"}
+    assert repo.repro(PLAN) == {PLAN}
     assert repo.changed() == {"student@tiny-ctm-0", "student@tiny-analytic-0"}
     planned = repo.checkout.planned()
     students = {f"{stage} {run}" for stage in ("student", "samples", "scores") for run in ("ctm", "analytic")}
@@ -152,7 +155,7 @@ def test_a_change_of_the_students_training_runs_the_students(repo: Repo) -> None
 
 def test_a_changed_coefficient_key_does_not_retrain_the_teacher(repo: Repo) -> None:
     repo.set({"coefficients.probes": 2})
-    assert repo.repro("plan@tiny") == {"plan@tiny"}
+    assert repo.repro(PLAN) == {PLAN}
     # Not the other student either, nor its samples and scores.
     assert repo.changed() == {"coefficients@tiny", REPORT} | ANALYTIC
 
@@ -232,7 +235,7 @@ def test_a_killed_stage_goes_on_and_leaves_the_cache_sound(repo: Repo) -> None:
 
 
 def test_an_experiment_changes_one_key_and_keeps_the_file_readable(experiment: Repo) -> None:
-    assert set(re.findall(r"Running stage '(\S+)':", experiment.output)) == {"plan@tiny", REPORT}
+    assert set(re.findall(r"Running stage '(\S+)':", experiment.output)) == {PLAN, REPORT}
     study = experiment.path / STUDY
     assert study.read_text().startswith("# A remark.\n")
     assert load_study(study).report.bootstrap == 60
@@ -250,7 +253,7 @@ def test_two_branches_merge_into_a_valid_lock_and_only_the_report_runs(experimen
     assert re.findall(r"CONFLICT .*: Merge conflict in (\S+)", said) == ["dvc.lock"]
     assert repo.locked() == ours  # valid, until it is made anew
     # The other's student, its samples and its scores come from the run cache.
-    assert repo.repro() == {"plan@tiny", REPORT}
+    assert repo.repro() == {PLAN, REPORT}
     assert set(re.findall(r"Stage '(\S+)' is cached", repo.output)) >= CTM
     repo.commit("merged")
     theirs = yaml.safe_load(repo.git("show", "faster:dvc.lock"))["stages"]

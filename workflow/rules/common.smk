@@ -29,7 +29,7 @@ def load_studies() -> dict[str, Study]:
     names = config.get("studies")
     names = [names] if isinstance(names, str) else names
     try:
-        for name in set(config) - {"studies"}:
+        for name in set(config) - {"studies", "student"}:
             raise UserError(
                 f"unknown key {name!r} in the configuration (config/config.yaml, --config): there is studies"
             )
@@ -55,6 +55,9 @@ shell.prefix("set -euo pipefail; trap '' TERM; ")
 
 STARTED = time.time()
 STUDIES = load_studies()
+# Under DVC one student is trained at a time (`student` in the configuration), and the one that it is made from is taken
+# as it is.
+TRAINED = re.escape(str(config["student"])) if "student" in config else "[a-z0-9][a-z0-9._-]*"
 RESOURCES = known_resources()
 
 

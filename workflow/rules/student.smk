@@ -17,6 +17,8 @@ rule student:
         "logs/{study}/student/{run}-seed{seed}.log",
     benchmark:
         "logs/{study}/student/{run}-seed{seed}.tsv"
+    wildcard_constraints:
+        run=TRAINED,
     conda:
         environment
     threads: 1

@@ -24,12 +24,20 @@ from consistency.training.objectives import with_labels
 
 
 def make_coefficients(study: Study, layout: Layout, device: torch.device) -> None:
-    """Write coefficients.npz (times, l, l_se, s, s_se, determined) and card.json.
+    """Write coefficients.npz (times, l, l_se, s, s_se, determined) and card.json; arrays without rows if no student of
+    the study reads them.
 
     Raises UserError if the teacher returns NaN or the fit gives a singular jump.
     """
-    started = time.time()
-    data, settings, folder = read_dataset(study, layout), study.coefficients, layout.coefficients
+    started, path = time.time(), layout.coefficients / "coefficients.npz"
+    if not study.needs_coefficients:
+        none = np.empty(0)
+        nothing = CoefficientFit(none, none, none, none, none, none.astype(bool))
+        write_with(path, lambda temporary: _save(temporary, nothing))
+        write_card(study, layout, "coefficients", started=started, inputs=[], outputs=[path])
+        print(f"coefficients {study.name}: no student reads them, so nothing is fitted")
+        return
+    data, settings = read_dataset(study, layout), study.coefficients
     dtype = torch.float64 if settings.precision == "float64" else torch.float32
     teacher = read_teacher(study, layout, device).to(dtype)
     require_classes(study, data, teacher)
@@ -49,7 +57,6 @@ def make_coefficients(study: Study, layout: Layout, device: torch.device) -> Non
     except ValueError as error:
         raise UserError(f"coefficients: {error}; train the teacher longer or use precision: float64") from None
     _require_regular(fit)
-    path = folder / "coefficients.npz"
     write_with(path, lambda temporary: _save(temporary, fit))
     read = ("images.npy", "labels.npy") if study.teacher.conditional else ("images.npy",)
     # An evaluation with its derivative along one direction counts 2; a residual, 1.

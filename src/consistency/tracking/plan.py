@@ -236,7 +236,7 @@ def _student(study: Study, run: str, seeds: list[Upload], differing: list[str]) 
 
 def _report(study: Study, layout: Layout) -> Upload:
     card = read_card(layout.report, study, "report")
-    settings, ended = study.settings("report"), _milliseconds(card)
+    settings, ended, fitted = study.settings("report"), _milliseconds(card), study.needs_coefficients
     params: dict[str, str] = {}
     for part in ("dataset", "noise", "coefficients", "sampling", "scores", "report"):
         params |= _flat(settings[part], f"{part}.")
@@ -253,8 +253,8 @@ def _report(study: Study, layout: Layout) -> Upload:
         + _files(layout.dataset, "dataset.json", "card.json", to="dataset")
         + _files(layout.extractor, "card.json", to="extractor")
         + [(path, "flows") for path, _ in (_tree(layout.flows) if study.flows else [])]
-        + _files(layout.coefficients, "coefficients.npz", "card.json", to="coefficients"),
-        texts=_coefficient_table(layout) if study.needs_coefficients else [],
+        + (_files(layout.coefficients, "coefficients.npz", "card.json", to="coefficients") if fitted else []),
+        texts=_coefficient_table(layout) if fitted else [],
     )
 
 

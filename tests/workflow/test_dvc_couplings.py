@@ -1,0 +1,120 @@
+"""Consistency training without a teacher under DVC, with a student made from another: what runs, and in which order."""
+
+import json
+import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from tests.workflow.checkout import processes_in
+from tests.workflow.dvc_repo import JOBS, Repo, origin
+
+pytestmark = pytest.mark.slow
+
+RUNS = ("full", "ic", "gc")
+ONCE = {stage for stage in JOBS if "-ctm-" not in stage and "-analytic-" not in stage}
+CHEAP = {"plan@tiny", "flow-inputs@tiny", "predictor@tiny-pair0-0"}
+
+
+def of(*runs: str) -> set[str]:
+    """The stages of students that start Snakemake."""
+    return {f"{stage}@tiny-{run}-0" for stage in ("student", "samples", "scores") for run in runs}
+
+
+def inputs(*runs: str) -> set[str]:
+    return {f"inputs@tiny-{run}-0" for run in runs}
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Where the shared repository lies; nothing is at work there in the end."""
+    folder = tmp_path_factory.mktemp("dvc-couplings").resolve()
+    yield folder
+    for process in processes_in(folder):
+        os.kill(process, signal.SIGKILL)
+
+
+@pytest.fixture(scope="module")
+def reproduced(home: Path, untaught: dict[str, Any]) -> Repo:
+    """The study of couplings in which `dvc repro` ran, its dvc.lock committed, all pushed to a remote in a folder.
+
+    The student that is made from another comes first in the study's file.
+    """
+    students = {
+        "full": {"coupling": "gc", "predictor": {"run": "ic"}},
+        "ic": {"coupling": "ic"},
+        "gc": {"coupling": "gc"},
+    }
+    varies = ["coupling", "predictor", "learning_rate"]
+    repo = origin(home / "repo")
+    repo.set(untaught | {"students": students, "varies": varies, "report.grid_nfe": [1]})
+    repo.commit("couplings")
+    said = repo.dvc("repro", code=255)
+    assert "under vars, write `- frozen: [{run: full, predictor: ic}]`" in said
+    pipeline = repo.path / "dvc.yaml"
+    pipeline.write_text(pipeline.read_text().replace("- frozen: []", "- frozen: [{run: full, predictor: ic}]"))
+    assert repo.repro() == ONCE | of(*RUNS) | inputs(*RUNS) | CHEAP
+    repo.dvc("remote", "add", "--default", "folder", str(home / "remote"))
+    repo.commit("reproduced")
+    repo.dvc("push")
+    return repo
+
+
+def card(repo: Repo, run: str) -> dict[str, Any]:
+    """What a student's card says."""
+    return json.loads((repo.path / f"results/tiny/students/{run}/seed0/card.json").read_text())  # type: ignore[no-any-return]
+
+
+def test_the_student_was_made_from_the_other_and_nothing_else_runs(reproduced: Repo) -> None:
+    name = "students/ic/seed0/student.safetensors"
+    assert card(reproduced, "full")["inputs"][name] == card(reproduced, "ic")["outputs"]["student.safetensors"]
+    assert name not in card(reproduced, "gc")["inputs"]
+    assert reproduced.repro() == set()
+    assert reproduced.unsound() == []
+
+
+def test_what_nobody_reads_is_there_and_says_so(reproduced: Repo) -> None:
+    with np.load(reproduced.path / "results/tiny/coefficients/coefficients.npz") as arrays:
+        assert {len(arrays[name]) for name in arrays} == {0}
+    assert "consistent" in reproduced.run("python", "-m", "consistency", "verify", "results/tiny")
+
+
+def test_dvc_takes_note_of_what_snakemake_made(reproduced: Repo, tmp_path: Path) -> None:
+    repo = reproduced.copy(tmp_path / "repo")
+    (repo.path / "dvc.lock").unlink()
+    for verb in ("plan", "inputs"):
+        repo.run("python", "-m", "consistency", verb, "--study", "config/studies/tiny.yaml")
+    repo.dvc("commit", "--force")
+    assert repo.changed() == set()
+    assert repo.locked() == reproduced.locked()
+
+
+def test_a_fresh_clone_pulls_and_trains_one_student_on_what_it_pulled(reproduced: Repo, tmp_path: Path) -> None:
+    clone = reproduced.clone(tmp_path / "clone")
+    clone.dvc("pull")
+    assert clone.changed() == set()
+    before = card(clone, "ic")
+    # Snakemake knows nothing of the results here, and is not asked about the student that another is made from.
+    clone.set({"students.full.learning_rate": 0.02})
+    (clone.path / "results/tiny/dataset/images.npy").touch()
+    student = "student@tiny-full-0"
+    assert clone.repro(student) == {"plan@tiny", "predictor@tiny-pair0-0", student} | inputs("full")
+    assert {log.name for log in (clone.path / "logs/tiny/student").iterdir()} == {"full-seed0.log", "full-seed0.tsv"}
+    assert card(clone, "ic") == before
+    assert card(clone, "full")["inputs"] == card(reproduced, "full")["inputs"]
+
+
+def test_a_changed_student_runs_what_is_made_from_it_and_no_other(reproduced: Repo, tmp_path: Path) -> None:
+    repo = reproduced.copy(tmp_path / "repo")
+    repo.set({"students.ic.learning_rate": 0.02})
+    cheap = {"plan@tiny", "predictor@tiny-pair0-0", "flow-inputs@tiny"} | inputs("ic")
+    assert repo.repro() == of("ic", "full") | {"report@tiny"} | cheap
+    name = "students/ic/seed0/student.safetensors"
+    assert card(repo, "full")["inputs"][name] == card(repo, "ic")["outputs"]["student.safetensors"]
+    assert card(repo, "full")["inputs"][name] != card(reproduced, "full")["inputs"][name]
+    repo.git("checkout", "--quiet", ".")
+    repo.dvc("checkout")
+    assert repo.repro() == set()
