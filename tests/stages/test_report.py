@@ -70,6 +70,7 @@ def test_the_page_is_whole_and_loads_nothing(tmp_path: Path, text: str) -> None:
     names = [path.stem for path in (layout.report / "figures").glob("*.png")]
     assert {"samples", "curves_fd", "losses", "speedup_fd"} <= set(names)
     assert ("curves_alignment" in names) == study.taught
+    assert ("curves_kid" in names) == bool(study.coupled)
     assert ("coefficients" in names) == study.needs_coefficients
     for name in names:
         assert (layout.report / "figures" / f"{name}.svg").stat().st_size > 1000
@@ -86,7 +87,7 @@ def test_without_a_teacher_nothing_speaks_of_one(tmp_path: Path, capsys: pytest.
     study, layout = made(tmp_path, UNTAUGHT)
     make_report(study, layout)
     names = {path.stem for path in (layout.report / "figures").glob("*.png")}
-    assert names == {"samples", "curves_fd", "speedup_fd", "losses"}
+    assert names == {"samples", "curves_fd", "curves_kid", "speedup_fd", "losses"}
     page = text_of(study, layout)
     read = page.split("Commands")[0]
     assert "alignment" not in read.lower()

@@ -150,6 +150,7 @@ def test_the_report_has_no_teacher_in_its_pictures(study: Study, layout: Layout)
         "samples",
         "own_fits",
         "curves_fd",
+        "curves_kid",
         "losses",
         "speedup_fd",
         "transport_cost",

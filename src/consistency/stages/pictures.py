@@ -49,11 +49,12 @@ def draw_pictures(
         pictures += _coefficient_pictures(study, layout)
     if study.carrying:
         pictures.append(_own_fits_picture(study, layout))
-    for measure in ("fd", "alignment"):
+    # The paper on flows gives KID beside FID.
+    for measure in ("fd", *(["kid"] if study.coupled else []), "alignment"):
         nfes = [nfe for nfe in study.scores.curve_nfe if scores[scores.nfe == nfe][measure].notna().any()]
         if not nfes:
             continue
-        images = count if measure == "fd" else study.scores.alignment_count
+        images = study.scores.alignment_count if measure == "alignment" else count
         caption = (
             f"{figures.measure_label(measure, extractor)} against training iterations: mean over {seeds}, band from "
             f"the lowest to the highest seed, N = {images} images a point. Step 0 is left out."
