@@ -1,5 +1,7 @@
 """The command line: quick to start, helpful, and with exit codes that mean something."""
 
+import importlib
+import inspect
 import os
 import signal
 import subprocess
@@ -12,9 +14,10 @@ import pytest
 from consistency import __main__ as cli
 from consistency import __version__
 from consistency.errors import UserError
+from consistency.layout import Layout
+from consistency.study import Study
 
 ROOT = Path(__file__).parents[1]
-VERBS = [*cli._VERBS, "jobs", "validate", "schema", "fetch", "follow", "verify", "unpack"]
 TINY = str(ROOT / "config/studies/tiny.yaml")
 
 
@@ -26,9 +29,9 @@ def handlers() -> Iterator[None]:
     signal.signal(signal.SIGTERM, before)
 
 
-def replaced(monkeypatch: pytest.MonkeyPatch, function: Callable[[cli.Arguments], None]) -> list[str]:
+def replaced(monkeypatch: pytest.MonkeyPatch, function: Callable[[Study, Layout, int], None]) -> list[str]:
     """The words of a verb that does something else now."""
-    monkeypatch.setitem(cli._VERBS, "dataset", (function, False, "none"))
+    monkeypatch.setattr("consistency.stages.dataset.make_dataset", function)
     return ["dataset", "--study", TINY]
 
 
@@ -44,16 +47,22 @@ def test_help_waits_for_no_heavy_import() -> None:
     environment = os.environ | {"PYTHONPATH": str(ROOT / "src")}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert set(VERBS) <= set(done.stdout.split())
+    assert set(cli.VERBS) <= set(done.stdout.split())
 
 
-@pytest.mark.parametrize("verb", VERBS)
+@pytest.mark.parametrize("verb", cli.VERBS)
 def test_every_verb_has_help(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as end:
         cli.main([verb, "--help"])
     assert end.value.code == 0
-    function = cli._VERBS[verb][0] if verb in cli._VERBS else getattr(cli, f"_{verb.replace('-', '_')}")
-    assert " ".join((function.__doc__ or "?").split()) in " ".join(capsys.readouterr().out.split())
+    assert cli.VERBS[verb].help in " ".join(capsys.readouterr().out.split())
+
+
+@pytest.mark.parametrize("verb", cli.VERBS.values())
+def test_every_verb_names_a_function_that_takes_what_it_is_given(verb: cli.Verb) -> None:
+    module, name = verb.function.split(":")
+    function = getattr(importlib.import_module(f"consistency.{module}"), name)
+    inspect.signature(function).bind(*verb.takes)
 
 
 def test_the_version_is_the_packages(capsys: pytest.CaptureFixture[str]) -> None:
@@ -105,12 +114,12 @@ def test_check_prints_every_default_and_every_student(capsys: pytest.CaptureFixt
 
 
 def test_a_verb_gets_the_study_and_where_its_files_lie(monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: list[cli.Arguments] = []
-    words = replaced(monkeypatch, seen.append)
-    assert cli.main([*words, "--results", "there", "--state", "here"]) == 0
-    assert seen[0].study.name == "tiny"
-    assert seen[0].layout.dataset == Path("there/tiny/dataset")
-    assert seen[0].layout.training_state("ctm", 0) == Path("here/tiny/ctm/seed0")
+    seen: list[tuple[Study, Layout, int]] = []
+    words = replaced(monkeypatch, lambda *given: seen.append(given))
+    assert cli.main([*words, "--results", "there", "--state", "here", "--threads", "3"]) == 0
+    ((study, layout, threads),) = seen
+    assert (study.name, layout.dataset, threads) == ("tiny", Path("there/tiny/dataset"), 3)
+    assert layout.training_state("ctm", 0) == Path("here/tiny/ctm/seed0")
 
 
 class Stopped(Exception):
@@ -124,7 +133,7 @@ class Stopped(Exception):
 def test_exit_codes_say_what_happened(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], error: BaseException, code: int
 ) -> None:
-    def fail(args: cli.Arguments) -> None:
+    def fail(study: Study, layout: Layout, threads: int) -> None:
         raise error
 
     assert cli.main(replaced(monkeypatch, fail)) == code
@@ -153,7 +162,7 @@ def test_only_a_slurm_job_whose_time_is_over_asks_to_go_on(
     refusal: str,
     said: str,
 ) -> None:
-    def stop(args: cli.Arguments) -> None:
+    def stop(*given: object) -> None:
         error = Stopped("stopped at step 3")
         error.signum = signum
         raise error
@@ -161,7 +170,7 @@ def test_only_a_slurm_job_whose_time_is_over_asks_to_go_on(
     if job:
         monkeypatch.setenv("SLURM_JOB_ID", job)
     monkeypatch.setattr("consistency.slurm_job.requeue", lambda: refusal)
-    monkeypatch.setitem(cli._VERBS, "samples", (stop, True, "optional"))
+    monkeypatch.setattr("consistency.stages.samples.make_samples", stop)
     assert cli.main(["samples", "--study", TINY, "--device", "cpu", "--job-minutes", "60"]) == 128 + signum
     signal.setitimer(signal.ITIMER_REAL, 0)
     printed = capsys.readouterr()
@@ -183,7 +192,7 @@ def test_what_a_job_of_slurm_cannot_be(words: list[str], message: str, capsys: p
 
 
 def test_a_bug_is_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(args: cli.Arguments) -> None:
+    def fail(study: Study, layout: Layout, threads: int) -> None:
         raise ZeroDivisionError
 
     with pytest.raises(ZeroDivisionError):
@@ -193,7 +202,7 @@ def test_a_bug_is_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_sigterm_unwinds_like_an_error_and_is_143(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     from consistency.files import atomic
 
-    def stopped(args: cli.Arguments) -> None:
+    def stopped(study: Study, layout: Layout, threads: int) -> None:
         with atomic(tmp_path / "file") as temporary:
             temporary.write_bytes(b"half")
             os.kill(os.getpid(), signal.SIGTERM)

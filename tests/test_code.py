@@ -66,7 +66,7 @@ def test_comments_docstrings_and_layout_change_nothing(package: Path, here: dict
         ("wording.py", "def coarse(", "def coarse(*,\n    ", {"report"}),
         ("templates/report.html.j2", "<", "<!-- -->\n<", {"report"}),
         ("__main__.py", "allow_tf32 = False", "allow_tf32 = True", STAGES - {"dataset", "report"}),
-        ("__main__.py", "def _summary(", "def _summary(_=0, *,\n    ", set()),
+        ("__main__.py", "def _require_student(", "def _require_student(_=0, *,\n    ", set()),
         ("progress.py", "LINE_EVERY = 5.0", "LINE_EVERY = 6.0", set()),
         ("provenance.py", "def git_state(", "def git_state(*,\n    ", set()),
         ("tracking/__init__.py", '"', '"Other', set()),

@@ -25,7 +25,7 @@ from consistency.files import atomic, sha256, write_bytes
 from consistency.layout import Layout
 from consistency.progress import Progress
 from consistency.resources import registry
-from consistency.study import OfficialTeacher, Study
+from consistency.study import OfficialTeacher, Study, load_study
 from consistency.verification import (
     ARCHIVE,
     Finding,
@@ -422,3 +422,16 @@ def _extract(members: Members, name: str, path: Path, manifest: Manifest) -> Non
             target.write(chunk)
     if digest.hexdigest() != manifest.digests.get(name, digest.hexdigest()):
         raise UserError(f"{members.name} changed while it was unpacked: wait for what writes it, and unpack again")
+
+
+def print_verified(path: Path, against: str | None) -> None:
+    """Print the findings of `verify`; against: a study file. Raises UserError when anything is wrong."""
+    findings = verify(path, load_study(against) if against else None)
+    print_findings(findings)
+    require_consistent(str(path), findings)
+
+
+def print_unpacked(path: Path, results: Path) -> None:
+    """Unpack an archive and say where its report is."""
+    folder = unpack(path, results)
+    print(f"{folder}: open {folder / 'report/report.html'}; `python -m consistency verify {folder}` checks it any time")

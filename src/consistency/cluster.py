@@ -138,8 +138,9 @@ def find_jobs(folder: Path) -> list[Job]:
     return jobs
 
 
-def print_jobs(folder: Path) -> None:
+def print_jobs(folder: Path | None = None) -> None:
     """One line for each job of the folder."""
+    folder = folder or Path.cwd()
     jobs = find_jobs(folder)
     if not jobs:
         print(f"no jobs of {folder} are in Slurm's queue")

@@ -18,15 +18,15 @@ SOURCE = Path(__file__).parent
 
 #: where each stage of Study.key begins; what __main__ sets for all of them decides bits too
 ENTRIES = {
-    "dataset": ["__main__:_dataset"],
-    "teacher": ["__main__:_teacher", "__main__:_prepare"],
-    "coefficients": ["__main__:_coefficients", "__main__:_prepare"],
-    "extractor": ["__main__:_extractor", "__main__:_prepare"],
-    "student": ["__main__:_student", "__main__:_prepare"],
-    "samples": ["__main__:_samples", "__main__:_prepare"],
-    "scores": ["__main__:_calibration", "__main__:_scores", "__main__:_prepare"],
-    "flows": ["__main__:_flows", "__main__:_prepare"],
-    "report": ["__main__:_report"],
+    "dataset": ["stages.dataset:make_dataset"],
+    "teacher": ["stages.teacher:make_teacher", "__main__:_prepare"],
+    "coefficients": ["stages.coefficients:make_coefficients", "__main__:_prepare"],
+    "extractor": ["stages.extractor:make_extractor", "__main__:_prepare"],
+    "student": ["stages.student:make_student", "__main__:_prepare"],
+    "samples": ["stages.samples:make_samples", "__main__:_prepare"],
+    "scores": ["stages.scores:make_calibration", "stages.scores:make_scores", "__main__:_prepare"],
+    "flows": ["stages.flows:make_flows", "__main__:_prepare"],
+    "report": ["stages.report:make_report"],
 }
 
 #: modules and packages that cannot change a number: how a run is started, stopped, watched, stored and recorded

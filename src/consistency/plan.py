@@ -16,6 +16,7 @@ from consistency.files import sha256, write_json
 from consistency.layout import Layout
 from consistency.resources import find
 from consistency.study import OfficialTeacher, Study, parse_yaml
+from consistency.workflow import run_rules
 
 PIPELINE = Path("dvc.yaml")
 # Sections that dvc.yaml names as parameters; DVC refuses a parameter that the file leaves to its default.
@@ -124,6 +125,13 @@ def check_order(study: Study) -> None:
             f"{PIPELINE} must say which students of {study.name} are made from which: "
             f"under vars, write `- frozen: [{text}]`"
         )
+
+
+def reproduce(study: Study, rules: list[str], targets: list[str], run: str | None) -> int:
+    """Let Snakemake make the targets by those rules; the students in their order. Returns its exit code."""
+    if run is not None:
+        check_order(study)
+    return run_rules(study.name, rules, targets, run)
 
 
 def _runs(study: Study) -> Iterator[tuple[str, int]]:

@@ -121,6 +121,16 @@ def open_resource(name: str) -> Path:
     return path
 
 
+def fetch_all(names: list[str]) -> None:
+    """Download those resources, each once all names are known; without a name, print which are there."""
+    for name in names:
+        find(name)
+    for name in names:
+        fetch(name)
+    if not names:
+        print_states()
+
+
 def print_states() -> None:
     """Print of each resource whether it is there, missing or damaged."""
     resources = registry()

@@ -854,6 +854,13 @@ def load_study(path: str | Path) -> Study:
     return study
 
 
+def print_study(study: Study) -> None:
+    """Print a study with every default written out, and each of its students."""
+    print(yaml.safe_dump(study.model_dump(mode="json"), sort_keys=False).rstrip())
+    for run in study.students:
+        print(f"# {run}: {study.resolved(run).model_dump(mode='json')}")
+
+
 def explain(error: ValidationError, model: type[BaseModel], prefix: str = "") -> str:
     """The first problem of a validation, in one line; an unknown key first, since it explains a missing one."""
     problems = error.errors()

@@ -8,6 +8,7 @@ import logging
 import math
 import os
 import signal
+import sys
 import threading
 import time
 import warnings
@@ -49,7 +50,7 @@ _KEPT = 20_000  # points about the machine, at most, that wait for a server that
 _PATIENCE = {"PGCONNECT_TIMEOUT": "10", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0", "MLFLOW_HTTP_REQUEST_TIMEOUT": "10"}
 
 
-def follow(messages: TextIO) -> None:
+def follow(messages: TextIO = sys.stdin) -> None:
     """Follow one training: the first message says which, the second how it ended; an end without it is a kill.
 
     Returns, or ends the process, at most GRACE seconds after the training ended.
