@@ -1,14 +1,11 @@
-"""The verb estimate: what a study costs: operations counted on its networks, GPU-hours, days of a cluster, disk."""
+"""The verb estimate: what a study costs: operations counted on its networks, GPU-hours, disk."""
 
-import heapq
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from consistency.errors import UserError
 from consistency.layout import Layout
 from consistency.nets.denoiser import build_denoiser
 from consistency.nets.official import official_architecture
@@ -29,34 +26,17 @@ _KNOWN = {
 _INCEPTION, VGG16_OPERATIONS = 11.4e9, 30.7e9
 _BYTES = 4  # of a float32
 
-#: GPUs at hand, and GPUs that one job shares, of the table of days
-GPUS, SHARING = (8, 64), (1, 2, 4, 8)
-
-
-@dataclass(frozen=True)
-class Job:
-    """A job of the workflow. operations: floating-point, an addition and a multiplication each one; after: the jobs
-    that it waits for; shared: whether several GPUs can work on it."""
-
-    stage: str
-    operations: float = 0.0
-    after: tuple[str, ...] = ()
-    shared: bool = False
-
 
 @dataclass(frozen=True)
 class Estimate:
-    """What a study costs. jobs: its graph, by name; disk: bytes at the end, by stage; snapshots: bytes of those that
-    serve the learning curves alone; state: bytes of a training under way, beside its snapshots."""
+    """What a study costs. operations: floating-point, an addition and a multiplication each one, by stage; disk: bytes
+    at the end, by stage; snapshots: bytes of those that serve the learning curves alone; state: bytes of a training
+    under way, beside its snapshots."""
 
-    jobs: dict[str, Job]
+    operations: dict[str, float]
     disk: dict[str, float]
     snapshots: float
     state: float
-
-    def operations(self, stage: str) -> float:
-        """Those of all jobs of a stage."""
-        return sum(job.operations for job in self.jobs.values() if job.stage == stage)
 
 
 @dataclass(frozen=True)
@@ -92,55 +72,41 @@ def estimate(study: Study, layout: Layout) -> Estimate:
         "teacher": size.weights,
         "teacher's samples": float(study.taught * count * pixels),
         "calibration": float(study.taught * study.scores.alignment_count * pixels * _BYTES),
-        "coefficients": 0.0,
         "students": finals + snapshots,
         "samples": float(seeds * sum(_arrays(study, run) for run in runs) * count * pixels),
-        "scores": 0.0,
     }
-    if study.flows:
-        disk["flows"] = 0.0
     # The student, its averages, and two moments of the optimiser.
     state = max(1 + _rates(run) + 2 for run in runs) * size.weights
-    return Estimate(_jobs(study, size), disk, snapshots, state)
+    return Estimate(_operations(study, size), disk, snapshots, state)
 
 
-def _jobs(study: Study, size: _Size) -> dict[str, Job]:
-    """The jobs in the order in which the workflow would submit them."""
+def _operations(study: Study, size: _Size) -> dict[str, float]:
+    """Floating-point operations of each stage, in the order of the workflow."""
     forward, fit, sampling, scores = size.forward, study.coefficients, study.sampling, study.scores
-    teacher = 3 * study.teacher.steps * study.teacher.batch * forward if isinstance(study.teacher, Teacher) else 0.0
+    runs, seeds = [study.resolved(run) for run in study.students], len(study.seeds)
     probes = size.pixels if fit.probes == "exact" else fit.probes
-    fitted = fit.times * fit.samples * (2 * (probes + 1) + 1) * forward if study.needs_coefficients else 0.0
     # Without a teacher nothing is drawn from it, and nothing held against its trajectories.
-    drawn = study.taught * sampling.count * (2 * sampling.teacher_steps - 1) * forward
-    aligned = study.taught * scores.alignment_count * (2 * scores.alignment_nodes - 2) * forward
-    rated = study.taught * sampling.count * size.extractor
-    jobs = {
-        "dataset": Job("dataset"),
-        "extractor": Job("extractor", size.images * size.extractor, ("dataset",)),
-        "teacher": Job("teacher", teacher, ("dataset",), shared=True),
-        "teacher's samples": Job("teacher's samples", drawn, ("teacher",), shared=True),
-        "calibration": Job("calibration", aligned + rated, ("extractor", "teacher's samples")),
-        "coefficients": Job("coefficients", fitted, ("dataset", "teacher")),
+    aligned = scores.alignment_count * (2 * scores.alignment_nodes - 2) * forward
+    training = sum(student_operations(study, run, forward) for run in runs)
+    operations = {
+        "dataset": 0.0,
+        "extractor": size.images * size.extractor,
+        "teacher": 3.0 * study.teacher.steps * study.teacher.batch * forward
+        if isinstance(study.teacher, Teacher)
+        else 0,
+        "teacher's samples": study.taught * sampling.count * (2 * sampling.teacher_steps - 1) * forward,
+        "calibration": study.taught * (aligned + sampling.count * size.extractor),
+        "coefficients": study.needs_coefficients * fit.times * fit.samples * (2 * (probes + 1) + 1) * forward,
+        "students": seeds * training,
+        "samples": seeds * sampling.count * sum(_evaluations(study, run) for run in runs) * forward,
+        "scores": seeds * sum(_scoring_operations(study, run, size) for run in runs),
     }
-    students: dict[str, Job] = {}
-    samples: dict[str, Job] = {}
-    scored: dict[str, Job] = {}
-    for run in study.students:
-        student = study.resolved(run)
-        needs = ["dataset", "teacher"]
-        needs += ["coefficients"] if student.needs_coefficients else []
-        needs += ["calibration"] if scores.teacher_fid is not None else []
-        operations = training_operations(student, forward) + _refits(study, student) * forward
-        drawn = sampling.count * _evaluations(study, student) * forward
-        measured = _scoring_operations(study, student, size)
-        for seed in study.seeds:
-            name = f"{run} seed {seed}"
-            frozen = [f"student {student.frozen.run} seed {seed}"] if student.frozen else []
-            students[f"student {name}"] = Job("students", operations, (*needs, *frozen), shared=True)
-            samples[f"samples {name}"] = Job("samples", drawn, (f"student {name}",))
-            scored[f"scores {name}"] = Job("scores", measured, (f"samples {name}", "calibration"))
-    flows = {"flows": Job("flows", _flows_operations(study, forward), tuple(students))} if study.flows else {}
-    return jobs | students | samples | scored | flows
+    return operations | ({"flows": _flows_operations(study, forward)} if study.flows else {})
+
+
+def student_operations(study: Study, student: Student, forward: float) -> float:
+    """Operations of a student's training, the fits that it makes of itself included."""
+    return training_operations(student, forward) + _refits(study, student) * forward
 
 
 def _refits(study: Study, student: Student) -> float:
@@ -206,41 +172,14 @@ def _evaluations(study: Study, student: Student) -> int:
     return _rates(student) * sum(sampling.nfe) + gammas
 
 
-def makespan(jobs: Mapping[str, Job], gpus: int, sharing: int) -> float:
-    """From the start of the first job to the end of the last, in operations of one GPU.
-
-    A shared job takes `sharing` GPUs and is that much faster, every other job of any operations takes one. A job starts
-    as soon as those before it are done and GPUs are free, the earlier of two first. Raises UserError when a job wants
-    more GPUs than there are.
-    """
-    if sharing > gpus:
-        raise UserError(f"a job of {sharing} GPUs never starts on {gpus}: take fewer for a job")
-
-    def wanted(job: Job) -> int:
-        return (sharing if job.shared else 1) if job.operations else 0
-
-    waiting, done, running = dict(jobs), set[str](), list[tuple[float, str]]()
-    now, free = 0.0, gpus
-    while waiting or running:
-        for name, job in list(waiting.items()):
-            if wanted(job) <= free and done.issuperset(job.after):
-                del waiting[name]
-                free -= wanted(job)
-                heapq.heappush(running, (now + job.operations / max(wanted(job), 1), name))
-        now, name = heapq.heappop(running)
-        free += wanted(jobs[name])
-        done.add(name)
-    return now
-
-
-def print_estimate(study: Study, layout: Layout, tflops: float, gpus: Sequence[int] = GPUS) -> None:
-    """Print the tables. tflops: the sustained 10^12 operations a second of one GPU, as benchmarks/distill_step.py
-    measures them; gpus: for how many the days are to be told."""
+def print_estimate(study: Study, layout: Layout, tflops: float) -> None:
+    """Print the table. tflops: the sustained 10^12 operations a second of one GPU, as benchmarks/distill_step.py
+    measures them."""
     found = estimate(study, layout)
     hour = tflops * 1e12 * 3600
     print(f"{study.name}: {len(study.students)} students, {len(study.seeds)} seeds, at {tflops:g} TFLOP/s sustained")
     print(f"{'stage':20}{'operations':>12}{'GPU-hours':>12}{'GB on disk':>12}")
-    rows = [(stage, found.operations(stage), size) for stage, size in found.disk.items()]
+    rows = [(stage, operations, found.disk.get(stage, 0.0)) for stage, operations in found.operations.items()]
     rows.append(("total", sum(row[1] for row in rows), sum(row[2] for row in rows)))
     for stage, operations, size in rows:
         print(f"{stage:20}{operations:12.2g}{operations / hour:12,.1f}{size / 1e9:12,.1f}")
@@ -248,21 +187,9 @@ def print_estimate(study: Study, layout: Layout, tflops: float, gpus: Sequence[i
     print(
         f"While a training goes on, its state takes {found.state / 1e9:,.1f} GB more, twice that while it is written."
     )
-    one = found.operations("students") / (len(study.students) * len(study.seeds))
     if study.needs_coefficients:
-        share = found.operations("coefficients") / one
+        share = found.operations["coefficients"] / found.operations["students"] * len(study.students) * len(study.seeds)
         print(f"The coefficient fit is {share:.2%} of the mean training of one student, and is made once for all.")
-    print_days(found.jobs, hour, gpus)
-
-
-def print_days(jobs: Mapping[str, Job], hour: float, gpus: Sequence[int] = GPUS) -> None:
-    """Print how long the jobs take. hour: the operations of one GPU in an hour."""
-    print("Days from the first job to the last, if nobody else is in the way and n GPUs are n times as fast as one;")
-    print("trainings and the teacher's samples share GPUs, every other job takes one:")
-    print(f"{'GPUs':>6}" + "".join(f"{f'{each} a job':>11}" for each in SHARING))
-    for count in gpus:
-        days = [f"{makespan(jobs, count, each) / hour / 24:.3g}" if each <= count else "" for each in SHARING]
-        print(f"{count:6}" + "".join(f"{value:>11}" for value in days))
 
 
 def _size_of(study: Study, layout: Layout) -> tuple[int, int]:
