@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 import torch
+from tests.draws import seeded
 from torch import Tensor
 
 from consistency.theory.derivative_free import fit_without_derivatives
@@ -17,10 +18,6 @@ from consistency.theory.teacher_free import at_end, diagonal, gaussian_coefficie
 EPS = 0.002
 TEACHER = GaussianTeacher(torch.tensor([0.05, 0.3, 1.2], dtype=torch.float64))
 TIMES = log_grid(30, 0.01, 20.0)
-
-
-def seeded(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
 
 
 @dataclass
@@ -95,6 +92,7 @@ def test_the_tangent_on_a_mixture_whose_flow_is_not_linear(t: float) -> None:
     torch.testing.assert_close(found, MIXTURE_1D(x, time), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.statistical
 def test_diagonal_and_tangent_give_the_teacher_s_coefficients_at_end_does_not() -> None:
     images, noise = draws()
     student = PerfectStudent(TEACHER)
@@ -155,6 +153,7 @@ def test_dimensions_without_variance_do_no_harm() -> None:
     assert bool((torch.isfinite(s) & (l > 0) & (l < 1)).all())
 
 
+@pytest.mark.statistical
 def test_the_covariance_alone_is_a_lower_bound_on_l() -> None:
     images, times = MIXTURE_1D.sample(20_000, seeded()), log_grid(20, 0.05, 20.0)
     l = gaussian_coefficients(images.mean(0), images.T.cov().reshape(1, 1), times)[0].numpy()
