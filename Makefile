@@ -31,7 +31,7 @@ export DVC_NO_ANALYTICS := 1
 export MLFLOW_DISABLE_TELEMETRY := true
 unexport PYTHONPATH PYTHONHOME VIRTUAL_ENV
 
-.PHONY: help demo demo-gc reproduce ui pull archive test lint format install lock clean
+.PHONY: help demo demo-gc reproduce ui pull archive test test-processors lint format install lock clean
 
 help: ## this list
 	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' Makefile | expand -t 18
@@ -102,6 +102,15 @@ archive: install ## a finished study as one checksummed file, archives/NAME-KEY.
 test: install ## the tests (PYTEST_ARGS="-k coefficients" for some of them, PYTEST_WORKERS=4 for more at once)
 	@export OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1}
 	exec python -m pytest -n $(PYTEST_WORKERS) --dist loadfile $(PYTEST_ARGS)
+
+test-processors: install ## the statistical tests, as each kind of processor that this one can play, with 20 seeds
+	@export OMP_NUM_THREADS=1
+	files=$$(grep -rl --include=test_*.py mark.statistical tests)
+	for ATEN_CPU_CAPABILITY in default $$(grep -m1 flags /proc/cpuinfo | grep -owE 'avx2|avx512f' | tr -d f); do
+	  export ATEN_CPU_CAPABILITY
+	  echo "ATEN_CPU_CAPABILITY=$$ATEN_CPU_CAPABILITY"
+	  seq 0 19 | xargs -P $(PYTEST_WORKERS) -I K env CONSISTENCY_TEST_SEED=K python -m pytest -q -m statistical $$files
+	done
 
 lint: install ## ruff, mypy, snakefmt and snakemake --lint; changes nothing
 	@set -x

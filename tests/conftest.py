@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from tests.draws import SEED, seeded
 
 from consistency.layout import Layout
 from consistency.nets.denoiser import Denoiser, init_denoiser
@@ -46,7 +47,7 @@ def _no_live_tracking() -> Iterator[None]:
 @pytest.fixture(autouse=True)
 def _same_draws_in_any_order() -> None:
     """What a test draws without a generator must not depend on the tests before it."""
-    torch.manual_seed(0)
+    torch.manual_seed(SEED)
 
 
 def changed(changes: Changes) -> dict[str, Any]:
@@ -118,8 +119,8 @@ def make_denoiser() -> Callable[..., Denoiser]:
 
     def make(seed: int = 0, **architecture: Any) -> Denoiser:
         small = {"img_resolution": 4, "img_channels": 1, "width": 16, "depth": 1, "embedding": 8}
-        denoiser = init_denoiser({"network": "mlp", **small, **architecture}, seed)
-        generator = torch.Generator().manual_seed(seed)
+        denoiser = init_denoiser({"network": "mlp", **small, **architecture}, SEED + seed)
+        generator = seeded(seed)
         with torch.no_grad():
             for name, weight in denoiser.named_parameters():
                 if "linear_out" in name or "_s." in name:

@@ -4,6 +4,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from scipy import stats
+from tests.draws import numpy_draws
 
 from consistency.analysis import (
     Curves,
@@ -26,7 +27,7 @@ STEPS = np.arange(0, 1100, 100)
 
 def falling(pace: float, seeds: int = 3, noise: float = 0.0) -> Curves:
     """exp(-pace step / 500), with noise of its own a seed."""
-    draws = np.random.default_rng(int(100 * pace)).normal(0, noise, (seeds, len(STEPS)))
+    draws = numpy_draws(int(100 * pace)).normal(0, noise, (seeds, len(STEPS)))
     return Curves(STEPS, np.exp(-pace * STEPS / 500) + draws, list(range(seeds)))
 
 
@@ -73,9 +74,10 @@ def test_the_target_is_the_last_point_not_the_luckiest() -> None:
     assert own == pytest.approx(100 + 100 * 2 / 3)
 
 
+@pytest.mark.statistical
 def test_equal_students_miss_the_target_no_more_often_than_not() -> None:
     """With noise of which every point has its own, as in the curves of two equal students."""
-    draws, missed = np.random.default_rng(0), 0
+    draws, missed = numpy_draws(), 0
     for _ in range(200):
         noisy = [falling(1).values.mean(0) + 0.5 + draws.normal(0, 0.05, (2, len(STEPS))) for _ in range(2)]
         missed += speed_up(*(Curves(STEPS, values, [0, 1]) for values in noisy))[1] == "<"
@@ -95,6 +97,7 @@ def test_iterations_are_linear_between_snapshots() -> None:
     assert (reached.steps, reached.bound) == (175.0, "")
 
 
+@pytest.mark.statistical
 def test_the_bootstrap_is_deterministic_and_holds_the_truth() -> None:
     baseline, student = falling(1, seeds=6, noise=0.01), falling(2, seeds=6, noise=0.01)
     first, second = bootstrap(baseline, student, 300), bootstrap(baseline, student, 300)
@@ -156,7 +159,7 @@ def test_the_final_table_has_a_row_a_student_and_sampler() -> None:
 
 def test_the_paired_ratio_is_free_of_the_noise_both_share() -> None:
     """Two arms 3 % apart under noise of 30 % that a seed has in both: the interval is exact."""
-    noise = np.exp(np.random.default_rng(0).normal(0, 0.3, (4, len(STEPS))))
+    noise = np.exp(numpy_draws().normal(0, 0.3, (4, len(STEPS))))
     baseline = Curves(STEPS, noise, [0, 1, 2, 3])
     student = Curves(STEPS, 0.97 * noise[::-1], [3, 2, 1, 0])
     ratio, low, high, seeds = paired_ratio(baseline, student)

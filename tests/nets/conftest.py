@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from tests.draws import SEED, seeded
 
 from consistency.nets.denoiser import Denoiser, init_denoiser
 
@@ -64,8 +65,8 @@ def make() -> Callable[..., Denoiser]:
     """Build a denoiser in evaluation mode, its near-zero output layers replaced by visible ones."""
 
     def build(architecture: dict[str, Any], **changes: Any) -> Denoiser:
-        denoiser = init_denoiser({**architecture, **changes}, seed=0).eval()
-        generator = torch.Generator().manual_seed(1)
+        denoiser = init_denoiser({**architecture, **changes}, seed=SEED).eval()
+        generator = seeded(1)
         for parameter in denoiser.parameters():
             if parameter.detach().abs().max() < 1e-3:
                 parameter.data.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
@@ -79,7 +80,7 @@ def batch() -> Callable[..., tuple[torch.Tensor, torch.Tensor]]:
     """Draw noisy images and log-spaced times that fit a denoiser."""
 
     def draw(denoiser: Denoiser, n: int = 3, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
-        generator = torch.Generator().manual_seed(seed)
+        generator = seeded(seed)
         side = denoiser.img_resolution
         t = 10 ** (torch.rand(n, generator=generator) * 4 - 2.5)
         x = torch.randn(n, denoiser.img_channels, side, side, generator=generator)

@@ -22,6 +22,7 @@ from consistency.nets.layers import (
 )
 
 
+@pytest.mark.statistical
 @pytest.mark.parametrize(
     ("mode", "variance"),
     [
@@ -32,7 +33,6 @@ from consistency.nets.layers import (
     ],
 )
 def test_initial_variance_is_the_rule_s(mode: str, variance: float) -> None:
-    torch.manual_seed(0)
     weight = Linear(300, 200, init=Init(mode, weight=2.0)).weight
     assert weight.var().item() == pytest.approx(4 * variance, rel=0.03)
 
@@ -145,10 +145,11 @@ def test_odd_embedding_is_an_error() -> None:
         PositionalEmbedding(7)
 
 
+@pytest.mark.statistical
 def test_label_dropout_zeroes_whole_labels_at_its_rate() -> None:
     labels = label_vectors(torch.ones(4000, 3), 3, torch.zeros(()), dropout=0.25)
     assert ((labels == 0).all(1) | (labels == 1).all(1)).all()
-    assert labels[:, 0].mean().item() == pytest.approx(0.75, abs=0.03)
+    assert labels[:, 0].mean().item() == pytest.approx(0.75, abs=0.04)  # 6 standard errors
 
 
 def test_no_label_is_a_label_of_zeros() -> None:
@@ -165,6 +166,7 @@ def test_fused_attention_is_the_plain_one() -> None:
         torch.testing.assert_close(a, b)
 
 
+@pytest.mark.statistical
 def test_group_normalisation_under_autocast_keeps_the_low_precision() -> None:
     """And its sums are float32's: near the result in full precision."""
     norm, x = GroupNorm(32), 3 + torch.randn(2, 32, 16, 16)

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torchmetrics
+from tests.draws import seeded
 from torch import Tensor, nn
 
 from consistency.errors import UserError
@@ -29,7 +30,7 @@ Pair = Callable[..., tuple[Tensor, Tensor]]
 @pytest.fixture(scope="session")
 def vgg16() -> Weights:
     """Random convolutions that keep the size of what goes through them."""
-    generator = torch.Generator().manual_seed(0)
+    generator = seeded()
     weights, before = {}, 3
     for numbers, channels in zip(CONVOLUTIONS, CHANNELS, strict=True):
         for number in numbers:
@@ -57,7 +58,7 @@ def pair() -> Pair:
     """pair(n, channels, size): images in [-1, 1]."""
 
     def make(count: int = 2, channels: int = 3, size: int = 32) -> tuple[Tensor, Tensor]:
-        a, b = 2 * torch.rand(2, count, channels, size, size, generator=torch.Generator().manual_seed(1)) - 1
+        a, b = 2 * torch.rand(2, count, channels, size, size, generator=seeded(1)) - 1
         return a, b
 
     return make
@@ -122,7 +123,7 @@ def test_images_of_256_pixels_are_not_resized(lpips: Distance, pair: Pair) -> No
 def test_the_gradient_is_the_difference_quotient(path: Path, pair: Pair, small: None) -> None:
     distance = PerceptualDistance(path).double()
     a, b = (image.double() for image in pair(1, channels=1, size=8))
-    direction = torch.randn(a.shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    direction = torch.randn(a.shape, generator=seeded(2), dtype=torch.float64)
     a.requires_grad_()
     distance(a, b).sum().backward()
     assert a.grad is not None

@@ -5,14 +5,11 @@ import itertools
 import numpy as np
 import pytest
 import torch
+from tests.draws import numpy_draws, seeded
 from torch import Tensor
 
 from consistency.theory.coupling import assignment, generated, generator_mask
 from consistency.theory.solver import expand
-
-
-def seeded(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
 
 
 def cost(images: Tensor, noise: Tensor) -> float:
@@ -50,6 +47,7 @@ def test_with_labels_noise_stays_in_its_class_and_is_best_there() -> None:
         assert torch.equal(chosen[rows], best)
 
 
+@pytest.mark.statistical
 def test_labelled_noise_stays_standard_normal_within_a_class() -> None:
     """The reason for assigning within classes: over all classes, a class's noise would lean towards its images."""
     generator = seeded()
@@ -60,14 +58,15 @@ def test_labelled_noise_stays_standard_normal_within_a_class() -> None:
         noise = torch.randn(64, 1, generator=generator)
         for by_class in means:
             means[by_class].append(noise[assignment(images, noise, labels if by_class else None)][labels == 1].mean())
-    assert abs(np.mean(means[True])) < 0.1
+    assert abs(np.mean(means[True])) < 0.125  # 5 standard errors of 1,600 draws
     assert np.mean(means[False]) > 0.5
 
 
+@pytest.mark.statistical
 @pytest.mark.parametrize("mu", [0.0, 0.3, 0.7, 1.0])
 def test_mu_is_the_probability_of_a_generated_image(mu: float) -> None:
     mask = generator_mask(20_000, mu, seeded())
-    assert mask.float().mean().item() == pytest.approx(mu, abs=0.01)
+    assert mask.float().mean().item() == pytest.approx(mu, abs=0.02)  # 6 standard errors
     if mu in (0.0, 1.0):
         assert bool((mask == bool(mu)).all())
 
@@ -100,7 +99,7 @@ def test_generated_images_are_the_predictor_s_endpoints_where_the_mask_says_so()
 @pytest.mark.parametrize("labelled", [False, True])
 @pytest.mark.parametrize("seed", range(25))
 def test_an_assignment_is_a_permutation_that_none_of_many_others_beats(seed: int, labelled: bool) -> None:
-    generator, draws = seeded(seed), np.random.default_rng(seed)
+    generator, draws = seeded(seed), numpy_draws(seed)
     count, shape = int(draws.integers(1, 60)), tuple(draws.integers(1, 5, 3).tolist())
     images = float(draws.uniform(0.1, 30)) * torch.randn(count, *shape, generator=generator)
     noise = torch.randn(count, *shape, generator=generator)
@@ -136,7 +135,7 @@ def test_who_is_paired_with_whom_does_not_depend_on_the_order(seed: int) -> None
 
 @pytest.mark.parametrize("seed", range(10))
 def test_the_masks_of_any_sweep_are_nested(seed: int) -> None:
-    draws = np.random.default_rng(seed)
+    draws = numpy_draws(seed)
     count, sweep = int(draws.integers(1, 3000)), [0.0, *np.sort(draws.uniform(size=4)).tolist(), 1.0]
     masks = [generator_mask(count, mu, seeded(seed)) for mu in sweep]
     assert not masks[0].any() and masks[-1].all()

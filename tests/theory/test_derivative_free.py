@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from tests.draws import seeded
 from torch import Tensor
 
 from consistency.theory.derivative_free import fit_without_derivatives
@@ -13,10 +14,6 @@ from consistency.theory.oracles import MIXTURE_1D, GaussianTeacher, MixtureTeach
 
 VARIANCES = torch.tensor([0.01, 0.1, 0.25, 1.0, 2.0], dtype=torch.float64)
 TIMES = log_grid(120, 0.002, 80.0)
-
-
-def seeded(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
 
 
 def draws(teacher: GaussianTeacher | MixtureTeacher, count: int, seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -45,6 +42,7 @@ def test_s_is_the_growth_of_h() -> None:
     np.testing.assert_allclose(growth[5:-5], fit.s[5:-5], rtol=0, atol=2e-3)
 
 
+@pytest.mark.statistical
 def test_gaussian_coefficients_in_closed_form() -> None:
     teacher = GaussianTeacher(VARIANCES)
     images, noise = draws(teacher, 8192)
@@ -57,6 +55,7 @@ def test_gaussian_coefficients_in_closed_form() -> None:
     assert bool(fit.determined.all())
 
 
+@pytest.mark.statistical
 def test_standard_errors_tell_the_spread_between_fits() -> None:
     teacher, times = GaussianTeacher(VARIANCES), log_grid(12, 0.01, 20.0)
     fits = []
@@ -66,9 +65,10 @@ def test_standard_errors_tell_the_spread_between_fits() -> None:
     for value, error in (("l", "l_se"), ("s", "s_se")):
         spread = np.std([getattr(fit, value) for fit in fits], axis=0, ddof=1)
         ratio = np.mean([getattr(fit, error) for fit in fits], axis=0) / spread
-        assert bool(((ratio > 0.65) & (ratio < 1.6)).all()), (value, ratio)
+        assert bool(((ratio > 0.6) & (ratio < 2)).all()), (value, ratio)
 
 
+@pytest.mark.statistical
 def test_both_fits_agree_on_a_mixture_in_the_plane() -> None:
     teacher = MixtureTeacher(
         torch.tensor([0.3, 0.7], dtype=torch.float64),
@@ -84,6 +84,7 @@ def test_both_fits_agree_on_a_mixture_in_the_plane() -> None:
     assert bool((abs(plain.s - exact.s) < 5e-3 + 5 * np.hypot(plain.s_se, exact.s_se)).all())
 
 
+@pytest.mark.statistical
 @pytest.mark.parametrize("error", [0.1, 0.5])
 def test_l_is_that_of_AP_15_for_any_denoiser(error: float) -> None:
     """A denoiser that is off: both fits see its Jacobian, exact or not."""

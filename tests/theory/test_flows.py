@@ -7,6 +7,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
+from tests.draws import SEED, seeded
 from torch import Tensor
 
 from consistency.theory.distance import pseudo_huber
@@ -31,10 +32,6 @@ EPS = 0.002
 GAUSSIAN = GaussianTeacher(torch.tensor([0.1, 1.5], dtype=torch.float64))
 C = GAUSSIAN.variances
 TIMES = torch.tensor([0.1, 0.5, 2.0, 20.0], dtype=torch.float64)
-
-
-def seeded(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
 
 
 def slope(t: Tensor | float) -> Tensor:
@@ -70,12 +67,14 @@ def pairs() -> Pairs:
     return drawn_pairs(GAUSSIAN.sample(40_000, generator), generator)
 
 
+@pytest.mark.statistical
 @pytest.mark.parametrize("t", TIMES.tolist())
 def test_discrepancy_of_ic_in_closed_form(pairs: Pairs, t: float) -> None:
     assert discrepancy_by_denoiser(pairs, t, GAUSSIAN) == pytest.approx(ic_discrepancy(t), rel=0.03)
     assert discrepancy_by_neighbours(pairs, t) == pytest.approx(ic_discrepancy(t), rel=0.03)
 
 
+@pytest.mark.statistical
 @pytest.mark.parametrize("t", TIMES.tolist())
 def test_discrepancy_and_cost_of_gc_in_closed_form(pairs: Pairs, t: float) -> None:
     found = coupled("gc", pairs, t, gaussian_endpoint)
@@ -91,6 +90,7 @@ def test_the_cost_of_gc_falls_from_ic_s_to_the_optimal_one() -> None:
     assert costs[-1] == pytest.approx(float(((1 - C.sqrt()) ** 2).sum()), rel=0.01)
 
 
+@pytest.mark.statistical
 @pytest.mark.parametrize("t", TIMES.tolist())
 def test_another_denoiser_can_only_add_to_the_discrepancy(pairs: Pairs, t: float) -> None:
     found = coupled("gc", pairs, t, gaussian_endpoint)
@@ -105,6 +105,7 @@ def test_another_denoiser_can_only_add_to_the_discrepancy(pairs: Pairs, t: float
     assert discrepancy_by_denoiser(found, t, GAUSSIAN) > exact
 
 
+@pytest.mark.statistical
 def test_ot_lies_between_ic_and_the_optimum_and_nears_it_with_its_batch(pairs: Pairs) -> None:
     some = Pairs(*(v[:4096] for v in (pairs.data, pairs.noise)), torch.full((4096,), 1 / 4096, dtype=torch.float64))
     best = float(((1 - C.sqrt()) ** 2).sum())
@@ -115,6 +116,7 @@ def test_ot_lies_between_ic_and_the_optimum_and_nears_it_with_its_batch(pairs: P
     assert discrepancies[0] > discrepancies[1] > discrepancies[2]
 
 
+@pytest.mark.statistical
 def test_on_the_toy_gc_ends_below_ot_and_ot_leads_at_small_times() -> None:
     """Two tight modes in the plane, with the exact PF-ODE endpoint as predictor. In so few dimensions a batch of 64 is
     assigned almost optimally, and gc, which starts from ic at small t, is below it only once t is large."""
@@ -126,7 +128,7 @@ def test_on_the_toy_gc_ends_below_ot_and_ot_leads_at_small_times() -> None:
     times = torch.tensor([1.0, 5.0], dtype=torch.float64)
     settings = {"batch": 64, "count": 2048, "repetitions": 3}
     curves = {
-        name: flow_curves(name, teacher.sample, times, 0, predictor=exact_predictor(teacher), **settings)
+        name: flow_curves(name, teacher.sample, times, SEED, predictor=exact_predictor(teacher), **settings)
         for name in ("ic", "ot", "gc")
     }
     for measure in ("discrepancy", "cost"):
@@ -136,6 +138,7 @@ def test_on_the_toy_gc_ends_below_ot_and_ot_leads_at_small_times() -> None:
     assert bool((curves["ic"].cost_se > 0).all())
 
 
+@pytest.mark.statistical
 @pytest.mark.parametrize(("dimension", "first"), [(2, "ot"), (64, "gc")])
 def test_the_paper_s_order_of_costs_holds_in_many_dimensions(dimension: int, first: str) -> None:
     """The price of mini-batches: in 64 dimensions ot gains little from a batch of 64, and gc is cheaper from t = 1."""
@@ -216,6 +219,7 @@ def test_the_gap_of_an_exact_consistency_function_of_a_gaussian() -> None:
     assert found[-1][0] - found[-1][1] == pytest.approx(closed, rel=0.01)
 
 
+@pytest.mark.statistical
 def test_the_gap_with_the_norm_itself() -> None:
     """alpha = 1 in one dimension: |z - v| is half-normal, E = sqrt(2 / pi) times its deviation."""
     c, low, high = 0.5, 0.05, 3.0
@@ -234,7 +238,7 @@ def test_the_gap_with_the_norm_itself() -> None:
     root = math.sqrt(c)
     closed = math.sqrt(2 / math.pi) * c * (math.atan(high / root) - math.atan(low / root)) / root
     ct, cd = losses.limits(24)
-    assert ct - cd == pytest.approx(closed, rel=0.005)
+    assert ct - cd == pytest.approx(closed, rel=0.01)
     a, b = losses.on_grid(60)
     assert 60 * (a - b) == pytest.approx(closed, rel=0.03)
 

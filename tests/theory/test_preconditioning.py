@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from tests.draws import seeded
 
 from consistency.theory.generalized_ode import GeneralizedODE
 from consistency.theory.noise import log_grid, rho_grid
@@ -29,7 +30,7 @@ def pairs(nodes: int = 40) -> tuple[torch.Tensor, torch.Tensor]:
 @pytest.mark.parametrize("name", PRECONDITIONINGS)
 def test_boundary_condition_is_exact(name: str) -> None:
     preconditioning = build_preconditioning(name, 0.5, wiggly_ode())
-    generator = torch.Generator().manual_seed(0)
+    generator = seeded()
     random = EPS * (T / EPS) ** torch.rand(1001, generator=generator, dtype=torch.float64)
     t = torch.cat([random, log_grid(50, EPS, T), rho_grid(18, EPS, T)])
     f, g = preconditioning.coefficients(t, t)
@@ -48,7 +49,7 @@ def test_ctm_is_the_member_l_0_s_minus_1(form: str) -> None:
 
 def test_ctm_and_bcm_are_the_same_function_of_x_and_F() -> None:
     t, s = pairs()
-    x, network = torch.randn(2, len(t), 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    x, network = torch.randn(2, len(t), 3, dtype=torch.float64, generator=seeded())
     for sigma_data in (0.3, 0.5, 0.75):
         variance = t**2 + sigma_data**2
         denoised = expand(sigma_data**2 / variance, x) * x + expand(sigma_data * t / variance.sqrt(), x) * network

@@ -6,6 +6,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from tests.draws import seeded
 
 from consistency.theory.noise import ctm_dsm_sigma, edm_weight, log_grid, rho_grid
 from consistency.theory.oracles import GaussianTeacher
@@ -17,9 +18,10 @@ TEACHER = GaussianTeacher(torch.tensor([0.04, 0.25, 1.0], dtype=torch.float64))
 
 
 def start(count: int = 5) -> torch.Tensor:
-    return 10 * torch.randn(count, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    return 10 * torch.randn(count, 3, dtype=torch.float64, generator=seeded())
 
 
+@pytest.mark.statistical
 def test_heun_is_of_order_two() -> None:
     x = start()
     exact = TEACHER.flow(x, 10.0, 0.1)
@@ -75,10 +77,11 @@ def test_gamma_zero_is_plain_jumps_and_needs_no_noise() -> None:
     torch.testing.assert_close(multistep(jump, x, times.tolist()), expected)
 
 
+@pytest.mark.statistical
 @pytest.mark.parametrize("gamma", [0.3, 1.0])
 def test_gamma_sampling_restores_the_noise_level(gamma: float) -> None:
     """With the exact flow as the jump, the marginal at every time is the data's plus that noise."""
-    generator = torch.Generator().manual_seed(0)
+    generator = seeded()
     count = 200_000
     data = torch.sqrt(TEACHER.variances) * torch.randn(count, 3, dtype=torch.float64, generator=generator)
     x = data + 5 * torch.randn(count, 3, dtype=torch.float64, generator=generator)
@@ -98,7 +101,7 @@ def test_gamma_sampling_restores_the_noise_level(gamma: float) -> None:
 
 
 def noise_of(seed: int, count: int) -> Fresh:
-    generator = torch.Generator().manual_seed(seed)
+    generator = seeded(seed)
     return lambda: torch.randn(count, 3, dtype=torch.float64, generator=generator)
 
 
@@ -138,6 +141,7 @@ def test_two_steps_of_it_written_out() -> None:
     torch.testing.assert_close(found, TEACHER(x, ones))
 
 
+@pytest.mark.statistical
 @pytest.mark.parametrize(("deviation", "right"), [(1.0, True), (1.3, False)])
 def test_churn_keeps_the_marginals(deviation: float, right: bool) -> None:
     """Of an exact teacher, with many steps: noise is added and removed in equal amounts. With too much of it the data
@@ -162,12 +166,13 @@ def test_each_step_costs_two_evaluations_and_the_last_one() -> None:
     assert min(times) > 0
 
 
+@pytest.mark.statistical
 def test_edm_weight_and_ctm_s_levels() -> None:
     torch.testing.assert_close(edm_weight(torch.tensor([0.5]), 0.5), torch.tensor([8.0]))
-    sigma = ctm_dsm_sigma(4001, 0.002, 80.0, torch.Generator().manual_seed(0))
+    sigma = ctm_dsm_sigma(4001, 0.002, 80.0, seeded())
     assert len(sigma) == 4001
     large = sigma[2000:]
     # U(0, 0.7) of the rho grid ends at 0.3183 (REFERENCE B4).
     assert large.min() > 0.318
     assert large.max() <= 80
-    assert abs(sigma[:2000].log().mean() + 1.2) < 0.1
+    assert abs(sigma[:2000].log().mean() + 1.2) < 0.15  # 5 standard errors

@@ -3,7 +3,9 @@
 from dataclasses import dataclass
 
 import numpy as np
+import pytest
 import torch
+from tests.draws import seeded
 from torch import Tensor
 
 from consistency.theory.derivative_free import fit_without_derivatives
@@ -16,10 +18,6 @@ from consistency.theory.teacher_free import diagonal, gaussian_coefficients
 EPS = 0.002
 TEACHER = GaussianTeacher(torch.tensor([0.05, 0.3, 1.2], dtype=torch.float64))
 TIMES = log_grid(30, 0.01, 20.0)
-
-
-def seeded(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
 
 
 @dataclass
@@ -44,6 +42,7 @@ def draws(count: int = 4096) -> tuple[Tensor, Tensor]:
     return images, torch.randn(images.shape, generator=generator, dtype=images.dtype)
 
 
+@pytest.mark.statistical
 def test_the_diagonal_gives_the_teacher_s_coefficients() -> None:
     images, noise = draws()
     denoiser = diagonal(PerfectStudent(TEACHER))
@@ -90,6 +89,7 @@ def test_dimensions_without_variance_do_no_harm() -> None:
     assert bool((torch.isfinite(s) & (l > 0) & (l < 1)).all())
 
 
+@pytest.mark.statistical
 def test_the_covariance_alone_is_a_lower_bound_on_l() -> None:
     images, times = MIXTURE_1D.sample(20_000, seeded()), log_grid(20, 0.05, 20.0)
     l = gaussian_coefficients(images.mean(0), images.T.cov().reshape(1, 1), times)[0].numpy()

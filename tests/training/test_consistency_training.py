@@ -8,9 +8,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
+from tests.draws import SEED, numpy_draws, seeded
 from torch import Tensor
 
 from consistency.nets.denoiser import Denoiser, student_from_teacher
@@ -30,10 +30,6 @@ EPS, T = 0.002, 80.0
 ROOT = Path(__file__).parents[2]
 MakeDenoiser = Callable[..., Denoiser]
 BATCH = 8
-
-
-def seeded(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
 
 
 def fitted() -> GeneralizedODE:
@@ -176,6 +172,7 @@ def test_arms_with_different_mu_see_the_same_levels_and_noise(make: Callable[...
             assert torch.equal(getattr(ic, name), getattr(other, name))
 
 
+@pytest.mark.statistical
 def test_the_levels_follow_the_step(make: Callable[..., ConsistencyTraining]) -> None:
     objective = make()
     gaps = [(lambda d: d.t - d.u)(drawn(objective, step, count=512)).mean() for step in (0, 79)]
@@ -300,7 +297,7 @@ def test_contradictions_are_refused(
 
 def make_update(objective: ConsistencyTraining, part: int = BATCH, labels: bool = False) -> Update:
     def batches(step: int) -> tuple[Tensor, Tensor | None]:
-        images = 0.5 * torch.randn(BATCH, 1, 4, 4, generator=generator(0, "images", step))
+        images = 0.5 * torch.randn(BATCH, 1, 4, 4, generator=generator(SEED, "images", step))
         return images, torch.arange(BATCH) % 3 if labels else None
 
     return Update(
@@ -366,7 +363,7 @@ objective = TransportTraining(
     student, None, build_preconditioning("cm", 0.5), squared_l2, DoublingCurriculum(steps=80)
 )
 def batches(step):
-    images = torch.randn(8, 1, 4, 4, generator=generator(0, "images", step))
+    images = torch.randn(8, 1, 4, 4, generator=generator(SEED, "images", step))
     return images[share], (torch.arange(8) % 2)[share]
 optimizer = torch.optim.SGD(student.parameters(), lr=1e-2)
 update = Update(student, optimizer, objective, batches, 8, part, 0, "test", ranks=ranks)
@@ -397,6 +394,7 @@ def test_ot_is_the_same_in_two_processes(tmp_path: Path) -> None:
 # --- it learns
 
 
+@pytest.mark.statistical
 def test_training_brings_down_the_distance_between_neighbours(
     make: Callable[..., ConsistencyTraining], make_denoiser: MakeDenoiser
 ) -> None:
@@ -423,7 +421,7 @@ def test_training_brings_down_the_distance_between_neighbours(
 
 def some_batch(seed: int) -> tuple[Tensor, int, float]:
     """Images [N, 1, 4, 4] of a size that the seed says, a step, and a mu."""
-    draws = np.random.default_rng(seed)
+    draws = numpy_draws(seed)
     images = 0.5 * torch.randn(int(draws.integers(2, 40)), 1, 4, 4, generator=seeded(seed))
     return images, int(draws.integers(0, 80)), float(draws.uniform(0.1, 0.9))
 
@@ -464,7 +462,7 @@ def test_neither_parts_nor_order_of_a_batch_matter(
         assert torch.equal(shuffled.z, draws.z[order])
     whole = loss(objective, images, draws).item()
     assert loss(objective, mixed, shuffled).item() == pytest.approx(whole, rel=1e-4)
-    cut = int(np.random.default_rng(seed).integers(1, len(images)))
+    cut = int(numpy_draws(seed).integers(1, len(images)))
     parts = torch.arange(len(images)).tensor_split([cut])
     shares = [len(rows) / len(images) * loss(objective, images[rows], rows_of(draws, rows)).item() for rows in parts]
     assert sum(shares) == pytest.approx(whole, rel=1e-4)

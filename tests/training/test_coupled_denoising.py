@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from tests.draws import seeded
 from torch import Tensor
 
 from consistency.nets.denoiser import Denoiser
@@ -21,10 +22,6 @@ from consistency.training.update import Update
 MakeDenoiser = Callable[..., Denoiser]
 # Gaussian data of these variances, one a pixel, shape [1, 1, 2, 2].
 C = torch.tensor([0.1, 0.4, 1.0, 2.5], dtype=torch.float64).reshape(1, 1, 2, 2)
-
-
-def seeded(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
 
 
 def slope(t: Tensor, x: Tensor) -> Tensor:
@@ -56,6 +53,7 @@ def of_gc(x: Tensor, t: Tensor, labels: Tensor | None = None) -> Tensor:
     return k**2 * (C + t**2) * (1 + t**2 * k / (k**2 * (C + t**2))) / (C + t**2 + 2 * k * t**2) * x
 
 
+@pytest.mark.statistical
 @pytest.mark.parametrize("t", [0.1, 0.7, 5.0])
 def test_the_error_of_the_exact_denoiser_is_the_discrepancy_in_closed_form(t: float) -> None:
     """docs/generator-induced-flows.md: R_t of ic and gc on Gaussian data."""

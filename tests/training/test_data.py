@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from tests.draws import numpy_draws
 
 from consistency.errors import UserError
 from consistency.layout import Layout
@@ -16,7 +17,7 @@ from consistency.training.data import Batches, ImageData, load_images, to_bytes,
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """A dataset of six random colour images of three classes."""
-    images = np.random.default_rng(0).integers(0, 256, (6, 4, 5, 3), dtype=np.uint8)
+    images = numpy_draws().integers(0, 256, (6, 4, 5, 3), dtype=np.uint8)
     np.save(tmp_path / "images.npy", images)
     np.save(tmp_path / "labels.npy", np.arange(6) % 3)
     (tmp_path / "dataset.json").write_text(json.dumps({"count": 6, "classes": ["a", "b", "c"]}))

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from scipy.stats import chisquare
+from tests.draws import seeded
 from torch import Tensor
 
 from consistency.nets.denoiser import Denoiser, edm_coefficients, student_from_teacher
@@ -21,10 +22,6 @@ from consistency.training.objectives import Denoising, Endpoint, Objective, Traj
 EPS, T = 0.002, 80.0
 GRID = rho_grid(18, EPS, T)
 MakeDenoiser = Callable[..., Denoiser]
-
-
-def seeded(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
 
 
 @dataclass
@@ -156,6 +153,7 @@ def test_estimate_is_the_target_where_solver_and_jump_are_exact(target: str) -> 
         assert terms["dsm"] < 1e-20
 
 
+@pytest.mark.statistical
 def test_with_exact_jumps_only_the_teachers_discretisation_is_left() -> None:
     """Heun's local error is of third order: twice the nodes, an eighth of the difference, a 64th of its square."""
 
@@ -186,6 +184,7 @@ def test_a_student_starts_as_its_teacher(make_denoiser: MakeDenoiser) -> None:
 # --- trajectory distillation: the draws
 
 
+@pytest.mark.statistical
 def test_the_number_of_teacher_steps_is_drawn_with_probability_proportional_to_it() -> None:
     counts, images, generator, teacher = [0] * 3, torch.zeros(1, 1, 1, 1), seeded(), Recorder()
     objective = trajectory(teacher=teacher, max_steps=3)
@@ -195,9 +194,10 @@ def test_the_number_of_teacher_steps_is_drawn_with_probability_proportional_to_i
         assert len(teacher.calls) % 2 == 0
         counts[len(teacher.calls) // 2 - 1] += 1
     expected = [400 * n / 6 for n in (1, 2, 3)]
-    assert chisquare(counts, expected).pvalue > 0.01, counts
+    assert chisquare(counts, expected).pvalue > 1e-6, counts
 
 
+@pytest.mark.statistical
 def test_times_are_nodes_in_order_and_every_allowed_one_occurs() -> None:
     images, generator, nodes = torch.zeros(4096, 1, 1, 1), seeded(), len(GRID)
     starts, stops, longest = set(), set(), 0
@@ -218,19 +218,21 @@ def test_times_are_nodes_in_order_and_every_allowed_one_occurs() -> None:
     assert longest == nodes - 1
 
 
+@pytest.mark.statistical
 def test_the_end_s_is_uniform_over_the_nodes_from_u_on() -> None:
     student = Recorder()
     trajectory(student, grid=GRID, max_steps=1)(torch.zeros(20_000, 1, 1, 1), None, seeded())
     (_, t, s), (_, u, _), _ = student.calls
-    assert chisquare(torch.bincount(node(t)).tolist()).pvalue > 0.01
-    assert chisquare(torch.bincount(node(s)[node(u) == 10], minlength=18)[10:].tolist()).pvalue > 0.01
+    assert chisquare(torch.bincount(node(t)).tolist()).pvalue > 1e-6
+    assert chisquare(torch.bincount(node(s)[node(u) == 10], minlength=18)[10:].tolist()).pvalue > 1e-6
 
 
+@pytest.mark.statistical
 def test_the_noised_image_has_the_variance_of_its_time() -> None:
     student = Recorder()
     trajectory(student)(torch.zeros(20_000, 1, 1, 1), None, seeded())
     for x, t, _ in (student.calls[0], student.calls[2]):
-        assert (x[:, 0, 0, 0] / t).square().mean().item() == pytest.approx(1, abs=0.03)
+        assert (x[:, 0, 0, 0] / t).square().mean().item() == pytest.approx(1, abs=0.06)
 
 
 def test_the_outer_jumps_end_at_eps() -> None:
@@ -456,6 +458,7 @@ def test_denoising_is_EDMs_formula(make_denoiser: MakeDenoiser) -> None:
     )
 
 
+@pytest.mark.statistical
 @pytest.mark.parametrize("factor", [0.9, 0.97, 1.03, 1.1])
 def test_denoising_is_least_for_the_exact_denoiser(factor: float) -> None:
     c = torch.tensor([0.05, 0.25, 1.0])

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from tests.draws import numpy_draws, seeded
 from torch import Tensor
 
 from consistency.errors import UserError
@@ -24,10 +25,6 @@ from consistency.training.own_fit import Refits, covariance_fit, diagonal_fit, o
 
 TIMES = log_grid(40, 0.002, 80.0)
 VARIANCES = torch.tensor([0.05, 0.3, 1.2, 0.6], dtype=torch.float64)
-
-
-def seeded(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
 
 
 def gaussian_fit(scale: float = 1.0) -> Tensor:
@@ -62,7 +59,7 @@ def draws(count: int = 4096) -> tuple[Tensor, Tensor]:
 
 
 def image_data(count: int) -> ImageData:
-    pixels = np.random.default_rng(0).integers(0, 256, (count, 2, 2, 1), dtype=np.uint8)
+    pixels = numpy_draws().integers(0, 256, (count, 2, 2, 1), dtype=np.uint8)
     pixels[:, 0, 0] //= 4  # darker, so that its variance is another
     return ImageData(pixels, np.zeros(count, np.int64), {"classes": ["0"]})
 
@@ -131,6 +128,7 @@ def test_it_is_kept_with_the_weights_to_the_bit(tmp_path: Path) -> None:
     assert "own_fit" not in network().architecture
 
 
+@pytest.mark.statistical
 def test_the_fit_of_an_exact_denoiser_is_the_closed_form() -> None:
     images, noise = draws(8192)
     times, l, s = diagonal_fit(exact(), images, None, noise, TIMES, 1000)

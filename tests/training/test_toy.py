@@ -2,22 +2,24 @@
 
 import numpy as np
 import pytest
+from tests.draws import SEED
 
 from consistency.training.toy import SIGMA_MAX, Toy, train_toy
+
+pytestmark = pytest.mark.statistical
+UNTRAINED = 0.5  # an untrained network answers with nearly the origin, this far from either mode
 
 
 @pytest.fixture(scope="module")
 def toys() -> dict[str, Toy]:
-    return {
-        name: train_toy(name, 0, steps=800, learning_rate=2e-3, followed=1024, measured=1024) for name in ("ic", "gc")
-    }
+    return {name: train_toy(name, SEED, steps=800, followed=1024, measured=1024) for name in ("ic", "gc")}
 
 
 @pytest.mark.slow
 def test_samples_gather_at_both_modes(toys: dict[str, Toy]) -> None:
     for name, toy in toys.items():
         upper, lower = (np.linalg.norm(toy.samples - np.array([0, y]), axis=1) for y in (0.5, -0.5))
-        assert np.median(np.minimum(upper, lower)) < 0.25, name
+        assert np.median(np.minimum(upper, lower)) < UNTRAINED / 2, name
         assert 0.4 < (upper < lower).mean() < 0.6, name
         assert toy.loss[-100:].mean() < 0.5 * toy.loss[:100].mean(), name
 

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from tests.draws import SEED
 from torch import Tensor
 
 from consistency.errors import UserError
@@ -45,7 +46,7 @@ def update(teacher: Denoiser) -> MakeUpdate:
         )
 
         def batches(step: int) -> tuple[Tensor, None]:
-            return torch.randn(BATCH, 1, 4, 4, generator=generator(0, "images", step)), None
+            return torch.randn(BATCH, 1, 4, 4, generator=generator(SEED, "images", step)), None
 
         settings: dict[str, Any] = {
             "model": student,
@@ -174,6 +175,7 @@ def test_the_last_layer_is_the_one_that_gives_the_output(architecture: dict[str,
 # --- precision
 
 
+@pytest.mark.statistical
 @pytest.mark.parametrize("adaptive", [False, True])
 @pytest.mark.parametrize("precision", ["bfloat16", "float16"])
 def test_lower_precision_gives_nearly_the_same_step(update: MakeUpdate, precision: str, adaptive: bool) -> None:
