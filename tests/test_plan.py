@@ -77,7 +77,7 @@ def test_every_study_of_the_project_has_a_plan(path: Path, pipeline: Path, tmp_p
     """Where students are made from others, with the line that the refusal says."""
     (tmp_path / "config").symlink_to(ROOT / "config")
     study = load_study(path)
-    if any(study.resolved(run).frozen for run in study.students):
+    if any(student.frozen for student in study.students.values()):
         with pytest.raises(UserError) as error:
             plan(study, tmp_path)
         pipeline.write_text(pipeline.read_text().replace("- frozen: []", str(error.value).split("`")[1]))

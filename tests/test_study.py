@@ -38,14 +38,12 @@ def mistake(path: Path) -> str:
 def test_every_study_of_the_project_loads(path: Path) -> None:
     study = load_study(path)
     assert study.name == path.stem
-    for run in study.students:
-        study.resolved(run)
 
 
 @pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.stem)
 def test_two_compared_students_differ_in_nothing_but_what_varies(path: Path) -> None:
     study = load_study(path)
-    dumps = [study.resolved(run).model_dump() for run in study.students]
+    dumps = [student.model_dump() for student in study.students.values()]
     differing = {key for key in Student.model_fields if len({repr(dump[key]) for dump in dumps}) > 1}
     assert differing <= set(study.varies)
 
@@ -119,7 +117,7 @@ def test_an_unknown_key_explains_the_missing_one(write_study: WriteStudy, absent
         ("student.steps", "many", "key 'student.steps': input should be a valid integer, got 'many'"),
         ("student.target", "emma", "key 'student.target': input should be 'online' or 'ema', got 'emma'"),
         ("students.ctm", None, "key 'students.ctm': input should be a valid dictionary"),
-        ("students.ctm.preconditioning", "ctn", "key 'student.preconditioning': input should be 'cm', 'bcm'"),
+        ("students.ctm.preconditioning", "ctn", "key 'students.ctm.preconditioning': input should be 'cm', 'bcm'"),
         ("students", {}, "key 'students': dictionary should have at least 1 item"),
         ("students", {"Bad Name": {}}, "key 'students.Bad Name': string should match pattern"),
         ("seeds", [], "key 'seeds': list should have at least 1 item"),
@@ -145,7 +143,7 @@ def test_a_wrong_value_is_named_with_what_is_allowed(
         ("teacher.steps", "key 'teacher.steps' is missing"),
         ("teacher.network", "key 'teacher.network' is missing"),
         ("dataset.resolution", "key 'dataset.resolution' is missing"),
-        ("student.steps", "students.ctm: key 'student.steps' is missing"),
+        ("student.steps", "key 'student.steps' is missing"),
         ("scores.curve_count", "key 'scores.curve_count' is missing"),
         ("seeds", "key 'seeds' is missing"),
     ],
@@ -185,7 +183,7 @@ def test_a_wrong_list_by_level_is_named(write_study: WriteStudy, key: str, value
 def test_levels_are_those_of_a_described_songunet(write_study: WriteStudy) -> None:
     lists = {"teacher.network": UNET | {"num_blocks": [1, 2]}, "student.dropout": [0.0, 0.2]}
     study = load_study(write_study(lists))
-    assert study.resolved("ctm").dropout == [0.0, 0.2]
+    assert study.students["ctm"].dropout == [0.0, 0.2]
     refused = "students.ctm: dropout lists levels, which only a teacher.network of kind songunet has: give one number"
     assert refused in mistake(write_study({"student.dropout": [0.0, 0.2]}))
     official = {"kind": "edm", "checkpoint": "edm-cifar10-32x32-uncond-vp.pkl"}
@@ -291,8 +289,8 @@ def test_an_impossible_combination_is_explained(write_study: WriteStudy, changes
             {"student.curriculum": {"kind": "shrinking", "double_every": 2, "q": 1.0}},
             "key 'student.curriculum.q': input should be greater than 1, got 1.0",
         ),
-        ({"students.gc.mu": 1.5}, "key 'student.mu': input should be less than or equal to 1, got 1.5"),
-        ({"students.ot.coupling": "op"}, "key 'student.coupling': input should be 'ic', 'ot' or 'gc', got 'op'"),
+        ({"students.gc.mu": 1.5}, "key 'students.gc.mu': input should be less than or equal to 1, got 1.5"),
+        ({"students.ot.coupling": "op"}, "key 'students.ot.coupling': input should be 'ic', 'ot' or 'gc', got 'op'"),
         ({"student.start": "teacher"}, "students.ic needs a teacher, and teacher.kind is none"),
         ({"student.preconditioning": "analytic"}, "students.ic needs a teacher, and teacher.kind is none"),
         (
@@ -317,10 +315,10 @@ def test_a_study_without_a_teacher_is_held_to_what_it_can_do(
 @pytest.mark.parametrize(
     ("predictor", "message"),
     [
-        ("averge", "students.gc: key 'student.predictor': input should be 'average', got 'averge'"),
-        ({"rum": "ic"}, "unknown key 'student.predictor.rum'; did you mean 'run'?"),
-        ({"step": 3}, "key 'student.predictor.run' is missing"),
-        ({"run": "ic", "step": 0}, "key 'student.predictor.step': input should be greater than or equal to 1, got 0"),
+        ("averge", "key 'students.gc.predictor': input should be 'average', got 'averge'"),
+        ({"rum": "ic"}, "unknown key 'students.gc.predictor.rum'; did you mean 'run'?"),
+        ({"step": 3}, "key 'students.gc.predictor.run' is missing"),
+        ({"run": "ic", "step": 0}, "key 'students.gc.predictor.step': input should be greater than or equal to 1"),
         ({"run": "otehr"}, "predictor names 'otehr', which is not one of the students; did you mean 'other'?"),
         ({"run": "ic", "step": 2}, "names step 2 of 'ic', which keeps a snapshot every 3 steps up to 6: name one"),
         ({"run": "ic", "step": 9}, "names step 9 of 'ic', which keeps a snapshot every 3 steps up to 6: name one"),
@@ -398,7 +396,7 @@ def test_what_is_for_consistency_training_is_refused_elsewhere(write_study: Writ
             "fit data has nothing to fit: cm has no l_t and s_t; use preconditio",
         ),
         ({"fit": "average"}, "fit average is of the denoiser D(x, t, t), which only a DSM term trains: set dsm_weight"),
-        ({"fit": "avrage"}, "key 'student.fit': input should be 'teacher', 'data' or 'average', got 'avrage'"),
+        ({"fit": "avrage"}, "key 'students.own.fit': input should be 'teacher', 'data' or 'average', got 'avrage'"),
         ({"fit": "teacher"}, "students.own needs a teacher, and teacher.kind is none"),
         ({"dsm_balance": "adaptive", "fit": "data"}, "dsm_balance adaptive needs a DSM term: set dsm_weight above 0"),
         (
@@ -428,7 +426,7 @@ def test_a_student_s_own_fit_asks_for_no_teacher_and_is_part_of_its_key(
     settings = untaught | {"students": students, "varies": ["preconditioning", "fit", "dsm_weight"]}
     study = load_study(write_study(settings))
     assert not study.needs_coefficients
-    assert study.resolved("ic").dsm_weight == 0
+    assert study.students["ic"].dsm_weight == 0
     finer = load_study(write_study(settings | {"coefficients.times": 99}))
     changed = {run for run in students if study.key("student", run, 0) != finer.key("student", run, 0)}
     assert changed == {"own", "self"}
@@ -438,8 +436,8 @@ def test_a_student_s_own_fit_asks_for_no_teacher_and_is_part_of_its_key(
 def test_students_may_differ_in_what_the_study_says_varies(write_study: WriteStudy) -> None:
     path = write_study({"varies": ["preconditioning", "dropout"], "students.ctm.dropout": 0.1})
     study = load_study(path)
-    assert study.resolved("ctm").dropout == 0.1
-    assert study.resolved("analytic").dropout == 0.0
+    assert study.students["ctm"].dropout == 0.1
+    assert study.students["analytic"].dropout == 0.0
 
 
 def test_fields_without_a_say_are_fields_and_do_not_include_the_objectives_own() -> None:
@@ -460,7 +458,7 @@ def test_fields_without_a_say_are_fields_and_do_not_include_the_objectives_own()
 
 def test_a_student_that_is_not_there_is_named_with_those_that_are(tiny: Tiny) -> None:
     with pytest.raises(UserError, match="study tiny has no student 'ctn'; it has ctm, analytic"):
-        tiny().resolved("ctn")
+        tiny().require("ctn", 0)
 
 
 # --- files
@@ -505,7 +503,7 @@ def test_sections_may_be_shared_by_anchors(tmp_path: Path, tiny: Tiny, write_stu
     text = path.read_text().replace("  ctm:\n    preconditioning: ctm\n", "  ctm: &ctm {preconditioning: ctm}\n")
     text = text.replace("  analytic:\n    preconditioning: analytic\n", "  other: {<<: *ctm}\n")
     path.write_text(text)
-    assert load_study(path).resolved("other").preconditioning == "ctm"
+    assert load_study(path).students["other"].preconditioning == "ctm"
 
 
 def test_a_file_that_cannot_be_read_says_why(tmp_path: Path) -> None:

@@ -233,7 +233,7 @@ def results(first_results: Layout, tmp_path: Path) -> Layout:
 def make_student(study: Study, layout: Layout, run: str = "analytic") -> None:
     """A student at every rate, each with weights of its own."""
     teacher = load_denoiser(layout.teacher / "teacher.safetensors")[0]
-    for k, rate in enumerate((None, *study.resolved(run).evaluation_ema)):
+    for k, rate in enumerate((None, *study.students[run].evaluation_ema)):
         student = student_from_teacher(teacher)
         with torch.no_grad():
             for weight in student.parameters():

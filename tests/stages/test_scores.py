@@ -45,7 +45,7 @@ def make_student(study: Study, layout: Layout, run: str = "analytic") -> None:
     from consistency.provenance import write_card
 
     teacher = load_denoiser(layout.teacher / "teacher.safetensors")[0]
-    folder, settings = layout.student(run, 0), study.resolved(run)
+    folder, settings = layout.student(run, 0), study.students[run]
     seed = 0
     for rate in (None, *settings.evaluation_ema):
         files = [folder / "snapshots" / snapshot_name(step, rate) for step in (0, 3, 6)]

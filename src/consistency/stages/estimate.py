@@ -82,7 +82,7 @@ def estimate(study: Study, layout: Layout) -> Estimate:
     extractor = _INCEPTION if study.scores.extractor == "inception" else 0.0
     size = _Size(images, pixels, forward, extractor, parameters * _BYTES)
 
-    runs = [study.resolved(run) for run in study.students]
+    runs = study.students.values()
     seeds, count = len(study.seeds), study.sampling.count
     finals = seeds * sum(_rates(run) for run in runs) * size.weights
     snapshots = seeds * sum(_snapshots(run) for run in runs) * size.weights
@@ -125,8 +125,7 @@ def _jobs(study: Study, size: _Size) -> dict[str, Job]:
     students: dict[str, Job] = {}
     samples: dict[str, Job] = {}
     scored: dict[str, Job] = {}
-    for run in study.students:
-        student = study.resolved(run)
+    for run, student in study.students.items():
         needs = ["dataset", "teacher"]
         needs += ["coefficients"] if student.needs_coefficients else []
         needs += ["calibration"] if scores.teacher_fid is not None else []
@@ -283,7 +282,7 @@ def _network(study: Study, classes: int) -> tuple[float, int]:
     else:
         architecture = architecture_of(study, study.teacher, classes, 0.5)
     # A student that begins at random is its teacher's network as it is.
-    architecture = {**architecture, "second_time": any(study.resolved(run).second_time for run in study.students)}
+    architecture = {**architecture, "second_time": any(student.second_time for student in study.students.values())}
     with torch.device("meta"):
         parameters = sum(p.numel() for p in build_denoiser(architecture).parameters())
     return forward_operations(architecture), parameters

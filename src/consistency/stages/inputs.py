@@ -123,7 +123,7 @@ def read_coefficients(layout: Layout) -> dict[str, np.ndarray[Any, Any]]:
 def read_preconditioning(study: Study, layout: Layout, run: str, model: Denoiser) -> Preconditioning:
     """The preconditioning of a student, given its network, with the coefficients fitted from the teacher, or carried by
     the network itself, where it needs them."""
-    settings = study.resolved(run)
+    settings = study.students[run]
     if settings.carries_fit:
         return own_preconditioning(settings.preconditioning, model)
     ode = None

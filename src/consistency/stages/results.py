@@ -67,7 +67,7 @@ class Results:
 def read_results(study: Study, layout: Layout) -> Results:
     """Raises UserError when a score table is missing or belongs to other settings."""
     scores = read_scores(study, layout)
-    main = of_main_rate(scores, {run: study.resolved(run).ema_rate for run in study.students})
+    main = of_main_rate(scores, {run: student.ema_rate for run, student in study.students.items()})
     against, nfes = baselines(study), study.scores.curve_nfe
     found = speed_ups(main, against, nfes, study.report.bootstrap)
     return Results(scores, main, final_table(main), found, paired_ratios(main, against, nfes))
@@ -100,7 +100,7 @@ def _checked(table: pd.DataFrame, study: Study, path: Path, verb: str) -> pd.Dat
     counts = {"curve": study.scores.curve_count, "final": study.sampling.count}
     right = set(COLUMNS) <= set(table.columns) and set(table.study) | set(table.extractor) == {study.name, extractor}
     if right and verb != "calibration":
-        settings = study.resolved(str(table.run.iloc[0]))
+        settings = study.students[str(table.run.iloc[0])]
         steps = range(0, settings.steps + 1, settings.snapshot_every)
         rates = (settings.ema_rate, *settings.evaluation_ema)
         rows = table[table.sampler.isin(OWN_SAMPLERS)]
@@ -115,7 +115,7 @@ def _checked(table: pd.DataFrame, study: Study, path: Path, verb: str) -> pd.Dat
 
 def baselines(study: Study) -> dict[str, str]:
     """The student that each is measured against, where it or its objective has one."""
-    pairs = {run: study.report.baseline.get(study.resolved(run).objective) for run in study.students}
+    pairs = {run: study.report.baseline.get(student.objective) for run, student in study.students.items()}
     pairs |= study.report.against
     return {run: baseline for run, baseline in pairs.items() if baseline is not None}
 

@@ -73,7 +73,7 @@ def make_scores(study: Study, layout: Layout, run: str, seed: int, device: torch
     curve from the snapshots."""
     started = time.time()
     read_card(layout.student(run, seed), study, "student", run, seed)
-    settings, scores = study.resolved(run), study.scores
+    settings, scores = study.students[run], study.scores
     samplers, rates = student_samplers(study, run), (None, *settings.evaluation_ema)
     steps = range(0, settings.steps + 1, settings.snapshot_every)
     curve_images = len(rates) * len(steps) * len(scores.curve_nfe) * scores.curve_count
@@ -193,7 +193,7 @@ class _Student:
     ) -> None:
         self.scorer, self.study, self.run, self.seed = scorer, scorer.study, run, seed
         self.rate, self.endpoints = rate, endpoints
-        self.settings = self.study.resolved(run)
+        self.settings = self.study.students[run]
         self.multistep = self.settings.to_the_end
 
     def final_row(self, model: Denoiser, sampler: StudentSampler) -> Row:
