@@ -81,7 +81,7 @@ def main() -> None:
                 (f"sampling, student, NFE {nfe}", batch, seconds(lambda s=sampler: s(noise), args.repeat, device))
             )
         heun = heun_sampler(study, teacher)
-        nfe = 2 * study.sampling.teacher_steps - 1
+        nfe = 2 * study.calibration.steps - 1
         rows.append((f"sampling, teacher, Heun NFE {nfe}", batch, seconds(lambda: heun(noise), args.repeat, device)))
 
     machine = hardware()

@@ -248,10 +248,10 @@ def _calibration(study: Study, layout: Layout) -> None:
         "images": study.sampling.count,
         "extractor": _extractor(study),
     }
-    heun = 2 * study.sampling.teacher_steps - 1
+    heun = 2 * study.calibration.steps - 1
     teacher = {"run": "teacher", "sampler": "heun", "nfe": heun, "fd": 1.1, "kid": 0.0008}
-    if study.scores.teacher_fid is not None:
-        teacher |= {"published": study.scores.teacher_fid, "tolerance": study.scores.teacher_fid_tolerance}
+    if study.calibration.published_fid is not None:
+        teacher |= {"published": study.calibration.published_fid, "tolerance": study.calibration.tolerance}
     rows = [common | {"run": "data", "sampler": "halves", "nfe": 0, "fd": 0.4, "kid": 0.0001}]
     rows += [common | teacher] if study.taught else []
     write_scores(layout.scores(None, None), rows, CALIBRATION_COLUMNS)

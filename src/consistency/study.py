@@ -409,12 +409,21 @@ class Sampling(Section):
         [], description="Further samplers with fresh noise between jumps; 1 is CM's multistep sampler."
     )
     gamma_nfe: list[Count] = Field([2], description="Numbers of jumps of the gamma samplers.")
-    teacher_steps: Annotated[int, Field(ge=2)] = Field(18, description="Heun steps N of the teacher, NFE 2N-1.")
-    teacher_churn: Churn | None = Field(None, description="Added noise of the teacher's sampler; without: the ODE.")
     precision: Precision = Field(
         "float32", description="Arithmetic of the networks; with churn the sampler's state is float64."
     )
     batch: Count = Field(512, description="Images an evaluation (changes nothing but speed and memory).")
+
+
+class Calibration(Section):
+    """The teacher's own samples, scored before any student is trained. No student's result depends on it."""
+
+    steps: Annotated[int, Field(ge=2)] = Field(18, description="Heun steps N of the teacher, NFE 2N-1.")
+    churn: Churn | None = Field(None, description="Added noise of the teacher's sampler; without: the ODE.")
+    published_fid: Positive | None = Field(
+        None, description="The teacher's published FID. If ours is off, the study stops before any student is trained."
+    )
+    tolerance: Positive = Field(0.1, description="By how much it may be off, FID.")
 
 
 class Classifier(Section):
@@ -440,10 +449,6 @@ class Scores(Section):
     classifier: Classifier = Field(default_factory=Classifier, description="Settings of the classifier.")
     curve_nfe: list[Count] = Field([1, 2, 3], min_length=1, description="Numbers of jumps of the learning curves.")
     curve_count: Count = Field(description="Images a point of the learning curves.")
-    teacher_fid: Positive | None = Field(
-        None, description="The teacher's published FID. If ours is off, the study stops before any student is trained."
-    )
-    teacher_fid_tolerance: Positive = Field(0.1, description="By how much it may be off, FID.")
     kid_images: Count = Field(50_000, description="Images of the data, at most, whose features are kept for KID.")
     kid_subsets: Count = Field(100, description="Subsets of KID.")
     kid_subset_size: Annotated[int, Field(ge=2)] = Field(1000, description="Images a subset of KID.")
@@ -515,6 +520,7 @@ class Study(Section):
     students: dict[Name, Student] = Field(min_length=1, description="Name of each student and what it varies.")
     seeds: list[Annotated[int, Field(ge=0)]] = Field(min_length=1, description="Seeds of every student.")
     sampling: Sampling
+    calibration: Calibration = Field(default_factory=Calibration)
     scores: Scores
     flows: Flows | None = Field(None, description="What is measured of the couplings; without: nothing is.")
     report: Report = Field(default_factory=Report)
@@ -615,7 +621,10 @@ class Study(Section):
                 precision = dump["sampling"]["precision"]
                 return {"flows": dump[stage], "seeds": self.seeds, "measured": students, "precision": precision}
         settings = base
-        if run is not None:
+        if run is None:
+            gate = set() if stage == "scores" else {"published_fid", "tolerance"}
+            settings["calibration"] = {key: value for key, value in dump["calibration"].items() if key not in gate}
+        else:
             student = self.students[run]
             settings["student"] = student.model_dump(mode="json")
             if student.preconditioning in FITTED:
@@ -675,8 +684,8 @@ def _there_is_a_teacher(study: Study) -> Iterator[str]:
                 f"students.{run} needs a teacher, and teacher.kind is none: use objective: consistency with start: "
                 "random and a preconditioning that is not fitted from one (fit), or give the study a teacher"
             )
-    if not study.taught and study.scores.teacher_fid is not None:
-        yield "scores.teacher_fid is of a teacher, and teacher.kind is none: remove it"
+    if not study.taught and study.calibration.published_fid is not None:
+        yield "calibration.published_fid is of a teacher, and teacher.kind is none: remove it"
 
 
 def _dropout_has_its_levels(study: Study) -> Iterator[str]:
@@ -780,8 +789,8 @@ def _scores_can_be_measured(study: Study) -> Iterator[str]:
         yield "sampling.count must exceed scores.classifier.features, or the Frechet distance is singular"
     if scores.extractor == "classifier" and scores.curve_count <= scores.classifier.features:
         yield "scores.curve_count must exceed scores.classifier.features, or the Frechet distance is singular"
-    if scores.teacher_fid is not None and scores.extractor != "inception":
-        yield "scores.teacher_fid is Inception's FID: set scores.extractor to inception, or remove it"
+    if study.calibration.published_fid is not None and scores.extractor != "inception":
+        yield "calibration.published_fid is Inception's FID: set scores.extractor to inception, or remove it"
     if scores.alignment_count > scores.curve_count:
         yield "scores.alignment_count must not exceed scores.curve_count: they share their noise"
 

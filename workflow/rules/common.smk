@@ -149,12 +149,6 @@ def predictor_if_frozen(wildcards) -> list[str]:
     return [f"{folder}/student.safetensors" if frozen.step is None else f"{folder}/snapshots"]
 
 
-def calibration_if_required(wildcards) -> list[str]:
-    """The calibration, where the study says what it must find: no student is trained on a teacher that fails it."""
-    required = study_of(wildcards).scores.teacher_fid is not None
-    return [f"results/{wildcards.study}/scores/calibration.csv"] if required else []
-
-
 def inception_if_used(wildcards) -> list[str]:
     """Inception's weights, for a study that scores with them."""
     used = study_of(wildcards).scores.extractor == "inception"

@@ -111,7 +111,7 @@ def _jobs(study: Study, size: _Size) -> dict[str, Job]:
     probes = size.pixels if fit.probes == "exact" else fit.probes
     fitted = fit.times * fit.samples * (2 * (probes + 1) + 1) * forward if study.needs_coefficients else 0.0
     # Without a teacher nothing is drawn from it, and nothing held against its trajectories.
-    drawn = study.taught * sampling.count * (2 * sampling.teacher_steps - 1) * forward
+    drawn = study.taught * sampling.count * (2 * study.calibration.steps - 1) * forward
     aligned = study.taught * scores.alignment_count * (2 * scores.alignment_nodes - 2) * forward
     rated = study.taught * sampling.count * size.extractor
     jobs = {
@@ -128,7 +128,7 @@ def _jobs(study: Study, size: _Size) -> dict[str, Job]:
     for run, student in study.students.items():
         needs = ["dataset", "teacher"]
         needs += ["coefficients"] if student.needs_coefficients else []
-        needs += ["calibration"] if scores.teacher_fid is not None else []
+        needs += ["calibration"]
         operations = training_operations(student, forward) + _refits(study, student) * forward
         drawn = sampling.count * _evaluations(study, student) * forward
         measured = _scoring_operations(study, student, size)

@@ -86,7 +86,7 @@ def _verdicts(study: Study, results: Results) -> list[str]:
     speed-up at the NFE with one (2) and without (1), and its alignment; of consistency training every arm's FD at
     NFE 1."""
     coupled = study.coupled
-    distilled = [run for run in study.students.keys() - coupled.keys() if study.students[run].preconditioning == "analytic"]
+    distilled = {run for run in study.students if study.students[run].preconditioning == "analytic"} - coupled.keys()
     at = {1, 2} & set(study.scores.curve_nfe) or set(study.scores.curve_nfe)
     first = {min(study.scores.curve_nfe)}
     faster = [item for item in results.found if item.run in distilled and item.nfe in at]

@@ -124,7 +124,7 @@ def _samples_picture(study: Study, layout: Layout) -> Picture:
             path = layout.samples(run, seed) / f"{sampler_name(nfe)}.npy"
             images = read_array(path, f"samples --run {run} --seed {seed}")
             rows.append((f"{run}, NFE {nfe}", images))
-    teacher = f"Heun{' with churn' if study.sampling.teacher_churn else ''}, NFE {2 * study.sampling.teacher_steps - 1}"
+    teacher = f"Heun{' with churn' if study.calibration.churn else ''}, NFE {2 * study.calibration.steps - 1}"
     reference = f"the teacher ({teacher}) and " if study.taught else ""
     caption = (
         f"Images of seeds 0 to 15, below the first row one noise a column: {reference}"

@@ -221,8 +221,8 @@ def draw(
 def heun_sampler(study: Study, teacher: Denoiser, nodes: int | None = None) -> Sampler:
     """EDM's sampler as the study sets it; with nodes, the ODE's endpoint at eps through so many nodes instead."""
     device = next(teacher.parameters()).device
-    times = _times(study, nodes or study.sampling.teacher_steps) + ([0.0] if nodes is None else [])
-    settings = study.sampling.teacher_churn if nodes is None else None
+    times = _times(study, nodes or study.calibration.steps) + ([0.0] if nodes is None else [])
+    settings = study.calibration.churn if nodes is None else None
 
     def sample(noise: ImageNoise) -> Tensor:
         x = _to(noise.latents, device) * times[0]

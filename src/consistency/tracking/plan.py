@@ -238,7 +238,7 @@ def _report(study: Study, layout: Layout) -> Upload:
     card = read_card(layout.report, study, "report")
     settings, ended, fitted = study.settings("report"), _milliseconds(card), study.needs_coefficients
     params: dict[str, str] = {}
-    for part in ("dataset", "noise", "coefficients", "sampling", "scores", "report"):
+    for part in ("dataset", "noise", "coefficients", "sampling", "calibration", "scores", "report"):
         params |= _flat(settings[part], f"{part}.")
     return Upload(
         name="report",
