@@ -1,16 +1,14 @@
 """The study: every mistake is one line that says where and what, and every key names what it should."""
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import jsonschema
 import pytest
 import yaml
 
 from consistency.errors import UserError
-from consistency.schema import REFERENCE, SCHEMA, reference_text, schema_text, write_schema
+from consistency.reference import REFERENCE, reference_text, write_reference
 from consistency.study import Student, Study, load_study
 
 ROOT = Path(__file__).parents[1]
@@ -635,44 +633,17 @@ def test_asking_for_a_key_leaves_the_study_as_it_was(tiny: Tiny) -> None:
     assert study.model_dump() == before
 
 
-# --- the schema and the reference
+# --- the reference
 
 
-def test_schema_and_reference_are_in_step_with_the_classes() -> None:
-    """If this fails: python -m consistency schema."""
-    assert (ROOT / SCHEMA).read_text() == schema_text()
-    assert (ROOT / REFERENCE).read_text() == reference_text()
-
-
-def test_writing_the_schema_writes_both_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_reference_is_in_step_with_the_classes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """If this fails: python -m consistency reference."""
     monkeypatch.chdir(tmp_path)
-    write_schema()
-    assert (tmp_path / SCHEMA).read_text() == schema_text()
-    assert (tmp_path / REFERENCE).read_text() == reference_text()
+    write_reference()
+    assert (tmp_path / REFERENCE).read_text() == (ROOT / REFERENCE).read_text()
 
 
 def test_every_field_has_a_line_in_the_reference() -> None:
     text = reference_text()
-
-    def fields(schema: dict[str, Any]) -> set[str]:
-        return set(schema.get("properties", {})) - set(Study.model_fields)
-
-    schema = json.loads(schema_text())
-    names = fields(schema).union(*(fields(part) for part in schema["$defs"].values()))
-    missing = {name for name in names if f"| `{name}` |" not in text}
-    assert not missing
-
-
-@pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.stem)
-def test_the_schema_accepts_every_study(path: Path) -> None:
-    # Through our loader's numbers: plain YAML reads 1e-3 as a word.
-    content = load_study(path).model_dump(mode="json", exclude_unset=True)
-    jsonschema.validate(content, json.loads(schema_text()))
-
-
-@pytest.mark.parametrize("changes", [{"teacher.stepz": 1}, {"student.stepz": 1}, {"students.ctm.stepz": 1}])
-def test_the_schema_refuses_unknown_keys(write_study: WriteStudy, changes: dict[str, Any]) -> None:
-    content = yaml.safe_load(write_study(changes).read_text())
-    problems = list(jsonschema.Draft202012Validator(json.loads(schema_text())).iter_errors(content))
-    # Of a union, each member has its own objection.
-    assert "stepz" in str([(problem.message, problem.context) for problem in problems])
+    sections = Study.model_json_schema()["$defs"].values()
+    assert [name for part in sections for name in part["properties"] if f"| `{name}` |" not in text] == []

@@ -188,7 +188,7 @@ VERBS = {
         (Option("names", nargs="*", metavar="NAME", help="a file of config/resources.yaml"),),
     ),
     "validate": Verb("hold this machine against the closed-form oracles of the method", "stages.validate:validate"),
-    "schema": Verb("write the JSON schema and the field reference of a study", "schema:write_schema"),
+    "reference": Verb("write the field reference of a study", "reference:write_reference"),
     "jobs": Verb("list the jobs of this folder in Slurm's queue", "cluster:print_jobs"),
     "follow": Verb(
         "send a training's new points to MLflow while it goes on (a training starts this)",

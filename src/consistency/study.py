@@ -1,7 +1,7 @@
 """The typed study: every field with its unit, range and default. Unknown keys are errors with a suggestion.
 
-A study is one dataset, one teacher and the students distilled from it. The JSON schema and the field reference under
-config/studies/ are generated from these classes (`python -m consistency schema`).
+A study is one dataset, one teacher and the students distilled from it. The field reference, config/studies/README.md,
+is generated from these classes (`python -m consistency reference`).
 """
 
 import difflib
