@@ -14,16 +14,8 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self, get_args
 
 import yaml
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Field,
-    ModelWrapValidatorHandler,
-    PrivateAttr,
-    ValidationError,
-    field_serializer,
-    model_validator,
-)
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_serializer, model_validator
+from ruamel.yaml import YAML, YAMLError
 
 from consistency.errors import UserError
 
@@ -58,35 +50,25 @@ class Dataset(Section):
         "`celeba`: img_align_celeba, a folder or a zip, and list_eval_partition.txt in or beside it; "
         "`edm_zip`: the zip of PNGs with dataset.json that EDM's dataset tool writes."
     )
-    path: str | None = Field(
-        None, description="Where the images are: a folder, zip or tar; relative paths start at the project's root."
-    )
-    split: Name = Field(
-        "train",
-        description="Which part to read: of an image folder any, of cifar10 `train` or `test`, of celeba `train`, "
-        "`valid` or `test`.",
-    )
-    resolution: Count = Field(
-        description="Side of the square images, pixels. Others are cropped (not FFHQ's, which are square) and resized."
-    )
+    path: str | None = Field(None, description="A folder, zip or tar; relative paths start at the project's root.")
+    split: Name = Field("train", description="The part to read; cifar10: `train`, `test`; celeba: `valid` too.")
+    resolution: Count = Field(description="Side of the square images, pixels; others are cropped and resized.")
     channels: Literal[1, 3] = Field(description="1 for grey, 3 for RGB.")
     limit: Count | None = Field(None, description="Use only so many images of each class, the first in sorted order.")
     horizontal_flip: bool = Field(False, description="Mirror each training image with probability 1/2.")
 
     @model_validator(mode="after")
     def _possible(self) -> Self:
-        if self.kind == "digits" and (self.resolution, self.channels) != (8, 1):
-            raise ValueError("the digits are 8x8 grey images: set dataset.resolution to 8 and dataset.channels to 1")
+        size, channels = {"digits": (8, 1), "cifar10": (32, 3)}.get(self.kind, (self.resolution, self.channels))
+        if (self.resolution, self.channels) != (size, channels):
+            raise ValueError(f"{self.kind}: set dataset.resolution to {size} and dataset.channels to {channels}")
         if self.kind == "digits" and self.path is not None:
             raise ValueError("dataset.path is for other kinds; the digits come with scikit-learn")
         if self.kind not in ("digits", "cifar10") and self.path is None:
             raise ValueError(f"dataset.path is missing: {self.kind} needs to know where the images are")
-        if self.kind == "cifar10" and (self.resolution, self.channels) != (32, 3):
-            raise ValueError("cifar10 has 32x32 colour images: set dataset.resolution to 32 and dataset.channels to 3")
-        if self.kind == "cifar10" and self.split not in ("train", "test"):
-            raise ValueError(f"cifar10 has the splits train and test, not {self.split!r}: change dataset.split")
-        if self.kind == "celeba" and self.split not in ("train", "valid", "test"):
-            raise ValueError(f"celeba has the splits train, valid and test, not {self.split!r}: change dataset.split")
+        splits = {"cifar10": ["train", "test"], "celeba": ["train", "valid", "test"]}.get(self.kind, [self.split])
+        if self.split not in splits:
+            raise ValueError(f"dataset.split {self.split!r}: {self.kind} has the splits {', '.join(splits)}")
         return self
 
 
@@ -115,9 +97,7 @@ class SongUNet(Section):
     model_channels: Count = Field(128, description="Channels at full resolution before the multiplier.")
     channel_mult: list[Count] = Field([2, 2, 2], min_length=1, description="Channel multiplier of each level.")
     num_blocks: Blocks = Field(4, description="Residual blocks a level; a list: one number for each level.")
-    attn_resolutions: list[Count] = Field(
-        [16], description="Resolutions with self-attention, pixels; the decoder's first block always has it."
-    )
+    attn_resolutions: list[Count] = Field([16], description="Resolutions with self-attention, pixels.")
     dropout: Dropout = Field(0.13, description="Dropout probability; a list: one for each level.")
 
     @model_validator(mode="after")
@@ -233,12 +213,9 @@ class Student(Section):
 
     objective: Literal["trajectory", "endpoint", "consistency"] = Field(
         "trajectory",
-        description="Trajectory distillation (CTM + DSM), endpoint distillation (CM), or consistency training, which "
-        "needs no teacher (iCT, ECT).",
+        description="Distillation of trajectories (CTM + DSM) or endpoints (CM), or training without one (iCT, ECT).",
     )
-    preconditioning: Literal["cm", "bcm", "ctm", "analytic", "analytic-forward"] = Field(
-        "ctm", description="f(t,s) and g(t,s)."
-    )
+    preconditioning: Literal["cm", "bcm", "ctm", "analytic", "analytic-forward"] = Field("ctm", description="f and g.")
     fit: Literal["teacher", "data", "average"] = Field(
         "teacher",
         description="What the analytic l_t and s_t are fitted from: the teacher, before any student; the mean and "
@@ -246,53 +223,37 @@ class Student(Section):
         "(needs dsm_weight). The last two are ours, for consistency training.",
     )
     nodes: Annotated[int, Field(ge=2)] = Field(18, description="Nodes N of the time grid.")
-    max_heun_steps: Count | None = Field(
-        None, description="Largest number n of teacher steps, at most N-1 (the default). P(n) is proportional to n."
-    )
+    max_heun_steps: Count | None = Field(None, description="Most teacher steps n, by default N-1; P(n) is as n.")
     distance: Literal["pseudo_huber", "l2", "euclidean", "lpips"] = Field(
         "pseudo_huber", description="Distance between the two endpoints; `lpips` downloads the weights of VGG16."
     )
     coupling: Literal["ic", "ot", "gc"] = Field(
-        "ic",
-        description="How data and noise meet (consistency only): independently, by exact assignment in the batch, or "
-        "on flows that the student's average induces.",
+        "ic", description="How data and noise meet: independently, by assignment in the batch, or on generated flows."
     )
-    mu: Annotated[float, Field(ge=0, le=1)] = Field(
-        0.5, description="Probability that gc replaces an image by a generated one, the paper's mu; the rest is ic."
-    )
-    predictor: Literal["average"] | Frozen = Field(
-        "average", description="What makes gc's endpoints: the student's average, or another student, frozen."
-    )
+    mu: Annotated[float, Field(ge=0, le=1)] = Field(0.5, description="Probability of a generated image in gc.")
+    predictor: Literal["average"] | Frozen = Field("average", description="What makes gc's endpoints.")
     curriculum: Doubling | Shrinking = Field(
         default_factory=Doubling, discriminator="kind", description="Levels of consistency training."
     )
-    start: Literal["random", "teacher"] = Field(
-        "random", description="First weights in consistency training: drawn by the seed, or the teacher's (ECT)."
-    )
+    start: Literal["random", "teacher"] = Field("random", description="First weights in consistency training.")
     target: Literal["online", "ema"] = Field(
         "online", description="Weights of the target's inner jump: the student's (CTM's code) or their EMA (paper)."
     )
     dsm_weight: Annotated[float, Field(ge=0)] = Field(
         1.0,
-        description="Weight of the DSM term; none in endpoint distillation; in consistency training 0 unless given.",
+        description="Weight of the DSM term, which endpoints have not; in consistency training 0 unless given.",
     )
     dsm_balance: Literal["fixed", "adaptive"] = Field(
-        "fixed",
-        description="`adaptive` multiplies the weight by the ratio of the two terms' gradient norms at the last layer, "
-        "as CTM's code does.",
+        "fixed", description="`adaptive`: times the ratio of the two terms' gradient norms at the last layer (CTM)."
     )
     optimizer: Literal["radam", "adam", "lion"] = Field("radam", description="Optimiser, without weight decay.")
     steps: Count = Field(description="Optimiser steps.")
     batch: Count = Field(description="Images a step.")
     learning_rate: Positive = Field(4e-4, description="Constant learning rate.")
     ema_rate: Fraction = Field(0.999, description="EMA of target and evaluation, per step.")
-    ema_warm_up: Positive | None = Field(
-        None, description="The rates are at most 1 - step^-ema_warm_up, so that first weights leave no trace."
-    )
+    ema_warm_up: Positive | None = Field(None, description="The rates are at most 1 - step^-ema_warm_up.")
     evaluation_ema: list[Fraction] = Field([], description="Further EMA rates that are kept and scored beside it.")
-    precision: Precision = Field(
-        "float32", description="Arithmetic of the networks in training; preconditioning and losses stay in float32."
-    )
+    precision: Precision = Field("float32", description="Of the networks in training; losses stay in float32.")
     dropout: Dropout = Field(0.0, description="Dropout of the student's network; a list: one for each level.")
     snapshot_every: Count = Field(description="Steps between snapshots of the EMA, the points of the learning curves.")
     log_every: Count = Field(50, description="Steps a line of history.jsonl; the state is saved at these steps.")
@@ -405,13 +366,9 @@ class Sampling(Section):
 
     count: Count = Field(description="Images a sampler, from seeds 0 to count-1.")
     nfe: list[Count] = Field([1, 2, 3, 5, 8], min_length=1, description="Numbers of jumps.")
-    gamma: list[Annotated[float, Field(gt=0, le=1)]] = Field(
-        [], description="Further samplers with fresh noise between jumps; 1 is CM's multistep sampler."
-    )
+    gamma: list[Annotated[float, Field(gt=0, le=1)]] = Field([], description="Further samplers; 1 is CM's multistep.")
     gamma_nfe: list[Count] = Field([2], description="Numbers of jumps of the gamma samplers.")
-    precision: Precision = Field(
-        "float32", description="Arithmetic of the networks; with churn the sampler's state is float64."
-    )
+    precision: Precision = Field("float32", description="Of the networks; with churn the sampler's state is float64.")
     batch: Count = Field(512, description="Images an evaluation (changes nothing but speed and memory).")
 
 
@@ -420,9 +377,7 @@ class Calibration(Section):
 
     steps: Annotated[int, Field(ge=2)] = Field(18, description="Heun steps N of the teacher, NFE 2N-1.")
     churn: Churn | None = Field(None, description="Added noise of the teacher's sampler; without: the ODE.")
-    published_fid: Positive | None = Field(
-        None, description="The teacher's published FID. If ours is off, the study stops before any student is trained."
-    )
+    published_fid: Positive | None = Field(None, description="The teacher's; if ours is off it, the study stops.")
     tolerance: Positive = Field(0.1, description="By how much it may be off, FID.")
 
 
@@ -441,11 +396,9 @@ class Scores(Section):
 
     extractor: Literal["classifier", "inception"] = Field(
         "inception",
-        description="Features of FD and KID: Inception (this is FID) or the dataset's classifier (not FID).",
+        description="Features of FD and KID: Inception's (FID) or the dataset's classifier's (not FID).",
     )
-    mode: Literal["legacy_tensorflow", "clean"] = Field(
-        "legacy_tensorflow", description="clean-fid's resizing mode, for inception."
-    )
+    mode: Literal["legacy_tensorflow", "clean"] = Field("legacy_tensorflow", description="clean-fid's resizing mode.")
     classifier: Classifier = Field(default_factory=Classifier, description="Settings of the classifier.")
     curve_nfe: list[Count] = Field([1, 2, 3], min_length=1, description="Numbers of jumps of the learning curves.")
     curve_count: Count = Field(description="Images a point of the learning curves.")
@@ -463,13 +416,9 @@ class Flows(Section):
     times: Annotated[int, Field(ge=2)] = Field(24, description="Times of the transport cost, a rho grid.")
     toy_steps: Count = Field(4000, description="Optimiser steps of the toy in the plane; 25 s of CPU for 4,000.")
     toy_seeds: list[Annotated[int, Field(ge=0)]] = Field([0], min_length=1, description="Seeds of the toy.")
-    pairs: Annotated[int, Field(ge=2)] = Field(
-        4096, description="Pairs of the velocity discrepancy on the toy's data, each of 4 times."
-    )
+    pairs: Annotated[int, Field(ge=2)] = Field(4096, description="Pairs of the toy's velocity discrepancy, a time.")
     intervals: Annotated[int, Field(ge=10)] = Field(1280, description="The finest grid of the theorem, from 10 on.")
-    discrepancy: list[Name] = Field(
-        [], description="Students for whose coupling a denoiser is trained, to measure R_t on the images (first seed)."
-    )
+    discrepancy: list[Name] = Field([], description="Students whose R_t is measured on images, by denoisers.")
     denoiser_steps: Count = Field(6000, description="Optimiser steps of each.")
     denoiser_batch: Count = Field(256, description="Images a step.")
     denoiser_learning_rate: Positive = Field(1e-3, description="Adam's learning rate.")
@@ -480,12 +429,9 @@ class Report(Section):
     """What the report compares."""
 
     baseline: dict[Literal["trajectory", "endpoint", "consistency"], Name] = Field(
-        default_factory=dict, description="The student against which each objective's speed-up is measured."
+        {}, description="The student against which each objective's speed-up is measured."
     )
-    against: dict[Name, Name] = Field(
-        default_factory=dict,
-        description="Students measured against another one than their objective's baseline.",
-    )
+    against: dict[Name, Name] = Field({}, description="Students measured against another one than their baseline.")
     grid_nfe: list[Count] = Field([1, 2, 5], min_length=1, description="Numbers of jumps of the sample grids.")
     bootstrap: Count = Field(2000, description="Resamples of the intervals.")
 
@@ -525,11 +471,11 @@ class Study(Section):
     flows: Flows | None = Field(None, description="What is measured of the couplings; without: nothing is.")
     report: Report = Field(default_factory=Report)
     compute: Compute = Field(default_factory=Compute)
-    _own: dict[str, dict[str, Any]] = PrivateAttr()
+    _own: dict[str, dict[str, Any]] = {}  # what each student has for its own, as the file says it
 
     @model_validator(mode="wrap")
     @classmethod
-    def _whole(cls, given: Any, build: ModelWrapValidatorHandler[Self]) -> Self:
+    def _whole(cls, given: Any, build: Callable[[Any], Self]) -> Self:
         """Type each student: the values that all share, and its own in their place."""
         if isinstance(given, cls):
             return given
@@ -548,11 +494,6 @@ class Study(Section):
     @field_serializer("students")
     def _as_in_the_file(self, _: dict[str, Student]) -> dict[str, dict[str, Any]]:
         return self._own
-
-    @property
-    def overrides(self) -> dict[str, set[str]]:
-        """The fields that each student has values of its own for."""
-        return {run: set(own) for run, own in self._own.items()}
 
     @property
     def taught(self) -> bool:
@@ -651,8 +592,8 @@ def _students_differ_as_declared(study: Study) -> Iterator[str]:
     for key in study.varies:
         if key not in Student.model_fields:
             yield f"varies names {key!r}, not a student's field{_suggest(key, Student)}"
-    for run, own in study.overrides.items():
-        for key in sorted(own - set(study.varies)):
+    for run, own in study._own.items():
+        for key in sorted(own.keys() - set(study.varies)):
             yield (
                 f"students.{run} changes {key!r}, but the study says its students differ only in "
                 f"{', '.join(study.varies)}: move it to `student` for all, or add it to `varies`"
@@ -815,34 +756,14 @@ def settings_key(stage: str, seed: int | None, settings: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
 
-class _Loader(yaml.SafeLoader):
-    """YAML without its two traps: a key given twice, and 1e-3 read as a word."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: set[Any] = set()
-        for key_node, _ in node.value:
-            if key_node.tag == "tag:yaml.org,2002:merge":
-                continue
-            if not isinstance(key_node, yaml.ScalarNode):
-                raise yaml.MarkedYAMLError(problem="a key must be a word", problem_mark=key_node.start_mark)
-            key = self.construct_object(key_node, deep=True)
-            if key in seen:
-                raise yaml.MarkedYAMLError(problem=f"key {key!r} is given twice", problem_mark=key_node.start_mark)
-            seen.add(key)
-        return super().construct_mapping(node, deep)
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
-)
-
-
 def parse_yaml(text: str, path: Path) -> Any:
     """What the text of a file says. Raises UserError with the file's name when it is not YAML or has a key twice."""
     try:
-        return yaml.load(text, _Loader)
-    except yaml.YAMLError as error:
-        raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+        return YAML(typ="safe", pure=True).load(text)
+    except YAMLError as error:
+        mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", str(error))
+        where = f" (line {mark.line + 1})" if mark else ""
+        raise UserError(f"{path} is not valid YAML: {' '.join(problem.split())}{where}") from None
 
 
 def load_study(path: str | Path) -> Study:
@@ -900,15 +821,9 @@ def explain(error: ValidationError, model: type[BaseModel], prefix: str = "", co
 _UNION_MEMBER = re.compile(r"^(constrained-\w+|(literal|list)\[.*\]|\[key\])$")
 # The members of the unions that are sections, by the word that tells them apart.
 _MEMBERS: dict[str, type[Section]] = {
-    "songunet": SongUNet,
-    "mlp": MLP,
-    "trained": Teacher,
-    "edm": OfficialTeacher,
-    "none": NoTeacher,
-    "doubling": Doubling,
-    "shrinking": Shrinking,
-    "Frozen": Frozen,
-}
+    cls.model_fields["kind"].default: cls
+    for cls in (SongUNet, MLP, Teacher, OfficialTeacher, NoTeacher, Doubling, Shrinking)
+} | {"Frozen": Frozen}
 
 
 def _owner(location: list[str], model: type[BaseModel]) -> type[BaseModel] | None:
