@@ -59,7 +59,7 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     device, study = torch.device(args.device), load_study(args.study)
     teacher = network(study, device)
-    batch = study.resolved(next(iter(study.students))).batch
+    batch = next(iter(study.students.values())).batch
     rows: list[tuple[str, int, float]] = []
 
     x = torch.randn(batch, teacher.img_channels, teacher.img_resolution, teacher.img_resolution, device=device)
@@ -71,7 +71,7 @@ def main() -> None:
     rows.append(("coefficient fit, one time, one probe (2 JVPs, 1 evaluation)", batch, fit))
 
     student = student_from_teacher(teacher, dropout=0.0, seed=0).to(device).eval().requires_grad_(False)
-    name = next(run for run in study.students if study.resolved(run).objective == "trajectory")
+    name = next(run for run, student in study.students.items() if student.objective == "trajectory")
     noise = ImageNoise(range(batch), tuple(x.shape[1:]), teacher.label_dim)
     preconditioning = build_preconditioning("ctm", teacher.sigma_data)
     with torch.inference_mode():
@@ -81,7 +81,7 @@ def main() -> None:
                 (f"sampling, student, NFE {nfe}", batch, seconds(lambda s=sampler: s(noise), args.repeat, device))
             )
         heun = heun_sampler(study, teacher)
-        nfe = 2 * study.sampling.teacher_steps - 1
+        nfe = 2 * study.calibration.steps - 1
         rows.append((f"sampling, teacher, Heun NFE {nfe}", batch, seconds(lambda: heun(noise), args.repeat, device)))
 
     machine = hardware()

@@ -92,7 +92,7 @@ def make_results(study: Study, layout: Layout) -> None:
         _coefficients(study, layout)
     _samples(study, layout, None, None)
     # Those that others are made from come first.
-    for run in sorted(study.students, key=lambda run: study.resolved(run).frozen is not None):
+    for run in sorted(study.students, key=lambda run: study.students[run].frozen is not None):
         for seed in study.seeds:
             make_student(study, layout, run, seed)
     _calibration(study, layout)
@@ -102,7 +102,7 @@ def make_results(study: Study, layout: Layout) -> None:
 
 def make_student(study: Study, layout: Layout, run: str, seed: int, level: float = 1.0) -> None:
     """One student's training, samples and scores. level: a factor of all its losses and scores."""
-    folder, settings = layout.student(run, seed), study.resolved(run)
+    folder, settings = layout.student(run, seed), study.students[run]
     steps = range(settings.log_every, settings.steps + 1, settings.log_every)
     level *= _level(study, run, seed)
     lines = [_history_line(step, settings.batch, level, settings.objective) for step in steps]
@@ -206,7 +206,7 @@ def _samples(study: Study, layout: Layout, run: str | None, seed: int | None) ->
 
 def _scores(study: Study, layout: Layout, run: str, seed: int, level: float) -> None:
     """Further EMA rates score better, by a tenth each."""
-    settings, rows = study.resolved(run), []
+    settings, rows = study.students[run], []
     for k, rate in enumerate((settings.ema_rate, *settings.evaluation_ema)):
         rows += _rate_rows(study, run, seed, rate, level * 0.9**k, main=k == 0)
     write_scores(layout.scores(run, seed), rows)
@@ -215,7 +215,7 @@ def _scores(study: Study, layout: Layout, run: str, seed: int, level: float) -> 
 
 
 def _rate_rows(study: Study, run: str, seed: int, rate: float, level: float, main: bool) -> list[dict[str, Any]]:
-    settings, scores = study.resolved(run), study.scores
+    settings, scores = study.students[run], study.scores
     endpoint, taught = settings.to_the_end, study.taught
     sampler, rows = "multistep" if endpoint else "jumps", []
     common = {"study": study.name, "run": run, "seed": seed, "ema": rate, "extractor": _extractor(study)}
@@ -248,10 +248,10 @@ def _calibration(study: Study, layout: Layout) -> None:
         "images": study.sampling.count,
         "extractor": _extractor(study),
     }
-    heun = 2 * study.sampling.teacher_steps - 1
+    heun = 2 * study.calibration.steps - 1
     teacher = {"run": "teacher", "sampler": "heun", "nfe": heun, "fd": 1.1, "kid": 0.0008}
-    if study.scores.teacher_fid is not None:
-        teacher |= {"published": study.scores.teacher_fid, "tolerance": study.scores.teacher_fid_tolerance}
+    if study.calibration.published_fid is not None:
+        teacher |= {"published": study.calibration.published_fid, "tolerance": study.calibration.tolerance}
     rows = [common | {"run": "data", "sampler": "halves", "nfe": 0, "fd": 0.4, "kid": 0.0001}]
     rows += [common | teacher] if study.taught else []
     write_scores(layout.scores(None, None), rows, CALIBRATION_COLUMNS)

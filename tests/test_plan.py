@@ -58,7 +58,8 @@ def plan(study: Study, folder: Path) -> dict[str, Any]:
         ("student.learning_rate", 0.01, CTM | ANALYTIC),
         ("scores.kid_subsets", 3, SCORED),
         ("scores.classifier.steps", 21, SCORED | {"extractor"}),
-        ("sampling.teacher_steps", 5, SCORED | {"samples", "samples/ctm/seed0", "samples/analytic/seed0"}),
+        ("calibration.steps", 5, {"samples", "scores"}),
+        ("calibration.tolerance", 0.2, {"scores"}),
         ("dataset.horizontal_flip", True, TEACHER),
         ("teacher.steps", 80, TEACHER),
         ("dataset.limit", 21, TEACHER | {"dataset", "extractor"}),
@@ -77,7 +78,7 @@ def test_every_study_of_the_project_has_a_plan(path: Path, pipeline: Path, tmp_p
     """Where students are made from others, with the line that the refusal says."""
     (tmp_path / "config").symlink_to(ROOT / "config")
     study = load_study(path)
-    if any(study.resolved(run).frozen for run in study.students):
+    if any(student.frozen for student in study.students.values()):
         with pytest.raises(UserError) as error:
             plan(study, tmp_path)
         pipeline.write_text(pipeline.read_text().replace("- frozen: []", str(error.value).split("`")[1]))

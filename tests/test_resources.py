@@ -102,7 +102,7 @@ def test_a_mistake_in_the_registry_is_named(change: dict[str, Any], message: str
     ("text", "message"),
     [
         ("a: [", "config/resources.yaml is not valid YAML: "),
-        ("a.pt: {}\na.pt: {}", "config/resources.yaml is not valid YAML: key 'a.pt' is given twice"),
+        ("a.pt: {}\na.pt: {}", "config/resources.yaml is not valid YAML: found duplicate key"),
         ("- a", "config/resources.yaml must hold a file name and its keys"),
         ("a.pt: x", "config/resources.yaml: 'a.pt' must have keys and values"),
         ("a.pt: {url: 'http://a'}", "config/resources.yaml: key 'a.pt.about' is missing"),

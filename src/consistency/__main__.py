@@ -188,7 +188,7 @@ VERBS = {
         (Option("names", nargs="*", metavar="NAME", help="a file of config/resources.yaml"),),
     ),
     "validate": Verb("hold this machine against the closed-form oracles of the method", "stages.validate:validate"),
-    "schema": Verb("write the JSON schema and the field reference of a study", "schema:write_schema"),
+    "reference": Verb("write the field reference of a study", "reference:write_reference"),
     "jobs": Verb("list the jobs of this folder in Slurm's queue", "cluster:print_jobs"),
     "follow": Verb(
         "send a training's new points to MLflow while it goes on (a training starts this)",
@@ -366,7 +366,7 @@ def _prepare(args: Arguments) -> None:
     torch.backends.cuda.matmul.allow_tf32 = False
     torch.backends.cudnn.benchmark = True
     # float32 means float32, but for LPIPS beside networks in lower precision, where TF32 is a third of the step's time.
-    low = args.verb == "student" and args.study.resolved(args.run).precision != "float32"
+    low = args.verb == "student" and args.study.students[args.run].precision != "float32"
     torch.backends.cudnn.allow_tf32 = low
     if launch.is_worker() and args.device in ("auto", "cuda") and torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))

@@ -58,7 +58,7 @@ def write_inputs(
         shutil.rmtree(folder, ignore_errors=True)
     runs = _runs(study) if run is None or seed is None else [(run, seed)]
     for each, k in runs if of != "flows" else []:
-        place, student = folder / each / f"seed{k}", study.resolved(each)
+        place, student = folder / each / f"seed{k}", study.students[each]
         if of in (None, "coefficients"):
             read = _coefficients(layout, student.needs_coefficients)
             write_json(place / "coefficients.json", _digests(layout, read))
@@ -78,7 +78,7 @@ def _coefficients(layout: Layout, read: bool) -> dict[Path, str]:
 
 def _predictor(study: Study, layout: Layout, run: str, seed: int) -> dict[Path, str]:
     """The weights that make a student's endpoints, if another student's do, and the verb that makes them."""
-    frozen = study.resolved(run).frozen
+    frozen = study.students[run].frozen
     if frozen is None:
         return {}
     path = layout.student_file(frozen.run, seed)
@@ -117,7 +117,7 @@ def check_order(study: Study) -> None:
         raise UserError(f"no {PIPELINE} here: run this in the project's folder") from None
     items: list[Any] = (content.get("vars") if isinstance(content, dict) else None) or []
     said = [item["frozen"] for item in items if isinstance(item, dict) and "frozen" in item]
-    pairs = {run: student.frozen.run for run in study.students if (student := study.resolved(run)).frozen}
+    pairs = {run: student.frozen.run for run, student in study.students.items() if student.frozen}
     order = [{"run": run, "predictor": predictor} for run, predictor in pairs.items()]
     if said != [order]:
         text = ", ".join(f"{{run: {run}, predictor: {predictor}}}" for run, predictor in pairs.items())
@@ -154,5 +154,5 @@ def _downloads(study: Study, stage: str, run: str | None) -> Iterator[str]:
         yield study.teacher.checkpoint
     if stage == "extractor" and study.scores.extractor == "inception":
         yield "inception-2015-12-05.pt"
-    if stage == "student" and run is not None and study.resolved(run).distance == "lpips":
+    if stage == "student" and run is not None and study.students[run].distance == "lpips":
         yield "vgg16-397923af.pth"

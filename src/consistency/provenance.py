@@ -112,9 +112,11 @@ def seeds_of(study: Study, stage: str, run: str | None, seed: int | None) -> dic
 def read_card(
     folder: Path, study: Study, stage: str, run: str | None = None, seed: int | None = None
 ) -> dict[str, Any]:
-    """The card of a stage's folder. Raises UserError if another study, or other settings, made it."""
-    made_by = stage + (f" --run {run} --seed {seed}" if run is not None else "")
-    card: dict[str, Any] = read_json(folder / "card.json", made_by)
+    """The card of a stage's folder or score table. Raises UserError if another study, or other settings, made it."""
+    verb = "calibration" if stage == "scores" and run is None else stage
+    made_by = verb + (f" --run {run} --seed {seed}" if run is not None else "")
+    path = folder.with_suffix(".card.json") if folder.suffix == ".csv" else folder / "card.json"
+    card: dict[str, Any] = read_json(path, made_by)
     expected = study.key(stage, run, seed)
     if card.get("key") != expected:
         raise UserError(

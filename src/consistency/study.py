@@ -1,7 +1,7 @@
 """The typed study: every field with its unit, range and default. Unknown keys are errors with a suggestion.
 
-A study is one dataset, one teacher and the students distilled from it. The JSON schema and the field reference under
-config/studies/ are generated from these classes (`python -m consistency schema`).
+A study is one dataset, one teacher and the students distilled from it. The field reference, config/studies/README.md,
+is generated from these classes (`python -m consistency reference`).
 """
 
 import difflib
@@ -9,11 +9,13 @@ import hashlib
 import json
 import math
 import re
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_serializer, model_validator
+from ruamel.yaml import YAML, YAMLError
 
 from consistency.errors import UserError
 
@@ -22,19 +24,9 @@ Positive = Annotated[float, Field(gt=0)]
 Count = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 Precision = Literal["float32", "bfloat16", "float16"]
-
-
-def _number_or_levels(value: Any) -> str:
-    return "levels" if isinstance(value, list) else "number"
-
-
 # One number for all levels of a U-Net, or a list with one for each, from full resolution down.
-Blocks = Annotated[
-    Annotated[Count, Tag("number")] | Annotated[list[Count], Tag("levels")], Discriminator(_number_or_levels)
-]
-Dropout = Annotated[
-    Annotated[Fraction, Tag("number")] | Annotated[list[Fraction], Tag("levels")], Discriminator(_number_or_levels)
-]
+Blocks = Count | list[Count]
+Dropout = Fraction | list[Fraction]
 
 # Which preconditionings read the fitted coefficients, and where each may be used.
 FITTED = ("analytic", "analytic-forward")
@@ -58,35 +50,25 @@ class Dataset(Section):
         "`celeba`: img_align_celeba, a folder or a zip, and list_eval_partition.txt in or beside it; "
         "`edm_zip`: the zip of PNGs with dataset.json that EDM's dataset tool writes."
     )
-    path: str | None = Field(
-        None, description="Where the images are: a folder, zip or tar; relative paths start at the project's root."
-    )
-    split: Name = Field(
-        "train",
-        description="Which part to read: of an image folder any, of cifar10 `train` or `test`, of celeba `train`, "
-        "`valid` or `test`.",
-    )
-    resolution: Count = Field(
-        description="Side of the square images, pixels. Others are cropped (not FFHQ's, which are square) and resized."
-    )
+    path: str | None = Field(None, description="A folder, zip or tar; relative paths start at the project's root.")
+    split: Name = Field("train", description="The part to read; cifar10: `train`, `test`; celeba: `valid` too.")
+    resolution: Count = Field(description="Side of the square images, pixels; others are cropped and resized.")
     channels: Literal[1, 3] = Field(description="1 for grey, 3 for RGB.")
     limit: Count | None = Field(None, description="Use only so many images of each class, the first in sorted order.")
     horizontal_flip: bool = Field(False, description="Mirror each training image with probability 1/2.")
 
     @model_validator(mode="after")
     def _possible(self) -> Self:
-        if self.kind == "digits" and (self.resolution, self.channels) != (8, 1):
-            raise ValueError("the digits are 8x8 grey images: set dataset.resolution to 8 and dataset.channels to 1")
+        size, channels = {"digits": (8, 1), "cifar10": (32, 3)}.get(self.kind, (self.resolution, self.channels))
+        if (self.resolution, self.channels) != (size, channels):
+            raise ValueError(f"{self.kind}: set dataset.resolution to {size} and dataset.channels to {channels}")
         if self.kind == "digits" and self.path is not None:
             raise ValueError("dataset.path is for other kinds; the digits come with scikit-learn")
         if self.kind not in ("digits", "cifar10") and self.path is None:
             raise ValueError(f"dataset.path is missing: {self.kind} needs to know where the images are")
-        if self.kind == "cifar10" and (self.resolution, self.channels) != (32, 3):
-            raise ValueError("cifar10 has 32x32 colour images: set dataset.resolution to 32 and dataset.channels to 3")
-        if self.kind == "cifar10" and self.split not in ("train", "test"):
-            raise ValueError(f"cifar10 has the splits train and test, not {self.split!r}: change dataset.split")
-        if self.kind == "celeba" and self.split not in ("train", "valid", "test"):
-            raise ValueError(f"celeba has the splits train, valid and test, not {self.split!r}: change dataset.split")
+        splits = {"cifar10": ["train", "test"], "celeba": ["train", "valid", "test"]}.get(self.kind, [self.split])
+        if self.split not in splits:
+            raise ValueError(f"dataset.split {self.split!r}: {self.kind} has the splits {', '.join(splits)}")
         return self
 
 
@@ -115,9 +97,7 @@ class SongUNet(Section):
     model_channels: Count = Field(128, description="Channels at full resolution before the multiplier.")
     channel_mult: list[Count] = Field([2, 2, 2], min_length=1, description="Channel multiplier of each level.")
     num_blocks: Blocks = Field(4, description="Residual blocks a level; a list: one number for each level.")
-    attn_resolutions: list[Count] = Field(
-        [16], description="Resolutions with self-attention, pixels; the decoder's first block always has it."
-    )
+    attn_resolutions: list[Count] = Field([16], description="Resolutions with self-attention, pixels.")
     dropout: Dropout = Field(0.13, description="Dropout probability; a list: one for each level.")
 
     @model_validator(mode="after")
@@ -143,10 +123,6 @@ class MLP(Section):
     depth: Count = Field(4, description="Residual blocks.")
     embedding: Count = Field(64, description="Size of the noise embedding.")
     dropout: Fraction = Field(0.0, description="Dropout probability.")
-
-
-# What pydantic adds to a location besides keys: the member of a union, and that it is the key which is wrong.
-_UNION_MEMBER = re.compile(r"^(constrained-\w+|literal\[.*\]|\[key\]|average|number|levels)$")
 
 
 class Teacher(Section):
@@ -210,29 +186,12 @@ class Frozen(Section):
     step: Count | None = Field(None, description="Its snapshot at that step; without: its final weights.")
 
 
-def _kind_of_predictor(value: Any) -> str:
-    return "frozen" if isinstance(value, dict | Frozen) else "average"
-
-
 class NoTeacher(Section):
     """No teacher: the network that students of consistency training begin with. Nothing is measured by one."""
 
     kind: Literal["none"] = "none"
     network: SongUNet | MLP = Field(discriminator="kind", description="The network inside the students.")
     conditional: bool = Field(False, description="Condition on the class.")
-
-
-# The members of the unions, by the word that tells them apart.
-_MEMBERS: dict[str, type[Section]] = {
-    "songunet": SongUNet,
-    "mlp": MLP,
-    "trained": Teacher,
-    "edm": OfficialTeacher,
-    "none": NoTeacher,
-    "doubling": Doubling,
-    "shrinking": Shrinking,
-    "frozen": Frozen,
-}
 
 
 class Coefficients(Section):
@@ -254,12 +213,9 @@ class Student(Section):
 
     objective: Literal["trajectory", "endpoint", "consistency"] = Field(
         "trajectory",
-        description="Trajectory distillation (CTM + DSM), endpoint distillation (CM), or consistency training, which "
-        "needs no teacher (iCT, ECT).",
+        description="Distillation of trajectories (CTM + DSM) or endpoints (CM), or training without one (iCT, ECT).",
     )
-    preconditioning: Literal["cm", "bcm", "ctm", "analytic", "analytic-forward"] = Field(
-        "ctm", description="f(t,s) and g(t,s)."
-    )
+    preconditioning: Literal["cm", "bcm", "ctm", "analytic", "analytic-forward"] = Field("ctm", description="f and g.")
     fit: Literal["teacher", "data", "average"] = Field(
         "teacher",
         description="What the analytic l_t and s_t are fitted from: the teacher, before any student; the mean and "
@@ -267,54 +223,37 @@ class Student(Section):
         "(needs dsm_weight). The last two are ours, for consistency training.",
     )
     nodes: Annotated[int, Field(ge=2)] = Field(18, description="Nodes N of the time grid.")
-    max_heun_steps: Count | None = Field(
-        None, description="Largest number n of teacher steps, at most N-1 (the default). P(n) is proportional to n."
-    )
+    max_heun_steps: Count | None = Field(None, description="Most teacher steps n, by default N-1; P(n) is as n.")
     distance: Literal["pseudo_huber", "l2", "euclidean", "lpips"] = Field(
         "pseudo_huber", description="Distance between the two endpoints; `lpips` downloads the weights of VGG16."
     )
     coupling: Literal["ic", "ot", "gc"] = Field(
-        "ic",
-        description="How data and noise meet (consistency only): independently, by exact assignment in the batch, or "
-        "on flows that the student's average induces.",
+        "ic", description="How data and noise meet: independently, by assignment in the batch, or on generated flows."
     )
-    mu: Annotated[float, Field(ge=0, le=1)] = Field(
-        0.5, description="Probability that gc replaces an image by a generated one, the paper's mu; the rest is ic."
-    )
-    predictor: Annotated[
-        Annotated[Literal["average"], Tag("average")] | Annotated[Frozen, Tag("frozen")],
-        Discriminator(_kind_of_predictor),
-    ] = Field("average", description="What makes gc's endpoints: the student's average, or another student, frozen.")
+    mu: Annotated[float, Field(ge=0, le=1)] = Field(0.5, description="Probability of a generated image in gc.")
+    predictor: Literal["average"] | Frozen = Field("average", description="What makes gc's endpoints.")
     curriculum: Doubling | Shrinking = Field(
         default_factory=Doubling, discriminator="kind", description="Levels of consistency training."
     )
-    start: Literal["random", "teacher"] = Field(
-        "random", description="First weights in consistency training: drawn by the seed, or the teacher's (ECT)."
-    )
+    start: Literal["random", "teacher"] = Field("random", description="First weights in consistency training.")
     target: Literal["online", "ema"] = Field(
         "online", description="Weights of the target's inner jump: the student's (CTM's code) or their EMA (paper)."
     )
     dsm_weight: Annotated[float, Field(ge=0)] = Field(
         1.0,
-        description="Weight of the DSM term; none in endpoint distillation; in consistency training 0 unless given.",
+        description="Weight of the DSM term, which endpoints have not; in consistency training 0 unless given.",
     )
     dsm_balance: Literal["fixed", "adaptive"] = Field(
-        "fixed",
-        description="`adaptive` multiplies the weight by the ratio of the two terms' gradient norms at the last layer, "
-        "as CTM's code does.",
+        "fixed", description="`adaptive`: times the ratio of the two terms' gradient norms at the last layer (CTM)."
     )
     optimizer: Literal["radam", "adam", "lion"] = Field("radam", description="Optimiser, without weight decay.")
     steps: Count = Field(description="Optimiser steps.")
     batch: Count = Field(description="Images a step.")
     learning_rate: Positive = Field(4e-4, description="Constant learning rate.")
     ema_rate: Fraction = Field(0.999, description="EMA of target and evaluation, per step.")
-    ema_warm_up: Positive | None = Field(
-        None, description="The rates are at most 1 - step^-ema_warm_up, so that first weights leave no trace."
-    )
+    ema_warm_up: Positive | None = Field(None, description="The rates are at most 1 - step^-ema_warm_up.")
     evaluation_ema: list[Fraction] = Field([], description="Further EMA rates that are kept and scored beside it.")
-    precision: Precision = Field(
-        "float32", description="Arithmetic of the networks in training; preconditioning and losses stay in float32."
-    )
+    precision: Precision = Field("float32", description="Of the networks in training; losses stay in float32.")
     dropout: Dropout = Field(0.0, description="Dropout of the student's network; a list: one for each level.")
     snapshot_every: Count = Field(description="Steps between snapshots of the EMA, the points of the learning curves.")
     log_every: Count = Field(50, description="Steps a line of history.jsonl; the state is saved at these steps.")
@@ -427,16 +366,19 @@ class Sampling(Section):
 
     count: Count = Field(description="Images a sampler, from seeds 0 to count-1.")
     nfe: list[Count] = Field([1, 2, 3, 5, 8], min_length=1, description="Numbers of jumps.")
-    gamma: list[Annotated[float, Field(gt=0, le=1)]] = Field(
-        [], description="Further samplers with fresh noise between jumps; 1 is CM's multistep sampler."
-    )
+    gamma: list[Annotated[float, Field(gt=0, le=1)]] = Field([], description="Further samplers; 1 is CM's multistep.")
     gamma_nfe: list[Count] = Field([2], description="Numbers of jumps of the gamma samplers.")
-    teacher_steps: Annotated[int, Field(ge=2)] = Field(18, description="Heun steps N of the teacher, NFE 2N-1.")
-    teacher_churn: Churn | None = Field(None, description="Added noise of the teacher's sampler; without: the ODE.")
-    precision: Precision = Field(
-        "float32", description="Arithmetic of the networks; with churn the sampler's state is float64."
-    )
+    precision: Precision = Field("float32", description="Of the networks; with churn the sampler's state is float64.")
     batch: Count = Field(512, description="Images an evaluation (changes nothing but speed and memory).")
+
+
+class Calibration(Section):
+    """The teacher's own samples, scored before any student is trained. No student's result depends on it."""
+
+    steps: Annotated[int, Field(ge=2)] = Field(18, description="Heun steps N of the teacher, NFE 2N-1.")
+    churn: Churn | None = Field(None, description="Added noise of the teacher's sampler; without: the ODE.")
+    published_fid: Positive | None = Field(None, description="The teacher's; if ours is off it, the study stops.")
+    tolerance: Positive = Field(0.1, description="By how much it may be off, FID.")
 
 
 class Classifier(Section):
@@ -454,18 +396,12 @@ class Scores(Section):
 
     extractor: Literal["classifier", "inception"] = Field(
         "inception",
-        description="Features of FD and KID: Inception (this is FID) or the dataset's classifier (not FID).",
+        description="Features of FD and KID: Inception's (FID) or the dataset's classifier's (not FID).",
     )
-    mode: Literal["legacy_tensorflow", "clean"] = Field(
-        "legacy_tensorflow", description="clean-fid's resizing mode, for inception."
-    )
+    mode: Literal["legacy_tensorflow", "clean"] = Field("legacy_tensorflow", description="clean-fid's resizing mode.")
     classifier: Classifier = Field(default_factory=Classifier, description="Settings of the classifier.")
     curve_nfe: list[Count] = Field([1, 2, 3], min_length=1, description="Numbers of jumps of the learning curves.")
     curve_count: Count = Field(description="Images a point of the learning curves.")
-    teacher_fid: Positive | None = Field(
-        None, description="The teacher's published FID. If ours is off, the study stops before any student is trained."
-    )
-    teacher_fid_tolerance: Positive = Field(0.1, description="By how much it may be off, FID.")
     kid_images: Count = Field(50_000, description="Images of the data, at most, whose features are kept for KID.")
     kid_subsets: Count = Field(100, description="Subsets of KID.")
     kid_subset_size: Annotated[int, Field(ge=2)] = Field(1000, description="Images a subset of KID.")
@@ -480,13 +416,9 @@ class Flows(Section):
     times: Annotated[int, Field(ge=2)] = Field(24, description="Times of the transport cost, a rho grid.")
     toy_steps: Count = Field(4000, description="Optimiser steps of the toy in the plane; 25 s of CPU for 4,000.")
     toy_seeds: list[Annotated[int, Field(ge=0)]] = Field([0], min_length=1, description="Seeds of the toy.")
-    pairs: Annotated[int, Field(ge=2)] = Field(
-        4096, description="Pairs of the velocity discrepancy on the toy's data, each of 4 times."
-    )
+    pairs: Annotated[int, Field(ge=2)] = Field(4096, description="Pairs of the toy's velocity discrepancy, a time.")
     intervals: Annotated[int, Field(ge=10)] = Field(1280, description="The finest grid of the theorem, from 10 on.")
-    discrepancy: list[Name] = Field(
-        [], description="Students for whose coupling a denoiser is trained, to measure R_t on the images (first seed)."
-    )
+    discrepancy: list[Name] = Field([], description="Students whose R_t is measured on images, by denoisers.")
     denoiser_steps: Count = Field(6000, description="Optimiser steps of each.")
     denoiser_batch: Count = Field(256, description="Images a step.")
     denoiser_learning_rate: Positive = Field(1e-3, description="Adam's learning rate.")
@@ -497,12 +429,9 @@ class Report(Section):
     """What the report compares."""
 
     baseline: dict[Literal["trajectory", "endpoint", "consistency"], Name] = Field(
-        default_factory=dict, description="The student against which each objective's speed-up is measured."
+        {}, description="The student against which each objective's speed-up is measured."
     )
-    against: dict[Name, Name] = Field(
-        default_factory=dict,
-        description="Students measured against another one than their objective's baseline.",
-    )
+    against: dict[Name, Name] = Field({}, description="Students measured against another one than their baseline.")
     grid_nfe: list[Count] = Field([1, 2, 5], min_length=1, description="Numbers of jumps of the sample grids.")
     bootstrap: Count = Field(2000, description="Resamples of the intervals.")
 
@@ -534,19 +463,37 @@ class Study(Section):
     coefficients: Coefficients = Field(default_factory=Coefficients)
     student: dict[str, Any] = Field(description="Values that all students share; the fields of Student.")
     varies: list[str] = Field(["preconditioning"], description="The keys in which two students may differ.")
-    students: dict[Name, dict[str, Any]] = Field(min_length=1, description="Name of each student and what it varies.")
+    students: dict[Name, Student] = Field(min_length=1, description="Name of each student and what it varies.")
     seeds: list[Annotated[int, Field(ge=0)]] = Field(min_length=1, description="Seeds of every student.")
     sampling: Sampling
+    calibration: Calibration = Field(default_factory=Calibration)
     scores: Scores
     flows: Flows | None = Field(None, description="What is measured of the couplings; without: nothing is.")
     report: Report = Field(default_factory=Report)
     compute: Compute = Field(default_factory=Compute)
+    _own: dict[str, dict[str, Any]] = {}  # what each student has for its own, as the file says it
 
-    def resolved(self, run: str) -> Student:
-        """The settings of the student of that name. Raises UserError if there is none."""
-        if run not in self.students:
-            raise UserError(f"study {self.name} has no student {run!r}; it has {', '.join(self.students)}")
-        return Student.model_validate({**self.student, **self.students[run]})
+    @model_validator(mode="wrap")
+    @classmethod
+    def _whole(cls, given: Any, build: Callable[[Any], Self]) -> Self:
+        """Type each student: the values that all share, and its own in their place."""
+        if isinstance(given, cls):
+            return given
+        match given:
+            case {"student": dict(shared), "students": dict(students)}:
+                whole = {run: {**shared, **own} if isinstance(own, dict) else own for run, own in students.items()}
+                study = build({**given, "students": whole})
+                study._own = students
+            case _:
+                study = build(given)
+        for rule in RULES:
+            for problem in rule(study):
+                raise ValueError(problem)
+        return study
+
+    @field_serializer("students")
+    def _as_in_the_file(self, _: dict[str, Student]) -> dict[str, dict[str, Any]]:
+        return self._own
 
     @property
     def taught(self) -> bool:
@@ -555,20 +502,20 @@ class Study(Section):
 
     def require(self, run: str, seed: int) -> None:
         """Raises UserError if the study has no such student or seed."""
-        self.resolved(run)
+        if run not in self.students:
+            raise UserError(f"study {self.name} has no student {run!r}; it has {', '.join(self.students)}")
         if seed not in self.seeds:
             raise UserError(f"study {self.name} has no seed {seed}; its seeds are {self.seeds}")
 
     @property
     def coupled(self) -> dict[str, Student]:
         """The students of consistency training."""
-        students = {run: self.resolved(run) for run in self.students}
-        return {run: student for run, student in students.items() if student.objective == "consistency"}
+        return {run: student for run, student in self.students.items() if student.objective == "consistency"}
 
     @property
     def carrying(self) -> list[str]:
         """The students that carry coefficients of their own."""
-        return [run for run in self.students if self.resolved(run).carries_fit]
+        return [run for run, student in self.students.items() if student.carries_fit]
 
     @property
     def mu_sweep(self) -> dict[str, float]:
@@ -585,7 +532,7 @@ class Study(Section):
     @property
     def needs_coefficients(self) -> bool:
         """Whether any student reads the coefficients fitted from the teacher."""
-        return any(self.resolved(run).needs_coefficients for run in self.students)
+        return any(student.needs_coefficients for student in self.students.values())
 
     def settings(self, stage: str, run: str | None = None) -> dict[str, Any]:
         """Every key that a stage's result depends on, those of the stages before it included.
@@ -593,209 +540,214 @@ class Study(Section):
         stage: dataset, teacher, extractor, coefficients, student, samples, scores, flows, report. run names the student
         for student, samples and scores; samples and scores without one are the teacher's.
         """
-        dump = self.model_dump(mode="json", exclude={"student", "students", "varies", "compute"})
-        base = ["dataset", "noise", "teacher"]
-        parts: dict[str, list[str]] = {
-            "dataset": ["dataset"],
-            "extractor": ["dataset"],
-            "teacher": ["teacher"] if isinstance(self.teacher, OfficialTeacher) else base,
-            "coefficients": [*base, "coefficients"],
-        }
-        if stage == "report":
-            everything = self.model_dump(mode="json", exclude={"compute"})
-            everything["sampling"].pop("batch")
-            return everything
-        if stage == "coefficients" and not self.needs_coefficients:
-            return {"coefficients": None}
-        if stage == "flows":
-            if self.flows is None:
+        dump = self.model_dump(mode="json", exclude={"compute": True, "sampling": {"batch"}})
+        images = {key: value for key, value in dump["dataset"].items() if key != "horizontal_flip"}
+        base = {part: dump[part] for part in ("dataset", "noise", "teacher")}
+        match stage:
+            case "report":
+                return dump
+            case "dataset":
+                return {"dataset": images}
+            case "extractor":
+                measured_by = ("extractor", "classifier", "mode", "kid_images")
+                return {"dataset": images, "scores": {key: dump["scores"][key] for key in measured_by}}
+            case "teacher":
+                return {"teacher": dump["teacher"]} if isinstance(self.teacher, OfficialTeacher) else base
+            case "coefficients":
+                return base | {"coefficients": dump[stage]} if self.needs_coefficients else {"coefficients": None}
+            case "flows" if self.flows is None:
                 return {"flows": None}
-            students = {run: self.settings("student", run) for run in self.coupled}
-            settings = {"flows": dump["flows"], "seeds": dump["seeds"], "measured": students}
-            return settings | {"precision": dump["sampling"]["precision"]}
-        if stage in parts:
-            settings = {part: dump[part] for part in parts[stage]}
-            if stage == "dataset" or stage == "extractor":
-                settings["dataset"].pop("horizontal_flip")
-            if stage == "extractor":
-                settings["extractor"] = dump["scores"]["extractor"]
-                settings["classifier"] = dump["scores"]["classifier"]
-                settings["mode"] = dump["scores"]["mode"]
-                settings["kid_images"] = dump["scores"]["kid_images"]
-            return settings
-        settings = {part: dump[part] for part in base}
-        if run is not None:
-            student = self.resolved(run)
-            if student.preconditioning in FITTED:
-                settings |= {"coefficients": dump["coefficients"]}
+            case "flows":
+                students = {run: self.settings("student", run) for run in self.coupled}
+                precision = dump["sampling"]["precision"]
+                return {"flows": dump[stage], "seeds": self.seeds, "measured": students, "precision": precision}
+        settings = base
+        if run is None:
+            gate = set() if stage == "scores" else {"published_fid", "tolerance"}
+            settings["calibration"] = {key: value for key, value in dump["calibration"].items() if key not in gate}
+        else:
+            student = self.students[run]
             settings["student"] = student.model_dump(mode="json")
+            if student.preconditioning in FITTED:
+                settings["coefficients"] = dump["coefficients"]
             if student.frozen:
                 settings["predictor"] = self.settings("student", student.frozen.run)
-        if stage in ("samples", "scores"):
-            settings["sampling"] = dump["sampling"]
-            settings["sampling"].pop("batch")
-        if stage == "scores":
-            settings["scores"] = dump["scores"]
+        for part in {"samples": ["sampling"], "scores": ["sampling", "scores"]}.get(stage, []):
+            settings[part] = dump[part]
         return settings
 
     def key(self, stage: str, run: str | None = None, seed: int | None = None) -> str:
         """16 hex digits that name exactly these settings (and seed): what a file made by the stage is marked with."""
         return settings_key(stage, seed, self.settings(stage, run))
 
-    @model_validator(mode="after")
-    def _possible(self) -> Self:
-        self._check_students()
-        self._check_teacher()
-        self._check_flows()
-        if len(set(self.seeds)) < len(self.seeds):
-            raise ValueError("seeds lists a seed twice")
-        missing = set(self.report.grid_nfe) - set(self.sampling.nfe)
-        if missing:
-            raise ValueError(f"report.grid_nfe has {min(missing)}, which sampling.nfe does not sample")
-        if self.scores.extractor == "classifier" and self.sampling.count <= self.scores.classifier.features:
-            raise ValueError(
-                "sampling.count must exceed scores.classifier.features, or the Frechet distance is singular"
-            )
-        if self.scores.teacher_fid is not None and self.scores.extractor != "inception":
-            raise ValueError("scores.teacher_fid is Inception's FID: set scores.extractor to inception, or remove it")
-        if self.scores.alignment_count > self.scores.curve_count:
-            raise ValueError("scores.alignment_count must not exceed scores.curve_count: they share their noise")
-        if self.scores.curve_count <= self.scores.classifier.features and self.scores.extractor == "classifier":
-            raise ValueError("scores.curve_count must exceed scores.classifier.features")
-        return self
 
-    def _check_flows(self) -> None:
-        if self.flows and not self.coupled:
-            raise ValueError("flows measures students of consistency training, and there is none: remove the section")
-        if self.flows and len(set(self.flows.toy_seeds)) < len(self.flows.toy_seeds):
-            raise ValueError("flows.toy_seeds lists a seed twice")
-        for run in self.flows.discrepancy if self.flows else []:
-            if run not in self.coupled:
-                raise ValueError(
-                    f"flows.discrepancy names {run!r}, which is not one of the students of consistency training"
-                )
+def _names_are_free(study: Study) -> Iterator[str]:
+    """Yield the students whose folders are the workflow's own."""
+    for run in sorted({"teacher", "report", "extractor", "dataset", "samples"} & study.students.keys()):
+        yield f"students.{run}: that name is taken by the workflow; choose another"
 
-    def _check_teacher(self) -> None:
-        if isinstance(self.teacher, OfficialTeacher):
-            if self.noise.sigma_data == "measured":
-                raise ValueError("noise.sigma_data cannot be measured: an EDM teacher has its own, 0.5")
-            return
-        size, network = self.dataset.resolution, self.teacher.network
-        values = self.dataset.channels * size**2
-        if isinstance(network, MLP) and values > 1024:
-            raise ValueError(
-                f"teacher.network.kind mlp is for up to 1024 values, the images have {values}: use songunet"
-            )
-        if isinstance(network, SongUNet) and size % 2 ** (len(network.channel_mult) - 1):
-            raise ValueError(
-                f"dataset.resolution {size} cannot be halved {len(network.channel_mult) - 1} times, as "
-                "teacher.network.channel_mult asks"
+
+def _students_differ_as_declared(study: Study) -> Iterator[str]:
+    """Yield what students have for their own but is not in `varies`."""
+    for key in study.varies:
+        if key not in Student.model_fields:
+            yield f"varies names {key!r}, not a student's field{_suggest(key, Student)}"
+    for run, own in study._own.items():
+        for key in sorted(own.keys() - set(study.varies)):
+            yield (
+                f"students.{run} changes {key!r}, but the study says its students differ only in "
+                f"{', '.join(study.varies)}: move it to `student` for all, or add it to `varies`"
             )
 
-    def _check_students(self) -> None:
-        unknown = [key for key in self.varies if key not in Student.model_fields]
-        if unknown:
-            raise ValueError(f"varies names {unknown[0]!r}, not a student's field{_suggest(unknown[0], Student)}")
-        taken = {"teacher", "report", "extractor", "dataset", "samples"} & set(self.students)
-        if taken:
-            raise ValueError(f"students.{min(taken)}: that name is taken by the workflow; choose another")
-        for run, overrides in self.students.items():
-            for key in overrides:
-                if key not in Student.model_fields:
-                    raise ValueError(f"unknown key 'students.{run}.{key}'{_suggest(key, Student)}")
-                if key not in self.varies:
-                    raise ValueError(
-                        f"students.{run} changes {key!r}, but the study says its students differ only in "
-                        f"{', '.join(self.varies)}: move it to `student` for all, or add it to `varies`"
-                    )
-            try:
-                self.resolved(run)
-            except ValidationError as error:
-                raise ValueError(f"students.{run}: {explain(error, Student, 'student.')}") from None
-        if not self.taught:
-            self._check_without_teacher()
-        for run in self.students:
-            self._check_dropout(run)
-            self._check_predictor(run)
-        for run, student in self.coupled.items():
-            self._check_levels(run, student.curriculum, student.steps)
-        if len({self.resolved(run).snapshot_every for run in self.students}) > 1:
-            raise ValueError("students must share snapshot_every, or their learning curves cannot be compared")
-        for objective, run in self.report.baseline.items():
-            if run not in self.students:
-                raise ValueError(f"report.baseline.{objective} names {run!r}, which is not one of the students")
-            if self.resolved(run).objective != objective:
-                raise ValueError(f"report.baseline.{objective} names {run!r}, whose objective is another")
-        for run, baseline in self.report.against.items():
-            unknown_runs = [name for name in (run, baseline) if name not in self.students]
-            if unknown_runs:
-                raise ValueError(f"report.against names {unknown_runs[0]!r}, which is not one of the students")
-            if self.resolved(run).objective != self.resolved(baseline).objective:
-                raise ValueError(f"report.against.{run} names {baseline!r}, whose objective is another")
 
-    def _check_dropout(self, run: str) -> None:
-        """Raises ValueError for a dropout by level where the study does not say which levels there are."""
-        dropout = self.resolved(run).dropout
-        network = None if isinstance(self.teacher, OfficialTeacher) else self.teacher.network
+def _teacher_fits_the_images(study: Study) -> Iterator[str]:
+    """Yield why the teacher cannot be one of these images."""
+    if isinstance(study.teacher, OfficialTeacher):
+        if study.noise.sigma_data == "measured":
+            yield "noise.sigma_data cannot be measured: an EDM teacher has its own, 0.5"
+        return
+    size, network = study.dataset.resolution, study.teacher.network
+    values = study.dataset.channels * size**2
+    if isinstance(network, MLP) and values > 1024:
+        yield f"teacher.network.kind mlp is for up to 1024 values, the images have {values}: use songunet"
+    if isinstance(network, SongUNet) and size % 2 ** (len(network.channel_mult) - 1):
+        yield (
+            f"dataset.resolution {size} cannot be halved {len(network.channel_mult) - 1} times, as "
+            "teacher.network.channel_mult asks"
+        )
+
+
+def _there_is_a_teacher(study: Study) -> Iterator[str]:
+    """Yield what needs a teacher in a study without one."""
+    for run, student in study.students.items() if not study.taught else ():
+        if student.from_teacher or student.needs_coefficients:
+            yield (
+                f"students.{run} needs a teacher, and teacher.kind is none: use objective: consistency with start: "
+                "random and a preconditioning that is not fitted from one (fit), or give the study a teacher"
+            )
+    if not study.taught and study.calibration.published_fid is not None:
+        yield "calibration.published_fid is of a teacher, and teacher.kind is none: remove it"
+
+
+def _dropout_has_its_levels(study: Study) -> Iterator[str]:
+    """Yield dropouts by level where the study does not say which levels there are."""
+    network = None if isinstance(study.teacher, OfficialTeacher) else study.teacher.network
+    for run, student in study.students.items():
         if isinstance(network, SongUNet):
-            network.require_levels(f"students.{run}: dropout", dropout)
-        elif isinstance(dropout, list):
-            raise ValueError(
+            network.require_levels(f"students.{run}: dropout", student.dropout)
+        elif isinstance(student.dropout, list):
+            yield (
                 f"students.{run}: dropout lists levels, which only a teacher.network of kind songunet has: give one "
                 "number"
             )
 
-    def _check_levels(self, run: str, levels: Doubling | Shrinking, steps: int) -> None:
-        """Raises ValueError where there is no level to draw, or the two levels of a pair become one."""
-        where, low, high = f"students.{run}: curriculum", math.log(self.noise.sigma_min), math.log(self.noise.sigma_max)
-        if not low - 5 * levels.p_std < levels.p_mean < high + 5 * levels.p_std:
-            raise ValueError(
-                f"{where}.p_mean {levels.p_mean:g} is far from the noise of the study, whose ln sigma goes from "
-                f"{low:.2f} to {high:.2f}: move it there"
-            )
-        if isinstance(levels, Shrinking) and ((steps - 1) // levels.double_every + 1) * math.log2(levels.q) > 48:
-            raise ValueError(
-                f"{where}.double_every {levels.double_every} brings the two levels together to the last bit before "
-                f"{steps} steps are over: raise it"
-            )
 
-    def _check_predictor(self, run: str) -> None:
-        """Raises ValueError where the student that another one reads is not there, not alike, or made from it."""
-        student, where = self.resolved(run), f"students.{run}: predictor"
-        frozen = student.frozen
+def _predictor_comes_first(study: Study) -> Iterator[str]:
+    """Yield students made from one that is not there, not alike, or made from them."""
+    for run, student in study.students.items():
+        frozen, where = student.frozen, f"students.{run}: predictor"
         if frozen is None:
-            return
-        if frozen.run not in self.students:
-            near = difflib.get_close_matches(frozen.run, self.students, 1)
-            raise ValueError(
-                f"{where} names {frozen.run!r}, which is not one of the students"
-                + (f"; did you mean {near[0]!r}?" if near else "")
-            )
-        other = self.resolved(frozen.run)
+            continue
+        if frozen.run not in study.students:
+            near = difflib.get_close_matches(frozen.run, study.students, 1)
+            meant = f"; did you mean {near[0]!r}?" if near else ""
+            yield f"{where} names {frozen.run!r}, which is not one of the students{meant}"
+            continue
+        other = study.students[frozen.run]
         if (other.preconditioning, other.fit) != (student.preconditioning, student.fit):
-            raise ValueError(f"{where} names {frozen.run!r}, whose preconditioning is another: they must agree")
+            yield f"{where} names {frozen.run!r}, whose preconditioning is another: they must agree"
         if frozen.step is not None and (frozen.step > other.steps or frozen.step % other.snapshot_every):
-            raise ValueError(
+            yield (
                 f"{where} names step {frozen.step} of {frozen.run!r}, which keeps a snapshot every "
                 f"{other.snapshot_every} steps up to {other.steps}: name one of those, or none for its final weights"
             )
         chain = [run]
-        while (following := self.resolved(chain[-1]).frozen) and following.run in self.students:
-            if following.run in chain:
-                way = " -> ".join([*chain, following.run])
-                raise ValueError(f"{where} leads round in a circle ({way}): one must come first")
+        while (following := study.students[chain[-1]].frozen) and following.run in study.students:
             chain.append(following.run)
+            if following.run in chain[:-1]:
+                yield f"{where} leads round in a circle ({' -> '.join(chain)}): one must come first"
+                break
 
-    def _check_without_teacher(self) -> None:
-        for run in self.students:
-            student = self.resolved(run)
-            if student.from_teacher or student.needs_coefficients:
-                raise ValueError(
-                    f"students.{run} needs a teacher, and teacher.kind is none: use objective: consistency with start: "
-                    "random and a preconditioning that is not fitted from one (fit), or give the study a teacher"
-                )
-        if self.scores.teacher_fid is not None:
-            raise ValueError("scores.teacher_fid is of a teacher, and teacher.kind is none: remove it")
+
+def _levels_can_be_drawn(study: Study) -> Iterator[str]:
+    """Yield curricula without a level to draw, or whose pairs of levels become one."""
+    low, high = math.log(study.noise.sigma_min), math.log(study.noise.sigma_max)
+    for run, student in study.coupled.items():
+        where, levels = f"students.{run}: curriculum", student.curriculum
+        if not low - 5 * levels.p_std < levels.p_mean < high + 5 * levels.p_std:
+            yield (
+                f"{where}.p_mean {levels.p_mean:g} is far from the noise of the study, whose ln sigma goes from "
+                f"{low:.2f} to {high:.2f}: move it there"
+            )
+        if not isinstance(levels, Shrinking):
+            continue
+        if ((student.steps - 1) // levels.double_every + 1) * math.log2(levels.q) > 48:
+            yield (
+                f"{where}.double_every {levels.double_every} brings the two levels together to the last bit before "
+                f"{student.steps} steps are over: raise it"
+            )
+
+
+def _compared_students_are_alike(study: Study) -> Iterator[str]:
+    """Yield comparisons of students that are not there or not alike."""
+    students = study.students
+    if len({student.snapshot_every for student in students.values()}) > 1:
+        yield "students must share snapshot_every, or their learning curves cannot be compared"
+    for objective, run in study.report.baseline.items():
+        if run not in students:
+            yield f"report.baseline.{objective} names {run!r}, which is not one of the students"
+        elif students[run].objective != objective:
+            yield f"report.baseline.{objective} names {run!r}, whose objective is another"
+    for pair in study.report.against.items():
+        unknown = [run for run in pair if run not in students]
+        if unknown:
+            yield f"report.against names {unknown[0]!r}, which is not one of the students"
+        elif students[pair[0]].objective != students[pair[1]].objective:
+            yield f"report.against.{pair[0]} names {pair[1]!r}, whose objective is another"
+
+
+def _flows_are_of_couplings(study: Study) -> Iterator[str]:
+    """Yield what the section flows cannot measure."""
+    if study.flows is None:
+        return
+    if not study.coupled:
+        yield "flows measures students of consistency training, and there is none: remove the section"
+    if len(set(study.flows.toy_seeds)) < len(study.flows.toy_seeds):
+        yield "flows.toy_seeds lists a seed twice"
+    for run in study.flows.discrepancy:
+        if run not in study.coupled:
+            yield f"flows.discrepancy names {run!r}, which is not one of the students of consistency training"
+
+
+def _scores_can_be_measured(study: Study) -> Iterator[str]:
+    """Yield numbers that leave a score without a meaning."""
+    scores, sampling = study.scores, study.sampling
+    if len(set(study.seeds)) < len(study.seeds):
+        yield "seeds lists a seed twice"
+    for nfe in sorted(set(study.report.grid_nfe) - set(sampling.nfe)):
+        yield f"report.grid_nfe has {nfe}, which sampling.nfe does not sample"
+    if scores.extractor == "classifier" and sampling.count <= scores.classifier.features:
+        yield "sampling.count must exceed scores.classifier.features, or the Frechet distance is singular"
+    if scores.extractor == "classifier" and scores.curve_count <= scores.classifier.features:
+        yield "scores.curve_count must exceed scores.classifier.features, or the Frechet distance is singular"
+    if study.calibration.published_fid is not None and scores.extractor != "inception":
+        yield "calibration.published_fid is Inception's FID: set scores.extractor to inception, or remove it"
+    if scores.alignment_count > scores.curve_count:
+        yield "scores.alignment_count must not exceed scores.curve_count: they share their noise"
+
+
+RULES: tuple[Callable[[Study], Iterator[str]], ...] = (
+    _names_are_free,
+    _students_differ_as_declared,
+    _there_is_a_teacher,
+    _dropout_has_its_levels,
+    _predictor_comes_first,
+    _levels_can_be_drawn,
+    _compared_students_are_alike,
+    _teacher_fits_the_images,
+    _flows_are_of_couplings,
+    _scores_can_be_measured,
+)
 
 
 def settings_key(stage: str, seed: int | None, settings: dict[str, Any]) -> str:
@@ -804,34 +756,14 @@ def settings_key(stage: str, seed: int | None, settings: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
 
-class _Loader(yaml.SafeLoader):
-    """YAML without its two traps: a key given twice, and 1e-3 read as a word."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: set[Any] = set()
-        for key_node, _ in node.value:
-            if key_node.tag == "tag:yaml.org,2002:merge":
-                continue
-            if not isinstance(key_node, yaml.ScalarNode):
-                raise yaml.MarkedYAMLError(problem="a key must be a word", problem_mark=key_node.start_mark)
-            key = self.construct_object(key_node, deep=True)
-            if key in seen:
-                raise yaml.MarkedYAMLError(problem=f"key {key!r} is given twice", problem_mark=key_node.start_mark)
-            seen.add(key)
-        return super().construct_mapping(node, deep)
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
-)
-
-
 def parse_yaml(text: str, path: Path) -> Any:
     """What the text of a file says. Raises UserError with the file's name when it is not YAML or has a key twice."""
     try:
-        return yaml.load(text, _Loader)
-    except yaml.YAMLError as error:
-        raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+        return YAML(typ="safe", pure=True).load(text)
+    except YAMLError as error:
+        mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", str(error))
+        where = f" (line {mark.line + 1})" if mark else ""
+        raise UserError(f"{path} is not valid YAML: {' '.join(problem.split())}{where}") from None
 
 
 def load_study(path: str | Path) -> Study:
@@ -848,7 +780,7 @@ def load_study(path: str | Path) -> Study:
     try:
         study = Study.model_validate(content)
     except ValidationError as error:
-        raise UserError(f"{path}: {explain(error, Study)}") from None
+        raise UserError(f"{path}: {explain(error, Study, content=content)}") from None
     if study.name != path.stem:
         raise UserError(f"{path}: the study is named {study.name!r}; its file must be {study.name}.yaml")
     return study
@@ -857,17 +789,25 @@ def load_study(path: str | Path) -> Study:
 def print_study(study: Study) -> None:
     """Print a study with every default written out, and each of its students."""
     print(yaml.safe_dump(study.model_dump(mode="json"), sort_keys=False).rstrip())
-    for run in study.students:
-        print(f"# {run}: {study.resolved(run).model_dump(mode='json')}")
+    for run, student in study.students.items():
+        print(f"# {run}: {student.model_dump(mode='json')}")
 
 
-def explain(error: ValidationError, model: type[BaseModel], prefix: str = "") -> str:
-    """The first problem of a validation, in one line; an unknown key first, since it explains a missing one."""
+def explain(error: ValidationError, model: type[BaseModel], prefix: str = "", content: Any = None) -> str:
+    """The most telling problem of a validation, in one line; content: the study's file."""
     problems = error.errors()
-    problem = next((p for p in problems if p["type"] == "extra_forbidden"), problems[0])
-    if problem["type"] == "value_error":
-        return str(problem["ctx"]["error"])
+    # An unknown key explains a missing one. Of a union, the member that fits best has the longest location.
+    unknown = [each for each in problems if each["type"] == "extra_forbidden"]
+    first = [each for each in problems if each["loc"][:1] == problems[0]["loc"][:1]]
+    problem = max(unknown or first, key=lambda each: len(each["loc"]))
     location = [str(part) for part in problem["loc"]]
+    student = location[:1] == ["students"]
+    if problem["type"] == "value_error":
+        return (f"students.{location[1]}: " if student else "") + str(problem["ctx"]["error"])
+    if student and len(location) > 2 and location[2] != "[key]":
+        own = content["students"][location[1]] if content else {}
+        prefix = f"students.{location[1]}." if location[2] in own else "student."
+        location, model = location[2:], Student
     # The member of a union is a step of pydantic's location that the file does not have.
     key = prefix + ".".join(part for part in location if part not in _MEMBERS and not _UNION_MEMBER.search(part))
     if problem["type"] == "extra_forbidden":
@@ -877,18 +817,24 @@ def explain(error: ValidationError, model: type[BaseModel], prefix: str = "") ->
     return f"key '{key}': {problem['msg'][0].lower() + problem['msg'][1:]}, got {problem['input']!r}"
 
 
+# What pydantic adds to a location besides keys: the member of a union, and that it is the key which is wrong.
+_UNION_MEMBER = re.compile(r"^(constrained-\w+|(literal|list)\[.*\]|\[key\])$")
+# The members of the unions that are sections, by the word that tells them apart.
+_MEMBERS: dict[str, type[Section]] = {
+    cls.model_fields["kind"].default: cls
+    for cls in (SongUNet, MLP, Teacher, OfficialTeacher, NoTeacher, Doubling, Shrinking)
+} | {"Frozen": Frozen}
+
+
 def _owner(location: list[str], model: type[BaseModel]) -> type[BaseModel] | None:
     """The section that a location leads to."""
     for part in location:
-        if part in _MEMBERS:
-            model = _MEMBERS[part]
-            continue
         field = model.model_fields.get(part)
-        annotation = field.annotation if field else None
-        options = [each for each in get_args(annotation) if each is not type(None)]  # of a section that may be left out
-        annotation = options[0] if len(options) == 1 else annotation
-        if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-            model = annotation
+        # Of a section that may be left out, the other option is None.
+        options = [each for each in get_args(field.annotation) if each is not type(None)] if field else []
+        section = options[0] if len(options) == 1 else field.annotation if field else _MEMBERS.get(part)
+        if isinstance(section, type) and issubclass(section, BaseModel):
+            model = section
     return model
 
 

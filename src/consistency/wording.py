@@ -100,7 +100,7 @@ def paired_sentence(item: Paired, extractor: str) -> str:
 
 def differs_in(study: Study, run: str) -> str:
     """In what a student differs, as the study declares it; what has no say in it is left out."""
-    student = study.resolved(run)
+    student = study.students[run]
     settings = student.model_dump(mode="json")
     return ", ".join(f"{key}: {_value(settings[key])}" for key in study.varies if key not in student.idle)
 
@@ -116,7 +116,7 @@ def _value(value: Any) -> str:
 
 def beginning(study: Study) -> str:
     """What students start from, and in what alone they differ."""
-    taught = [run for run in study.students if study.resolved(run).from_teacher]
+    taught = [run for run, student in study.students.items() if student.from_teacher]
     drawn = [run for run in study.students if run not in taught]
     random = "random weights, the same for all of one seed,"
     if taught and drawn:
@@ -128,7 +128,7 @@ def beginning(study: Study) -> str:
 
 def claims(study: Study) -> list[str]:
     """What the papers say of students like this study's, a sentence a paper."""
-    objectives = {study.resolved(run).objective for run in study.students}
+    objectives = {student.objective for student in study.students.values()}
     said = []
     if objectives - {"consistency"}:
         said.append(

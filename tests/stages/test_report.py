@@ -41,7 +41,7 @@ OFFICIAL = (
         "{kind: trained, network: {kind: mlp, width: 32, depth: 2}, steps: 400, batch: 32, log_every: 100}",
         "{kind: edm, checkpoint: edm-cifar10-32x32-uncond-vp.pkl}",
     )
-    .replace("{extractor: classifier,", "{extractor: inception, teacher_fid: 1.05,")
+    .replace("scores: {extractor: classifier,", "calibration: {published_fid: 1.05}\nscores: {extractor: inception,")
 )
 
 BOTH = SMALL.replace("students:\n", "varies: [preconditioning, objective, coupling]\nstudents:\n").replace(

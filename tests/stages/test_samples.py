@@ -102,7 +102,7 @@ def test_images_do_not_depend_on_the_batch_nor_on_the_count(
     model = make_denoiser(0, label_dim=label_dim).eval()
     if name not in ("heun", "churn"):
         model = student_from_teacher(model).eval()
-    churn = {"sampling.teacher_churn": CHURN} if name == "churn" else {}
+    churn = {"calibration.churn": CHURN} if name == "churn" else {}
     # The last bits of the network grow where noise is added to values near 80.
     tolerance = 1e-4 if churn else 1e-5
 
@@ -134,7 +134,7 @@ class NoNumberRead(TorchDispatchMode):
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_no_sampler_reads_a_number_back(tiny: Tiny, make_denoiser: Callable[..., Denoiser], name: str) -> None:
     model = make_denoiser().eval()
-    study = tiny({"sampling.teacher_churn": CHURN} if name == "churn" else {})
+    study = tiny({"calibration.churn": CHURN} if name == "churn" else {})
     sampler = SAMPLERS[name](study, model if name in ("heun", "churn") else student_from_teacher(model).eval())
     noise = ImageNoise(range(4), (1, 4, 4))
     with torch.inference_mode(), NoNumberRead():
@@ -155,7 +155,7 @@ def test_a_label_changes_the_image(tiny: Tiny, make_denoiser: Callable[..., Deno
 
 def test_the_teachers_sampler_ends_with_the_denoiser_at_eps(tiny: Tiny, make_denoiser: Callable[..., Denoiser]) -> None:
     """The endpoint of the ODE at eps and the sampler differ by that last evaluation alone."""
-    study, model = tiny({"sampling.teacher_steps": 6}), make_denoiser().eval()
+    study, model = tiny({"calibration.steps": 6}), make_denoiser().eval()
     noise = ImageNoise(range(4), (1, 4, 4))
     with torch.inference_mode():
         endpoint = heun_sampler(study, model, 6)(noise)
@@ -175,7 +175,7 @@ def test_churn_changes_the_images_but_not_the_endpoints_of_the_ode(
     tiny: Tiny, make_denoiser: Callable[..., Denoiser]
 ) -> None:
     model, noise = make_denoiser().eval(), lambda: ImageNoise(range(4), (1, 4, 4))
-    plain, churned = tiny(), tiny({"sampling.teacher_churn": CHURN})
+    plain, churned = tiny(), tiny({"calibration.churn": CHURN})
     assert not torch.equal(heun_sampler(plain, model)(noise()), heun_sampler(churned, model)(noise()))
     assert torch.equal(heun_sampler(plain, model, 6)(noise()), heun_sampler(churned, model, 6)(noise()))
 
@@ -185,7 +185,7 @@ def test_with_churn_the_state_is_float64_and_the_network_is_not(
 ) -> None:
     model, seen = make_denoiser().eval(), []
     model.model.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].dtype))
-    end = heun_sampler(tiny({"sampling.teacher_churn": CHURN}), model)(ImageNoise(range(4), (1, 4, 4)))
+    end = heun_sampler(tiny({"calibration.churn": CHURN}), model)(ImageNoise(range(4), (1, 4, 4)))
     assert (end.dtype, set(seen)) == (torch.float64, {torch.float32})
 
 
@@ -233,7 +233,7 @@ def results(first_results: Layout, tmp_path: Path) -> Layout:
 def make_student(study: Study, layout: Layout, run: str = "analytic") -> None:
     """A student at every rate, each with weights of its own."""
     teacher = load_denoiser(layout.teacher / "teacher.safetensors")[0]
-    for k, rate in enumerate((None, *study.resolved(run).evaluation_ema)):
+    for k, rate in enumerate((None, *study.students[run].evaluation_ema)):
         student = student_from_teacher(teacher)
         with torch.no_grad():
             for weight in student.parameters():
@@ -354,7 +354,7 @@ def test_what_other_weights_or_settings_drew_is_not_used(tiny: Tiny, results: La
     with evaluations(40, lambda: os.kill(os.getpid(), signal.SIGTERM)), pytest.raises(Interrupted):
         make_samples(study, results, None, None, CPU)
     assert json.loads((results.sampling_state(None, None) / "progress.json").read_text())["done"] == {"heun": 35}
-    other = tiny({**SMALL_BATCHES, "sampling.teacher_churn": CHURN})
+    other = tiny({**SMALL_BATCHES, "calibration.churn": CHURN})
     with evaluations() as run:
         make_samples(other, results, None, None, CPU)
     assert run.evaluations == 7 * 12

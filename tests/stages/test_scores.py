@@ -45,7 +45,7 @@ def make_student(study: Study, layout: Layout, run: str = "analytic") -> None:
     from consistency.provenance import write_card
 
     teacher = load_denoiser(layout.teacher / "teacher.safetensors")[0]
-    folder, settings = layout.student(run, 0), study.resolved(run)
+    folder, settings = layout.student(run, 0), study.students[run]
     seed = 0
     for rate in (None, *settings.evaluation_ema):
         files = [folder / "snapshots" / snapshot_name(step, rate) for step in (0, 3, 6)]
@@ -139,7 +139,7 @@ def test_a_missing_snapshot_is_named(tiny: Tiny, layout: Layout) -> None:
 
 # --- the calibration rule
 
-INCEPTION = {"scores.extractor": "inception", "scores.teacher_fid": 1.0}
+INCEPTION = {"scores.extractor": "inception", "calibration.published_fid": 1.0}
 
 
 def inception_played_by(features: int, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -158,7 +158,7 @@ def inception_played_by(features: int, monkeypatch: pytest.MonkeyPatch) -> None:
 def verb(
     layout: Layout, write_study: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> Callable[[str, dict[str, Any]], int]:
-    """verb("calibration", {"scores.teacher_fid": 2.0}): the real verb, with a stand-in for Inception."""
+    """verb("calibration", {"calibration.published_fid": 2.0}): the real verb, with a stand-in for Inception."""
     inception_played_by(4, monkeypatch)
 
     def run(name: str, changes: dict[str, Any]) -> int:
@@ -180,7 +180,7 @@ def test_a_teacher_that_is_off_stops_the_study_and_nothing_is_lost(
     for said in (
         f"FID is {measured['fd']:.4g}",
         "published 1 within 0.1",
-        "teacher_fid_tolerance",
+        "calibration.tolerance",
         "from 80 images",
         "legacy_tensorflow",
         "data prepared in another way",
@@ -192,10 +192,10 @@ def test_a_teacher_that_is_off_stops_the_study_and_nothing_is_lost(
     assert (layout.samples(None, None) / "heun.npy").read_bytes() == samples
     assert measured["images"] == 80
     # With a wider tolerance the same command goes on, and says what it was held against.
-    wider = {"scores.teacher_fid_tolerance": abs(measured["fd"] - 1) + 0.01}
+    wider = {"calibration.tolerance": abs(measured["fd"] - 1) + 0.01}
     assert verb("calibration", wider) == 0
     teacher = pd.read_csv(layout.scores(None, None)).set_index("run").loc["teacher"]
-    assert (teacher.published, teacher.tolerance) == (1.0, pytest.approx(wider["scores.teacher_fid_tolerance"]))
+    assert (teacher.published, teacher.tolerance) == (1.0, pytest.approx(wider["calibration.tolerance"]))
     assert teacher.fd == pytest.approx(measured["fd"], rel=1e-12)
     assert not layout.measured_calibration.exists()
     assert layout.scores(None, None).with_name("endpoints.npy").exists()
@@ -204,9 +204,9 @@ def test_a_teacher_that_is_off_stops_the_study_and_nothing_is_lost(
 @pytest.mark.parametrize(("off", "code"), [(0.09, 0), (-0.09, 0), (0.11, 2), (-0.11, 2)])
 def test_the_tolerance_is_on_both_sides(verb: Callable[..., int], layout: Layout, off: float, code: int) -> None:
     assert verb("extractor", {}) == 0
-    verb("calibration", {"scores.teacher_fid_tolerance": 1e-9})
+    verb("calibration", {"calibration.tolerance": 1e-9})
     fid = json.loads(layout.measured_calibration.read_text())["fd"]
-    assert verb("calibration", {"scores.teacher_fid": fid + off}) == code
+    assert verb("calibration", {"calibration.published_fid": fid + off}) == code
 
 
 @pytest.mark.parametrize(("features", "warned"), [(4, 0), (90, 1)])

@@ -138,7 +138,7 @@ def test_the_estimate_counts_the_evaluations_that_training_did(study: Study, lay
     step = 6 * 16
     refits = 2 * 2 * study.coefficients.times * 64
     assert counted == {"ic": 4 * step, "ot": 4 * step, "gc": 5 * step, "data": 4 * step, "own": 8 * step + refits}
-    assert counted == {run: student_operations(study, study.resolved(run), 1.0) for run in study.students}
+    assert counted == {run: student_operations(study, study.students[run], 1.0) for run in study.students}
 
 
 def test_the_report_has_no_teacher_in_its_pictures(study: Study, layout: Layout) -> None:

@@ -35,7 +35,7 @@ SMALL: dict[str, Any] = {
     "sampling.count": 16,
     "sampling.nfe": [1, 2],
     "sampling.gamma": [],
-    "sampling.teacher_steps": 3,
+    "calibration.steps": 3,
     "sampling.batch": 16,
     "scores.curve_nfe": [1],
     "scores.curve_count": 16,
@@ -51,7 +51,7 @@ SMALL: dict[str, Any] = {
 BY_CLASSIFIER = {
     "scores.extractor": "classifier",
     "scores.classifier": {"features": 8, "steps": 5, "batch": 8},
-    "scores.teacher_fid": None,
+    "calibration.published_fid": None,
     "student.distance": "pseudo_huber",
 }
 

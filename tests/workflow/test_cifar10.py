@@ -34,7 +34,7 @@ def cifar10(checkout: Checkout, site: Site) -> Checkout:
         "report.baseline": {},
         "sampling.nfe": [1],
         "report.grid_nfe": [1],
-        "scores.teacher_fid_tolerance": 1e-6,
+        "calibration.tolerance": 1e-6,
     }
     return miniature(checkout, "cifar10-uncond", changes)
 
@@ -48,7 +48,7 @@ def test_cifar10_with_an_official_teacher(cifar10: Checkout, site: Site) -> None
     assert not (results / "students").exists()
     samples = (results / "samples/teacher/heun.npy").stat()
 
-    cifar10.change({"scores.teacher_fid_tolerance": 1e9}, "cifar10-uncond")
+    cifar10.change({"calibration.tolerance": 1e9}, "cifar10-uncond")
     cifar10.done()
     assert (results / "samples/teacher/heun.npy").stat() == samples
     assert set(site.asked) == {path.name for path in site.folder.iterdir()}

@@ -51,7 +51,7 @@ def test_the_second_papers_studies_are_those_of_the_released_configurations(name
     study = load_study(f"config/studies/{name}.yaml")
     assert isinstance(study.teacher, NoTeacher)
     network: Any = study.teacher.network
-    arms = {run: study.resolved(run) for run in study.students}
+    arms = study.students
     for student in arms.values():
         found = (student.learning_rate, student.batch, student.steps, network.num_blocks, network.attn_resolutions)
         assert found == RELEASED[name][:5]
@@ -66,7 +66,7 @@ def test_the_second_papers_studies_are_those_of_the_released_configurations(name
 def test_the_couplings_that_are_compared_differ_in_nothing_else(name: str) -> None:
     study = load_study(f"config/studies/{name}.yaml")
     gc = "gc-mu0.3" if name == "cifar10-ect" else "gc"
-    dumps = [study.resolved(run).model_dump(exclude={"coupling", "mu"}) for run in ("ic", "ot", gc)]
+    dumps = [study.students[run].model_dump(exclude={"coupling", "mu"}) for run in ("ic", "ot", gc)]
     assert dumps[0] == dumps[1] == dumps[2]
     assert study.flows is not None
     assert study.flows.discrepancy == ["ic", "ot", gc]

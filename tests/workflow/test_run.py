@@ -78,6 +78,7 @@ AGAIN: dict[str, tuple[Any, set[str]]] = {
     "students.ctm.preconditioning": ("bcm", CTM | LAST),
     "coefficients.probes": (2, {"coefficients"} | ANALYTIC | LAST),
     "student.learning_rate": (0.01, CTM | ANALYTIC | LAST),
+    "calibration.tolerance": (0.2, {"calibration"} | LAST),
     "scores.kid_subsets": (3, SCORED | LAST),
     "scores.classifier.steps": (21, {"extractor"} | SCORED | LAST),
     "seeds": ([0, 1], CTM | ANALYTIC | LAST),

@@ -21,7 +21,7 @@ from consistency.code import code_digest
 from consistency.errors import UserError
 from consistency.failures import failure, print_failures
 from consistency.resources import registry, resource_path
-from consistency.study import OfficialTeacher, Study, load_study
+from consistency.study import OfficialTeacher, Student, Study, load_study
 
 
 def load_studies() -> dict[str, Study]:
@@ -77,6 +77,16 @@ def study_of(wildcards) -> Study:
         ) from None
 
 
+def student_of(wildcards) -> Student:
+    """The student of a job."""
+    study = study_of(wildcards)
+    try:
+        study.require(wildcards.run, int(wildcards.seed))
+    except UserError as error:
+        raise WorkflowError(str(error)) from None
+    return study.students[wildcards.run]
+
+
 def key(stage: str):
     """A parameter that changes, and makes its job run again, exactly when a setting the stage depends on does."""
 
@@ -119,30 +129,24 @@ def teacher_sources(wildcards) -> list[str]:
 
 def vgg_if_used(wildcards) -> list[str]:
     """VGG16's weights, for a student whose distance is LPIPS."""
-    used = study_of(wildcards).resolved(wildcards.run).distance == "lpips"
+    used = student_of(wildcards).distance == "lpips"
     return [str(resource_path("vgg16-397923af.pth"))] if used else []
 
 
 def coefficients_if_fitted(wildcards) -> list[str]:
     """The coefficients, for a student whose preconditioning reads them."""
-    fitted = study_of(wildcards).resolved(wildcards.run).needs_coefficients
+    fitted = student_of(wildcards).needs_coefficients
     return [f"results/{wildcards.study}/coefficients/coefficients.npz"] if fitted else []
 
 
 def predictor_if_frozen(wildcards) -> list[str]:
     """The student of the same seed that makes gc's endpoints, for one that does not make its own: its final weights or
     its snapshots."""
-    frozen = study_of(wildcards).resolved(wildcards.run).frozen
+    frozen = student_of(wildcards).frozen
     if frozen is None:
         return []
     folder = f"results/{wildcards.study}/students/{frozen.run}/seed{wildcards.seed}"
     return [f"{folder}/student.safetensors" if frozen.step is None else f"{folder}/snapshots"]
-
-
-def calibration_if_required(wildcards) -> list[str]:
-    """The calibration, where the study says what it must find: no student is trained on a teacher that fails it."""
-    required = study_of(wildcards).scores.teacher_fid is not None
-    return [f"results/{wildcards.study}/scores/calibration.csv"] if required else []
 
 
 def inception_if_used(wildcards) -> list[str]:

@@ -6,8 +6,8 @@ rule student:
         coefficients_if_fitted,
         vgg_if_used,
         predictor_if_frozen,
-        # It must be there, whenever it was made: a student does not depend on what it says.
-        ancient(calibration_if_required),
+        # No student is trained on a teacher that fails the calibration, nor again because the teacher was measured again.
+        ancient("results/{study}/scores/calibration.csv"),
     output:
         "results/{study}/students/{run}/seed{seed}/student.safetensors",
         "results/{study}/students/{run}/seed{seed}/history.jsonl",

@@ -87,7 +87,7 @@ def discrepancy_of(
 ) -> Discrepancy:
     """What measures a student's coupling, for the first of the study's seeds. All couplings' denoisers begin with the
     same weights and see the same images, levels and noise. Raises UserError when the student is missing."""
-    seed, student = study.seeds[0], study.resolved(run)
+    seed, student = study.seeds[0], study.students[run]
     average = place(study, read_student(study, layout, run, seed, machine.device), machine.device)
     predictor, inputs = average, [layout.student_file(run, seed)]
     if frozen := student.frozen:

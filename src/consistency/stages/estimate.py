@@ -62,7 +62,7 @@ def estimate(study: Study, layout: Layout) -> Estimate:
     extractor = _INCEPTION if study.scores.extractor == "inception" else 0.0
     size = _Size(images, pixels, forward, extractor, parameters * _BYTES)
 
-    runs = [study.resolved(run) for run in study.students]
+    runs = study.students.values()
     seeds, count = len(study.seeds), study.sampling.count
     finals = seeds * sum(_rates(run) for run in runs) * size.weights
     snapshots = seeds * sum(_snapshots(run) for run in runs) * size.weights
@@ -83,7 +83,7 @@ def estimate(study: Study, layout: Layout) -> Estimate:
 def _operations(study: Study, size: _Size) -> dict[str, float]:
     """Floating-point operations of each stage, in the order of the workflow."""
     forward, fit, sampling, scores = size.forward, study.coefficients, study.sampling, study.scores
-    runs, seeds = [study.resolved(run) for run in study.students], len(study.seeds)
+    runs, seeds = list(study.students.values()), len(study.seeds)
     probes = size.pixels if fit.probes == "exact" else fit.probes
     # Without a teacher nothing is drawn from it, and nothing held against its trajectories.
     aligned = scores.alignment_count * (2 * scores.alignment_nodes - 2) * forward
@@ -94,7 +94,7 @@ def _operations(study: Study, size: _Size) -> dict[str, float]:
         "teacher": 3.0 * study.teacher.steps * study.teacher.batch * forward
         if isinstance(study.teacher, Teacher)
         else 0,
-        "teacher's samples": study.taught * sampling.count * (2 * sampling.teacher_steps - 1) * forward,
+        "teacher's samples": study.taught * sampling.count * (2 * study.calibration.steps - 1) * forward,
         "calibration": study.taught * (aligned + sampling.count * size.extractor),
         "coefficients": study.needs_coefficients * fit.times * fit.samples * (2 * (probes + 1) + 1) * forward,
         "students": seeds * training,
@@ -210,7 +210,7 @@ def _network(study: Study, classes: int) -> tuple[float, int]:
     else:
         architecture = architecture_of(study, study.teacher, classes, 0.5)
     # A student that begins at random is its teacher's network as it is.
-    architecture = {**architecture, "second_time": any(study.resolved(run).second_time for run in study.students)}
+    architecture = {**architecture, "second_time": any(student.second_time for student in study.students.values())}
     with torch.device("meta"):
         parameters = sum(p.numel() for p in build_denoiser(architecture).parameters())
     return forward_operations(architecture), parameters

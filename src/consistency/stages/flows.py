@@ -157,7 +157,7 @@ def _discrepancy(
 ) -> list[Row]:
     """The rows of discrepancy.csv of one coupling: its denoiser is trained, if it is not yet."""
     images, labels, noise = pairs
-    student = study.resolved(run)
+    student = study.students[run]
     if student.coupling == "ot":
         noise = _transported(images, noise, labels, student.batch)
         images, labels = images[: len(noise)], None if labels is None else labels[: len(noise)]

@@ -12,7 +12,7 @@ from consistency.files import write_with
 from consistency.layout import Layout
 from consistency.nets.denoiser import Denoiser
 from consistency.provenance import read_card
-from consistency.study import Study
+from consistency.study import Student, Study
 from consistency.theory.generalized_ode import GeneralizedODE
 from consistency.theory.noise import rho_grid
 from consistency.theory.preconditioning import Preconditioning, build_preconditioning
@@ -120,19 +120,26 @@ def read_coefficients(layout: Layout) -> dict[str, np.ndarray[Any, Any]]:
         raise UserError(f"{path} is damaged ({error}): run `coefficients` again") from None
 
 
-def read_preconditioning(study: Study, layout: Layout, run: str, model: Denoiser) -> Preconditioning:
-    """The preconditioning of a student, given its network, with the coefficients fitted from the teacher, or carried by
-    the network itself, where it needs them."""
-    settings = study.resolved(run)
+def read_ode(study: Study, layout: Layout, run: str, device: torch.device) -> GeneralizedODE | None:
+    """The ODE of the coefficients fitted from the teacher, for a student that reads them."""
+    if not study.students[run].needs_coefficients:
+        return None
+    read_card(layout.coefficients, study, "coefficients")
+    arrays = read_coefficients(layout)
+    times, l, s = (torch.from_numpy(arrays[letter]) for letter in ("times", "l", "s"))
+    return GeneralizedODE(times, l, s, device)
+
+
+def preconditioning_of(settings: Student, model: Denoiser, ode: GeneralizedODE | None) -> Preconditioning:
+    """The preconditioning of a student's network, with these coefficients or those that the network carries."""
     if settings.carries_fit:
         return own_preconditioning(settings.preconditioning, model)
-    ode = None
-    if settings.needs_coefficients:
-        read_card(layout.coefficients, study, "coefficients")
-        arrays = read_coefficients(layout)
-        times, l, s = (torch.from_numpy(arrays[letter]) for letter in ("times", "l", "s"))
-        ode = GeneralizedODE(times, l, s, next(model.parameters()).device)
     return build_preconditioning(settings.preconditioning, model.sigma_data, ode)
+
+
+def read_preconditioning(study: Study, layout: Layout, run: str, model: Denoiser) -> Preconditioning:
+    """The preconditioning of a student, given its network."""
+    return preconditioning_of(study.students[run], model, read_ode(study, layout, run, next(model.parameters()).device))
 
 
 def time_grid(study: Study, nodes: int, device: torch.device) -> torch.Tensor:

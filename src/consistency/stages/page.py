@@ -86,7 +86,7 @@ def _verdicts(study: Study, results: Results) -> list[str]:
     speed-up at the NFE with one (2) and without (1), and its alignment; of consistency training every arm's FD at
     NFE 1."""
     coupled = study.coupled
-    distilled = {run for run in study.students if study.resolved(run).preconditioning == "analytic"} - coupled.keys()
+    distilled = {run for run in study.students if study.students[run].preconditioning == "analytic"} - coupled.keys()
     at = {1, 2} & set(study.scores.curve_nfe) or set(study.scores.curve_nfe)
     first = {min(study.scores.curve_nfe)}
     faster = [item for item in results.found if item.run in distilled and item.nfe in at]
@@ -129,7 +129,7 @@ def _cost(study: Study, cards: Cards) -> dict[str, Any] | None:
     fitted = [
         cards[f"student {run} seed {seed}"]["measured"]
         for run, seed in students_of(study)
-        if study.resolved(run).needs_coefficients
+        if study.students[run].needs_coefficients
     ]
     return {
         "evaluations": fit["network_evaluations"],

@@ -85,7 +85,7 @@ def carried(study: Study, layout: Layout) -> dict[str, dict[int, Path]]:
     """The snapshots whose coefficients a report shows, of the first seed: student -> step -> file."""
     found = {}
     for run in study.carrying:
-        settings = study.resolved(run)
+        settings = study.students[run]
         steps = range(0, settings.steps + 1, settings.snapshot_every) if settings.fit == "average" else [0]
         found[run] = {step: layout.snapshot(run, study.seeds[0], step) for step in steps}
     return found
@@ -124,7 +124,7 @@ def _samples_picture(study: Study, layout: Layout) -> Picture:
             path = layout.samples(run, seed) / f"{sampler_name(nfe)}.npy"
             images = read_array(path, f"samples --run {run} --seed {seed}")
             rows.append((f"{run}, NFE {nfe}", images))
-    teacher = f"Heun{' with churn' if study.sampling.teacher_churn else ''}, NFE {2 * study.sampling.teacher_steps - 1}"
+    teacher = f"Heun{' with churn' if study.calibration.churn else ''}, NFE {2 * study.calibration.steps - 1}"
     reference = f"the teacher ({teacher}) and " if study.taught else ""
     caption = (
         f"Images of seeds 0 to 15, below the first row one noise a column: {reference}"
@@ -135,7 +135,7 @@ def _samples_picture(study: Study, layout: Layout) -> Picture:
 
 def _mu_picture(study: Study, results: Results, seeds: str) -> Picture:
     runs = list(study.students)
-    transported = [run for run in runs if study.resolved(run).coupling == "ot"]
+    transported = [run for run in runs if study.students[run].coupling == "ot"]
     dashed = f" Dashed: {', '.join(transported)}, mean." if transported else ""
     caption = (
         "Scores at the end of training against mu, the probability that gc replaces an image by a generated one; mu 0 "
@@ -195,7 +195,7 @@ def _flow_pictures(study: Study, settings: Flows, layout: Layout, seeds: str) ->
 def _coefficient_pictures(study: Study, layout: Layout) -> list[Picture]:
     fit, settings = read_coefficients(layout), study.coefficients
     ode = GeneralizedODE(*(torch.from_numpy(fit[name]) for name in ("times", "l", "s")))  # type: ignore[arg-type]
-    forward = any(study.resolved(run).preconditioning == "analytic-forward" for run in study.students)
+    forward = any(student.preconditioning == "analytic-forward" for student in study.students.values())
     unknown = int((~fit["determined"].astype(bool)).sum())
     note = f"; {unknown} times do not determine s_t" if unknown else ""
     caption = (

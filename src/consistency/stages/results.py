@@ -1,13 +1,11 @@
 """What the report reads: score tables, cards and histories of a finished study."""
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
 from consistency.analysis import (
-    OWN_SAMPLERS,
     Paired,
     SpeedUp,
     final_table,
@@ -16,10 +14,11 @@ from consistency.analysis import (
     speed_ups,
 )
 from consistency.errors import UserError
+from consistency.files import sha256
 from consistency.history import read_history
 from consistency.layout import Layout
 from consistency.provenance import read_card
-from consistency.stages.scores import COLUMNS
+from consistency.stages.inputs import made
 from consistency.study import Study
 
 Cards = dict[str, dict[str, Any]]
@@ -67,7 +66,7 @@ class Results:
 def read_results(study: Study, layout: Layout) -> Results:
     """Raises UserError when a score table is missing or belongs to other settings."""
     scores = read_scores(study, layout)
-    main = of_main_rate(scores, {run: study.resolved(run).ema_rate for run in study.students})
+    main = of_main_rate(scores, {run: student.ema_rate for run, student in study.students.items()})
     against, nfes = baselines(study), study.scores.curve_nfe
     found = speed_ups(main, against, nfes, study.report.bootstrap)
     return Results(scores, main, final_table(main), found, paired_ratios(main, against, nfes))
@@ -79,43 +78,25 @@ def records(table: pd.DataFrame) -> list[dict[str, Any]]:
 
 
 def read_scores(study: Study, layout: Layout) -> pd.DataFrame:
-    """All score tables of the study, the calibration first. Raises UserError naming the verb for a missing one."""
-    paths = {layout.scores(None, None): "calibration"}
-    for run, seed in students_of(study):
-        paths[layout.scores(run, seed)] = f"scores --run {run} --seed {seed}"
-    tables = []
-    for path, verb in paths.items():
-        try:
-            tables.append(_checked(pd.read_csv(path), study, path, verb))
-        except FileNotFoundError:
-            raise UserError(f"{path} is missing: run `python -m consistency {verb}` first") from None
-        except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError) as error:
-            raise UserError(f"{path} is damaged ({error}): run `{verb}` again") from None
+    """All score tables of the study, the calibration first.
+
+    Raises UserError, naming the verb, for one that is missing, damaged or of other settings.
+    """
+    tables = [_table(study, layout, None, None), *(_table(study, layout, *student) for student in students_of(study))]
     return pd.concat(tables, ignore_index=True)
 
 
-def _checked(table: pd.DataFrame, study: Study, path: Path, verb: str) -> pd.DataFrame:
-    """The table, if its rows are those that this study asks for."""
-    extractor = "classifier" if study.scores.extractor == "classifier" else f"inception-{study.scores.mode}"
-    counts = {"curve": study.scores.curve_count, "final": study.sampling.count}
-    right = set(COLUMNS) <= set(table.columns) and set(table.study) | set(table.extractor) == {study.name, extractor}
-    if right and verb != "calibration":
-        settings = study.resolved(str(table.run.iloc[0]))
-        steps = range(0, settings.steps + 1, settings.snapshot_every)
-        rates = (settings.ema_rate, *settings.evaluation_ema)
-        rows = table[table.sampler.isin(OWN_SAMPLERS)]
-        wanted = {("curve", rate, step, nfe) for rate in rates for step in steps for nfe in study.scores.curve_nfe}
-        wanted |= {("final", rate, settings.steps, nfe) for rate in rates for nfe in study.sampling.nfe}
-        right = set(zip(rows.kind, rows.ema, rows.step, rows.nfe, strict=True)) == wanted
-        right = right and bool((table.images == table.kind.map(counts)).all())
-    if not right:
-        raise UserError(f"{path} was made with other settings: run `python -m consistency {verb}` again")
-    return table
+def _table(study: Study, layout: Layout, run: str | None, seed: int | None) -> pd.DataFrame:
+    verb = "calibration" if run is None else f"scores --run {run} --seed {seed}"
+    path = made(layout.scores(run, seed), verb)
+    if read_card(path, study, "scores", run, seed)["outputs"].get(path.name) != sha256(path):
+        raise UserError(f"{path} is not as it was written: run `python -m consistency {verb}` again")
+    return pd.read_csv(path)
 
 
 def baselines(study: Study) -> dict[str, str]:
     """The student that each is measured against, where it or its objective has one."""
-    pairs = {run: study.report.baseline.get(study.resolved(run).objective) for run in study.students}
+    pairs = {run: study.report.baseline.get(student.objective) for run, student in study.students.items()}
     pairs |= study.report.against
     return {run: baseline for run, baseline in pairs.items() if baseline is not None}
 

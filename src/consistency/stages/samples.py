@@ -64,7 +64,7 @@ def student_samplers(study: Study, run: str) -> list[StudentSampler]:
 
     Students that jump to the end know no s between: CM's multistep only. Further EMA rates are drawn without gamma.
     """
-    settings, sampling = study.resolved(run), study.sampling
+    settings, sampling = study.students[run], study.sampling
     chosen = [StudentSampler(nfe, None, rate) for rate in (None, *settings.evaluation_ema) for nfe in sampling.nfe]
     if not settings.to_the_end:
         chosen += [StudentSampler(nfe, gamma) for gamma in sampling.gamma for nfe in sampling.gamma_nfe]
@@ -128,7 +128,7 @@ def _digests(study: Study, layout: Layout, run: str | None, seed: int | None) ->
     if run is None or seed is None:
         verbs = {layout.teacher / "teacher.safetensors": "teacher"}
     else:
-        settings, verb = study.resolved(run), f"student --run {run} --seed {seed}"
+        settings, verb = study.students[run], f"student --run {run} --seed {seed}"
         verbs = {layout.student_file(run, seed, rate): verb for rate in (None, *settings.evaluation_ema)}
         if settings.needs_coefficients:
             verbs[layout.coefficients / "coefficients.npz"] = "coefficients"
@@ -143,7 +143,7 @@ def _samplers(
         teacher = prepared(study, read_teacher(study, layout, device))
         yield "heun", teacher, heun_sampler(study, teacher)
         return
-    for rate in (None, *study.resolved(run).evaluation_ema):
+    for rate in (None, *study.students[run].evaluation_ema):
         model = prepared(study, read_student(study, layout, run, seed, device, rate))
         preconditioning = read_preconditioning(study, layout, run, model)
         for one in (sampler for sampler in student_samplers(study, run) if sampler.rate == rate):
@@ -221,8 +221,8 @@ def draw(
 def heun_sampler(study: Study, teacher: Denoiser, nodes: int | None = None) -> Sampler:
     """EDM's sampler as the study sets it; with nodes, the ODE's endpoint at eps through so many nodes instead."""
     device = next(teacher.parameters()).device
-    times = _times(study, nodes or study.sampling.teacher_steps) + ([0.0] if nodes is None else [])
-    settings = study.sampling.teacher_churn if nodes is None else None
+    times = _times(study, nodes or study.calibration.steps) + ([0.0] if nodes is None else [])
+    settings = study.calibration.churn if nodes is None else None
 
     def sample(noise: ImageNoise) -> Tensor:
         x = _to(noise.latents, device) * times[0]
@@ -247,7 +247,7 @@ def jump_sampler(
     device = next(model.parameters()).device
     times = _times(study, nfe + 1)
     student = two_times(model)
-    if study.resolved(run).to_the_end:
+    if study.students[run].to_the_end:
         gamma = 1.0
 
     def sample(noise: ImageNoise) -> Tensor:

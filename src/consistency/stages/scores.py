@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,10 @@ from consistency.provenance import read_card, write_card
 from consistency.seeding import generator
 from consistency.stages.extractor import open_extractor, read_data_statistics
 from consistency.stages.inputs import (
+    preconditioning_of,
     read_array,
     read_dataset,
-    read_preconditioning,
+    read_ode,
     read_student,
     read_teacher,
     student_file,
@@ -29,6 +31,7 @@ from consistency.stages.inputs import (
 )
 from consistency.stages.samples import StudentSampler, draw, heun_sampler, jump_sampler, prepared, student_samplers
 from consistency.study import Study
+from consistency.theory.generalized_ode import GeneralizedODE
 from consistency.training.data import to_bytes
 
 COLUMNS = ["study", "kind", "run", "seed", "ema", "step", "sampler", "nfe"]
@@ -46,14 +49,15 @@ def make_calibration(study: Study, layout: Layout, device: torch.device) -> None
     Raises UserError, and leaves no calibration.csv, when the teacher's FID is not the published one.
     """
     started = time.time()
-    images = _read_samples(study, layout, None, None, "heun")
+    read_card(layout.samples(None, None), study, "samples")
+    images = read_array(layout.samples(None, None) / "heun.npy", "samples")
     scorer = _Scorer(study, layout, device, f"calibration {study.name}", len(images))
     scorer.warn_of_singular(study.sampling.count)
     rows = [scorer.halves()]
     ends = np.zeros((0, study.dataset.channels, *[study.dataset.resolution] * 2), np.float32)
     if study.taught:
         teacher = prepared(study, read_teacher(study, layout, device))
-        nfe = 2 * study.sampling.teacher_steps - 1
+        nfe = 2 * study.calibration.steps - 1
         row = scorer.row("calibration", "teacher", None, None, 0, "heun", nfe)
         rows.append(row | scorer.against_data([images], len(images)))
         _require_published(study, layout, rows[-1])
@@ -73,18 +77,19 @@ def make_scores(study: Study, layout: Layout, run: str, seed: int, device: torch
     curve from the snapshots."""
     started = time.time()
     read_card(layout.student(run, seed), study, "student", run, seed)
-    settings, scores = study.resolved(run), study.scores
+    read_card(layout.samples(run, seed), study, "samples", run, seed)
+    settings, scores = study.students[run], study.scores
     samplers, rates = student_samplers(study, run), (None, *settings.evaluation_ema)
     steps = range(0, settings.steps + 1, settings.snapshot_every)
     curve_images = len(rates) * len(steps) * len(scores.curve_nfe) * scores.curve_count
     total = len(samplers) * study.sampling.count + curve_images
     scorer = _Scorer(study, layout, device, f"scores {run} seed {seed}", total)
     of_teacher = layout.scores(None, None).with_name("endpoints.npy")
-    endpoints = read_array(of_teacher, "calibration")
+    endpoints, ode = read_array(of_teacher, "calibration"), read_ode(study, layout, run, device)
     rows, inputs = [], [of_teacher]
     for rate in rates:
         student = prepared(study, read_student(study, layout, run, seed, device, rate))
-        scored = _Student(scorer, run, seed, rate, endpoints)
+        scored = _Student(scorer, run, seed, rate, endpoints, ode)
         own = [sampler for sampler in samplers if sampler.rate == rate]
         rows += [scored.final_row(student, sampler) for sampler in own]
         inputs += [layout.student_file(run, seed, rate)]
@@ -180,25 +185,26 @@ class _Scorer:
             )
 
 
+@dataclass
 class _Student:
     """A student's rows at one EMA rate (None: the main one)."""
 
-    def __init__(
-        self,
-        scorer: _Scorer,
-        run: str,
-        seed: int,
-        rate: float | None,
-        endpoints: Array,
-    ) -> None:
-        self.scorer, self.study, self.run, self.seed = scorer, scorer.study, run, seed
-        self.rate, self.endpoints = rate, endpoints
-        self.settings = self.study.resolved(run)
+    scorer: _Scorer
+    run: str
+    seed: int
+    rate: float | None
+    endpoints: Array
+    ode: GeneralizedODE | None
+
+    def __post_init__(self) -> None:
+        self.study = self.scorer.study
+        self.settings = self.study.students[self.run]
         self.multistep = self.settings.to_the_end
 
     def final_row(self, model: Denoiser, sampler: StudentSampler) -> Row:
         """One sampler's samples at the end of training."""
-        images = _read_samples(self.study, self.scorer.layout, self.run, self.seed, sampler.name)
+        path = self.scorer.layout.samples(self.run, self.seed) / f"{sampler.name}.npy"
+        images = read_array(path, f"samples --run {self.run} --seed {self.seed}")
         row = self._row("final", self.settings.steps, sampler.nfe, sampler.gamma)
         row |= self.scorer.against_data([images], len(images))
         if sampler.gamma is None and self._aligned(sampler.nfe):
@@ -230,7 +236,7 @@ class _Student:
         return len(self.endpoints) > 0 and (nfe == 1 or not self.multistep)
 
     def _drawn(self, model: Denoiser, nfe: int, count: int) -> Iterator[tuple[slice, torch.Tensor]]:
-        preconditioning = read_preconditioning(self.study, self.scorer.layout, self.run, model)
+        preconditioning = preconditioning_of(self.settings, model, self.ode)
         jumps = jump_sampler(self.study, self.run, model, preconditioning, nfe)
         return draw(self.study, model, jumps, count)
 
@@ -255,7 +261,7 @@ class _AlignmentError:
 
 def _require_published(study: Study, layout: Layout, row: Row) -> None:
     """Note in the row what the study says was published. Raises UserError if the teacher's FID is not that."""
-    published, tolerance = study.scores.teacher_fid, study.scores.teacher_fid_tolerance
+    published, tolerance = study.calibration.published_fid, study.calibration.tolerance
     if published is None:
         return
     row |= {"published": published, "tolerance": tolerance}
@@ -267,7 +273,7 @@ def _require_published(study: Study, layout: Layout, row: Row) -> None:
     layout.card("scores").unlink(missing_ok=True)
     raise UserError(
         f"the teacher's FID is {row['fd']:.4g}, not the published {published:g} within {tolerance:g} "
-        f"(scores.teacher_fid, teacher_fid_tolerance), from {row['images']:,} images in clean-fid's mode "
+        f"(calibration.published_fid, calibration.tolerance), from {row['images']:,} images in clean-fid's mode "
         f"{study.scores.mode}. Usual causes: data prepared in another way, another scores.mode, sampling.count below "
         f"50,000, another sampler. The samples are kept and {measured} says what was measured: mend the cause or "
         "raise the tolerance, and run the same command again"
@@ -279,13 +285,6 @@ def _endpoints(study: Study, teacher: Denoiser) -> Array:
     sampler = heun_sampler(study, teacher, study.scores.alignment_nodes)
     batches = draw(study, teacher, sampler, study.scores.alignment_count)
     return torch.cat([batch.cpu() for _, batch in batches]).numpy()
-
-
-def _read_samples(study: Study, layout: Layout, run: str | None, seed: int | None, name: str) -> Array:
-    folder = layout.samples(run, seed)
-    read_card(folder, study, "samples", run, seed)
-    verb = "samples" if run is None else f"samples --run {run} --seed {seed}"
-    return read_array(folder / f"{name}.npy", verb)
 
 
 def _write(path: Path, rows: list[Row], columns: list[str]) -> None:

@@ -96,7 +96,7 @@ def _publish(
 
 def _inputs(study: Study, layout: Layout, run: str, seed: int) -> list[Path]:
     """What a student is made from."""
-    settings = study.resolved(run)
+    settings = study.students[run]
     inputs = [layout.teacher / "teacher.safetensors", layout.dataset / "images.npy"]
     inputs += [layout.dataset / "labels.npy"] if study.teacher.conditional else []
     if settings.needs_coefficients:
@@ -108,7 +108,7 @@ def _inputs(study: Study, layout: Layout, run: str, seed: int) -> list[Path]:
 
 def _downloads(study: Study, run: str) -> list[str]:
     """The resources that a student's training opens."""
-    if study.resolved(run).distance != "lpips":
+    if study.students[run].distance != "lpips":
         return []
     from consistency.nets.perceptual import VGG16
 
@@ -116,7 +116,7 @@ def _downloads(study: Study, run: str) -> list[str]:
 
 
 def _training(study: Study, layout: Layout, run: str, seed: int, data: ImageData, machine: Machine) -> Training:
-    settings, device = study.resolved(run), machine.device
+    settings, device = study.students[run], machine.device
     teacher = place(study, read_teacher(study, layout, device), device)
     require_classes(study, data, teacher)
     student = place(study, _begun(study, settings, teacher, seed, data), device).train().requires_grad_(True)
@@ -212,7 +212,7 @@ def _objective(
     stopwatch: Stopwatch,
 ) -> Objective:
     """The loss of a student; models: student, its average or the frozen predictor in its place, teacher."""
-    settings = study.resolved(run)
+    settings = study.students[run]
     if settings.objective == "consistency":
         return consistency_objective(study, layout, run, models[:2], machine)
     preconditioning = read_preconditioning(study, layout, run, models[0])
@@ -229,7 +229,7 @@ def consistency_objective(
     study: Study, layout: Layout, run: str, models: tuple[Denoiser, Denoiser], machine: Machine
 ) -> ConsistencyTraining:
     """The loss of a student of consistency training; models: student, its average or the frozen predictor."""
-    settings = study.resolved(run)
+    settings = study.students[run]
     training = TransportTraining if settings.coupling == "ot" else ConsistencyTraining
     return training(
         student=models[0],

@@ -105,7 +105,7 @@ def plan_live(study: Study, layout: Layout, run: str | None, seed: int | None, m
         params = _teacher_params(study)
         return [Upload("teacher", "teacher", params=params, tags=_origin(made), note=_teacher_note(study), **common)]
     differing = _differing(study)
-    own = _flat(study.resolved(run).model_dump(mode="json"))
+    own = _flat(study.students[run].model_dump(mode="json"))
     tags = _those(own, differing)
     note = f"Student `{run}`: the mean over its seeds comes with `track`."
     common["color"] = _color(study, run)
@@ -170,7 +170,7 @@ def _seed(study: Study, layout: Layout, run: str, seed: int, differing: list[str
     started, ended = _training_time(card)
     seconds = {line["step"]: line["seconds"] for line in history} | {0: 0.0}
     points = history_points(history, started) + _cost(card, ended)
-    main = study.resolved(run).ema_rate
+    main = study.students[run].ema_rate
     for row in _rows(table, f"scores {verb}"):
         if row["kind"] == "curve":
             step = int(row["step"])
@@ -238,7 +238,7 @@ def _report(study: Study, layout: Layout) -> Upload:
     card = read_card(layout.report, study, "report")
     settings, ended, fitted = study.settings("report"), _milliseconds(card), study.needs_coefficients
     params: dict[str, str] = {}
-    for part in ("dataset", "noise", "coefficients", "sampling", "scores", "report"):
+    for part in ("dataset", "noise", "coefficients", "sampling", "calibration", "scores", "report"):
         params |= _flat(settings[part], f"{part}.")
     return Upload(
         name="report",
@@ -290,7 +290,7 @@ def _color(study: Study, run: str) -> str:
 
 def _differing(study: Study) -> list[str]:
     """The keys in which the study's students differ."""
-    own = [_flat(study.resolved(run).model_dump(mode="json")) for run in study.students]
+    own = [_flat(student.model_dump(mode="json")) for student in study.students.values()]
     keys = dict.fromkeys(key for flat in own for key in flat)
     return [key for key in keys if any(flat.get(key) != own[0].get(key) for flat in own)]
 
@@ -302,7 +302,7 @@ def _those(own: dict[str, str], differing: list[str]) -> dict[str, str]:
 
 def _own_params(study: Study, run: str, differing: list[str]) -> dict[str, str]:
     """The student's keys, those that differ first: a run's page shows them in this order."""
-    own = _flat(study.resolved(run).model_dump(mode="json"))
+    own = _flat(study.students[run].model_dump(mode="json"))
     return _those(own, differing) | own
 
 
@@ -314,7 +314,7 @@ def _student_params(study: Study, run: str, differing: list[str]) -> dict[str, s
 
 
 def _student_tags(study: Study, run: str, differing: list[str], seed: int | None = None) -> dict[str, str]:
-    own = _flat(study.resolved(run).model_dump(mode="json"))
+    own = _flat(study.students[run].model_dump(mode="json"))
     return _those(own, differing) | {"consistency.key": study.key("scores", run, seed)}
 
 

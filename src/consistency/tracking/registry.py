@@ -55,7 +55,7 @@ def reference(study: Study, layout: Layout, run: str, seed: int) -> dict[str, An
     """What the model's configuration says: the study, the student, and its files by path (below the folder of results)
     and sha256; their content is not in it."""
     paths = {layout.student_file(run, seed): read_card(layout.student(run, seed), study, "student", run, seed)}
-    if study.resolved(run).needs_coefficients:
+    if study.students[run].needs_coefficients:
         paths[layout.coefficients / "coefficients.npz"] = read_card(layout.coefficients, study, "coefficients")
     files = [
         {"path": path.relative_to(layout.results).as_posix(), "sha256": card["outputs"][path.name]}
