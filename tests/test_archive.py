@@ -14,6 +14,7 @@ from tests.fake_results import make_study
 from consistency.__main__ import main
 from consistency.archive import make_archive
 from consistency.errors import UserError
+from consistency.files import sha256
 from consistency.layout import Layout
 from consistency.verification import verify
 
@@ -33,7 +34,8 @@ def home(finished_small: Path, tmp_path: Path) -> Path:
 
 def pack(home: Path, **options: Any) -> Path:
     study = make_study(home)
-    return make_archive(study, Layout("small", home / "results"), home / "small.yaml", home / "archives", **options)
+    make_archive(study, Layout("small", home / "results"), home / "small.yaml", home / "archives", **options)
+    return home / f"archives/small-{study.key('report')[:8]}.zip"
 
 
 @pytest.fixture
@@ -120,9 +122,8 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(home: Path, monkeypatch: pyt
     assert list((home / "archives").iterdir()) == []
 
 
-def test_the_verb_packs(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_verb_packs_and_tells_the_digest(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["--study", str(home / "small.yaml"), "--results", str(home / "results")]
     assert main(["archive", *words, "--archives", str(home / "archives")]) == 0
     (path,) = (home / "archives").iterdir()
-    assert path.name == f"small-{make_study(home).key('report')[:8]}.zip"
-    assert f"{path}: " in capsys.readouterr().out
+    assert f"MiB, sha256 {sha256(path)}" in capsys.readouterr().out

@@ -13,8 +13,8 @@ from consistency.verification import SUMS, require_consistent, result_files, sta
 _FROM_ROOT = ("requirements.lock", "LICENSE", "NOTICE")
 
 
-def make_archive(study: Study, layout: Layout, study_file: Path, folder: Path, snapshots: bool = False) -> Path:
-    """Write folder/NAME-KEY.zip and return its path. Arrays of images and features stay out, and so do the students'
+def make_archive(study: Study, layout: Layout, study_file: Path, folder: Path, snapshots: bool = False) -> None:
+    """Write folder/NAME-KEY.zip and print its sha256. Arrays of images and features stay out, and so do the students'
     snapshots unless they are wanted.
 
     Raises UserError when `verify` finds anything wrong, when this is not the project's root, and when the archive
@@ -34,4 +34,3 @@ def make_archive(study: Study, layout: Layout, study_file: Path, folder: Path, s
             archive.write(source, name)
         archive.writestr(SUMS, "".join(f"{sha256(source)}  {name}\n" for name, source in members.items()))
     print(f"{path}: {len(members) + 1} files, {path.stat().st_size / 2**20:.1f} MiB, sha256 {sha256(path)}")
-    return path
