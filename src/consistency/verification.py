@@ -85,7 +85,7 @@ def require_consistent(root: Path, study: Study) -> None:
 
 
 def result_files(root: Path) -> list[str]:
-    """Results and cards in a study's folder, by their paths in it."""
+    """List the results and cards in a study's folder by their paths in it; hidden files are neither."""
     paths = [path.relative_to(root) for path in sorted(root.rglob("*")) if path.is_file()]
     return [path.as_posix() for path in paths if path.parts[0] not in _RECEIPTS and not path.name.startswith(".")]
 
@@ -96,7 +96,7 @@ def stays_out(name: str, snapshots: bool = False) -> bool:
 
 
 def _artifacts(root: Path, study: Study) -> list[tuple[str, str | None, int | None]]:
-    """Stage, run and seed of each card; DVC makes coefficients and flows for a study that needs none, too."""
+    """List stage, run and seed of every artifact. DVC makes coefficients and flows for studies that need none, too."""
     students = [(run, seed) for run in study.students for seed in study.seeds]
     unneeded = {"coefficients": not study.needs_coefficients, "flows": not study.flows}
     found: list[tuple[str, str | None, int | None]] = []
@@ -115,7 +115,7 @@ def _label(stage: str, run: str | None, seed: int | None) -> str:
 
 
 def _hash(root: Path) -> dict[str, str]:
-    """The sha256 of each result and card, or the reason why it cannot be read."""
+    """Take the sha256 of each result and card; in its place stands the reason why one cannot be read."""
 
     def digest(name: str) -> str:
         try:
@@ -129,7 +129,7 @@ def _hash(root: Path) -> dict[str, str]:
 
 
 def _read(root: Path, place: Path) -> _Card | str:
-    """A card, its outputs named from the study's folder on like its inputs; the fault of one that cannot be read."""
+    """Read a card and name its outputs from the study's folder on, like its inputs. Returns the fault of a bad one."""
     try:
         card = _Card.model_validate_json((root / place).read_bytes())
     except OSError as error:
@@ -141,7 +141,7 @@ def _read(root: Path, place: Path) -> _Card | str:
 
 
 def _left_out(root: Path, absent: set[str]) -> set[str]:
-    """The absent files that the archive these results were unzipped from never held, as its SHA256SUMS says."""
+    """Find the absent files that the archive of these results never held, as its SHA256SUMS says."""
     folder = root.resolve()
     sums, prefix = folder.parent.parent / SUMS, f"results/{folder.name}/"
     held = {line[66:] for line in sums.read_text().splitlines()} if sums.is_file() else set()
@@ -150,7 +150,7 @@ def _left_out(root: Path, absent: set[str]) -> set[str]:
 
 
 def _settings(card: _Card, study: Study, stage: str, run: str | None, seed: int | None) -> Iterator[str]:
-    """Differences between a card and the study file."""
+    """Compare a card with the study file."""
     settings = study.settings(stage, run)
     if card.study != study.name:
         yield f"stale: made for study {card.study!r}; run its stage again"
@@ -159,7 +159,7 @@ def _settings(card: _Card, study: Study, stage: str, run: str | None, seed: int 
 
 
 def _outputs(card: _Card, files: dict[str, str], left_out: set[str]) -> Iterator[str]:
-    """Files that are missing, or not as the stage wrote them."""
+    """Compare the files of a card with its digests."""
     for name, digest in card.outputs.items():
         if name in files and files[name] != digest:
             yield f"tampered with: {name} is {files[name]:.32}, its card says {digest:.32}"
@@ -168,7 +168,7 @@ def _outputs(card: _Card, files: dict[str, str], left_out: set[str]) -> Iterator
 
 
 def _inputs(card: _Card, made: dict[str, str]) -> Iterator[str]:
-    """Inputs that are not what a card here says was made. The digest of a download was checked when it was read."""
+    """Compare inputs with the outputs of all cards. The digest of a download was checked when it was read."""
     for name, digest in card.inputs.items():
         if not name.startswith("resources/") and made.get(name) != digest:
             yield f"stale: no card names the {name} that it was made from; run its stage again"
