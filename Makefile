@@ -96,7 +96,7 @@ pull: install ## what this commit made, from DVC's remote; nothing is computed (
 	snakemake --touch --forceall --cores 1 --quiet all --config studies=$(STUDY) -- results/$(STUDY)/report/report.html
 	exec snakemake --cores 1 --quiet all --config studies=$(STUDY)
 
-archive: install ## a finished study as one checksummed file, archives/NAME-KEY.zip (STUDY=digits)
+archive: install ## a finished study as one zip with SHA256SUMS, archives/NAME-KEY.zip (STUDY=digits)
 	@exec python -m consistency archive --study config/studies/$(STUDY).yaml
 
 test: install ## the tests (PYTEST_ARGS="-k coefficients" for some of them, PYTEST_WORKERS=4 for more at once)

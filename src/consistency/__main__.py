@@ -133,7 +133,7 @@ VERBS = {
     "track": Verb("upload the results to MLflow (idempotent)", "tracking.upload:track_study", PLACE, HERE),
     "summary": Verb("print the score table and where the report is", "stages.report:print_summary", PLACE, HERE),
     "archive": Verb(
-        "pack a finished study into one checksummed file",
+        "pack a finished study into one zip with SHA256SUMS",
         "archive:make_archive",
         (*PLACE, "study_file", "archives", "snapshots"),
         (
@@ -143,19 +143,13 @@ VERBS = {
         ),
     ),
     "verify": Verb(
-        "say of each artifact whether it is consistent with its card and its parents, stale or tampered with",
-        "archive:print_verified",
+        "check a study's results against their cards, their parents and the study file, file by file",
+        "verification:print_verified",
         ("path", "against"),
         (
-            Option("path", type=Path, metavar="PATH", help="results/NAME, or an archive"),
-            Option("--study", dest="against", metavar="FILE", help="compare with the settings of this study too"),
+            Option("path", type=Path, metavar="FOLDER", help="results/NAME, of a checkout or an unzipped archive"),
+            Option("--study", dest="against", type=Path, metavar="FILE", help="default: config/studies/NAME.yaml"),
         ),
-    ),
-    "unpack": Verb(
-        "check an archive and put its results where the workflow expects them",
-        "archive:print_unpacked",
-        ("archive", "results"),
-        (Option("archive", type=Path, metavar="FILE", help="what `archive` made"), RESULTS),
     ),
     "plan": Verb("write what DVC compares before it runs a stage", "plan:write_plan", PLACE, HERE),
     "inputs": Verb(

@@ -1,7 +1,5 @@
 """Cards: what made an artifact, from what, where, and how long it took."""
 
-import hashlib
-import json
 import os
 import platform
 import shlex
@@ -53,7 +51,6 @@ def write_card(
     Inputs are named from the study's folder on, outputs from the card's."""
     known = known or {}
     card = layout.card(stage, run, seed)
-    resolved = study.model_dump(mode="json")
     write_json(
         card,
         {
@@ -65,8 +62,7 @@ def write_card(
             "seeds": seeds_of(study, stage, run, seed),
             "key": study.key(stage, run, seed),
             "settings": study.settings(stage, run),
-            "resolved": resolved,
-            "resolved_sha256": content_sha256(resolved),
+            "resolved": study.model_dump(mode="json"),
             "command": shlex.join(["python", "-m", "consistency", *sys.argv[1:]]),
             "created": datetime.now(UTC).isoformat(timespec="seconds"),
             "seconds": round(time.time() - started, 3),
@@ -84,11 +80,6 @@ def write_card(
             "hardware": hardware(),
         },
     )
-
-
-def content_sha256(content: Any) -> str:
-    """A digest of plain data, whatever the order of its keys."""
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def seeds_of(study: Study, stage: str, run: str | None, seed: int | None) -> dict[str, Any]:
@@ -127,11 +118,11 @@ def read_card(
     return card
 
 
-def first_difference(old: Any, new: Any, path: str = "", shared: bool = False) -> str:
-    """' (key: there old, here new)' for the first key in which two settings differ; shared: of those both have."""
+def first_difference(old: Any, new: Any, path: str = "") -> str:
+    """' (key: there old, here new)' for the first key in which two settings differ."""
     if isinstance(old, dict) and isinstance(new, dict):
-        for key in sorted(old.keys() & new.keys() if shared else old.keys() | new.keys()):
-            found = first_difference(old.get(key), new.get(key), f"{path}.{key}" if path else key, shared)
+        for key in sorted(old.keys() | new.keys()):
+            found = first_difference(old.get(key), new.get(key), f"{path}.{key}" if path else key)
             if found:
                 return found
         return ""

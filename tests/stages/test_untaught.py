@@ -12,7 +12,6 @@ import pandas as pd
 import pytest
 import torch
 
-from consistency.archive import verify
 from consistency.errors import UserError
 from consistency.layout import Layout
 from consistency.provenance import read_card
@@ -36,6 +35,7 @@ from consistency.training.checkpoint import load_denoiser
 from consistency.training.data import load_images
 from consistency.training.own_fit import covariance_fit
 from consistency.training.toy import train_toy
+from consistency.verification import verify
 
 Tiny = Callable[..., Study]
 CPU = torch.device("cpu")
@@ -111,7 +111,7 @@ def test_the_arms_are_scored_the_same_before_training_alone(study: Study, layout
 
 
 def test_what_was_made_agrees_with_its_cards(study: Study, layout: Layout) -> None:
-    assert {finding.artifact: finding.state for finding in verify(layout.root, study) if finding.faults} == {}
+    assert [finding for finding in verify(layout.root, study) if finding.faults] == []
 
 
 def test_students_carry_the_coefficients_they_were_trained_with(study: Study, layout: Layout) -> None:
@@ -304,9 +304,7 @@ def test_coefficients_that_no_student_reads_are_arrays_without_rows(
             ("times", "l", "l_se", "s", "s_se", "determined"), 0
         )
     assert read_card(layout.coefficients, study, "coefficients")["inputs"] == {}
-    assert [finding.state for finding in verify(layout.root, study) if finding.artifact == "coefficients"] == [
-        "consistent"
-    ]
+    assert [finding.faults for finding in verify(layout.root, study) if finding.artifact == "coefficients"] == [[]]
     # A student that reads them finds that they are not its own.
     with pytest.raises(UserError, match="with other settings"):
         read_card(layout.coefficients, tiny(), "coefficients")
