@@ -189,7 +189,7 @@ def test_no_piece_is_taken_for_the_file_and_what_passes_is_tried_again(
 def test_a_web_page_is_not_taken_for_the_file(server: Server, content: bytes) -> None:
     server.content = content
     register(weights_pt={"url": server.url})
-    assert "gave a file that is empty or a web page (does the network ask for a login?): it was removed" in refused(server)
+    assert "is empty or a web page (does the network ask for a login?): it was removed" in refused(server)
     assert len(server.requests) == 1
 
 
