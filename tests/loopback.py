@@ -4,6 +4,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from email.message import Message
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
@@ -18,57 +19,32 @@ class Server:
 
     content: bytes = CONTENT
     url: str = ""
-    etag: str | None = '"1"'
-    modified: str | None = None
-    kind: str = "application/octet-stream"
-    cut: int | None = None  # close the connection after so many bytes
+    cuts: list[int | None] = field(default_factory=list)  # of the next answers: bytes before the connection closes
     claimed: int | None = None  # a wrong Content-Length
-    ranges: bool = True  # whether it knows Range
-    conditions: bool = True  # whether it knows If-Range
-    piece: int | None = None  # the most bytes it sends of a range
     chunked: bool = False
     statuses: list[int] = field(default_factory=list)  # of the next answers; then 200
     before: Callable[[], None] = lambda: None  # called before each answer
-    requests: list[tuple[str | None, str | None]] = field(default_factory=list)  # Range and If-Range
-
-    @property
-    def asked(self) -> list[str | None]:
-        """The Range of every request."""
-        return [span for span, _ in self.requests]
+    requests: list[Message] = field(default_factory=list)  # their headers
 
     def answer(self, handler: BaseHTTPRequestHandler) -> None:
-        wanted, condition = handler.headers.get("Range"), handler.headers.get("If-Range")
-        self.requests.append((wanted, condition))
+        self.requests.append(handler.headers)
         self.before()
         handler.close_connection = True
         status = self.statuses.pop(0) if self.statuses else 200
         if status != 200:
             handler.send_error(status)
             return
-        changed = self.conditions and condition is not None and condition not in (self.etag, self.modified)
-        resumed = wanted is not None and self.ranges and not changed
-        start = int((wanted or "").removeprefix("bytes=").rstrip("-")) if resumed else 0
-        if start >= len(self.content):
-            handler.send_response(416)
-            handler.send_header("Content-Range", f"bytes */{len(self.content)}")
-            handler.send_header("Content-Length", "0")
-            handler.end_headers()
-            return
-        body = self.content[start:][: self.piece if resumed else None]
-        handler.send_response(206 if resumed else 200)
-        if resumed:
-            handler.send_header("Content-Range", f"bytes {start}-{start + len(body) - 1}/{len(self.content)}")
-        for name, value in {"ETag": self.etag, "Last-Modified": self.modified, "Content-Type": self.kind}.items():
-            if value is not None:
-                handler.send_header(name, value)
+        cut = self.cuts.pop(0) if self.cuts else None
+        handler.send_response(200)
         if self.chunked:
             handler.send_header("Transfer-Encoding", "chunked")
             handler.end_headers()
-            handler.wfile.write(b"%x\r\n" % len(body) + body[: self.cut])
+            end = b"\r\n0\r\n\r\n" if cut is None else b""
+            handler.wfile.write(b"%x\r\n" % len(self.content) + self.content[:cut] + end)
             return
-        handler.send_header("Content-Length", str(len(body) if self.claimed is None else self.claimed))
+        handler.send_header("Content-Length", str(len(self.content) if self.claimed is None else self.claimed))
         handler.end_headers()
-        handler.wfile.write(body[: self.cut])
+        handler.wfile.write(self.content[:cut])
 
 
 @contextmanager

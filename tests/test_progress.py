@@ -15,7 +15,7 @@ from consistency.supervision import SUPERVISOR
 @pytest.fixture(autouse=True)
 def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """A line at every step."""
-    monkeypatch.setattr(progress, "LINE_EVERY", 0.0)
+    monkeypatch.setattr(progress, "LINE_EVERY", 1e-9)
     monkeypatch.delenv(SUPERVISOR, raising=False)
 
 

@@ -1,8 +1,11 @@
-"""What is downloaded: the registry, first digests and their enforcement, and the verb and the rule that fetch."""
+"""What is downloaded: the registry, downloads, digests and their enforcement, the verb and the rule that fetch."""
 
 import hashlib
 import os
 import re
+import resource
+import socket
+import struct
 import subprocess
 import sys
 import threading
@@ -16,6 +19,7 @@ from tests.loopback import CONTENT, Server, serving
 from tests.workflow.checkout import fresh
 
 from consistency import __main__ as cli
+from consistency import resources as module
 from consistency.errors import UserError
 from consistency.resources import fetch, find, open_resource, recorded, registry, resource_path
 
@@ -38,6 +42,8 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
+    """A server, and no pause before a second attempt."""
+    monkeypatch.setattr(module, "_PAUSES", (0.0, 0.0))
     with serving(monkeypatch) as told:
         yield told
 
@@ -90,7 +96,6 @@ def test_the_projects_registry_is_valid_and_has_what_the_studies_use(monkeypatch
         ({"url": "file:///etc/passwd"}, "key 'weights.pt.url': string should match pattern"),
         ({"licence": ""}, "key 'weights.pt.licence': string should have at least 1 character"),
         ({"sha265": None}, "unknown key 'weights.pt.sha265'; did you mean 'sha256'?"),
-        ({"sha256": DIGEST, "sha256_prefix": "00000000"}, "weights.pt: sha256 does not begin with sha256_prefix"),
     ],
 )
 def test_a_mistake_in_the_registry_is_named(change: dict[str, Any], message: str) -> None:
@@ -103,11 +108,11 @@ def test_a_mistake_in_the_registry_is_named(change: dict[str, Any], message: str
     [
         ("a: [", "config/resources.yaml is not valid YAML: "),
         ("a.pt: {}\na.pt: {}", "config/resources.yaml is not valid YAML: found duplicate key"),
-        ("- a", "config/resources.yaml must hold a file name and its keys"),
-        ("a.pt: x", "config/resources.yaml: 'a.pt' must have keys and values"),
+        ("- a", "config/resources.yaml: key '': input should be a valid dictionary"),
+        ("a.pt: x", "config/resources.yaml: key 'a.pt': input should be a valid dictionary"),
         ("a.pt: {url: 'http://a'}", "config/resources.yaml: key 'a.pt.about' is missing"),
-        ("../a.pt: {}", "config/resources.yaml: '../a.pt' is not a file name"),
-        (".hidden: {}", "config/resources.yaml: '.hidden' is not a file name"),
+        ("../a.pt: {}", "config/resources.yaml: key '../a.pt': string should match pattern"),
+        (".hidden: {}", "config/resources.yaml: key '.hidden': string should match pattern"),
     ],
 )
 def test_a_registry_of_another_form_is_refused(text: str, message: str) -> None:
@@ -128,12 +133,27 @@ def test_an_unknown_name_gets_the_nearest() -> None:
 # --- fetching
 
 
-def test_a_file_of_a_published_digest_arrives_and_is_not_asked_for_again(server: Server) -> None:
+def refused(server: Server) -> str:
+    """The download ends in an error of one line, and leaves neither a file nor a digest."""
+    message = mistake(lambda: fetch(NAME))
+    assert {path.name for path in PATH.parent.iterdir()} == {f".{NAME}.lock"}
+    assert not LOCK.exists()
+    return message
+
+
+def test_a_file_of_a_published_digest_arrives_and_is_not_asked_for_again(
+    server: Server, capsys: pytest.CaptureFixture[str]
+) -> None:
     register(weights_pt={"url": server.url, "sha256": DIGEST, "size": len(CONTENT)})
+    by_hand(b"of a killed process", f".{NAME}.1.tmp")
     assert fetch(NAME) == fetch(NAME) == open_resource(NAME) == PATH
     assert PATH.read_bytes() == CONTENT
-    assert server.asked == [None]
+    assert [headers["Accept-Encoding"] for headers in server.requests] == ["identity"]
+    assert {path.name for path in PATH.parent.iterdir()} == {NAME, f".{NAME}.lock"}
     assert not LOCK.exists()
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line.startswith(f"download {NAME}: 100%")
+    assert "256k/256k" in line
 
 
 def test_a_damaged_file_is_fetched_again(server: Server) -> None:
@@ -141,6 +161,113 @@ def test_a_damaged_file_is_fetched_again(server: Server) -> None:
     by_hand(OTHER)
     fetch(NAME)
     assert PATH.read_bytes() == CONTENT
+
+
+def test_a_proxy_of_the_environment_is_used(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The loopback plays the proxy of a host that has no address."""
+    monkeypatch.setenv("http_proxy", server.url.removesuffix(f"/{NAME}"))
+    monkeypatch.delenv("no_proxy", raising=False)
+    monkeypatch.delenv("NO_PROXY", raising=False)
+    register(weights_pt={"url": f"http://nowhere.invalid/{NAME}", "sha256": DIGEST})
+    assert fetch(NAME).read_bytes() == CONTENT
+
+
+@pytest.mark.parametrize("chunked", [False, True])
+def test_no_piece_is_taken_for_the_file_and_what_passes_is_tried_again(
+    server: Server, chunked: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    server.chunked, server.cuts = chunked, [100_000, 1000, 100_000]
+    register(weights_pt={"url": server.url})
+    assert f"cannot download {server.url} (" in refused(server)
+    assert len(server.requests) == 3
+    server.statuses, server.cuts = [503], [100_000]
+    assert fetch(NAME).read_bytes() == CONTENT
+    assert "HTTP 503 Service Unavailable; trying again in 0 s" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("content", [b"\n<!DOCTYPE html><html>please log in</html>", b""])
+def test_a_web_page_is_not_taken_for_the_file(server: Server, content: bytes) -> None:
+    server.content = content
+    register(weights_pt={"url": server.url})
+    assert "is empty or a web page (does the network ask for a login?): it was removed" in refused(server)
+    assert len(server.requests) == 1
+
+
+@pytest.mark.parametrize(("status", "attempts"), [(404, 1), (503, 3), (429, 3)])
+def test_an_error_of_the_server_is_told(server: Server, status: int, attempts: int) -> None:
+    """At once, or after a few attempts when it may pass."""
+    server.statuses = [status] * 10
+    register(weights_pt={"url": server.url, "sha256": DIGEST})
+    message = refused(server)
+    assert message.startswith(f"cannot download {server.url} (HTTP {status} ")
+    assert message.endswith(f"Run the same command again, or put the file (sha256 {DIGEST}) at {PATH} by hand")
+    assert len(server.requests) == attempts
+
+
+def test_a_connection_that_is_reset_is_tried_again(server: Server) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as hostile:
+        hostile.settimeout(10)
+        register(weights_pt={"url": f"http://127.0.0.1:{hostile.getsockname()[1]}/{NAME}"})
+
+        def reset() -> None:
+            for _ in range(3):
+                connection, _address = hostile.accept()
+                connection.recv(1000)
+                # To linger for no time means to reset.
+                connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+                connection.close()
+
+        thread = threading.Thread(target=reset)
+        thread.start()
+        assert "Connection reset by peer" in refused(server)
+        thread.join()
+
+
+def test_silence_is_an_error(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    over = threading.Event()
+    monkeypatch.setattr(module, "_TIMEOUT", 0.05)
+    server.before = lambda: bool(over.wait(10)) and None
+    register(weights_pt={"url": server.url})
+    try:
+        assert "timed out" in refused(server)
+    finally:
+        over.set()
+    assert len(server.requests) == 3
+
+
+def test_without_a_network_it_is_said_at_once(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module.time, "sleep", lambda seconds: pytest.fail("it waited"))
+    register(weights_pt={})
+    message = refused(server)
+    assert message.startswith(f"cannot download {ENTRY['url']} (")
+    assert "Connection refused" in message
+
+
+def test_a_password_in_an_address_is_not_told(server: Server, capsys: pytest.CaptureFixture[str]) -> None:
+    url = server.url.replace("http://", "http://me:secret@")
+    register(weights_pt={"url": url, "sha256": "0" * 64}, nowhere_pt={"url": "http://me:secret@127.0.0.1:9/x"})
+    server.statuses = [503, 404]
+    messages = [mistake(lambda: fetch(NAME)), mistake(lambda: fetch(NAME)), mistake(lambda: open_resource(NAME))]
+    messages += [mistake(lambda: fetch("nowhere.pt")), *capsys.readouterr()]
+    assert f"cannot download {server.url} (HTTP 404 Not Found)" in messages[0]
+    assert not [message for message in messages if "secret" in message or "me:" in message]
+    assert "Authorization" in server.requests[0]
+
+
+def test_a_full_disk_is_not_the_networks_fault(server: Server) -> None:
+    register(weights_pt={"url": server.url, "sha256": DIGEST})
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (150_000, before[1]))
+    try:
+        message = refused(server)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert message.startswith(f"cannot write {PATH}: File too large. ")
+    assert "make room" in message
+    assert len(server.requests) == 1
+
+
+# --- digests
 
 
 @pytest.mark.parametrize(
@@ -172,7 +299,7 @@ def test_the_first_digest_is_recorded_and_enforced_ever_after(
     assert f"{LOCK}: recorded sha256 {DIGEST} of {NAME}" in capsys.readouterr().out
     assert recorded() == {NAME: DIGEST}
     PATH.unlink()
-    server.content, server.etag = OTHER, '"2"'
+    server.content = OTHER
     register(weights_pt={"url": server.url})
     message = mistake(lambda: fetch(NAME))
     assert f"not {DIGEST}: it was removed" in message
@@ -250,7 +377,7 @@ def test_who_wants_a_file_that_another_fetches_waits_for_it(server: Server, monk
     server.before = lambda: bool(waiting.wait(10)) and None
     at_once(lambda: fetch(NAME), lambda: fetch(NAME))
     assert waiting.is_set()
-    assert server.asked == [None]
+    assert len(server.requests) == 1
     assert PATH.read_bytes() == CONTENT
 
 
@@ -313,6 +440,6 @@ def test_the_rule_fetches_a_file_of_the_registry_and_no_other(server: Server, tm
     assert (checkout.path / PATH).read_bytes() == CONTENT
     assert re.search(rf"recorded sha256 {DIGEST}", (checkout.path / f"logs/resources/{NAME}.log").read_text())
     assert "Nothing to be done" in checkout.done(f"resources/{NAME}")
-    assert server.asked == [None]
+    assert len(server.requests) == 1
     assert checkout.run("resources/other.pt") != 0
     assert "MissingRuleException" in checkout.output

@@ -529,7 +529,7 @@ def test_another_upload_is_waited_for_but_not_for_ever(tmp_path: Path, monkeypat
     monkeypatch.setattr(tracking, "LOCK_PATIENCE", 0.3)
     with (
         tracking.one_at_a_time(tmp_path / "lock"),
-        pytest.raises(UserError, match="another upload"),
+        pytest.raises(UserError, match=r"another process \(pid .*\) uploads to MLflow"),
         tracking.one_at_a_time(tmp_path / "lock"),
     ):
         pass

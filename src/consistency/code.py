@@ -32,7 +32,6 @@ ENTRIES = {
 #: modules and packages that cannot change a number: how a run is started, stopped, watched, stored and recorded
 INERT = {
     "__init__",
-    "download",  # and resources: a file has its digest, however it came
     "energy",
     "errors",
     "files",
@@ -41,7 +40,7 @@ INERT = {
     "locks",
     "progress",
     "provenance",
-    "resources",
+    "resources",  # a file has its digest, however it came
     "study",  # its settings are the stage's key, which is compared beside this
     "supervision",
     "tracking",

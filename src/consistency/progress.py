@@ -2,10 +2,9 @@
 
 import os
 import sys
-import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from tqdm import tqdm
 
@@ -17,54 +16,60 @@ T = TypeVar("T")
 LINE_EVERY = 5.0
 
 
-class Progress:
+class _Lines:
+    """A file that writes each state of a bar as a line of its own, with a note behind it; shown: whether to write."""
+
+    def __init__(self, note: Callable[[], str], shown: bool) -> None:
+        self.note, self.shown = note, shown
+
+    def write(self, text: str) -> None:
+        # The reader of a pipe may be gone while a training still has to save: a line less is no reason to fail.
+        with suppress(BrokenPipeError):
+            if self.shown and text.strip():
+                print(f"{text.strip()} {self.note()}".rstrip(), file=sys.stderr, flush=True)
+
+
+class Progress(tqdm):
     """A counter from `initial` to `total` that shows itself, unless it is one of several that are the same.
 
-    note: a callable whose text is appended to a line.
+    note: a callable whose text is appended to a line; options: tqdm's.
     """
 
+    monitor_interval = 0  # no thread of tqdm's beside a training
+
     def __init__(
-        self, label: str, total: int, initial: int = 0, note: Callable[[], str] = lambda: "", shown: bool = True
+        self,
+        label: str,
+        total: int,
+        initial: int = 0,
+        note: Callable[[], str] = lambda: "",
+        shown: bool = True,
+        **options: Any,
     ) -> None:
-        self.label, self.total, self.count, self.initial, self.note = label, total, initial, initial, note
-        self.started = self.shown = time.monotonic()
-        self.visible = shown
-        own_terminal = shown and sys.stderr.isatty() and SUPERVISOR not in os.environ
-        self.bar = tqdm(desc=label, total=total, initial=initial, unit="step") if own_terminal else None
+        if not (shown and sys.stderr.isatty() and SUPERVISOR not in os.environ):
+            every = {"mininterval": LINE_EVERY, "delay": LINE_EVERY, "miniters": 1}
+            options |= every | {"file": _Lines(note, shown), "ascii": " #", "ncols": 100, "position": 0}
+        super().__init__(desc=label, total=total, initial=initial, **{"unit": "step"} | options)
 
     def advance(self, steps: int = 1) -> None:
         """Count steps, and show where it stands if it is time to."""
-        self.count += steps
-        if self.bar is not None:
-            self.bar.update(steps)
-        elif time.monotonic() - self.shown >= LINE_EVERY:
-            self.show()
-
-    def show(self) -> None:
-        """Write one line: label, bar, count, elapsed, ETA, rate."""
-        if not self.visible:
-            return
-        self.shown = time.monotonic()
-        meter = tqdm.format_meter(
-            self.count,
-            self.total,
-            self.shown - self.started,
-            ncols=100,
-            prefix=self.label,
-            unit="step",
-            initial=self.initial,
-            ascii=" #",
-        )
-        # The reader of a pipe may be gone while a training still has to save: a line less is no reason to fail.
-        with suppress(BrokenPipeError):
-            print(f"{meter} {self.note()}".rstrip(), file=sys.stderr, flush=True)
+        self.update(steps)
 
     def close(self) -> None:
-        """Show the final state."""
-        if self.bar is not None:
-            self.bar.close()
-        else:
-            self.show()
+        """Show the final state, also of what was too short for a line."""
+        if self.n > self.initial:
+            self.delay = 0
+        super().close()
+
+    def reset(self, total: float | None = None) -> None:
+        """Count anew, as pooch does at the end of a download, with the clock going on."""
+        self.n = 0
+
+    def __bool__(self) -> bool:
+        return True
+
+    def __del__(self) -> None:
+        """Leave the last word to the error that ended what was counted."""
 
 
 def track(label: str) -> Callable[[Iterable[T]], Iterator[T]]:

@@ -6,15 +6,18 @@ Digests are checked at every use and not remembered: sha256 reads 1 GB/s, and no
 import difflib
 import hashlib
 import re
+import sys
+import time
+from functools import partial
 from pathlib import Path
-from typing import Annotated, Self
+from typing import Annotated
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, TypeAdapter, ValidationError
 
-from consistency.download import download
 from consistency.errors import UserError
-from consistency.files import sha256, write_bytes
+from consistency.files import atomic, sha256, write_bytes
 from consistency.locks import held
+from consistency.progress import Progress
 from consistency.study import Section, explain, parse_yaml
 
 # Relative to the project's root, where every command runs.
@@ -23,11 +26,17 @@ RECORDED = Path("config/resources.lock")
 FOLDER = Path("resources")
 
 Text = Annotated[str, Field(min_length=1)]
+FileName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
 
 _HEADER = """\
 # The sha256 of what was downloaded and whose own digest nobody publishes (config/resources.yaml): that of the first
 # download, enforced ever after. Commit this file. A line goes away only by hand, when a file is known to have changed.
 """
+_MD5 = partial(hashlib.md5, usedforsecurity=False)
+_CHUNK = 1 << 20
+_TIMEOUT = 30.0  # seconds without a byte
+_PAUSES = (1.0, 4.0, 15.0)  # seconds before each further attempt
+_PASSING = (408, 429, 500, 502, 503, 504)
 
 
 class Resource(Section):
@@ -42,34 +51,16 @@ class Resource(Section):
     md5: Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")] | None = None
     size: Annotated[int, Field(gt=0)] | None = None
 
-    @model_validator(mode="after")
-    def _agrees(self) -> Self:
-        if self.sha256 and self.sha256_prefix and not self.sha256.startswith(self.sha256_prefix):
-            raise ValueError("sha256 does not begin with sha256_prefix")
-        return self
-
 
 def registry() -> dict[str, Resource]:
     """The resources by file name. Raises UserError with the file and the key when the registry is not valid."""
     try:
         content = parse_yaml(REGISTRY.read_text(), REGISTRY)
+        return TypeAdapter(dict[FileName, Resource]).validate_python(content)
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read {REGISTRY}: {error}; commands run in the project's root") from None
-    if not isinstance(content, dict):
-        raise UserError(f"{REGISTRY} must hold a file name and its keys for each resource")
-    return {name: _resource(name, entry) for name, entry in content.items()}
-
-
-def _resource(name: object, entry: object) -> Resource:
-    if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
-        raise UserError(f"{REGISTRY}: {name!r} is not a file name of letters, digits, '.', '_' and '-'")
-    if not isinstance(entry, dict):
-        raise UserError(f"{REGISTRY}: '{name}' must have keys and values, such as `url: https://...`")
-    try:
-        return Resource.model_validate(entry)
     except ValidationError as error:
-        problem = explain(error, Resource, f"{name}.")
-        raise UserError(f"{REGISTRY}: {problem if name in problem else f'{name}: {problem}'}") from None
+        raise UserError(f"{REGISTRY}: {explain(error, Resource)}") from None
 
 
 def find(name: str) -> Resource:
@@ -94,14 +85,20 @@ def fetch(name: str) -> Path:
     file cannot be had or is not the right one.
     """
     resource, path = find(name), resource_path(name)
-    with held(path.with_name(f".{name}.lock"), f"another process is fetching {name}: waiting for it"):
+    with held(path.with_name(f".{name}.lock"), f"is fetching {name}"):
         if path.exists():
-            fault = _admit(name, resource, path)
+            fault = _fault(name, resource, path)
             if fault is None:
                 print(f"{path} is there already", flush=True)
                 return path
             print(f"{path} {fault}: fetching it again", flush=True)
-        download(resource.url, path, lambda part: _admit(name, resource, part), _by_hand(name, resource))
+        for stale in FOLDER.glob(f".{name}.*.tmp"):  # of a process that was killed
+            stale.unlink()
+        with atomic(path) as part:
+            _download(name, resource, part)
+            if fault := _fault(name, resource, part):
+                problem = f"{resource.url} gave a file that {fault}: it was removed. Do not use that source;"
+                raise _error(name, resource, problem)
     return path
 
 
@@ -112,12 +109,9 @@ def open_resource(name: str) -> Path:
     how to get the file when it is missing or not the right one.
     """
     resource, path = find(name), resource_path(name)
-    fault = _admit(name, resource, path) if path.is_file() else "is missing"
-    if fault is not None:
-        raise UserError(
-            f"{path} {fault}: run `python -m consistency fetch {name}` where there is a network, "
-            f"or get {resource.url} elsewhere and {_by_hand(name, resource)}"
-        )
+    if fault := _fault(name, resource, path) if path.is_file() else "is missing":
+        command = f"run `python -m consistency fetch {name}` where there is a network"
+        raise _error(name, resource, f"{path} {fault}: {command}, or get {resource.url} elsewhere and")
     return path
 
 
@@ -134,26 +128,51 @@ def fetch_all(names: list[str]) -> None:
 def print_states() -> None:
     """Print of each resource whether it is there, missing or damaged."""
     resources = registry()
-    width = max(map(len, resources), default=0)
     for name, resource in resources.items():
-        print(f"{name:{width}}  {_state(name, resource)}")
+        path, state = resource_path(name), "missing"
+        if path.is_file():
+            there = "there" if _known(name, resource) else "there; its digest is recorded at its first use"
+            state = f"damaged: {fault}" if (fault := _fault(name, resource, path, record=False)) else there
+        print(f"{name:{max(map(len, resources))}}  {state}")
 
 
-def _state(name: str, resource: Resource) -> str:
-    path = resource_path(name)
-    if not path.is_file():
-        return "missing"
-    known = _known(name, resource)
-    fault = _fault(resource, path, known)
-    if fault is not None:
-        return f"damaged: {fault}"
-    return "there" if known else "there; its digest is recorded at its first use"
+def _download(name: str, resource: Resource, part: Path) -> None:
+    """Fetch the file in a few attempts. Raises UserError when there is no network, or the server has no such file."""
+    from pooch import HTTPDownloader
+    from requests import RequestException
+
+    # A file that is unpacked on the way has another digest.
+    options = {"timeout": _TIMEOUT, "headers": {"Accept-Encoding": "identity"}}
+    for pause in (*_PAUSES, None):
+        try:
+            with Progress(f"download {name}", resource.size or 0, unit="B", unit_scale=True) as progress:
+                return HTTPDownloader(progress, _CHUNK, **options)(resource.url, str(part), None)
+        except (RequestException, ValueError) as error:  # the second: no such address or header
+            reason, passing = _reason(error)
+        if pause is None or not passing:
+            problem = f"cannot download {resource.url} ({reason}). Run the same command again, or"
+            raise _error(name, resource, problem)
+        print(f"download {name}: {reason}; trying again in {pause:g} s", file=sys.stderr, flush=True)
+        time.sleep(pause)
 
 
-def _by_hand(name: str, resource: Resource) -> str:
+def _reason(error: Exception) -> tuple[str, bool]:
+    """One line, and whether another attempt may succeed."""
+    response = getattr(error, "response", None)
+    if response is not None:
+        return f"HTTP {response.status_code} {response.reason}", response.status_code in _PASSING
+    cause = error.args[0] if error.args else error
+    # Where no connection could be made, what urllib3 raised has a reason: no network, or no such server.
+    reason = getattr(cause, "reason", None)
+    return " ".join(str(reason or cause).split()), reason is None and not isinstance(error, ValueError)
+
+
+def _error(name: str, resource: Resource, problem: str) -> UserError:
+    """The error of a file that is not there, without user and password in an address."""
     known = _known(name, resource)
     digest = f"sha256 {known}" if known else f"its sha256 is not published: the first one's goes to {RECORDED}"
-    return f"put the file ({digest}) at {resource_path(name)} by hand"
+    message = f"{problem} put the file ({digest}) at {resource_path(name)} by hand"
+    return UserError(re.sub(r"//[^/\s]*@", "//", message))
 
 
 # --- digests
@@ -169,74 +188,56 @@ def known_sha256(name: str) -> str:
     return _known(name, find(name)) or sha256(resource_path(name))
 
 
-def _fault(resource: Resource, path: Path, known: str | None) -> str | None:
-    """What speaks against a file, or None."""
-    size = path.stat().st_size
-    if resource.size is not None and size != resource.size:
+def _fault(name: str, resource: Resource, path: Path, record: bool = True) -> str | None:
+    """What speaks against a file, or None; record: keep the digest of a good one that nobody publishes a digest for."""
+    with path.open("rb") as file:
+        start = file.read(100).lstrip().lower()
+        file.seek(0)
+        md5 = hashlib.file_digest(file, _MD5).hexdigest() if resource.md5 else None
+    if not start or start.startswith((b"<!doctype html", b"<html")):
+        return "is empty or a web page (does the network ask for a login?)"
+    size, found, known = path.stat().st_size, sha256(path), _known(name, resource)
+    if resource.size not in (None, size):
         return f"has {size} bytes, not {resource.size}"
-    found = sha256(path)
     if known and found != known:
         return f"has sha256 {found}, not {known}"
-    if resource.sha256_prefix and not found.startswith(resource.sha256_prefix):
+    if not found.startswith(resource.sha256_prefix or ""):
         return f"has sha256 {found}, which does not begin with {resource.sha256_prefix}"
-    if resource.md5 and (md5 := _md5(path)) != resource.md5:
+    if md5 != resource.md5:
         return f"has md5 {md5}, not {resource.md5}"
+    if record and known is None:
+        _record(name, found)
     return None
-
-
-def _admit(name: str, resource: Resource, path: Path) -> str | None:
-    """What speaks against a file, or None; the first digest of a file that nobody publishes one for is recorded."""
-    known = _known(name, resource)
-    fault = _fault(resource, path, known)
-    if fault is None and known is None:
-        return _fault(resource, path, _record(name, sha256(path)))
-    return fault
-
-
-def _md5(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
 
 
 def recorded() -> dict[str, str]:
     """The digests of first downloads, by file name. Raises UserError when the lock file is damaged."""
-    try:
-        lines = RECORDED.read_text().splitlines()
-    except FileNotFoundError:
-        return {}
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read {RECORDED}: {error}") from None
-    digests = {}
-    for number, line in enumerate(lines, 1):
-        if not line.strip() or line.startswith("#"):
-            continue
-        entry = re.fullmatch(r"([0-9a-f]{64})  (\S+)", line)
+    text = RECORDED.read_text(errors="replace") if RECORDED.exists() else ""
+    digests: dict[str, str] = {}
+    for number, line in enumerate(text.splitlines(), 1):
+        entry = re.fullmatch(r"([0-9a-f]{64})  (\S+)|#.*|\s*", line)
         if entry is None or entry[2] in digests:
             raise UserError(f"{RECORDED}, line {number}: not one `<sha256>  <file name>` a file; mend or remove it")
-        digests[entry[2]] = entry[1]
+        if entry[2]:
+            digests[entry[2]] = entry[1]
     return digests
 
 
-def _record(name: str, digest: str) -> str:
-    """Record a first digest, unless another process was faster. Returns what stands in the file."""
-    with held(FOLDER / ".recorded.lock", f"another process is writing {RECORDED}: waiting for it"):
+def _record(name: str, digest: str | None) -> None:
+    """Record a first digest; None: take it back."""
+    with held(FOLDER / ".recorded.lock", f"is writing {RECORDED}"):
         digests = recorded()
-        if name not in digests:
-            digests[name] = digest
-            _write_recorded(digests)
-            print(f"{RECORDED}: recorded sha256 {digest} of {name}, the first one seen; commit that file", flush=True)
-        return digests[name]
+        if digest:
+            digests.setdefault(name, digest)
+        else:
+            digests.pop(name, None)
+        lines = [f"{digests[known]}  {known}\n" for known in sorted(digests)]
+        write_bytes(RECORDED, (_HEADER + "".join(lines)).encode())
+    done = f"recorded sha256 {digest} of {name}, the first one seen; commit that file"
+    print(f"{RECORDED}: {done if digest else f'took back the sha256 of {name}'}", flush=True)
 
 
 def forget(name: str) -> None:
     """Take back the digest of a file that proved to be no such thing: the right file must not be refused for it."""
-    with held(FOLDER / ".recorded.lock", f"another process is writing {RECORDED}: waiting for it"):
-        digests = recorded()
-        if digests.pop(name, None):
-            _write_recorded(digests)
-            print(f"{RECORDED}: took back the sha256 of {name}", flush=True)
-
-
-def _write_recorded(digests: dict[str, str]) -> None:
-    lines = [f"{digests[name]}  {name}\n" for name in sorted(digests)]
-    write_bytes(RECORDED, (_HEADER + "".join(lines)).encode())
+    if name in recorded():
+        _record(name, None)

@@ -2,7 +2,6 @@ localrules:
     resource,
 
 
-# Snakemake removes what an interrupted job has made, but not the .part beside it: a download goes on where it stopped.
 rule resource:
     output:
         "resources/{name}",

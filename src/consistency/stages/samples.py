@@ -197,11 +197,11 @@ class _Work:
             raise self._interrupted(self.requests())
 
     def _interrupted(self, signum: int) -> Interrupted:
-        if signum == signal.SIGALRM and self.progress.count == self.progress.initial:
+        if signum == signal.SIGALRM and self.progress.n == self.progress.initial:
             raise UserError(
                 f"{self.label}: the time was over before a single batch was drawn: give the job more (runtime)"
             )
-        where = f"stopped at image {self.progress.count} of {self.progress.total}"
+        where = f"stopped at image {self.progress.n} of {self.progress.total}"
         return Interrupted(f"{self.label}: {where}, state saved", signum)
 
 

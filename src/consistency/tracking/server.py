@@ -233,13 +233,7 @@ def lock_file(uri: str, folder: Path) -> Path:
 
 def one_at_a_time(path: Path) -> AbstractContextManager[None]:
     """Hold the lock. Raises UserError if another upload holds it for too long, or it cannot be made."""
-    return held(
-        path,
-        waiting=f"track: another upload holds {path}; waiting",
-        patience=LOCK_PATIENCE,
-        late=f"another upload has held {path} for {LOCK_PATIENCE:g} s: stop it",
-        advice="; mend that or set MLFLOW_TRACKING_URI",
-    )
+    return held(path, f"uploads to MLflow and holds {path}", LOCK_PATIENCE, "; mend that or set MLFLOW_TRACKING_URI")
 
 
 # --- errors
