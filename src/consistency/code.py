@@ -33,7 +33,6 @@ ENTRIES = {
 INERT = {
     "__init__",
     "download",  # and resources: a file has its digest, however it came
-    "energy",
     "errors",
     "files",
     "launch",
