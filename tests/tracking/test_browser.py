@@ -31,7 +31,7 @@ MEASURE = "<script>onload = () => document.title = [...document.images].map(imag
 
 
 def opened(chromium: str, address: str, profile: Path) -> str:
-    """The page's HTML after its scripts have run. profile: an empty folder, for a person who was never there."""
+    """Return the page's HTML after its scripts have run. profile: an empty folder, for a person who was never there."""
     words = [chromium, *FLAGS, f"--user-data-dir={profile}", address]
     return subprocess.run(words, capture_output=True, text=True, timeout=200, check=True).stdout
 

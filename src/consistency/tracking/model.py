@@ -32,7 +32,7 @@ class RegisteredStudent:
     preconditioning: Preconditioning
 
     def predict(self, rows: Any) -> np.ndarray[Any, Any]:
-        """The images of all rows of a table with count and nfe, and if wanted seed and label: uint8 [N, H, W, C]."""
+        """Sample each row of a table with count and nfe, and if wanted seed and label. Returns uint8 [N, H, W, C]."""
         wanted = (
             {name: int(value) for name, value in row.items() if value is not None and value == value}
             for row in rows.to_dict("records")
@@ -40,7 +40,7 @@ class RegisteredStudent:
         return np.concatenate([self.draw(**given) for given in wanted])
 
     def draw(self, count: int, nfe: int, seed: int = 0, label: int | None = None) -> np.ndarray[Any, Any]:
-        """uint8 [count, H, W, C]: image i comes from seed + i, through nfe jumps.
+        """Sample uint8 [count, H, W, C]: image i comes from seed + i, through nfe jumps.
 
         label: the class of all images of a conditional student, instead of the one that each seed draws. Raises
         UserError for values that are out of range.

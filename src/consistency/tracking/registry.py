@@ -59,7 +59,7 @@ def _register(client: Any, study: Study, layout: Layout, run: str, run_id: str) 
 
 
 def _files(study: Study, layout: Layout, run: str, seed: int) -> dict[Path, str]:
-    """The files that the student's images depend on, and the sha256 that their cards say."""
+    """Return the files that the student's images depend on, and the sha256 that their cards say."""
     cards = {layout.student_file(run, seed): read_card(layout.student(run, seed), study, "student", run, seed)}
     if study.resolved(run).needs_coefficients:
         cards[layout.coefficients / "coefficients.npz"] = read_card(layout.coefficients, study, "coefficients")

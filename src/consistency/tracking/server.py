@@ -120,8 +120,11 @@ def open_experiment(client: Any, name: str, title: str, uri: str) -> str:
 
 
 def charts(experiment: str, live: bool = False) -> str:
-    """The page, from the server's address on, that draws the students' curves side by side; live: those of the seeds
-    that train, before their means are there. Without its first word MLflow 3 opens its page for language models."""
+    """Return the page, from the server's address on, that draws the students' curves side by side.
+
+    live: those of the seeds that train, before their means are there. Without its first word MLflow 3 opens its page
+    for language models.
+    """
     shown = "tags.role = 'seed' AND tags.state = 'live'" if live else "tags.role = 'student' AND tags.state = 'current'"
     page = "workflowType=machine_learning&compareRunsMode=CHART"
     return f"#/experiments/{experiment}/runs?{page}&searchFilter={quote(shown)}"
