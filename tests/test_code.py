@@ -17,7 +17,7 @@ from consistency.study import Study
 STAGES = set(ENTRIES)
 AFTER_TEACHER = {"coefficients", "student", "samples", "scores"}
 #: they ask torch for the machine's name or clock, or read what was measured
-ASK_TORCH = {"energy", "launch", "provenance", "training.stopwatch", "tracking"}
+ASK_TORCH = {"launch", "provenance", "training.stopwatch", "tracking"}
 
 
 @pytest.fixture

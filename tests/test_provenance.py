@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 from tests.fake_results import make_study
 
-from consistency import energy
 from consistency.errors import UserError
 from consistency.files import sha256, write_bytes
 from consistency.layout import Layout
@@ -75,12 +74,6 @@ def test_a_download_has_its_name_and_the_digest_it_was_checked_against(write: Wr
 def test_a_known_digest_is_not_taken_again(write: Write, layout: Layout) -> None:
     images = layout.dataset / "images.npy"  # it is not even there
     assert write(inputs=[images], known={images: "b" * 64})["inputs"] == {"dataset/images.npy": "b" * 64}
-
-
-def test_energy_is_null_where_the_machine_does_not_tell(write: Write, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert write()["energy_joules"] is None
-    monkeypatch.setattr(energy, "used", lambda: {"package-0": 12.5})
-    assert write()["energy_joules"] == {"package-0": 12.5}
 
 
 @pytest.mark.parametrize(

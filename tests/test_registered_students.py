@@ -1,9 +1,8 @@
-"""A registered student samples what the stage samples, and nothing but the file that was registered."""
+"""A registered student samples what the stage samples, from the files that its model holds."""
 
 import json
-import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,6 @@ from consistency.stages.student import make_student
 from consistency.stages.trainer import Machine
 from consistency.study import Study
 from consistency.tracking import registry, server
-from consistency.tracking.sampler import RESULTS, open_student
 
 CPU = torch.device("cpu")
 SEED = 0
@@ -50,24 +48,15 @@ def layout(trained: Layout, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     """Results of one's own, in the working directory."""
     shutil.copytree(trained.results.parent, tmp_path, dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.delenv(RESULTS, raising=False)
     return Layout("tiny")
 
 
 @pytest.fixture
-def client(layout: Layout) -> Iterator[Any]:
+def client(layout: Layout, monkeypatch: pytest.MonkeyPatch) -> Any:
     """A client of the database in the working directory, where mlflow.pyfunc looks too."""
     uri = server.tracking_uri()
-    client = server.connect(uri)
-    import mlflow
-
-    before = os.environ.get("MLFLOW_TRACKING_URI")
-    mlflow.set_tracking_uri(uri)
-    yield client
-    mlflow.set_tracking_uri(None)
-    os.environ.pop("MLFLOW_TRACKING_URI", None)
-    if before is not None:
-        os.environ["MLFLOW_TRACKING_URI"] = before
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    return server.connect(uri)
 
 
 def register(client: Any, study: Study, layout: Layout) -> dict[str, str]:
@@ -83,36 +72,31 @@ def load(address: str) -> Any:
     return mlflow.pyfunc.load_model(address)
 
 
-def config_of(study: Study, layout: Layout, run: str = "analytic") -> dict[str, Any]:
-    """A configuration as MLflow hands it back."""
-    config = registry.reference(study, layout, run, SEED) | {"results": str(layout.results.resolve())}
-    return json.loads(json.dumps(config))
-
-
 def test_a_registered_student_samples_what_the_stage_samples(
     tiny: Callable[..., Study], client: Any, layout: Layout
 ) -> None:
     study = tiny()
     addresses = register(client, study, layout)
     assert addresses == {run: f"models:/tiny-{run}/1" for run in study.students}
+    layout.results.rename("results-of-old")  # the models need nothing of it
     for run, address in addresses.items():
         model = load(address)
         for nfe in study.sampling.nfe:
-            expected = np.load(layout.samples(run, SEED) / f"{sampler_name(nfe)}.npy")
-            found = model.predict({"count": len(expected), "seed": 0, "nfe": nfe})
-            assert found.dtype == np.uint8 and np.array_equal(found, expected), (run, nfe)
-    rows = pd.DataFrame({"count": [2, 3], "seed": [5, 40], "nfe": [2, 2]})
-    whole = np.load(layout.samples(run, SEED) / "nfe2.npy")
+            whole = np.load(Path("results-of-old/tiny/samples", run, f"seed{SEED}", f"{sampler_name(nfe)}.npy"))
+            found = model.predict({"count": len(whole), "seed": 0, "nfe": nfe})
+            assert found.dtype == np.uint8 and np.array_equal(found, whole), (run, nfe)
+    rows = pd.DataFrame({"count": [2, 3], "seed": [5, 40], "nfe": [nfe, nfe]})
     assert np.array_equal(model.predict(rows), np.concatenate([whole[5:7], whole[40:43]]))
-    without_seed = model.predict(pd.DataFrame({"count": [2], "nfe": [2]}))
-    assert np.array_equal(without_seed, whole[:2])
+    assert np.array_equal(model.predict(pd.DataFrame({"count": [2], "nfe": [nfe]})), whole[:2])
 
 
-def test_a_model_holds_no_copy_of_a_checkpoint(tiny: Callable[..., Study], client: Any, layout: Layout) -> None:
+def test_a_model_holds_the_checkpoint_and_no_code(tiny: Callable[..., Study], client: Any, layout: Layout) -> None:
     register(client, tiny(), layout)
-    kept = [path for path in Path("mlruns").rglob("*") if path.is_file()]
-    assert kept and not [path for path in kept if path.suffix in (".safetensors", ".pt", ".pkl")]
-    assert sum(path.stat().st_size for path in kept) < 50_000
+    kept = {path for path in Path("mlruns").rglob("*") if path.is_file() and not path.is_symlink()}
+    held = {"student.safetensors", "coefficients.npz", "card.json"}
+    described = {"MLmodel", "conda.yaml", "python_env.yaml", "requirements.txt"}
+    assert {path.name for path in kept} == held | described
+    assert layout.student_file("ctm", SEED).read_bytes() in [path.read_bytes() for path in kept]
 
 
 def test_a_content_has_one_version(tiny: Callable[..., Study], client: Any, layout: Layout) -> None:
@@ -133,55 +117,34 @@ def test_a_content_has_one_version(tiny: Callable[..., Study], client: Any, layo
     assert "Seed 0: the first of the study's seeds" in version.description
 
 
-def test_a_label_can_be_chosen(tiny: Callable[..., Study], layout: Layout) -> None:
-    student = open_student(config_of(tiny(), layout))
-    drawn, chosen = student.draw(8, 2), [student.draw(8, 2, label=label) for label in range(10)]
+def test_a_label_can_be_chosen(tiny: Callable[..., Study], client: Any, layout: Layout) -> None:
+    model = load(register(client, tiny(), layout)["analytic"])
+    wanted = {"count": 8, "nfe": 2}
+    drawn, chosen = model.predict(wanted), [model.predict(wanted | {"label": label}) for label in range(10)]
     # Every image is the one of the label that its seed draws.
     assert all(any(np.array_equal(drawn[i], images[i]) for images in chosen) for i in range(8))
     assert not np.array_equal(chosen[0], chosen[1])
+    for given, message in {
+        ("count", 0): "count and nfe must be 1 or more, seed 0 or more; got 0, 2 and 0",
+        ("nfe", 0): "got 8, 0 and 0",
+        ("seed", -1): "got 8, 2 and -1",
+        ("label", 10): "label 10 is not one of the student's: 0 to 9",
+    }.items():
+        with pytest.raises(UserError, match=message):
+            model.predict(wanted | dict([given]))
 
 
-@pytest.mark.parametrize(
-    ("given", "message"),
-    [
-        ({"count": 0, "nfe": 1}, "count and nfe must be 1 or more, seed 0 or more; got 0, 1 and 0"),
-        ({"count": 1, "nfe": 0}, "got 1, 0 and 0"),
-        ({"count": 1, "nfe": 1, "seed": -1}, "got 1, 1 and -1"),
-        ({"count": 1, "nfe": 1, "label": 10}, "label 10 is not one of the student's: 0 to 9"),
-    ],
-)
-def test_values_out_of_range_are_one_line(
-    tiny: Callable[..., Study], layout: Layout, given: dict[str, int], message: str
-) -> None:
-    with pytest.raises(UserError, match=message):
-        open_student(config_of(tiny(), layout)).draw(**given)
+def test_a_missing_checkpoint_is_one_line(tiny: Callable[..., Study], client: Any, layout: Layout) -> None:
+    layout.student_file("ctm", SEED).unlink()
+    with pytest.raises(UserError, match=r"student.safetensors is missing, .*: run `dvc pull`, or its stage again"):
+        register(client, tiny(), layout)
 
 
-def test_the_results_may_lie_elsewhere(
-    tiny: Callable[..., Study], layout: Layout, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    config, expected = config_of(tiny(), layout), open_student(config_of(tiny(), layout)).draw(2, 2)
-    layout.results.rename("moved")
-    with pytest.raises(
-        UserError, match=r"missing: run `dvc pull`, or unpack the archive .* or set CONSISTENCY_RESULTS"
-    ):
-        open_student(config)
-    monkeypatch.setenv(RESULTS, "moved")
-    assert np.array_equal(open_student(config).draw(2, 2), expected)
-
-
-def test_another_checkpoint_in_its_place_is_refused(tiny: Callable[..., Study], layout: Layout) -> None:
-    config = config_of(tiny(), layout)
-    path = layout.student_file("analytic", SEED)
-    content = bytearray(path.read_bytes())
-    content[-1] ^= 1
-    path.write_bytes(content)
-    with pytest.raises(UserError, match=r"student.safetensors is not the registered file \(its sha256 is"):
-        open_student(config)
-
-
-def test_another_versions_study_is_one_line(tiny: Callable[..., Study], layout: Layout) -> None:
-    config = config_of(tiny(), layout)
-    config["study"]["student"]["stepz"] = 1
+def test_another_versions_study_is_one_line(tiny: Callable[..., Study], client: Any, layout: Layout) -> None:
+    card = layout.student("analytic", SEED) / "card.json"
+    content = json.loads(card.read_text())
+    content["resolved"]["student"]["stepz"] = 1
+    card.write_text(json.dumps(content))
+    addresses = register(client, tiny(), layout)
     with pytest.raises(UserError, match=r"study is of another version of this project: .*stepz"):
-        open_student(config)
+        load(addresses["analytic"])

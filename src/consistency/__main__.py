@@ -14,7 +14,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from consistency import __version__, energy, launch, slurm_job
+from consistency import __version__, launch, slurm_job
 from consistency.errors import UserError
 from consistency.layout import Layout
 from consistency.supervision import SUPERVISOR, watch_supervisor
@@ -279,8 +279,7 @@ def _run(args: Arguments) -> int:
             if (processes > 1 or nodes > 1) and not launch.is_worker():
                 return launch.run_processes(processes, args.words)
             _prepare(args)
-        with energy.metering(_gpus(args)):
-            return verb.run(args)
+        return verb.run(args)
     except UserError as error:
         print(f"error{launch.whose()}: {error}", file=sys.stderr)
         return 2
@@ -297,13 +296,6 @@ def _run(args: Arguments) -> int:
             raise
         print(f"{error}{launch.whose()}", file=sys.stderr)
         return 128 + int(signum)
-
-
-def _gpus(args: Arguments) -> list[str]:
-    """The GPUs that the verb computes on; of several processes, each counts those of all."""
-    if not VERBS[args.verb].computes or args.device.type != "cuda":
-        return []
-    return energy.gpu_uuids(None if launch.is_worker() else args.device.index)
 
 
 def _require_student(args: Arguments) -> None:

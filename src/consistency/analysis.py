@@ -4,8 +4,8 @@ A score table has the columns study, kind, run, seed, ema, step, sampler, nfe, f
 All comparisons are of one EMA rate a student, the main one.
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pandas as pd
@@ -158,6 +158,13 @@ def speed_up(baseline: Curves, student: Curves) -> tuple[float, str, float, floa
     return value, bound, target, own.steps, other.steps
 
 
+def _of_shared_seeds(baseline: Curves, student: Curves) -> tuple[Curves, Curves]:
+    """Reduce both to the seeds that they share, in the order of the baseline's."""
+    shared = [seed for seed in baseline.seeds if seed in student.seeds]
+    first, second = (Curves(c.steps, c.values[[c.seeds.index(s) for s in shared]], shared) for c in (baseline, student))
+    return first, second
+
+
 def bootstrap(baseline: Curves, student: Curves, resamples: int) -> tuple[float, float]:
     """95 % percentile interval of the speed-up over resampled seeds; NaN with one seed.
 
@@ -165,17 +172,15 @@ def bootstrap(baseline: Curves, student: Curves, resamples: int) -> tuple[float,
     counts as all that the bound leaves open: from 0 where the target is not reached, to infinity where it is there
     before training.
     """
-    shared = [seed for seed in baseline.seeds if seed in student.seeds]
-    if len(shared) < 2:
+    first, second = _of_shared_seeds(baseline, student)
+    count = len(first.seeds)
+    if count < 2:
         return float("nan"), float("nan")
-    rows = [(baseline.seeds.index(seed), student.seeds.index(seed)) for seed in shared]
     generator = np.random.default_rng(0)
     lows, highs = [], []
     for _ in range(resamples):
-        picked = [rows[i] for i in generator.integers(len(rows), size=len(rows))]
-        first = Curves(baseline.steps, baseline.values[[i for i, _ in picked]], shared)
-        second = Curves(student.steps, student.values[[j for _, j in picked]], shared)
-        value, bound, *_ = speed_up(first, second)
+        picked = generator.integers(count, size=count)
+        value, bound, *_ = speed_up(*(replace(curves, values=curves.values[picked]) for curves in (first, second)))
         lows.append(value if bound in ("", ">") else 0.0)
         highs.append(value if bound in ("", "<") else float("inf"))
     # Not linear between two resamples: half-way to infinity is no number.
@@ -184,24 +189,26 @@ def bootstrap(baseline: Curves, student: Curves, resamples: int) -> tuple[float,
 
 
 def speed_ups(scores: pd.DataFrame, baseline_of: dict[str, str], nfes: list[int], resamples: int) -> list[SpeedUp]:
-    """Every student against its baseline, at each number of jumps, for FD and for the alignment error.
-
-    baseline_of: student -> baseline. Where a measure was not taken there is no row.
-    """
+    """Every student against its baseline, as in `compared`."""
     found = []
+    for place, reference, own in compared(scores, baseline_of, nfes):
+        value, bound, target, reference_steps, steps = speed_up(reference, own)
+        low, high = bootstrap(reference, own, resamples)
+        found.append(SpeedUp(*place, target, reference_steps, steps, value, bound, low, high, len(own.seeds)))
+    return found
+
+
+def compared(
+    scores: pd.DataFrame, baseline_of: dict[str, str], nfes: list[int]
+) -> Iterator[tuple[tuple[str, str, str, int], Curves, Curves]]:
+    """Yield (student, baseline, measure, jumps), the baseline's curves and the student's, for FD and for the alignment
+    error, where that was measured. baseline_of: student -> baseline."""
     for measure in ("fd", "alignment"):
         for nfe in nfes:
             for run, baseline in baseline_of.items():
                 reference, own = (curves_of(scores, name, nfe, measure) for name in (baseline, run))
-                if run == baseline or reference is None or own is None:
-                    continue
-                value, bound, target, reference_steps, steps = speed_up(reference, own)
-                low, high = bootstrap(reference, own, resamples)
-                seeds = len(own.seeds)
-                found.append(
-                    SpeedUp(run, baseline, measure, nfe, target, reference_steps, steps, value, bound, low, high, seeds)
-                )
-    return found
+                if run != baseline and reference is not None and own is not None:
+                    yield (run, baseline, measure, nfe), reference, own
 
 
 @dataclass(frozen=True)
@@ -227,25 +234,13 @@ def paired_ratio(baseline: Curves, student: Curves) -> tuple[float, float, float
     Students of one seed see the same images, noise and times, so most of what moves their curves is common to both and
     leaves the ratio: it shows differences that are far below the noise of either curve.
     """
-    shared = [seed for seed in baseline.seeds if seed in student.seeds]
+    first, second = _of_shared_seeds(baseline, student)
     late = baseline.steps > baseline.steps[-1] / 2
-    logs = np.array(
-        [
-            np.log(student.values[student.seeds.index(seed), late] / baseline.values[baseline.seeds.index(seed), late])
-            for seed in shared
-        ]
-    )
+    logs = np.log(second.values.compress(late, axis=1) / first.values.compress(late, axis=1))
     mean, half = mean_interval(logs.mean(1))
-    return float(np.exp(mean)), float(np.exp(mean - half)), float(np.exp(mean + half)), len(shared)
+    return float(np.exp(mean)), float(np.exp(mean - half)), float(np.exp(mean + half)), len(first.seeds)
 
 
 def paired_ratios(scores: pd.DataFrame, baseline_of: dict[str, str], nfes: list[int]) -> list[Paired]:
-    """Every student against its baseline, at each number of jumps, for FD and for the alignment error."""
-    found = []
-    for measure in ("fd", "alignment"):
-        for nfe in nfes:
-            for run, baseline in baseline_of.items():
-                reference, own = (curves_of(scores, name, nfe, measure) for name in (baseline, run))
-                if run != baseline and reference is not None and own is not None:
-                    found.append(Paired(run, baseline, measure, nfe, *paired_ratio(reference, own)))
-    return found
+    """Every student against its baseline, as in `compared`."""
+    return [Paired(*place, *paired_ratio(first, own)) for place, first, own in compared(scores, baseline_of, nfes)]

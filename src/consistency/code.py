@@ -32,7 +32,6 @@ ENTRIES = {
 #: modules and packages that cannot change a number: how a run is started, stopped, watched, stored and recorded
 INERT = {
     "__init__",
-    "energy",
     "errors",
     "files",
     "launch",

@@ -33,6 +33,7 @@ _STYLE: Any = {
     "legend.frameon": False,
     "svg.hashsalt": "consistency",  # the same figure gives the same file
 }
+plt.rcParams.update(_STYLE)
 _LABELS = {"alignment": "alignment error (mean squared, per pixel)", "kid": "KID"}
 
 
@@ -40,8 +41,7 @@ def drawn(figure: Figure, suffix: str) -> bytes:
     """The figure as a png or svg file. It carries no date, so the same results give the same file."""
     buffer = io.BytesIO()
     metadata = {"Date": None} if suffix == "svg" else {"Software": None}
-    with plt.rc_context(_STYLE):
-        figure.savefig(buffer, format=suffix, metadata=metadata, dpi=130, bbox_inches="tight")
+    figure.savefig(buffer, format=suffix, metadata=metadata, dpi=130, bbox_inches="tight")
     return buffer.getvalue()
 
 
@@ -59,8 +59,7 @@ def measure_label(measure: str, extractor: str) -> str:
 
 def sample_grid(rows: Sequence[tuple[str, Array]], columns: int = 16) -> Figure:
     """Images side by side. rows: (label, uint8 [N, H, W, C]); one column is one noise."""
-    with plt.rc_context(_STYLE):
-        figure, axis = plt.subplots(figsize=(0.55 * columns + 2.2, 0.58 * len(rows) + 0.2))
+    figure, axis = plt.subplots(figsize=(0.55 * columns + 2.2, 0.58 * len(rows) + 0.2))
     gap = 1
     height, width = rows[0][1].shape[1:3]
     canvas = np.full((len(rows) * (height + gap), columns * (width + gap), 3), 255, np.uint8)
@@ -81,19 +80,18 @@ def sample_grid(rows: Sequence[tuple[str, Array]], columns: int = 16) -> Figure:
 
 def coefficients(fit: dict[str, Array]) -> Figure:
     """l_t and s_t against t with +-2 standard errors; hollow points are times that do not determine s_t."""
-    with plt.rc_context(_STYLE):
-        figure, axes = plt.subplots(1, 2, figsize=(10, 3.6))
-        known = fit["determined"].astype(bool)
-        for axis, letter, ctm in zip(axes, "ls", (0.0, -1.0), strict=True):
-            value, error = fit[letter], 2 * fit[f"{letter}_se"]
-            low, high = value - error, value + error
-            axis.fill_between(fit["times"], low, high, where=known, color="#D55E00", alpha=0.3, lw=0)
-            axis.plot(fit["times"], value, color="#D55E00", marker=".", ms=3, lw=1, label=f"fitted ${letter}_t$")
-            if letter == "s" and not known.all():
-                axis.plot(fit["times"][~known], value[~known], "o", mfc="none", color="#D55E00", label="undetermined")
-            axis.axhline(ctm, color="#444444", lw=1, ls="--", label=f"ctm: {ctm:g}")
-            axis.set(xscale="log", xlabel="time t (noise level)", ylabel=f"${letter}_t$")
-            axis.legend()
+    figure, axes = plt.subplots(1, 2, figsize=(10, 3.6))
+    known = fit["determined"].astype(bool)
+    for axis, letter, ctm in zip(axes, "ls", (0.0, -1.0), strict=True):
+        value, error = fit[letter], 2 * fit[f"{letter}_se"]
+        low, high = value - error, value + error
+        axis.fill_between(fit["times"], low, high, where=known, color="#D55E00", alpha=0.3, lw=0)
+        axis.plot(fit["times"], value, color="#D55E00", marker=".", ms=3, lw=1, label=f"fitted ${letter}_t$")
+        if letter == "s" and not known.all():
+            axis.plot(fit["times"][~known], value[~known], "o", mfc="none", color="#D55E00", label="undetermined")
+        axis.axhline(ctm, color="#444444", lw=1, ls="--", label=f"ctm: {ctm:g}")
+        axis.set(xscale="log", xlabel="time t (noise level)", ylabel=f"${letter}_t$")
+        axis.legend()
     return figure
 
 
@@ -103,25 +101,22 @@ def preconditioning(ode: GeneralizedODE, forward: bool) -> Figure:
     if forward:
         forms.append(("analytic-forward", ode.forward))
     starts = [ode.sigma_max, 10.0, 2.5, 0.5, 0.1]
-    with plt.rc_context(_STYLE):
-        figure, axes = plt.subplots(len(forms), 2, figsize=(10, 3.4 * len(forms)), squeeze=False)
-        colours = plt.get_cmap("viridis")(np.linspace(0, 0.9, len(starts)))
-        for (name, form), pair in zip(forms, axes, strict=True):
-            for start, colour in zip(starts, colours, strict=True):
-                s = torch.logspace(np.log10(ode.sigma_min), np.log10(start), 200, dtype=torch.float64)
-                s = s.clamp(ode.sigma_min, start)
-                t = torch.full_like(s, start)
-                f, g = form(t, s)
-                pair[0].plot(s / t, f - s / t, color=colour, label=f"t = {start:g}")
-                pair[1].plot(s / t, g - (1 - s / t), color=colour, label=f"t = {start:g}")
-            for axis, letter, ctm in zip(pair, "fg", ("s/t", "(1 - s/t)"), strict=True):
-                axis.axhline(0, color="#444444", lw=1, ls="--")
-                axis.set(
-                    xscale="log", xlabel="s / t", ylabel=f"{letter}(t,s) - {ctm}", title=f"{name}: {letter} - ctm's"
-                )
-            if max(np.ptp(line.get_ydata()) for line in pair[1].get_lines()) > 2:
-                pair[1].set_yscale("symlog", linthresh=0.1)  # the forward form's g may reach 1e3 and hide all else
-            pair[0].legend()
+    figure, axes = plt.subplots(len(forms), 2, figsize=(10, 3.4 * len(forms)), squeeze=False)
+    colours = plt.get_cmap("viridis")(np.linspace(0, 0.9, len(starts)))
+    for (name, form), pair in zip(forms, axes, strict=True):
+        for start, colour in zip(starts, colours, strict=True):
+            s = torch.logspace(np.log10(ode.sigma_min), np.log10(start), 200, dtype=torch.float64)
+            s = s.clamp(ode.sigma_min, start)
+            t = torch.full_like(s, start)
+            f, g = form(t, s)
+            pair[0].plot(s / t, f - s / t, color=colour, label=f"t = {start:g}")
+            pair[1].plot(s / t, g - (1 - s / t), color=colour, label=f"t = {start:g}")
+        for axis, letter, ctm in zip(pair, "fg", ("s/t", "(1 - s/t)"), strict=True):
+            axis.axhline(0, color="#444444", lw=1, ls="--")
+            axis.set(xscale="log", xlabel="s / t", ylabel=f"{letter}(t,s) - {ctm}", title=f"{name}: {letter} - ctm's")
+        if max(np.ptp(line.get_ydata()) for line in pair[1].get_lines()) > 2:
+            pair[1].set_yscale("symlog", linthresh=0.1)  # the forward form's g may reach 1e3 and hide all else
+        pair[0].legend()
     return figure
 
 
@@ -129,19 +124,18 @@ def own_fits(fits: Mapping[str, Mapping[int, Array]], teacher: Array | None) -> 
     """l_t, s_t and g(t, eps) minus ctm's against t, a row a student. fits: student -> step -> [3, N] (times, l_t, s_t);
     teacher: the same of the teacher's fit, if there is one."""
     titles = ("$l_t$", "$s_t$", r"g(t, $\epsilon$) - (1 - $\epsilon$/t)")
-    with plt.rc_context(_STYLE):
-        figure, axes = plt.subplots(len(fits), 3, figsize=(11, 3.1 * len(fits)), squeeze=False)
-        for row, (run, by_step) in zip(axes, fits.items(), strict=True):
-            colours = plt.get_cmap("viridis")(np.linspace(0, 0.9, len(by_step)))
-            for (step, fit), colour in zip(by_step.items(), colours, strict=True):
-                for axis, values in zip(row, _to_the_end(fit), strict=True):
-                    axis.plot(fit[0], values, color=colour, lw=1.2, label=f"step {step:,}")
-            for axis, values in zip(row, () if teacher is None else _to_the_end(teacher), strict=False):
-                axis.plot(teacher[0], values, color="black", ls=":", label="the teacher's")  # type: ignore[index]
-            for axis, title, ctm in zip(row, titles, (0.0, -1.0, 0.0), strict=True):
-                axis.axhline(ctm, color="#444444", lw=1, ls="--", label="ctm")
-                axis.set(xscale="log", xlabel="time t (noise level)", ylabel=title, title=run)
-            row[0].legend(fontsize=8)
+    figure, axes = plt.subplots(len(fits), 3, figsize=(11, 3.1 * len(fits)), squeeze=False)
+    for row, (run, by_step) in zip(axes, fits.items(), strict=True):
+        colours = plt.get_cmap("viridis")(np.linspace(0, 0.9, len(by_step)))
+        for (step, fit), colour in zip(by_step.items(), colours, strict=True):
+            for axis, values in zip(row, _to_the_end(fit), strict=True):
+                axis.plot(fit[0], values, color=colour, lw=1.2, label=f"step {step:,}")
+        for axis, values in zip(row, () if teacher is None else _to_the_end(teacher), strict=False):
+            axis.plot(teacher[0], values, color="black", ls=":", label="the teacher's")  # type: ignore[index]
+        for axis, title, ctm in zip(row, titles, (0.0, -1.0, 0.0), strict=True):
+            axis.axhline(ctm, color="#444444", lw=1, ls="--", label="ctm")
+            axis.set(xscale="log", xlabel="time t (noise level)", ylabel=title, title=run)
+        row[0].legend(fontsize=8)
     return figure
 
 
@@ -157,26 +151,29 @@ def learning_curves(
     scores: pd.DataFrame, runs: Sequence[str], nfes: Sequence[int], measure: str, extractor: str
 ) -> Figure:
     """A measure against iterations, one panel a number of jumps: mean over seeds, and their range as a band."""
-    with plt.rc_context(_STYLE):
-        figure, axes = plt.subplots(1, len(nfes), figsize=(3.6 * len(nfes) + 0.4, 3.8), squeeze=False)
-        for axis, nfe in zip(axes[0], nfes, strict=True):
-            for run in runs:
-                curves = curves_of(scores, run, nfe, measure)
-                if curves is None:
-                    continue
-                shown = curves.steps > 0  # before training the scores are off the scale of everything after
-                steps, values = curves.steps[shown], curves.values[:, shown]
-                style = line_of(runs, run)
-                axis.plot(steps, values.mean(0), label=run, **style)
-                axis.fill_between(steps, values.min(0), values.max(0), color=style["color"], alpha=0.18, lw=0)
-            if measure == "fd":
-                _reference_lines(axis, scores)
-            axis.set(title=f"NFE {nfe}", xlabel="training iterations")
-            _logarithmic(axis)
-        axes[0, 0].set_ylabel(measure_label(measure, extractor))
-        handles, labels = axes[0, 0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside lower center", ncols=4 if len(labels) > 6 else len(labels))
+    figure, axes = plt.subplots(1, len(nfes), figsize=(3.6 * len(nfes) + 0.4, 3.8), squeeze=False)
+    for axis, nfe in zip(axes[0], nfes, strict=True):
+        for run in runs:
+            curves = curves_of(scores, run, nfe, measure)
+            if curves is None:
+                continue
+            shown = curves.steps > 0  # before training the scores are off the scale of everything after
+            steps, values = curves.steps[shown], curves.values[:, shown]
+            _mean_and_range(axis, steps, values, run, line_of(runs, run))
+        if measure == "fd":
+            _reference_lines(axis, scores)
+        axis.set(title=f"NFE {nfe}", xlabel="training iterations")
+        _logarithmic(axis)
+    axes[0, 0].set_ylabel(measure_label(measure, extractor))
+    handles, labels = axes[0, 0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=4 if len(labels) > 6 else len(labels))
     return figure
+
+
+def _mean_and_range(axis: Axes, x: Array, values: Array, label: str, style: Any) -> None:
+    """Draw the mean over seeds of values [seeds, N] as a line, and from the lowest to the highest a band."""
+    axis.plot(x, values.mean(0), label=label, **style)
+    axis.fill_between(x, values.min(0), values.max(0), color=style["color"], alpha=0.18, lw=0)
 
 
 def _logarithmic(axis: Axes) -> None:
@@ -200,23 +197,22 @@ def _reference_lines(axis: Axes, scores: pd.DataFrame) -> None:
 
 def training_losses(histories: dict[str, list[pd.DataFrame]], runs: Sequence[str]) -> Figure:
     """The terms of the loss against iterations, mean over seeds."""
-    with plt.rc_context(_STYLE):
-        titles = {
-            "distillation": "distillation term",
-            "consistency": "consistency term",
-            "dsm": "denoising score matching term",
-        }
-        terms = [term for term in titles if any(term in table for run in runs for table in histories[run])]
-        figure, axes = plt.subplots(1, len(terms), figsize=(5 * len(terms), 3.6), squeeze=False)
-        for axis, term in zip(axes[0], terms, strict=True):
-            for run in runs:
-                tables = [table.set_index("step")[term] for table in histories[run] if term in table]
-                if tables:
-                    mean = pd.concat(tables, axis=1).mean(axis=1)
-                    axis.plot(mean.index, mean, label=run, lw=1, **line_of(runs, run))
-            axis.set(xlabel="training iterations", ylabel=titles[term])
-            _logarithmic(axis)
-            axis.legend()
+    titles = {
+        "distillation": "distillation term",
+        "consistency": "consistency term",
+        "dsm": "denoising score matching term",
+    }
+    terms = [term for term in titles if any(term in table for run in runs for table in histories[run])]
+    figure, axes = plt.subplots(1, len(terms), figsize=(5 * len(terms), 3.6), squeeze=False)
+    for axis, term in zip(axes[0], terms, strict=True):
+        for run in runs:
+            tables = [table.set_index("step")[term] for table in histories[run] if term in table]
+            if tables:
+                mean = pd.concat(tables, axis=1).mean(axis=1)
+                axis.plot(mean.index, mean, label=run, lw=1, **line_of(runs, run))
+        axis.set(xlabel="training iterations", ylabel=titles[term])
+        _logarithmic(axis)
+        axis.legend()
     return figure
 
 
@@ -225,33 +221,32 @@ def speed_up_bars(found: Sequence[SpeedUp], runs: Sequence[str], measure: str, e
     rows = [item for item in found if item.measure == measure]
     nfes = sorted({item.nfe for item in rows})
     shown = [run for run in runs if any(item.run == run for item in rows)]
-    with plt.rc_context(_STYLE):
-        figure, axis = plt.subplots(figsize=(1.6 * max(len(nfes), 2) + 3, 3.6))
-        bars: list[tuple[float, float, float, str]] = []
-        for k, run in enumerate(shown):
-            for item in (item for item in rows if item.run == run):
-                x = nfes.index(item.nfe) + (k - (len(shown) - 1) / 2) * 0.8 / len(shown)
-                colour = line_of(runs, run)["color"]
-                if item.bound != "?":
-                    axis.plot([x], [item.value], {"": "o", ">": "^", "<": "v"}[item.bound], color=colour)
-                if not np.isnan(item.low):
-                    bars.append((x, item.low, item.high, colour))
-        axis.set_yscale("log", base=2)
-        ends = [y for item in rows for y in (item.value, item.low, item.high, 0.8, 1.25) if 0 < y < np.inf]
-        bottom, top = min(ends) / 1.25, max(ends) * 1.25
-        axis.set_ylim(bottom, top)
-        for x, low, high, colour in bars:
-            axis.vlines(x, max(low, bottom), min(high, top), color=colour, lw=2, alpha=0.6)
-        axis.yaxis.set_major_locator(LogLocator(base=2, subs=(1, 1.5) if top / bottom > 3 else (1, 1.25, 1.5, 1.75)))
-        axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.3g}"))
-        axis.axhline(1, color="#444444", lw=1, ls="--")
-        axis.set_xticks(range(len(nfes)), [f"NFE {nfe}" for nfe in nfes])
-        axis.set(
-            ylabel="speed-up over the baseline",
-            title=f"iterations to the baseline's final {_short(measure, extractor)}",
-        )
-        dots = [Line2D([], [], marker="o", ls="", color=line_of(runs, run)["color"], label=run) for run in shown]
-        figure.legend(handles=dots, loc="outside right upper")
+    figure, axis = plt.subplots(figsize=(1.6 * max(len(nfes), 2) + 3, 3.6))
+    bars: list[tuple[float, float, float, str]] = []
+    for k, run in enumerate(shown):
+        for item in (item for item in rows if item.run == run):
+            x = nfes.index(item.nfe) + (k - (len(shown) - 1) / 2) * 0.8 / len(shown)
+            colour = line_of(runs, run)["color"]
+            if item.bound != "?":
+                axis.plot([x], [item.value], {"": "o", ">": "^", "<": "v"}[item.bound], color=colour)
+            if not np.isnan(item.low):
+                bars.append((x, item.low, item.high, colour))
+    axis.set_yscale("log", base=2)
+    ends = [y for item in rows for y in (item.value, item.low, item.high, 0.8, 1.25) if 0 < y < np.inf]
+    bottom, top = min(ends) / 1.25, max(ends) * 1.25
+    axis.set_ylim(bottom, top)
+    for x, low, high, colour in bars:
+        axis.vlines(x, max(low, bottom), min(high, top), color=colour, lw=2, alpha=0.6)
+    axis.yaxis.set_major_locator(LogLocator(base=2, subs=(1, 1.5) if top / bottom > 3 else (1, 1.25, 1.5, 1.75)))
+    axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.3g}"))
+    axis.axhline(1, color="#444444", lw=1, ls="--")
+    axis.set_xticks(range(len(nfes)), [f"NFE {nfe}" for nfe in nfes])
+    axis.set(
+        ylabel="speed-up over the baseline",
+        title=f"iterations to the baseline's final {_short(measure, extractor)}",
+    )
+    dots = [Line2D([], [], marker="o", ls="", color=line_of(runs, run)["color"], label=run) for run in shown]
+    figure.legend(handles=dots, loc="outside right upper")
     return figure
 
 
@@ -268,64 +263,55 @@ def mu_sweep(
     mu: run -> its mu, rising; others: runs without one, drawn as horizontal lines at their means; runs: the study's.
     """
     final = scores[(scores.kind == "final") & scores.sampler.isin(OWN_SAMPLERS)]
-    with plt.rc_context(_STYLE):
-        figure, axes = plt.subplots(len(nfes), 2, figsize=(9, 3.2 * len(nfes)), squeeze=False)
-        for nfe, pair in zip(nfes, axes, strict=True):
-            rows = final[final.nfe == nfe]
-            for axis, measure in zip(pair, ("fd", "kid"), strict=True):
-                swept = rows[rows.run.isin(mu)]
-                axis.plot(swept.run.map(mu), swept[measure], "o", mfc="none", color="#0072B2", label="a seed")
-                means = swept.groupby(swept.run.map(mu))[measure].mean()
-                axis.plot(means.index, means, color="#0072B2", lw=1, label="mean over seeds")
-                for run in others:
-                    style = line_of(runs, run) | {"linestyle": "--"}
-                    axis.axhline(rows[rows.run == run][measure].mean(), lw=1, label=f"{run}, mean", **style)
-                axis.set(title=f"NFE {nfe}", xlabel="$\\mu$", ylabel=measure_label(measure, extractor))
-        handles, labels = axes[0, 0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside lower center", ncols=len(labels))
+    figure, axes = plt.subplots(len(nfes), 2, figsize=(9, 3.2 * len(nfes)), squeeze=False)
+    for nfe, pair in zip(nfes, axes, strict=True):
+        rows = final[final.nfe == nfe]
+        for axis, measure in zip(pair, ("fd", "kid"), strict=True):
+            swept = rows[rows.run.isin(mu)]
+            axis.plot(swept.run.map(mu), swept[measure], "o", mfc="none", color="#0072B2", label="a seed")
+            means = swept.groupby(swept.run.map(mu))[measure].mean()
+            axis.plot(means.index, means, color="#0072B2", lw=1, label="mean over seeds")
+            for run in others:
+                style = line_of(runs, run) | {"linestyle": "--"}
+                axis.axhline(rows[rows.run == run][measure].mean(), lw=1, label=f"{run}, mean", **style)
+            axis.set(title=f"NFE {nfe}", xlabel="$\\mu$", ylabel=measure_label(measure, extractor))
+    handles, labels = axes[0, 0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels))
     return figure
 
 
 def transport_cost(table: pd.DataFrame, runs: Sequence[str]) -> Figure:
     """The rows of transport.csv: cost against t, mean over seeds with their range, and that of the pairs themselves."""
-    with plt.rc_context(_STYLE):
-        figure, axis = plt.subplots(figsize=(7, 4))
-        for run in runs:
-            rows = table[(table.kind == "student") & (table.run == run)]
-            wide = rows.pivot(index="t", columns="seed", values="cost")
-            times, costs = wide.index.to_numpy(float), wide.to_numpy(float)
-            style: Any = line_of(runs, run)
-            axis.plot(times, costs.mean(1), label=run, **style)
-            axis.fill_between(times, costs.min(1), costs.max(1), color=style["color"], alpha=0.18, lw=0)
-        pairs = table[table.kind == "pairs"]
-        for run, cost, dashes in zip(pairs.run, pairs.cost, ("--", ":", "-.", (0, (1, 4))), strict=False):
-            axis.axhline(cost, color="#888888", lw=1, ls=dashes, label=f"pairs of {run}")
-        axis.set(xscale="log", xlabel="time t (noise level)", ylabel="$E||f(x_t, t) - z||^2$")
-        axis.legend()
+    figure, axis = plt.subplots(figsize=(7, 4))
+    for run in runs:
+        rows = table[(table.kind == "student") & (table.run == run)]
+        wide = rows.pivot(index="seed", columns="t", values="cost")
+        _mean_and_range(axis, wide.columns.to_numpy(float), wide.to_numpy(float), run, line_of(runs, run))
+    pairs = table[table.kind == "pairs"]
+    for run, cost, dashes in zip(pairs.run, pairs.cost, ("--", ":", "-.", (0, (1, 4))), strict=False):
+        axis.axhline(cost, color="#888888", lw=1, ls=dashes, label=f"pairs of {run}")
+    axis.set(xscale="log", xlabel="time t (noise level)", ylabel="$E||f(x_t, t) - z||^2$")
+    axis.legend()
     return figure
 
 
 def toy(arrays: Mapping[str, Array], couplings: Sequence[str]) -> Figure:
     """The toy of the plane: the paths x_t of the first seed from t = 1 on, its samples, and the cost against t."""
-    with plt.rc_context(_STYLE):
-        figure, axes = plt.subplots(1, len(couplings) + 1, figsize=(4 * (len(couplings) + 1), 4))
-        times = arrays["times"]
-        for axis, coupling in zip(axes, couplings, strict=False):
-            paths = arrays[f"{coupling}_paths"][0]  # [T, n, 2]
-            shown = times <= _TOY_SHOWN
-            for k in range(paths.shape[1]):
-                axis.plot(*paths[shown, k].T, color=line_of(couplings, coupling)["color"], lw=0.6, alpha=0.5)
-            axis.plot(*paths[shown][-1].T, "o", ms=3, mfc="none", color="#888888", label=f"t = {times[shown][-1]:.2g}")
-            axis.plot(*arrays[f"{coupling}_samples"][0].T, ".", ms=4, color="#009E73", label="one-jump samples")
-            axis.plot(*arrays["modes"].T, "x", color="black", label="modes")
-            axis.set(title=coupling, aspect="equal")
-            costs = arrays[f"{coupling}_cost"]
-            style = line_of(couplings, coupling)
-            axes[-1].plot(times, costs.mean(0), label=coupling, **style)
-            axes[-1].fill_between(times, costs.min(0), costs.max(0), color=style["color"], alpha=0.18, lw=0)
-        axes[-1].set(xscale="log", xlabel="time t", ylabel="transport cost $E||x - z||^2$")
-        axes[-1].legend()
-        figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
+    figure, axes = plt.subplots(1, len(couplings) + 1, figsize=(4 * (len(couplings) + 1), 4))
+    times = arrays["times"]
+    for axis, coupling in zip(axes, couplings, strict=False):
+        paths = arrays[f"{coupling}_paths"][0]  # [T, n, 2]
+        shown = times <= _TOY_SHOWN
+        for k in range(paths.shape[1]):
+            axis.plot(*paths[shown, k].T, color=line_of(couplings, coupling)["color"], lw=0.6, alpha=0.5)
+        axis.plot(*paths[shown][-1].T, "o", ms=3, mfc="none", color="#888888", label=f"t = {times[shown][-1]:.2g}")
+        axis.plot(*arrays[f"{coupling}_samples"][0].T, ".", ms=4, color="#009E73", label="one-jump samples")
+        axis.plot(*arrays["modes"].T, "x", color="black", label="modes")
+        axis.set(title=coupling, aspect="equal")
+        _mean_and_range(axes[-1], times, arrays[f"{coupling}_cost"], coupling, line_of(couplings, coupling))
+    axes[-1].set(xscale="log", xlabel="time t", ylabel="transport cost $E||x - z||^2$")
+    axes[-1].legend()
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
     return figure
 
 
@@ -335,64 +321,53 @@ _TOY_SHOWN = 1.0
 
 def discrepancy(table: pd.DataFrame, runs: Sequence[str]) -> Figure:
     """The rows of discrepancy.csv: R_t of the couplings against t, +-2 standard errors; runs: the study's."""
-    with plt.rc_context(_STYLE):
-        figure, axis = plt.subplots(figsize=(7, 4))
-        for run in dict.fromkeys(table.run):
-            rows = table[table.run == run]
-            if run == "teacher":
-                axis.plot(rows.t, rows.discrepancy, color="#888888", ls=":", label="independent noise, by the teacher")
-                continue
-            style = line_of(runs, run)
-            values, errors = rows.discrepancy, 2 * rows.discrepancy_se
-            axis.errorbar(rows.t, values, errors, color=style["color"], ls=style["linestyle"], label=run)
-        axis.set(xscale="log", xlabel="time t (noise level)", ylabel="$R_t = E||z - v_t(x_t)||^2$")
-        _logarithmic(axis)
-        axis.legend()
+    figure, axis = plt.subplots(figsize=(7, 4))
+    for run in dict.fromkeys(table.run):
+        rows = table[table.run == run]
+        if run == "teacher":
+            axis.plot(rows.t, rows.discrepancy, color="#888888", ls=":", label="independent noise, by the teacher")
+            continue
+        style: Any = line_of(runs, run)
+        axis.errorbar(rows.t, rows.discrepancy, 2 * rows.discrepancy_se, label=run, **style)
+    axis.set(xscale="log", xlabel="time t (noise level)", ylabel="$R_t = E||z - v_t(x_t)||^2$")
+    _logarithmic(axis)
+    axis.legend()
     return figure
 
 
 def plane(table: pd.DataFrame) -> Figure:
     """The rows of plane.csv: velocity discrepancy and transport cost of couplings against t, +-2 standard errors."""
     couplings = list(dict.fromkeys(table.coupling))
-    with plt.rc_context(_STYLE):
-        figure, axes = plt.subplots(1, 2, figsize=(10, 3.8))
-        labels = ("$R_t = E||z - v_t(x_t)||^2$", "transport cost $E||x - z||^2$")
-        for axis, name, label in zip(axes, ("discrepancy", "cost"), labels, strict=True):
-            for coupling in couplings:
-                rows = table[table.coupling == coupling]
-                style = line_of(couplings, coupling)
-                axis.errorbar(
-                    rows.t,
-                    rows[name],
-                    2 * rows[f"{name}_se"],
-                    color=style["color"],
-                    ls=style["linestyle"],
-                    label=coupling,
-                )
-            axis.set(xscale="log", xlabel="time t", ylabel=label)
-        _logarithmic(axes[0])
-        axes[0].legend()
+    figure, axes = plt.subplots(1, 2, figsize=(10, 3.8))
+    labels = ("$R_t = E||z - v_t(x_t)||^2$", "transport cost $E||x - z||^2$")
+    for axis, name, label in zip(axes, ("discrepancy", "cost"), labels, strict=True):
+        for coupling in couplings:
+            rows = table[table.coupling == coupling]
+            style: Any = line_of(couplings, coupling)
+            axis.errorbar(rows.t, rows[name], 2 * rows[f"{name}_se"], label=coupling, **style)
+        axis.set(xscale="log", xlabel="time t", ylabel=label)
+    _logarithmic(axes[0])
+    axes[0].legend()
     return figure
 
 
 def loss_limits(table: pd.DataFrame) -> Figure:
     """The rows of limit.csv: N^2 times the two losses and their difference against N; dashed: the limits."""
-    with plt.rc_context(_STYLE):
-        figure, axis = plt.subplots(figsize=(7, 4))
-        squared = table.intervals**2
-        lines = {
-            "$N^2 L_{CT}$": (table.ct, table.ct_limit, "#444444"),
-            "$N^2 L_{CD}$": (table.cd, table.cd_limit, "#0072B2"),
-            "$N^2 (L_{CT} - L_{CD})$": (table.ct - table.cd, table.ct_limit - table.cd_limit, "#D55E00"),
-        }
-        for label, (losses, limit, colour) in lines.items():
-            axis.plot(table.intervals, squared * losses, marker="o", ms=3, color=colour, label=label)
-            axis.axhline(limit.iloc[0], color=colour, lw=1, ls="--")
-        axis.set(xscale="log", xlabel="intervals N of the grid", ylabel="$N^2$ times the loss")
-        axis.set_xticks(table.intervals, [str(count) for count in table.intervals])
-        axis.xaxis.set_minor_formatter(NullFormatter())
-        _logarithmic(axis)
-        axis.legend()
+    figure, axis = plt.subplots(figsize=(7, 4))
+    squared = table.intervals**2
+    lines = {
+        "$N^2 L_{CT}$": (table.ct, table.ct_limit, "#444444"),
+        "$N^2 L_{CD}$": (table.cd, table.cd_limit, "#0072B2"),
+        "$N^2 (L_{CT} - L_{CD})$": (table.ct - table.cd, table.ct_limit - table.cd_limit, "#D55E00"),
+    }
+    for label, (losses, limit, colour) in lines.items():
+        axis.plot(table.intervals, squared * losses, marker="o", ms=3, color=colour, label=label)
+        axis.axhline(limit.iloc[0], color=colour, lw=1, ls="--")
+    axis.set(xscale="log", xlabel="intervals N of the grid", ylabel="$N^2$ times the loss")
+    axis.set_xticks(table.intervals, [str(count) for count in table.intervals])
+    axis.xaxis.set_minor_formatter(NullFormatter())
+    _logarithmic(axis)
+    axis.legend()
     return figure
 
 

@@ -13,7 +13,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from consistency import energy, slurm_job
+from consistency import slurm_job
 from consistency.errors import UserError
 from consistency.files import read_json, sha256, write_json
 from consistency.layout import Layout
@@ -66,7 +66,6 @@ def write_card(
             "command": shlex.join(["python", "-m", "consistency", *sys.argv[1:]]),
             "created": datetime.now(UTC).isoformat(timespec="seconds"),
             "seconds": round(time.time() - started, 3),
-            "energy_joules": energy.used(),
             "measured": measured or {},
             "training": training,
             "source": source,

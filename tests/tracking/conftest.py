@@ -1,9 +1,8 @@
-"""Servers, a browser and a finished study for the tests of this folder."""
+"""Servers for the tests of this folder."""
 
 from collections.abc import Iterator
 
 import pytest
-from tests.tracking.browser import Browser
 from tests.tracking.debian import needs_debian
 from tests.tracking.servers import PROXIES, Postgres, TrackingServer, postgres
 
@@ -13,12 +12,6 @@ def no_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
     """The loopback is reached directly."""
     for name in PROXIES:
         monkeypatch.delenv(name, raising=False)
-
-
-@pytest.fixture(scope="session")
-def browser() -> Iterator[Browser]:
-    with Browser(needs_debian("chromium", "chromium")) as page:
-        yield page
 
 
 @pytest.fixture(scope="session")

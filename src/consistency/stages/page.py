@@ -125,19 +125,15 @@ def _cost(study: Study, cards: Cards) -> dict[str, Any] | None:
     if "coefficients" not in cards:
         return None
     fit = cards["coefficients"]["measured"]
-    students = [cards[f"student {run} seed {seed}"]["measured"] for run, seed in students_of(study)]
-    fitted = [
-        cards[f"student {run} seed {seed}"]["measured"]
-        for run, seed in students_of(study)
-        if study.students[run].needs_coefficients
-    ]
+    trained = [(run, cards[f"student {run} seed {seed}"]["measured"]) for run, seed in students_of(study)]
+    fitted = next(measured for run, measured in trained if study.students[run].needs_coefficients)
     return {
         "evaluations": fit["network_evaluations"],
         "seconds": fit["seconds"],
-        "of_one_evaluations": fit["network_evaluations"] / fitted[0]["network_evaluations"],
-        "of_one_seconds": fit["seconds"] / fitted[0]["seconds"],
-        "of_all_evaluations": fit["network_evaluations"] / sum(m["network_evaluations"] for m in students),
-        "of_all_seconds": fit["seconds"] / sum(m["seconds"] for m in students),
+        "of_one_evaluations": fit["network_evaluations"] / fitted["network_evaluations"],
+        "of_one_seconds": fit["seconds"] / fitted["seconds"],
+        "of_all_evaluations": fit["network_evaluations"] / sum(m["network_evaluations"] for _, m in trained),
+        "of_all_seconds": fit["seconds"] / sum(m["seconds"] for _, m in trained),
     }
 
 

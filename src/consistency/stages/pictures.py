@@ -61,17 +61,16 @@ def draw_pictures(
         )
         figure = figures.learning_curves(scores, runs, nfes, measure, extractor)
         pictures.append(Picture.of(f"curves_{measure}", "curves", caption, figure))
-    if found:
-        for measure in dict.fromkeys(item.measure for item in found):
-            images = count if measure == "fd" else study.scores.alignment_count
-            caption = (
-                f"Iterations of the baseline over iterations of the student to the baseline's final "
-                f"{what_of(measure, extractor)}, {seeds}, N = {images}. Bars: 95 % bootstrap over seeds{coarse(study)}"
-                "; one that leaves the picture has no end. Triangles are bounds: up, the score was there before "
-                "training; down, it was never reached."
-            )
-            bars = figures.speed_up_bars(found, runs, measure, extractor)
-            pictures.append(Picture.of(f"speedup_{measure}", "speedup", caption, bars))
+    for measure in dict.fromkeys(item.measure for item in found):
+        images = count if measure == "fd" else study.scores.alignment_count
+        caption = (
+            f"Iterations of the baseline over iterations of the student to the baseline's final "
+            f"{what_of(measure, extractor)}, {seeds}, N = {images}. Bars: 95 % bootstrap over seeds{coarse(study)}"
+            "; one that leaves the picture has no end. Triangles are bounds: up, the score was there before "
+            "training; down, it was never reached."
+        )
+        bars = figures.speed_up_bars(found, runs, measure, extractor)
+        pictures.append(Picture.of(f"speedup_{measure}", "speedup", caption, bars))
     if study.mu_sweep:
         pictures.append(_mu_picture(study, results, seeds))
     if study.flows:

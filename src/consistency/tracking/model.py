@@ -1,29 +1,95 @@
-"""A student as MLflow loads it: a model from code. What it does lies in consistency.tracking.sampler."""
+"""A registered student as MLflow loads it. Its images are the same as those of the stage samples."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pandas as pd
-from mlflow.models import set_model
-from mlflow.pyfunc import PythonModel, PythonModelContext
+import torch
+from pydantic import ValidationError
+
+from consistency.errors import UserError
+from consistency.files import read_json
+from consistency.layout import Layout
+from consistency.nets.denoiser import Denoiser
+from consistency.seeding import ImageNoise
+from consistency.stages.inputs import pick_device, read_preconditioning, read_student
+from consistency.stages.samples import Sampler, draw, jump_sampler, prepared
+from consistency.study import Study, explain
+from consistency.theory.preconditioning import Preconditioning
+from consistency.training.data import to_bytes
 
 
-class StudentModel(PythonModel):
-    """predict({"count": 8, "nfe": 2, "seed": 0, "label": 3}): images of the seeds seed to seed + count - 1."""
+@dataclass(frozen=True)
+class RegisteredStudent:
+    """A student ready to sample."""
 
-    def load_context(self, context: PythonModelContext) -> None:
-        """Find and check the files that the configuration refers to."""
-        from consistency.tracking.sampler import open_student
+    study: Study
+    run: str
+    model: Denoiser
+    preconditioning: Preconditioning
 
-        self.student = open_student(context.model_config)
+    def predict(self, rows: Any) -> np.ndarray[Any, Any]:
+        """Sample each row of a table with count and nfe, and if wanted seed and label. Returns uint8 [N, H, W, C]."""
+        wanted = (
+            {name: int(value) for name, value in row.items() if value is not None and value == value}
+            for row in rows.to_dict("records")
+        )
+        return np.concatenate([self.draw(**given) for given in wanted])
 
-    def predict(
-        self, context: PythonModelContext, model_input: pd.DataFrame, params: Any = None
-    ) -> np.ndarray[Any, Any]:
-        """uint8 [N, H, W, C]; the images of several rows follow one another."""
-        from consistency.tracking.sampler import draw_rows
+    def draw(self, count: int, nfe: int, seed: int = 0, label: int | None = None) -> np.ndarray[Any, Any]:
+        """Sample uint8 [count, H, W, C]: image i comes from seed + i, through nfe jumps.
 
-        return draw_rows(self.student, model_input)
+        label: the class of all images of a conditional student, instead of the one that each seed draws. Raises
+        UserError for values that are out of range.
+        """
+        classes = self.model.label_dim
+        if count < 1 or nfe < 1 or seed < 0:
+            raise UserError(f"count and nfe must be 1 or more, seed 0 or more; got {count}, {nfe} and {seed}")
+        if label is not None and not 0 <= label < classes:
+            allowed = f"0 to {classes - 1}" if classes else "none, for it is not conditional"
+            raise UserError(f"label {label} is not one of the student's: {allowed}")
+        sampler = jump_sampler(self.study, self.run, self.model, self.preconditioning, nfe)
+        sampler = sampler if label is None else _labelled(sampler, label)
+        with _one_thread():
+            batches = draw(self.study, self.model, sampler, seed + count, seed)
+            return np.concatenate([to_bytes(images) for _, images in batches])
 
 
-set_model(StudentModel())
+def _load_pyfunc(path: str) -> RegisteredStudent:
+    """Open the student of a model. MLflow calls this, by its name, with the folder that the registry has filled.
+
+    Raises UserError for a study that this version of the project does not know.
+    """
+    (card_file,) = Path(path).glob("*/students/*/*/card.json")
+    card = read_json(card_file, "track")
+    try:
+        study = Study.model_validate(card["resolved"])
+    except ValidationError as error:
+        raise UserError(f"this model's study is of another version of this project: {explain(error, Study)}") from None
+    run, layout = card["run"], Layout(study.name, Path(path))
+    model = prepared(study, read_student(study, layout, run, card["seed"], pick_device("auto")))
+    return RegisteredStudent(study, run, model, read_preconditioning(study, layout, run, model))
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Compute as the stages do by default: on a CPU the number of threads decides the last bit."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _labelled(sampler: Sampler, label: int) -> Sampler:
+    def sample(noise: ImageNoise) -> torch.Tensor:
+        # The drawn labels are replaced, not left out: the noise after them stays the same.
+        assert noise.labels is not None
+        noise.labels = torch.full_like(noise.labels, label)
+        return sampler(noise)
+
+    return sample

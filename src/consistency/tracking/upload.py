@@ -19,6 +19,7 @@ from consistency.tracking.server import (
     BATCH,
     DIGEST,
     FOLDER,
+    charts,
     connect,
     create_run,
     describe,
@@ -34,7 +35,6 @@ from consistency.tracking.server import (
     warn_of_network_disk,
     without_credentials,
 )
-from consistency.tracking.view import VIEW, charts, is_untouched, saved_view
 
 
 def track_study(study: Study, layout: Layout) -> None:
@@ -52,7 +52,6 @@ def track_study(study: Study, layout: Layout) -> None:
         experiment = open_experiment(client, study.name, study.title, uri)
         common = {"study_hash": study.key("report"), FOLDER: str(layout.root.resolve())}
         runs, new = _send(client, experiment, uploads, common, f"track {study.name}")
-        _show_scores(client, experiment, uploads)
         models = register_students(client, study, layout, runs)
     clean = without_credentials(uri)
     page = charts(experiment)
@@ -63,14 +62,6 @@ def track_study(study: Study, layout: Layout) -> None:
     write_json(layout.track / "tracked.json", content | {"runs": runs, "url_hint": hint})
     done = f"{new} of {len(runs)} runs uploaded" if new else f"all {len(runs)} runs were there already"
     print(f"track {study.name}: {done}; see {hint}", flush=True)
-
-
-def _show_scores(client: Any, experiment: str, uploads: list[Upload]) -> None:
-    """Let the experiment's saved view begin with the students' scores, unless a person has made it another."""
-    view = client.get_experiment(experiment).tags.get(VIEW)
-    if view is None or is_untouched(view):
-        found = (point.key for upload in uploads if upload.role == "student" for point in upload.points)
-        client.set_experiment_tag(experiment, VIEW, saved_view(dict.fromkeys(found)))
 
 
 def _send(

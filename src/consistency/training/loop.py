@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from consistency import energy
 from consistency.errors import UserError
 from consistency.layout import snapshot_name
 from consistency.progress import Progress
@@ -222,7 +221,6 @@ def _save(job: Training, clock: _Clock, window: _Window) -> float:
         "averages": [average.model.state_dict() for average in job.averages],
         "optimizer": update.optimizer.state_dict(),
         "scaler": update.scaler.state_dict(),
-        "energy": energy.used(),
     }
     if update.ranks.first:
         files.save(job.folder, state)
@@ -243,7 +241,6 @@ def _resume(job: Training) -> tuple[_Clock, _Window]:
         average.model.load_state_dict(weights)
     job.update.optimizer.load_state_dict(state["optimizer"])
     job.update.scaler.load_state_dict(state["scaler"])
-    energy.add_earlier(state.get("energy"))
     window = _Window(**state["window"])
     device = next(job.update.model.parameters()).device
     window.sums = {name: value.to(device) for name, value in window.sums.items()}
