@@ -189,7 +189,6 @@ VERBS = {
     ),
     "validate": Verb("hold this machine against the closed-form oracles of the method", "stages.validate:validate"),
     "schema": Verb("write the JSON schema and the field reference of a study", "schema:write_schema"),
-    "jobs": Verb("list the jobs of this folder in Slurm's queue", "cluster:print_jobs"),
     "follow": Verb(
         "send a training's new points to MLflow while it goes on (a training starts this)",
         "tracking.follow:follow",
