@@ -20,6 +20,9 @@ from consistency.code import code_digest
 from consistency.errors import UserError
 from consistency.resources import registry, resource_path
 from consistency.study import OfficialTeacher, Study, load_study
+from consistency.workflow import join_run
+
+join_run()
 
 
 def load_studies() -> dict[str, Study]:
