@@ -2,6 +2,7 @@ import os
 import platform
 import re
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 from snakemake.exceptions import WorkflowError
@@ -25,40 +26,36 @@ from consistency.workflow import join_run
 join_run()
 
 
+@contextmanager
+def in_one_line():
+    """Stop with one line; Snakemake would print a WorkflowError between the lines of a traceback."""
+    try:
+        yield
+    except UserError as error:
+        raise SystemExit(f"error: {error}") from None
+
+
 def load_studies() -> dict[str, Study]:
     """The studies of the configuration by name; a mistake in any stops before any work."""
     names = config.get("studies")
     names = [names] if isinstance(names, str) else names
-    try:
-        for name in set(config) - {"studies", "student"}:
-            raise UserError(
-                f"unknown key {name!r} in the configuration (config/config.yaml, --config): there is studies"
-            )
-        if not names:
-            raise UserError("studies in the configuration is empty: --config studies=digits, or studies=[digits,tiny]")
-        return {name: load_study(f"config/studies/{name}.yaml") for name in names}
-    except UserError as error:
-        # Snakemake would print a WorkflowError between the lines of a traceback.
-        raise SystemExit(f"error: {error}") from None
-
-
-def known_resources() -> str:
-    """A pattern of the registry's names; a mistake in it stops before any work."""
-    try:
-        return "|".join(re.escape(name) for name in registry())
-    except UserError as error:
-        raise SystemExit(f"error: {error}") from None
+    for name in set(config) - {"studies", "student"}:
+        raise UserError(f"unknown key {name!r} in the configuration (config/config.yaml, --config): there is studies")
+    if not names:
+        raise UserError("studies in the configuration is empty: --config studies=digits, or studies=[digits,tiny]")
+    return {name: load_study(f"config/studies/{name}.yaml") for name in names}
 
 
 # SIGTERM asks a job to save and leave: its shell, and tee, have to live on until that is done. The first half is what
 # Snakemake begins with of itself.
 shell.prefix("set -euo pipefail; trap '' TERM; ")
 
-STUDIES = load_studies()
+with in_one_line():
+    STUDIES = load_studies()
+    RESOURCES = "|".join(map(re.escape, registry()))
 # Under DVC one student is trained at a time (`student` in the configuration), and the one that it is made from is taken
 # as it is.
 TRAINED = re.escape(str(config["student"])) if "student" in config else "[a-z0-9][a-z0-9._-]*"
-RESOURCES = known_resources()
 
 
 wildcard_constraints:
@@ -190,7 +187,5 @@ def coefficients_if_needed(wildcards) -> list[str]:
 def before_start() -> None:
     """Under Slurm, what would leave jobs waiting for ever stops this before any is submitted."""
     if workflow.executor_plugin.name == "slurm":
-        try:
+        with in_one_line():
             require_cluster()
-        except UserError as error:
-            raise SystemExit(f"error: {error}") from None
