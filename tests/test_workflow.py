@@ -126,7 +126,8 @@ pathlib.Path("joined").touch()
 time.sleep(60)
 """
 CALLER = """
-import os, subprocess, sys
+import os, signal, subprocess, sys
+signal.signal(signal.SIGINT, signal.SIG_IGN)  # as behind a shell's &
 os.environ["CONSISTENCY_CALLER"] = str(os.getpid())
 subprocess.Popen([sys.executable, "-c", sys.argv[1]]).wait()
 """

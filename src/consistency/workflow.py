@@ -53,6 +53,7 @@ def run_rules(
 def join_run() -> None:
     """Note, until this process ends, that a Snakemake is at work here; end it when its caller is gone."""
     if caller := os.environ.pop(_CALLER, ""):
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's `&` has had ignored
         watch(int(caller), _interrupt)
     if _UNLOCKING not in os.environ:
         # A disk without locks, or one that cannot be written, is run_rules()'s to tell.
