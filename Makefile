@@ -35,7 +35,6 @@ unexport PYTHONPATH PYTHONHOME VIRTUAL_ENV
 help: ## this list
 	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' Makefile | expand -t 18
 
-demo: STUDY = digits
 demo: reproduce ## the digits study end to end: data, teacher, coefficients, students, scores, report
 demo-gc: STUDY = digits-gc
 demo-gc: reproduce ## the second paper on the digits: consistency training along generator-induced flows
@@ -140,6 +139,5 @@ clean: ## remove results/, state/, mlflow.db and mlruns/: asks for CONFIRM=yes
 	  exit 1
 	fi
 	mkdir -p .snakemake
-	exec 9>>.snakemake/at-work.lock
-	flock -n 9 || { echo "A run is at work in this directory; stop it first." >&2; exit 1; }
-	rm -rf results state mlruns mlflow.db mlflow.db-*
+	flock -n .snakemake/at-work.lock rm -rf results state mlruns mlflow.db mlflow.db-* ||
+	  { echo "A run is at work in this directory; stop it first." >&2; exit 1; }
