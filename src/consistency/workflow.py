@@ -63,7 +63,7 @@ def join_run() -> None:
 
 def _open() -> int:
     AT_WORK.parent.mkdir(exist_ok=True)
-    return os.open(AT_WORK, os.O_WRONLY | os.O_CREAT)
+    return os.open(AT_WORK, os.O_RDWR | os.O_CREAT)
 
 
 def _alone(patience: float) -> int:
@@ -79,7 +79,10 @@ def _alone(patience: float) -> int:
                 print(f"Another run is at work in this directory; waiting {patience:g} s for it to leave.", flush=True)
             told = True
             if time.monotonic() > deadline:
-                raise UserError("another run is at work in this directory: wait until it ends, or stop it with Ctrl-C")
+                raise UserError(
+                    "another run is at work in this directory: wait until it ends, or stop it with Ctrl-C "
+                    f"(`lslocks` names the process that holds {AT_WORK})"
+                )
             time.sleep(_POLL)
     except OSError as error:
         raise UserError(f"cannot lock {AT_WORK}: {error.strerror}; work on a disk that has file locks") from None
