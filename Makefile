@@ -12,7 +12,6 @@ PYTHON ?= python3
 PORT ?= 5000
 CORES ?= all
 PYTEST_WORKERS ?= 2
-PATIENCE ?= 60
 PYTEST_ARGS ?=
 LOCK_ARGS ?=
 STUDY := digits
@@ -37,57 +36,27 @@ help: ## this list
 	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' Makefile | expand -t 18
 
 demo: reproduce ## the digits study end to end: data, teacher, coefficients, students, scores, report
-	@exec python -m consistency summary --study config/studies/digits.yaml
-
-demo-gc: STUDIES := digits-gc
+demo-gc: STUDY = digits-gc
 demo-gc: reproduce ## the second paper on the digits: consistency training along generator-induced flows
-	@exec python -m consistency summary --study config/studies/digits-gc.yaml
+demo demo-gc:
+	@exec python -m consistency summary --study config/studies/$(STUDY).yaml
 
-# The lock's descriptor is inherited by Snakemake: it is held as long as Snakemake lives, even if make is killed.
-# Snakemake's own directory lock survives a `kill -9`; it is removed only when nothing of that run is still at work.
 reproduce: install
-	@exec 9>>.snakemake-demo.lock
-	if ! flock -n 9; then
-	  echo "Another \`make demo\` is running in this directory: wait for it, or stop it with Ctrl-C in its terminal." >&2
-	  exit 1
-	fi
-	if [ -n "$$(ls -A .snakemake/locks 2>/dev/null)" ]; then
-	  for second in {$(PATIENCE)..0}; do
-	    left=
-	    for process in /proc/[0-9]*; do
-	      [ "$$(readlink "$$process/cwd" 2>/dev/null)" = "$$(pwd -P)" ] || continue
-	      mapfile -d '' -t -n 3 words 2>/dev/null <"$$process/cmdline" || continue
-	      case "$${words[*]} " in
-	        *bin/snakemake\ * | *"-m snakemake "* | *"-m consistency "*) left="$$left $${process#/proc/}" ;;
-	      esac
-	    done
-	    [ -n "$$left" ] || break
-	    if [ "$$second" = 0 ]; then
-	      echo "An earlier run is still at work in this directory. Wait until it ends, or stop it: kill$$left" >&2
-	      exit 1
-	    fi
-	    if [ "$$second" = $(PATIENCE) ]; then echo "An earlier run is still at work here; waiting for its jobs to save and leave."; fi
-	    sleep 1
-	  done
-	  echo "An earlier run was killed; going on where it stopped."
-	  snakemake --unlock --quiet all
-	fi
-	exec snakemake --cores $(CORES) --rerun-incomplete $(addprefix --config studies=,$(STUDIES))
+	@CORES=$(CORES) exec python -m consistency reproduce --study config/studies/$(STUDY).yaml
 
 ui: install ## the MLflow page of what was recorded, on 127.0.0.1 (PORT=5000)
 	@store=$${MLFLOW_TRACKING_URI:-sqlite:///mlflow.db}
-	case "$$store" in
-	  http*) echo "MLFLOW_TRACKING_URI names a running server; open $$(sed -E 's#://[^@/]*@#://#' <<<"$$store")"; exit 0 ;;
-	  sqlite:///mlflow.db)
-	    if [ ! -e mlflow.db ]; then echo "Nothing is recorded here yet: run \`make demo\` first." >&2; exit 1; fi ;;
-	esac
-	# Its job runner would start six more processes, for features of language models.
-	export MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false
+	case "$$store" in http*) echo "MLFLOW_TRACKING_URI names a running server: open its address"; exit 0 ;; esac
+	if [ "$$store" = sqlite:///mlflow.db ] && [ ! -e mlflow.db ]; then
+	  echo "Nothing is recorded here yet: run \`make demo\` first." >&2
+	  exit 1
+	fi
 	echo "MLflow: http://127.0.0.1:$(PORT)/#/experiments?workflowType=machine_learning"
 	echo "(Ctrl-C ends it; another port: make ui PORT=5001)"
 	# By the environment: an address may hold a password, and a command line is everybody's to read.
 	export MLFLOW_BACKEND_STORE_URI="$$store"
-	exec mlflow ui --host 127.0.0.1 --port $(PORT) --workers 1
+	# Its job runner would start six more processes, for features of language models.
+	MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false exec mlflow ui --host 127.0.0.1 --port $(PORT) --workers 1
 
 # Snakemake goes by times, and a clone's are arbitrary: it is told that all is up to date when DVC says so, not before.
 pull: install ## what this commit made, from DVC's remote; nothing is computed (STUDY=digits)
@@ -136,34 +105,21 @@ $(STAMP):
 	exec 8>>.install.lock
 	flock -n 8 || { echo "Waiting: another make is installing the environment of this directory."; flock 8; }
 	if [ -e $@ ]; then exit 0; fi
-	if [ -e $(INSTALLING) ]; then
-	  echo "The last installation was interrupted: starting .venv afresh."
-	  rm -rf .venv
-	elif cat .venv/.installed-* 2>/dev/null | grep -qvxF -- "$$(pwd -P)"; then
-	  echo "This directory was moved or copied after its installation: starting .venv afresh."
-	  rm -rf .venv
-	elif [ -e .venv ] && ! .venv/bin/python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
-	  echo "The Python that .venv was made with is gone or too old: starting it afresh."
+	if [ -e .venv ] && { [ -e $(INSTALLING) ] || ! grep -qsxF -- "$$(pwd -P)" .venv/.installed-* ||
+	    ! .venv/bin/python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; }; then
+	  echo "The last installation was interrupted, its directory moved or its Python removed: starting .venv afresh."
 	  rm -rf .venv
 	fi
 	if [ ! -e .venv ]; then
-	  hash -r
-	  packages="python3 python3-venv"
-	  case "$(PYTHON)" in python3.*) packages="$(PYTHON) $(PYTHON)-venv" ;; esac
-	  command -v "$(PYTHON)" >/dev/null || fail "$(PYTHON) is not installed. Run: sudo apt-get install $$packages"
-	  found=$$("$(PYTHON)" -c 'import sys; print("%d.%d" % sys.version_info[:2])') || fail "$(PYTHON) does not start."
+	  packages="$(notdir $(PYTHON)) $(notdir $(PYTHON))-venv"
+	  found=$$("$(PYTHON)" -c 'import sys; print("%d.%d" % sys.version_info[:2])') ||
+	    fail "$(PYTHON) is not installed or does not start. Run: sudo apt-get install $$packages"
 	  printf '3.11\n%s\n' "$$found" | sort -V -C || fail "$(PYTHON) is Python $$found; 3.11 or newer is needed." \
 	    "Run: sudo apt-get install python3.11 python3.11-venv (on Debian 12 or Ubuntu 22.04; a newer release may have" \
 	    "python3.12 instead), then the same command with PYTHON=python3.11 after make."
-	  "$(PYTHON)" -c 'import ensurepip, venv' 2>/dev/null ||
-	    fail "$(PYTHON) cannot make virtual environments. Run: sudo apt-get install $${packages#* }"
 	  echo "Installing the environment into .venv, once: about 260 packages, 5.6 GB on disk with PyTorch for CPU and GPU."
 	  echo "One to a few minutes, depending on the network; later commands start at once."
-	  mkdir .venv
-	  touch $(INSTALLING)
-	  "$(PYTHON)" -m venv .venv || fail "$(PYTHON) -m venv did not work. Run: sudo apt-get install $${packages#* }"
-	else
-	  echo "Bringing .venv to requirements.lock."
+	  "$(PYTHON)" -m venv .venv || fail "$(PYTHON) cannot make virtual environments. Run: sudo apt-get install $$packages"
 	fi
 	touch $(INSTALLING)
 	export VIRTUAL_ENV="$$(pwd)/.venv"
@@ -191,6 +147,6 @@ clean: ## remove results/, state/, mlflow.db and mlruns/: asks for CONFIRM=yes
 	  echo "This removes results/, state/, mlflow.db and mlruns/, trained networks included. To do it: make clean CONFIRM=yes" >&2
 	  exit 1
 	fi
-	exec 9>>.snakemake-demo.lock
-	flock -n 9 || { echo "\`make demo\` is running in this directory; stop it first." >&2; exit 1; }
-	rm -rf results state mlruns mlflow.db mlflow.db-*
+	mkdir -p .snakemake
+	flock -n .snakemake/at-work.lock rm -rf results state mlruns mlflow.db mlflow.db-* ||
+	  { echo "A run is at work in this directory; stop it first." >&2; exit 1; }

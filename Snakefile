@@ -16,11 +16,7 @@ include: "workflow/rules/track.smk"
 
 
 onstart:
-    require_cluster()
-
-
-onerror:
-    say_what_failed()
+    before_start()
 
 
 # It must stand here: an include would restore the default target, and an included `all` would never run.

@@ -1,16 +1,18 @@
-"""What is asked of Slurm, against commands that answer as its own do; tests/slurm has the real ones."""
+"""What is asked of Slurm, against commands that answer as its own do; tests/workflow/slurm has the real ones."""
 
 import math
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from consistency import slurm_job
-from consistency.cluster import Request, find_jobs, minutes_of, print_jobs, require_ready
+from consistency.cluster import minutes_of, require_cluster
 from consistency.errors import UserError
 
-SINFO = "cpu*|infinite|(null)\nshort|1:00:00|gpu:a100:4(S:0-1)\nlong|7-00:00:00|gpu:8\n"
+PROFILE = Path(__file__).parents[1] / "workflow/profiles/slurm/config.yaml"
+SINFO = "cpu infinite\ngpu 7-00:00:00\nshort 1:00:00\n"
 Answer = Callable[..., None]
 
 
@@ -29,116 +31,80 @@ def answer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Answer:
         )
         script.chmod(0o755)
 
-    for command in ("sbatch", "squeue", "sinfo", "scontrol"):
+    for command in ("sbatch", "sinfo", "scontrol"):
         say(command, SINFO if command == "sinfo" else "")
     monkeypatch.setenv("PATH", str(folder))
     return say
 
 
-def queued(*jobs: tuple[str, str, Path]) -> str:
-    """squeue's lines of (number, comment, folder)."""
-    rows = (
-        f"{number}|consistency_a-1|{comment}|R|1:02|1-00:00:00|2|one|{folder}/logs/slurm/x/%j.log|{folder}|"
-        for number, comment, folder in jobs
-    )
-    return "".join("  |".join(row.split("|")) + "\n" for row in rows)
-
-
-def ask(partition: str | None = "long", minutes: float = 60, gpus: bool = True) -> list[Request]:
-    return [Request("student", partition, minutes, gpus)]
+@pytest.fixture
+def profile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of the profile, with which Snakemake was started."""
+    (tmp_path / "slurm").mkdir()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["snakemake", "--cores", "all", "--profile=slurm", "--", "results/a"])
+    return Path(shutil.copy(PROFILE, tmp_path / "slurm"))
 
 
 @pytest.mark.parametrize(
     ("limit", "minutes"),
-    [
-        ("infinite", math.inf),
-        ("7-00:00:00", 10080),
-        ("1:30:00", 90),
-        ("30:00", 30),
-        ("0:30", 0.5),
-        ("1-02:03:30", 1563.5),
-    ],
+    [("infinite", math.inf), ("7-00:00:00", 10080), ("1:30:00", 90), ("30:00", 30), ("0:30", 0.5)],
 )
 def test_slurms_times_in_minutes(limit: str, minutes: float) -> None:
     assert minutes_of(limit) == minutes
 
 
-def test_what_the_cluster_can_give_is_submitted(answer: Answer, tmp_path: Path) -> None:
-    require_ready([*ask(), *ask("short,long", 600), *ask(None, 1e6, gpus=False)], tmp_path)
+def test_the_profile_as_it_comes_is_submitted(answer: Answer, profile: Path) -> None:
+    require_cluster()
 
 
 @pytest.mark.parametrize(
-    ("request_", "message"),
+    ("before", "after", "message"),
     [
-        (ask("gpu"), "student asks for partition gpu, which this cluster does not have: set slurm_partition in "
-                     "workflow/profiles/slurm/config.yaml to one of cpu, short, long"),
-        (ask("short", 90), "asks for 90 minutes, but partition short gives 60 at most"),
-        (ask("cpu"), "asks for GPUs, but partition cpu has none"),
-        (ask(None), "asks for GPUs, but partition cpu has none"),
+        ('"cpu"', '"main"', "rule dataset asks for partition main; this cluster has cpu, gpu, short"),
+        ('student:\n    slurm_partition: "gpu"', 'student:\n    slurm_partition: "short"',
+         "rule student asks for 1440 minutes, but partition short gives 60 at most: lower its runtime"),
+        # The third attempt asks for three times as much.
+        ("480 * attempt", "5000 * attempt", "rule coefficients asks for 15000 minutes, but partition gpu gives 10080"),
     ],
 )  # fmt: skip
-def test_what_it_cannot_give_is_said_before_anything_is_submitted(
-    answer: Answer, tmp_path: Path, request_: list[Request], message: str
+def test_what_would_wait_for_ever_is_not_submitted(
+    answer: Answer, profile: Path, before: str, after: str, message: str
 ) -> None:
-    with pytest.raises(UserError, match=message):
-        require_ready(request_, tmp_path)
+    text = profile.read_text()
+    assert before in text
+    profile.write_text(text.replace(before, after))
+    with pytest.raises(UserError, match=f"^slurm/config.yaml: {message}"):
+        require_cluster()
 
 
-def test_a_cluster_without_a_default_partition(answer: Answer, tmp_path: Path) -> None:
-    answer("sinfo", SINFO.replace("*", ""))
-    with pytest.raises(UserError, match="no default partition: set slurm_partition"):
-        require_ready(ask(None), tmp_path)
+@pytest.mark.parametrize("partition", ['"short,gpu"', '\'"short" if wildcards.run == "a" else "gpu"\''])
+def test_several_partitions_and_expressions_are_left_to_slurm(answer: Answer, profile: Path, partition: str) -> None:
+    profile.write_text(profile.read_text().replace('slurm_partition: "gpu"', f"slurm_partition: {partition}"))
+    require_cluster()
 
 
-def test_a_machine_without_slurm(answer: Answer, tmp_path: Path) -> None:
+def test_the_profile_of_the_environment_is_read(answer: Answer, profile: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    profile.write_text(profile.read_text().replace('"cpu"', '"main"'))
+    monkeypatch.setattr("sys.argv", ["snakemake", "--cores", "all"])
+    require_cluster()
+    monkeypatch.setenv("SNAKEMAKE_PROFILE", "slurm")
+    with pytest.raises(UserError, match="partition main"):
+        require_cluster()
+
+
+def test_a_machine_without_slurm(answer: Answer, profile: Path, tmp_path: Path) -> None:
     (tmp_path / "bin/sbatch").unlink()
-    with pytest.raises(UserError, match="Slurm's sbatch is not on the PATH of this machine: run this on a login node"):
-        require_ready(ask(), tmp_path)
+    with pytest.raises(UserError, match="Slurm's sbatch is not on the PATH: run this on a login node"):
+        require_cluster()
 
 
-def test_a_controller_that_is_down(answer: Answer, tmp_path: Path) -> None:
+def test_a_controller_that_is_down(answer: Answer, profile: Path) -> None:
     answer("sinfo", "slurm_load_partitions: Unable to contact slurm controller\n(connect failure)\n", 1)
     with pytest.raises(
         UserError, match=r"does not answer \(slurm_load_partitions: Unable .* \(connect failure\)\): try"
     ):
-        require_ready(ask(), tmp_path)
-
-
-def test_jobs_of_an_earlier_run_of_this_folder_alone_stop_the_next(answer: Answer, tmp_path: Path) -> None:
-    """Two of them would work on one result."""
-    elsewhere = [("7", "rule_student", tmp_path / "other"), ("8", "my own job", tmp_path)]
-    answer("squeue", queued(*elsewhere))
-    require_ready(ask(), tmp_path)
-    answer("squeue", queued(*elsewhere, ("12", "rule_student_wildcards_digits_ctm_0", tmp_path)))
-    with pytest.raises(
-        UserError, match=r"still has jobs in Slurm's queue, 1 of them .*: wait until they end.*: scancel 12$"
-    ):
-        require_ready(ask(), tmp_path)
-    answer("squeue", queued(*[(str(k), "rule_student", tmp_path) for k in range(20, 31)]))
-    with pytest.raises(UserError, match=r"11 of them .*: scancel --name consistency_a-1$"):
-        require_ready(ask(), tmp_path)
-
-
-def test_the_table_of_jobs(answer: Answer, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    answer("squeue", queued(("12", "rule_student_wildcards_digits_ctm_0", tmp_path)))
-    print_jobs(tmp_path)
-    title, row = capsys.readouterr().out.splitlines()
-    assert title.split() == ["JOB", "WHAT", "STATE", "TIME", "LIMIT", "RESTARTS", "WHERE", "LOG"]
-    assert row.split() == [
-        "12",
-        "student",
-        "digits_ctm_0",
-        "R",
-        "1:02",
-        "1-00:00:00",
-        "2",
-        "one",
-        "logs/slurm/x/12.log",
-    ]
-    answer("squeue")
-    print_jobs(tmp_path)
-    assert capsys.readouterr().out == f"no jobs of {tmp_path} are in Slurm's queue\n"
-    assert find_jobs(tmp_path) == []
+        require_cluster()
 
 
 @pytest.mark.parametrize(("minutes", "working"), [(1, 0.5), (10, 9), (60, 54), (240, 230), (1440, 1430)])

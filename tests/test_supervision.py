@@ -44,11 +44,14 @@ def job(supervisor: str | None, seconds: float) -> subprocess.Popen[str]:
     return process
 
 
-def test_a_job_ends_with_its_supervisor(supervisor: subprocess.Popen[bytes]) -> None:
+@pytest.mark.parametrize("reaped", [True, False])
+def test_a_job_ends_with_its_supervisor(supervisor: subprocess.Popen[bytes], reaped: bool) -> None:
+    """Also with one that nobody waits for: a zombie, as in a container without an init."""
     process = job(f"{platform.node()}:{supervisor.pid}", 50)
     assert process.poll() is None
     supervisor.kill()
-    supervisor.wait()
+    if reaped:
+        supervisor.wait()
     process.communicate(timeout=40)
     assert process.returncode == -signal.SIGTERM
 
@@ -75,10 +78,3 @@ def test_without_a_supervisor_on_this_machine_nothing_is_watched(
     before = threading.active_count()
     watch_supervisor()
     assert threading.active_count() == before
-
-
-def test_a_supervisor_that_nobody_waits_for_is_gone(supervisor: subprocess.Popen[bytes]) -> None:
-    process = job(f"{platform.node()}:{supervisor.pid}", 50)
-    supervisor.kill()  # a zombie until it is waited for
-    process.communicate(timeout=40)
-    assert process.returncode == -signal.SIGTERM

@@ -1,11 +1,11 @@
-"""Snakemake as DVC runs it: not beside another run, and not after its caller is gone."""
+"""Snakemake as make and DVC start it: alone, going on after a killed run, and no longer than its caller."""
 
 import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -14,41 +14,88 @@ import pytest
 
 from consistency.__main__ import main
 from consistency.errors import UserError
-from consistency.workflow import LOCKS, run_rules
+from consistency.workflow import AT_WORK, LOCKS, join_run, run_rules
+
+SOURCE = str(Path(__file__).parents[1] / "src")
 
 
 @pytest.fixture
-def other_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[subprocess.Popen[bytes]]:
-    """A process that looks like Snakemake at work here, and its lock."""
+def started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
+    """The commands that would have been run, in an empty folder."""
+    words: list[list[str]] = []
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("CORES", "3")
+
+    def execute(program: str, command: list[str], environment: dict[str, str]) -> None:
+        words.append(command)
+        raise SystemExit
+
+    monkeypatch.setattr("os.execve", execute)
+    monkeypatch.setattr("subprocess.run", lambda command, **options: words.append(command))
+    return words
+
+
+@pytest.mark.parametrize(
+    ("rules", "targets", "run", "said"),
+    [
+        (None, [], None, "studies=tiny --"),
+        (["student", "resource"], ["a", "b"], None, "studies=tiny --allowed-rules student resource -- a b"),
+        (["student"], ["a"], "gc-full", "studies=tiny student=gc-full --allowed-rules student -- a"),
+    ],
+)
+def test_what_snakemake_is_told(
+    started: list[list[str]], rules: list[str] | None, targets: list[str], run: str | None, said: str
+) -> None:
+    with pytest.raises(SystemExit):
+        run_rules("tiny", rules, targets, run)
+    (words,) = started
+    assert " ".join(words[1:]) == f"-m snakemake --cores 3 --config {said}"
+
+
+def leave_a_lock() -> Path:
+    """What a Snakemake that is at work, or was killed, has in its folder."""
     LOCKS.mkdir(parents=True)
     (LOCKS / "0.input.lock").touch()
-    process = subprocess.Popen(["bash", "-c", "exec -a snakemake sleep 60"])
-    yield process
-    process.kill()
-    process.wait()
+    return LOCKS / "0.input.lock"
 
 
-def test_another_run_is_not_disturbed(other_run: subprocess.Popen[bytes]) -> None:
-    deadline = time.monotonic() + 30
-    while b"snakemake" not in Path(f"/proc/{other_run.pid}/cmdline").read_bytes()[:10] and time.monotonic() < deadline:
-        time.sleep(0.01)
-    with pytest.raises(UserError, match=f"wait until it ends, or stop it: kill {other_run.pid}$"):
-        run_rules("tiny", ["dataset"], ["results/tiny/dataset/images.npy"], patience=0)
-    assert (LOCKS / "0.input.lock").exists()
+def test_a_killed_run_is_unlocked(started: list[list[str]]) -> None:
+    leave_a_lock()
+    with pytest.raises(SystemExit):
+        run_rules("tiny", None, [], None)
+    assert "--unlock" in started[0] and "--unlock" not in started[1]
 
 
-@pytest.mark.parametrize(("run", "student"), [(None, []), ("gc-full", ["student=gc-full"])])
-def test_snakemake_is_told_which_student_is_its_own(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, run: str | None, student: list[str]
-) -> None:
-    started: list[list[str]] = []
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("consistency.workflow._supervised", lambda command: started.append(command) or 0)
-    assert run_rules("tiny", ["student", "resource"], ["a", "b"], run) == 0
-    words = started[0]
-    assert words[words.index("--config") + 1 : words.index("--allowed-rules")] == ["studies=tiny", *student]
-    assert words[words.index("--allowed-rules") + 1 :] == ["student", "resource", "--", "a", "b"]
+def test_another_run_is_not_disturbed(started: list[list[str]], capsys: pytest.CaptureFixture[str]) -> None:
+    leave_a_lock()
+    other = subprocess.Popen([sys.executable, "-c", OTHER], env=os.environ | {"PYTHONPATH": SOURCE})
+    try:
+        wait(lambda: Path("joined").exists())
+        with pytest.raises(UserError, match="another run is at work in this directory: wait until it ends, or stop it"):
+            run_rules("tiny", None, [], None, patience=0)
+        assert started == []
+        assert len(capsys.readouterr().out.splitlines()) == 1
+    finally:
+        other.kill()
+        other.wait()
+    with pytest.raises(SystemExit):
+        run_rules("tiny", None, [], None, patience=0)
+    assert "--unlock" in started[0]
+
+
+def test_dry_runs_beside_a_run_are_allowed(started: list[list[str]]) -> None:
+    join_run()
+    join_run()
+
+
+def test_a_disk_without_locks_is_one_line(started: list[list[str]], monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(file: object, operation: int) -> None:
+        raise OSError(38, "Function not implemented")
+
+    monkeypatch.setattr("fcntl.flock", refuse)
+    join_run()
+    with pytest.raises(UserError, match=f"cannot lock {AT_WORK}: Function not implemented; work on a disk that has"):
+        run_rules("tiny", None, [], None)
 
 
 def test_no_student_is_trained_before_dvc_knows_what_it_is_made_from(
@@ -59,7 +106,7 @@ def test_no_student_is_trained_before_dvc_knows_what_it_is_made_from(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("consistency.workflow._supervised", lambda command: 7)
+    monkeypatch.setattr("os.execve", lambda *words: sys.exit(7))
     frozen = {"varies": ["coupling", "mu", "predictor"], "students.gc.predictor": {"run": "ic"}}
     words = ["reproduce", "--study", str(write_study(couplings | frozen)), "--rules", "student", "resource"]
     words += ["--run", "gc", "--seed", "0", "--", "student.safetensors"]
@@ -71,28 +118,39 @@ def test_no_student_is_trained_before_dvc_knows_what_it_is_made_from(
         main(words)
 
 
+OTHER = """
+import pathlib, time
+from consistency.workflow import join_run
+join_run()
+pathlib.Path("joined").touch()
+time.sleep(60)
+"""
 CALLER = """
-import subprocess, sys
+import os, signal, subprocess, sys
+signal.signal(signal.SIGINT, signal.SIG_IGN)  # as behind a shell's &
+os.environ["CONSISTENCY_CALLER"] = str(os.getpid())
 subprocess.Popen([sys.executable, "-c", sys.argv[1]]).wait()
 """
-SUPERVISOR = """
-import sys
-from consistency.workflow import _supervised
-_supervised(["bash", "-c", "sleep 60; true"])
+SNAKEMAKE = """
+import subprocess
+from consistency.workflow import join_run
+join_run()
+subprocess.run(["bash", "-c", "sleep 60; true"])
 """
 
 
-def test_what_was_started_ends_with_the_caller(tmp_path: Path) -> None:
-    caller = subprocess.Popen([sys.executable, "-c", CALLER, SUPERVISOR], cwd=tmp_path, start_new_session=True)
+def test_snakemake_and_its_jobs_end_with_the_caller(tmp_path: Path) -> None:
+    words = [sys.executable, "-c", CALLER, SNAKEMAKE]
+    caller = subprocess.Popen(words, cwd=tmp_path, start_new_session=True, env=os.environ | {"PYTHONPATH": SOURCE})
 
     def at_work() -> list[str]:
         shown = subprocess.run(
             ["ps", "-o", "args=", "-g", str(caller.pid)], capture_output=True, text=True, check=False
         )
-        return [line for line in shown.stdout.splitlines() if line.startswith(("sleep", "bash"))]
+        return [line for line in shown.stdout.splitlines() if "defunct" not in line]
 
     try:
-        wait(lambda: len(at_work()) == 2)
+        wait(lambda: len(at_work()) == 4)
         caller.kill()
         caller.wait()
         wait(lambda: not at_work())

@@ -164,15 +164,15 @@ VERBS = {
         ),
     ),
     "reproduce": Verb(
-        "let Snakemake make some files by some rules, for DVC (goes on after a killed run)",
+        "let Snakemake make a study, or some files of it by some rules (goes on after a killed run)",
         "plan:reproduce",
         ("study", "rules", "targets", "run"),
         (
             *HERE,
-            Option("--rules", nargs="+", required=True, metavar="RULE", help="of workflow/rules"),
+            Option("--rules", nargs="+", metavar="RULE", help="of workflow/rules (default: all)"),
             ANY_RUN,
             ANY_SEED,
-            Option("targets", nargs="+", metavar="FILE", help="what they are to make"),
+            Option("targets", nargs="*", metavar="FILE", help="what they are to make (default: all)"),
         ),
     ),
     "fetch": Verb(
@@ -183,7 +183,6 @@ VERBS = {
     ),
     "validate": Verb("hold this machine against the closed-form oracles of the method", "stages.validate:validate"),
     "reference": Verb("write the field reference of a study", "reference:write_reference"),
-    "jobs": Verb("list the jobs of this folder in Slurm's queue", "cluster:print_jobs"),
     "follow": Verb(
         "send a training's new points to MLflow while it goes on (a training starts this)",
         "tracking.follow:follow",

@@ -8,7 +8,7 @@ a folder of code. The stages of dvc.yaml therefore depend on these files, which 
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from consistency.code import code_digest
 from consistency.errors import UserError
@@ -127,11 +127,11 @@ def check_order(study: Study) -> None:
         )
 
 
-def reproduce(study: Study, rules: list[str], targets: list[str], run: str | None) -> int:
-    """Let Snakemake make the targets by those rules; the students in their order. Returns its exit code."""
+def reproduce(study: Study, rules: list[str] | None, targets: list[str], run: str | None) -> NoReturn:
+    """Become Snakemake, which makes the targets by those rules; the students in their order."""
     if run is not None:
         check_order(study)
-    return run_rules(study.name, rules, targets, run)
+    run_rules(study.name, rules, targets, run)
 
 
 def _runs(study: Study) -> Iterator[tuple[str, int]]:

@@ -5,6 +5,7 @@ import platform
 import signal
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 #: set by the workflow to "host:pid" of the Snakemake that starts the jobs
@@ -19,13 +20,18 @@ def watch_supervisor() -> None:
     """
     host, _, pid = os.environ.get(SUPERVISOR, "").rpartition(":")
     if host == platform.node() and pid.isdigit():
-        threading.Thread(target=_watch, args=(int(pid),), daemon=True).start()
+        watch(int(pid), lambda: os.kill(os.getpid(), signal.SIGTERM))
 
 
-def _watch(pid: int) -> None:
-    while _alive(pid):
-        time.sleep(_POLL)
-    os.kill(os.getpid(), signal.SIGTERM)
+def watch(pid: int, then: Callable[[], None]) -> None:
+    """Call a function, in a thread of its own, when a process of this machine has ended."""
+
+    def wait() -> None:
+        while _alive(pid):
+            time.sleep(_POLL)
+        then()
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 def _alive(pid: int) -> bool:

@@ -1,5 +1,10 @@
-"""Snakemake as a stage of DVC runs it: some rules of one study, going on after a run that was killed."""
+"""Snakemake as `make demo` and DVC start it: alone in this directory, and going on after a run that was killed.
 
+Snakemake's own lock keeps two runs apart, but it outlives a `kill -9`. AT_WORK tells which of the two it is: the
+operating system takes it from a Snakemake that ends, however that ends.
+"""
+
+import fcntl
 import os
 import signal
 import subprocess
@@ -7,89 +12,85 @@ import sys
 import time
 from contextlib import suppress
 from pathlib import Path
-from types import FrameType
+from typing import NoReturn
 
 import psutil
 
 from consistency.errors import UserError
+from consistency.supervision import watch
 
 LOCKS = Path(".snakemake/locks")
-PATIENCE = 60.0  # seconds for the jobs of a killed run to notice, save and leave
+AT_WORK = Path(".snakemake/at-work.lock")
+PATIENCE = 60.0  # seconds for a run whose caller was killed to notice, save and leave
 _POLL = 0.5
+#: set for Snakemake: the process that it ends with; set for `snakemake --unlock`, which is called with the lock held
+_CALLER, _UNLOCKING = "CONSISTENCY_CALLER", "CONSISTENCY_UNLOCKING"
 
 
 def run_rules(
-    study: str, rules: list[str], targets: list[str], run: str | None = None, patience: float = PATIENCE
-) -> int:
-    """Let Snakemake make the targets by those rules alone, on $CORES cores (default: all). Returns its exit code.
+    study: str, rules: list[str] | None, targets: list[str], run: str | None, patience: float = PATIENCE
+) -> NoReturn:
+    """Become Snakemake, which makes the targets by those rules alone, or the whole study where none are named.
 
-    The others' results are taken as they are, and so are other students' than `run`'s, where one is named. When whoever
-    called is gone (a killed `dvc repro`), Snakemake is interrupted. Raises UserError when another run is at work in
-    this directory and does not leave in `patience` seconds.
+    It takes $CORES cores (default: all), and is interrupted when whoever called is gone. Others' results are taken as
+    they are, and so are other students' than `run`'s, where one is named. Raises UserError when another run is at work
+    in this directory and does not leave in `patience` seconds.
     """
+    lock = _alone(patience)
+    snakemake, config = [sys.executable, "-m", "snakemake"], ["--config", f"studies={study}"]
     if LOCKS.is_dir() and any(LOCKS.iterdir()):
-        _require_alone(patience)
-        unlock = ["--unlock", "--quiet", "all", *_config(study, None)]
-        subprocess.run([sys.executable, "-m", "snakemake", *unlock], check=True)
-    cores = os.environ.get("CORES", "all")
-    words = ["--cores", cores, *_config(study, run), "--allowed-rules", *rules, "--", *targets]
-    return _supervised([sys.executable, "-m", "snakemake", *words])
+        print("An earlier run was killed; going on where it stopped.", flush=True)
+        words = [*snakemake, "--unlock", "--quiet", "all", *config]
+        subprocess.run(words, env=os.environ | {_UNLOCKING: "1"}, check=True)
+    fcntl.flock(lock, fcntl.LOCK_SH)
+    os.set_inheritable(lock, True)
+    words = [*snakemake, "--cores", os.environ.get("CORES", "all"), *config]
+    words += [f"student={run}"] if run is not None else []
+    words += ["--allowed-rules", *rules] if rules else []
+    os.execve(sys.executable, [*words, "--", *targets], os.environ | {_CALLER: str(os.getppid())})
 
 
-def _config(study: str, run: str | None) -> list[str]:
-    return ["--config", f"studies={study}", *([] if run is None else [f"student={run}"])]
+def join_run() -> None:
+    """Note, until this process ends, that a Snakemake is at work here; end it when its caller is gone."""
+    if caller := os.environ.pop(_CALLER, ""):
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's `&` has had ignored
+        watch(int(caller), _interrupt)
+    if _UNLOCKING not in os.environ:
+        # A disk without locks, or one that cannot be written, is run_rules()'s to tell.
+        with suppress(OSError):
+            fcntl.flock(_open(), fcntl.LOCK_SH)
 
 
-def _supervised(command: list[str]) -> int:
-    """Run a command to its end; interrupt it when this process is told to end, or its parent has ended."""
-    parent = os.getppid()
-    process = subprocess.Popen(command)
+def _open() -> int:
+    AT_WORK.parent.mkdir(exist_ok=True)
+    return os.open(AT_WORK, os.O_RDWR | os.O_CREAT)
 
-    def interrupt(signum: int, frame: FrameType | None) -> None:
-        _interrupt(process.pid)
 
-    # Ctrl-C reaches the whole group: Snakemake has it already. A handler that does nothing is not inherited.
-    before = signal.signal(signal.SIGINT, lambda signum, frame: None), signal.signal(signal.SIGTERM, interrupt)
+def _alone(patience: float) -> int:
+    """Wait until no Snakemake is at work in this directory. Returns the lock, held."""
+    deadline, told = time.monotonic() + patience, False
     try:
+        lock = _open()
         while True:
-            try:
-                return process.wait(timeout=_POLL)
-            except subprocess.TimeoutExpired:
-                if os.getppid() != parent:
-                    parent = os.getppid()
-                    _interrupt(process.pid)
-    finally:
-        signal.signal(signal.SIGINT, before[0])
-        signal.signal(signal.SIGTERM, before[1])
+            with suppress(BlockingIOError):
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return lock
+            if not told:
+                print(f"Another run is at work in this directory; waiting {patience:g} s for it to leave.", flush=True)
+            told = True
+            if time.monotonic() > deadline:
+                raise UserError(
+                    "another run is at work in this directory: wait until it ends, or stop it with Ctrl-C "
+                    f"(`lslocks` names the process that holds {AT_WORK})"
+                )
+            time.sleep(_POLL)
+    except OSError as error:
+        raise UserError(f"cannot lock {AT_WORK}: {error.strerror}; work on a disk that has file locks") from None
 
 
-def _require_alone(patience: float) -> None:
-    """Wait until the processes of an earlier run have left this directory."""
-    deadline = time.monotonic() + patience
-    while others := _others():
-        if time.monotonic() > deadline:
-            raise UserError(
-                "another run is at work in this directory: wait until it ends, or stop it: "
-                f"kill {' '.join(map(str, others))}"
-            )
-        time.sleep(_POLL)
-
-
-def _interrupt(pid: int) -> None:
-    """What Ctrl-C does: SIGINT to a process and to all that it has started."""
-    process = psutil.Process(pid)
+def _interrupt() -> None:
+    """Do what Ctrl-C does: send SIGINT to this process and to all that it has started."""
+    process = psutil.Process()
     for each in [*process.children(recursive=True), process]:
         with suppress(psutil.NoSuchProcess):
             each.send_signal(signal.SIGINT)
-
-
-def _others() -> list[int]:
-    """Processes of Snakemake or of a stage whose working directory is this one, those that called us apart."""
-    callers = {os.getpid(), *(process.pid for process in psutil.Process().parents())}
-    return [
-        process.pid
-        for process in psutil.process_iter(["cwd", "cmdline"])
-        if process.pid not in callers
-        and process.info["cwd"] == str(Path.cwd())
-        and {Path(word).name for word in (process.info["cmdline"] or [])[:3]} & {"snakemake", "consistency"}
-    ]

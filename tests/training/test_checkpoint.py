@@ -4,7 +4,6 @@ import json
 import os
 import pickle
 import resource
-import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -215,21 +214,6 @@ def file_size_limit(size: int) -> Iterator[None]:
 
 
 @pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A real file system of 256 KiB."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    if os.geteuid() != 0:
-        pytest.skip("only root can mount the small file system; the limit on file sizes is tested without it")
-    mount = ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(folder)]
-    done = subprocess.run(mount, capture_output=True, text=True)
-    if done.returncode:
-        pytest.skip(f"cannot mount a small file system: {done.stderr.strip()}")
-    yield folder
-    subprocess.run(["umount", str(folder)], check=True)
-
-
-@pytest.fixture
 def writers(make_denoiser: MakeDenoiser) -> dict[str, tuple[Callable[[Path], None], Callable[[Path], None]]]:
     """For each kind of file: a writer of a small one (under 64 KiB) and of one of about 600 KiB."""
     small, large = make_denoiser(), make_denoiser(0, width=256)
@@ -248,15 +232,6 @@ def assert_old_file_survives(path: Path, write: Callable[[Path], None], reason: 
         write(path)
     assert path.read_bytes() == before
     assert [entry.name for entry in path.parent.iterdir()] == [path.name]
-
-
-@pytest.mark.parametrize("kind", ["denoiser", "state"])
-def test_a_full_disk_leaves_the_old_file(small_disk: Path, kind: str, writers: Any) -> None:
-    small, large = writers[kind]
-    path = small_disk / "file"
-    small(path)
-    assert_old_file_survives(path, large, "No space left on device")
-    small(path)
 
 
 @pytest.mark.parametrize("kind", ["denoiser", "state"])

@@ -41,8 +41,15 @@ class Checkout:
 
     def start(self, *words: str) -> subprocess.Popen[str]:
         """Snakemake in a process group of its own, as a shell starts it; its output goes to output.txt."""
-        command = [sys.executable, "-m", "snakemake", "--cores", "2", *words, "--config", f"studies={self.study}"]
-        return start_in(self.path, command, self.environment, self.path / "output.txt")
+        return self._start("snakemake", "--cores", "2", *words, "--config", f"studies={self.study}")
+
+    def reproduce(self, *targets: str) -> subprocess.Popen[str]:
+        """The same as make and DVC start it: it becomes Snakemake."""
+        return self._start("consistency", "reproduce", "--study", f"config/studies/{self.study}.yaml", "--", *targets)
+
+    def _start(self, *words: str) -> subprocess.Popen[str]:
+        environment = {"PYTHONPATH": str(self.path / "src"), "CORES": "2"} | self.environment
+        return start_in(self.path, [sys.executable, "-m", *words], environment, self.path / "output.txt")
 
     @property
     def output(self) -> str:

@@ -59,7 +59,7 @@ class Trainee:
 
     def start(self, until: int) -> subprocess.Popen[str]:
         """Run until the training has passed that step. Returns Snakemake, which leads its process group."""
-        run = self.checkout.start(self.target)
+        run = self.checkout.reproduce(self.target)
         wait_for(lambda: self.step() >= until or run.poll() is not None, f"step {until}")
         assert run.poll() is None, self.checkout.output
         return run
@@ -101,15 +101,14 @@ def test_a_student_stopped_thrice_has_the_same_bits(copied: Checkout, undisturbe
     assert "student ctm seed 0: continues from step" in student.log.read_text()
     assert "student ctm seed 0: stopped at step" in student.log.read_text()
     assert student.checkout.litter() == []
-    student.checkout.done("--unlock")
 
     # kill -9 of everything: what was trained since the last save is trained again.
     run = student.start(until=500)
     os.killpg(run.pid, signal.SIGKILL)
     student.stopped(run)
-    student.checkout.done("--unlock")
 
-    student.checkout.done(student.target)
+    assert student.checkout.reproduce(student.target).wait(timeout=600) == 0, student.checkout.output
+    assert "An earlier run was killed; going on where it stopped." in student.checkout.output
     assert "student ctm seed 0: continues from step" in student.log.read_text()
     found, expected = student.numbers(), undisturbed.numbers()
     assert len(found) >= 8

@@ -11,7 +11,6 @@ rule coefficients:
         "logs/{study}/coefficients.tsv"
     conda:
         environment
-    threads: 1
     resources:
         mem_mb=16000,
         runtime=240,

@@ -2,7 +2,7 @@ import os
 import platform
 import re
 import sys
-import time
+from contextlib import contextmanager
 from pathlib import Path
 
 from snakemake.exceptions import WorkflowError
@@ -16,49 +16,46 @@ SUPERVISOR = f"{platform.node()}:{os.getpid()}"
 PATH = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
 os.environ.update(PYTHONPATH=SOURCE, PATH=PATH, CONSISTENCY_SUPERVISOR=SUPERVISOR)
 
-from consistency.cluster import Request, require_ready
+from consistency.cluster import require_cluster
 from consistency.code import code_digest
 from consistency.errors import UserError
-from consistency.failures import failure, print_failures
 from consistency.resources import registry, resource_path
 from consistency.study import OfficialTeacher, Student, Study, load_study
+from consistency.workflow import join_run
+
+join_run()
+
+
+@contextmanager
+def in_one_line():
+    """Stop with one line; Snakemake would print a WorkflowError between the lines of a traceback."""
+    try:
+        yield
+    except UserError as error:
+        raise SystemExit(f"error: {error}") from None
 
 
 def load_studies() -> dict[str, Study]:
     """The studies of the configuration by name; a mistake in any stops before any work."""
     names = config.get("studies")
     names = [names] if isinstance(names, str) else names
-    try:
-        for name in set(config) - {"studies", "student"}:
-            raise UserError(
-                f"unknown key {name!r} in the configuration (config/config.yaml, --config): there is studies"
-            )
-        if not names:
-            raise UserError("studies in the configuration is empty: --config studies=digits, or studies=[digits,tiny]")
-        return {name: load_study(f"config/studies/{name}.yaml") for name in names}
-    except UserError as error:
-        # Snakemake would print a WorkflowError between the lines of a traceback.
-        raise SystemExit(f"error: {error}") from None
-
-
-def known_resources() -> str:
-    """A pattern of the registry's names; a mistake in it stops before any work."""
-    try:
-        return "|".join(re.escape(name) for name in registry())
-    except UserError as error:
-        raise SystemExit(f"error: {error}") from None
+    for name in set(config) - {"studies", "student"}:
+        raise UserError(f"unknown key {name!r} in the configuration (config/config.yaml, --config): there is studies")
+    if not names:
+        raise UserError("studies in the configuration is empty: --config studies=digits, or studies=[digits,tiny]")
+    return {name: load_study(f"config/studies/{name}.yaml") for name in names}
 
 
 # SIGTERM asks a job to save and leave: its shell, and tee, have to live on until that is done. The first half is what
 # Snakemake begins with of itself.
 shell.prefix("set -euo pipefail; trap '' TERM; ")
 
-STARTED = time.time()
-STUDIES = load_studies()
+with in_one_line():
+    STUDIES = load_studies()
+    RESOURCES = "|".join(map(re.escape, registry()))
 # Under DVC one student is trained at a time (`student` in the configuration), and the one that it is made from is taken
 # as it is.
 TRAINED = re.escape(str(config["student"])) if "student" in config else "[a-z0-9][a-z0-9._-]*"
-RESOURCES = known_resources()
 
 
 wildcard_constraints:
@@ -191,30 +188,8 @@ def coefficients_if_needed(wildcards) -> list[str]:
     return [f"results/{wildcards.study}/coefficients/coefficients.npz"] if needed else []
 
 
-def require_cluster() -> None:
+def before_start() -> None:
     """Under Slurm, what would leave jobs waiting for ever stops this before any is submitted."""
-    if workflow.executor_plugin.name != "slurm" or not workflow.is_main_process:
-        return
-    requests = set()
-    for job in workflow.dag.needrun_jobs():
-        # The last of its attempts asks for most.
-        for attempt in () if job.is_local else (1, job.restart_times + 1):
-            asked = job.rule.expand_resources(job.wildcards_dict, job.input, attempt)
-            gpus = bool(asked.get("gpu")) or "gpu" in str(asked.get("gres", ""))
-            requests.add(Request(job.rule.name, asked.get("slurm_partition"), float(asked.get("runtime", 0)), gpus))
-    try:
-        require_ready(requests, Path.cwd())
-    except UserError as error:
-        raise SystemExit(f"error: {error}") from None
-
-
-def say_what_failed() -> None:
-    """At the end of a failed run: which jobs, why, and where to look."""
-    if not workflow.is_main_process:
-        return
-    lines = []
-    for job in workflow.scheduler.failed:
-        wildcards = list(job.wildcards_dict.values())
-        folder = Path("logs/slurm") / f"rule_{job.rule.name}" / "_".join(wildcards)
-        lines.append(failure(" ".join([job.rule.name, *wildcards]), Path(str(job.log[0])), STARTED, folder))
-    print_failures(lines)
+    if workflow.executor_plugin.name == "slurm":
+        with in_one_line():
+            require_cluster()

@@ -18,7 +18,6 @@ rule flows:
         "logs/{study}/flows.tsv"
     conda:
         environment
-    threads: 1
     resources:
         mem_mb=16000,
         runtime=1440,

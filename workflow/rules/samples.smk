@@ -11,7 +11,6 @@ rule teacher_samples:
         "logs/{study}/samples/teacher.tsv"
     conda:
         environment
-    threads: 1
     resources:
         mem_mb=16000,
         runtime=1440,
@@ -39,7 +38,6 @@ rule samples:
         "logs/{study}/samples/{run}-seed{seed}.tsv"
     conda:
         environment
-    threads: 1
     resources:
         mem_mb=16000,
         runtime=1440,

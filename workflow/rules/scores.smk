@@ -11,7 +11,6 @@ rule extractor:
         "logs/{study}/extractor.tsv"
     conda:
         environment
-    threads: 1
     resources:
         mem_mb=16000,
         runtime=240,
@@ -40,7 +39,6 @@ rule calibration:
         "logs/{study}/calibration.tsv"
     conda:
         environment
-    threads: 1
     resources:
         mem_mb=16000,
         runtime=240,
@@ -71,7 +69,6 @@ rule scores:
         "logs/{study}/scores/{run}-seed{seed}.tsv"
     conda:
         environment
-    threads: 1
     resources:
         mem_mb=16000,
         runtime=1440,

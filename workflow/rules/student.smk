@@ -21,7 +21,6 @@ rule student:
         run=TRAINED,
     conda:
         environment
-    threads: 1
     resources:
         mem_mb=16000,
         runtime=1440,

@@ -11,7 +11,6 @@ rule teacher:
         "logs/{study}/teacher.tsv"
     conda:
         environment
-    threads: 1
     resources:
         mem_mb=16000,
         runtime=720,
