@@ -190,12 +190,6 @@ VERBS = {
     "validate": Verb("hold this machine against the closed-form oracles of the method", "stages.validate:validate"),
     "schema": Verb("write the JSON schema and the field reference of a study", "schema:write_schema"),
     "jobs": Verb("list the jobs of this folder in Slurm's queue", "cluster:print_jobs"),
-    "follow": Verb(
-        "send a training's new points to MLflow while it goes on (a training starts this)",
-        "tracking.follow:follow",
-        (),
-        (Option("training", help="its name, for those who look at the processes"),),
-    ),
 }
 
 # The exit code of a verb whose time was over and whose state is saved.

@@ -10,7 +10,8 @@ from typing import Any
 from consistency.layout import Layout
 from consistency.provenance import read_card, versions
 from consistency.study import Study
-from consistency.tracking.server import DIGEST
+
+DIGEST = "consistency.digest"
 
 # Not imported here: it needs MLflow, which takes seconds.
 _SCRIPT = Path(__file__).with_name("model.py")
