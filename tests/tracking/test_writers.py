@@ -45,7 +45,7 @@ def test_eight_writers(
     track_study(study, layout)
     assert live.items() <= ids(assert_complete(client, study, layout, "teacher", "report")).items()
     output = capfd.readouterr()
-    assert PASSWORD not in said + output.out + output.err
+    assert "live tracking" not in said and PASSWORD not in said + output.out + output.err
     assert holding(tmp_path, PASSWORD) == []
     if server is not None:
         assert PASSWORD not in server.log

@@ -95,8 +95,7 @@ def _every() -> float:
 
 class Follower(threading.Thread):
     """Brings an MLflow run to the state of a training, in attempts that may fail. It never prints: a thread that holds
-    a stream's lock when Python ends makes it crash. trouble: what the last attempt failed of; step: sent up to there.
-    """
+    a stream's lock when Python ends makes it crash. trouble: what the last attempt failed of."""
 
     def __init__(
         self, study: Study, layout: Layout, state: Path, run: str | None, seed: int | None, every: float
@@ -118,7 +117,7 @@ class Follower(threading.Thread):
         self.there: set[tuple[str, int]] = set()
         self.sent = 0  # of the points
         self.monitor: Any = None
-        self.trouble, self.step = "", 0
+        self.trouble = ""
 
     def run(self) -> None:
         """Send what is new every few seconds, and once more when the training is over."""
@@ -142,24 +141,27 @@ class Follower(threading.Thread):
         """Send what is new; end the run if the training is over."""
         uri = ""
         try:
-            step = self._read_history()
+            self._read_history()
             uri = tracking_uri()
             with readable_errors(uri):
                 if self.client is None:
                     self._open(uri)
                 send_points(self.client, self.run_id, self.points[self.sent :], self.there)
                 self.sent = len(self.points)
-                self._send_machine()
                 if self.over.is_set():
                     ended = max((point.time for point in self.points), default=self.own.started)
                     self.client.set_terminated(self.run_id, self.status, ended)
-            self.trouble, self.step = "", step
+                elif self.monitor is not None:
+                    self.monitor.collect_metrics()
+                    self.monitor.publish_metrics(self.monitor.aggregate_metrics())
+                    self.monitor.mlflow_logger.flush()
+            self.trouble = ""
         except Exception as error:
             self.client = None  # all that was known of the server may be wrong now
             self.trouble = without_secrets(str(error), uri) or type(error).__name__
 
-    def _read_history(self) -> int:
-        """Read the lines that were added since the last call. Returns the step of the last one."""
+    def _read_history(self) -> None:
+        """Read the lines that were added since the last call."""
         for path in self.histories:
             with suppress(FileNotFoundError), path.open("rb") as file:
                 file.seek(self.read)
@@ -168,15 +170,14 @@ class Follower(threading.Thread):
                 lines = [json.loads(line) for line in whole.splitlines()]
                 self.points += history_points(lines, self.own.started)
                 self.read += len(whole)
-                break
-        return self.points[-1].step if self.points else 0
+                return
 
     def _open(self, uri: str) -> None:
         """Make the runs, or find them again: a student's parent, which has its own curves only with `track`, and the
         training's."""
         with one_at_a_time(uri, self.layout.track):
             client = connect(uri)
-            experiment = open_experiment(client, self.study.name, self.study.title, uri)
+            experiment = open_experiment(client, self.study.name, self.study.title)
             common = {"study_hash": self.study.key("report"), FOLDER: str(self.layout.root.resolve()), STATE: "live"}
             parent: dict[str, str] = {}
             for record in self.records:
@@ -192,20 +193,13 @@ class Follower(threading.Thread):
         self.client = client
 
     def _monitors(self, uri: str) -> Any:
-        """MLflow's monitors of CPU, memory, disk, network and GPUs, in this thread: its own ends with the first
-        failure, and is waited for without limit."""
+        """MLflow's monitors of CPU, memory, disk, network and GPUs, called by this thread: their own one ends with the
+        first failure, and is waited for without limit."""
+        import psutil
         from mlflow.environment_variables import MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING as ENABLED
         from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 
         if ENABLED.is_set() and not ENABLED.get():
             return None
-        monitor = SystemMetricsMonitor(self.run_id, resume_logging=True, tracking_uri=uri)
-        monitor.collect_metrics()  # the first figure of a processor says nothing
-        for each in monitor.monitors:
-            each.clear_metrics()
-        return monitor
-
-    def _send_machine(self) -> None:
-        if self.monitor is not None:
-            self.monitor.collect_metrics()
-            self.monitor.publish_metrics(self.monitor.aggregate_metrics())
+        psutil.cpu_percent()  # the first figure of a processor says nothing
+        return SystemMetricsMonitor(self.run_id, resume_logging=True, tracking_uri=uri)

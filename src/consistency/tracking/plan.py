@@ -39,7 +39,7 @@ class Point(NamedTuple):
 class Record:
     """One MLflow run as it shall stand there. started, ended: milliseconds since 1970; data: MLflow's description of
     the images; first: tags that are written once, since a person may change them; content: a digest of its results,
-    empty while it trains; files: file or folder, and the artifact folder it goes to."""
+    empty while it trains; files: file or folder, if it is there, and the artifact folder it goes to."""
 
     name: str
     role: str
@@ -195,8 +195,8 @@ def _settings(study: Study, run: str) -> tuple[dict[str, str], dict[str, str]]:
 def _report(study: Study, layout: Layout) -> Record:
     card = read_card(layout.report, study, "report")
     ended = _milliseconds(card)
-    files = [(layout.report, ""), *_files(layout.dataset, "dataset.json", "card.json", to="dataset")]
-    files += _files(layout.extractor, "card.json", to="extractor")
+    files = [(layout.dataset / name, "dataset") for name in ("dataset.json", "card.json")]
+    files += [(layout.report, ""), (layout.extractor / "card.json", "extractor")]
     files += [(layout.flows, "flows")] if study.flows else []
     files += [(layout.coefficients, "coefficients")] if study.needs_coefficients else []
     return Record(
@@ -228,8 +228,8 @@ def _finish(
     record.ended = _training_time(card)[1]
     cost = [Point(f"cost/{name}", float(value), record.ended, 0) for name, value in sorted(card["measured"].items())]
     record.points = history_points(history, record.started) + cost
-    record.files = [*_files(folder, "card.json", "history.jsonl"), (layout.scores(run, seed), "")]
-    record.files += _files(layout.samples(run, seed), "card.json", to="samples")
+    record.files = [(path, "") for path in (folder / "card.json", folder / "history.jsonl", layout.scores(run, seed))]
+    record.files.append((layout.samples(run, seed) / "card.json", "samples"))
     return history
 
 
@@ -321,8 +321,3 @@ def _flat(settings: dict[str, Any], prefix: str = "") -> dict[str, str]:
         else:
             flat[prefix + name] = value if isinstance(value, str) and value else json.dumps(value)
     return flat
-
-
-def _files(folder: Path, *names: str, to: str = "") -> list[tuple[Path, str]]:
-    """Those of the named files that are there, and the artifact folder they go to."""
-    return [(folder / name, to) for name in names if (folder / name).is_file()]

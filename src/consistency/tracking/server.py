@@ -27,7 +27,6 @@ _ENVIRONMENT = {
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
 }
 _PATIENCE = {"PGCONNECT_TIMEOUT": "10", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "10"}
-_DATABASES = ("postgresql", "mysql", "mssql")
 
 
 def tracking_uri() -> str:
@@ -77,48 +76,27 @@ def connect(uri: str) -> Any:
         logging.getLogger(name).setLevel(logging.CRITICAL)
     if uri.startswith("sqlite:"):
         _sqlite_file(uri).parent.mkdir(parents=True, exist_ok=True)
-    elif uri.startswith(_DATABASES):
-        _require_database(uri)
+    elif uri.startswith(("postgresql", "mysql", "mssql")):
+        # Raise SQLAlchemy's error at once if it does not answer: MLflow would try for two minutes.
+        from sqlalchemy import create_engine
+        from sqlalchemy.pool import NullPool
+
+        create_engine(uri, poolclass=NullPool).connect().close()
     return MlflowClient(uri)
 
 
-def _require_database(uri: str) -> None:
-    """Raise SQLAlchemy's error at once if a database does not answer: MLflow would try for two minutes."""
-    from sqlalchemy import create_engine
-    from sqlalchemy.pool import NullPool
-
-    create_engine(uri, poolclass=NullPool).connect().close()
-
-
-def open_experiment(client: Any, name: str, title: str, uri: str) -> str:
+def open_experiment(client: Any, name: str, title: str) -> str:
     """The id of a study's experiment, made if there is none. Raises UserError for one that a person deleted."""
-    from mlflow.exceptions import MlflowException
-
     found = client.get_experiment_by_name(name)
     if found is None:
         tags = {"mlflow.experimentKind": "custom_model_development", "mlflow.note.content": title or name}
-        try:
-            made: str = client.create_experiment(name, _artifact_location(name, uri), tags)
-            return made
-        except MlflowException:
-            # Another machine may have made it since.
-            found = client.get_experiment_by_name(name)
-            if found is None:
-                raise
+        return str(client.create_experiment(name, tags=tags))
     if found.lifecycle_stage == "deleted":
         raise UserError(
             f"the MLflow experiment {name!r} was deleted: bring it back with "
             f"`mlflow experiments restore --experiment-id {found.experiment_id}`, and run track again"
         )
     return str(found.experiment_id)
-
-
-def _artifact_location(study: str, uri: str) -> str | None:
-    """mlruns beside the database, absolute; a server knows its own."""
-    if uri.startswith("http"):
-        return None
-    folder = _sqlite_file(uri).parent if uri.startswith("sqlite:") else Path.cwd()
-    return (folder / "mlruns" / study).as_uri()
 
 
 # --- runs
@@ -201,7 +179,11 @@ def readable_errors(uri: str) -> Iterator[None]:
     except UserError:
         raise
     except Exception as error:
-        if not _is_mlflows(error):
+        from mlflow.exceptions import MlflowException
+        from requests import RequestException
+        from sqlalchemy.exc import SQLAlchemyError
+
+        if not isinstance(error, MlflowException | RequestException | SQLAlchemyError | OSError | ImportError):
             raise
         reason = without_secrets(" ".join(str(error).split()) or type(error).__name__, uri)
         down = re.search(r"Connection|Max retries|timed out|resolve", reason)
@@ -210,11 +192,3 @@ def readable_errors(uri: str) -> Iterator[None]:
             f"the tracking server {without_credentials(uri)} {'does not answer' if down else 'cannot be used'}: "
             f"{advice}. The results are safe: `track` sends what is missing ({reason[:400]})"
         ) from None
-
-
-def _is_mlflows(error: Exception) -> bool:
-    from mlflow.exceptions import MlflowException
-    from requests import RequestException
-    from sqlalchemy.exc import SQLAlchemyError
-
-    return isinstance(error, MlflowException | RequestException | SQLAlchemyError | OSError | ImportError)

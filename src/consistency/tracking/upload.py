@@ -47,7 +47,7 @@ def track_study(study: Study, layout: Layout) -> None:
     new = 0
     with one_at_a_time(uri, layout.track), readable_errors(uri):
         client = connect(uri)
-        experiment = open_experiment(client, study.name, study.title, uri)
+        experiment = open_experiment(client, study.name, study.title)
         known = find_runs(client, experiment)
         for record in records:
             parent = {"mlflow.parentRunId": ids[record.parent]} if record.parent else {}
@@ -79,6 +79,8 @@ def _send(client: Any, experiment: str, known: list[Any], record: Record, common
     describe(client, run, record)
     send_points(client, run_id, record.points, points_there(client, run))
     for path, folder in record.files:
+        if not path.exists():  # `dvc pull` of a part
+            continue
         log = client.log_artifacts if path.is_dir() else client.log_artifact
         log(run_id, str(path), folder or None)
     client.set_terminated(run_id, "FINISHED", record.ended)
