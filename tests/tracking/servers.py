@@ -77,7 +77,7 @@ class TrackingServer:
                 stderr=log,
                 start_new_session=True,
             )
-        wait_until(self._answers, f"an answer of {self.url}")
+        wait_until(self._answers, f"an answer of {self.url}", 300)
         return self
 
     def _answers(self) -> bool:

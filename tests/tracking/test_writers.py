@@ -10,7 +10,8 @@ from tests.tracking.servers import PASSWORD, ROOT, TrackingServer, environment
 from tests.tracking.trainings import EIGHT, finished_study
 
 from consistency.tracking.live import EVERY
-from consistency.tracking.server import connect
+from consistency.tracking.plan import plan
+from consistency.tracking.server import connect, send_points
 from consistency.tracking.upload import track_study
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
@@ -43,6 +44,9 @@ def test_eight_writers(
     client = connect(uri)
     live = ids(assert_complete(client, study, layout))
     track_study(study, layout)
+    # MLflow keeps a point once that is sent again, as a retried request does.
+    (record,) = (record for record in plan(study, layout) if record.name == "ctm seed 0")
+    send_points(client, live[record.name], record.points, set())
     assert live.items() <= ids(assert_complete(client, study, layout, "teacher", "report")).items()
     output = capfd.readouterr()
     assert "live tracking" not in said and PASSWORD not in said + output.out + output.err

@@ -62,8 +62,10 @@ def followed(
     def start() -> None:
         if os.environ.get(LIVE, "") != "0" and _reachable():
             be_quiet()
-            threads.append(Follower(study, layout, state, run, seed, every))
-            threads[0].start()
+            thread = Follower(study, layout, state, run, seed, every)
+            with suppress(RuntimeError):  # no more threads: `track` sends all
+                thread.start()
+                threads.append(thread)
 
     status = "FAILED"
     try:
@@ -120,7 +122,8 @@ class Follower(threading.Thread):
         self.trouble = ""
 
     def run(self) -> None:
-        """Send what is new every few seconds, and once more when the training is over."""
+        """Send what is new at once, every few seconds, and when the training is over."""
+        self.attempt()
         while not self.over.wait(self.every):
             self.attempt()
         self.attempt()

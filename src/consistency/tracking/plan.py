@@ -38,7 +38,7 @@ class Point(NamedTuple):
 @dataclass
 class Record:
     """One MLflow run as it shall stand there. started, ended: milliseconds since 1970; data: MLflow's description of
-    the images; first: tags that are written once, since a person may change them; content: a digest of its results,
+    the images; first: tags that are written once, since a person may change them; digest: of its results,
     empty while it trains; files: file or folder, if it is there, and the artifact folder it goes to."""
 
     name: str
@@ -50,7 +50,7 @@ class Record:
     first: dict[str, str]
     parent: str | None = None
     ended: int = 0
-    content: str = ""
+    digest: str = ""
     points: list[Point] = field(default_factory=list)
     files: list[tuple[Path, str]] = field(default_factory=list)
 
@@ -149,7 +149,7 @@ def _begun_student(study: Study, layout: Layout, run: str, started: int) -> Reco
         started=started,
         data=_data(study, layout),
         params=own | {"seeds": seeds},
-        tags=differing | {TRAINING: f"{layout.root.resolve()} {run} {study.key('student', run)}"},
+        tags=differing | {TRAINING: content_sha256([str(layout.root.resolve()), run, study.key("student", run)])},
         first=_first(study, run, f"means over seeds {seeds}"),
     )
 
@@ -159,7 +159,7 @@ def _student(study: Study, layout: Layout, run: str, seeds: list[Record]) -> Rec
     record = _begun_student(study, layout, run, min(seed.started for seed in seeds))
     record.params |= _sections(study.settings("scores", run), "sampling", "scores")
     record.ended = record.started + round(fmean(seed.ended - seed.started for seed in seeds))
-    record.content = content_sha256([seed.content for seed in seeds])
+    record.digest = content_sha256([seed.digest for seed in seeds])
     values: dict[tuple[str, int], list[Point]] = defaultdict(list)
     for seed in seeds:
         for point in seed.points:
@@ -208,7 +208,7 @@ def _report(study: Study, layout: Layout) -> Record:
         params={},
         tags=_origin(card),
         first={"mlflow.note.content": "Under Artifacts: `report.html` with its figures and tables."},
-        content=content_sha256([card["key"], card["outputs"]]),
+        digest=content_sha256([card["key"], card["outputs"]]),
         files=files,
     )
 
@@ -224,7 +224,7 @@ def _finish(
     options = "" if run is None else f" --run {run} --seed {seed}"
     history = read_history(folder / "history.jsonl", card["stage"] + options)
     scores = read_json(layout.card("scores", run, seed), "calibration" if run is None else f"scores{options}")
-    record.content = content_sha256([card["key"], card["outputs"], scores["key"], scores["outputs"]])
+    record.digest = content_sha256([card["key"], card["outputs"], scores["key"], scores["outputs"]])
     record.ended = _training_time(card)[1]
     cost = [Point(f"cost/{name}", float(value), record.ended, 0) for name, value in sorted(card["measured"].items())]
     record.points = history_points(history, record.started) + cost

@@ -10,8 +10,7 @@ from typing import Any
 from consistency.layout import Layout
 from consistency.provenance import read_card, versions
 from consistency.study import Study
-
-DIGEST = "consistency.digest"
+from consistency.tracking.server import DIGEST
 
 # Not imported here: it needs MLflow, which takes seconds.
 _SCRIPT = Path(__file__).with_name("model.py")

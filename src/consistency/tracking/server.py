@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
-from urllib.parse import unquote
+from urllib.parse import quote, unquote
 
 from consistency.errors import UserError
 from consistency.locks import held
@@ -16,17 +16,19 @@ from consistency.tracking.plan import Point, Record
 
 BATCH = 1000  # metrics that MLflow takes in a call
 LOCK_PATIENCE = 600.0  # seconds to wait for another upload into the same place
-# The tags of the folder that a run's results lie in, and of whether the run is live (not tracked yet), current or
-# superseded.
-FOLDER, STATE = "consistency.folder", "state"
+# The tags of what a whole run holds, of the folder its results lie in, and of whether it is live (not tracked yet),
+# current or superseded.
+DIGEST, FOLDER, STATE = "consistency.digest", "consistency.folder", "state"
 
 # Nothing phones home, no address (it may hold a password) is printed, and an absent server is given up soon.
 _ENVIRONMENT = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "DO_NOT_TRACK": "true",
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
+    "PGCONNECT_TIMEOUT": "10",
 }
-_PATIENCE = {"PGCONNECT_TIMEOUT": "10", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "10"}
 
 
 def tracking_uri() -> str:
@@ -60,8 +62,7 @@ def without_secrets(text: str, uri: str) -> str:
 
 def be_quiet() -> None:
     """Set MLflow's variables, where the environment does not. Call it before MLflow is imported."""
-    os.environ.update(_ENVIRONMENT)
-    for name, value in _PATIENCE.items():
+    for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
 
 
@@ -89,14 +90,24 @@ def open_experiment(client: Any, name: str, title: str) -> str:
     """The id of a study's experiment, made if there is none. Raises UserError for one that a person deleted."""
     found = client.get_experiment_by_name(name)
     if found is None:
-        tags = {"mlflow.experimentKind": "custom_model_development", "mlflow.note.content": title or name}
-        return str(client.create_experiment(name, tags=tags))
+        made = str(client.create_experiment(name, tags={"mlflow.experimentKind": "custom_model_development"}))
+        links = f"[Compare the students]({charts(made)}), [while they train]({charts(made, live=True)})"
+        client.set_experiment_tag(made, "mlflow.note.content", f"{title or name}. {links}.")
+        return made
     if found.lifecycle_stage == "deleted":
         raise UserError(
             f"the MLflow experiment {name!r} was deleted: bring it back with "
             f"`mlflow experiments restore --experiment-id {found.experiment_id}`, and run track again"
         )
     return str(found.experiment_id)
+
+
+def charts(experiment: str, live: bool = False) -> str:
+    """The page, from the server's address on, that draws the students' curves side by side; live: those of the seeds
+    that train, before their means are there. Without its first word MLflow 3 opens its page for language models."""
+    shown = "tags.role = 'seed' AND tags.state = 'live'" if live else "tags.role = 'student' AND tags.state = 'current'"
+    page = "workflowType=machine_learning&compareRunsMode=CHART"
+    return f"#/experiments/{experiment}/runs?{page}&searchFilter={quote(shown)}"
 
 
 # --- runs

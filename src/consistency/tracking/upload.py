@@ -13,8 +13,10 @@ from consistency.study import Study
 from consistency.tracking.plan import TRAINING, Record, plan
 from consistency.tracking.registry import register_students
 from consistency.tracking.server import (
+    DIGEST,
     FOLDER,
     STATE,
+    charts,
     connect,
     create_run,
     describe,
@@ -28,9 +30,6 @@ from consistency.tracking.server import (
     tracking_uri,
     without_credentials,
 )
-
-#: the tag of what a whole run holds
-CONTENT = "consistency.content"
 
 
 def track_study(study: Study, layout: Layout) -> None:
@@ -56,7 +55,7 @@ def track_study(study: Study, layout: Layout) -> None:
         _supersede(client, known, set(ids.values()), common[FOLDER])
         models = register_students(client, study, layout, ids)
     clean = without_credentials(uri)
-    page = f"#/experiments/{experiment}/runs?workflowType=machine_learning&compareRunsMode=CHART"
+    page = charts(experiment)
     hint = (
         f"{clean.rstrip('/')}/{page}" if clean.startswith("http") else f"`make ui`, then http://127.0.0.1:5000/{page}"
     )
@@ -68,7 +67,7 @@ def track_study(study: Study, layout: Layout) -> None:
 
 def _send(client: Any, experiment: str, known: list[Any], record: Record, common: dict[str, str]) -> tuple[str, bool]:
     """Bring one run to its record. Returns its id and whether there was anything to send but tags."""
-    tags = record.tags | common | {"role": record.role, STATE: "current", CONTENT: record.content}
+    tags = record.tags | common | {"role": record.role, STATE: "current", DIGEST: record.digest}
     run = _find(known, tags) or create_run(client, experiment, record, tags)
     run_id: str = run.info.run_id
     if run.info.status == "FINISHED" and run.data.tags[STATE] != "live":
@@ -90,7 +89,7 @@ def _send(client: Any, experiment: str, known: list[Any], record: Record, common
 def _find(known: list[Any], tags: dict[str, str]) -> Any | None:
     """The run that holds these results, in whole or in part; else the one that was there while they were trained."""
     for run in known:
-        if run.data.tags.get(CONTENT) == tags[CONTENT]:
+        if run.data.tags.get(DIGEST) == tags[DIGEST]:
             return run
     for run in known:
         if run.data.tags.get(STATE) == "live" and run.data.tags.get(TRAINING) == tags.get(TRAINING):
