@@ -2,14 +2,11 @@
 
 import json
 import shutil
-import sys
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from tests.fake_results import UNTAUGHT, make_report, make_results, make_study
 
 from consistency.errors import UserError
 from consistency.layout import Layout
@@ -163,49 +160,6 @@ def test_track_completes_the_live_runs_and_makes_no_second_ones(project: Project
     }
 
 
-def test_consistency_training_without_a_teacher_is_followed_and_tracked(
-    tmp_path: Path, empty_database: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    shutil.copy(empty_database, tmp_path)
-    frozen = "  gc: {coupling: gc, mu: 0.5}\n  full: {coupling: gc, mu: 0.7, predictor: {run: ic}}"
-    text = UNTAUGHT.replace("varies: [coupling, mu]", "varies: [coupling, mu, predictor]")
-    study = make_study(tmp_path / "studies", text=text.replace("  gc: {coupling: gc, mu: 0.5}", frozen))
-    project = Project(study, Layout(study.name))
-    make_results(study, project.layout)
-    make_report(study, project.layout)
-    client = server.connect(server.tracking_uri())
-    for run in study.students:
-        for seed in study.seeds:
-            lines = project.history(run, seed)
-            project.write(lines, run, seed)
-            assert not attempt(project.follower(run, seed), "FINISHED")
-            project.finish(run, seed)
-    before = runs_of(client)
-    said = {name: before[f"{name} seed 1"].data.params for name in study.students}
-    assert {name: params["coupling"] for name, params in said.items()} == {
-        "ic": "ic",
-        "ot": "ot",
-        "gc": "gc",
-        "full": "gc",
-    }
-    assert said["gc"]["mu"] == "0.5" and said["full"]["mu"] == "0.7"
-    assert said["full"]["predictor.run"] == "ic" and said["gc"]["predictor"] == "average"
-    assert said["gc"]["curriculum.kind"] == "doubling"
-    assert list(said["gc"])[:2] == ["coupling", "mu"]
-    loss = client.get_metric_history(before["gc seed 0"].info.run_id, "training/consistency")
-    assert [m.value for m in loss] == [line["consistency"] for line in project.history("gc", 0)]
-    track_study(study, project.layout)
-    after = runs_of(client)
-    assert {name: after[name].info.run_id for name in before} == {name: run.info.run_id for name, run in before.items()}
-    for upload in plan(study, project.layout):
-        run = after[upload.name]
-        assert run.data.params == upload.params
-        assert points_of(client, run) == sorted((p.key, p.step, p.time, p.value) for p in upload.points)
-    assert not [key for run in after.values() for key in run.data.metrics if "alignment" in key]
-
-
 def test_what_is_trained_again_after_a_kill_stands_there_once(project: Project, client: Any) -> None:
     """The follower had sent lines that the saved state did not have; their times differ the second time."""
     lines = project.history("ctm", 0)
@@ -233,13 +187,6 @@ def test_other_settings_are_another_run(project: Project, client: Any) -> None:
     assert not attempt(project.follower(), "KILLED")
     found = server.find_runs(client, client.get_experiment_by_name("small").experiment_id)
     assert sum(run.info.run_name == "ctm seed 0" for run in found) == 2
-
-
-def test_values_that_are_not_finite_are_left_out(project: Project, client: Any) -> None:
-    lines = project.history("ctm", 0)[:2]
-    project.write([lines[0], lines[1] | {"loss": float("nan"), "grad_norm": float("inf")}])
-    assert not attempt(project.follower())
-    assert losses(client, runs_of(client)["ctm seed 0"]) == as_losses(lines[:1])
 
 
 def test_the_state_may_be_gone_before_it_was_looked_at(project: Project, client: Any) -> None:
@@ -279,28 +226,6 @@ def test_the_machines_figures_go_on_after_a_failure(
     run = runs_of(client)["ctm seed 0"]
     steps = [m.step for m in client.get_metric_history(run.info.run_id, "system/cpu_utilization_percentage")]
     assert steps == [0, 1]
-
-
-def test_gpus_are_among_the_machines_figures(project: Project, client: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    from mlflow.system_metrics.metrics import gpu_monitor
-
-    nvml = SimpleNamespace(
-        NVMLError=type("NVMLError", (Exception,), {}),
-        nvmlInit=lambda: None,
-        nvmlDeviceGetCount=lambda: 2,
-        nvmlDeviceGetHandleByIndex=lambda i: i,
-        nvmlDeviceGetMemoryInfo=lambda i: SimpleNamespace(used=8e9, total=16e9),
-        nvmlDeviceGetUtilizationRates=lambda i: SimpleNamespace(gpu=90 + i),
-        nvmlDeviceGetPowerUsage=lambda i: 350_000,
-        nvmlDeviceGetEnforcedPowerLimit=lambda i: 700_000,
-    )
-    monkeypatch.setattr(gpu_monitor, "pynvml", nvml, raising=False)
-    monkeypatch.setitem(sys.modules, "pynvml", nvml)
-    project.write([])
-    assert not attempt(project.follower())
-    found = runs_of(client)["ctm seed 0"].data.metrics
-    assert (found["system/gpu_0_utilization_percentage"], found["system/gpu_1_utilization_percentage"]) == (90, 91)
-    assert found["system/gpu_0_power_usage_watts"] == 350 and found["system/gpu_1_memory_usage_percentage"] == 50
 
 
 def test_the_machines_figures_can_be_turned_off(project: Project, client: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -384,19 +309,6 @@ def test_mlflow_hears_how_the_training_ended(
     run = runs_of(client)["ctm seed 0"]
     assert run.info.status == status
     assert losses(client, run) == as_losses(project.history("ctm", 0))
-
-
-def test_a_training_says_at_its_end_that_nothing_could_be_sent(
-    project: Project, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setenv(live.LIVE, "1")
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://me:hunter2@127.0.0.1:1")
-    monkeypatch.setattr(live, "GRACE", 60.0)
-    with live.followed(project.study, project.layout, project.write([]), "ctm", 0) as start:
-        start()
-    (line,) = capfd.readouterr().err.splitlines()
-    assert line.startswith("live tracking: the tracking server http://127.0.0.1:1 does not answer: start it")
-    assert "`track` sends what is missing" in line and "hunter2" not in line
 
 
 @pytest.mark.parametrize(

@@ -34,14 +34,14 @@ def test_eight_writers(
     uri, server = "sqlite:///mlflow.db", None
     if store != "file":
         server: TrackingServer = request.getfixturevalue(store)
-        uri = server.url
+        uri = server.url.replace("http://", f"http://me:{PASSWORD}@")
     study, layout = finished_study(tmp_path, EIGHT)
     monkeypatch.chdir(tmp_path)
     given = {"URI": uri, "USERNAME": "me", "PASSWORD": PASSWORD}
     for name, value in given.items():
         monkeypatch.setenv(f"MLFLOW_TRACKING_{name}", value)
     said = eight_writers(tmp_path, **{f"MLFLOW_TRACKING_{name}": value for name, value in given.items()})
-    client = connect(uri)
+    client = connect(server.url if server else uri)
     live = ids(assert_complete(client, study, layout))
     track_study(study, layout)
     # MLflow keeps a point once that is sent again, as a retried request does.
