@@ -452,12 +452,11 @@ def test_a_sqlite_address_is_absolute(monkeypatch: pytest.MonkeyPatch, tmp_path:
             tracking_uri()
 
 
-def test_another_upload_is_waited_for_but_not_for_ever(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tracking, "LOCK_PATIENCE", 0.3)
+def test_another_upload_is_waited_for_but_not_for_ever(tmp_path: Path) -> None:
     with (
-        tracking.one_at_a_time("http://host", tmp_path),
+        tracking.one_at_a_time("http://host", tmp_path, 0),
         pytest.raises(UserError, match="another upload"),
-        tracking.one_at_a_time("http://host", tmp_path),
+        tracking.one_at_a_time("http://host", tmp_path, 0.3),
     ):
         pass
 

@@ -15,7 +15,6 @@ from consistency.locks import held
 from consistency.tracking.plan import Point, Record
 
 BATCH = 1000  # metrics that MLflow takes in a call
-LOCK_PATIENCE = 600.0  # seconds to wait for another upload into the same place
 # The tags of what a whole run holds, of the folder its results lie in, and of whether it is live (not tracked yet),
 # current or superseded.
 DIGEST, FOLDER, STATE = "consistency.digest", "consistency.folder", "state"
@@ -165,16 +164,16 @@ def _sqlite_file(uri: str) -> Path:
     return Path(uri.removeprefix("sqlite:///").partition("?")[0])
 
 
-def one_at_a_time(uri: str, folder: Path) -> AbstractContextManager[None]:
+def one_at_a_time(uri: str, folder: Path, patience: float) -> AbstractContextManager[None]:
     """Hold a lock beside a SQLite file, whose schema two processes must not make at once; else in the study's folder.
-    Raises UserError if another upload holds it for too long, or it cannot be made."""
+    Raises UserError if another upload holds it for longer than patience (seconds), or it cannot be made."""
     database = _sqlite_file(uri)
     path = database.with_name(f"{database.name}-lock") if uri.startswith("sqlite:") else folder / ".lock"
     return held(
         path,
         waiting=f"track: another upload holds {path}; waiting",
-        patience=LOCK_PATIENCE,
-        late=f"another upload has held {path} for {LOCK_PATIENCE:g} s: stop it",
+        patience=patience,
+        late=f"another upload has held {path} for {patience:g} s: stop it",
         advice="; mend that or set MLFLOW_TRACKING_URI",
     )
 
