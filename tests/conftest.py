@@ -38,7 +38,7 @@ Changes = dict[str, Any]
 
 @pytest.fixture(scope="session", autouse=True)
 def _no_live_tracking() -> Iterator[None]:
-    """Hundreds of tiny trainings must not start a process each; the tests of live tracking turn it on."""
+    """Hundreds of tiny trainings must not import MLflow each; the tests of live tracking turn it on."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("CONSISTENCY_LIVE", "0")
         yield

@@ -183,12 +183,6 @@ VERBS = {
     ),
     "validate": Verb("hold this machine against the closed-form oracles of the method", "stages.validate:validate"),
     "reference": Verb("write the field reference of a study", "reference:write_reference"),
-    "follow": Verb(
-        "send a training's new points to MLflow while it goes on (a training starts this)",
-        "tracking.follow:follow",
-        (),
-        (Option("training", help="its name, for those who look at the processes"),),
-    ),
 }
 
 # The exit code of a verb whose time was over and whose state is saved.

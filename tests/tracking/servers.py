@@ -1,4 +1,4 @@
-"""Tracking servers on the loopback: MLflow's own, on SQLite and on PostgreSQL, and one that never answers."""
+"""Tracking servers on the loopback: MLflow's own, on SQLite and on PostgreSQL, one that never answers, a full one."""
 
 import os
 import pwd
@@ -8,10 +8,12 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 from urllib.request import ProxyHandler, build_opener
@@ -75,7 +77,7 @@ class TrackingServer:
                 stderr=log,
                 start_new_session=True,
             )
-        wait_until(self._answers, f"an answer of {self.url}")
+        wait_until(self._answers, f"an answer of {self.url}", 300)
         return self
 
     def _answers(self) -> bool:
@@ -176,3 +178,31 @@ def silent_server() -> Iterator[str]:
         listening.bind(("127.0.0.1", 0))
         listening.listen(128)
         yield f"http://127.0.0.1:{listening.getsockname()[1]}"
+
+
+class _Full(BaseHTTPRequestHandler):
+    def do_GET(self) -> None:
+        self.send_error(507, "Insufficient Storage")
+
+    do_POST = do_GET
+
+    def log_message(self, *_: Any) -> None:
+        """Say nothing."""
+
+
+@contextmanager
+def full_server() -> Iterator[str]:
+    """The address of a server whose disk is full: it refuses everything."""
+    server = ThreadingHTTPServer(("127.0.0.1", 0), _Full)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}"
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+@contextmanager
+def dead_server() -> Iterator[str]:
+    """An address at which nobody listens."""
+    yield f"http://127.0.0.1:{free_port()}"

@@ -1,27 +1,38 @@
 """A tracking server that is down, silent or restarted: a training does not notice, and nothing is lost."""
 
 import json
-import os
+import random
 import shutil
-import signal
-from collections.abc import Callable, Iterator
-from contextlib import nullcontext, suppress
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.numpy import load_file
 from tests.tracking.comparison import assert_complete, expected_points, ids, points_of, runs_of
-from tests.tracking.servers import TrackingServer, free_port, silent_server, wait_until
+from tests.tracking.servers import (
+    ROOT,
+    TrackingServer,
+    dead_server,
+    environment,
+    full_server,
+    silent_server,
+    wait_until,
+)
 from tests.tracking.trainings import FOUR, finished_study, replayed
-from tests.workflow.checkout import UNREPEATABLE, processes_in
+from tests.workflow.checkout import UNREPEATABLE
 
 from consistency.layout import Layout
 from consistency.stages.student import make_student
 from consistency.stages.trainer import Machine
 from consistency.study import Study
-from consistency.tracking.live import EVERY, LIVE, LOG, _Follower
+from consistency.tracking.live import EVERY, GRACE, LIVE, Follower
 from consistency.tracking.server import connect
 from consistency.tracking.upload import track_study
 
@@ -29,25 +40,11 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
 
 
 @pytest.fixture(autouse=True)
-def live(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Live tracking is on, and quick; followers outlive their training for a while, but not their test."""
+def quick(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Live tracking is on, and quick."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv(LIVE, "1")
     monkeypatch.setenv(EVERY, "0.2")
-    yield
-    end_followers(tmp_path)
-
-
-def followers(folder: Path) -> set[int]:
-    """The processes at work in a folder, besides this one."""
-    return {*processes_in(folder.resolve())} - {os.getpid()}
-
-
-def end_followers(folder: Path) -> None:
-    for process in followers(folder):
-        with suppress(ProcessLookupError):
-            os.kill(process, signal.SIGKILL)
-    wait_until(lambda: not followers(folder), "the followers' end", 30)
 
 
 def result(layout: Layout) -> tuple[dict[str, bytes], list[dict[str, Any]]]:
@@ -58,50 +55,101 @@ def result(layout: Layout) -> tuple[dict[str, bytes], list[dict[str, Any]]]:
     return weights, [{k: v for k, v in line.items() if not k.startswith(UNREPEATABLE)} for line in lines]
 
 
+def train_in(folder: Path, study: Study, results: Layout) -> Layout:
+    """A student of the tiny study, trained there."""
+    layout = Layout("tiny", folder / "results", folder / "state")
+    shutil.copytree(results.root, layout.root)
+    make_student(study, layout, "analytic", 0, Machine(torch.device("cpu")))
+    return layout
+
+
 @pytest.fixture(scope="module")
-def train_in(tiny: Callable[..., Study], first_results: Layout) -> Callable[[Path], Layout]:
-    """train_in(folder): a student of the tiny study, trained there."""
-
-    def make(folder: Path) -> Layout:
-        layout = Layout("tiny", folder / "results", folder / "state")
-        shutil.copytree(first_results.root, layout.root)
-        make_student(tiny(), layout, "analytic", 0, Machine(torch.device("cpu")))
-        return layout
-
-    return make
+def undisturbed(tiny: Callable[..., Study], first_results: Layout, tmp_path_factory: pytest.TempPathFactory) -> Layout:
+    """The student of a training that nobody follows."""
+    with pytest.MonkeyPatch.context() as off:
+        off.setenv(LIVE, "0")
+        return train_in(tmp_path_factory.mktemp("undisturbed"), tiny(), first_results)
 
 
-@pytest.mark.parametrize("fault", ["down", "silent"])
+@pytest.mark.parametrize("server", [None, dead_server, silent_server, full_server])
 def test_a_training_does_not_notice_its_server(
-    fault: str,
+    server: Callable[[], AbstractContextManager[str]] | None,
     tmp_path: Path,
-    train_in: Callable[[Path], Layout],
+    tiny: Callable[..., Study],
+    first_results: Layout,
+    undisturbed: Layout,
+    empty_database: Path,
     monkeypatch: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture[str],
 ) -> None:
-    """It begins when its follower is in trouble already, and asks for it only to hear what that is."""
-    with monkeypatch.context() as off:
-        off.setenv(LIVE, "0")
-        undisturbed = train_in(tmp_path / "undisturbed")
+    """Without one, it writes into a SQLite file. It begins when its first points are sent, or the trouble is there."""
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "1")
-    start, processes = _Follower.start, []
+    shutil.copy(empty_database, tmp_path / "mlflow.db")
+    start, end, waited = Follower.start, Follower.end, []
 
-    def start_and_fail(self: _Follower, opening: dict[str, Any], state: Path, every: float) -> None:
-        start(self, opening, state, every)
-        wait_until(lambda: "trouble" in (state / LOG).read_text(), "the follower's complaint")
-        monkeypatch.setattr(self.process, "wait", lambda *_: pytest.fail("the training waits for its follower"))
-        processes.append(self.process)
+    def start_and_wait(self: Follower) -> None:
+        start(self)
+        wait_until(lambda: self.trouble or self.client, "the first attempt's end")
 
-    monkeypatch.setattr(_Follower, "start", start_and_fail)
-    with silent_server() if fault == "silent" else nullcontext(f"http://127.0.0.1:{free_port()}") as address:
+    def end_in_time(self: Follower, status: str) -> None:
+        begun = time.monotonic()
+        end(self, status)
+        waited.append(time.monotonic() - begun)
+
+    monkeypatch.setattr(Follower, "start", start_and_wait)
+    monkeypatch.setattr(Follower, "end", end_in_time)
+    with server() if server else nullcontext("sqlite:///mlflow.db") as address:
         monkeypatch.setenv("MLFLOW_TRACKING_URI", address)
+        states = [random.getstate(), np.random.get_state()[1].tobytes()]  # noqa: NPY002
         capfd.readouterr()
-        disturbed = train_in(tmp_path / fault)
-        assert followers(tmp_path) == {processes[0].pid}  # it still tries
+        disturbed = train_in(tmp_path / "disturbed", tiny(), first_results)
+        assert states == [random.getstate(), np.random.get_state()[1].tobytes()]  # noqa: NPY002
     assert result(disturbed) == result(undisturbed)
     assert not disturbed.training_state("analytic", 0).exists()
-    (line,) = [line for line in capfd.readouterr().err.splitlines() if "live tracking" in line]
-    assert address in line and line.endswith("`track` will complete it")
+    assert waited[0] < GRACE + 1
+    said = [line for line in capfd.readouterr().err.splitlines() if "live tracking" in line]
+    if server:
+        (line,) = said
+        assert address in line and "`track` sends what is missing" in line
+    else:
+        assert said == []
+        client = connect(f"sqlite:///{tmp_path}/mlflow.db")
+        (run,) = runs_of(client, tiny(), "seed")
+        assert run.info.status == "FINISHED"
+        assert points_of(client, run) == expected_points(disturbed, "analytic", 0)
+
+
+#: a training that ends, while its thread imports MLflow or waits for an answer
+ENDING = """
+import sys, time
+from pathlib import Path
+from tests.tracking.trainings import FOUR, finished_study, replayed
+from consistency.tracking import live
+live.GRACE = 0.2
+study, layout = finished_study(Path("."), FOUR)
+with replayed(study, layout, "ctm", 0):
+    while sys.argv[1] not in sys.modules:
+        time.sleep(0.01)
+    time.sleep(0.3)
+print("done")
+"""
+
+
+@pytest.mark.parametrize("module", ["mlflow", "mlflow.store.tracking.rest_store"])
+def test_python_ends_while_the_thread_is_busy(module: str, tmp_path: Path) -> None:
+    with silent_server() as address:
+        variables = {LIVE: "1", EVERY: "0.01", "MLFLOW_TRACKING_URI": address, "PYTHONPATH": f"{ROOT / 'src'}:{ROOT}"}
+        ended = subprocess.run(
+            [sys.executable, "-c", ENDING, module],
+            cwd=tmp_path,
+            env=environment(**variables),
+            capture_output=True,
+            text=True,
+            timeout=200,
+        )
+    assert (ended.returncode, ended.stdout) == (0, "done\n"), ended.stderr
+    (line,) = ended.stderr.splitlines()
+    assert line.startswith("live tracking: the tracking server did not take everything within 0.2 s")
 
 
 def test_a_server_that_comes_back_gets_what_is_missing(
@@ -112,15 +160,15 @@ def test_a_server_that_comes_back_gets_what_is_missing(
     client = connect(sqlite_server.url)
     with replayed(study, layout, "ctm", 0) as training:
         training.write(10)
-        wait_until(lambda: "up to step 100" in training.log, "the first points")
+        wait_until(lambda: training.sent_up_to() == 100, "the first points")
         (run,) = runs_of(client, study, "seed")
         assert run.info.status == "RUNNING"
         assert [point for point in expected_points(layout, "ctm", 0) if point[1] <= 100] == points_of(client, run)
         sqlite_server.stop()
         training.write(20)
-        wait_until(lambda: training.log.splitlines()[-1].startswith("trouble"), "the follower's complaint")
+        wait_until(lambda: training.follower.trouble, "the thread's complaint")
         sqlite_server.start()
-        wait_until(lambda: "up to step 300" in training.log, "what was missing")
+        wait_until(lambda: training.sent_up_to() == 300, "what was missing")
         training.write(20)
     wait_until(lambda: runs_of(client, study, "seed")[0].info.status == "FINISHED", "the end")
     (run,) = runs_of(client, study, "seed")
@@ -130,19 +178,18 @@ def test_a_server_that_comes_back_gets_what_is_missing(
 def test_track_completes_what_no_follower_could_send(
     tmp_path: Path, sqlite_server: TrackingServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One training had the server to its middle, one never had it, two had no follower."""
+    """One training had the server to its middle, one never had it, two were not followed."""
     monkeypatch.setenv("MLFLOW_TRACKING_URI", sqlite_server.url)
     study, layout = finished_study(tmp_path, FOUR, "away")
     client = connect(sqlite_server.url)
     with replayed(study, layout, "ctm", 0) as cut_off:
         cut_off.write(25)
-        wait_until(lambda: "up to step 250" in cut_off.log, "the first points")
+        wait_until(lambda: cut_off.sent_up_to() == 250, "the first points")
         sqlite_server.stop()
         cut_off.write(25)
     with replayed(study, layout, "ctm", 1) as alone:
         alone.write(50)
-    wait_until(lambda: "trouble" in cut_off.log and "trouble" in alone.log, "the followers' complaints")
-    end_followers(tmp_path)
+    assert cut_off.follower.trouble and alone.follower.trouble
     sqlite_server.start()
     (left,) = runs_of(client, study, "seed")
     assert left.info.status == "RUNNING"

@@ -1,6 +1,7 @@
-"""Trainings that cost nothing: a finished history is written again, while the real follower sends its lines."""
+"""Trainings that cost nothing: a finished history is written again, while the real thread sends its lines."""
 
 import json
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ from tests.fake_results import SMALL, make_report, make_results, make_study
 from consistency.files import read_json, write_json
 from consistency.layout import Layout
 from consistency.study import Study
-from consistency.tracking.live import LOG, followed
+from consistency.tracking.live import Follower, followed
 from consistency.training.folder import append, prepare, read_identity
 
 #: two students with two or four seeds: trainings of 50 lines
@@ -47,32 +48,30 @@ def history_of(layout: Layout, run: str, seed: int) -> list[dict[str, Any]]:
 
 @dataclass
 class Replay:
-    """A training under way. log: what its follower says."""
+    """A training under way, and the thread that sends what it writes."""
 
     layout: Layout
     run: str
     seed: int
+    follower: Follower
     written: int = 0
 
-    @property
-    def state(self) -> Path:
-        return self.layout.training_state(self.run, self.seed)
-
-    @property
-    def log(self) -> str:
-        return (self.state / LOG).read_text()
+    def sent_up_to(self) -> int:
+        """The step of the last line that has been sent."""
+        sent = self.follower.points[: self.follower.sent]
+        return sent[-1].step if sent else 0
 
     def write(self, count: int) -> None:
         """Add the next lines to the history; 50 are all."""
         for line in history_of(self.layout, self.run, self.seed)[self.written :][:count]:
-            append(self.state, line)
+            append(self.layout.training_state(self.run, self.seed), line)
             self.written += 1
 
 
 @contextmanager
 def replayed(study: Study, layout: Layout, run: str, seed: int) -> Iterator[Replay]:
-    """A training whose lines the caller writes, with the follower that the stages start."""
-    replay = Replay(layout, run, seed)
-    with followed(study, layout, replay.state, run, seed) as start:
+    """A training whose lines the caller writes, followed as the stages do it."""
+    with followed(study, layout, layout.training_state(run, seed), run, seed) as start:
         start()
-        yield replay
+        (follower,) = (thread for thread in threading.enumerate() if isinstance(thread, Follower) and not thread.status)
+        yield Replay(layout, run, seed, follower)

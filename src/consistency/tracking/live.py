@@ -1,62 +1,84 @@
-"""Live tracking, the training's side: a follower process reads the history and speaks to MLflow, and the training
-neither waits for it nor hears of its failures before its own end."""
+"""Live tracking: a thread of the training's first process sends new lines of history.jsonl and the machine's figures.
+
+The training neither waits for it, but for GRACE seconds at its end, nor hears of its failures before. What cannot be
+sent now is sent later: by this thread, by that of the resumed training, or by track.
+"""
 
 import json
 import os
 import shlex
-import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from consistency import slurm_job
 from consistency.errors import UserError
 from consistency.layout import Layout
 from consistency.provenance import git_state, hardware
 from consistency.study import Study
-from consistency.supervision import SUPERVISOR
-from consistency.tracking.follow import EVERY, TROUBLE, WELL
-from consistency.tracking.plan import plan_live
-from consistency.tracking.server import tracking_uri
+from consistency.tracking.plan import TRAINING, Point, history_points, plan_live
+from consistency.tracking.server import (
+    FOLDER,
+    STATE,
+    be_quiet,
+    connect,
+    create_run,
+    describe,
+    find_runs,
+    one_at_a_time,
+    open_experiment,
+    points_there,
+    readable_errors,
+    send_points,
+    set_tags,
+    tracking_uri,
+    without_secrets,
+)
 from consistency.training.folder import read_identity
 
 #: 0 turns live tracking off
 LIVE = "CONSISTENCY_LIVE"
-LOG = "live.log"
-_TAIL = 65536  # bytes of the log that are looked at
-_COMMAND = [sys.executable, "-m", "consistency", "follow"]
-# torchrun's: the follower is none of its processes.
-_NOT_INHERITED = (SUPERVISOR, "TORCHELASTIC_RUN_ID", "RANK", "WORLD_SIZE", "LOCAL_RANK")
+#: seconds between two messages to MLflow
+EVERY = "CONSISTENCY_LIVE_EVERY"
+GRACE = 5.0  # seconds that a training waits, at its end, for the rest to be sent
 
 
 @contextmanager
 def followed(
     study: Study, layout: Layout, state: Path, run: str | None = None, seed: int | None = None
 ) -> Iterator[Callable[[], None]]:
-    """Within the block, calling what is given starts a follower for the training whose state folder that is; at the
-    end of the block the follower is told how the training ended, and left to itself.
+    """Within the block, calling what is given starts to follow the training whose state folder that is; at the end of
+    the block MLflow hears how the training ended.
 
-    Without a run: the teacher's training. In a Slurm job there is a follower only if MLflow is a server.
+    Without a run: the teacher's training. In a Slurm job nothing is sent unless MLflow is a server.
     Raises UserError for a CONSISTENCY_LIVE_EVERY that is no positive number.
     """
-    follower = _Follower()
-    wanted, every = os.environ.get(LIVE, "") != "0" and _reachable(), _every()
+    every = _every()
+    threads: list[Follower] = []
 
     def start() -> None:
-        if wanted:
-            follower.start(_opening(study, layout, state, run, seed), state, every)
+        if os.environ.get(LIVE, "") != "0" and _reachable():
+            be_quiet()
+            thread = Follower(study, layout, state, run, seed, every)
+            with suppress(RuntimeError):  # no more threads: `track` sends all
+                thread.start()
+                threads.append(thread)
 
+    status = "FAILED"
     try:
         yield start
+        status = "FINISHED"
     except BaseException as error:
         # Asked to stop (by a signal, Ctrl-C or the end of the supervisor), or failed.
-        asked = hasattr(error, "signum") or not isinstance(error, Exception)
-        follower.end("KILLED" if asked else "FAILED")
+        if hasattr(error, "signum") or not isinstance(error, Exception):
+            status = "KILLED"
         raise
-    follower.end("FINISHED")
+    finally:
+        for thread in threads:
+            thread.end(status)
 
 
 def _reachable() -> bool:
@@ -66,92 +88,121 @@ def _reachable() -> bool:
 
 
 def _every() -> float:
-    text = os.environ.get(EVERY, "5")
+    text = os.environ.get(EVERY, "10")
     with suppress(ValueError):
         if float(text) > 0:
             return float(text)
     raise UserError(f"{EVERY} must be a positive number of seconds, got {text!r}")
 
 
-def _opening(study: Study, layout: Layout, state: Path, run: str | None, seed: int | None) -> dict[str, Any]:
-    """All that the follower needs to know."""
-    command = shlex.join(["python", "-m", "consistency", *sys.argv[1:]])
-    made = {"git": git_state(), "hardware": hardware(), "command": command, "training": read_identity(state)}
-    published = layout.teacher if run is None or seed is None else layout.student(run, seed)
-    return {
-        "study": study.name,
-        "title": study.title,
-        "study_hash": study.key("report"),
-        "folder": str(layout.root.resolve()),
-        "track": str(layout.track),
-        "histories": [str(folder / "history.jsonl") for folder in (state, published)],
-        "uploads": [asdict(upload) for upload in plan_live(study, layout, run, seed, made)],
-    }
+class Follower(threading.Thread):
+    """Brings an MLflow run to the state of a training, in attempts that may fail. It never prints: a thread that holds
+    a stream's lock when Python ends makes it crash. trouble: what the last attempt failed of."""
 
+    def __init__(
+        self, study: Study, layout: Layout, state: Path, run: str | None, seed: int | None, every: float
+    ) -> None:
+        super().__init__(name="live tracking", daemon=True)
+        command = shlex.join(["python", "-m", "consistency", *sys.argv[1:]])
+        made = {"git": git_state(), "hardware": hardware(), "command": command, "training": read_identity(state)}
+        self.study, self.layout, self.every = study, layout, every
+        self.records = plan_live(study, layout, run, seed, made)
+        self.own = self.records[-1]
+        published = layout.teacher if run is None or seed is None else layout.student(run, seed)
+        # When the state is gone, its history has been published.
+        self.histories = [folder / "history.jsonl" for folder in (state, published)]
+        self.read = 0  # bytes of the history
+        self.points: list[Point] = []
+        self.over, self.status = threading.Event(), ""
+        self.client: Any = None
+        self.run_id = ""
+        self.there: set[tuple[str, int]] = set()
+        self.sent = 0  # of the points
+        self.monitor: Any = None
+        self.trouble = ""
 
-class _Follower:
-    """The process and the two ways to it: its standard input, whose end tells it that the training is over, and its
-    log in the state folder."""
-
-    process: subprocess.Popen[bytes] | None = None
-    log: IO[bytes] | None = None
-
-    def start(self, opening: dict[str, Any], state: Path, every: float) -> None:
-        """Start it at low priority and out of reach of the terminal's Ctrl-C. That it cannot be started is no reason
-        for a training to fail."""
-        training = f"{opening['study']}: {opening['uploads'][-1]['name']}"
-        inherited = {name: value for name, value in os.environ.items() if name not in _NOT_INHERITED}
-        try:
-            self.log = (state / LOG).open("w+b")
-            self.process = subprocess.Popen(
-                [*_COMMAND, training],
-                stdin=subprocess.PIPE,
-                stdout=self.log,
-                stderr=self.log,
-                env=inherited | {EVERY: str(every), "OMP_NUM_THREADS": "1"},
-                start_new_session=True,
-            )
-        except OSError as error:
-            _say(f"could not be started ({error.strerror})")
-            if self.log is not None:
-                self.log.close()
-            return
-        # Some kilobytes into an empty pipe: this does not wait.
-        self._tell(opening)
+    def run(self) -> None:
+        """Send what is new at once, every few seconds, and when the training is over."""
+        self.attempt()
+        while not self.over.wait(self.every):
+            self.attempt()
+        self.attempt()
 
     def end(self, status: str) -> None:
-        """Tell it how the training ended, without waiting for it; say what it has been struggling with."""
-        if self.process is None or self.process.stdin is None or self.log is None:
-            return
-        self._tell({"status": status})
-        with suppress(BrokenPipeError):
-            self.process.stdin.close()
-        with self.log as log:
-            # Not by the file's position: it is the follower's too, and it writes there.
-            end = os.fstat(log.fileno()).st_size
-            text = os.pread(log.fileno(), _TAIL, max(end - _TAIL, 0))
-        trouble = self._trouble(text.decode(errors="replace").splitlines())
+        """Say how the training ended, and wait for at most GRACE seconds; print what could not be done."""
+        self.status = status
+        self.over.set()
+        self.join(GRACE)
+        late = f"the tracking server did not take everything within {GRACE:g} s. `track` sends what is missing"
+        trouble = self.trouble or (late if self.is_alive() else "")
         if trouble:
-            _say(trouble)
-        # It outlives this process; nobody will ask for its exit code.
-        self.process.returncode = 0
+            # The reader of a pipe may be gone: a line less is no reason to fail.
+            with suppress(BrokenPipeError):
+                print(f"live tracking: {trouble}", file=sys.stderr, flush=True)
 
-    def _tell(self, message: dict[str, Any]) -> None:
-        assert self.process is not None and self.process.stdin is not None
-        with suppress(BrokenPipeError):  # it is gone; its log says why
-            self.process.stdin.write(json.dumps(message).encode() + b"\n")
-            self.process.stdin.flush()
+    def attempt(self) -> None:
+        """Send what is new; end the run if the training is over."""
+        uri = ""
+        try:
+            self._read_history()
+            uri = tracking_uri()
+            with readable_errors(uri):
+                if self.client is None:
+                    self._open(uri)
+                send_points(self.client, self.run_id, self.points[self.sent :], self.there)
+                self.sent = len(self.points)
+                if self.over.is_set():
+                    ended = max((point.time for point in self.points), default=self.own.started)
+                    self.client.set_terminated(self.run_id, self.status, ended)
+                elif self.monitor is not None:
+                    self.monitor.collect_metrics()
+                    self.monitor.publish_metrics(self.monitor.aggregate_metrics())
+                    self.monitor.mlflow_logger.flush()
+            self.trouble = ""
+        except Exception as error:
+            self.client = None  # all that was known of the server may be wrong now
+            self.trouble = without_secrets(str(error), uri) or type(error).__name__
 
-    def _trouble(self, lines: list[str]) -> str:
-        """What it is struggling with now, by the lines of its log; nothing if all is well."""
-        assert self.process is not None
-        said = next((line for line in reversed(lines) if line.startswith((TROUBLE, WELL))), WELL)
-        if said.startswith(TROUBLE):
-            return said.removeprefix(TROUBLE)
-        return "" if self.process.poll() is None else f"its process ended ({' '.join(lines[-1:])[:300]})"
+    def _read_history(self) -> None:
+        """Read the lines that were added since the last call."""
+        for path in self.histories:
+            with suppress(FileNotFoundError), path.open("rb") as file:
+                file.seek(self.read)
+                text = file.read()
+                whole = text[: text.rfind(b"\n") + 1]  # a line that is being written comes with the next
+                lines = [json.loads(line) for line in whole.splitlines()]
+                self.points += history_points(lines, self.own.started)
+                self.read += len(whole)
+                return
 
+    def _open(self, uri: str) -> None:
+        """Make the runs, or find them again: a student's parent, which has its own curves only with `track`, and the
+        training's."""
+        with one_at_a_time(uri, self.layout.track, patience=0):
+            client = connect(uri)
+            experiment = open_experiment(client, self.study.name, self.study.title)
+            common = {"study_hash": self.study.key("report"), FOLDER: str(self.layout.root.resolve()), STATE: "live"}
+            parent: dict[str, str] = {}
+            for record in self.records:
+                tags = common | record.tags | parent | {"role": record.role}
+                found = find_runs(client, experiment, **{TRAINING: tags[TRAINING], STATE: "live"})
+                run = found[0] if found else create_run(client, experiment, record, tags)
+                client.update_run(run.info.run_id, status="RUNNING" if record is self.own else "SCHEDULED")
+                parent = {"mlflow.parentRunId": run.info.run_id}
+            set_tags(client, run, tags)
+            describe(client, run, self.own)
+        self.run_id, self.there, self.sent = run.info.run_id, points_there(client, run), 0
+        self.monitor = self._monitors(uri)
+        self.client = client
 
-def _say(what: str) -> None:
-    # The reader of a pipe may be gone: a line less is no reason to fail.
-    with suppress(BrokenPipeError):
-        print(f"live tracking: {what}; `track` will complete it", file=sys.stderr, flush=True)
+    def _monitors(self, uri: str) -> Any:
+        """MLflow's monitors of CPU, memory, disk, network and GPUs, called by this thread: their own one ends with the
+        first failure, and is waited for without limit."""
+        import psutil
+        from mlflow.environment_variables import MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING as ENABLED
+        from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
+
+        if ENABLED.is_set() and not ENABLED.get():
+            return None
+        psutil.cpu_percent()  # the first figure of a processor says nothing
+        return SystemMetricsMonitor(self.run_id, resume_logging=True, tracking_uri=uri)

@@ -3,19 +3,16 @@
 import csv
 import hashlib
 import json
-import math
 import re
 from collections import defaultdict
 from dataclasses import dataclass, field
 from datetime import datetime
-from functools import cached_property
 from pathlib import Path
 from statistics import fmean
 from typing import Any, NamedTuple
-from zipfile import BadZipFile
 
 from consistency.errors import UserError
-from consistency.files import read_json, sha256
+from consistency.files import read_json
 from consistency.history import read_history
 from consistency.layout import Layout
 from consistency.lines import line_of
@@ -23,8 +20,8 @@ from consistency.provenance import read_card
 from consistency.study import Study
 
 MEASURES = ("fd", "kid", "alignment")
-# The tags by which a live run is found again: by its training, by its student's settings.
-TRAINING, STUDENT = "consistency.training", "consistency.student"
+#: the tag by which a run is found again that was made while its training went on
+TRAINING = "consistency.training"
 
 _TEACHER_NOTE = "The EDM teacher. `final/*/heun-*`: its samples; `calibration/*/data-halves`: real against real."
 _NO_TEACHER_NOTE = "No teacher: the network of the students. `calibration/*/data-halves`: real against real."
@@ -39,295 +36,212 @@ class Point(NamedTuple):
     step: int
 
 
-@dataclass(frozen=True)
-class Data:
-    """The dataset that a run used: its name, where its images lie, their sha256, how many, and [H, W, C] of each."""
-
-    name: str
-    path: str
-    sha256: str
-    count: int
-    shape: list[int]
-
-
 @dataclass
-class Upload:
-    """One run as it shall stand in MLflow. started, ended: milliseconds since 1970; files: path and artifact folder;
-    texts: artifact path and content of what is no file of the results; color: that of its curves, if it has one."""
+class Record:
+    """One MLflow run as it shall stand there. started, ended: milliseconds since 1970; data: MLflow's description of
+    the images; first: tags that are written once, since a person may change them; digest: of its results,
+    empty while it trains; files: file or folder, if it is there, and the artifact folder it goes to."""
 
     name: str
     role: str
-    data: Data
     started: int
-    ended: int
+    data: dict[str, str]
     params: dict[str, str]
     tags: dict[str, str]
-    note: str
+    first: dict[str, str]
+    parent: str | None = None
+    ended: int = 0
+    digest: str = ""
     points: list[Point] = field(default_factory=list)
     files: list[tuple[Path, str]] = field(default_factory=list)
-    texts: list[tuple[str, str]] = field(default_factory=list)
-    parent: str | None = None
-    color: str | None = None
-
-    def __post_init__(self) -> None:
-        """Values that are not finite cannot be drawn: they are left out, and a tag says which."""
-        bad = [f"{point.key} at step {point.step}" for point in self.points if not math.isfinite(point.value)]
-        self.points = [point for point in self.points if math.isfinite(point.value)]
-        if bad:
-            self.tags["not_finite"] = ", ".join(bad[:20]) + (f" and {len(bad) - 20} more" if len(bad) > 20 else "")
-
-    @cached_property
-    def digest(self) -> str:
-        """What the run holds, in 16 hex digits: the same for the same results."""
-        files = [(folder, path.name, sha256(path)) for path, folder in self.files]
-        content = json.dumps([self.name, self.params, self.points, files, self.texts], sort_keys=True)
-        return hashlib.sha256(content.encode()).hexdigest()[:16]
 
 
-def plan(study: Study, layout: Layout) -> list[Upload]:
+def plan(study: Study, layout: Layout) -> list[Record]:
     """Every run of the study, a parent before its children. Raises UserError when results are missing or stale."""
-    differing = _differing(study)
-    uploads = [_teacher(study, layout)]
+    records = [_teacher(study, layout)]
     for run in study.students:
-        seeds = [_seed(study, layout, run, seed, differing) for seed in study.seeds]
-        uploads += [_student(study, run, seeds, differing), *seeds]
-    return [*uploads, _report(study, layout)]
+        seeds = [_seed(study, layout, run, seed) for seed in study.seeds]
+        records += [_student(study, layout, run, seeds), *seeds]
+    return [*records, _report(study, layout)]
 
 
-def plan_live(study: Study, layout: Layout, run: str | None, seed: int | None, made: dict[str, Any]) -> list[Upload]:
-    """The runs of a training that begins, without points: a student's parent and its own; the teacher's without a run.
+def plan_live(study: Study, layout: Layout, run: str | None, seed: int | None, made: dict[str, Any]) -> list[Record]:
+    """The runs of a training that begins: a student's parent and its own; the teacher's without a run.
 
     made: what its card will say of command, git, hardware and training.
     """
-    started = made["training"]["started"]
-    common: dict[str, Any] = {"data": _data(study, layout), "started": started, "ended": started}
     if run is None or seed is None:
-        params = _teacher_params(study)
-        return [Upload("teacher", "teacher", params=params, tags=_origin(made), note=_teacher_note(study), **common)]
-    differing = _differing(study)
-    own = _flat(study.students[run].model_dump(mode="json"))
-    tags = _those(own, differing)
-    note = f"Student `{run}`: the mean over its seeds comes with `track`."
-    common["color"] = _color(study, run)
-    parent = Upload(run, "student", params={}, tags=tags | {STUDENT: study.key("student", run)}, note=note, **common)
-    child = Upload(
-        f"{run} seed {seed}",
-        "seed",
-        params=_own_params(study, run, differing) | {"seed": str(seed)},
-        tags=_origin(made) | tags | {"seed": str(seed)},
-        note=_seed_note(run, seed),
-        parent=run,
-        **common,
+        return [_begun_teacher(study, layout, made)]
+    begun = _begun_seed(study, layout, run, seed, made)
+    return [_begun_student(study, layout, run, begun.started), begun]
+
+
+# --- the teacher
+
+
+def _begun_teacher(study: Study, layout: Layout, made: dict[str, Any]) -> Record:
+    # Its params are those of its samples: an official checkpoint depends on neither noise nor dataset.
+    settings = study.settings("samples")
+    return Record(
+        "teacher",
+        "teacher",
+        started=_training_time(made)[0],
+        data=_data(study, layout),
+        params=_flat(settings["teacher"]) | _sections(settings, "noise", "dataset"),
+        tags=_origin(made),
+        first={"mlflow.note.content": _TEACHER_NOTE if study.taught else _NO_TEACHER_NOTE},
     )
-    return [parent, child]
 
 
-def _teacher(study: Study, layout: Layout) -> Upload:
+def _teacher(study: Study, layout: Layout) -> Record:
     card = read_card(layout.teacher, study, "teacher")
-    table = layout.scores(None, None)
-    history = read_history(layout.teacher / "history.jsonl", "teacher")
-    started, ended = _training_time(card)
-    points = history_points(history, started) + _cost(card, ended)
-    for row in _rows(table, "calibration"):
+    record = _begun_teacher(study, layout, card)
+    _finish(record, layout, card)
+    for row in _rows(layout.scores(None, None), "calibration"):
         # The teacher's score stands beside the students'; real against real is what no sampler can beat.
         own = row["run"] == "teacher"
         name = f"heun-nfe{row['nfe']}" if own else f"{row['run']}-{row['sampler']}"
-        points += _measured(row, "final/" if own else "calibration/", name, ended, 0)
-    return Upload(
-        name="teacher",
-        role="teacher",
+        record.points += _measured(row, "final/" if own else "calibration/", name, record.ended, 0)
+    return record
+
+
+# --- a student
+
+
+def _begun_seed(study: Study, layout: Layout, run: str, seed: int, made: dict[str, Any]) -> Record:
+    differing, own = _settings(study, run)
+    return Record(
+        f"{run} seed {seed}",
+        "seed",
+        started=_training_time(made)[0],
         data=_data(study, layout),
-        started=started,
-        ended=ended,
-        params=_teacher_params(study),
-        tags=_origin(card),
-        note=_teacher_note(study),
-        points=points,
-        files=[
-            *_files(layout.teacher, "card.json", "history.jsonl"),
-            (table, ""),
-            *_files(layout.samples(None, None), "card.json", to="samples"),
-        ],
-        texts=[_checkpoint(layout, layout.teacher / "teacher.safetensors", card)],
+        params=own | {"seed": str(seed)},
+        tags=_origin(made) | differing | {"seed": str(seed)},
+        first=_first(study, run, f"seed {seed}"),
+        parent=run,
     )
 
 
-def _teacher_note(study: Study) -> str:
-    return _TEACHER_NOTE if study.taught else _NO_TEACHER_NOTE
-
-
-def _teacher_params(study: Study) -> dict[str, str]:
-    """Those of its samples: an official checkpoint depends on neither noise nor dataset."""
-    settings = study.settings("samples")
-    return _flat(settings["teacher"]) | _flat(settings["noise"], "noise.") | _flat(settings["dataset"], "dataset.")
-
-
-def _seed(study: Study, layout: Layout, run: str, seed: int, differing: list[str]) -> Upload:
-    folder, table = layout.student(run, seed), layout.scores(run, seed)
-    verb = f"--run {run} --seed {seed}"
-    card = read_card(folder, study, "student", run, seed)
-    history = read_history(folder / "history.jsonl", f"student {verb}")
-    started, ended = _training_time(card)
+def _seed(study: Study, layout: Layout, run: str, seed: int) -> Record:
+    card = read_card(layout.student(run, seed), study, "student", run, seed)
+    record = _begun_seed(study, layout, run, seed, card)
+    record.params |= _sections(study.settings("scores", run), "sampling", "scores")
+    history = _finish(record, layout, card, run, seed)
     seconds = {line["step"]: line["seconds"] for line in history} | {0: 0.0}
-    points = history_points(history, started) + _cost(card, ended)
     main = study.students[run].ema_rate
-    for row in _rows(table, f"scores {verb}"):
+    for row in _rows(layout.scores(run, seed), f"scores --run {run} --seed {seed}"):
         if row["kind"] == "curve":
             step = int(row["step"])
             # At the training time of the snapshot, so that the page's time axis is training time.
-            at = started + round(1000 * seconds[step]) if step in seconds else ended
-            points += _measured(row, "", _sampler(row, main), at, step)
+            at = record.started + round(1000 * seconds[step]) if step in seconds else record.ended
+            record.points += _measured(row, "", _sampler(row, main), at, step)
         else:
             # A value without a curve stands at step 0: MLflow then draws bars, one a run.
-            points += _measured(row, "final/", _sampler(row, main), ended, 0)
-    return Upload(
-        name=f"{run} seed {seed}",
-        role="seed",
-        data=_data(study, layout),
+            record.points += _measured(row, "final/", _sampler(row, main), record.ended, 0)
+    return record
+
+
+def _begun_student(study: Study, layout: Layout, run: str, started: int) -> Record:
+    differing, own = _settings(study, run)
+    seeds = ", ".join(str(seed) for seed in study.seeds)
+    return Record(
+        run,
+        "student",
         started=started,
-        ended=ended,
-        params=_student_params(study, run, differing) | {"seed": str(seed)},
-        tags=_origin(card) | _student_tags(study, run, differing, seed) | {"seed": str(seed)},
-        note=_seed_note(run, seed),
-        points=points,
-        files=[
-            *_files(folder, "card.json", "history.jsonl"),
-            (table, ""),
-            *_files(layout.samples(run, seed), "card.json", to="samples"),
-        ],
-        texts=[_checkpoint(layout, layout.student_file(run, seed), card)],
-        parent=run,
-        color=_color(study, run),
+        data=_data(study, layout),
+        params=own | {"seeds": seeds},
+        tags=differing | {TRAINING: _digest([str(layout.root.resolve()), run, study.key("student", run)])},
+        first=_first(study, run, f"means over seeds {seeds}"),
     )
 
 
-def _seed_note(run: str, seed: int) -> str:
-    return f"Student `{run}`, seed {seed}."
-
-
-def _student(study: Study, run: str, seeds: list[Upload], differing: list[str]) -> Upload:
+def _student(study: Study, layout: Layout, run: str, seeds: list[Record]) -> Record:
     """The mean over the seeds, at the points that all of them have."""
-    started = min(upload.started for upload in seeds)
+    record = _begun_student(study, layout, run, min(seed.started for seed in seeds))
+    record.params |= _sections(study.settings("scores", run), "sampling", "scores")
+    record.ended = record.started + round(fmean(seed.ended - seed.started for seed in seeds))
+    record.digest = _digest([seed.digest for seed in seeds])
     values: dict[tuple[str, int], list[Point]] = defaultdict(list)
-    for upload in seeds:
-        for point in upload.points:
-            values[point.key, point.step].append(point._replace(time=point.time - upload.started))
-    points = [
-        Point(key, fmean(p.value for p in found), started + round(fmean(p.time for p in found)), step)
+    for seed in seeds:
+        for point in seed.points:
+            values[point.key, point.step].append(point._replace(time=point.time - seed.started))
+    record.points = [
+        Point(key, fmean(p.value for p in found), record.started + round(fmean(p.time for p in found)), step)
         for (key, step), found in values.items()
         if len(found) == len(seeds)
     ]
-    names = ", ".join(str(seed) for seed in study.seeds)
-    return Upload(
-        name=run,
-        role="student",
-        data=seeds[0].data,
-        started=started,
-        ended=started + round(fmean(upload.ended - upload.started for upload in seeds)),
-        params=_student_params(study, run, differing) | {"seeds": names},
-        tags=_in_all([upload.tags for upload in seeds])
-        | _student_tags(study, run, differing)
-        | {STUDENT: study.key("student", run)},
-        note=f"Student `{run}`: means over seeds {names}.\n\n{_final_table(values)}",
-        points=points,
-        color=_color(study, run),
-    )
+    return record
 
 
-def _report(study: Study, layout: Layout) -> Upload:
+def _first(study: Study, run: str, what: str) -> dict[str, str]:
+    """Description, and the colour of the report's figures."""
+    colour = line_of(list(study.students), run)["color"]
+    return {"mlflow.note.content": f"Student `{run}`, {what}.", "mlflow.runColor": colour}
+
+
+def _settings(study: Study, run: str) -> tuple[dict[str, str], dict[str, str]]:
+    """The keys in which the study's students differ, as this one has them, and all of its keys, those first: a run's
+    page shows them in this order."""
+    flat = {name: _flat(student.model_dump(mode="json")) for name, student in study.students.items()}
+    own = flat[run]
+    keys = dict.fromkeys(key for student in flat.values() for key in student)
+    # A section of another kind has other keys.
+    differing = {k: own[k] for k in keys if k in own and any(other.get(k) != own[k] for other in flat.values())}
+    return differing, differing | own
+
+
+# --- the report
+
+
+def _report(study: Study, layout: Layout) -> Record:
     card = read_card(layout.report, study, "report")
-    settings, ended, fitted = study.settings("report"), _milliseconds(card), study.needs_coefficients
-    params: dict[str, str] = {}
-    for part in ("dataset", "noise", "coefficients", "sampling", "calibration", "scores", "report"):
-        params |= _flat(settings[part], f"{part}.")
-    return Upload(
-        name="report",
-        role="report",
-        data=_data(study, layout),
+    ended = _milliseconds(card)
+    files = [(layout.dataset / name, "dataset") for name in ("dataset.json", "card.json")]
+    files += [(layout.report, ""), (layout.extractor / "card.json", "extractor")]
+    files += [(layout.flows, "flows")] if study.flows else []
+    files += [(layout.coefficients, "coefficients")] if study.needs_coefficients else []
+    return Record(
+        "report",
+        "report",
         started=ended - round(1000 * card["seconds"]),
         ended=ended,
-        params=params,
+        data=_data(study, layout),
+        params={},
         tags=_origin(card),
-        note="Under Artifacts: `report.html` with its figures and tables, and the fitted coefficients.",
-        files=_tree(layout.report)
-        + _files(layout.dataset, "dataset.json", "card.json", to="dataset")
-        + _files(layout.extractor, "card.json", to="extractor")
-        + [(path, "flows") for path, _ in (_tree(layout.flows) if study.flows else [])]
-        + (_files(layout.coefficients, "coefficients.npz", "card.json", to="coefficients") if fitted else []),
-        texts=_coefficient_table(layout) if fitted else [],
+        first={"mlflow.note.content": "Under Artifacts: `report.html` with its figures and tables."},
+        digest=_digest([card["key"], card["outputs"]]),
+        files=files,
     )
 
 
-def _checkpoint(layout: Layout, path: Path, card: dict[str, Any]) -> tuple[str, str]:
-    """What and where the final checkpoint is, as JSON: MLflow keeps no copy of it."""
-    reference = {
-        "file": path.name,
-        "path": path.relative_to(layout.results).as_posix(),
-        "sha256": card["outputs"][path.name],
-        "bytes": path.stat().st_size if path.exists() else None,
-    }
-    return "checkpoint.json", json.dumps(reference, indent=2) + "\n"
+# --- parts of a run
 
 
-def _coefficient_table(layout: Layout) -> list[tuple[str, str]]:
-    """The fitted coefficients as CSV: one line a time."""
-    import numpy as np
-
-    path = layout.coefficients / "coefficients.npz"
-    try:
-        with np.load(path) as arrays:
-            columns = {name: arrays[name].tolist() for name in arrays if arrays[name].ndim == 1}
-    except (OSError, ValueError, EOFError, BadZipFile) as error:
-        raise UserError(f"{path} cannot be read ({error}): run `python -m consistency coefficients` again") from None
-    lines = [",".join(columns), *(",".join(map(str, row)) for row in zip(*columns.values(), strict=True))]
-    return [("coefficients/coefficients.csv", "\n".join(lines) + "\n")]
-
-
-def _color(study: Study, run: str) -> str:
-    """That of the report's figures."""
-    return line_of(list(study.students), run)["color"]
+def _finish(
+    record: Record, layout: Layout, card: dict[str, Any], run: str | None = None, seed: int | None = None
+) -> list[dict[str, Any]]:
+    """Add what a finished training left: its end, curves, cost and files. Returns its history."""
+    folder = layout.teacher if run is None or seed is None else layout.student(run, seed)
+    options = "" if run is None else f" --run {run} --seed {seed}"
+    history = read_history(folder / "history.jsonl", card["stage"] + options)
+    scores = read_json(layout.card("scores", run, seed), "calibration" if run is None else f"scores{options}")
+    record.digest = _digest([card["key"], card["outputs"], scores["key"], scores["outputs"]])
+    record.ended = _training_time(card)[1]
+    cost = [Point(f"cost/{name}", float(value), record.ended, 0) for name, value in sorted(card["measured"].items())]
+    record.points = history_points(history, record.started) + cost
+    record.files = [(path, "") for path in (folder / "card.json", folder / "history.jsonl", layout.scores(run, seed))]
+    record.files.append((layout.samples(run, seed) / "card.json", "samples"))
+    return history
 
 
-def _differing(study: Study) -> list[str]:
-    """The keys in which the study's students differ."""
-    own = [_flat(student.model_dump(mode="json")) for student in study.students.values()]
-    keys = dict.fromkeys(key for flat in own for key in flat)
-    return [key for key in keys if any(flat.get(key) != own[0].get(key) for flat in own)]
-
-
-def _those(own: dict[str, str], differing: list[str]) -> dict[str, str]:
-    """Those of the keys that a student has: a section of another kind has others."""
-    return {key: own[key] for key in differing if key in own}
-
-
-def _own_params(study: Study, run: str, differing: list[str]) -> dict[str, str]:
-    """The student's keys, those that differ first: a run's page shows them in this order."""
-    own = _flat(study.students[run].model_dump(mode="json"))
-    return _those(own, differing) | own
-
-
-def _student_params(study: Study, run: str, differing: list[str]) -> dict[str, str]:
-    """The student's keys, then how it was sampled and scored."""
-    settings = study.settings("scores", run)
-    measured = _flat(settings["sampling"], "sampling.") | _flat(settings["scores"], "scores.")
-    return _own_params(study, run, differing) | measured
-
-
-def _student_tags(study: Study, run: str, differing: list[str], seed: int | None = None) -> dict[str, str]:
-    own = _flat(study.students[run].model_dump(mode="json"))
-    return _those(own, differing) | {"consistency.key": study.key("scores", run, seed)}
-
-
-def _in_all(tags: list[dict[str, str]]) -> dict[str, str]:
-    """The tags that all have with the same value, but for those of one training."""
-    common = {name: value for name, value in tags[0].items() if all(other.get(name) == value for other in tags)}
-    return {name: value for name, value in common.items() if name not in (TRAINING, "seed")}
+def _digest(content: Any) -> str:
+    """Name plain data, whatever the order of its keys."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def _origin(card: dict[str, Any]) -> dict[str, str]:
     """Tags of where, from which commit, by which command and in which training an artifact was made."""
     git, hardware = card["git"], card["hardware"]
-    training = card.get("training") or {}
     tags = {
         "mlflow.source.type": "LOCAL",
         "mlflow.source.name": card["command"],
@@ -337,17 +251,23 @@ def _origin(card: dict[str, Any]) -> dict[str, str]:
         "host": hardware["host"],
         "gpus": ", ".join(hardware["gpus"]),
         "slurm_job": hardware["slurm_job"],
-        "consistency.card": card.get("key"),
-        TRAINING: training.get("id"),
+        TRAINING: (card.get("training") or {}).get("id"),
     }
     return {name: value for name, value in tags.items() if value}
 
 
-def _data(study: Study, layout: Layout) -> Data:
+def _data(study: Study, layout: Layout) -> dict[str, str]:
+    """The dataset, described from what is known of it: nobody reads 16 GB for that."""
     facts = read_json(layout.dataset / "dataset.json", "dataset")
-    shape = [facts["resolution"], facts["resolution"], facts["channels"]]
-    images = str((layout.dataset / "images.npy").resolve())
-    return Data(study.dataset.path or study.dataset.kind, images, facts["sha256"], facts["count"], shape)
+    shape = [facts["count"], facts["resolution"], facts["resolution"], facts["channels"]]
+    profile = {"num_rows": facts["count"], "features_shape": shape, "dtype": "uint8", "sha256": facts["sha256"]}
+    return {
+        "name": study.dataset.path or study.dataset.kind,
+        "digest": facts["sha256"][:32],  # MLflow takes 36 characters
+        "source_type": "local",
+        "source": json.dumps({"uri": str((layout.dataset / "images.npy").resolve())}),
+        "profile": json.dumps(profile),
+    }
 
 
 def _milliseconds(card: dict[str, Any]) -> int:
@@ -356,16 +276,11 @@ def _milliseconds(card: dict[str, Any]) -> int:
 
 
 def _training_time(card: dict[str, Any]) -> tuple[int, int]:
-    """Start and end of a training as if it had not been interrupted; of a teacher that was only converted, of that."""
-    seconds = round(1000 * card["measured"].get("seconds", card["seconds"]))
-    if card.get("training"):
-        return card["training"]["started"], card["training"]["started"] + seconds
-    ended = _milliseconds(card)
-    return ended - seconds, ended
-
-
-def _cost(card: dict[str, Any], ended: int) -> list[Point]:
-    return [Point(f"cost/{name}", float(value), ended, 0) for name, value in sorted(card["measured"].items())]
+    """Start and end of a training as if it had not been interrupted (so far, its start); of a teacher that was only
+    converted, of that."""
+    seconds = round(1000 * card.get("measured", {}).get("seconds", card.get("seconds", 0)))
+    started = card["training"]["started"] if card.get("training") else _milliseconds(card) - seconds
+    return started, started + seconds
 
 
 def history_points(history: list[dict[str, Any]], started: int) -> list[Point]:
@@ -379,12 +294,8 @@ def history_points(history: list[dict[str, Any]], started: int) -> list[Point]:
 
 
 def _rows(path: Path, made_by: str) -> list[dict[str, str]]:
-    return list(csv.DictReader(_text(path, made_by).splitlines()))
-
-
-def _text(path: Path, made_by: str) -> str:
     try:
-        return path.read_text()
+        return list(csv.DictReader(path.read_text().splitlines()))
     except OSError as error:
         raise UserError(f"cannot read {path} ({error.strerror}): run `python -m consistency {made_by}` first") from None
 
@@ -402,17 +313,9 @@ def _measured(row: dict[str, str], prefix: str, sampler: str, time: int, step: i
     return [Point(f"{prefix}{name}/{sampler}", float(row[name]), time, step) for name in MEASURES if row[name]]
 
 
-def _final_table(values: dict[tuple[str, int], list[Point]]) -> str:
-    """The final scores as Markdown: mean, and the range over the seeds."""
-    cells: dict[str, dict[str, str]] = defaultdict(dict)
-    for (key, _), points in values.items():
-        if key.startswith("final/"):
-            _, measure, sampler = key.split("/")
-            numbers = [point.value for point in points]
-            spread = f" ({min(numbers):.4g} to {max(numbers):.4g})" if len(numbers) > 1 else ""
-            cells[sampler][measure] = f"{fmean(numbers):.4g}{spread}"
-    lines = [f"| {sampler} | " + " | ".join(row.get(name, "") for name in MEASURES) for sampler, row in cells.items()]
-    return "\n".join(["| final | " + " | ".join(MEASURES), "|---" * (1 + len(MEASURES)), *lines])
+def _sections(settings: dict[str, Any], *names: str) -> dict[str, str]:
+    """Sections of the settings as params."""
+    return _flat({name: settings[name] for name in names})
 
 
 def _flat(settings: dict[str, Any], prefix: str = "") -> dict[str, str]:
@@ -424,14 +327,3 @@ def _flat(settings: dict[str, Any], prefix: str = "") -> dict[str, str]:
         else:
             flat[prefix + name] = value if isinstance(value, str) and value else json.dumps(value)
     return flat
-
-
-def _files(folder: Path, *names: str, to: str = "") -> list[tuple[Path, str]]:
-    """Those of the named files that are there, and the artifact folder they go to."""
-    return [(folder / name, to) for name in names if (folder / name).is_file()]
-
-
-def _tree(folder: Path) -> list[tuple[Path, str]]:
-    """All files below a folder but hidden ones, each to the artifact folder of the same name."""
-    inside = sorted(path for path in folder.rglob("*") if path.is_file() and not path.name.startswith("."))
-    return [(path, path.parent.relative_to(folder).as_posix().removeprefix(".")) for path in inside]
