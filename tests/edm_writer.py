@@ -56,7 +56,7 @@ def write_edm_pickle(path: Path, denoiser: Denoiser, **changes: Any) -> None:
     changes: `source`, the text under module_src; `class_name`, of the preconditioning; `state` and `options`, entries
     of the preconditioning's state and of the inner network's arguments that replace the true ones; `tensors`, a value
     for the name of a tensor; None takes an argument or a tensor out; `entries` of the outermost dictionary; `numpy`,
-    the version 1 or 2 that wrote the scalars.
+    the version 1 or 2 that wrote the scalars; `protocol` of pickle.
     """
     path.write_bytes(edm_pickle(denoiser, **changes))
 
@@ -71,6 +71,7 @@ def edm_pickle(
     tensors: dict[str, Any] | None = None,
     entries: dict[str, Any] | None = None,
     numpy: int = 2,
+    protocol: int = 4,
 ) -> bytes:
     """What `write_edm_pickle` writes."""
     precond = _precond(denoiser, class_name, state or {}, options or {}, tensors or {}, source, numpy)
@@ -83,7 +84,7 @@ def edm_pickle(
             **(entries or {}),
         }
         buffer = io.BytesIO()
-        pickle.dump(content, buffer, protocol=4)
+        pickle.dump(content, buffer, protocol=protocol)
     return buffer.getvalue()
 
 

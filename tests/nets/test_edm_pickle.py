@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copyreg
 import functools
 import io
 import os
@@ -119,6 +120,13 @@ def test_a_round_trip_keeps_every_bit(
         expected = written(x, t, labels=labels, augment_labels=augment_labels)
         found = read(x, t, labels=labels, augment_labels=augment_labels)
     torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize("protocol", [2, 3, 5])
+def test_other_protocols_are_read(tmp_path: Path, tiny_denoiser: Denoiser, protocol: int) -> None:
+    write_edm_pickle(tmp_path / "edm.pkl", tiny_denoiser, protocol=protocol)
+    read = read_edm_pickle(tmp_path / "edm.pkl").state_dict()
+    assert all(torch.equal(value, read[name]) for name, value in tiny_denoiser.state_dict().items())
 
 
 def test_the_teacher_is_frozen_in_eval_mode_and_float32(tmp_path: Path, tiny_denoiser: Denoiser) -> None:
@@ -274,29 +282,21 @@ def text(value: str) -> bytes:
         b"ccollections\nOrderedDict\n)R}b",
         b"ctorch.nn.modules.container\nModuleDict\n)\x81N}\x86b",  # (None, slots)
         b"ctorch.nn.modules.container\nModuleDict\n}b",
+        b"ctorch.nn.modules.container\nModuleDict\nN}\x8c\x08__code__Ns\x86b",  # (None, slots) for a name
+        b"ctorch.nn.modules.container\nModuleDict\n)\x81)R",  # a call of what a call made
         b"cnumpy\ndtype\n}b",
-        b"cnumpy\ndtype\n(\x8c\x02f8\x89\x88tR}b",
-        b"cnumpy\ndtype\n(\x8c\x02f8\x89\x88tR(K\x03\x8c\x01>NNNtb",  # another byte order
-        b"cnumpy\ndtype\n(\x8c\x02f8\x89\x88tR)b",
-        b"cnumpy\ndtype\n(\x8c\x02O8\x89\x88tR",
-        b"cnumpy\ndtype\n(]\x89\x88tR",
-        b"cnumpy._core.multiarray\nscalar\n(cnumpy\ndtype\n(\x8c\x02f8\x89\x88tRC\x01atR",  # too few bytes
-        b"cnumpy._core.multiarray\nscalar\n(\x8c\x02f8C\x01atR",
-        b"cnumpy._core.multiarray\nscalar\n)R",
-        b"c_codecs\nencode\n(\x8c\x01a\x8c\x04idnatR",
-        b"c_codecs\nencode\n(\x8c\x04\xe2\x82\xacx\x8c\x06latin1tR",  # no latin1
         b"ccollections\nOrderedDict\n(NtR",
-        b"ccollections\nOrderedDict\n]R",
         b"\x8c\x09os.system)R",
         b"NNR",
         b"ctorch._utils\n_rebuild_parameter\n)\x81",  # no class
         b"ctorch_utils.persistence\n_reconstruct_persistent_obj\nN\x85R",
         b"ctorch_utils.persistence\n_reconstruct_persistent_obj\n}\x85R",
-        b"ctorch.storage\n_load_from_bytes\nN\x85R",
         b"}]Ns",  # a list as a key
         b"})Ns",
         b"}\x8c\x01a\x8c\x01a\x86Ns",
-        b"\x8f(Gxxxxxxxx\x90",  # a float in a set
+        b"\x8f(N\x90",  # something in a set
+        b"(N\x91",  # a frozen set
+        b"(NNd",
         b"](NNu",
         b"}(Nu",
         b"}Na",
@@ -321,7 +321,26 @@ def text(value: str) -> bytes:
     ],
 )
 def test_a_program_that_does_anything_else_is_refused(tmp_path: Path, program: bytes) -> None:
-    refused(tmp_path / "edm.pkl", b"\x80\x04" + program + b".")
+    # Refused for what it does, not for what is missing at its end.
+    refused(tmp_path / "edm.pkl", b"\x80\x04" + program + b".", r"^(?!.*no 'ema')")
+
+
+def test_a_registered_extension_is_not_called(tmp_path: Path, marker: Path) -> None:
+    copyreg.add_extension("posix", "mkdir", 240)
+    try:
+        program = pickle.dumps(Call(os.mkdir, str(marker)), 4)
+        assert b"\x82\xf0" in program
+        pickle.loads(program)  # puts the function in the cache
+        marker.rmdir()
+        refused(tmp_path / "edm.pkl", program, "instruction")
+    finally:
+        copyreg.remove_extension("posix", "mkdir", 240)
+        copyreg.clear_extension_cache()
+    assert not marker.exists()
+
+
+#: bytes of protocol 2, of the text in the memo's first place
+COPY = b"c_codecs\nencode\nh\x00\x8c\x06latin1\x86R"
 
 
 @pytest.mark.parametrize(
@@ -337,7 +356,9 @@ def test_a_program_that_does_anything_else_is_refused(tmp_path: Path, program: b
         b"]" + b"]" * 100_000 + b"a" * 100_000 + b".",
         b"N" + b"\x85" * 100_000 + b".",
         b"}N" + b"\x85" * 300_000 + b"Ns.",  # hashing it would overflow the stack
-        b"\x8f(N" + b"\x85" * 100_000 + b"\x90.",
+        b"}N" + b"\x94h\x00\x86" * 60 + b"Ns.",  # and this would take for ever
+        b"\x96" + struct.pack("<Q", 2**35),  # a bytearray
+        b"X" + struct.pack("<I", 10**5) + bytes(10**5) + b"\x940(" + COPY * 5000 + b"l.",  # copies of a text
     ],
 )
 def test_a_program_for_endless_memory_is_refused(tmp_path: Path, program: bytes) -> None:
@@ -346,6 +367,14 @@ def test_a_program_for_endless_memory_is_refused(tmp_path: Path, program: bytes)
 
 def test_a_file_of_nothing_but_instructions_is_refused(tmp_path: Path) -> None:
     refused(tmp_path / "edm.pkl", b"]" * 2_000_000, "too many instructions", megabytes=60)
+
+
+def test_modules_that_share_thousands_of_names_are_no_bomb(tmp_path: Path, tiny_denoiser: Denoiser) -> None:
+    shared = OrderedDict((f"t{i}", torch.zeros(1)) for i in range(2000))
+    modules: OrderedDict[str, Any] = OrderedDict((f"m{i}", nn.ModuleDict()) for i in range(2000))
+    for module in modules.values():
+        module.__dict__.update(_parameters=shared)
+    refused(tmp_path / "edm.pkl", edm_pickle(tiny_denoiser, state={"_modules": modules}), "no tree of modules")
 
 
 def test_lists_of_lists_of_lists_cost_nothing(tmp_path: Path) -> None:
@@ -382,25 +411,26 @@ def changed_stream(change: Callable[[bytes], bytes]) -> Call:
 @pytest.mark.parametrize(
     ("tensor", "match"),
     [
-        (torch.zeros(1).expand(32, 8), "repeats its storage"),
-        (rebuilt(elements(1), strides=(0, 0)), "repeats its storage"),
+        (torch.zeros(1).expand(32, 8), "larger than its storage"),
         (rebuilt(elements(255)), "larger than its storage"),
-        (rebuilt(elements(256), offset=1), "larger than its storage"),
-        (rebuilt(elements(256), strides=(9, 1)), "larger than its storage"),
+        (rebuilt(elements(256), offset=1), "storage offset 1"),
+        (rebuilt(elements(256), strides=(9, 1)), r"strides \[9, 1\]"),
         (rebuilt(elements(39), strides=(1, 1)), "larger than its storage"),
-        (rebuilt(elements(256), shape=(10**6, 10**6), strides=(10**6, 1)), "larger than the file"),
-        (rebuilt(elements(256), shape=(2**62, 2**62)), "larger than the file"),
+        (rebuilt(elements(256), strides=(2**47, 2**47)), "RuntimeError"),
+        (rebuilt(elements(256), shape=(10**6, 10**6), strides=(10**6, 1)), "has shape"),
+        (rebuilt(elements(256), shape=(2**62, 2**62)), "impossible"),
         (rebuilt(elements(256), strides=(-8, 1)), "impossible"),
         (rebuilt(elements(256), offset=-1), "impossible"),
-        (rebuilt(elements(256), offset=2**2000), "larger than its storage"),
+        (rebuilt(elements(256), offset=2**2000), "impossible"),
         (rebuilt(elements(256), shape=(32.0, 8)), "impossible"),
         (rebuilt(elements(256), shape=[32, 8]), "impossible"),
         (rebuilt(elements(256), shape=(32, 8, *[1] * 30), strides=(8, 1, *[1] * 30)), "impossible"),
-        (rebuilt(elements(256), strides=(8,)), "strides that do not fit"),
-        (rebuilt(b"storage"), "without a storage"),
-        (rebuilt(torch.zeros(256).half()._typed_storage()), "asks for 'torch.HalfStorage'"),
-        (torch.zeros(32, 8, dtype=torch.float64), "asks for 'torch.DoubleStorage'"),
-        (torch.zeros(32, 8, dtype=torch.int64), "asks for 'torch.LongStorage'"),
+        (rebuilt(elements(256), strides=(8,)), "mismatch in length of strides"),
+        (rebuilt(None), "without a storage"),
+        (rebuilt(b"storage"), "makes no sense"),
+        (rebuilt(torch.zeros(256).half()._typed_storage()), "other than float32"),
+        (torch.zeros(32, 8, dtype=torch.float64), "other than float32"),
+        (torch.zeros(32, 8, dtype=torch.int64), "other than float32"),
         (np.array([[object()]]), "_reconstruct"),
         (np.zeros((32, 8)), "_reconstruct"),
         ("weights", "is no tensor"),
@@ -408,18 +438,12 @@ def changed_stream(change: Callable[[bytes], bytes]) -> Call:
         (torch.zeros(32, 9), r"has shape \(32, 9\), the network .* has \(32, 8\)"),
         (torch.full((32, 8), torch.nan), "NaN or infinity in model.map_layer0.weight"),
         (torch.full((32, 8), -torch.inf), "NaN or infinity in model.map_layer0.weight"),
-        (rebuilt(stream(torch.zeros(256))), "in a zip file"),
-        (rebuilt(stream([1], _use_new_zipfile_serialization=False)), "no plain torch stream|several parts"),
+        (rebuilt(stream(torch.zeros(256))), "makes no sense"),
+        (rebuilt(stream([1], _use_new_zipfile_serialization=False)), "other than float32"),
         (rebuilt(changed_stream(lambda content: content[:-1])), "cut short"),
         (rebuilt(changed_stream(lambda content: content + b"more")), "cut short"),
-        (rebuilt(changed_stream(lambda content: content[:40])), "cut short"),
-        (rebuilt(changed_stream(lambda content: b"")), "cut short"),
-        (rebuilt(changed_stream(lambda content: content.replace(b"\xa8P\x19", b"\xa8Q\x19"))), "no plain torch stream"),
-        (
-            rebuilt(changed_stream(lambda content: content.replace(b"little_endian", b"xittle_endian"))),
-            "another machine",
-        ),
-        (rebuilt(changed_stream(lambda content: b"\x80\x02" + b"]" * 1000)), "too many instructions"),
+        (rebuilt(changed_stream(lambda content: content[:40])), "makes no sense"),
+        (rebuilt(changed_stream(lambda content: b"")), "makes no sense"),
     ],
 )
 def test_a_tensor_that_is_not_what_it_should_be_is_refused(
@@ -477,7 +501,7 @@ def test_modules_without_end_are_refused(tmp_path: Path, tiny_denoiser: Denoiser
         ({"class_name": "iDDPMPrecond"}, "of class 'iDDPMPrecond', not EDMPrecond; baselines"),
         ({"class_name": "VPPrecond"}, "baselines are not supported"),
         ({"class_name": "Generator\n"}, "not EDMPrecond"),
-        ({"class_name": 7}, "a class name is no word"),
+        ({"class_name": 7}, "of class of type int"),
         ({"entries": {"ema": None}}, "holds no 'ema' network"),
         ({"entries": {"ema": {"state": 1}}}, "holds no 'ema' network"),
         ({"state": {"_modules": {}}}, "its network is of type NoneType|of class"),
@@ -487,30 +511,30 @@ def test_modules_without_end_are_refused(tmp_path: Path, tiny_denoiser: Denoiser
         ({"state": {"_buffers": {7: None}}}, "without proper _buffers"),
         ({"state": {"_parameters": {"a" * 10**6: None}}}, "without proper _parameters"),
         ({"state": {"_parameters": {"more": torch.zeros(2)}}}, r"'more' has shape \(2,\), .* has none"),
-        ({"state": {"sigma_data": None}}, "sigma_data is no number"),
-        ({"state": {"sigma_data": float("nan")}}, "sigma_data is no number"),
-        ({"state": {"sigma_data": -0.5}}, "sigma_data is no number"),
-        ({"state": {"sigma_data": 0}}, "sigma_data is zero"),
-        ({"state": {"img_resolution": 8}}, "img_resolution of its network is not img_resolution"),
-        ({"state": {"img_channels": 2}}, "in_channels of its network is not img_channels"),
-        ({"state": {"label_dim": 10**9}}, "label_dim is no whole number"),
-        ({"state": {"label_dim": True}}, "label_dim is no whole number"),
+        ({"state": {"sigma_data": None}}, "'sigma_data': Input should be"),
+        ({"state": {"sigma_data": float("nan")}}, "'sigma_data': Input should be"),
+        ({"state": {"sigma_data": -0.5}}, "'sigma_data': Input should be"),
+        ({"state": {"sigma_data": 0}}, "'sigma_data': Input should be"),
+        ({"state": {"img_resolution": 8}}, "has shape"),
+        ({"state": {"img_channels": 2}}, "has shape"),
+        ({"state": {"label_dim": 10**9}}, "'label_dim': Input should be"),
+        ({"state": {"label_dim": True}}, "'label_dim': Input should be"),
         ({"options": {"model_channels": 16}}, "has shape"),
-        ({"options": {"model_channels": 10**6}}, "model_channels is no whole number"),
+        ({"options": {"model_channels": 10**6}}, "'model_channels': Input should be"),
         ({"options": {"model_channels": 2**16}}, "has shape"),
-        ({"options": {"model_channels": 2**16, "channel_mult": [2**16], "channel_mult_emb": 2**16}}, "cannot be built"),
-        ({"options": {"model_channels": "8"}}, "model_channels is no whole number"),
-        ({"options": {"model_channels": 0}}, "cannot be built"),
-        ({"options": {"num_blocks": 2**16}}, "more blocks than the file has tensors"),
-        ({"options": {"channel_mult": [1] * 17}}, "channel_mult is no short list"),
-        ({"options": {"channel_mult": []}}, "cannot be built"),
-        ({"options": {"channel_mult": [1, 1, 1, 1]}}, "cannot be built.*cannot be halved"),
-        ({"options": {"dropout": 2}}, "dropout is no number from 0 to 1"),
-        ({"options": {"dropout": float("inf")}}, "dropout is no number from 0 to 1"),
-        ({"options": {"encoder_type": "resnet"}}, "cannot be built"),
-        ({"options": {"encoder_type": 5}}, "encoder_type is no word"),
-        ({"options": {"second_time": True}}, "unknown arguments"),
-        ({"options": {"network": "mlp"}}, "unknown arguments"),
+        ({"options": {"model_channels": 2**16, "channel_mult": [2**16], "channel_mult_emb": 2**16}}, "overflowed"),
+        ({"options": {"model_channels": "8"}}, "'model_channels': Input should be"),
+        ({"options": {"model_channels": 0}}, "got 0"),
+        ({"options": {"num_blocks": 2**16}}, "'num_blocks': Input should be"),
+        ({"options": {"channel_mult": [1] * 17}}, "'channel_mult': List should have"),
+        ({"options": {"channel_mult": []}}, "makes no sense"),
+        ({"options": {"channel_mult": [1, 1, 1, 1]}}, "cannot be halved"),
+        ({"options": {"dropout": 2}}, "'dropout': Input should be"),
+        ({"options": {"dropout": float("inf")}}, "'dropout': Input should be"),
+        ({"options": {"encoder_type": "resnet"}}, "unknown encoder_type"),
+        ({"options": {"encoder_type": 5}}, "'encoder_type': Input should be"),
+        ({"options": {"second_time": True}}, "'second_time': Extra inputs are not permitted"),
+        ({"options": {"network": "mlp"}}, "'network': Extra inputs are not permitted"),
     ],
 )
 def test_another_network_is_refused(
@@ -574,4 +598,4 @@ def test_a_missing_file_a_folder_and_an_empty_file_are_errors(tmp_path: Path) ->
         read_edm_pickle(tmp_path / "edm.pkl")
     with pytest.raises(UserError, match=r"cannot be read \(Is a directory\)"):
         read_edm_pickle(tmp_path)
-    refused(tmp_path / "edm.pkl", b"", "cut short")
+    refused(tmp_path / "edm.pkl", b"", "empty file")
