@@ -29,7 +29,7 @@ def handlers() -> Iterator[None]:
     signal.signal(signal.SIGTERM, before)
 
 
-def replaced(monkeypatch: pytest.MonkeyPatch, function: Callable[[Study, Layout, int], None]) -> list[str]:
+def replaced(monkeypatch: pytest.MonkeyPatch, function: Callable[..., None]) -> list[str]:
     """The words of a verb that does something else now."""
     monkeypatch.setattr("consistency.stages.dataset.make_dataset", function)
     return ["dataset", "--study", TINY]
@@ -59,10 +59,13 @@ def test_every_verb_has_help(verb: str, capsys: pytest.CaptureFixture[str]) -> N
 
 
 @pytest.mark.parametrize("verb", cli.VERBS.values())
-def test_every_verb_names_a_function_that_takes_what_it_is_given(verb: cli.Verb) -> None:
+def test_every_verb_has_what_its_function_asks_for(verb: cli.Verb) -> None:
     module, name = verb.function.split(":")
     function = getattr(importlib.import_module(f"consistency.{module}"), name)
-    inspect.signature(function).bind(*verb.takes)
+    given = {str(option.settings.get("dest", option.flags[0])).lstrip("-").replace("-", "_") for option in verb.options}
+    given |= {"layout", "study_file"} if cli.STUDY in verb.options else set()
+    given |= {"machine", "ranks"} if verb.computes else set()
+    assert set(inspect.signature(function).parameters) <= given
 
 
 def test_the_version_is_the_packages(capsys: pytest.CaptureFixture[str]) -> None:
@@ -115,7 +118,7 @@ def test_check_prints_every_default_and_every_student(capsys: pytest.CaptureFixt
 
 def test_a_verb_gets_the_study_and_where_its_files_lie(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[tuple[Study, Layout, int]] = []
-    words = replaced(monkeypatch, lambda *given: seen.append(given))
+    words = replaced(monkeypatch, lambda study, layout, workers: seen.append((study, layout, workers)))
     assert cli.main([*words, "--results", "there", "--state", "here", "--threads", "3"]) == 0
     ((study, layout, threads),) = seen
     assert (study.name, layout.dataset, threads) == ("tiny", Path("there/tiny/dataset"), 3)
@@ -133,7 +136,7 @@ class Stopped(Exception):
 def test_exit_codes_say_what_happened(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], error: BaseException, code: int
 ) -> None:
-    def fail(study: Study, layout: Layout, threads: int) -> None:
+    def fail() -> None:
         raise error
 
     assert cli.main(replaced(monkeypatch, fail)) == code
@@ -162,7 +165,7 @@ def test_only_a_slurm_job_whose_time_is_over_asks_to_go_on(
     refusal: str,
     said: str,
 ) -> None:
-    def stop(*given: object) -> None:
+    def stop() -> None:
         error = Stopped("stopped at step 3")
         error.signum = signum
         raise error
@@ -192,7 +195,7 @@ def test_what_a_job_of_slurm_cannot_be(words: list[str], message: str, capsys: p
 
 
 def test_a_bug_is_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(study: Study, layout: Layout, threads: int) -> None:
+    def fail() -> None:
         raise ZeroDivisionError
 
     with pytest.raises(ZeroDivisionError):
@@ -202,7 +205,7 @@ def test_a_bug_is_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_sigterm_unwinds_like_an_error_and_is_143(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     from consistency.files import atomic
 
-    def stopped(study: Study, layout: Layout, threads: int) -> None:
+    def stopped() -> None:
         with atomic(tmp_path / "file") as temporary:
             temporary.write_bytes(b"half")
             os.kill(os.getpid(), signal.SIGTERM)

@@ -9,7 +9,7 @@ import time
 import traceback
 from dataclasses import dataclass
 from importlib import import_module
-from operator import attrgetter
+from inspect import signature
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -31,12 +31,11 @@ class Option:
 
 @dataclass(frozen=True)
 class Verb:
-    """A command. function: "module:name", imported when it runs (--help must not wait for torch); takes: the
-    attributes of the parsed arguments that it is called with; it may return an exit code."""
+    """A command. function: "module:name", imported when it runs (--help must not wait for torch); it is called with the
+    parsed arguments that its parameters name, and may return an exit code."""
 
     help: str
     function: str
-    takes: tuple[str, ...] = ()
     options: tuple[Option, ...] = ()
 
     @property
@@ -47,8 +46,8 @@ class Verb:
     def run(self, args: Arguments) -> int:
         """Import the function and call it."""
         module, name = self.function.split(":")
-        values = [attrgetter(each)(args) for each in self.takes]
-        return getattr(import_module(f"consistency.{module}"), name)(*values) or 0
+        function = getattr(import_module(f"consistency.{module}"), name)
+        return function(**{each: getattr(args, each) for each in signature(function).parameters}) or 0
 
 
 STUDY = Option("--study", required=True, metavar="FILE", help="the study, config/studies/NAME.yaml")
@@ -60,7 +59,7 @@ ANY_RUN = Option("--run", metavar="NAME", help="the student")
 ANY_SEED = Option("--seed", type=int, help="its seed")
 DEVICE = Option("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
 THREADS = Option("--threads", type=int, default=1, help="CPU threads (default: 1)")
-READERS = Option("--threads", type=int, default=1, help="processes that read images (default: 1)")
+READERS = Option("--threads", dest="workers", type=int, default=1, help="processes that read images (default: 1)")
 TIME_LIMIT = Option("--time-limit", type=float, metavar="MINUTES", help="save, stop and exit with 142 then")
 JOB_MINUTES = Option(
     "--job-minutes",
@@ -76,97 +75,71 @@ HERE = (STUDY, RESULTS, STATE)
 COMPUTES = (*HERE, DEVICE, THREADS, TIME_LIMIT)
 RESUMES = (*COMPUTES, JOB_MINUTES)
 SHARED = (*RESUMES, PROCESSES, NODES, GRES)
-PLACE = ("study", "layout")
 
 VERBS = {
-    "check": Verb("check a study and print it with every default written out", "study:print_study", ("study",), HERE),
+    "check": Verb("check a study and print it with every default written out", "study:print_study", HERE),
     "estimate": Verb(
         "what the whole study costs: operations, GPU-hours, disk",
         "stages.estimate:print_estimate",
-        (*PLACE, "tflops"),
         (*HERE, Option("--tflops", type=float, default=100.0, help="sustained TFLOP/s a GPU (default: 100)")),
     ),
-    "dataset": Verb(
-        "images to one memory-mapped array",
-        "stages.dataset:make_dataset",
-        (*PLACE, "threads"),
-        (*HERE, READERS),
-    ),
-    "teacher": Verb("train the EDM denoiser (resumes)", "stages.teacher:make_teacher", (*PLACE, "machine"), SHARED),
-    "coefficients": Verb(
-        "fit l_t and s_t from the teacher", "stages.coefficients:make_coefficients", (*PLACE, "device"), COMPUTES
-    ),
-    "student": Verb(
-        "distil one student (resumes)",
-        "stages.student:make_student",
-        (*PLACE, "run", "seed", "machine"),
-        (*SHARED, RUN, SEED),
-    ),
+    "dataset": Verb("images to one memory-mapped array", "stages.dataset:make_dataset", (*HERE, READERS)),
+    "teacher": Verb("train the EDM denoiser (resumes)", "stages.teacher:make_teacher", SHARED),
+    "coefficients": Verb("fit l_t and s_t from the teacher", "stages.coefficients:make_coefficients", COMPUTES),
+    "student": Verb("distil one student (resumes)", "stages.student:make_student", (*SHARED, RUN, SEED)),
     "samples": Verb(
         "draw images of a student, or of the teacher without --run",
         "stages.samples:make_samples",
-        (*PLACE, "run", "seed", "device", "machine.ranks"),
         (*SHARED, ANY_RUN, ANY_SEED),
     ),
     "extractor": Verb(
         "train the classifier (or open Inception) and extract the data's features",
         "stages.extractor:make_extractor",
-        (*PLACE, "device"),
         COMPUTES,
     ),
     "calibration": Verb(
-        "score data against data and the teacher against data",
-        "stages.scores:make_calibration",
-        (*PLACE, "device"),
-        COMPUTES,
+        "score data against data and the teacher against data", "stages.scores:make_calibration", COMPUTES
     ),
-    "scores": Verb(
-        "score one student", "stages.scores:make_scores", (*PLACE, "run", "seed", "device"), (*COMPUTES, RUN, SEED)
-    ),
+    "scores": Verb("score one student", "stages.scores:make_scores", (*COMPUTES, RUN, SEED)),
     "flows": Verb(
-        "measure what the couplings of consistency training do to the flow",
-        "stages.flows:make_flows",
-        (*PLACE, "machine"),
-        RESUMES,
+        "measure what the couplings of consistency training do to the flow", "stages.flows:make_flows", RESUMES
     ),
-    "report": Verb("tables, figures and report.html", "stages.report:make_report", PLACE, HERE),
-    "track": Verb("upload the results to MLflow (idempotent)", "tracking.upload:track_study", PLACE, HERE),
-    "summary": Verb("print the score table and where the report is", "stages.report:print_summary", PLACE, HERE),
+    "report": Verb("tables, figures and report.html", "stages.report:make_report", HERE),
+    "track": Verb("upload the results to MLflow (idempotent)", "tracking.upload:track_study", HERE),
+    "summary": Verb("print the score table and where the report is", "stages.report:print_summary", HERE),
     "archive": Verb(
         "pack a finished study into one zip with SHA256SUMS",
         "archive:make_archive",
-        (*PLACE, "study_file", "archives", "snapshots"),
         (
             *HERE,
-            Option("--archives", type=Path, default=Path("archives"), metavar="DIR", help="default: archives"),
+            Option(
+                "--archives",
+                dest="folder",
+                type=Path,
+                default=Path("archives"),
+                metavar="DIR",
+                help="default: archives",
+            ),
             Option("--snapshots", action="store_true", help="with the snapshots of the students too"),
         ),
     ),
     "verify": Verb(
         "check a study's results against their cards, their parents and the study file, file by file",
         "verification:print_verified",
-        ("path", "against"),
         (
-            Option("path", type=Path, metavar="FOLDER", help="results/NAME, of a checkout or an unzipped archive"),
-            Option("--study", dest="against", type=Path, metavar="FILE", help="default: config/studies/NAME.yaml"),
+            Option("root", type=Path, metavar="FOLDER", help="results/NAME, of a checkout or an unzipped archive"),
+            Option("--study", dest="study_file", type=Path, metavar="FILE", help="default: config/studies/NAME.yaml"),
         ),
     ),
-    "plan": Verb("write what DVC compares before it runs a stage", "plan:write_plan", PLACE, HERE),
+    "plan": Verb("write what DVC compares before it runs a stage", "plan:write_plan", HERE),
     "inputs": Verb(
         "write what students and flows read of other results, for DVC",
         "plan:write_inputs",
-        (*PLACE, "of", "run", "seed"),
-        (
-            *HERE,
-            Option("--of", choices=["coefficients", "predictor", "flows"], help="default: all"),
-            ANY_RUN,
-            ANY_SEED,
-        ),
+        (*HERE, Option("--of", choices=["coefficients", "predictor", "flows"], help="default: all"), ANY_RUN, ANY_SEED),
     ),
     "reproduce": Verb(
         "let Snakemake make a study, or some files of it by some rules (goes on after a killed run)",
         "plan:reproduce",
-        ("study", "rules", "targets", "run"),
         (
             *HERE,
             Option("--rules", nargs="+", metavar="RULE", help="of workflow/rules (default: all)"),
@@ -178,7 +151,6 @@ VERBS = {
     "fetch": Verb(
         "download files into resources/ and check their sha256; without a name, list which are there",
         "resources:fetch_all",
-        ("names",),
         (Option("names", nargs="*", metavar="NAME", help="a file of config/resources.yaml"),),
     ),
     "validate": Verb("hold this machine against the closed-form oracles of the method", "stages.validate:validate"),
@@ -352,7 +324,7 @@ def _prepare(args: Arguments) -> None:
     ranks, args.device = join(pick_device(args.device))
     if args.device.index is not None:
         torch.cuda.set_device(args.device)
-    args.machine = Machine(args.device, ranks)
+    args.ranks, args.machine = ranks, Machine(args.device, ranks)
 
 
 if __name__ == "__main__":
