@@ -4,6 +4,8 @@ import os
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
+from functools import partial
+from types import SimpleNamespace
 from typing import Any, TypeVar
 
 from tqdm import tqdm
@@ -16,40 +18,22 @@ T = TypeVar("T")
 LINE_EVERY = 5.0
 
 
-class _Lines:
-    """A file that writes each state of a bar as a line of its own, with a note behind it; shown: whether to write."""
-
-    def __init__(self, note: Callable[[], str], shown: bool) -> None:
-        self.note, self.shown = note, shown
-
-    def write(self, text: str) -> None:
-        # The reader of a pipe may be gone while a training still has to save: a line less is no reason to fail.
-        with suppress(BrokenPipeError):
-            if self.shown and text.strip():
-                print(f"{text.strip()} {self.note()}".rstrip(), file=sys.stderr, flush=True)
-
-
 class Progress(tqdm):
     """A counter from `initial` to `total` that shows itself, unless it is one of several that are the same.
 
-    note: a callable whose text is appended to a line; options: tqdm's.
+    note: a callable whose text is appended to a line; more: tqdm's options.
     """
 
     monitor_interval = 0  # no thread of tqdm's beside a training
 
     def __init__(
-        self,
-        label: str,
-        total: int,
-        initial: int = 0,
-        note: Callable[[], str] = lambda: "",
-        shown: bool = True,
-        **options: Any,
+        self, label: str, total: int, initial: int = 0, note: Callable[[], str] = str, shown: bool = True, **more: Any
     ) -> None:
         if not (shown and sys.stderr.isatty() and SUPERVISOR not in os.environ):
-            every = {"mininterval": LINE_EVERY, "delay": LINE_EVERY, "miniters": 1}
-            options |= every | {"file": _Lines(note, shown), "ascii": " #", "ncols": 100, "position": 0}
-        super().__init__(desc=label, total=total, initial=initial, **{"unit": "step"} | options)
+            file = SimpleNamespace(write=partial(_write_line, note, shown))
+            more |= {"mininterval": LINE_EVERY, "delay": LINE_EVERY, "miniters": 1, "position": 0}
+            more |= {"file": file, "ascii": " #", "ncols": 100}
+        super().__init__(desc=label, total=total, initial=initial, **{"unit": "step"} | more)
 
     def advance(self, steps: int = 1) -> None:
         """Count steps, and show where it stands if it is time to."""
@@ -70,6 +54,14 @@ class Progress(tqdm):
 
     def __del__(self) -> None:
         """Leave the last word to the error that ended what was counted."""
+
+
+def _write_line(note: Callable[[], str], shown: bool, text: str) -> None:
+    """Write what tqdm would draw as a line of its own, with a note behind it."""
+    # The reader of a pipe may be gone while a training still has to save: a line less is no reason to fail.
+    with suppress(BrokenPipeError):
+        if shown and text.strip():
+            print(f"{text.strip()} {note()}".rstrip(), file=sys.stderr, flush=True)
 
 
 def track(label: str) -> Callable[[Iterable[T]], Iterator[T]]:
