@@ -162,15 +162,15 @@ UNET = {"kind": "songunet", "model_channels": 16, "channel_mult": [1, 2], "num_b
         (
             "teacher.network.num_blocks",
             [1, 2, 3],
-            "teacher.network.num_blocks lists 3 levels, teacher.network.channel_mult has 2: give one number for each",
+            "teacher.network.num_blocks lists 3 levels, teacher.network.channel_mult 2: give as many",
         ),
-        ("teacher.network.dropout", [0.1], "teacher.network.dropout lists 1 levels, teacher.network.channel_mult has"),
+        ("teacher.network.dropout", [0.1], "teacher.network.dropout lists 1 levels, teacher.network.channel_mult"),
         ("teacher.network.num_blocks", [], "teacher.network.num_blocks lists 0 levels"),
         ("teacher.network.num_blocks", [1, 0], "key 'teacher.network.num_blocks.1': input should be greater than or"),
         ("teacher.network.num_blocks", 1.5, "key 'teacher.network.num_blocks': input should be a valid integer"),
         ("teacher.network.dropout", [0.1, 1.0], "key 'teacher.network.dropout.1': input should be less than 1"),
         ("teacher.network.dropout", "0.1", "key 'teacher.network.dropout': input should be a valid number"),
-        ("student.dropout", [0.1], "students.ctm: dropout lists 1 levels, teacher.network.channel_mult has 2"),
+        ("student.dropout", [0.1], "students.ctm: dropout lists 1 levels, teacher.network.channel_mult 2"),
         ("student.dropout", [0.1, -0.1], "key 'student.dropout.1': input should be greater than or equal to 0"),
     ],
 )
@@ -182,7 +182,7 @@ def test_levels_are_those_of_a_described_songunet(write_study: WriteStudy) -> No
     lists = {"teacher.network": UNET | {"num_blocks": [1, 2]}, "student.dropout": [0.0, 0.2]}
     study = load_study(write_study(lists))
     assert study.students["ctm"].dropout == [0.0, 0.2]
-    refused = "students.ctm: dropout lists levels, which only a teacher.network of kind songunet has: give one number"
+    refused = "students.ctm: dropout lists levels, which only teacher.network.kind songunet has: give one number"
     assert refused in mistake(write_study({"student.dropout": [0.0, 0.2]}))
     official = {"kind": "edm", "checkpoint": "edm-cifar10-32x32-uncond-vp.pkl"}
     assert refused in mistake(
@@ -269,16 +269,16 @@ def test_an_impossible_combination_is_explained(write_study: WriteStudy, changes
         ({"student.curriculum.first": 17}, "curriculum.first 17 is more than curriculum.last 16: raise last"),
         (
             {"student.curriculum.p_mean": 50.0},
-            "curriculum.p_mean 50 is far from the noise of the study, whose ln sigma goes from -6.21 to 4.38: move",
+            "curriculum.p_mean 50 is far from the study's ln sigma, -6.21 to 4.38: move it",
         ),
-        ({"student.curriculum.p_mean": -17.0}, "students.ic: curriculum.p_mean -17 is far from the noise"),
+        ({"student.curriculum.p_mean": -17.0}, "students.ic: curriculum.p_mean -17 is far from the study's ln sigma"),
         (
             {"student.curriculum": {"kind": "shrinking", "double_every": 2}, "student.steps": 99},
-            "students.ic: curriculum.double_every 2 brings the two levels together to the last bit before 99 steps",
+            "students.ic: curriculum.double_every 2 makes the two levels one before step 99: raise it",
         ),
         (
             {"student.curriculum": {"kind": "shrinking", "double_every": 1, "q": 512.0}},
-            "students.ic: curriculum.double_every 1 brings the two levels together",
+            "students.ic: curriculum.double_every 1 makes the two levels one",
         ),
         ({"student.curriculum.frist": 2}, "unknown key 'student.curriculum.frist'; did you mean 'first'?"),
         ({"student.curriculum": {"kind": "halving"}}, "key 'student.curriculum': input tag 'halving'"),
@@ -317,7 +317,7 @@ def test_a_study_without_a_teacher_is_held_to_what_it_can_do(
         ({"rum": "ic"}, "unknown key 'students.gc.predictor.rum'; did you mean 'run'?"),
         ({"step": 3}, "key 'students.gc.predictor.run' is missing"),
         ({"run": "ic", "step": 0}, "key 'students.gc.predictor.step': input should be greater than or equal to 1"),
-        ({"run": "otehr"}, "predictor names 'otehr', which is not one of the students; did you mean 'other'?"),
+        ({"run": "otehr"}, "predictor names 'otehr', which is not one of the students other, ctm, ic, ot, gc"),
         ({"run": "ic", "step": 2}, "names step 2 of 'ic', which keeps a snapshot every 3 steps up to 6: name one"),
         ({"run": "ic", "step": 9}, "names step 9 of 'ic', which keeps a snapshot every 3 steps up to 6: name one"),
         ({"run": "gc"}, "students.gc: predictor leads round in a circle (gc -> gc): one must come first"),
@@ -391,9 +391,9 @@ def test_what_is_for_consistency_training_is_refused_elsewhere(write_study: Writ
     [
         (
             {"preconditioning": "cm", "fit": "data"},
-            "fit data has nothing to fit: cm has no l_t and s_t; use preconditio",
+            "fit data: cm has no l_t and s_t; use analytic or remove it",
         ),
-        ({"fit": "average"}, "fit average is of the denoiser D(x, t, t), which only a DSM term trains: set dsm_weight"),
+        ({"fit": "average"}, "fit average is of D(x, t, t), which only a DSM term trains: set dsm_weight"),
         ({"fit": "avrage"}, "key 'students.own.fit': input should be 'teacher', 'data' or 'average', got 'avrage'"),
         ({"fit": "teacher"}, "students.own needs a teacher, and teacher.kind is none"),
         ({"dsm_balance": "adaptive", "fit": "data"}, "dsm_balance adaptive needs a DSM term: set dsm_weight above 0"),
