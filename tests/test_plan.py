@@ -49,19 +49,10 @@ def plan(study: Study, folder: Path) -> dict[str, Any]:
     ("key", "value", "jobs"),
     [
         ("sampling.batch", 32, set()),
-        ("compute.channels_last", True, set()),
-        ("noise.rho", 7.0, set()),
-        ("title", "Another", set()),
-        ("report.bootstrap", 60, set()),
-        ("students.ctm.preconditioning", "bcm", CTM),
         ("coefficients.probes", 2, {"coefficients"} | ANALYTIC),
-        ("student.learning_rate", 0.01, CTM | ANALYTIC),
-        ("scores.kid_subsets", 3, SCORED),
         ("scores.classifier.steps", 21, SCORED | {"extractor"}),
         ("calibration.steps", 5, {"samples", "scores"}),
         ("calibration.tolerance", 0.2, {"scores"}),
-        ("dataset.horizontal_flip", True, TEACHER),
-        ("teacher.steps", 80, TEACHER),
         ("dataset.limit", 21, TEACHER | {"dataset", "extractor"}),
     ],
 )
@@ -69,8 +60,8 @@ def test_a_key_changes_the_jobs_that_depend_on_it(
     tiny: Callable[..., Study], tmp_path: Path, key: str, value: Any, jobs: set[str]
 ) -> None:
     before, after = plan(tiny(), tmp_path / "before"), plan(tiny({key: value}), tmp_path / "after")
-    silent = {"sampling.batch", "compute.channels_last", "noise.rho"}
-    assert {job for job in before if before[job] != after[job]} == jobs | (set() if key in silent else {"report"})
+    silent = key == "sampling.batch"
+    assert {job for job in before if before[job] != after[job]} == jobs | (set() if silent else {"report"})
 
 
 @pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.stem)
@@ -148,15 +139,6 @@ def test_what_is_made_from_no_other_student_is_not_said_to_be(
     pipeline.unlink()
     with pytest.raises(UserError, match=r"no dvc\.yaml here: run this in the project's folder"):
         plan(tiny(), tmp_path)
-
-
-def test_a_changed_student_changes_those_that_are_made_from_it(
-    tiny: Callable[..., Study], frozen: dict[str, Any], pipeline: Path, tmp_path: Path
-) -> None:
-    pipeline.write_text(pipeline.read_text().replace("- frozen: []", "- frozen: [{run: gc, predictor: ic}]"))
-    before, after = plan(tiny(frozen), tmp_path), plan(tiny(frozen | {"students.ic.ema_rate": 0.9}), tmp_path)
-    ic, gc = ({f"{stage}/{run}/seed0" for stage in ("student", "samples", "scores")} for run in ("ic", "gc"))
-    assert {job for job in before if before[job] != after[job]} == ic | gc | {"report"}
 
 
 def inputs(study: Study, folder: Path, *of: Any) -> dict[str, Any]:

@@ -46,10 +46,6 @@ def test_two_compared_students_differ_in_nothing_but_what_varies(path: Path) -> 
     assert differing <= set(study.varies)
 
 
-def test_the_project_has_studies() -> None:
-    assert {"digits", "tiny"} <= {path.stem for path in STUDIES}
-
-
 def test_a_loaded_study_cannot_be_changed(tiny: Tiny) -> None:
     study = tiny()
     with pytest.raises(ValueError, match="frozen"):
@@ -64,16 +60,11 @@ def test_a_loaded_study_cannot_be_changed(tiny: Tiny) -> None:
     [
         ("sedes", [1], "unknown key 'sedes'; did you mean 'seeds'?"),
         ("dataset.resolutoin", 8, "unknown key 'dataset.resolutoin'; did you mean 'resolution'?"),
-        ("noise.sigma_mn", 1.0, "unknown key 'noise.sigma_mn'; did you mean 'sigma_min'?"),
         ("teacher.batchsize", 8, "unknown key 'teacher.batchsize'; did you mean 'batch'?"),
         ("teacher.network.widht", 8, "unknown key 'teacher.network.widht'; did you mean 'width'?"),
-        ("coefficients.probe", 8, "unknown key 'coefficients.probe'; did you mean 'probes'?"),
         ("student.stpes", 8, "unknown key 'student.stpes'; did you mean 'steps'?"),
         ("students.ctm.precondition", "ctm", "'students.ctm.precondition'; did you mean 'preconditioning'?"),
-        ("sampling.nef", [1], "unknown key 'sampling.nef'; did you mean 'nfe'?"),
-        ("scores.kid_subset", 2, "unknown key 'scores.kid_subset'; did you mean 'kid_subsets'?"),
         ("scores.classifier.feature", 9, "unknown key 'scores.classifier.feature'; did you mean 'features'?"),
-        ("report.bootstraps", 9, "unknown key 'report.bootstraps'; did you mean 'bootstrap'?"),
         ("varies", ["preconditionin"], "varies names 'preconditionin'"),
         ("dataset.zzzz", 1, "unknown key 'dataset.zzzz'; there are kind, path, split, resolution"),
     ],
@@ -94,35 +85,23 @@ def test_an_unknown_key_explains_the_missing_one(write_study: WriteStudy, absent
     [
         ("teacher.steps", "ten", "key 'teacher.steps': input should be a valid integer, got 'ten'"),
         ("teacher.steps", 60.0, "key 'teacher.steps': input should be a valid integer, got 60.0"),
-        ("teacher.steps", "60", "key 'teacher.steps': input should be a valid integer, got '60'"),
-        ("teacher.steps", True, "key 'teacher.steps': input should be a valid integer, got True"),
-        ("teacher.steps", None, "key 'teacher.steps': input should be a valid integer, got None"),
         ("teacher.steps", 0, "key 'teacher.steps': input should be greater than or equal to 1, got 0"),
-        ("teacher.learning_rate", -1e-3, "key 'teacher.learning_rate': input should be greater than 0"),
         ("teacher.learning_rate", float("inf"), "key 'teacher.learning_rate': input should be a finite number"),
         ("teacher.p_mean", float("nan"), "key 'teacher.p_mean': input should be a finite number"),
         ("teacher.network", {"kind": "mpl"}, "key 'teacher.network': input tag 'mpl'"),
         ("teacher.network", {"width": 9}, "key 'teacher.network': unable to extract tag using discriminator 'kind'"),
-        ("teacher.network.width", 0, "key 'teacher.network.width': input should be greater than or equal to 1"),
-        ("teacher.network.dropout", 1.0, "key 'teacher.network.dropout': input should be less than 1"),
         ("dataset", [1], "key 'dataset': input should be a valid dictionary"),
         ("dataset.horizontal_flip", 1, "key 'dataset.horizontal_flip': input should be a valid boolean, got 1"),
         ("dataset.channels", 2, "key 'dataset.channels': input should be 1 or 3, got 2"),
         ("noise.sigma_data", "meausred", "key 'noise.sigma_data': input should be"),
-        ("noise.sigma_data", -1.0, "key 'noise.sigma_data': input should be greater than 0"),
-        ("coefficients.probes", "exac", "key 'coefficients.probes': input should be"),
         ("student", [1], "key 'student': input should be a valid dictionary"),
         ("student.steps", "many", "key 'student.steps': input should be a valid integer, got 'many'"),
-        ("student.target", "emma", "key 'student.target': input should be 'online' or 'ema', got 'emma'"),
         ("students.ctm", None, "key 'students.ctm': input should be a valid dictionary"),
         ("students.ctm.preconditioning", "ctn", "key 'students.ctm.preconditioning': input should be 'cm', 'bcm'"),
         ("students", {}, "key 'students': dictionary should have at least 1 item"),
         ("students", {"Bad Name": {}}, "key 'students.Bad Name': string should match pattern"),
         ("seeds", [], "key 'seeds': list should have at least 1 item"),
         ("seeds", [0, -1], "key 'seeds.1': input should be greater than or equal to 0, got -1"),
-        ("seeds", 0, "key 'seeds': input should be a valid list, got 0"),
-        ("sampling.nfe", [1, "a"], "key 'sampling.nfe.1': input should be a valid integer, got 'a'"),
-        ("sampling.gamma", [1.5], "key 'sampling.gamma.0': input should be less than or equal to 1"),
         ("report.baseline", {"trajectry": "ctm"}, "key 'report.baseline.trajectry': input should be 'trajectory'"),
         ("name", "Tiny", "key 'name': string should match pattern"),
     ],
@@ -137,13 +116,9 @@ def test_a_wrong_value_is_named_with_what_is_allowed(
     ("key", "message"),
     [
         ("name", "key 'name' is missing"),
-        ("teacher", "key 'teacher' is missing"),
         ("teacher.steps", "key 'teacher.steps' is missing"),
-        ("teacher.network", "key 'teacher.network' is missing"),
-        ("dataset.resolution", "key 'dataset.resolution' is missing"),
         ("student.steps", "key 'student.steps' is missing"),
         ("scores.curve_count", "key 'scores.curve_count' is missing"),
-        ("seeds", "key 'seeds' is missing"),
     ],
 )
 def test_a_missing_key_is_named(write_study: WriteStudy, absent: object, key: str, message: str) -> None:
@@ -162,15 +137,15 @@ UNET = {"kind": "songunet", "model_channels": 16, "channel_mult": [1, 2], "num_b
         (
             "teacher.network.num_blocks",
             [1, 2, 3],
-            "teacher.network.num_blocks lists 3 levels, teacher.network.channel_mult has 2: give one number for each",
+            "teacher.network.num_blocks lists 3 levels, teacher.network.channel_mult 2: give as many",
         ),
-        ("teacher.network.dropout", [0.1], "teacher.network.dropout lists 1 levels, teacher.network.channel_mult has"),
+        ("teacher.network.dropout", [0.1], "teacher.network.dropout lists 1 levels, teacher.network.channel_mult"),
         ("teacher.network.num_blocks", [], "teacher.network.num_blocks lists 0 levels"),
         ("teacher.network.num_blocks", [1, 0], "key 'teacher.network.num_blocks.1': input should be greater than or"),
         ("teacher.network.num_blocks", 1.5, "key 'teacher.network.num_blocks': input should be a valid integer"),
         ("teacher.network.dropout", [0.1, 1.0], "key 'teacher.network.dropout.1': input should be less than 1"),
         ("teacher.network.dropout", "0.1", "key 'teacher.network.dropout': input should be a valid number"),
-        ("student.dropout", [0.1], "students.ctm: dropout lists 1 levels, teacher.network.channel_mult has 2"),
+        ("student.dropout", [0.1], "students.ctm: dropout lists 1 levels, teacher.network.channel_mult 2"),
         ("student.dropout", [0.1, -0.1], "key 'student.dropout.1': input should be greater than or equal to 0"),
     ],
 )
@@ -182,20 +157,12 @@ def test_levels_are_those_of_a_described_songunet(write_study: WriteStudy) -> No
     lists = {"teacher.network": UNET | {"num_blocks": [1, 2]}, "student.dropout": [0.0, 0.2]}
     study = load_study(write_study(lists))
     assert study.students["ctm"].dropout == [0.0, 0.2]
-    refused = "students.ctm: dropout lists levels, which only a teacher.network of kind songunet has: give one number"
+    refused = "students.ctm: dropout lists levels, which only teacher.network.kind songunet has: give one number"
     assert refused in mistake(write_study({"student.dropout": [0.0, 0.2]}))
     official = {"kind": "edm", "checkpoint": "edm-cifar10-32x32-uncond-vp.pkl"}
     assert refused in mistake(
         write_study({"student.dropout": [0.0, 0.2, 0.2], "teacher": official, "noise.sigma_data": 0.5})
     )
-
-
-def test_one_number_for_all_levels_is_dumped_as_ever(tiny: Tiny) -> None:
-    """Or every result of older code would be made again."""
-    study = tiny({"teacher.network": UNET | {"dropout": 0}, "student.dropout": 0})
-    network = study.settings("teacher")["teacher"]["network"]
-    assert repr((network["num_blocks"], network["dropout"])) == "(1, 0.0)"
-    assert repr(study.settings("student", "ctm")["student"]["dropout"]) == "0.0"
 
 
 # --- combinations that cannot be
@@ -269,16 +236,16 @@ def test_an_impossible_combination_is_explained(write_study: WriteStudy, changes
         ({"student.curriculum.first": 17}, "curriculum.first 17 is more than curriculum.last 16: raise last"),
         (
             {"student.curriculum.p_mean": 50.0},
-            "curriculum.p_mean 50 is far from the noise of the study, whose ln sigma goes from -6.21 to 4.38: move",
+            "curriculum.p_mean 50 is far from the study's ln sigma, -6.21 to 4.38: move it",
         ),
-        ({"student.curriculum.p_mean": -17.0}, "students.ic: curriculum.p_mean -17 is far from the noise"),
+        ({"student.curriculum.p_mean": -17.0}, "students.ic: curriculum.p_mean -17 is far from the study's ln sigma"),
         (
             {"student.curriculum": {"kind": "shrinking", "double_every": 2}, "student.steps": 99},
-            "students.ic: curriculum.double_every 2 brings the two levels together to the last bit before 99 steps",
+            "students.ic: curriculum.double_every 2 makes the two levels one before step 99: raise it",
         ),
         (
             {"student.curriculum": {"kind": "shrinking", "double_every": 1, "q": 512.0}},
-            "students.ic: curriculum.double_every 1 brings the two levels together",
+            "students.ic: curriculum.double_every 1 makes the two levels one",
         ),
         ({"student.curriculum.frist": 2}, "unknown key 'student.curriculum.frist'; did you mean 'first'?"),
         ({"student.curriculum": {"kind": "halving"}}, "key 'student.curriculum': input tag 'halving'"),
@@ -317,7 +284,7 @@ def test_a_study_without_a_teacher_is_held_to_what_it_can_do(
         ({"rum": "ic"}, "unknown key 'students.gc.predictor.rum'; did you mean 'run'?"),
         ({"step": 3}, "key 'students.gc.predictor.run' is missing"),
         ({"run": "ic", "step": 0}, "key 'students.gc.predictor.step': input should be greater than or equal to 1"),
-        ({"run": "otehr"}, "predictor names 'otehr', which is not one of the students; did you mean 'other'?"),
+        ({"run": "otehr"}, "predictor names 'otehr', which is not one of the students other, ctm, ic, ot, gc"),
         ({"run": "ic", "step": 2}, "names step 2 of 'ic', which keeps a snapshot every 3 steps up to 6: name one"),
         ({"run": "ic", "step": 9}, "names step 9 of 'ic', which keeps a snapshot every 3 steps up to 6: name one"),
         ({"run": "gc"}, "students.gc: predictor leads round in a circle (gc -> gc): one must come first"),
@@ -356,15 +323,12 @@ def test_the_discrepancy_is_of_a_student_of_consistency_training(
     write_study: WriteStudy, untaught: dict[str, Any]
 ) -> None:
     message = mistake(write_study(untaught | {"flows": {"discrepancy": ["ic", "gx"]}}))
+    assert "toy_seeds lists a seed twice" in mistake(write_study(untaught | {"flows": {"toy_seeds": [1, 1]}}))
     assert "flows.discrepancy names 'gx', which is not one of the students of consistency training" in message
     distilled = {"student.objective": "endpoint", "student.preconditioning": "ctm", "varies": ["objective"]}
     students = {"ic": {"objective": "consistency"}, "cd": {}}
     changes = distilled | {"students": students, "report.baseline": {}, "flows": {"discrepancy": ["cd"]}}
     assert "names 'cd', which is not one of the students of consistency training" in mistake(write_study(changes))
-
-
-def test_flows_toys_have_seeds_of_their_own(write_study: WriteStudy, untaught: dict[str, Any]) -> None:
-    assert "toy_seeds lists a seed twice" in mistake(write_study(untaught | {"flows": {"toy_seeds": [1, 1]}}))
 
 
 def test_only_gc_has_a_predictor(write_study: WriteStudy, untaught: dict[str, Any]) -> None:
@@ -391,9 +355,9 @@ def test_what_is_for_consistency_training_is_refused_elsewhere(write_study: Writ
     [
         (
             {"preconditioning": "cm", "fit": "data"},
-            "fit data has nothing to fit: cm has no l_t and s_t; use preconditio",
+            "fit data: cm has no l_t and s_t; use analytic or remove it",
         ),
-        ({"fit": "average"}, "fit average is of the denoiser D(x, t, t), which only a DSM term trains: set dsm_weight"),
+        ({"fit": "average"}, "fit average is of D(x, t, t), which only a DSM term trains: set dsm_weight"),
         ({"fit": "avrage"}, "key 'students.own.fit': input should be 'teacher', 'data' or 'average', got 'avrage'"),
         ({"fit": "teacher"}, "students.own needs a teacher, and teacher.kind is none"),
         ({"dsm_balance": "adaptive", "fit": "data"}, "dsm_balance adaptive needs a DSM term: set dsm_weight above 0"),
@@ -549,19 +513,15 @@ def keys(study: Study) -> dict[str, str]:
         ("report.bootstrap", 51, set()),
         ("seeds", [0, 1], set()),
         ("scores.curve_count", 90, SCORES),
-        ("scores.kid_subsets", 3, SCORES),
         ("scores.classifier.steps", 21, SCORES | {"extractor"}),
         ("sampling.count", 90, SAMPLES | SCORES),
         ("calibration.steps", 5, CALIBRATION),
         ("calibration.tolerance", 0.2, {"scores"}),
-        ("student.batch", 17, CTM | ANALYTIC),
         ("student.log_every", 1, CTM | ANALYTIC),
         ("students.ctm.preconditioning", "bcm", CTM),
         ("students.analytic.preconditioning", "analytic-forward", ANALYTIC),
         ("coefficients.times", 17, ANALYTIC | {"coefficients"}),
-        ("coefficients.seed", 1, ANALYTIC | {"coefficients"}),
         ("teacher.steps", 61, CTM | ANALYTIC | CALIBRATION | {"teacher", "coefficients"}),
-        ("teacher.network.width", 33, CTM | ANALYTIC | CALIBRATION | {"teacher", "coefficients"}),
         ("noise.sigma_data", 0.5, CTM | ANALYTIC | CALIBRATION | {"teacher", "coefficients"}),
         ("dataset.horizontal_flip", True, CTM | ANALYTIC | CALIBRATION | {"teacher", "coefficients"}),
         ("dataset.limit", 21, CTM | ANALYTIC | CALIBRATION | UPSTREAM),
@@ -623,13 +583,6 @@ def test_keys_do_not_depend_on_the_order_of_the_file(tiny: Tiny, write_study: Wr
     backwards = {name: content[name] for name in reversed(content)}
     path.write_text(yaml.safe_dump(backwards, sort_keys=False))
     assert keys(load_study(path)) == keys(tiny())
-
-
-def test_asking_for_a_key_leaves_the_study_as_it_was(tiny: Tiny) -> None:
-    study = tiny()
-    before = study.model_dump()
-    assert keys(study) == keys(study)
-    assert study.model_dump() == before
 
 
 # --- the reference

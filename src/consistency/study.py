@@ -109,10 +109,8 @@ class SongUNet(Section):
     def require_levels(self, key: str, value: float | list[int] | list[float]) -> None:
         """Raises ValueError, which names the key, for a list that is not as long as channel_mult."""
         if isinstance(value, list) and len(value) != len(self.channel_mult):
-            raise ValueError(
-                f"{key} lists {len(value)} levels, teacher.network.channel_mult has {len(self.channel_mult)}: give "
-                "one number for each level, or one number for all"
-            )
+            levels = len(self.channel_mult)
+            raise ValueError(f"{key} lists {len(value)} levels, teacher.network.channel_mult {levels}: give as many")
 
 
 class MLP(Section):
@@ -232,9 +230,7 @@ class Student(Section):
     )
     mu: Annotated[float, Field(ge=0, le=1)] = Field(0.5, description="Probability of a generated image in gc.")
     predictor: Literal["average"] | Frozen = Field("average", description="What makes gc's endpoints.")
-    curriculum: Doubling | Shrinking = Field(
-        default_factory=Doubling, discriminator="kind", description="Levels of consistency training."
-    )
+    curriculum: Doubling | Shrinking = Field(Doubling(), discriminator="kind", description="Levels that are drawn.")
     start: Literal["random", "teacher"] = Field("random", description="First weights in consistency training.")
     target: Literal["online", "ema"] = Field(
         "online", description="Weights of the target's inner jump: the student's (CTM's code) or their EMA (paper)."
@@ -296,14 +292,9 @@ class Student(Section):
         if self.objective != "consistency":
             raise ValueError(f"fit {self.fit} is for consistency training: use it with objective: consistency")
         if self.preconditioning not in FITTED:
-            raise ValueError(
-                f"fit {self.fit} has nothing to fit: {self.preconditioning} has no l_t and s_t; use preconditioning: "
-                "analytic, or remove it"
-            )
+            raise ValueError(f"fit {self.fit}: {self.preconditioning} has no l_t and s_t; use analytic or remove it")
         if self.fit == "average" and not self.dsm_weight:
-            raise ValueError(
-                "fit average is of the denoiser D(x, t, t), which only a DSM term trains: set dsm_weight above 0"
-            )
+            raise ValueError("fit average is of D(x, t, t), which only a DSM term trains: set dsm_weight above 0")
         if self.fit == "average" and isinstance(self.predictor, Frozen):
             raise ValueError("predictor has coefficients of its own, fitted at other steps: use fit: teacher or data")
 
@@ -440,14 +431,10 @@ class Compute(Section):
     """How the machine is used. Nothing here is part of a result's key: it may change in the middle of a training,
     and then alters the last bits of what follows, no more."""
 
-    batch_per_device: Count | None = Field(
-        None, description="Images a device at once; the study's batch is kept by accumulation. Without: all at once."
-    )
+    batch_per_device: Count | None = Field(None, description="Images at once; the rest of the batch accumulates.")
     channels_last: bool = Field(False, description="Memory layout NHWC inside the networks, faster on GPUs.")
     compile: bool = Field(False, description="Compile the networks with torch.compile: minutes at first, then faster.")
-    data_on_device: bool | None = Field(
-        None, description="Keep the whole dataset in the GPU's memory. Without: if it takes less than a 16th of it."
-    )
+    data_on_device: bool | None = Field(None, description="Dataset in GPU memory; without: if below a 16th of it.")
 
 
 class Study(Section):
@@ -457,9 +444,7 @@ class Study(Section):
     title: str = Field("", description="A heading for the report.")
     dataset: Dataset
     noise: Noise = Field(default_factory=Noise)
-    teacher: Teacher | OfficialTeacher | NoTeacher = Field(
-        discriminator="kind", description="The EDM denoiser that is distilled, or that students are measured against."
-    )
+    teacher: Teacher | OfficialTeacher | NoTeacher = Field(discriminator="kind", description="The EDM denoiser.")
     coefficients: Coefficients = Field(default_factory=Coefficients)
     student: dict[str, Any] = Field(description="Values that all students share; the fields of Student.")
     varies: list[str] = Field(["preconditioning"], description="The keys in which two students may differ.")
@@ -610,11 +595,8 @@ def _teacher_fits_the_images(study: Study) -> Iterator[str]:
     values = study.dataset.channels * size**2
     if isinstance(network, MLP) and values > 1024:
         yield f"teacher.network.kind mlp is for up to 1024 values, the images have {values}: use songunet"
-    if isinstance(network, SongUNet) and size % 2 ** (len(network.channel_mult) - 1):
-        yield (
-            f"dataset.resolution {size} cannot be halved {len(network.channel_mult) - 1} times, as "
-            "teacher.network.channel_mult asks"
-        )
+    if isinstance(network, SongUNet) and size % 2 ** (halvings := len(network.channel_mult) - 1):
+        yield f"dataset.resolution {size} cannot be halved {halvings} times, as teacher.network.channel_mult asks"
 
 
 def _there_is_a_teacher(study: Study) -> Iterator[str]:
@@ -636,10 +618,7 @@ def _dropout_has_its_levels(study: Study) -> Iterator[str]:
         if isinstance(network, SongUNet):
             network.require_levels(f"students.{run}: dropout", student.dropout)
         elif isinstance(student.dropout, list):
-            yield (
-                f"students.{run}: dropout lists levels, which only a teacher.network of kind songunet has: give one "
-                "number"
-            )
+            yield f"students.{run}: dropout lists levels, which only teacher.network.kind songunet has: give one number"
 
 
 def _predictor_comes_first(study: Study) -> Iterator[str]:
@@ -649,9 +628,7 @@ def _predictor_comes_first(study: Study) -> Iterator[str]:
         if frozen is None:
             continue
         if frozen.run not in study.students:
-            near = difflib.get_close_matches(frozen.run, study.students, 1)
-            meant = f"; did you mean {near[0]!r}?" if near else ""
-            yield f"{where} names {frozen.run!r}, which is not one of the students{meant}"
+            yield f"{where} names {frozen.run!r}, which is not one of the students {', '.join(study.students)}"
             continue
         other = study.students[frozen.run]
         if (other.preconditioning, other.fit) != (student.preconditioning, student.fit):
@@ -675,17 +652,11 @@ def _levels_can_be_drawn(study: Study) -> Iterator[str]:
     for run, student in study.coupled.items():
         where, levels = f"students.{run}: curriculum", student.curriculum
         if not low - 5 * levels.p_std < levels.p_mean < high + 5 * levels.p_std:
-            yield (
-                f"{where}.p_mean {levels.p_mean:g} is far from the noise of the study, whose ln sigma goes from "
-                f"{low:.2f} to {high:.2f}: move it there"
-            )
-        if not isinstance(levels, Shrinking):
-            continue
-        if ((student.steps - 1) // levels.double_every + 1) * math.log2(levels.q) > 48:
-            yield (
-                f"{where}.double_every {levels.double_every} brings the two levels together to the last bit before "
-                f"{student.steps} steps are over: raise it"
-            )
+            yield f"{where}.p_mean {levels.p_mean:g} is far from the study's ln sigma, {low:.2f} to {high:.2f}: move it"
+        if isinstance(levels, Shrinking):
+            every = levels.double_every
+            if ((student.steps - 1) // every + 1) * math.log2(levels.q) > 48:
+                yield f"{where}.double_every {every} makes the two levels one before step {student.steps}: raise it"
 
 
 def _compared_students_are_alike(study: Study) -> Iterator[str]:

@@ -72,13 +72,10 @@ def test_the_default_profile_is_read(copied: Checkout) -> None:
 # key: (its new value, the jobs that run again)
 AGAIN: dict[str, tuple[Any, set[str]]] = {
     "sampling.batch": (32, set()),
-    "title": ("Another", LAST),
     "report.bootstrap": (60, LAST),
     "students.ctm.preconditioning": ("bcm", CTM | LAST),
     "coefficients.probes": (2, {"coefficients"} | ANALYTIC | LAST),
-    "student.learning_rate": (0.01, CTM | ANALYTIC | LAST),
     "calibration.tolerance": (0.2, {"calibration"} | LAST),
-    "scores.kid_subsets": (3, SCORED | LAST),
     "scores.classifier.steps": (21, {"extractor"} | SCORED | LAST),
     "seeds": ([0, 1], CTM | ANALYTIC | LAST),
 }
