@@ -138,7 +138,8 @@ lock: install ## compile requirements.in into requirements.lock (LOCK_ARGS=--upg
 	uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-header $(LOCK_ARGS) requirements.in -o requirements.lock
 
 clean: ## remove results/, state/, mlflow.db and mlruns/: asks for CONFIRM=yes
-	@[ "$(CONFIRM)" = yes ] || { echo "Trained networks would be removed too. To do it: make clean CONFIRM=yes" >&2; exit 1; }
+	@[ "$(CONFIRM)" = yes ] || { echo "This removes results/, state/, mlflow.db and mlruns/, trained networks included." \
+	  "To do it: make clean CONFIRM=yes" >&2; exit 1; }
 	mkdir -p .snakemake
 	flock -n .snakemake/at-work.lock rm -rf results state mlruns mlflow.db mlflow.db-* ||
 	  { echo "A run is at work in this directory; stop it first." >&2; exit 1; }
