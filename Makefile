@@ -5,15 +5,12 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .ONESHELL:
-.DEFAULT_GOAL := help
 MAKEFLAGS += --no-print-directory
 
 PYTHON ?= python3
 PORT ?= 5000
 CORES ?= all
 PYTEST_WORKERS ?= 2
-PYTEST_ARGS ?=
-LOCK_ARGS ?=
 STUDY := digits
 UV_VERSION := 0.13.8
 
@@ -47,10 +44,8 @@ reproduce: install
 ui: install ## the MLflow page of what was recorded, on 127.0.0.1 (PORT=5000)
 	@store=$${MLFLOW_TRACKING_URI:-sqlite:///mlflow.db}
 	case "$$store" in http*) echo "MLFLOW_TRACKING_URI names a running server: open its address"; exit 0 ;; esac
-	if [ "$$store" = sqlite:///mlflow.db ] && [ ! -e mlflow.db ]; then
-	  echo "Nothing is recorded here yet: run \`make demo\` first." >&2
-	  exit 1
-	fi
+	[ "$$store" != sqlite:///mlflow.db ] || [ -e mlflow.db ] ||
+	  { echo "Nothing is recorded here yet: run \`make demo\` first." >&2; exit 1; }
 	echo "MLflow: http://127.0.0.1:$(PORT)/#/experiments?workflowType=machine_learning"
 	echo "(Ctrl-C ends it; another port: make ui PORT=5001)"
 	# By the environment: an address may hold a password, and a command line is everybody's to read.
@@ -143,10 +138,8 @@ lock: install ## compile requirements.in into requirements.lock (LOCK_ARGS=--upg
 	uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-header $(LOCK_ARGS) requirements.in -o requirements.lock
 
 clean: ## remove results/, state/, mlflow.db and mlruns/: asks for CONFIRM=yes
-	@if [ "$(CONFIRM)" != yes ]; then
-	  echo "This removes results/, state/, mlflow.db and mlruns/, trained networks included. To do it: make clean CONFIRM=yes" >&2
-	  exit 1
-	fi
+	@[ "$(CONFIRM)" = yes ] || { echo "This removes results/, state/, mlflow.db and mlruns/, trained networks included." \
+	  "To do it: make clean CONFIRM=yes" >&2; exit 1; }
 	mkdir -p .snakemake
 	flock -n .snakemake/at-work.lock rm -rf results state mlruns mlflow.db mlflow.db-* ||
 	  { echo "A run is at work in this directory; stop it first." >&2; exit 1; }

@@ -74,9 +74,9 @@ def test_a_job_that_always_fails_ends_with_its_error_and_its_log(
     assert run.wait(600) == 1
     jobs = nowhere.jobs()
     assert [(job["JobState"], job["Comment"]) for job in jobs] == [("FAILED", "rule_dataset_wildcards_nowhere")] * 2
-    # show-failed-logs: each time with the error that the job ended with.
+    # show-failed-logs: each time the log of the stage and that of the job.
     error = "error: dataset.path: there is no folder data/nowhere/train "
-    assert nowhere.output.count(error) == len(jobs)
+    assert nowhere.output.count(error) == 2 * len(jobs)
     logs = "logs/slurm/rule_dataset/nowhere/"
     assert {file.stem for file in (nowhere.path / logs).iterdir()} == {job["JobId"] for job in jobs}
     assert "Traceback" not in nowhere.output
