@@ -1,9 +1,11 @@
-"""Speed of the coefficient fit and of sampling; that of a distillation step is in distill_step.py. Prints a table.
+"""Speed of the coefficient fit, of sampling and of a consistency training step by coupling, in one run. Prints a table;
+a distillation step is in distill_step.py.
 
     python benchmarks/speed.py [--study config/studies/digits.yaml] [--threads 1] [--device cpu] [--repeat 20]
 
-Untrained networks of the study's shape serve: speed does not depend on the weights. Each figure is the median of
---repeat runs after two warm-up runs.
+Untrained networks of the study's shape, and images of noise, serve: speed does not depend on them. Each figure is the
+median of --repeat runs after two warm-up runs; ot includes its assignment, gc the predictor's pass over all images.
+Compare the ratios to one evaluation of the teacher, which the machine's other work changes less than the times.
 """
 
 import argparse
@@ -11,8 +13,10 @@ import platform
 import statistics
 import time
 from collections.abc import Callable
+from itertools import count
 
 import torch
+from torch import Tensor
 
 from consistency.nets.denoiser import Denoiser, init_denoiser, student_from_teacher
 from consistency.nets.official import official_architecture
@@ -21,9 +25,14 @@ from consistency.seeding import ImageNoise
 from consistency.stages.samples import heun_sampler, jump_sampler
 from consistency.stages.teacher import architecture_of
 from consistency.study import Study, Teacher, load_study
+from consistency.theory.curriculum import DoublingCurriculum
+from consistency.theory.distance import pseudo_huber
 from consistency.theory.estimators import image_moments
 from consistency.theory.preconditioning import build_preconditioning
+from consistency.training.consistency_training import ConsistencyTraining, TransportTraining
+from consistency.training.ema import Ema
 from consistency.training.objectives import with_labels
+from consistency.training.update import Update
 
 
 def seconds(work: Callable[[], object], repeat: int, device: torch.device) -> float:
@@ -46,6 +55,30 @@ def network(study: Study, device: torch.device) -> Denoiser:
     else:
         architecture = official_architecture(study.teacher.checkpoint)
     return init_denoiser(architecture, seed=0).to(device).eval().requires_grad_(False)
+
+
+def consistency_step(coupling: str, network: Denoiser, images: Tensor) -> Callable[[], None]:
+    """One update and its average, of a student of the network's shape."""
+    student = init_denoiser(network.architecture, 0).to(images.device).train()
+    average = Ema(student, 0.99)
+    objective = (TransportTraining if coupling == "ot" else ConsistencyTraining)(
+        student,
+        average.model,
+        build_preconditioning("cm", network.sigma_data),
+        pseudo_huber,
+        DoublingCurriculum(1000),
+        mu=0.5 if coupling == "gc" else 0.0,
+    )
+    optimizer = torch.optim.RAdam(student.parameters(), lr=1e-4)
+    update = Update(student, optimizer, objective, lambda _: (images, None), len(images), len(images), 0, "benchmark")
+    steps = count()
+
+    def step() -> None:
+        number = next(steps)
+        update.step(number)
+        average.update(number + 1)
+
+    return step
 
 
 def main() -> None:
@@ -84,6 +117,10 @@ def main() -> None:
         nfe = 2 * study.calibration.steps - 1
         rows.append((f"sampling, teacher, Heun NFE {nfe}", batch, seconds(lambda: heun(noise), args.repeat, device)))
 
+    for coupling in ("ic", "ot", "gc"):
+        step = consistency_step(coupling, teacher, x.clamp(-1, 1))
+        rows.append((f"consistency training step, {coupling}", batch, seconds(step, args.repeat, device)))
+
     machine = hardware()
     parameters = sum(p.numel() for p in teacher.parameters())
     print(f"study {study.name}: {teacher.architecture['network']}, {parameters:,} parameters, batch {batch}")
@@ -91,9 +128,9 @@ def main() -> None:
         f"{machine['processor']}, {machine['gpus'] or 'no GPU'}, {args.threads} thread(s), torch {torch.__version__}, "
         f"Python {platform.python_version()}\n"
     )
-    print("| what | ms | images/s |\n| --- | ---: | ---: |")
+    print("| what | ms | images/s | evaluations of the teacher |\n| --- | ---: | ---: | ---: |")
     for what, images, duration in rows:
-        print(f"| {what} | {duration * 1e3:.2f} | {images / duration:,.0f} |")
+        print(f"| {what} | {duration * 1e3:.2f} | {images / duration:,.0f} | {duration / rows[0][2]:.1f} |")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,3 @@
-# An interrupted preparation goes on from state/, undeclared: Snakemake deletes declared outputs before it runs again.
 rule dataset:
     input:
         archive_if_used,
