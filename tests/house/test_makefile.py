@@ -16,7 +16,21 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 SYSTEM_PATH = "/usr/bin:/bin"
 RUN_STUDY = "snakemake --cores all --rerun-incomplete"
-TARGETS = ["demo", "demo-gc", "ui", "pull", "archive", "test", "test-processors", "lint", "format", "install", "lock", "clean", "help"]
+TARGETS = [
+    "demo",
+    "demo-gc",
+    "ui",
+    "pull",
+    "archive",
+    "test",
+    "test-processors",
+    "lint",
+    "format",
+    "install",
+    "lock",
+    "clean",
+    "help",
+]
 
 
 def script(path: Path, body: str) -> None:
