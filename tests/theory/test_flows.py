@@ -70,16 +70,16 @@ def pairs() -> Pairs:
 @pytest.mark.statistical
 @pytest.mark.parametrize("t", TIMES.tolist())
 def test_discrepancy_of_ic_in_closed_form(pairs: Pairs, t: float) -> None:
-    assert discrepancy_by_denoiser(pairs, t, GAUSSIAN) == pytest.approx(ic_discrepancy(t), rel=0.03)
-    assert discrepancy_by_neighbours(pairs, t) == pytest.approx(ic_discrepancy(t), rel=0.03)
+    assert discrepancy_by_denoiser(pairs, t, GAUSSIAN) == pytest.approx(ic_discrepancy(t), rel=0.05)
+    assert discrepancy_by_neighbours(pairs, t) == pytest.approx(ic_discrepancy(t), rel=0.05)
 
 
 @pytest.mark.statistical
 @pytest.mark.parametrize("t", TIMES.tolist())
 def test_discrepancy_and_cost_of_gc_in_closed_form(pairs: Pairs, t: float) -> None:
     found = coupled("gc", pairs, t, gaussian_endpoint)
-    assert discrepancy_by_neighbours(found, t) == pytest.approx(gc_discrepancy(t), rel=0.04, abs=1e-5)
-    assert transport_cost(found) == pytest.approx(gc_cost(t), rel=0.02)
+    assert discrepancy_by_neighbours(found, t) == pytest.approx(gc_discrepancy(t), rel=0.05, abs=1e-5)
+    assert transport_cost(found) == pytest.approx(gc_cost(t), rel=0.04)
     assert gc_discrepancy(t) < ic_discrepancy(t)
 
 
@@ -101,7 +101,7 @@ def test_another_denoiser_can_only_add_to_the_discrepancy(pairs: Pairs, t: float
         return (1 - gain) * x
 
     exact = discrepancy_by_denoiser(found, t, own)
-    assert exact == pytest.approx(gc_discrepancy(t), rel=0.03)
+    assert exact == pytest.approx(gc_discrepancy(t), rel=0.05)
     assert discrepancy_by_denoiser(found, t, GAUSSIAN) > exact
 
 

@@ -413,7 +413,7 @@ def test_training_brings_down_the_distance_between_neighbours(
     for step in range(400):
         update.step(step)
         average.update(step + 1)
-    assert loss(replace(objective, mu=0.0), held_out, draws).item() < 0.7 * before
+    assert loss(replace(objective, mu=0.0), held_out, draws).item() < 0.8 * before
 
 
 # --- laws, with any batch

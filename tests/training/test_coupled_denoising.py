@@ -68,7 +68,7 @@ def test_the_error_of_the_exact_denoiser_is_the_discrepancy_in_closed_form(t: fl
     for mu, denoiser, wrong in ((0.0, of_ic, of_gc), (1.0, of_gc, of_ic)):
         objective = build(CoupledDenoising, Exact, None, mu)
         found, worse = (objective.discrepancy(D, images, None, z, t, seeded()).mean() for D in (denoiser, wrong))
-        assert found.item() == pytest.approx(closed[mu].item(), rel=0.01)
+        assert found.item() == pytest.approx(closed[mu].item(), rel=0.02)
         assert worse > found
 
 
