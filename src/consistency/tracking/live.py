@@ -96,8 +96,8 @@ def _every() -> float:
 
 
 class Follower(threading.Thread):
-    """Brings an MLflow run to the state of a training, in attempts that may fail. It never prints: a thread that holds
-    a stream's lock when Python ends makes it crash. trouble: what the last attempt failed of."""
+    """Brings an MLflow run to the state of a training, in attempts that may fail. It prints no trouble itself: a
+    thread that holds a stream's lock when Python ends makes it crash. trouble: what the last attempt failed of."""
 
     def __init__(
         self, study: Study, layout: Layout, state: Path, run: str | None, seed: int | None, every: float
@@ -178,7 +178,7 @@ class Follower(threading.Thread):
     def _open(self, uri: str) -> None:
         """Make the runs, or find them again: a student's parent, which has its own curves only with `track`, and the
         training's."""
-        with one_at_a_time(uri, self.layout.track, patience=0):
+        with one_at_a_time(uri, self.layout.track):
             client = connect(uri)
             experiment = open_experiment(client, self.study.name, self.study.title)
             common = {"study_hash": self.study.key("report"), FOLDER: str(self.layout.root.resolve()), STATE: "live"}

@@ -96,7 +96,7 @@ def _begun_teacher(study: Study, layout: Layout, made: dict[str, Any]) -> Record
 def _teacher(study: Study, layout: Layout) -> Record:
     card = read_card(layout.teacher, study, "teacher")
     record = _begun_teacher(study, layout, card)
-    _finish(record, layout, card)
+    _finish(record, study, layout, card)
     for row in _rows(layout.scores(None, None), "calibration"):
         # The teacher's score stands beside the students'; real against real is what no sampler can beat.
         own = row["run"] == "teacher"
@@ -126,7 +126,7 @@ def _seed(study: Study, layout: Layout, run: str, seed: int) -> Record:
     card = read_card(layout.student(run, seed), study, "student", run, seed)
     record = _begun_seed(study, layout, run, seed, card)
     record.params |= _sections(study.settings("scores", run), "sampling", "scores")
-    history = _finish(record, layout, card, run, seed)
+    history = _finish(record, study, layout, card, run, seed)
     seconds = {line["step"]: line["seconds"] for line in history} | {0: 0.0}
     main = study.students[run].ema_rate
     for row in _rows(layout.scores(run, seed), f"scores --run {run} --seed {seed}"):
@@ -218,13 +218,13 @@ def _report(study: Study, layout: Layout) -> Record:
 
 
 def _finish(
-    record: Record, layout: Layout, card: dict[str, Any], run: str | None = None, seed: int | None = None
+    record: Record, study: Study, layout: Layout, card: dict[str, Any], run: str | None = None, seed: int | None = None
 ) -> list[dict[str, Any]]:
     """Add what a finished training left: its end, curves, cost and files. Returns its history."""
     folder = layout.teacher if run is None or seed is None else layout.student(run, seed)
     options = "" if run is None else f" --run {run} --seed {seed}"
     history = read_history(folder / "history.jsonl", card["stage"] + options)
-    scores = read_json(layout.card("scores", run, seed), "calibration" if run is None else f"scores{options}")
+    scores = read_card(layout.scores(run, seed), study, "scores", run, seed)
     record.digest = _digest([card["key"], card["outputs"], scores["key"], scores["outputs"]])
     record.ended = _training_time(card)[1]
     cost = [Point(f"cost/{name}", float(value), record.ended, 0) for name, value in sorted(card["measured"].items())]

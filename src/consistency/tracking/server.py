@@ -164,7 +164,7 @@ def _sqlite_file(uri: str) -> Path:
     return Path(uri.removeprefix("sqlite:///").partition("?")[0])
 
 
-def one_at_a_time(uri: str, folder: Path, patience: float) -> AbstractContextManager[None]:
+def one_at_a_time(uri: str, folder: Path, patience: float = 600.0) -> AbstractContextManager[None]:
     """Hold a lock beside a SQLite file, whose schema two processes must not make at once; else in the study's folder.
     Raises UserError if another upload holds it for longer than patience (seconds), or it cannot be made."""
     database = _sqlite_file(uri)

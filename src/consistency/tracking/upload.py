@@ -31,8 +31,6 @@ from consistency.tracking.server import (
     without_credentials,
 )
 
-PATIENCE = 600.0  # seconds to wait for another upload into the same place
-
 
 def track_study(study: Study, layout: Layout) -> None:
     """Upload the finished study to MLFLOW_TRACKING_URI (default: mlflow.db here), register its students as models, and
@@ -46,7 +44,7 @@ def track_study(study: Study, layout: Layout) -> None:
     common = {"study_hash": study.key("report"), FOLDER: str(layout.root.resolve())}
     ids: dict[str, str] = {}
     new = 0
-    with one_at_a_time(uri, layout.track, PATIENCE), readable_errors(uri):
+    with one_at_a_time(uri, layout.track), readable_errors(uri):
         client = connect(uri)
         experiment = open_experiment(client, study.name, study.title)
         known = find_runs(client, experiment)
