@@ -50,8 +50,8 @@ def test_gaussian_coefficients_in_closed_form() -> None:
     l, s = teacher.coefficients(TIMES)
     assert bool((abs(fit.l - l.numpy()) < 5 * fit.l_se).all())
     assert bool((abs(fit.s - s.numpy()) < 1e-3 + 5 * fit.s_se).all())
-    assert abs(fit.l / l.numpy() - 1).max() < 0.04
-    assert abs(fit.s - s.numpy()).max() < 0.04
+    assert abs(fit.l / l.numpy() - 1).max() < 0.06
+    assert abs(fit.s - s.numpy()).max() < 0.06
     assert bool(fit.determined.all())
 
 

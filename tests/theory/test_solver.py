@@ -151,7 +151,7 @@ def test_churn_keeps_the_marginals(deviation: float, right: bool) -> None:
     churn = Churn(20, 0.05, 50, deviation)
     end = stochastic_heun(TEACHER, x, [*rho_grid(200, 0.002, 20.0).tolist(), 0.0], churn, noise_of(1, count))
     off = (end.var(0) / TEACHER.variances - 1).abs().max()
-    assert (off < 0.02) == right
+    assert (off < 0.035) == right
 
 
 def test_each_step_costs_two_evaluations_and_the_last_one() -> None:
