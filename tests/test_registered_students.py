@@ -60,7 +60,7 @@ def client(layout: Layout, monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 def register(client: Any, study: Study, layout: Layout) -> dict[str, str]:
-    experiment = server.open_experiment(client, study.name, study.title, server.tracking_uri())
+    experiment = server.open_experiment(client, study.name, study.title)
     run = client.create_run(experiment)
     runs = {f"{name} seed {SEED}": run.info.run_id for name in study.students}
     return registry.register_students(client, study, layout, runs)
