@@ -17,7 +17,7 @@ def consistency(checkout: Checkout, *words: str) -> str:
     """Run a verb in a checkout, which must end well. Returns what it printed."""
     command = [sys.executable, "-m", "consistency", *words]
     environment = checkout.environment | {"PYTHONPATH": str(checkout.path / "src")}
-    done = subprocess.run(command, cwd=checkout.path, env=environment, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, cwd=checkout.path, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
