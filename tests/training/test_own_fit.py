@@ -133,8 +133,8 @@ def test_the_fit_of_an_exact_denoiser_is_the_closed_form() -> None:
     images, noise = draws(8192)
     times, l, s = diagonal_fit(exact(), images, None, noise, TIMES, 1000)
     assert torch.equal(times, TIMES)
-    torch.testing.assert_close(l, gaussian_fit()[1], rtol=0.08, atol=0)
-    torch.testing.assert_close(s, gaussian_fit()[2], rtol=0, atol=0.08)
+    torch.testing.assert_close(l, gaussian_fit()[1], rtol=0.05, atol=0)
+    torch.testing.assert_close(s, gaussian_fit()[2], rtol=0, atol=0.05)
 
 
 def refits(student: Denoiser, average: Denoiser, count: int = 256) -> Refits:
