@@ -61,7 +61,7 @@ def test_the_profile_as_it_comes_is_submitted(answer: Answer, profile: Path) -> 
 @pytest.mark.parametrize(
     ("before", "after", "message"),
     [
-        ('"cpu"', '"main"', "rule dataset asks for partition main; this cluster has cpu, gpu, short"),
+        ('"cpu"', '"main"', "default-resources asks for partition main; there are cpu, gpu, short"),
         ('student:\n    slurm_partition: "gpu"', 'student:\n    slurm_partition: "short"',
          "rule student asks for 1440 minutes, but partition short gives 60 at most: lower its runtime"),
         # The third attempt asks for three times as much.
@@ -84,6 +84,14 @@ def test_several_partitions_and_expressions_are_left_to_slurm(answer: Answer, pr
     require_cluster()
 
 
+def test_lists_are_left_to_slurm_and_defaults_are_checked(answer: Answer, profile: Path) -> None:
+    profile.write_text("default-resources:\n  - slurm_partition=main\nset-resources:\n  - student:runtime=60\n")
+    require_cluster()
+    profile.write_text("default-resources:\n  slurm_partition: main\n")
+    with pytest.raises(UserError, match="default-resources asks for partition main"):
+        require_cluster()
+
+
 def test_the_profile_of_the_environment_is_read(answer: Answer, profile: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     profile.write_text(profile.read_text().replace('"cpu"', '"main"'))
     monkeypatch.setattr("sys.argv", ["snakemake", "--cores", "all"])
@@ -99,11 +107,14 @@ def test_a_machine_without_slurm(answer: Answer, profile: Path, tmp_path: Path) 
         require_cluster()
 
 
-def test_a_controller_that_is_down(answer: Answer, profile: Path) -> None:
+def test_a_controller_that_is_down(answer: Answer, profile: Path, tmp_path: Path) -> None:
     answer("sinfo", "slurm_load_partitions: Unable to contact slurm controller\n(connect failure)\n", 1)
     with pytest.raises(
         UserError, match=r"does not answer \(slurm_load_partitions: Unable .* \(connect failure\)\): try"
     ):
+        require_cluster()
+    (tmp_path / "bin/sinfo").unlink()
+    with pytest.raises(UserError, match=r"does not answer \(.*sinfo.*\): try"):
         require_cluster()
 
 

@@ -28,9 +28,11 @@ def require_cluster() -> None:
 
 def partition_limits() -> dict[str, float]:
     """The partitions that this user may see, with their time limits in minutes. Raises UserError without an answer."""
-    done = subprocess.run(["sinfo", "--noheader", "--format=%R %l"], capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise UserError(f"Slurm does not answer ({' '.join(done.stderr.split())}): try again when `sinfo` does")
+    try:
+        done = subprocess.run(["sinfo", "-h", "-o", "%R %l"], capture_output=True, text=True, check=True, timeout=60)
+    except (OSError, subprocess.SubprocessError) as error:
+        said = " ".join(str(getattr(error, "stderr", "") or error).split())
+        raise UserError(f"Slurm does not answer ({said}): try again when `sinfo` does") from None
     return {name: minutes_of(limit) for name, limit in map(str.split, done.stdout.splitlines())}
 
 
@@ -44,17 +46,19 @@ def minutes_of(limit: str) -> float:
 def require_possible(profile: Path, limits: dict[str, float]) -> None:
     """Raise UserError for a partition of the profile that is not there, or that is shorter than a rule's last attempt.
 
-    What is an expression, but for `60 * attempt`, is left to Slurm.
+    What is an expression, but for `60 * attempt`, or a list of name=value, is left to Slurm.
     """
-    settings = yaml.safe_load(profile.read_text())
-    for rule, resources in settings.get("set-resources", {}).items():
-        asked = {"slurm_partition": "", "runtime": ""} | settings.get("default-resources", {}) | resources
+    settings = yaml.safe_load(profile.read_text()) or {}
+    parts = [settings.get(key) or {} for key in ("default-resources", "set-resources")]
+    if not all(isinstance(part, dict) for part in parts):  # lists of name=value
+        return
+    for rule, own in [("default-resources", {}), *((f"rule {rule}", own) for rule, own in parts[1].items())]:
+        asked = {"slurm_partition": "", "runtime": ""} | parts[0] | own
         names = [name for name in str(asked["slurm_partition"]).split(",") if re.fullmatch(r"[\w.-]+", name)]
         if missing := set(names) - set(limits):
-            there = ", ".join(limits)
-            raise UserError(f"{profile}: rule {rule} asks for partition {min(missing)}; this cluster has {there}")
+            raise UserError(f"{profile}: {rule} asks for partition {min(missing)}; there are {', '.join(limits)}")
         minutes = re.fullmatch(r"(\d+)( \* attempt)?", str(asked["runtime"]))
         most = int(minutes[1]) * (1 + settings.get("retries", 0) if minutes[2] else 1) if minutes else 0
         if names and most > (longest := max(limits[name] for name in names)):
             told = f"{most} minutes, but partition {','.join(names)} gives {longest:g} at most"
-            raise UserError(f"{profile}: rule {rule} asks for {told}: lower its runtime, or the job waits for ever")
+            raise UserError(f"{profile}: {rule} asks for {told}: lower its runtime, or the job waits for ever")

@@ -14,11 +14,12 @@ from consistency.errors import UserError
 
 
 @contextmanager
-def held(path: Path, doing: str, patience: float = math.inf, advice: str = "") -> Iterator[None]:
+def held(path: Path, doing: str, patience: float = math.inf, advice: str = "", quiet: bool = False) -> Iterator[None]:
     """Hold a file's lock, which ends with its process, however that ends; the file stays.
 
     doing: what another process does, such as 'is working in FOLDER', for what is said while it is waited for; patience:
-    seconds to wait for that one; advice: the end of the error when the file cannot be written. Raises UserError.
+    seconds to wait for that one; advice: the end of the error when the file cannot be written; quiet: wait without
+    a word. Raises UserError.
     """
     lock, deadline, told = FileLock(path, fallback_to_soft=False), time.monotonic() + patience, False
     try:
@@ -30,7 +31,7 @@ def held(path: Path, doing: str, patience: float = math.inf, advice: str = "") -
             other = f"another process ({_owner(path)}) {doing}"
             if time.monotonic() > deadline:
                 raise UserError(f"{other}: wait for it or stop it")
-            if not told:
+            if not told and not quiet:
                 print(f"{other}: waiting for it", flush=True)
                 told = True
             time.sleep(0.1)

@@ -535,7 +535,7 @@ class Study(Section):
                 return {"dataset": images}
             case "extractor":
                 measured_by = ("extractor", "classifier", "mode", "kid_images")
-                return {"dataset": images, "scores": {key: dump["scores"][key] for key in measured_by}}
+                return {"dataset": images} | {key: dump["scores"][key] for key in measured_by}
             case "teacher":
                 return {"teacher": dump["teacher"]} if isinstance(self.teacher, OfficialTeacher) else base
             case "coefficients":
@@ -776,7 +776,7 @@ def explain(error: ValidationError, model: type[BaseModel], prefix: str = "", co
     if problem["type"] == "value_error":
         return (f"students.{location[1]}: " if student else "") + str(problem["ctx"]["error"])
     if student and len(location) > 2 and location[2] != "[key]":
-        own = content["students"][location[1]] if content else {}
+        own = (content["students"].get(location[1]) or {}) if content else {}
         prefix = f"students.{location[1]}." if location[2] in own else "student."
         location, model = location[2:], Student
     # The member of a union is a step of pydantic's location that the file does not have.

@@ -34,11 +34,16 @@ def run_rules(
 
     It takes $CORES cores (default: all), and is interrupted when whoever called is gone. Others' results are taken as
     they are, and so are other students' than `run`'s, where one is named. Raises UserError when another run is at work
-    in this directory and does not leave in `patience` seconds.
+    in this directory and does not leave in `patience` seconds, and when a run on a cluster was killed.
     """
     lock = _alone(patience)
     snakemake, config = [sys.executable, "-m", "snakemake"], ["--config", f"studies={study}"]
     if LOCKS.is_dir() and any(LOCKS.iterdir()):
+        if os.environ.get("SNAKEMAKE_PROFILE"):
+            raise UserError(
+                "an earlier run was killed, and jobs of it may still be in Slurm's queue: when `squeue --me` has none "
+                "of this directory, run `snakemake --unlock` and then the same command again"
+            )
         print("An earlier run was killed; going on where it stopped.", flush=True)
         words = [*snakemake, "--unlock", "--quiet", "all", *config]
         subprocess.run(words, env=os.environ | {_UNLOCKING: "1"}, check=True)

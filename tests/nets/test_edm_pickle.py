@@ -359,6 +359,7 @@ COPY = b"c_codecs\nencode\nh\x00\x8c\x06latin1\x86R"
         b"}N" + b"\x94h\x00\x86" * 60 + b"Ns.",  # and this would take for ever
         b"\x96" + struct.pack("<Q", 2**35),  # a bytearray
         b"X" + struct.pack("<I", 10**5) + bytes(10**5) + b"\x940(" + COPY * 5000 + b"l.",  # copies of a text
+        b"X" + struct.pack("<I", 10**6) + bytes(10**6) + b"\x940" + b"cnumpy\ndtype\nh\x00R" * 9000 + b".",  # arguments
     ],
 )
 def test_a_program_for_endless_memory_is_refused(tmp_path: Path, program: bytes) -> None:

@@ -33,6 +33,7 @@ _MAX_INSTRUCTIONS = 500_000
 #: EDMPrecond, U-Net, encoder, block and convolution are five
 _MAX_DEPTH = 8
 _MAX_NAME = 64
+_MAX_ARGUMENTS = 8  # of a call; a tensor has 6
 _NETWORKS = {"SongUNet": "songunet", "DhariwalUNet": "adm"}
 
 # What senseless instructions and impossible networks raise.
@@ -187,8 +188,17 @@ def _with_plain_keys(code: int, keys: slice) -> Callable[[_Unpickler], None]:
     return load
 
 
+def _call(self: _Unpickler) -> None:
+    """A call of a stand-in with the few arguments that one takes: of a text, every character would be one."""
+    arguments = self.stack[-1]
+    if type(arguments) is not tuple or len(arguments) > _MAX_ARGUMENTS:
+        raise _Refused("it calls something with what are no arguments")
+    _KNOWN[pickle.REDUCE[0]](self)
+
+
 _LOADERS = {code: _KNOWN[code] for code in (getattr(pickle, name)[0] for name in _INSTRUCTIONS.split())} | {
-    pickle.NEWOBJ[0]: _KNOWN[pickle.REDUCE[0]],  # a class is a function in our table
+    pickle.REDUCE[0]: _call,
+    pickle.NEWOBJ[0]: _call,  # a class is a function in our table
     pickle.BUILD[0]: _Unpickler.build,
     pickle.SETITEM[0]: _with_plain_keys(pickle.SETITEM[0], slice(-2, -1)),
     pickle.SETITEMS[0]: _with_plain_keys(pickle.SETITEMS[0], slice(None, None, 2)),

@@ -178,7 +178,7 @@ class Follower(threading.Thread):
     def _open(self, uri: str) -> None:
         """Make the runs, or find them again: a student's parent, which has its own curves only with `track`, and the
         training's."""
-        with one_at_a_time(uri, self.layout.track):
+        with one_at_a_time(uri, self.layout.track, quiet=True):
             client = connect(uri)
             experiment = open_experiment(client, self.study.name, self.study.title)
             common = {"study_hash": self.study.key("report"), FOLDER: str(self.layout.root.resolve()), STATE: "live"}

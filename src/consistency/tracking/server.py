@@ -164,12 +164,12 @@ def _sqlite_file(uri: str) -> Path:
     return Path(uri.removeprefix("sqlite:///").partition("?")[0])
 
 
-def one_at_a_time(uri: str, folder: Path, patience: float = 600.0) -> AbstractContextManager[None]:
+def one_at_a_time(uri: str, folder: Path, patience: float = 600.0, quiet: bool = False) -> AbstractContextManager[None]:
     """Hold a lock beside a SQLite file, whose schema two processes must not make at once; else in the study's folder.
     Raises UserError if another upload holds it for longer than patience (seconds), or it cannot be made."""
     database = _sqlite_file(uri)
     path = database.with_name(f"{database.name}-lock") if uri.startswith("sqlite:") else folder / ".lock"
-    return held(path, f"uploads to MLflow and holds {path}", patience, "; mend that or set MLFLOW_TRACKING_URI")
+    return held(path, f"uploads to MLflow and holds {path}", patience, "; mend that or set MLFLOW_TRACKING_URI", quiet)
 
 
 # --- errors
