@@ -50,9 +50,17 @@ class Dataset(Section):
         "`celeba`: img_align_celeba, a folder or a zip, and list_eval_partition.txt in or beside it; "
         "`edm_zip`: the zip of PNGs with dataset.json that EDM's dataset tool writes."
     )
-    path: str | None = Field(None, description="A folder, zip or tar; relative paths start at the project's root.")
-    split: Name = Field("train", description="The part to read; cifar10: `train`, `test`; celeba: `valid` too.")
-    resolution: Count = Field(description="Side of the square images, pixels; others are cropped and resized.")
+    path: str | None = Field(
+        None, description="Where the images are: a folder, zip or tar; relative paths start at the project's root."
+    )
+    split: Name = Field(
+        "train",
+        description="Which part to read: of an image folder any, of cifar10 `train` or `test`, of celeba `train`, "
+        "`valid` or `test`.",
+    )
+    resolution: Count = Field(
+        description="Side of the square images, pixels. Others are cropped (not FFHQ's, which are square) and resized."
+    )
     channels: Literal[1, 3] = Field(description="1 for grey, 3 for RGB.")
     limit: Count | None = Field(None, description="Use only so many images of each class, the first in sorted order.")
     horizontal_flip: bool = Field(False, description="Mirror each training image with probability 1/2.")
@@ -97,7 +105,9 @@ class SongUNet(Section):
     model_channels: Count = Field(128, description="Channels at full resolution before the multiplier.")
     channel_mult: list[Count] = Field([2, 2, 2], min_length=1, description="Channel multiplier of each level.")
     num_blocks: Blocks = Field(4, description="Residual blocks a level; a list: one number for each level.")
-    attn_resolutions: list[Count] = Field([16], description="Resolutions with self-attention, pixels.")
+    attn_resolutions: list[Count] = Field(
+        [16], description="Resolutions with self-attention, pixels; the decoder's first block always has it."
+    )
     dropout: Dropout = Field(0.13, description="Dropout probability; a list: one for each level.")
 
     @model_validator(mode="after")
@@ -211,9 +221,12 @@ class Student(Section):
 
     objective: Literal["trajectory", "endpoint", "consistency"] = Field(
         "trajectory",
-        description="Distillation of trajectories (CTM + DSM) or endpoints (CM), or training without one (iCT, ECT).",
+        description="Trajectory distillation (CTM + DSM), endpoint distillation (CM), or consistency training, which "
+        "needs no teacher (iCT, ECT).",
     )
-    preconditioning: Literal["cm", "bcm", "ctm", "analytic", "analytic-forward"] = Field("ctm", description="f and g.")
+    preconditioning: Literal["cm", "bcm", "ctm", "analytic", "analytic-forward"] = Field(
+        "ctm", description="f(t,s) and g(t,s)."
+    )
     fit: Literal["teacher", "data", "average"] = Field(
         "teacher",
         description="What the analytic l_t and s_t are fitted from: the teacher, before any student; the mean and "
@@ -221,35 +234,53 @@ class Student(Section):
         "(needs dsm_weight). The last two are ours, for consistency training.",
     )
     nodes: Annotated[int, Field(ge=2)] = Field(18, description="Nodes N of the time grid.")
-    max_heun_steps: Count | None = Field(None, description="Most teacher steps n, by default N-1; P(n) is as n.")
+    max_heun_steps: Count | None = Field(
+        None, description="Largest number n of teacher steps, at most N-1 (the default). P(n) is proportional to n."
+    )
     distance: Literal["pseudo_huber", "l2", "euclidean", "lpips"] = Field(
         "pseudo_huber", description="Distance between the two endpoints; `lpips` downloads the weights of VGG16."
     )
     coupling: Literal["ic", "ot", "gc"] = Field(
-        "ic", description="How data and noise meet: independently, by assignment in the batch, or on generated flows."
+        "ic",
+        description="How data and noise meet (consistency only): independently, by exact assignment in the batch, or "
+        "on flows that the student's average induces.",
     )
-    mu: Annotated[float, Field(ge=0, le=1)] = Field(0.5, description="Probability of a generated image in gc.")
-    predictor: Literal["average"] | Frozen = Field("average", description="What makes gc's endpoints.")
-    curriculum: Doubling | Shrinking = Field(Doubling(), discriminator="kind", description="Levels that are drawn.")
-    start: Literal["random", "teacher"] = Field("random", description="First weights in consistency training.")
+    mu: Annotated[float, Field(ge=0, le=1)] = Field(
+        0.5, description="Probability that gc replaces an image by a generated one, the paper's mu; the rest is ic."
+    )
+    predictor: Literal["average"] | Frozen = Field(
+        "average", description="What makes gc's endpoints: the student's average, or another student, frozen."
+    )
+    curriculum: Doubling | Shrinking = Field(
+        Doubling(), discriminator="kind", description="Levels of consistency training."
+    )
+    start: Literal["random", "teacher"] = Field(
+        "random", description="First weights in consistency training: drawn by the seed, or the teacher's (ECT)."
+    )
     target: Literal["online", "ema"] = Field(
         "online", description="Weights of the target's inner jump: the student's (CTM's code) or their EMA (paper)."
     )
     dsm_weight: Annotated[float, Field(ge=0)] = Field(
         1.0,
-        description="Weight of the DSM term, which endpoints have not; in consistency training 0 unless given.",
+        description="Weight of the DSM term; none in endpoint distillation; in consistency training 0 unless given.",
     )
     dsm_balance: Literal["fixed", "adaptive"] = Field(
-        "fixed", description="`adaptive`: times the ratio of the two terms' gradient norms at the last layer (CTM)."
+        "fixed",
+        description="`adaptive` multiplies the weight by the ratio of the two terms' gradient norms at the last layer, "
+        "as CTM's code does.",
     )
     optimizer: Literal["radam", "adam", "lion"] = Field("radam", description="Optimiser, without weight decay.")
     steps: Count = Field(description="Optimiser steps.")
     batch: Count = Field(description="Images a step.")
     learning_rate: Positive = Field(4e-4, description="Constant learning rate.")
     ema_rate: Fraction = Field(0.999, description="EMA of target and evaluation, per step.")
-    ema_warm_up: Positive | None = Field(None, description="The rates are at most 1 - step^-ema_warm_up.")
+    ema_warm_up: Positive | None = Field(
+        None, description="The rates are at most 1 - step^-ema_warm_up, so that first weights leave no trace."
+    )
     evaluation_ema: list[Fraction] = Field([], description="Further EMA rates that are kept and scored beside it.")
-    precision: Precision = Field("float32", description="Of the networks in training; losses stay in float32.")
+    precision: Precision = Field(
+        "float32", description="Arithmetic of the networks in training; preconditioning and losses stay in float32."
+    )
     dropout: Dropout = Field(0.0, description="Dropout of the student's network; a list: one for each level.")
     snapshot_every: Count = Field(description="Steps between snapshots of the EMA, the points of the learning curves.")
     log_every: Count = Field(50, description="Steps a line of history.jsonl; the state is saved at these steps.")
@@ -357,9 +388,13 @@ class Sampling(Section):
 
     count: Count = Field(description="Images a sampler, from seeds 0 to count-1.")
     nfe: list[Count] = Field([1, 2, 3, 5, 8], min_length=1, description="Numbers of jumps.")
-    gamma: list[Annotated[float, Field(gt=0, le=1)]] = Field([], description="Further samplers; 1 is CM's multistep.")
+    gamma: list[Annotated[float, Field(gt=0, le=1)]] = Field(
+        [], description="Further samplers with fresh noise between jumps; 1 is CM's multistep sampler."
+    )
     gamma_nfe: list[Count] = Field([2], description="Numbers of jumps of the gamma samplers.")
-    precision: Precision = Field("float32", description="Of the networks; with churn the sampler's state is float64.")
+    precision: Precision = Field(
+        "float32", description="Arithmetic of the networks; with churn the sampler's state is float64."
+    )
     batch: Count = Field(512, description="Images an evaluation (changes nothing but speed and memory).")
 
 
@@ -368,7 +403,9 @@ class Calibration(Section):
 
     steps: Annotated[int, Field(ge=2)] = Field(18, description="Heun steps N of the teacher, NFE 2N-1.")
     churn: Churn | None = Field(None, description="Added noise of the teacher's sampler; without: the ODE.")
-    published_fid: Positive | None = Field(None, description="The teacher's; if ours is off it, the study stops.")
+    published_fid: Positive | None = Field(
+        None, description="The teacher's published FID. If ours is off, the study stops before any student is trained."
+    )
     tolerance: Positive = Field(0.1, description="By how much it may be off, FID.")
 
 
@@ -387,9 +424,11 @@ class Scores(Section):
 
     extractor: Literal["classifier", "inception"] = Field(
         "inception",
-        description="Features of FD and KID: Inception's (FID) or the dataset's classifier's (not FID).",
+        description="Features of FD and KID: Inception (this is FID) or the dataset's classifier (not FID).",
     )
-    mode: Literal["legacy_tensorflow", "clean"] = Field("legacy_tensorflow", description="clean-fid's resizing mode.")
+    mode: Literal["legacy_tensorflow", "clean"] = Field(
+        "legacy_tensorflow", description="clean-fid's resizing mode, for inception."
+    )
     classifier: Classifier = Field(default_factory=Classifier, description="Settings of the classifier.")
     curve_nfe: list[Count] = Field([1, 2, 3], min_length=1, description="Numbers of jumps of the learning curves.")
     curve_count: Count = Field(description="Images a point of the learning curves.")
@@ -407,9 +446,13 @@ class Flows(Section):
     times: Annotated[int, Field(ge=2)] = Field(24, description="Times of the transport cost, a rho grid.")
     toy_steps: Count = Field(4000, description="Optimiser steps of the toy in the plane; 25 s of CPU for 4,000.")
     toy_seeds: list[Annotated[int, Field(ge=0)]] = Field([0], min_length=1, description="Seeds of the toy.")
-    pairs: Annotated[int, Field(ge=2)] = Field(4096, description="Pairs of the toy's velocity discrepancy, a time.")
+    pairs: Annotated[int, Field(ge=2)] = Field(
+        4096, description="Pairs of the velocity discrepancy on the toy's data, each of 4 times."
+    )
     intervals: Annotated[int, Field(ge=10)] = Field(1280, description="The finest grid of the theorem, from 10 on.")
-    discrepancy: list[Name] = Field([], description="Students whose R_t is measured on images, by denoisers.")
+    discrepancy: list[Name] = Field(
+        [], description="Students for whose coupling a denoiser is trained, to measure R_t on the images (first seed)."
+    )
     denoiser_steps: Count = Field(6000, description="Optimiser steps of each.")
     denoiser_batch: Count = Field(256, description="Images a step.")
     denoiser_learning_rate: Positive = Field(1e-3, description="Adam's learning rate.")
@@ -422,7 +465,9 @@ class Report(Section):
     baseline: dict[Literal["trajectory", "endpoint", "consistency"], Name] = Field(
         {}, description="The student against which each objective's speed-up is measured."
     )
-    against: dict[Name, Name] = Field({}, description="Students measured against another one than their baseline.")
+    against: dict[Name, Name] = Field(
+        {}, description="Students measured against another one than their objective's baseline."
+    )
     grid_nfe: list[Count] = Field([1, 2, 5], min_length=1, description="Numbers of jumps of the sample grids.")
     bootstrap: Count = Field(2000, description="Resamples of the intervals.")
 
@@ -431,10 +476,14 @@ class Compute(Section):
     """How the machine is used. Nothing here is part of a result's key: it may change in the middle of a training,
     and then alters the last bits of what follows, no more."""
 
-    batch_per_device: Count | None = Field(None, description="Images at once; the rest of the batch accumulates.")
+    batch_per_device: Count | None = Field(
+        None, description="Images a device at once; the study's batch is kept by accumulation. Without: all at once."
+    )
     channels_last: bool = Field(False, description="Memory layout NHWC inside the networks, faster on GPUs.")
     compile: bool = Field(False, description="Compile the networks with torch.compile: minutes at first, then faster.")
-    data_on_device: bool | None = Field(None, description="Dataset in GPU memory; without: if below a 16th of it.")
+    data_on_device: bool | None = Field(
+        None, description="Keep the whole dataset in the GPU's memory. Without: if it takes less than a 16th of it."
+    )
 
 
 class Study(Section):
@@ -444,7 +493,9 @@ class Study(Section):
     title: str = Field("", description="A heading for the report.")
     dataset: Dataset
     noise: Noise = Field(default_factory=Noise)
-    teacher: Teacher | OfficialTeacher | NoTeacher = Field(discriminator="kind", description="The EDM denoiser.")
+    teacher: Teacher | OfficialTeacher | NoTeacher = Field(
+        discriminator="kind", description="The EDM denoiser that is distilled, or that students are measured against."
+    )
     coefficients: Coefficients = Field(default_factory=Coefficients)
     student: dict[str, Any] = Field(description="Values that all students share; the fields of Student.")
     varies: list[str] = Field(["preconditioning"], description="The keys in which two students may differ.")
