@@ -66,6 +66,14 @@ def test_a_killed_run_is_unlocked(started: list[list[str]]) -> None:
     assert "--unlock" in started[0] and "--unlock" not in started[1]
 
 
+def test_a_cluster_is_unlocked_by_hand(started: list[list[str]], monkeypatch: pytest.MonkeyPatch) -> None:
+    leave_a_lock()
+    monkeypatch.setenv("SNAKEMAKE_PROFILE", "slurm")
+    with pytest.raises(UserError, match="when `squeue --me` has none of this directory, run `snakemake --unlock`"):
+        run_rules("tiny", None, [], None)
+    assert started == []
+
+
 def test_another_run_is_not_disturbed(started: list[list[str]], capsys: pytest.CaptureFixture[str]) -> None:
     leave_a_lock()
     other = subprocess.Popen([sys.executable, "-c", OTHER], env=os.environ | {"PYTHONPATH": SOURCE})
