@@ -142,11 +142,11 @@ def _job(study: Study, stage: str, run: str | None = None, seed: int | None = No
     return {
         "settings": study.key(stage, run, seed),
         "code": code_digest(stage),
-        "downloads": {name: find(name).sha256 for name in _downloads(study, stage, run)},
+        "downloads": {name: find(name).sha256 for name in downloads(study, stage, run)},
     }
 
 
-def _downloads(study: Study, stage: str, run: str | None) -> Iterator[str]:
+def downloads(study: Study, stage: str, run: str | None) -> Iterator[str]:
     """The resources that a job opens."""
     if stage == "dataset" and study.dataset.kind == "cifar10" and study.dataset.path is None:
         yield "cifar-10-python.tar.gz"

@@ -1,3 +1,4 @@
+# extractor, calibration and scores take from it what they do not say themselves.
 rule coefficients:
     input:
         "results/{study}/dataset/images.npy",
@@ -16,8 +17,7 @@ rule coefficients:
         runtime=240,
         gpu=0,
     params:
-        key=key("coefficients"),
-        code=code("coefficients"),
+        **made_by("coefficients"),
     shell:
-        "python -m consistency coefficients --study config/studies/{wildcards.study}.yaml --threads {threads}"
-        " 2>&1 | tee -i {log}"
+        "python -m consistency {params.verb} --study config/studies/{wildcards.study}.yaml"
+        " {params.student} --threads {threads} 2>&1 | tee -i {log}"

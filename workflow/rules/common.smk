@@ -19,6 +19,7 @@ os.environ.update(PYTHONPATH=SOURCE, PATH=PATH, CONSISTENCY_SUPERVISOR=SUPERVISO
 from consistency.cluster import require_cluster
 from consistency.code import code_digest
 from consistency.errors import UserError
+from consistency.plan import downloads
 from consistency.resources import registry, resource_path
 from consistency.study import OfficialTeacher, Student, Study, load_study
 from consistency.workflow import join_run
@@ -84,23 +85,21 @@ def student_of(wildcards) -> Student:
     return study.students[wildcards.run]
 
 
-def key(stage: str):
-    """A parameter that changes, and makes its job run again, exactly when a setting the stage depends on does."""
+def made_by(stage: str, verb: str | None = None) -> dict:
+    """The parameters of a rule: the words of its command, and two that change, and make its jobs run again, exactly when
+    a setting or code does that the stage depends on."""
 
-    def of(wildcards) -> str:
+    def key(wildcards) -> str:
         seed = wildcards.get("seed")
         return study_of(wildcards).key(stage, wildcards.get("run"), None if seed is None else int(seed))
 
-    return of
-
-
-def code(stage: str):
-    """A parameter that changes exactly when code does that the stage's result depends on."""
-
-    def of(wildcards) -> str:
+    def code(wildcards) -> str:
         return code_digest(stage)
 
-    return of
+    def student(wildcards) -> str:
+        return f"--run {wildcards.run} --seed {wildcards.seed}" if "run" in wildcards.keys() else ""
+
+    return {"key": key, "code": code, "verb": verb or stage, "student": student}
 
 
 def environment(wildcards) -> str | None:
@@ -109,31 +108,26 @@ def environment(wildcards) -> str | None:
     return "consistency-distillation" if wanted else None
 
 
-def archive_if_used(wildcards) -> list[str]:
-    """CIFAR-10's archive, for a study that reads it and does not say where it is."""
-    dataset = study_of(wildcards).dataset
-    used = dataset.kind == "cifar10" and dataset.path is None
-    return [str(resource_path("cifar-10-python.tar.gz"))] if used else []
+def downloads_of(stage: str):
+    """Input function: the downloads that a job of the stage opens."""
+
+    def of(wildcards) -> list[str]:
+        return [str(resource_path(name)) for name in downloads(study_of(wildcards), stage, wildcards.get("run"))]
+
+    return of
 
 
-def teacher_sources(wildcards) -> list[str]:
-    """The dataset, for a teacher that is trained; the official checkpoint, for one that is converted."""
-    study = study_of(wildcards)
-    if isinstance(study.teacher, OfficialTeacher):
-        return [str(resource_path(study.teacher.checkpoint))]
-    return [f"results/{study.name}/dataset/{name}" for name in ("images.npy", "labels.npy", "dataset.json")]
+def teacher_data(wildcards) -> list[str]:
+    """The dataset, for a teacher that is trained and not converted."""
+    if isinstance(study_of(wildcards).teacher, OfficialTeacher):
+        return []
+    return expand(rules.dataset.output[:3], study=wildcards.study)
 
 
-def vgg_if_used(wildcards) -> list[str]:
-    """VGG16's weights, for a student whose distance is LPIPS."""
-    used = student_of(wildcards).distance == "lpips"
-    return [str(resource_path("vgg16-397923af.pth"))] if used else []
-
-
-def coefficients_if_fitted(wildcards) -> list[str]:
-    """The coefficients, for a student whose preconditioning reads them."""
-    fitted = student_of(wildcards).needs_coefficients
-    return [f"results/{wildcards.study}/coefficients/coefficients.npz"] if fitted else []
+def coefficients_if_read(wildcards) -> list[str]:
+    """The coefficients, for a student that reads them, or for a study that has one."""
+    reader = student_of(wildcards) if "run" in wildcards.keys() else study_of(wildcards)
+    return expand(rules.coefficients.output[0], study=wildcards.study) if reader.needs_coefficients else []
 
 
 def predictor_if_frozen(wildcards) -> list[str]:
@@ -146,46 +140,28 @@ def predictor_if_frozen(wildcards) -> list[str]:
     return [f"{folder}/student.safetensors" if frozen.step is None else f"{folder}/snapshots"]
 
 
-def inception_if_used(wildcards) -> list[str]:
-    """Inception's weights, for a study that scores with them."""
-    used = study_of(wildcards).scores.extractor == "inception"
-    return [str(resource_path("inception-2015-12-05.pt"))] if used else []
-
-
 def every_score(wildcards) -> list[str]:
     """The score tables of all students and seeds."""
     study = study_of(wildcards)
-    return [f"results/{study.name}/scores/{run}/seed{seed}.csv" for run in study.students for seed in study.seeds]
+    return expand(rules.scores.output[0], study=study.name, run=study.students, seed=study.seeds)
 
 
 def every_coupled_student(wildcards) -> list[str]:
     """The students of consistency training, for a study that measures what their couplings do."""
     study = study_of(wildcards)
     runs = study.coupled if study.flows else []
-    return [
-        f"results/{study.name}/students/{run}/seed{seed}/student.safetensors" for run in runs for seed in study.seeds
-    ]
+    return expand(rules.student.output[0], study=study.name, run=runs, seed=study.seeds)
 
 
 def snapshots_that_carry(wildcards) -> list[str]:
     """The snapshots whose own coefficients the report shows."""
     study = study_of(wildcards)
-    folder = f"results/{study.name}/students"
-    return [f"{folder}/{run}/seed{study.seeds[0]}/snapshots" for run in study.carrying]
+    return expand(rules.student.output[3], study=study.name, run=study.carrying, seed=study.seeds[0])
 
 
 def flows_if_measured(wildcards) -> list[str]:
     """The measures of the couplings, for a study that asks for them."""
-    names = (
-        ("transport.csv", "discrepancy.csv", "toy.npz", "plane.csv", "limit.csv") if study_of(wildcards).flows else ()
-    )
-    return [f"results/{wildcards.study}/flows/{name}" for name in names]
-
-
-def coefficients_if_needed(wildcards) -> list[str]:
-    """The coefficients, for a study with an analytically preconditioned student."""
-    needed = study_of(wildcards).needs_coefficients
-    return [f"results/{wildcards.study}/coefficients/coefficients.npz"] if needed else []
+    return expand(rules.flows.output[:5], study=wildcards.study) if study_of(wildcards).flows else []
 
 
 def before_start() -> None:

@@ -1,6 +1,6 @@
 rule dataset:
     input:
-        archive_if_used,
+        downloads_of("dataset"),
     output:
         "results/{study}/dataset/images.npy",
         "results/{study}/dataset/labels.npy",
@@ -17,8 +17,7 @@ rule dataset:
         mem_mb=4000,
         runtime=720,
     params:
-        key=key("dataset"),
-        code=code("dataset"),
+        **made_by("dataset"),
     shell:
         "python -m consistency dataset --study config/studies/{wildcards.study}.yaml --threads {threads}"
         " 2>&1 | tee -i {log}"

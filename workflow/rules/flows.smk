@@ -4,7 +4,7 @@ rule flows:
         "results/{study}/dataset/images.npy",
         "results/{study}/teacher/teacher.safetensors",
         every_coupled_student,
-        coefficients_if_needed,
+        coefficients_if_read,
     output:
         "results/{study}/flows/transport.csv",
         "results/{study}/flows/discrepancy.csv",
@@ -23,8 +23,7 @@ rule flows:
         runtime=1440,
         gpu=0,
     params:
-        key=key("flows"),
-        code=code("flows"),
+        **made_by("flows"),
     shell:
         "python -m consistency flows --study config/studies/{wildcards.study}.yaml --threads {threads}"
         " --job-minutes {resources.runtime} 2>&1 | tee -i {log}"

@@ -1,13 +1,9 @@
-localrules:
-    report,
-
-
 rule report:
     input:
         "results/{study}/scores/calibration.csv",
         "results/{study}/samples/teacher/heun.npy",
         every_score,
-        coefficients_if_needed,
+        coefficients_if_read,
         flows_if_measured,
         snapshots_that_carry,
     output:
@@ -33,13 +29,13 @@ rule report:
         "logs/{study}/report.log",
     benchmark:
         "logs/{study}/report.tsv"
+    localrule: True
     conda:
         environment
     resources:
         mem_mb=4000,
         runtime=60,
     params:
-        key=key("report"),
-        code=code("report"),
+        **made_by("report"),
     shell:
         "python -m consistency report --study config/studies/{wildcards.study}.yaml 2>&1 | tee -i {log}"

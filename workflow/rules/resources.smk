@@ -1,7 +1,3 @@
-localrules:
-    resource,
-
-
 rule resource:
     output:
         "resources/{name}",
@@ -9,6 +5,7 @@ rule resource:
         "logs/resources/{name}.log",
     wildcard_constraints:
         name=RESOURCES,
+    localrule: True
     conda:
         environment
     shell:

@@ -1,5 +1,5 @@
 # What was drawn lies under state/ until all is done: an interrupted job goes on where it stopped.
-rule teacher_samples:
+use rule teacher as teacher_samples with:
     input:
         "results/{study}/teacher/teacher.safetensors",
     output:
@@ -9,46 +9,19 @@ rule teacher_samples:
         "logs/{study}/samples/teacher.log",
     benchmark:
         "logs/{study}/samples/teacher.tsv"
-    conda:
-        environment
-    resources:
-        mem_mb=16000,
-        runtime=1440,
-        gpu=0,
-        gres="",
-        nodes=1,
     params:
-        key=key("samples"),
-        code=code("samples"),
-    shell:
-        "python -m consistency samples --study config/studies/{wildcards.study}.yaml --threads {threads}"
-        " --processes {resources.gpu} --gres '{resources.gres}' --nodes {resources.nodes}"
-        " --job-minutes {resources.runtime} 2>&1 | tee -i {log}"
+        **made_by("samples"),
 
 
-rule samples:
+use rule teacher as samples with:
     input:
         "results/{study}/students/{run}/seed{seed}/student.safetensors",
-        coefficients_if_fitted,
+        coefficients_if_read,
     output:
         directory("results/{study}/samples/{run}/seed{seed}"),
     log:
         "logs/{study}/samples/{run}-seed{seed}.log",
     benchmark:
         "logs/{study}/samples/{run}-seed{seed}.tsv"
-    conda:
-        environment
-    resources:
-        mem_mb=16000,
-        runtime=1440,
-        gpu=0,
-        gres="",
-        nodes=1,
     params:
-        key=key("samples"),
-        code=code("samples"),
-    shell:
-        "python -m consistency samples --study config/studies/{wildcards.study}.yaml"
-        " --run {wildcards.run} --seed {wildcards.seed} --threads {threads}"
-        " --processes {resources.gpu} --gres '{resources.gres}' --nodes {resources.nodes}"
-        " --job-minutes {resources.runtime} 2>&1 | tee -i {log}"
+        **made_by("samples"),

@@ -1,6 +1,8 @@
+# student, teacher_samples and samples take from it what they do not say themselves.
 rule teacher:
     input:
-        teacher_sources,
+        teacher_data,
+        downloads_of("teacher"),
     output:
         "results/{study}/teacher/teacher.safetensors",
         "results/{study}/teacher/history.jsonl",
@@ -13,14 +15,13 @@ rule teacher:
         environment
     resources:
         mem_mb=16000,
-        runtime=720,
+        runtime=1440,
         gpu=0,
         gres="",
         nodes=1,
     params:
-        key=key("teacher"),
-        code=code("teacher"),
+        **made_by("teacher"),
     shell:
-        "python -m consistency teacher --study config/studies/{wildcards.study}.yaml --threads {threads}"
-        " --processes {resources.gpu} --gres '{resources.gres}' --nodes {resources.nodes}"
-        " --job-minutes {resources.runtime} 2>&1 | tee -i {log}"
+        "python -m consistency {params.verb} --study config/studies/{wildcards.study}.yaml"
+        " {params.student} --threads {threads} --processes {resources.gpu} --gres '{resources.gres}'"
+        " --nodes {resources.nodes} --job-minutes {resources.runtime} 2>&1 | tee -i {log}"

@@ -1,7 +1,3 @@
-localrules:
-    track,
-
-
 rule track:
     input:
         "results/{study}/report/report.html",
@@ -12,6 +8,7 @@ rule track:
         "logs/{study}/track.log",
     benchmark:
         "logs/{study}/track.tsv"
+    localrule: True
     conda:
         environment
     shell:
