@@ -50,9 +50,22 @@ def _same_draws_in_any_order() -> None:
     torch.manual_seed(SEED)
 
 
+@pytest.fixture
+def handlers() -> Iterator[None]:
+    """main() sets a handler of SIGTERM and the number of threads; the tests' own come back."""
+    handler, threads = signal.getsignal(signal.SIGTERM), torch.get_num_threads()
+    yield
+    signal.signal(signal.SIGTERM, handler)
+    torch.set_num_threads(threads)
+
+
 def changed(changes: Changes) -> dict[str, Any]:
     """The tiny study as plain data, with dotted keys replaced."""
-    content: dict[str, Any] = copy.deepcopy(TINY)
+    return put(copy.deepcopy(TINY), changes)
+
+
+def put(content: dict[str, Any], changes: Changes) -> dict[str, Any]:
+    """Replace dotted keys in plain data, or take them out. Returns it."""
     for dotted, value in changes.items():
         *parents, last = dotted.split(".")
         section = content

@@ -1,21 +1,17 @@
 """Bad input through the command line: one clear line, exit code 2, and nothing that was finished is lost."""
 
 import hashlib
-import pickle
 import shutil
-import signal
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
-import torch
 import yaml
-from PIL import Image
-from safetensors.torch import save_file
+from tests.conftest import changed
 
 from consistency.__main__ import main
+
+pytestmark = pytest.mark.usefixtures("handlers")
 
 ROOT = Path(__file__).parents[1]
 STUDENT = ("--run", "ctm", "--seed", "0")
@@ -42,14 +38,7 @@ class Project:
 
     def change(self, changes: dict[str, Any]) -> None:
         """Set dotted keys of the study."""
-        content = yaml.safe_load(self.study.read_text())
-        for dotted, value in changes.items():
-            *parents, last = dotted.split(".")
-            section = content
-            for parent in parents:
-                section = section.setdefault(parent, {})
-            section[last] = value
-        self.study.write_text(yaml.safe_dump(content, sort_keys=False))
+        self.study.write_text(yaml.safe_dump(changed(changes), sort_keys=False))
 
     def run(self, verb: str, *words: str) -> int:
         folders = ("--results", str(self.home / "results"), "--state", str(self.home / "state"))
@@ -74,15 +63,6 @@ class Project:
         return lines[-1]
 
 
-@pytest.fixture(autouse=True)
-def handlers() -> Iterator[None]:
-    """main() sets a handler of SIGTERM and the number of threads; the tests' own come back."""
-    handler, threads = signal.getsignal(signal.SIGTERM), torch.get_num_threads()
-    yield
-    signal.signal(signal.SIGTERM, handler)
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Every result of the tiny study up to the scores."""
@@ -99,54 +79,6 @@ def project(whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     """A copy of the whole study to spoil."""
     shutil.copytree(whole, tmp_path / "project")
     return Project(tmp_path / "project", capsys)
-
-
-@pytest.fixture
-def images(project: Project) -> Path:
-    """An image folder of two classes, which the study reads; it has no results yet."""
-    shutil.rmtree(project.home / "results")
-    root = project.home / "images"
-    for name in ("a", "b"):
-        (root / "train" / name).mkdir(parents=True)
-        Image.fromarray(np.full((8, 8), 7, np.uint8)).save(root / "train" / name / "1.png")
-    project.change({"dataset.kind": "image_folder", "dataset.path": str(root)})
-    return root
-
-
-# --- the study -----------------------------------------------------------------------------------
-
-
-def test_a_student_that_is_not_there(project: Project) -> None:
-    for verb in ("student", "samples", "scores"):
-        assert "has no student 'ctn'; it has ctm, analytic" in project.error(verb, "--run", "ctn", "--seed", "0")
-
-
-def test_a_seed_that_is_not_there(project: Project) -> None:
-    for verb in ("student", "samples", "scores"):
-        assert "has no seed 7" in project.error(verb, "--run", "ctm", "--seed", "7")
-
-
-@pytest.mark.parametrize("words", [("--run", "ctm"), ("--seed", "0")])
-def test_half_a_student(project: Project, words: tuple[str, str]) -> None:
-    assert "--run and --seed" in project.error("samples", *words)
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="has a GPU")
-def test_a_gpu_that_is_not_there(project: Project) -> None:
-    assert "--device cuda cannot be used here" in project.error("teacher", "--device", "cuda")
-
-
-# --- images --------------------------------------------------------------------------------------
-
-
-def test_a_missing_folder_of_images(project: Project, images: Path) -> None:
-    shutil.rmtree(images)
-    assert f"there is no folder {images}/train" in project.error("dataset")
-
-
-def test_an_image_that_is_no_image(project: Project, images: Path) -> None:
-    (images / "train/b/2.png").write_text("no image")
-    assert "train/b/2.png is not a readable image" in project.error("dataset")
 
 
 # --- files of the stages before ------------------------------------------------------------------
@@ -215,27 +147,6 @@ def test_a_changed_score_table_is_named(project: Project) -> None:
     assert str(table) in error and "scores --run ctm --seed 0` again" in error
 
 
-def test_the_teacher_of_another_study(project: Project) -> None:
-    project.change({"teacher.seed": 5})
-    error = project.error("student", *STUDENT)
-    assert "teacher.safetensors" in error and "other settings" in error and "run its stage again" in error
-
-
-def test_a_random_safetensors_for_a_teacher(project: Project) -> None:
-    save_file({"weight": torch.zeros(3)}, project.path("teacher/teacher.safetensors"))
-    assert "was not written by this project" in project.error("student", *STUDENT)
-
-
-def test_a_pickle_for_a_teacher_is_not_run(project: Project) -> None:
-    class Bomb:
-        def __reduce__(self) -> tuple[Any, ...]:
-            return Path.touch, (project.home / "exploded",)
-
-    project.path("teacher/teacher.safetensors").write_bytes(pickle.dumps(Bomb()))
-    assert "is not a whole safetensors file" in project.error("student", *STUDENT)
-    assert not (project.home / "exploded").exists()
-
-
 @pytest.mark.parametrize(
     ("changes", "words", "difference"),
     [
@@ -244,6 +155,7 @@ def test_a_pickle_for_a_teacher_is_not_run(project: Project) -> None:
         ({"sampling.count": 81}, ("scores", *STUDENT), "sampling.count: there 80, here 81"),
         ({"scores.classifier.steps": 5}, ("calibration",), "classifier.steps: there 20, here 5"),
         ({"student.learning_rate": 0.5}, ("scores", *STUDENT), "student.learning_rate: there 0.0004, here 0.5"),
+        ({"teacher.seed": 5}, ("student", *STUDENT), "teacher.safetensors was made by study 'tiny' with other"),
         ({"scores.kid_subsets": 3}, ("report",), "scores.kid_subsets: there 2, here 3"),
     ],
     ids=str,
@@ -255,49 +167,13 @@ def test_results_of_other_settings_name_the_key(
     assert difference in project.error(*words)
 
 
-def test_a_file_in_the_place_of_a_folder(project: Project) -> None:
-    shutil.rmtree(project.home / "results")
-    (project.home / "results").write_text("")
-    assert "cannot write" in project.error("dataset")
-
-
 # --- training ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("words", [("teacher",), ("student", *STUDENT)])
-def test_a_training_that_diverges_says_at_which_step(project: Project, words: tuple[str, ...]) -> None:
-    project.change({f"{words[0]}.learning_rate": 1e30})
-    error = project.error(*words)
-    assert "not finite at step" in error and "Lower the learning rate" in error
-
-
-def test_the_last_good_state_of_a_diverging_training_is_kept(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
-    from consistency.training import loop
-
-    # Saved after every step, so that there is a good state before the bad step.
-    monkeypatch.setattr(loop, "SAVE_EVERY", 0.0)
-    monkeypatch.setattr(loop, "SAVE_SHARE", float("inf"))
+def test_a_training_that_diverges_says_at_which_step(project: Project) -> None:
     project.change({"teacher.learning_rate": 1e30})
     error = project.error("teacher")
-    state = project.home / "state/tiny/teacher/seed0/state.pt"
-    assert f"the last good state is kept in {state}" in error
-    assert torch.load(state, weights_only=True)["clock"]["step"] == int(error.split("at step ")[1].split(";")[0]) - 1
-
-
-def test_two_runs_in_one_folder(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
-    import fcntl
-
-    from consistency.training import folder as files
-
-    monkeypatch.setattr(files, "LOCK_PATIENCE", 0.0)
-    folder = project.home / "state/tiny/ctm/seed0"
-    folder.mkdir(parents=True)
-    with (folder / "lock").open("w") as other:
-        fcntl.flock(other, fcntl.LOCK_EX)
-        other.write("pid 7 on elsewhere")
-        other.flush()
-        error = project.error("student", *STUDENT)
-    assert f"another process (pid 7 on elsewhere) is working in {folder}" in error
+    assert "not finite at step" in error and "Lower the learning rate" in error
 
 
 # --- Ctrl-C --------------------------------------------------------------------------------------

@@ -6,7 +6,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -17,16 +17,10 @@ from consistency.errors import UserError
 from consistency.layout import Layout
 from consistency.study import Study
 
+pytestmark = pytest.mark.usefixtures("handlers")
+
 ROOT = Path(__file__).parents[1]
 TINY = str(ROOT / "config/studies/tiny.yaml")
-
-
-@pytest.fixture(autouse=True)
-def handlers() -> Iterator[None]:
-    """main() sets a handler of SIGTERM; the tests' own comes back."""
-    before = signal.getsignal(signal.SIGTERM)
-    yield
-    signal.signal(signal.SIGTERM, before)
 
 
 def replaced(monkeypatch: pytest.MonkeyPatch, function: Callable[..., None]) -> list[str]:
@@ -97,6 +91,8 @@ def test_wrong_words_are_2_and_a_usage(words: list[str], capsys: pytest.CaptureF
     [
         (["check", "--study", "nowhere.yaml"], "error: no study file nowhere.yaml"),
         (["coefficients", "--study", TINY, "--device", "tpu7"], "error: --device tpu7 cannot be used here"),
+        (["samples", "--study", TINY, "--run", "ctm"], "error: --run and --seed go together: give both for a student"),
+        (["samples", "--study", TINY, "--seed", "0"], "error: --run and --seed go together: give both for a student"),
         (["coefficients", "--study", TINY, "--threads", "0"], "error: --threads must be positive, got 0"),
     ],
 )

@@ -4,18 +4,20 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.tracking.servers import wait_until
 
 from consistency.__main__ import main
 from consistency.errors import UserError
-from consistency.workflow import AT_WORK, LOCKS, join_run, run_rules
+from consistency.study import Study
+from consistency.workflow import AT_WORK, LOCKS, join_run, reproduce
 
+Tiny = Callable[..., Study]
 SOURCE = str(Path(__file__).parents[1] / "src")
 
 
@@ -40,54 +42,57 @@ def started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
     [
         (None, [], None, "studies=tiny --"),
         (["student", "resource"], ["a", "b"], None, "studies=tiny --allowed-rules student resource -- a b"),
-        (["student"], ["a"], "gc-full", "studies=tiny student=gc-full --allowed-rules student -- a"),
+        (["student"], ["a"], "ctm", "studies=tiny student=ctm --allowed-rules student -- a"),
     ],
 )
 def test_what_snakemake_is_told(
-    started: list[list[str]], rules: list[str] | None, targets: list[str], run: str | None, said: str
+    tiny: Tiny, started: list[list[str]], rules: list[str] | None, targets: list[str], run: str | None, said: str
 ) -> None:
+    Path("dvc.yaml").write_text("vars: [frozen: []]")
     with pytest.raises(SystemExit):
-        run_rules("tiny", rules, targets, run)
+        reproduce(tiny(), rules, targets, run)
     (words,) = started
     assert " ".join(words[1:]) == f"-m snakemake --cores 3 --config {said}"
 
 
-def leave_a_lock() -> Path:
+def leave_a_lock() -> None:
     """What a Snakemake that is at work, or was killed, has in its folder."""
     LOCKS.mkdir(parents=True)
     (LOCKS / "0.input.lock").touch()
-    return LOCKS / "0.input.lock"
 
 
-def test_a_killed_run_is_unlocked(started: list[list[str]]) -> None:
+def test_a_killed_run_is_unlocked(tiny: Tiny, started: list[list[str]]) -> None:
     leave_a_lock()
     with pytest.raises(SystemExit):
-        run_rules("tiny", None, [], None)
+        reproduce(tiny(), None, [], None)
     assert "--unlock" in started[0] and "--unlock" not in started[1]
 
 
-def test_a_cluster_is_unlocked_by_hand(started: list[list[str]], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_cluster_is_unlocked_by_hand(tiny: Tiny, started: list[list[str]], monkeypatch: pytest.MonkeyPatch) -> None:
     leave_a_lock()
     monkeypatch.setenv("SNAKEMAKE_PROFILE", "slurm")
     with pytest.raises(UserError, match="when `squeue --me` has none of this directory, run `snakemake --unlock`"):
-        run_rules("tiny", None, [], None)
+        reproduce(tiny(), None, [], None)
     assert started == []
 
 
-def test_another_run_is_not_disturbed(started: list[list[str]], capsys: pytest.CaptureFixture[str]) -> None:
+def test_another_run_is_not_disturbed(
+    tiny: Tiny, started: list[list[str]], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("consistency.workflow.PATIENCE", 0.0)
     leave_a_lock()
     other = subprocess.Popen([sys.executable, "-c", OTHER], env=os.environ | {"PYTHONPATH": SOURCE})
     try:
-        wait(lambda: Path("joined").exists())
+        wait_until(Path("joined").exists, "the other run")
         with pytest.raises(UserError, match="another run is at work in this directory: wait until it ends, or stop it"):
-            run_rules("tiny", None, [], None, patience=0)
+            reproduce(tiny(), None, [], None)
         assert started == []
         assert len(capsys.readouterr().out.splitlines()) == 1
     finally:
         other.kill()
         other.wait()
     with pytest.raises(SystemExit):
-        run_rules("tiny", None, [], None, patience=0)
+        reproduce(tiny(), None, [], None)
     assert "--unlock" in started[0]
 
 
@@ -96,14 +101,16 @@ def test_dry_runs_beside_a_run_are_allowed(started: list[list[str]]) -> None:
     join_run()
 
 
-def test_a_disk_without_locks_is_one_line(started: list[list[str]], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_disk_without_locks_is_one_line(
+    tiny: Tiny, started: list[list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
     def refuse(file: object, operation: int) -> None:
         raise OSError(38, "Function not implemented")
 
     monkeypatch.setattr("fcntl.flock", refuse)
     join_run()
     with pytest.raises(UserError, match=f"cannot lock {AT_WORK}: Function not implemented; work on a disk that has"):
-        run_rules("tiny", None, [], None)
+        reproduce(tiny(), None, [], None)
 
 
 def test_no_student_is_trained_before_dvc_knows_what_it_is_made_from(
@@ -128,6 +135,7 @@ def test_no_student_is_trained_before_dvc_knows_what_it_is_made_from(
 
 OTHER = """
 import pathlib, time
+from consistency.study import Study
 from consistency.workflow import join_run
 join_run()
 pathlib.Path("joined").touch()
@@ -141,6 +149,7 @@ subprocess.Popen([sys.executable, "-c", sys.argv[1]]).wait()
 """
 SNAKEMAKE = """
 import subprocess
+from consistency.study import Study
 from consistency.workflow import join_run
 join_run()
 subprocess.run(["bash", "-c", "sleep 60; true"])
@@ -158,17 +167,10 @@ def test_snakemake_and_its_jobs_end_with_the_caller(tmp_path: Path) -> None:
         return [line for line in shown.stdout.splitlines() if "defunct" not in line]
 
     try:
-        wait(lambda: len(at_work()) == 4)
+        wait_until(lambda: len(at_work()) == 4, "four processes")
         caller.kill()
         caller.wait()
-        wait(lambda: not at_work())
+        wait_until(lambda: not at_work(), "their end")
     finally:
         with suppress(ProcessLookupError):
             os.killpg(caller.pid, signal.SIGKILL)
-
-
-def wait(condition: Callable[[], bool], patience: float = 60) -> None:
-    deadline = time.monotonic() + patience
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.1)

@@ -139,7 +139,7 @@ VERBS = {
     ),
     "reproduce": Verb(
         "let Snakemake make a study, or some files of it by some rules (goes on after a killed run)",
-        "plan:reproduce",
+        "workflow:reproduce",
         (
             *HERE,
             Option("--rules", nargs="+", metavar="RULE", help="of workflow/rules (default: all)"),

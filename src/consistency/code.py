@@ -70,7 +70,7 @@ def code_digest(stage: str, source: Path = SOURCE) -> str:
     digest = hashlib.sha256()
     for module, name in sorted(reached(stage, source)):
         for statement in parse(source, module).defined[name]:
-            digest.update(f"{module} {name} {_said(statement)}\n".encode())
+            digest.update(f"{module} {name} {_text(statement)}\n".encode())
     for path in _templates(stage, source):
         digest.update(f"{path.name} {hashlib.sha256(path.read_bytes()).hexdigest()}\n".encode())
     return digest.hexdigest()[:16]
@@ -177,6 +177,10 @@ def _said(node: Any) -> str:
         return repr(node)
     parts = [(name, value) for name, value in ast.iter_fields(node) if value is not None and value != []]
     return f"{type(node).__name__}({','.join(f'{name}={_said(value)}' for name, value in parts)})"
+
+
+# Stages share most of what they reach.
+_text = cache(_said)
 
 
 def _is_remark(node: Any) -> bool:

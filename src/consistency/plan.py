@@ -8,15 +8,15 @@ a folder of code. The stages of dvc.yaml therefore depend on these files, which 
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from consistency.code import code_digest
 from consistency.errors import UserError
 from consistency.files import sha256, write_json
 from consistency.layout import Layout
+from consistency.provenance import artifacts
 from consistency.resources import find
 from consistency.study import OfficialTeacher, Study, parse_yaml
-from consistency.workflow import run_rules
 
 PIPELINE = Path("dvc.yaml")
 # Sections that dvc.yaml names as parameters; DVC refuses a parameter that the file leaves to its default.
@@ -36,11 +36,10 @@ def write_plan(study: Study, layout: Layout) -> None:
             raise UserError(f"study {study.name} has no section {section}, which dvc.yaml reads: add `{section}: {{}}`")
     folder = layout.root / "plan"
     shutil.rmtree(folder, ignore_errors=True)
-    for stage in ("dataset", "teacher", "coefficients", "extractor", "samples", "scores", "flows", "report"):
-        write_json(folder / f"{stage}.json", _job(study, stage))
-    for run, seed in _runs(study):
-        for stage in ("student", "samples", "scores"):
-            write_json(folder / stage / run / f"seed{seed}.json", _job(study, stage, run, seed))
+    # dvc.yaml has the same stages for every study.
+    for stage, run, seed in artifacts(study, also=("coefficients", "flows")).values():
+        place = folder / stage if run is None else folder / stage / run / f"seed{seed}"
+        write_json(place.with_suffix(".json"), _job(study, stage, run, seed))
 
 
 def write_inputs(
@@ -56,7 +55,7 @@ def write_inputs(
     folder = layout.root / "inputs"
     if of is None:
         shutil.rmtree(folder, ignore_errors=True)
-    runs = _runs(study) if run is None or seed is None else [(run, seed)]
+    runs = study.trainings if run is None or seed is None else [(run, seed)]
     for each, k in runs if of != "flows" else []:
         place, student = folder / each / f"seed{k}", study.students[each]
         if of in (None, "coefficients"):
@@ -127,18 +126,7 @@ def check_order(study: Study) -> None:
         )
 
 
-def reproduce(study: Study, rules: list[str] | None, targets: list[str], run: str | None) -> NoReturn:
-    """Become Snakemake, which makes the targets by those rules; the students in their order."""
-    if run is not None:
-        check_order(study)
-    run_rules(study.name, rules, targets, run)
-
-
-def _runs(study: Study) -> Iterator[tuple[str, int]]:
-    return ((run, seed) for run in study.students for seed in study.seeds)
-
-
-def _job(study: Study, stage: str, run: str | None = None, seed: int | None = None) -> dict[str, object]:
+def _job(study: Study, stage: str, run: str | None, seed: int | None) -> dict[str, object]:
     return {
         "settings": study.key(stage, run, seed),
         "code": code_digest(stage),

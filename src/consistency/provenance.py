@@ -6,7 +6,7 @@ import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from datetime import UTC, datetime
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
@@ -22,6 +22,9 @@ from consistency.study import Study, Teacher
 
 #: what the cards and the checkpoints of this project call themselves
 CARD, CHECKPOINT = "consistency-card-2", "consistency-denoiser-1"
+
+#: stage, run and seed; without a run, samples are the teacher's and scores the calibration
+Artifact = tuple[str, str | None, int | None]
 
 _PACKAGES = (
     *("torch", "torchvision", "numpy", "scipy", "scikit-learn", "pillow", "safetensors", "clean-fid", "pandas"),
@@ -97,6 +100,19 @@ def seeds_of(study: Study, stage: str, run: str | None, seed: int | None) -> dic
         "report": {"students": study.seeds},
     }
     return seeds.get(stage, {})
+
+
+def artifacts(study: Study, also: Collection[str] = ()) -> dict[str, Artifact]:
+    """What a study makes, by what it is called, parents first. also: stages that count even if not needed."""
+    unneeded = {"coefficients": not study.needs_coefficients, "flows": not study.flows}
+    found: dict[str, Artifact] = {}
+    for stage in ("dataset", "teacher", "extractor", "coefficients", "student", "samples", "scores", "flows", "report"):
+        if stage != "student" and (stage in also or not unneeded.get(stage)):
+            name = {"samples": "samples of the teacher", "scores": "calibration"}.get(stage, stage)
+            found[name] = (stage, None, None)
+        if stage in ("student", "samples", "scores"):
+            found |= {f"{stage} {run} seed {seed}": (stage, run, seed) for run, seed in study.trainings}
+    return found
 
 
 def read_card(

@@ -544,6 +544,11 @@ class Study(Section):
             raise UserError(f"study {self.name} has no seed {seed}; its seeds are {self.seeds}")
 
     @property
+    def trainings(self) -> list[tuple[str, int]]:
+        """Student and seed of every training."""
+        return [(run, seed) for run in self.students for seed in self.seeds]
+
+    @property
     def coupled(self) -> dict[str, Student]:
         """The students of consistency training."""
         return {run: student for run, student in self.students.items() if student.objective == "consistency"}

@@ -6,7 +6,8 @@ import signal
 import threading
 import time
 from collections.abc import Callable
-from pathlib import Path
+
+import psutil
 
 #: set by the workflow to "host:pid" of the Snakemake that starts the jobs
 SUPERVISOR = "CONSISTENCY_SUPERVISOR"
@@ -35,20 +36,8 @@ def watch(pid: int, then: Callable[[], None]) -> None:
 
 
 def _alive(pid: int) -> bool:
+    """Whether it is there, and has not only its parent's notice to wait for, as in a container without an init."""
     try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
         return False
-    except PermissionError:
-        return True
-    return not _zombie(pid)
-
-
-def _zombie(pid: int) -> bool:
-    """Whether it has ended and only waits for its parent to notice, as in a container without an init."""
-    try:
-        stat = Path(f"/proc/{pid}/stat").read_text()
-    except OSError:
-        return False
-    # The name stands in parentheses and may hold anything; the state follows.
-    return stat.rpartition(")")[2].split()[0] == "Z"

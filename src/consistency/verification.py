@@ -10,7 +10,7 @@ from pydantic import BaseModel, ValidationError
 from consistency.errors import UserError
 from consistency.files import sha256
 from consistency.layout import Layout
-from consistency.provenance import first_difference
+from consistency.provenance import artifacts, first_difference
 from consistency.study import Study, explain, load_study
 
 #: the digests of an archive's files, in the folder that holds its results/
@@ -45,17 +45,19 @@ def verify(root: Path, study: Study) -> list[Finding]:
     if not root.is_dir():
         raise UserError(f"{root} is not a folder: give a study's results, such as results/digits (unzip an archive)")
     layout, files = Layout(root.name, root.parent), _hash(root)
-    places = {artifact: layout.card(*artifact).relative_to(root) for artifact in _artifacts(root, study)}
-    cards = {artifact: _read(root, place) for artifact, place in places.items()}
+    # DVC makes coefficients and flows for studies that need none, too.
+    expected = artifacts(study, also=[path.name for path in root.iterdir()])
+    places = {name: layout.card(*artifact).relative_to(root) for name, artifact in expected.items()}
+    cards = {name: _read(root, place) for name, place in places.items()}
     made = {name: digest for card in cards.values() if isinstance(card, _Card) for name, digest in card.outputs.items()}
     left_out = _left_out(root, made.keys() - files.keys())
     findings = []
-    for artifact, card in cards.items():
+    for name, card in cards.items():
         if isinstance(card, _Card):
-            faults = [*_settings(card, study, *artifact), *_outputs(card, files, left_out), *_inputs(card, made)]
-            findings.append(Finding(_label(*artifact), faults, len(left_out & card.outputs.keys())))
+            faults = [*_settings(card, study, *expected[name]), *_outputs(card, files, left_out), *_inputs(card, made)]
+            findings.append(Finding(name, faults, len(left_out & card.outputs.keys())))
         else:
-            findings.append(Finding(_label(*artifact), [card]))
+            findings.append(Finding(name, [card]))
     strays = sorted(files.keys() - made.keys() - {place.as_posix() for place in places.values()})
     return findings + [Finding(name, ["has no card: nothing in this study made it"]) for name in strays]
 
@@ -93,25 +95,6 @@ def result_files(root: Path) -> list[str]:
 def stays_out(name: str, snapshots: bool = False) -> bool:
     """Tell whether an archive leaves a result out: arrays of images and features always, snapshots by default."""
     return name.endswith(".npy") or ("/snapshots/" in name and not snapshots)
-
-
-def _artifacts(root: Path, study: Study) -> list[tuple[str, str | None, int | None]]:
-    """List stage, run and seed of every artifact. DVC makes coefficients and flows for studies that need none, too."""
-    students = [(run, seed) for run in study.students for seed in study.seeds]
-    unneeded = {"coefficients": not study.needs_coefficients, "flows": not study.flows}
-    found: list[tuple[str, str | None, int | None]] = []
-    for stage in ("dataset", "teacher", "extractor", "coefficients", "student", "samples", "scores", "flows", "report"):
-        if stage != "student" and not (unneeded.get(stage) and not (root / stage).exists()):
-            found.append((stage, None, None))
-        if stage in ("student", "samples", "scores"):
-            found += [(stage, *student) for student in students]
-    return found
-
-
-def _label(stage: str, run: str | None, seed: int | None) -> str:
-    if run is not None:
-        return f"{stage} {run} seed {seed}"
-    return {"samples": "samples of the teacher", "scores": "calibration"}.get(stage, stage)
 
 
 def _hash(root: Path) -> dict[str, str]:

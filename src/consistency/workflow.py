@@ -17,6 +17,8 @@ from typing import NoReturn
 import psutil
 
 from consistency.errors import UserError
+from consistency.plan import check_order
+from consistency.study import Study
 from consistency.supervision import watch
 
 LOCKS = Path(".snakemake/locks")
@@ -27,17 +29,18 @@ _POLL = 0.5
 _CALLER, _UNLOCKING = "CONSISTENCY_CALLER", "CONSISTENCY_UNLOCKING"
 
 
-def run_rules(
-    study: str, rules: list[str] | None, targets: list[str], run: str | None, patience: float = PATIENCE
-) -> NoReturn:
+def reproduce(study: Study, rules: list[str] | None, targets: list[str], run: str | None) -> NoReturn:
     """Become Snakemake, which makes the targets by those rules alone, or the whole study where none are named.
 
     It takes $CORES cores (default: all), and is interrupted when whoever called is gone. Others' results are taken as
     they are, and so are other students' than `run`'s, where one is named. Raises UserError when another run is at work
-    in this directory and does not leave in `patience` seconds, and when a run on a cluster was killed.
+    in this directory and does not leave in PATIENCE seconds, when a run on a cluster was killed, and when DVC does not
+    know what that student is made from.
     """
-    lock = _alone(patience)
-    snakemake, config = [sys.executable, "-m", "snakemake"], ["--config", f"studies={study}"]
+    if run is not None:
+        check_order(study)
+    lock = _alone()
+    snakemake, config = [sys.executable, "-m", "snakemake"], ["--config", f"studies={study.name}"]
     if LOCKS.is_dir() and any(LOCKS.iterdir()):
         if os.environ.get("SNAKEMAKE_PROFILE"):
             raise UserError(
@@ -61,7 +64,7 @@ def join_run() -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's `&` has had ignored
         watch(int(caller), _interrupt)
     if _UNLOCKING not in os.environ:
-        # A disk without locks, or one that cannot be written, is run_rules()'s to tell.
+        # A disk without locks, or one that cannot be written, is reproduce()'s to tell.
         with suppress(OSError):
             fcntl.flock(_open(), fcntl.LOCK_SH)
 
@@ -71,9 +74,9 @@ def _open() -> int:
     return os.open(AT_WORK, os.O_RDWR | os.O_CREAT)
 
 
-def _alone(patience: float) -> int:
+def _alone() -> int:
     """Wait until no Snakemake is at work in this directory. Returns the lock, held."""
-    deadline, told = time.monotonic() + patience, False
+    deadline, told = time.monotonic() + PATIENCE, False
     try:
         lock = _open()
         while True:
@@ -81,7 +84,7 @@ def _alone(patience: float) -> int:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 return lock
             if not told:
-                print(f"Another run is at work in this directory; waiting {patience:g} s for it to leave.", flush=True)
+                print(f"Another run is at work in this directory; waiting {PATIENCE:g} s for it to leave.", flush=True)
             told = True
             if time.monotonic() > deadline:
                 raise UserError(

@@ -3,7 +3,6 @@
 import re
 import tomllib
 from pathlib import Path
-from typing import Any
 
 import pytest
 import yaml
@@ -13,17 +12,10 @@ from packaging.specifiers import SpecifierSet
 from packaging.version import Version
 
 ROOT = Path(__file__).resolve().parents[2]
-PRESCRIBED = [
-    "snakemake",
-    "snakemake-executor-plugin-slurm",
-    "torch",
-    "torchvision",
-    "dvc",
-    "mlflow",
-    "numpy",
-    "clean-fid",
-    "pyyaml",
-]
+PRESCRIBED = ["snakemake", "snakemake-executor-plugin-slurm", "torch", "torchvision", "dvc", "mlflow", "numpy"]
+PRESCRIBED += ["clean-fid", "pyyaml"]
+ENVIRONMENT = yaml.safe_load((ROOT / "environment.yml").read_text())
+PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 CAPS = {"mlflow": "<3.18", "scipy": "<1.18"}
 
 
@@ -46,15 +38,6 @@ def lock_entries() -> list[tuple[Requirement, list[str]]]:
 def locked(name: str) -> Requirement:
     (found,) = [requirement for requirement, _ in lock_entries() if requirement.name == name]
     return found
-
-
-def environment() -> dict[str, Any]:
-    loaded: dict[str, Any] = yaml.safe_load((ROOT / "environment.yml").read_text())
-    return loaded
-
-
-def pyproject() -> dict[str, Any]:
-    return tomllib.loads((ROOT / "pyproject.toml").read_text())
 
 
 def pinned_version(requirement: Requirement) -> str:
@@ -114,27 +97,27 @@ def test_a_cap_with_a_reason_holds(name: str, cap: str) -> None:
 
 
 def test_the_editable_installation_finds_its_build_backend_in_the_lock() -> None:
-    (wanted,) = map(Requirement, pyproject()["build-system"]["requires"])
+    (wanted,) = map(Requirement, PYPROJECT["build-system"]["requires"])
     assert Version(pinned_version(locked(wanted.name))) in wanted.specifier
 
 
 def test_environment_yml_installs_the_lock_and_nothing_beside_it() -> None:
-    conda = [entry for entry in environment()["dependencies"] if isinstance(entry, str)]
-    (pip,) = [entry["pip"] for entry in environment()["dependencies"] if isinstance(entry, dict)]
+    conda = [entry for entry in ENVIRONMENT["dependencies"] if isinstance(entry, str)]
+    (pip,) = [entry["pip"] for entry in ENVIRONMENT["dependencies"] if isinstance(entry, dict)]
     assert pip == ["-r requirements.lock"]
     assert [entry.split("=")[0] for entry in conda] == ["python", "pip"]
-    assert environment()["channels"] == ["conda-forge"]
+    assert ENVIRONMENT["channels"] == ["conda-forge"]
 
 
 def test_one_python_version_everywhere() -> None:
-    (python,) = [e for e in environment()["dependencies"] if isinstance(e, str) and e.startswith("python=")]
+    (python,) = [e for e in ENVIRONMENT["dependencies"] if isinstance(e, str) and e.startswith("python=")]
     minor = python.removeprefix("python=")
     (compiled_for,) = re.findall(r"uv pip compile .*--python-version (\S+)", (ROOT / "Makefile").read_text())
     assert minor == compiled_for
-    assert pyproject()["project"]["requires-python"] == f">={minor}"
-    assert pyproject()["tool"]["mypy"]["python_version"] == minor
-    assert pyproject()["tool"]["ruff"]["target-version"] == f"py{minor.replace('.', '')}"
+    assert PYPROJECT["project"]["requires-python"] == f">={minor}"
+    assert PYPROJECT["tool"]["mypy"]["python_version"] == minor
+    assert PYPROJECT["tool"]["ruff"]["target-version"] == f"py{minor.replace('.', '')}"
 
 
 def test_the_environment_carries_the_project_name() -> None:
-    assert environment()["name"] == pyproject()["project"]["name"]
+    assert ENVIRONMENT["name"] == PYPROJECT["project"]["name"]

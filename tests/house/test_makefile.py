@@ -7,32 +7,19 @@ import re
 import shutil
 import signal
 import subprocess
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from tests.tracking.servers import wait_until
+from tests.workflow.checkout import start_in
 
 from consistency.workflow import AT_WORK
 
 ROOT = Path(__file__).resolve().parents[2]
 SYSTEM_PATH = "/usr/bin:/bin"
 RUN_STUDY = "python -m consistency reproduce --study config/studies/{}.yaml"
-TARGETS = [
-    "demo",
-    "demo-gc",
-    "ui",
-    "pull",
-    "archive",
-    "test",
-    "test-processors",
-    "lint",
-    "format",
-    "install",
-    "lock",
-    "clean",
-    "help",
-]
+TARGETS = ["demo", "demo-gc", "ui", "pull", "archive", "test", "test-processors", "lint", "format", "install"]
+TARGETS += ["lock", "clean", "help"]
 
 
 def script(path: Path, body: str) -> None:
@@ -89,13 +76,6 @@ def installed(checkout: Path) -> Path:
 def calls(checkout: Path) -> list[str]:
     file = checkout / "calls"
     return file.read_text().splitlines() if file.exists() else []
-
-
-def wait_for(condition: Callable[[], bool], what: str) -> None:
-    deadline = time.monotonic() + 20
-    while not condition():
-        assert time.monotonic() < deadline, what
-        time.sleep(0.05)
 
 
 # --- what the targets run -----------------------------------------------------------------------
@@ -215,22 +195,14 @@ def test_control_c_reaches_snakemake_and_stops_all(installed: Path) -> None:
         installed / ".venv/bin/python",
         'trap \'echo interrupted >>"$PWD/calls"; exit 1\' INT; echo started >>"$PWD/calls"; sleep 30 & wait',
     )
-    with subprocess.Popen(
-        ["make", "demo"],
-        cwd=installed,
-        env=environment_for(SYSTEM_PATH),
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        process_group=0,
-    ) as demo:
-        try:
-            wait_for(lambda: calls(installed) == ["started"], "the demo did not start")
-            os.killpg(demo.pid, signal.SIGINT)
-            assert demo.wait(timeout=20) != 0
-        finally:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(demo.pid, signal.SIGKILL)
+    demo = start_in(installed, ["make", "demo"], environment_for(SYSTEM_PATH), installed / "output.txt")
+    try:
+        wait_until(lambda: calls(installed) == ["started"], "the start of the demo", 60)
+        os.killpg(demo.pid, signal.SIGINT)
+        assert demo.wait(timeout=60) != 0
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(demo.pid, signal.SIGKILL)
     assert calls(installed) == ["started", "interrupted"]
 
 

@@ -10,22 +10,9 @@ import pytest
 import yaml
 
 ROOT = Path(__file__).resolve().parents[2]
-HOUSE = [
-    "Makefile",
-    "pyproject.toml",
-    "environment.yml",
-    "requirements.in",
-    "requirements.lock",
-    "CITATION.cff",
-    "CHANGELOG.md",
-    "CONTRIBUTING.md",
-    "NOTICE",
-    "LICENSE",
-    ".ci/run",
-    ".gitignore",
-    ".gitattributes",
-    ".pre-commit-config.yaml",
-]
+HOUSE = ["Makefile", "pyproject.toml", "environment.yml", "requirements.in", "requirements.lock", "CITATION.cff"]
+HOUSE += ["CHANGELOG.md", "CONTRIBUTING.md", "NOTICE", "LICENSE", ".ci/run", ".gitignore", ".gitattributes"]
+HOUSE += [".pre-commit-config.yaml"]
 
 
 def test_the_citation_has_what_its_format_requires() -> None:

@@ -38,12 +38,12 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def wait_until(condition: Callable[[], object], what: str, patience: float = 120) -> None:
+def wait_until(condition: Callable[[], object], what: str, patience: float = 600) -> None:
     """Wait until the condition holds; fail saying what never came."""
     deadline = time.monotonic() + patience
     while not condition():
         assert time.monotonic() < deadline, f"never came: {what}"
-        time.sleep(0.1)
+        time.sleep(0.05)
 
 
 @dataclass

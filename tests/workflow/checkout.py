@@ -6,8 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import Any
 import numpy as np
 import yaml
 from safetensors.torch import load_file
+from tests.conftest import put
 
 ROOT = Path(__file__).resolve().parents[2]
 COPIED = ["Snakefile", "Makefile", "environment.yml", "config", "profiles", "slurm", "workflow", "src"]
@@ -74,19 +74,21 @@ class Checkout:
     def change(self, changes: dict[str, Any], name: str = "tiny") -> "Checkout":
         """Set dotted keys of the study, here or in a copy of another name."""
         file = self.path / f"config/studies/{self.study}.yaml"
-        content = yaml.safe_load(file.read_text())
-        for dotted, value in {"name": name, **changes}.items():
-            *parents, last = dotted.split(".")
-            section = content
-            for parent in parents:
-                section = section.setdefault(parent, {})
-            section[last] = value
+        content = put(yaml.safe_load(file.read_text()), {"name": name, **changes})
         file.with_name(f"{name}.yaml").write_text(yaml.safe_dump(content, sort_keys=False))
         return Checkout(self.path, name)
 
     def copy(self, path: Path) -> "Checkout":
         shutil.copytree(self.path, path, symlinks=True)
         return Checkout(path, self.study)
+
+    def step(self, run: str) -> int:
+        """The last step in the history of a student's training at work; 0 before there is one."""
+        try:
+            history = self.path / f"state/{self.study}/{run}/seed0/history.jsonl"
+            return int(json.loads(history.read_text().splitlines()[-1])["step"])
+        except (OSError, ValueError, IndexError):
+            return 0
 
     def litter(self) -> list[Path]:
         """Temporary files that nobody removed."""
@@ -150,11 +152,3 @@ def fresh(path: Path) -> Checkout:
         else:
             shutil.copy2(source, path / name, follow_symlinks=False)
     return Checkout(path.resolve())
-
-
-def wait_for(condition: Callable[[], bool], what: str, patience: float = 600) -> None:
-    """Wait until the condition holds; fail saying what never came."""
-    deadline = time.monotonic() + patience
-    while not condition():
-        assert time.monotonic() < deadline, f"never came: {what}"
-        time.sleep(0.05)

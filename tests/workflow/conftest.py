@@ -13,13 +13,26 @@ from tests.workflow.checkout import Checkout, fresh, processes_in
 from tests.workflow.miniatures import Site, serving
 
 
+def end_all_in(folder: Path) -> None:
+    """Kill what is still at work in a folder."""
+    for process in processes_in(folder.resolve()):
+        with suppress(ProcessLookupError):
+            os.kill(process, signal.SIGKILL)
+
+
 @pytest.fixture(autouse=True)
 def nothing_runs_on(tmp_path: Path) -> Iterator[None]:
     """What a failing test has left at work ends with it."""
     yield
-    for process in processes_in(tmp_path.resolve()):
-        with suppress(ProcessLookupError):
-            os.kill(process, signal.SIGKILL)
+    end_all_in(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Where the repositories of a module's tests lie; nothing is at work there in the end."""
+    folder = tmp_path_factory.mktemp("dvc").resolve()
+    yield folder
+    end_all_in(folder)
 
 
 @pytest.fixture

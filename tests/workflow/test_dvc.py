@@ -7,13 +7,13 @@ import re
 import shutil
 import signal
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import yaml
 from moto.server import ThreadedMotoServer
-from tests.workflow.checkout import processes_in, wait_for
+from tests.tracking.servers import wait_until
 from tests.workflow.dvc_repo import JOBS, Repo, origin
 from tests.workflow.miniatures import Site
 
@@ -28,15 +28,6 @@ CTM = {"student@tiny-ctm-0", "samples@tiny-ctm-0", "scores@tiny-ctm-0"}
 ANALYTIC = {"student@tiny-analytic-0", "samples@tiny-analytic-0", "scores@tiny-analytic-0"}
 STUDY = "config/studies/tiny.yaml"
 SUMMARY = "results/tiny/report/summary.json"
-
-
-@pytest.fixture(scope="module")
-def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """Where the shared repositories lie; nothing is at work there in the end."""
-    folder = tmp_path_factory.mktemp("dvc").resolve()
-    yield folder
-    for process in processes_in(folder):
-        os.kill(process, signal.SIGKILL)
 
 
 @pytest.fixture(scope="module")
@@ -204,22 +195,16 @@ def test_a_remote_in_s3(reproduced: Repo, tmp_path: Path, monkeypatch: pytest.Mo
 
 
 def test_a_killed_stage_goes_on_and_leaves_the_cache_sound(repo: Repo) -> None:
-    student, state = "student@tiny-ctm-0", repo.path / "state/tiny/ctm/seed0"
+    student = "student@tiny-ctm-0"
     repo.set({"student.steps": 200, "student.snapshot_every": 100, "student.log_every": 20})
     before = repo.locked()[student]
 
-    def step() -> int:
-        try:
-            return int(json.loads((state / "history.jsonl").read_text().splitlines()[-1])["step"])
-        except (OSError, ValueError, IndexError):
-            return 0
-
     def stopped(until: int, how: Callable[[subprocess.Popen[str]], None]) -> None:
         run = repo.start("dvc", "repro", student)
-        wait_for(lambda: step() >= until or run.poll() is not None, f"step {until}")
+        wait_until(lambda: repo.checkout.step("ctm") >= until or run.poll() is not None, f"step {until}")
         assert run.poll() is None, repo.output
         how(run)
-        wait_for(lambda: repo.checkout.processes() == [], "the end of every process")
+        wait_until(lambda: repo.checkout.processes() == [], "the end of every process")
         assert run.wait(timeout=60) != 0
         assert repo.unsound() == []
         assert repo.locked()[student] == before

@@ -1,15 +1,11 @@
 """Consistency training without a teacher under DVC, with a student made from another: what runs, and in which order."""
 
 import json
-import os
-import signal
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from tests.workflow.checkout import processes_in
 from tests.workflow.dvc_repo import JOBS, Repo, origin
 
 pytestmark = pytest.mark.slow
@@ -26,15 +22,6 @@ def of(*runs: str) -> set[str]:
 
 def inputs(*runs: str) -> set[str]:
     return {f"inputs@tiny-{run}-0" for run in runs}
-
-
-@pytest.fixture(scope="module")
-def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """Where the shared repository lies; nothing is at work there in the end."""
-    folder = tmp_path_factory.mktemp("dvc-couplings").resolve()
-    yield folder
-    for process in processes_in(folder):
-        os.kill(process, signal.SIGKILL)
 
 
 @pytest.fixture(scope="module")

@@ -1,12 +1,12 @@
 """Runs that are interrupted end with the same bits as runs that are not."""
 
-import json
 import os
 import signal
 import subprocess
 
 import pytest
-from tests.workflow.checkout import Checkout, wait_for
+from tests.tracking.servers import wait_until
+from tests.workflow.checkout import Checkout
 
 pytestmark = pytest.mark.slow
 
@@ -20,7 +20,7 @@ def interrupt(checkout: Checkout, log: str, *targets: str) -> None:
     """Run, and press Ctrl-C once the log of that name is there."""
     file = checkout.path / "logs/tiny" / log
     run = checkout.start(*targets)
-    wait_for(file.exists, log)
+    wait_until(file.exists, log)
     os.killpg(run.pid, signal.SIGINT)
     assert run.wait(timeout=600) != 0
     assert checkout.litter() == []
@@ -50,23 +50,16 @@ class Trainee:
         self.state = checkout.path / "state/tiny/ctm/seed0"
         self.log = checkout.path / "logs/tiny/student/ctm-seed0.log"
 
-    def step(self) -> int:
-        """The last step in the history of the training at work."""
-        try:
-            return int(json.loads((self.state / "history.jsonl").read_text().splitlines()[-1])["step"])
-        except (OSError, ValueError, IndexError):
-            return 0
-
     def start(self, until: int) -> subprocess.Popen[str]:
         """Run until the training has passed that step. Returns Snakemake, which leads its process group."""
         run = self.checkout.reproduce(self.target)
-        wait_for(lambda: self.step() >= until or run.poll() is not None, f"step {until}")
+        wait_until(lambda: self.checkout.step("ctm") >= until or run.poll() is not None, f"step {until}")
         assert run.poll() is None, self.checkout.output
         return run
 
     def stopped(self, run: subprocess.Popen[str]) -> None:
         """Wait for the end of every process, Snakemake's too, which nobody waits for until then."""
-        wait_for(lambda: self.checkout.processes() == [], "the end of every process")
+        wait_until(lambda: self.checkout.processes() == [], "the end of every process")
         assert run.wait(timeout=60) != 0
 
     def numbers(self) -> dict[str, object]:

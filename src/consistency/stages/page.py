@@ -16,7 +16,7 @@ from consistency.files import read_json
 from consistency.layout import Layout
 from consistency.provenance import git_state
 from consistency.stages.pictures import Picture
-from consistency.stages.results import Cards, Results, records, students_of
+from consistency.stages.results import Cards, Results, records
 from consistency.study import Study
 from consistency.wording import (
     beginning,
@@ -125,7 +125,7 @@ def _cost(study: Study, cards: Cards) -> dict[str, Any] | None:
     if "coefficients" not in cards:
         return None
     fit = cards["coefficients"]["measured"]
-    trained = [(run, cards[f"student {run} seed {seed}"]["measured"]) for run, seed in students_of(study)]
+    trained = [(run, cards[f"student {run} seed {seed}"]["measured"]) for run, seed in study.trainings]
     fitted = next(measured for run, measured in trained if study.students[run].needs_coefficients)
     return {
         "evaluations": fit["network_evaluations"],

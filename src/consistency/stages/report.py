@@ -16,7 +16,7 @@ from consistency.provenance import write_card
 from consistency.stages.flows import FILES
 from consistency.stages.page import write_page
 from consistency.stages.pictures import carried, draw_pictures
-from consistency.stages.results import Results, read_cards, read_histories, read_results, records, students_of
+from consistency.stages.results import Results, read_cards, read_histories, read_results, records
 from consistency.study import Study
 from consistency.wording import coarse, plus_minus, ratio, speed, teacher_line
 
@@ -66,7 +66,7 @@ def make_report(study: Study, layout: Layout) -> None:
 
 def _inputs(study: Study, layout: Layout) -> list[Path]:
     """What a report is made from."""
-    students = students_of(study)
+    students = study.trainings
     shown = [f"{sampler_name(nfe)}.npy" for nfe in study.report.grid_nfe]
     return [
         *(layout.dataset / name for name in ("images.npy", "dataset.json")),

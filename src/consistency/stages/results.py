@@ -17,7 +17,7 @@ from consistency.errors import UserError
 from consistency.files import sha256
 from consistency.history import read_history
 from consistency.layout import Layout
-from consistency.provenance import read_card
+from consistency.provenance import artifacts, read_card
 from consistency.stages.inputs import made
 from consistency.study import Study
 
@@ -82,7 +82,7 @@ def read_scores(study: Study, layout: Layout) -> pd.DataFrame:
 
     Raises UserError, naming the verb, for one that is missing, damaged or of other settings.
     """
-    tables = [_table(study, layout, None, None), *(_table(study, layout, *student) for student in students_of(study))]
+    tables = [_table(study, layout, None, None), *(_table(study, layout, *student) for student in study.trainings)]
     return pd.concat(tables, ignore_index=True)
 
 
@@ -101,33 +101,16 @@ def baselines(study: Study) -> dict[str, str]:
     return {run: baseline for run, baseline in pairs.items() if baseline is not None}
 
 
-def students_of(study: Study) -> list[tuple[str, int]]:
-    """Run and seed of every training."""
-    return [(run, seed) for run in study.students for seed in study.seeds]
-
-
 def read_histories(study: Study, layout: Layout) -> dict[str, list[pd.DataFrame]]:
     """The histories of each student's trainings, a table a seed."""
     histories: dict[str, list[pd.DataFrame]] = {}
-    for run, seed in students_of(study):
+    for run, seed in study.trainings:
         lines = read_history(layout.student(run, seed) / "history.jsonl", f"student --run {run} --seed {seed}")
         histories.setdefault(run, []).append(pd.DataFrame(lines))
     return histories
 
 
 def read_cards(study: Study, layout: Layout) -> Cards:
-    """The card of every stage; students and samples by run and seed."""
-    cards = {
-        "dataset": read_card(layout.dataset, study, "dataset"),
-        "extractor": read_card(layout.extractor, study, "extractor"),
-        "teacher": read_card(layout.teacher, study, "teacher"),
-    }
-    if study.needs_coefficients:
-        cards["coefficients"] = read_card(layout.coefficients, study, "coefficients")
-    cards["samples of the teacher"] = read_card(layout.samples(None, None), study, "samples")
-    if study.flows:
-        cards["flows"] = read_card(layout.flows, study, "flows")
-    for run, seed in students_of(study):
-        cards[f"student {run} seed {seed}"] = read_card(layout.student(run, seed), study, "student", run, seed)
-        cards[f"samples {run} seed {seed}"] = read_card(layout.samples(run, seed), study, "samples", run, seed)
-    return cards
+    """The card of everything but the scores, which are read with theirs, by what it is a card of."""
+    read = {name: each for name, each in artifacts(study).items() if each[0] not in ("scores", "report")}
+    return {name: read_card(layout.card(*each).parent, study, *each) for name, each in read.items()}

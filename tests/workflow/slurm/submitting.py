@@ -1,6 +1,5 @@
 """A checkout on the login node of a cluster: what its Snakemake submits, and what becomes of it there."""
 
-import json
 import os
 import signal
 import subprocess
@@ -12,7 +11,8 @@ from typing import Any
 
 import torch
 import yaml
-from tests.workflow.checkout import Checkout, start_in, wait_for
+from tests.tracking.servers import wait_until
+from tests.workflow.checkout import Checkout, start_in
 from tests.workflow.slurm.cluster import Cluster
 
 from consistency.layout import Layout
@@ -113,14 +113,6 @@ class LoginNode:
         """What the last job of a student has said."""
         return (self.path / f"logs/{self.checkout.study}/student/{run}-seed0.log").read_text()
 
-    def step(self, run: str) -> int:
-        """The last step in the history of a student's training; 0 before there is one."""
-        try:
-            history = self.path / f"state/{self.checkout.study}/{run}/seed0/history.jsonl"
-            return int(json.loads(history.read_text().splitlines()[-1])["step"])
-        except (OSError, ValueError, IndexError):
-            return 0
-
     def trainers(self, run: str) -> list[int]:
         """The processes that train a student."""
         found = []
@@ -140,13 +132,13 @@ class LoginNode:
 
         def freeze_next() -> bool:
             for run in set(runs) - set(frozen):
-                if self.step(run) >= step and (trainers := self.trainers(run)):
+                if self.checkout.step(run) >= step and (trainers := self.trainers(run)):
                     frozen[run] = trainers
                     for process in trainers:
                         os.kill(process, signal.SIGSTOP)
             return len(frozen) == len(runs)
 
-        wait_for(freeze_next, f"step {step} of {', '.join(runs)}", 300)
+        wait_until(freeze_next, f"step {step} of {', '.join(runs)}", 300)
         return frozen
 
 
@@ -166,7 +158,7 @@ def thaw(trainers: list[int]) -> None:
 
 def thaw_when_called(trainers: list[int], signum: int) -> None:
     """Wait until a signal waits for one of the frozen processes, and let them go on."""
-    wait_for(lambda: any(_called(trainer, signum) for trainer in trainers), f"signal {signum}", 150)
+    wait_until(lambda: any(_called(trainer, signum) for trainer in trainers), f"signal {signum}", 150)
     thaw(trainers)
 
 

@@ -9,7 +9,8 @@ from threading import Thread
 from typing import Any
 
 import pytest
-from tests.workflow.checkout import Checkout, wait_for
+from tests.tracking.servers import wait_until
+from tests.workflow.checkout import Checkout
 from tests.workflow.slurm.cluster import NODES, Cluster
 from tests.workflow.slurm.submitting import LONGER, LoginNode, differing, login, scored, thaw, thaw_when_called
 
@@ -35,7 +36,7 @@ def disturbed(cluster: Cluster, finished: Checkout, tmp_path_factory: pytest.Tem
     run = node.start("--", *map(node.student, STUDENTS))
     try:
         # As where the site does not let jobs be started again.
-        wait_for(lambda: node.jobs("_refused_") != [], "the job of refused", 60)
+        wait_until(lambda: node.jobs("_refused_") != [], "the job of refused", 60)
         cluster.ask("scontrol", "update", f"JobId={node.jobs('_refused_')[0]['JobId']}", "Requeue=0")
         for trainer in node.freeze(*SHORT).values():
             Thread(target=thaw_when_called, args=(trainer, signal.SIGALRM), daemon=True).start()
@@ -45,7 +46,7 @@ def disturbed(cluster: Cluster, finished: Checkout, tmp_path_factory: pytest.Tem
             cluster.stop(name)
             time.sleep(0.5)
             cluster.start(name)
-        wait_for(cluster.answers, "an answer of the controller", 60)
+        wait_until(cluster.answers, "an answer of the controller", 60)
         for trainer in trainers["killed"]:
             os.kill(trainer, signal.SIGKILL)
         thaw(trainers["ctm"] + trainers["cancelled"])

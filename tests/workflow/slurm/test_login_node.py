@@ -5,7 +5,8 @@ import signal
 from typing import Any
 
 import pytest
-from tests.workflow.checkout import Checkout, wait_for
+from tests.tracking.servers import wait_until
+from tests.workflow.checkout import Checkout
 from tests.workflow.slurm.cluster import NODES, Cluster
 from tests.workflow.slurm.submitting import LONGER, differing, login, scored, thaw
 
@@ -27,7 +28,7 @@ def test_a_killed_and_an_interrupted_run_are_gone_on_with_on_another_node(
     assert job["JobState"] == "RUNNING"
     thaw(frozen)
     cluster.ask("scancel", job["JobId"])
-    wait_for(lambda: node.queued() == [], "the end of the job", 60)
+    wait_until(lambda: node.queued() == [], "the end of the job", 60)
     assert "student ctm seed 0: stopped at step" in node.log("ctm")
     node.checkout.done("--unlock")
 
@@ -37,7 +38,7 @@ def test_a_killed_and_an_interrupted_run_are_gone_on_with_on_another_node(
     os.killpg(run.pid, signal.SIGINT)
     thaw(frozen)
     assert run.wait(120) != 0
-    wait_for(lambda: node.queued() == [], "the end of the job", 60)
+    wait_until(lambda: node.queued() == [], "the end of the job", 60)
     assert "student ctm seed 0: continues from step" in node.log("ctm")
     assert "student ctm seed 0: stopped at step" in node.log("ctm")
     assert node.checkout.processes() == []

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.tracking.servers import PROXIES, TrackingServer
-from tests.workflow.checkout import Checkout, fresh, wait_for
+from tests.tracking.servers import PROXIES, TrackingServer, wait_until
+from tests.workflow.checkout import Checkout, fresh
 from tests.workflow.dvc_repo import origin
 from tests.workflow.slurm.cluster import Cluster
 from tests.workflow.slurm.submitting import LONGER, LoginNode, differing, login
@@ -75,12 +75,12 @@ def test_a_job_is_followed_by_a_server(cluster: Cluster, copied: Checkout, track
     followed = login(copied.change(longer), cluster).with_variables(**live)
     training = followed.start("--", followed.student("ctm"))
     try:
-        wait_for(lambda: seen(tracking.url)[2] != [], "its points while it goes on", 300)
+        wait_until(lambda: seen(tracking.url)[2] != [], "its points while it goes on", 300)
         assert seen(tracking.url)[:2] == ("RUNNING", followed.jobs()[0]["JobId"])
         assert training.wait(600) == 0, followed.output
     finally:
         followed.interrupt(training)
-    wait_for(lambda: seen(tracking.url)[0] == "FINISHED", "its end", 60)
+    wait_until(lambda: seen(tracking.url)[0] == "FINISHED", "its end", 60)
     assert seen(tracking.url)[2] == list(range(20, 5001, 20))
     assert (followed.path / "mlflow.db").read_bytes() == database
 
