@@ -21,6 +21,10 @@ ROOT = Path(__file__).resolve().parents[2]
 COPIED = ["Snakefile", "Makefile", "environment.yml", "config", "profiles", "slurm", "workflow", "src"]
 #: keys of a history that no run can repeat begin so: times, speeds, memory
 UNREPEATABLE = ("seconds", "images_per_second", "time_", "peak_")
+#: the files of results that the same study has bit for bit
+NUMBERS = ["dataset/*.npy", "**/*.safetensors", "**/*.npz", "**/*.csv", "samples/**/*.npy", "**/history.jsonl"]
+#: a student that trains long enough to be disturbed
+LONGER: dict[str, Any] = {"student.steps": 1000, "student.snapshot_every": 500, "student.log_every": 20}
 OUTSIDE = ("CONSISTENCY_", "SNAKEMAKE_", "MLFLOW_", "PYTEST_", "MAKE", "MFLAGS")
 
 

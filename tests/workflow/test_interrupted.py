@@ -6,14 +6,12 @@ import subprocess
 
 import pytest
 from tests.tracking.servers import wait_until
-from tests.workflow.checkout import Checkout
+from tests.workflow.checkout import LONGER, NUMBERS, Checkout
 
 pytestmark = pytest.mark.slow
 
 # The longer of the two chains; the other's repeat is the student that is stopped thrice.
 SCORES = "results/tiny/scores/analytic/seed0.csv"
-NUMBERS = ["dataset/*.npy", "**/*.safetensors", "**/*.npz", "**/*.csv", "samples/**/*.npy", "**/history.jsonl"]
-LONGER = {"student.steps": 1000, "student.snapshot_every": 500, "student.log_every": 20}
 
 
 def interrupt(checkout: Checkout, log: str, *targets: str) -> None:

@@ -5,9 +5,9 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from tests.workflow.checkout import Checkout
+from tests.workflow.checkout import LONGER, Checkout
 from tests.workflow.slurm.cluster import Cluster
-from tests.workflow.slurm.submitting import LONGER, scored
+from tests.workflow.slurm.submitting import scored
 
 
 @pytest.fixture(scope="session")

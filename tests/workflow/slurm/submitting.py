@@ -28,8 +28,6 @@ SITE: dict[str, Any] = {
     "latency-wait": 20,
 }
 ONE_GPU = "gpu:1"
-#: a student that trains long enough to be disturbed
-LONGER: dict[str, Any] = {"student.steps": 1000, "student.snapshot_every": 500, "student.log_every": 20}
 
 
 @dataclass(frozen=True)

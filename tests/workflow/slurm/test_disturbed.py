@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 from tests.tracking.servers import wait_until
-from tests.workflow.checkout import Checkout
+from tests.workflow.checkout import LONGER, Checkout
 from tests.workflow.slurm.cluster import NODES, Cluster
-from tests.workflow.slurm.submitting import LONGER, LoginNode, differing, login, scored, thaw, thaw_when_called
+from tests.workflow.slurm.submitting import LoginNode, differing, login, scored, thaw, thaw_when_called
 
 pytestmark = [pytest.mark.slow, pytest.mark.slurm]
 

@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 from tests.tracking.servers import wait_until
-from tests.workflow.checkout import Checkout
+from tests.workflow.checkout import LONGER, Checkout
 from tests.workflow.slurm.cluster import NODES, Cluster
-from tests.workflow.slurm.submitting import LONGER, differing, login, scored, thaw
+from tests.workflow.slurm.submitting import differing, login, scored, thaw
 
 pytestmark = [pytest.mark.slow, pytest.mark.slurm]
 

@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 from tests.tracking.servers import PROXIES, TrackingServer, wait_until
-from tests.workflow.checkout import Checkout, fresh
+from tests.workflow.checkout import LONGER, NUMBERS, Checkout, fresh
 from tests.workflow.dvc_repo import origin
 from tests.workflow.slurm.cluster import Cluster
-from tests.workflow.slurm.submitting import LONGER, LoginNode, differing, login
+from tests.workflow.slurm.submitting import LoginNode, differing, login
 
 from consistency.tracking import server
 
@@ -21,7 +21,6 @@ SUBMITTED = {"dataset", "teacher", "extractor", "coefficients", "teacher_samples
 SUBMITTED = {f"rule_{stage}_wildcards_tiny" for stage in SUBMITTED} | {
     f"rule_{stage}_wildcards_tiny_{run}_0" for stage in ("student", "samples", "scores") for run in ("ctm", "analytic")
 }
-NUMBERS = ["dataset/*.npy", "**/*.safetensors", "**/*.npz", "**/*.csv", "samples/**/*.npy", "**/history.jsonl"]
 
 
 @pytest.fixture(scope="module")
