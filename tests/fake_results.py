@@ -20,7 +20,6 @@ from consistency.files import atomic, sha256, write_json
 from consistency.layout import Layout, snapshot_name
 from consistency.provenance import write_card
 from consistency.stages.flows import FILES
-from consistency.stages.inputs import student_file
 from consistency.stages.samples import student_samplers
 from consistency.study import NoTeacher, OfficialTeacher, Study, load_study
 from consistency.theory.noise import log_grid
@@ -114,7 +113,7 @@ def make_student(study: Study, layout: Layout, run: str, seed: int, level: float
     inputs = [layout.dataset / "images.npy", layout.teacher / "teacher.safetensors"]
     inputs += [layout.coefficients / "coefficients.npz"] if settings.needs_coefficients else []
     if frozen := settings.frozen:
-        inputs.append(student_file(layout, frozen.run, seed, step=frozen.step))
+        inputs.append(layout.student_file(frozen.run, seed, step=frozen.step))
     images, seconds = settings.steps * settings.batch, lines[-1]["seconds"]
     _card(study, layout, "student", inputs, run, seed, images=images, seconds=seconds)
     _samples(study, layout, run, seed)

@@ -14,7 +14,7 @@ from consistency import figures
 from consistency.layout import Layout
 from consistency.nets.denoiser import Denoiser
 from consistency.provenance import read_card
-from consistency.stages.discrepancy import by_teacher
+from consistency.stages.discrepancy import ImagePairs, by_teacher
 from consistency.stages.flows import make_flows
 from consistency.stages.student import make_student
 from consistency.stages.trainer import Machine
@@ -55,10 +55,9 @@ def test_a_study_with_a_teacher_sets_it_beside_its_couplings(
 @pytest.mark.parametrize("batch", [3, 64])
 @pytest.mark.parametrize("labelled", [True, False])
 def test_the_teachers_discrepancy_is_its_denoising_error(
-    tiny: Tiny, make_denoiser: Callable[..., Denoiser], batch: int, labelled: bool
+    make_denoiser: Callable[..., Denoiser], batch: int, labelled: bool
 ) -> None:
     """A network that is zero: D = c_skip x_t, and R_t is ||x - c_skip (x + t z)||^2 / t^2."""
-    study = tiny({"sampling.batch": batch})
     teacher = make_denoiser(0, label_dim=10 if labelled else 0)
     with torch.no_grad():
         for weight in teacher.parameters():
@@ -68,5 +67,5 @@ def test_the_teachers_discrepancy_is_its_denoising_error(
     for t in (0.002, 0.7, 80.0):
         kept = 0.25 / (0.25 + t**2)
         expected = ((images - kept * (images + t * noise)) / t).square().flatten(1).sum(1)
-        found: Any = by_teacher(study, teacher, images, labels, noise, t)
+        found: Any = by_teacher(teacher, ImagePairs(images, labels, noise, batch), t)
         np.testing.assert_allclose(found, expected.numpy(), rtol=2e-3)

@@ -265,7 +265,7 @@ def test_a_frozen_predictor_is_the_other_students_and_stays_what_it_is(
         training(study, layout, "full")
     stage.make_student(study, layout, "ic", 0, CPU)
     ended = weights(load_denoiser(layout.student_file("ic", 0))[0])
-    halfway = weights(load_denoiser(layout.snapshot("ic", 0, 3))[0])
+    halfway = weights(load_denoiser(layout.student_file("ic", 0, step=3))[0])
     trained = []
     for run, expected in (("full", ended), ("weak", halfway), ("own", None)):
         job = training(study, layout, run)
