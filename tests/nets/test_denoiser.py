@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from tests.nets.conftest import ARCHITECTURES
 from torch import Tensor
 
 from consistency.nets.denoiser import (
@@ -126,19 +127,7 @@ def test_student_is_a_function_of_its_seed(architecture: dict[str, Any], make: M
 
 
 def test_student_takes_dropout_precision_and_no_augmentation() -> None:
-    teacher = init_denoiser(
-        {
-            "network": "songunet",
-            "img_resolution": 8,
-            "img_channels": 1,
-            "model_channels": 16,
-            "channel_mult": [1],
-            "num_blocks": 1,
-            "augment_dim": 9,
-            "dropout": 0.2,
-        },
-        seed=0,
-    ).double()
+    teacher = init_denoiser({**ARCHITECTURES["ddpmpp"], "augment_dim": 9, "dropout": 0.2}, seed=0).double()
     kept, changed = student_from_teacher(teacher), student_from_teacher(teacher, dropout=0.0)
     assert (kept.architecture["dropout"], changed.architecture["dropout"]) == (0.2, 0.0)
     assert kept.architecture["augment_dim"] == 0 and "model.map_augment.weight" not in kept.state_dict()
@@ -285,10 +274,8 @@ def test_architecture_rebuilds_the_denoiser(architecture: dict[str, Any], make: 
     assert torch.equal(again(x, t, t / 2), denoiser(x, t, t / 2))
     assert again.architecture == denoiser.architecture == stored
     assert (again.label_dim, again.sigma_data, again.second_time) == (3, 0.4, True)
-    assert (again.img_channels, again.img_resolution) == (
-        architecture["img_channels"],
-        architecture["img_resolution"],
-    )
+    for name in ("img_channels", "img_resolution"):
+        assert getattr(again, name) == architecture[name]
 
 
 def test_initial_weights_depend_on_the_seed_alone(architecture: dict[str, Any]) -> None:
@@ -297,10 +284,7 @@ def test_initial_weights_depend_on_the_seed_alone(architecture: dict[str, Any]) 
     first = init_denoiser(architecture, seed=1).state_dict()
     assert torch.equal(before, torch.get_rng_state())
     torch.manual_seed(4)
-    again, other = (
-        init_denoiser(architecture, seed=1).state_dict(),
-        init_denoiser(architecture, seed=2).state_dict(),
-    )
+    again, other = (init_denoiser(architecture, seed).state_dict() for seed in (1, 2))
     assert all(torch.equal(first[key], again[key]) for key in first)
     assert not all(torch.equal(first[key], other[key]) for key in first)
 
@@ -335,3 +319,15 @@ def test_teacher_called_with_s_is_an_error(architecture: dict[str, Any], make: M
 def test_wrong_number_of_times_is_an_error() -> None:
     with pytest.raises(ValueError, match="t must have 1 or 3 values"):
         init_denoiser(TINY_MLP, 0)(torch.zeros(3, 2, 1, 1), torch.ones(2))
+
+
+@pytest.mark.parametrize(
+    ("condition", "message"),
+    [("class_labels", "label_dim"), ("augment_labels", "augment_dim"), ("second_noise_labels", "second_time")],
+)
+def test_condition_the_network_lacks_is_an_error(
+    architecture: dict[str, Any], make: Make, batch: Batch, condition: str, message: str
+) -> None:
+    denoiser = make(architecture)
+    with pytest.raises(ValueError, match=message):
+        denoiser.model(*batch(denoiser), **{condition: torch.zeros(1)})
