@@ -47,7 +47,7 @@ def make_coefficients(study: Study, layout: Layout, device: torch.device) -> Non
             _teacher_of(teacher, labels.to(device) if study.teacher.conditional else None),
             images.to(device, dtype),
             noise.to(device, dtype),
-            log_grid(settings.times, study.noise.sigma_min, study.noise.sigma_max),
+            fitted_times(study),
             probes,
             generator(settings.seed, "probes", device=device),
             settings.batch,
@@ -68,6 +68,11 @@ def make_coefficients(study: Study, layout: Layout, device: torch.device) -> Non
         outputs=[path],
         measured={"network_evaluations": passes, "seconds": round(time.time() - started, 3)},
     )
+
+
+def fitted_times(study: Study) -> Tensor:
+    """The times [N] of the study's fits."""
+    return log_grid(study.coefficients.times, study.noise.sigma_min, study.noise.sigma_max)
 
 
 def fitted_images(data: ImageData, settings: Coefficients) -> tuple[Tensor, Tensor, Tensor]:

@@ -5,14 +5,13 @@ import time
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from consistency.layout import Layout
 from consistency.nets.denoiser import Denoiser, init_denoiser, student_from_teacher
 from consistency.provenance import digest_of, git_state, write_card
 from consistency.resources import open_resource
 from consistency.seeding import derived_seed
-from consistency.stages.coefficients import fitted_images
+from consistency.stages.coefficients import fitted_images, fitted_times
 from consistency.stages.inputs import (
     data_files,
     read_dataset,
@@ -27,7 +26,6 @@ from consistency.stages.trainer import Machine, build_optimizer, build_update, c
 from consistency.study import Shrinking, Student, Study
 from consistency.theory.curriculum import DoublingCurriculum, Schedule, ShrinkingCurriculum
 from consistency.theory.distance import DISTANCES, Distance
-from consistency.theory.noise import log_grid
 from consistency.tracking.live import followed
 from consistency.training.checkpoint import save_denoiser
 from consistency.training.consistency_training import ConsistencyTraining, TransportTraining
@@ -155,12 +153,8 @@ def _begun(study: Study, settings: Student, teacher: Denoiser, seed: int, data: 
         student = init_denoiser(architecture, drawn)
         student = student_from_teacher(student, seed=drawn) if settings.second_time else student
     if settings.carries_fit:
-        student.carry(covariance_fit(data, _fitted_times(study)))
+        student.carry(covariance_fit(data, fitted_times(study)))
     return student
-
-
-def _fitted_times(study: Study) -> Tensor:
-    return log_grid(study.coefficients.times, study.noise.sigma_min, study.noise.sigma_max)
 
 
 def _refits(
@@ -179,7 +173,7 @@ def _refits(
         images=images.to(device, dtype),
         labels=labels.to(device) if study.teacher.conditional else None,
         noise=noise.to(device, dtype),
-        times=_fitted_times(study),
+        times=fitted_times(study),
         batch=fit.batch,
         precision=dtype,
         ranks=machine.ranks,
