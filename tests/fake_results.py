@@ -4,7 +4,6 @@ The curves fall as a power of the step, and a student's level depends on its pla
 something to compare. Cards carry the right keys, so readers accept them.
 """
 
-import csv
 import json
 import math
 import time
@@ -13,22 +12,20 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import torch
 from safetensors.torch import save_file
 
-from consistency.files import atomic, sha256, write_json
+from consistency.files import atomic, sha256, write_bytes, write_json
 from consistency.layout import Layout, snapshot_name
 from consistency.provenance import write_card
 from consistency.stages.flows import FILES
-from consistency.stages.inputs import student_file
+from consistency.stages.inputs import write_array, write_arrays
 from consistency.stages.samples import student_samplers
-from consistency.study import NoTeacher, OfficialTeacher, Study, load_study
+from consistency.stages.scores import CALIBRATION_COLUMNS, COLUMNS
+from consistency.study import OfficialTeacher, Study, Teacher, load_study
 from consistency.theory.noise import log_grid
 from consistency.theory.oracles import GaussianTeacher
-
-COLUMNS = ["study", "kind", "run", "seed", "ema", "step", "sampler", "nfe"]
-COLUMNS += ["fd", "kid", "alignment", "images", "extractor"]
-CALIBRATION_COLUMNS = [*COLUMNS, "published", "tolerance"]
 
 #: two students, two seeds, four points a curve; a test changes what it needs to
 SMALL = """
@@ -85,7 +82,7 @@ def make_study(folder: Path, name: str = "small", text: str = SMALL) -> Study:
 def make_results(study: Study, layout: Layout) -> None:
     """Write everything that the stages dataset to scores leave for report and track."""
     _dataset(study, layout)
-    _save_array(layout.extractor / "features.npy", np.zeros((4, 8), np.float32))
+    write_array(layout.extractor / "features.npy", np.zeros((4, 8), np.float32))
     _card(study, layout, "extractor", [layout.dataset / "images.npy"], held_out_accuracy=0.97)
     _teacher(study, layout)
     if study.needs_coefficients:
@@ -114,7 +111,7 @@ def make_student(study: Study, layout: Layout, run: str, seed: int, level: float
     inputs = [layout.dataset / "images.npy", layout.teacher / "teacher.safetensors"]
     inputs += [layout.coefficients / "coefficients.npz"] if settings.needs_coefficients else []
     if frozen := settings.frozen:
-        inputs.append(student_file(layout, frozen.run, seed, step=frozen.step))
+        inputs.append(layout.student_file(frozen.run, seed, step=frozen.step))
     images, seconds = settings.steps * settings.batch, lines[-1]["seconds"]
     _card(study, layout, "student", inputs, run, seed, images=images, seconds=seconds)
     _samples(study, layout, run, seed)
@@ -123,9 +120,9 @@ def make_student(study: Study, layout: Layout, run: str, seed: int, level: float
 
 def make_report(study: Study, layout: Layout) -> None:
     """A stand-in for the report stage: a page, a figure, a table, summary.json, card.json."""
-    _write_text(layout.report / "report.html", f"<html><body><h1>{study.title}</h1></body></html>\n")
-    _write_text(layout.report / "figures" / "curves.svg", '<svg xmlns="http://www.w3.org/2000/svg"/>\n')
-    _write_text(layout.report / "final.csv", "run,nfe,fd\n")
+    write_bytes(layout.report / "report.html", f"<html><body><h1>{study.title}</h1></body></html>\n".encode())
+    write_bytes(layout.report / "figures" / "curves.svg", b'<svg xmlns="http://www.w3.org/2000/svg"/>\n')
+    write_bytes(layout.report / "final.csv", b"run,nfe,fd\n")
     write_json(layout.report / "summary.json", {"study": study.name})
     scores = [layout.scores(None, None), *(layout.scores(run, seed) for run in study.students for seed in study.seeds)]
     _card(study, layout, "report", scores)
@@ -133,8 +130,8 @@ def make_report(study: Study, layout: Layout) -> None:
 
 def _dataset(study: Study, layout: Layout) -> None:
     images = _images(study, 2 * study.sampling.count, "dataset")
-    _save_array(layout.dataset / "images.npy", images)
-    _save_array(layout.dataset / "labels.npy", np.arange(len(images)) % 10)
+    write_array(layout.dataset / "images.npy", images)
+    write_array(layout.dataset / "labels.npy", np.arange(len(images)) % 10)
     facts = {
         "count": len(images),
         "sha256": sha256(layout.dataset / "images.npy"),
@@ -150,15 +147,12 @@ def _dataset(study: Study, layout: Layout) -> None:
 
 def _teacher(study: Study, layout: Layout) -> None:
     settings = study.teacher
-    if isinstance(settings, OfficialTeacher):
+    if not isinstance(settings, Teacher):
+        official = isinstance(settings, OfficialTeacher)
         _write_lines(layout.teacher / "history.jsonl", [])
         _weights(layout.teacher / "teacher.safetensors", study.key("teacher"), 0)
-        _card(study, layout, "teacher", [], parameters=55_733_891)
-        return
-    if isinstance(settings, NoTeacher):
-        _write_lines(layout.teacher / "history.jsonl", [])
-        _weights(layout.teacher / "teacher.safetensors", study.key("teacher"), 0)
-        _card(study, layout, "teacher", [layout.dataset / "images.npy"], parameters=10_192)
+        inputs = [] if official else [layout.dataset / "images.npy"]
+        _card(study, layout, "teacher", inputs, parameters=55_733_891 if official else 10_192)
         return
     steps = range(settings.log_every, settings.steps + 1, settings.log_every)
     lines = [_history_line(step, settings.batch, 1.0, None) for step in steps]
@@ -181,11 +175,9 @@ def _coefficients(study: Study, layout: Layout) -> None:
         "l_se": error / 4,
         "s": s[order].numpy(),
         "s_se": error,
+        "determined": np.ones(len(times), dtype=bool),
     }
-    arrays["determined"] = np.ones(len(times), dtype=bool)
-    path = layout.coefficients / "coefficients.npz"
-    with atomic(path) as temporary, temporary.open("wb") as file:
-        np.savez(file, **arrays)
+    write_arrays(layout.coefficients / "coefficients.npz", arrays)
     inputs = [layout.teacher / "teacher.safetensors", layout.dataset / "images.npy"]
     _card(study, layout, "coefficients", inputs, seconds=3.5)
 
@@ -197,7 +189,7 @@ def _samples(study: Study, layout: Layout, run: str | None, seed: int | None) ->
         names = [sampler.name for sampler in student_samplers(study, run)]
     count = sampling.count if run is not None or study.taught else 0
     for name in names:
-        _save_array(folder / f"{name}.npy", _images(study, count, f"{run} {seed} {name}"))
+        write_array(folder / f"{name}.npy", _images(study, count, f"{run} {seed} {name}"))
     made_from = layout.teacher / "teacher.safetensors"
     if run is not None and seed is not None:
         made_from = layout.student_file(run, seed)
@@ -236,7 +228,7 @@ def _rate_rows(study: Study, run: str, seed: int, rate: float, level: float, mai
 def _flows(study: Study, layout: Layout) -> None:
     """Files of its names; the figures' tests have real ones."""
     for name in FILES:
-        _write_text(layout.flows / name, f"{name}\n")
+        write_bytes(layout.flows / name, f"{name}\n".encode())
     students = [layout.student_file(run, seed) for run in study.coupled for seed in study.seeds]
     _card(study, layout, "flows", [layout.dataset / "images.npy", *students])
 
@@ -260,16 +252,12 @@ def _calibration(study: Study, layout: Layout) -> None:
 
 def write_scores(path: Path, rows: list[dict[str, Any]], columns: list[str] = COLUMNS) -> None:
     """A score table; a missing value is an empty cell."""
-    with atomic(path) as temporary, temporary.open("w", newline="") as file:
-        writer = csv.DictWriter(file, columns, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
+    write_bytes(path, pd.DataFrame(rows, columns=columns).to_csv(index=False).encode())
 
 
-def read_scores(path: Path) -> list[dict[str, str]]:
+def read_scores(path: Path) -> list[dict[str, Any]]:
     """The rows of a score table as text."""
-    with path.open(newline="") as file:
-        return list(csv.DictReader(file))
+    return pd.read_csv(path, dtype=str, keep_default_na=False).to_dict("records")  # type: ignore[return-value]
 
 
 def _values(step: int, nfe: int, level: float, aligned: bool) -> dict[str, float]:
@@ -307,23 +295,13 @@ def _images(study: Study, count: int, name: str) -> np.ndarray[Any, np.dtype[np.
     return draws.integers(0, 256, (count, size, size, channels), dtype=np.uint8)
 
 
-def _save_array(path: Path, array: np.ndarray[Any, Any]) -> None:
-    with atomic(path) as temporary, temporary.open("wb") as file:
-        np.save(file, array)
-
-
 def _weights(path: Path, key: str, step: int) -> None:
     with atomic(path) as temporary:
         save_file({"weight": torch.full((2,), float(step))}, temporary, {"key": key, "step": str(step)})
 
 
 def _write_lines(path: Path, lines: list[dict[str, float]]) -> None:
-    _write_text(path, "".join(json.dumps(line) + "\n" for line in lines))
-
-
-def _write_text(path: Path, text: str) -> None:
-    with atomic(path) as temporary:
-        temporary.write_text(text)
+    write_bytes(path, "".join(json.dumps(line) + "\n" for line in lines).encode())
 
 
 def _card(
@@ -342,14 +320,5 @@ def _card(
         files = [layout.scores(run, seed)]
     if measured:
         measured["network_evaluations"] = 12.0 * measured.get("images", 100)
-    write_card(
-        study,
-        layout,
-        stage,
-        started=time.time() - 2,
-        inputs=inputs,
-        outputs=files,
-        run=run,
-        seed=seed,
-        measured=measured,
-    )
+    started = time.time() - 2
+    write_card(study, layout, stage, run, seed, started=started, inputs=inputs, outputs=files, measured=measured)

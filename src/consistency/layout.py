@@ -71,13 +71,10 @@ class Layout:
         """student.safetensors and those of further EMA rates, history.jsonl, snapshots/, card.json."""
         return self.root / "students" / run / f"seed{seed}"
 
-    def student_file(self, run: str, seed: int, rate: float | None = None) -> Path:
-        """A student's checkpoint; rate: a further EMA rate."""
-        return self.student(run, seed) / f"student{ema_suffix(rate)}.safetensors"
-
-    def snapshot(self, run: str, seed: int, step: int, rate: float | None = None) -> Path:
-        """A student's snapshot at a step; rate: a further EMA rate."""
-        return self.student(run, seed) / "snapshots" / snapshot_name(step, rate)
+    def student_file(self, run: str, seed: int, rate: float | None = None, step: int | None = None) -> Path:
+        """A student's checkpoint; rate: a further EMA rate; step: a snapshot, None for the end of training."""
+        name = f"student{ema_suffix(rate)}.safetensors" if step is None else f"snapshots/{snapshot_name(step, rate)}"
+        return self.student(run, seed) / name
 
     def samples(self, run: str | None, seed: int | None) -> Path:
         """One .npy a sampler, card.json; the teacher's without a run."""

@@ -80,9 +80,7 @@ def _predictor(study: Study, layout: Layout, run: str, seed: int) -> dict[Path, 
     frozen = study.students[run].frozen
     if frozen is None:
         return {}
-    path = layout.student_file(frozen.run, seed)
-    if frozen.step is not None:
-        path = layout.snapshot(frozen.run, seed, frozen.step)
+    path = layout.student_file(frozen.run, seed, step=frozen.step)
     return {path: f"student --run {frozen.run} --seed {seed}"}
 
 

@@ -36,12 +36,12 @@ def write_card(
     study: Study,
     layout: Layout,
     stage: str,
-    *,
-    started: float,
-    inputs: list[Path],
-    outputs: list[Path],
     run: str | None = None,
     seed: int | None = None,
+    *,
+    started: float,
+    inputs: Iterable[Path],
+    outputs: Iterable[Path],
     measured: dict[str, float] | None = None,
     known: dict[Path, str] | None = None,
     downloads: Iterable[str] = (),
@@ -49,11 +49,15 @@ def write_card(
     training: dict[str, Any] | None = None,
 ) -> None:
     """Write the card of what a stage made. started: time.time() at its start; measured: figures such as evaluations;
-    known: digests of files that need not be read again (16 GB of images take half a minute); downloads: resources
-    that were opened; source: a digest of what else was read outside of the results; training: its id and when it began.
-    Inputs are named from the study's folder on, outputs from the card's."""
-    known = known or {}
+    known: digests of files that need not be read again; downloads: resources that were opened; source: a digest of
+    what else was read outside of the results; training: its id and when it began. Inputs are named from the study's
+    folder on, outputs from the card's."""
     card = layout.card(stage, run, seed)
+
+    def digests(paths: Iterable[Path], folder: Path) -> dict[str, str]:
+        known_or_read = {path: (known or {}).get(path) or digest_of(path, layout) for path in paths}
+        return {path.relative_to(folder).as_posix(): digest for path, digest in known_or_read.items()}
+
     write_json(
         card,
         {
@@ -72,16 +76,20 @@ def write_card(
             "measured": measured or {},
             "training": training,
             "source": source,
-            "inputs": {
-                **{path.relative_to(layout.root).as_posix(): known.get(path) or sha256(path) for path in inputs},
-                **{f"resources/{name}": known_sha256(name) for name in downloads},
-            },
-            "outputs": {path.relative_to(card.parent).as_posix(): known.get(path) or sha256(path) for path in outputs},
+            "inputs": digests(inputs, layout.root) | {f"resources/{name}": known_sha256(name) for name in downloads},
+            "outputs": digests(outputs, card.parent),
             "git": git_state(),
             "versions": versions(),
             "hardware": hardware(),
         },
     )
+
+
+def digest_of(path: Path, layout: Layout) -> str:
+    """The sha256 of a file; of the images what dataset.json says, since 16 GB take half a minute to read."""
+    if path == layout.dataset / "images.npy":
+        return str(read_json(path.with_name("dataset.json"), "dataset")["sha256"])
+    return sha256(path)
 
 
 def seeds_of(study: Study, stage: str, run: str | None, seed: int | None) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from tests.nets.conftest import ARCHITECTURES
 from torch import Tensor
 
 from consistency.nets.denoiser import (
@@ -21,7 +22,19 @@ from consistency.nets.denoiser import (
 
 Make = Callable[..., Denoiser]
 Batch = Callable[..., tuple[Tensor, Tensor]]
+Drawn = Callable[..., tuple[Denoiser, Tensor, Tensor]]
 TINY_MLP = {"network": "mlp", "img_resolution": 1, "img_channels": 2, "width": 8, "depth": 1, "embedding": 8}
+
+
+@pytest.fixture
+def drawn(architecture: dict[str, Any], make: Make, batch: Batch) -> Drawn:
+    """drawn(label_dim=3): a denoiser of each kind, noisy images and times that fit it."""
+
+    def draw(**changes: Any) -> tuple[Denoiser, Tensor, Tensor]:
+        denoiser = make(architecture, **changes)
+        return denoiser, *batch(denoiser)
+
+    return draw
 
 
 def test_coefficients_at_t_equal_to_sigma_data() -> None:
@@ -40,34 +53,28 @@ def test_coefficients_keep_input_and_target_at_unit_variance() -> None:
     torch.testing.assert_close(((1 - c_skip) ** 2 * sd**2 + c_skip**2 * t**2) / c_out**2, torch.ones_like(t))
 
 
-def test_forward_combines_the_raw_output(architecture: dict[str, Any], make: Make, batch: Batch) -> None:
-    denoiser = make(architecture, sigma_data=0.8)
-    x, t = batch(denoiser)
+def test_forward_combines_the_raw_output(drawn: Drawn) -> None:
+    denoiser, x, t = drawn(sigma_data=0.8)
     c_skip, c_out, _, _ = edm_coefficients(t[:, None, None, None], 0.8)
     torch.testing.assert_close(denoiser(x, t), c_skip * x + c_out * denoiser.raw(x, t))
 
 
-def test_raw_feeds_the_network_scaled_images_and_log_times(
-    architecture: dict[str, Any], make: Make, batch: Batch
-) -> None:
-    denoiser = make(architecture, second_time=True)
-    x, t = batch(denoiser)
+def test_raw_feeds_the_network_scaled_images_and_log_times(drawn: Drawn) -> None:
+    denoiser, x, t = drawn(second_time=True)
     _, _, c_in, c_noise = edm_coefficients(t, 0.5)
     expected = denoiser.model(c_in[:, None, None, None] * x, c_noise, second_noise_labels=(t / 2).log() / 4)
     torch.testing.assert_close(denoiser.raw(x, t, t / 2), expected)
 
 
-def test_number_scalar_and_vector_times_agree(architecture: dict[str, Any], make: Make, batch: Batch) -> None:
-    denoiser = make(architecture, second_time=True)
-    x, _ = batch(denoiser)
+def test_number_scalar_and_vector_times_agree(drawn: Drawn) -> None:
+    denoiser, x, _ = drawn(second_time=True)
     vector = denoiser(x, torch.full([3], 1.7), torch.full([3], 0.2))
     torch.testing.assert_close(denoiser(x, 1.7, 0.2), vector)
     torch.testing.assert_close(denoiser(x, torch.tensor(1.7), torch.tensor([0.2])), vector)
 
 
-def test_samples_do_not_mix(architecture: dict[str, Any], make: Make, batch: Batch) -> None:
-    denoiser = make(architecture)
-    x, t = batch(denoiser)
+def test_samples_do_not_mix(drawn: Drawn) -> None:
+    denoiser, x, t = drawn()
     torch.testing.assert_close(denoiser(x, t)[1:2], denoiser(x[1:2], t[1:2]))
 
 
@@ -87,9 +94,9 @@ def test_student_starts_exactly_as_its_teacher(
     assert torch.equal(student.raw(x, t, s, labels), teacher.raw(x, t, labels=labels))
 
 
-def test_student_depends_on_s_after_one_step(architecture: dict[str, Any], make: Make, batch: Batch) -> None:
-    student = student_from_teacher(make(architecture))
-    x, t = batch(student)
+def test_student_depends_on_s_after_one_step(drawn: Drawn) -> None:
+    teacher, x, t = drawn()
+    student = student_from_teacher(teacher)
     optimizer = torch.optim.SGD(student.parameters(), lr=0.1)
     (student(x, t, t / 2) - x).square().mean().backward()
     optimizer.step()
@@ -97,11 +104,9 @@ def test_student_depends_on_s_after_one_step(architecture: dict[str, Any], make:
     assert not torch.equal(student(x, t, t / 2), student(x, t, t / 20))
 
 
-def test_gradients_reach_every_second_time_parameter_after_one_step(
-    architecture: dict[str, Any], make: Make, batch: Batch
-) -> None:
-    student = student_from_teacher(make(architecture), dropout=0.0)
-    x, t = batch(student)
+def test_gradients_reach_every_second_time_parameter_after_one_step(drawn: Drawn) -> None:
+    teacher, x, t = drawn()
+    student = student_from_teacher(teacher, dropout=0.0)
     optimizer = torch.optim.SGD(student.parameters(), lr=0.1)
     for _ in range(2):
         optimizer.zero_grad()
@@ -110,9 +115,8 @@ def test_gradients_reach_every_second_time_parameter_after_one_step(
     assert all(p.grad is not None and p.grad.abs().max() > 0 for p in student.parameters())
 
 
-def test_student_without_s_uses_t(architecture: dict[str, Any], make: Make, batch: Batch) -> None:
-    student = make(architecture, second_time=True)
-    x, t = batch(student)
+def test_student_without_s_uses_t(drawn: Drawn) -> None:
+    student, x, t = drawn(second_time=True)
     assert torch.equal(student(x, t), student(x, t, t))
     assert not torch.equal(student(x, t), student(x, t, t / 3))
 
@@ -126,19 +130,7 @@ def test_student_is_a_function_of_its_seed(architecture: dict[str, Any], make: M
 
 
 def test_student_takes_dropout_precision_and_no_augmentation() -> None:
-    teacher = init_denoiser(
-        {
-            "network": "songunet",
-            "img_resolution": 8,
-            "img_channels": 1,
-            "model_channels": 16,
-            "channel_mult": [1],
-            "num_blocks": 1,
-            "augment_dim": 9,
-            "dropout": 0.2,
-        },
-        seed=0,
-    ).double()
+    teacher = init_denoiser({**ARCHITECTURES["ddpmpp"], "augment_dim": 9, "dropout": 0.2}, seed=0).double()
     kept, changed = student_from_teacher(teacher), student_from_teacher(teacher, dropout=0.0)
     assert (kept.architecture["dropout"], changed.architecture["dropout"]) == (0.2, 0.0)
     assert kept.architecture["augment_dim"] == 0 and "model.map_augment.weight" not in kept.state_dict()
@@ -155,18 +147,16 @@ def test_student_of_a_student_is_an_error() -> None:
 # --- labels ----------------------------------------------------------------------------------------------
 
 
-def test_class_changes_the_output(architecture: dict[str, Any], make: Make, batch: Batch) -> None:
-    denoiser = make(architecture, label_dim=3)
-    x, t = batch(denoiser)
+def test_class_changes_the_output(drawn: Drawn) -> None:
+    denoiser, x, t = drawn(label_dim=3)
     by_class = [denoiser(x, t, labels=torch.full([3], c)) for c in range(3)]
     assert (by_class[0] - by_class[1]).abs().max() > 1e-4
     mixed = denoiser(x, t, labels=torch.tensor([2, 0, 1]))
     torch.testing.assert_close(mixed[0], by_class[2][0])
 
 
-def test_indices_equal_one_hot_and_none_equals_zeros(architecture: dict[str, Any], make: Make, batch: Batch) -> None:
-    denoiser = make(architecture, label_dim=3)
-    x, t = batch(denoiser)
+def test_indices_equal_one_hot_and_none_equals_zeros(drawn: Drawn) -> None:
+    denoiser, x, t = drawn(label_dim=3)
     indices = torch.tensor([2, 0, 1])
     assert torch.equal(denoiser(x, t, labels=indices), denoiser(x, t, labels=torch.eye(3)[indices]))
     torch.testing.assert_close(denoiser(x, t), denoiser(x, t, labels=torch.zeros(3, 3)))
@@ -195,9 +185,8 @@ def test_labels_on_an_unconditional_denoiser_are_an_error() -> None:
 # --- precision and derivatives ---------------------------------------------------------------------------
 
 
-def test_double_denoiser_is_double_throughout(architecture: dict[str, Any], make: Make, batch: Batch) -> None:
-    denoiser = make(architecture, second_time=True)
-    x, t = batch(denoiser)
+def test_double_denoiser_is_double_throughout(drawn: Drawn) -> None:
+    denoiser, x, t = drawn(second_time=True)
     single = denoiser(x, t, t / 2)
     double = denoiser.double()
     exact = double(x.double(), t.double(), t.double() / 2)
@@ -239,11 +228,8 @@ def test_network_in_half_precision_is_close_and_gives_float32(
     assert all(g is not None and g.dtype == torch.float32 and bool(g.isfinite().all()) for g in gradients)
 
 
-def test_forward_mode_derivative_is_the_same_in_channels_last(
-    architecture: dict[str, Any], make: Make, batch: Batch
-) -> None:
-    denoiser = make(architecture)
-    x, t = batch(denoiser)
+def test_forward_mode_derivative_is_the_same_in_channels_last(drawn: Drawn) -> None:
+    denoiser, x, t = drawn()
     expected = torch.func.jvp(denoiser, (x, t), (x, t))[1]
     denoiser.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     x = x.contiguous(memory_format=torch.channels_last)
@@ -251,11 +237,8 @@ def test_forward_mode_derivative_is_the_same_in_channels_last(
 
 
 @pytest.mark.parametrize("second_time", [False, True])
-def test_forward_mode_derivative_against_finite_differences(
-    architecture: dict[str, Any], make: Make, batch: Batch, second_time: bool
-) -> None:
-    denoiser = make(architecture, second_time=second_time).double()
-    x, t = (value.double() for value in batch(denoiser))
+def test_forward_mode_derivative_against_finite_differences(drawn: Drawn, second_time: bool) -> None:
+    denoiser, x, t = (value.double() for value in drawn(second_time=second_time))
     v_x, v_t = torch.randn_like(x), -t
 
     def along(x: Tensor, t: Tensor) -> Tensor:
@@ -285,10 +268,8 @@ def test_architecture_rebuilds_the_denoiser(architecture: dict[str, Any], make: 
     assert torch.equal(again(x, t, t / 2), denoiser(x, t, t / 2))
     assert again.architecture == denoiser.architecture == stored
     assert (again.label_dim, again.sigma_data, again.second_time) == (3, 0.4, True)
-    assert (again.img_channels, again.img_resolution) == (
-        architecture["img_channels"],
-        architecture["img_resolution"],
-    )
+    for name in ("img_channels", "img_resolution"):
+        assert getattr(again, name) == architecture[name]
 
 
 def test_initial_weights_depend_on_the_seed_alone(architecture: dict[str, Any]) -> None:
@@ -297,10 +278,7 @@ def test_initial_weights_depend_on_the_seed_alone(architecture: dict[str, Any]) 
     first = init_denoiser(architecture, seed=1).state_dict()
     assert torch.equal(before, torch.get_rng_state())
     torch.manual_seed(4)
-    again, other = (
-        init_denoiser(architecture, seed=1).state_dict(),
-        init_denoiser(architecture, seed=2).state_dict(),
-    )
+    again, other = (init_denoiser(architecture, seed).state_dict() for seed in (1, 2))
     assert all(torch.equal(first[key], again[key]) for key in first)
     assert not all(torch.equal(first[key], other[key]) for key in first)
 
@@ -324,9 +302,8 @@ def test_missing_geometry_is_an_error() -> None:
         build_denoiser({"network": "mlp"})
 
 
-def test_teacher_called_with_s_is_an_error(architecture: dict[str, Any], make: Make, batch: Batch) -> None:
-    teacher = make(architecture)
-    x, t = batch(teacher)
+def test_teacher_called_with_s_is_an_error(drawn: Drawn) -> None:
+    teacher, x, t = drawn()
     for call in (teacher, teacher.raw):
         with pytest.raises(ValueError, match="no second time"):
             call(x, t, t / 2)
@@ -335,3 +312,13 @@ def test_teacher_called_with_s_is_an_error(architecture: dict[str, Any], make: M
 def test_wrong_number_of_times_is_an_error() -> None:
     with pytest.raises(ValueError, match="t must have 1 or 3 values"):
         init_denoiser(TINY_MLP, 0)(torch.zeros(3, 2, 1, 1), torch.ones(2))
+
+
+@pytest.mark.parametrize(
+    ("condition", "message"),
+    [("class_labels", "label_dim"), ("augment_labels", "augment_dim"), ("second_noise_labels", "second_time")],
+)
+def test_condition_the_network_lacks_is_an_error(drawn: Drawn, condition: str, message: str) -> None:
+    denoiser, x, t = drawn()
+    with pytest.raises(ValueError, match=message):
+        denoiser.model(x, t, **{condition: torch.zeros(1)})

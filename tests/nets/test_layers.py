@@ -27,7 +27,6 @@ from consistency.nets.layers import (
     ("mode", "variance"),
     [
         ("xavier_uniform", 2 / (300 + 200)),
-        ("xavier_normal", 2 / (300 + 200)),
         ("kaiming_uniform", 1 / 300),
         ("kaiming_normal", 1 / 300),
     ],

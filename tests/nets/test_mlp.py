@@ -8,11 +8,6 @@ import torch
 from consistency.nets.mlp import MLP
 
 
-def test_shape_is_restored() -> None:
-    x = torch.randn(3, 2, 4, 4)
-    assert MLP((2, 4, 4), width=16, depth=1)(x, torch.zeros(3)).shape == x.shape
-
-
 def test_a_number_of_dimensions_means_a_vector() -> None:
     x = torch.randn(3, 5, 1, 1)
     assert MLP(5, width=16, depth=1)(x, torch.zeros(1)).shape == x.shape
@@ -33,26 +28,6 @@ def test_dropout_acts_in_training_only() -> None:
     assert not torch.equal(net(x, noise), net(x, noise))
     net.eval()
     assert torch.equal(net(x, noise), net(x, noise))
-
-
-def test_one_time_for_the_batch_equals_a_time_per_sample() -> None:
-    net = MLP(6, width=16, depth=2)
-    torch.nn.init.normal_(net.linear_out.weight)
-    x = torch.randn(4, 6, 1, 1)
-    torch.testing.assert_close(net(x, torch.full([1], 0.3)), net(x, torch.full([4], 0.3)))
-
-
-@pytest.mark.parametrize(
-    ("condition", "message"),
-    [
-        ("class_labels", "label_dim"),
-        ("augment_labels", "augment_dim"),
-        ("second_noise_labels", "second_time"),
-    ],
-)
-def test_condition_the_network_lacks_is_an_error(condition: str, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        MLP(2, width=8, depth=1)(torch.zeros(1, 2, 1, 1), torch.zeros(1), **{condition: torch.zeros(1)})
 
 
 def test_odd_embedding_is_an_error() -> None:

@@ -1,19 +1,25 @@
-"""SongUNet against the official networks: outputs of small ones, names and shapes of the published ones."""
+"""The U-Nets against the official networks: outputs of small ones, names and shapes of the published ones."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from tests.nets.conftest import ARCHITECTURES
 from tests.nets.official import OFFICIAL, count, golden, translate
+from torch import Tensor
 
-from consistency.nets.denoiser import build_denoiser, init_denoiser, student_from_teacher
+from consistency.nets.adm import DhariwalUNet
+from consistency.nets.denoiser import Denoiser, build_denoiser, init_denoiser, student_from_teacher
 from consistency.nets.layers import UNetBlock
 from consistency.nets.songunet import SongUNet
 from consistency.training.checkpoint import load_denoiser, save_denoiser
 
+Make = Callable[..., Denoiser]
+Batch = Callable[..., tuple[Tensor, Tensor]]
 CIFAR_VE: dict[str, Any] = {
     "img_resolution": 32,
     "in_channels": 3,
@@ -27,7 +33,7 @@ CIFAR_VE: dict[str, Any] = {
 }
 
 
-@pytest.mark.parametrize("name", ["ddpmpp_uncond", "ddpmpp_cond", "ncsnpp_uncond"])
+@pytest.mark.parametrize("name", ["ddpmpp_uncond", "ddpmpp_cond", "ncsnpp_uncond", "adm_cond"])
 def test_output_of_the_official_network(name: str) -> None:
     denoiser, data = golden(name)
     with torch.no_grad():
@@ -35,12 +41,13 @@ def test_output_of_the_official_network(name: str) -> None:
     torch.testing.assert_close(denoised, data["denoised"], atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["ddpmpp_uncond", "ncsnpp_uncond"])
+@pytest.mark.parametrize("name", ["ddpmpp_uncond", "ncsnpp_uncond", "adm_cond"])
 def test_channels_last_gives_the_same_output_and_stays(name: str) -> None:
     denoiser, data = golden(name)
     denoiser.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     with torch.no_grad():
-        out = denoiser(data["x"].contiguous(memory_format=torch.channels_last), data["sigma"])
+        x = data["x"].contiguous(memory_format=torch.channels_last)
+        out = denoiser(x, data["sigma"], labels=data.get("labels"))
     assert out.is_contiguous(memory_format=torch.channels_last)
     torch.testing.assert_close(out, data["denoised"], atol=1e-5, rtol=1e-5)
 
@@ -52,6 +59,7 @@ def test_channels_last_gives_the_same_output_and_stays(name: str) -> None:
         "edm-cifar10-32x32-cond-vp",
         "edm-cifar10-32x32-uncond-ve",
         "edm-ffhq-64x64-uncond-vp",
+        "edm-imagenet-64x64-cond-adm",
     ],
 )
 def test_names_and_shapes_of_the_official_file(name: str) -> None:
@@ -84,39 +92,31 @@ def test_size_of_the_ctm_student() -> None:
 
 
 def test_skip_encoder_and_decoder_run() -> None:
-    net = SongUNet(
-        8,
-        1,
-        1,
-        model_channels=16,
-        channel_mult=(1, 2),
-        num_blocks=1,
-        encoder_type="skip",
-        decoder_type="skip",
-    )
+    skips = {"encoder_type": "skip", "decoder_type": "skip"}
+    net = SongUNet(8, 1, 1, model_channels=16, channel_mult=(1, 2), num_blocks=1, **skips)
     assert {"8x8_aux_norm", "8x8_aux_conv", "8x8_aux_up", "4x4_aux_norm", "4x4_aux_conv"} <= set(net.dec)
     assert {"4x4_aux_down", "4x4_aux_skip"} <= set(net.enc)
     assert net(torch.randn(2, 1, 8, 8), torch.zeros(2)).shape == (2, 1, 8, 8)
 
 
-def test_label_dropout_zeroes_labels_in_training_only() -> None:
-    torch.manual_seed(0)
-    net = SongUNet(
-        8, 1, 1, label_dim=4, model_channels=16, channel_mult=(1,), num_blocks=1, dropout=0, label_dropout=1.0
-    )
-    x, noise, labels = torch.randn(2, 1, 8, 8), torch.zeros(2), torch.eye(4)[:2]
-    assert torch.equal(net(x, noise, labels), net(x, noise))
-    net.eval()
-    assert not torch.equal(net(x, noise, labels), net(x, noise))
+@pytest.mark.parametrize("kind", ["ddpmpp", "adm"])
+def test_label_dropout_zeroes_labels_in_training_only(make: Make, batch: Batch, kind: str) -> None:
+    denoiser = make(ARCHITECTURES[kind], label_dim=3, dropout=0.0, label_dropout=1.0)
+    x, t = batch(denoiser)
+    labels = torch.tensor([2, 0, 1])
+    denoiser.train()
+    assert torch.equal(denoiser(x, t, labels=labels), denoiser(x, t))
+    denoiser.eval()
+    assert not torch.equal(denoiser(x, t, labels=labels), denoiser(x, t))
 
 
-def test_augment_labels_change_the_output() -> None:
-    denoiser, data = golden("ddpmpp_uncond")
-    plain = denoiser(data["x"], data["sigma"])
-    zeros = denoiser(data["x"], data["sigma"], augment_labels=torch.zeros(3, 9))
-    torch.testing.assert_close(zeros, plain)
-    ones = denoiser(data["x"], data["sigma"], augment_labels=torch.ones(3, 9))
-    assert (ones - plain).abs().max() > 1e-3
+@pytest.mark.parametrize("kind", ["ddpmpp", "adm"])
+def test_augment_labels_change_the_output(make: Make, batch: Batch, kind: str) -> None:
+    denoiser = make(ARCHITECTURES[kind], augment_dim=9)
+    x, t = batch(denoiser)
+    plain = denoiser(x, t)
+    torch.testing.assert_close(denoiser(x, t, augment_labels=torch.zeros(3, 9)), plain)
+    assert (denoiser(x, t, augment_labels=torch.ones(3, 9)) - plain).abs().max() > 1e-3
 
 
 @pytest.mark.parametrize("wrong", ["embedding_type", "encoder_type", "decoder_type"])
@@ -208,20 +208,7 @@ def test_a_list_that_is_not_as_long_as_the_levels_is_an_error(key: str, value: l
         SongUNet(8, 1, 1, model_channels=16, channel_mult=[1, 1, 1], **{key: value})
 
 
-def test_resolution_that_cannot_be_halved_is_an_error() -> None:
+@pytest.mark.parametrize("network", [SongUNet, DhariwalUNet])
+def test_resolution_that_cannot_be_halved_is_an_error(network: Callable[..., torch.nn.Module]) -> None:
     with pytest.raises(ValueError, match="28 cannot be halved 3 times"):
-        SongUNet(28, 1, 1)
-
-
-@pytest.mark.parametrize(
-    ("condition", "message"),
-    [
-        ("class_labels", "label_dim"),
-        ("augment_labels", "augment_dim"),
-        ("second_noise_labels", "second_time"),
-    ],
-)
-def test_condition_the_network_lacks_is_an_error(condition: str, message: str) -> None:
-    net = SongUNet(8, 1, 1, model_channels=16, channel_mult=(1,), num_blocks=1)
-    with pytest.raises(ValueError, match=message):
-        net(torch.zeros(1, 1, 8, 8), torch.zeros(1), **{condition: torch.zeros(1)})
+        network(28, 1, 1)

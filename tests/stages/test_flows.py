@@ -1,8 +1,6 @@
 """R_t by the teacher, and what a study with one writes beside the couplings."""
 
-import shutil
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,7 +12,7 @@ from consistency import figures
 from consistency.layout import Layout
 from consistency.nets.denoiser import Denoiser
 from consistency.provenance import read_card
-from consistency.stages.discrepancy import by_teacher
+from consistency.stages.discrepancy import ImagePairs, by_teacher
 from consistency.stages.flows import make_flows
 from consistency.stages.student import make_student
 from consistency.stages.trainer import Machine
@@ -25,7 +23,7 @@ CPU = Machine(torch.device("cpu"))
 
 
 def test_a_study_with_a_teacher_sets_it_beside_its_couplings(
-    tiny: Tiny, couplings: dict[str, Any], first_results: Layout, tmp_path: Path
+    tiny: Tiny, couplings: dict[str, Any], results: Layout
 ) -> None:
     settings = {"images": 20, "times": 3, "toy_steps": 2, "pairs": 64, "intervals": 10, "discrepancy": ["full", "ic"]}
     students = {"ic": {}, "full": {"coupling": "gc", "predictor": {"run": "ic"}}}
@@ -34,31 +32,28 @@ def test_a_study_with_a_teacher_sets_it_beside_its_couplings(
         | {"students": students, "varies": ["coupling", "predictor"]}
         | {"flows": settings | {"denoiser_steps": 4, "denoiser_batch": 8}}
     )
-    shutil.copytree(first_results.results, tmp_path / "results")
-    layout = Layout("tiny", tmp_path / "results", tmp_path / "state")
     for run in students:
-        make_student(study, layout, run, 0, CPU)
-    make_flows(study, layout, CPU)
-    table = pd.read_csv(layout.flows / "discrepancy.csv")
+        make_student(study, results, run, 0, CPU)
+    make_flows(study, results, CPU)
+    table = pd.read_csv(results.flows / "discrepancy.csv")
     assert list(table.run) == ["teacher"] * 3 + ["full"] * 3 + ["ic"] * 3
     assert list(table.seed.fillna(-1)) == [-1] * 3 + [0] * 6
-    card = read_card(layout.flows, study, "flows")
+    card = read_card(results.flows, study, "flows")
     assert {"teacher/teacher.safetensors", "students/ic/seed0/student.safetensors"} <= card["inputs"].keys()
     figure = figures.discrepancy(table, list(students))
     labels = figure.axes[0].get_legend_handles_labels()[1]
     assert sorted(labels) == ["full", "ic", "independent noise, by the teacher"]
     figures.close(figure)
     # Trained once: the state of the denoisers goes when the numbers are written.
-    assert not list(layout.state.rglob("state.pt"))
+    assert not list(results.state.rglob("state.pt"))
 
 
 @pytest.mark.parametrize("batch", [3, 64])
 @pytest.mark.parametrize("labelled", [True, False])
 def test_the_teachers_discrepancy_is_its_denoising_error(
-    tiny: Tiny, make_denoiser: Callable[..., Denoiser], batch: int, labelled: bool
+    make_denoiser: Callable[..., Denoiser], batch: int, labelled: bool
 ) -> None:
     """A network that is zero: D = c_skip x_t, and R_t is ||x - c_skip (x + t z)||^2 / t^2."""
-    study = tiny({"sampling.batch": batch})
     teacher = make_denoiser(0, label_dim=10 if labelled else 0)
     with torch.no_grad():
         for weight in teacher.parameters():
@@ -68,5 +63,5 @@ def test_the_teachers_discrepancy_is_its_denoising_error(
     for t in (0.002, 0.7, 80.0):
         kept = 0.25 / (0.25 + t**2)
         expected = ((images - kept * (images + t * noise)) / t).square().flatten(1).sum(1)
-        found: Any = by_teacher(study, teacher, images, labels, noise, t)
+        found: Any = by_teacher(teacher, ImagePairs(images, labels, noise, batch), t)
         np.testing.assert_allclose(found, expected.numpy(), rtol=2e-3)

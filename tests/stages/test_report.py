@@ -57,14 +57,19 @@ def made(folder: Path, text: str = SMALL) -> tuple[Study, Layout]:
     return study, layout
 
 
+def reported(folder: Path, text: str = SMALL) -> tuple[Study, Layout]:
+    study, layout = made(folder, text)
+    make_report(study, layout)
+    return study, layout
+
+
 @pytest.mark.parametrize(
     "text",
     [SMALL, ONE_SEED, PLAIN, LARGE, RATES, SWEEP, BOTH],
     ids=["two", "one seed", "no fit", "six students", "EMA rates", "no teacher", "both papers"],
 )
 def test_the_page_is_whole_and_loads_nothing(tmp_path: Path, text: str) -> None:
-    study, layout = made(tmp_path, text)
-    make_report(study, layout)
+    study, layout = reported(tmp_path, text)
     page = (layout.report / "report.html").read_text()
     assert not re.search(r"""(src|href)=["']?(https?:|//|\.|/)|@import|url\(""", page)
     names = [path.stem for path in (layout.report / "figures").glob("*.png")]
@@ -84,8 +89,7 @@ def test_the_page_is_whole_and_loads_nothing(tmp_path: Path, text: str) -> None:
 
 
 def test_without_a_teacher_nothing_speaks_of_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    study, layout = made(tmp_path, UNTAUGHT)
-    make_report(study, layout)
+    study, layout = reported(tmp_path, UNTAUGHT)
     names = {path.stem for path in (layout.report / "figures").glob("*.png")}
     assert names == {"samples", "curves_fd", "curves_kid", "speedup_fd", "losses"}
     page = text_of(study, layout)
@@ -173,8 +177,7 @@ def test_a_frozen_predictor_is_said_by_its_student_and_is_in_no_sweep(tmp_path: 
 
 
 def test_the_tables_are_numbers_for_machines(tmp_path: Path) -> None:
-    study, layout = made(tmp_path, LARGE)
-    make_report(study, layout)
+    study, layout = reported(tmp_path, LARGE)
     summary = json.loads((layout.report / "summary.json").read_text())
     assert set(summary["final"]) == set(study.students)
     assert set(summary["speed_up"]) == set(study.students) - {"ctm", "cm"}
@@ -192,9 +195,7 @@ def text_of(study: Study, layout: Layout) -> str:
 
 
 def test_further_rates_are_a_table_and_change_nothing_else(tmp_path: Path) -> None:
-    alone, several = made(tmp_path / "alone"), made(tmp_path / "several", RATES)
-    for study, layout in (alone, several):
-        make_report(study, layout)
+    alone, several = reported(tmp_path / "alone"), reported(tmp_path / "several", RATES)
     for name in ("table.csv", "speedup.csv", "paired.csv", "summary.json"):
         assert (several[1].report / name).read_bytes() == (alone[1].report / name).read_bytes(), name
     for path in (alone[1].report / "figures").glob("*.png"):
@@ -232,20 +233,14 @@ def test_where_the_time_of_a_step_goes_is_said(tmp_path: Path) -> None:
     assert "peak memory" not in text_of(study, layout)
 
 
-@pytest.mark.parametrize(
-    ("published", "says"),
-    [
-        ({}, "Teacher: FD 12.35, not FID (1,797 images, classifier features, seeds 0-1796)"),
-        ({"published": np.nan}, "Teacher: FD 12.35, not FID (1,797 images, classifier features, seeds 0-1796)"),
-    ],
-)
-def test_the_teachers_line(tmp_path: Path, published: dict[str, float], says: str) -> None:
+@pytest.mark.parametrize("published", [{}, {"published": np.nan}])
+def test_the_teachers_line(tmp_path: Path, published: dict[str, float]) -> None:
+    says = "Teacher: FD 12.35, not FID (1,797 images, classifier features, seeds 0-1796)"
     assert teacher_line({"fd": 12.3456, "images": 1797, **published}, make_study(tmp_path)) == says
 
 
 def test_the_same_results_give_the_same_files(tmp_path: Path) -> None:
-    study, layout = made(tmp_path)
-    make_report(study, layout)
+    study, layout = reported(tmp_path)
     before = {path.name: path.read_bytes() for path in layout.report.rglob("*.*") if path.name != "card.json"}
     make_report(study, layout)
     for path in layout.report.rglob("*.*"):
@@ -314,8 +309,7 @@ def test_a_speed_up_in_words(item: SpeedUp, says: str) -> None:
 
 
 def test_the_summary_says_where_things_are(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    study, layout = made(tmp_path)
-    make_report(study, layout)
+    study, layout = reported(tmp_path)
     layout.track.mkdir()
     (layout.track / "tracked.json").write_text(json.dumps({"url_hint": "`make ui`, then look"}))
     print_summary(study, layout)

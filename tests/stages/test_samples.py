@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from tests.stages.conftest import save_students
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from consistency.errors import UserError
@@ -223,25 +224,6 @@ def test_further_ema_rates_are_drawn_without_gamma(tiny: Tiny) -> None:
 # --- the stage
 
 
-@pytest.fixture
-def results(first_results: Layout, tmp_path: Path) -> Layout:
-    """Dataset, teacher and coefficients in folders of one's own."""
-    shutil.copytree(first_results.results, tmp_path / "results")
-    return Layout("tiny", tmp_path / "results", tmp_path / "state")
-
-
-def make_student(study: Study, layout: Layout, run: str = "analytic") -> None:
-    """A student at every rate, each with weights of its own."""
-    teacher = load_denoiser(layout.teacher / "teacher.safetensors")[0]
-    for k, rate in enumerate((None, *study.students[run].evaluation_ema)):
-        student = student_from_teacher(teacher)
-        with torch.no_grad():
-            for weight in student.parameters():
-                weight += 0.05 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(k))
-        metadata = {"key": study.key("student", run, 0), "study": "tiny"}
-        save_denoiser(layout.student_file(run, 0, rate), student, metadata)
-
-
 def drawn(layout: Layout, run: str | None = None) -> dict[str, bytes]:
     folder = layout.samples(run, None if run is None else 0)
     return {path.name: path.read_bytes() for path in folder.glob("*.npy")}
@@ -253,7 +235,7 @@ def test_the_stage_writes_every_sampler_as_bytes(tiny: Tiny, results: Layout) ->
     by_teacher = np.load(results.samples(None, None) / "heun.npy")
     assert by_teacher.shape == (80, 8, 8, 1)
     assert by_teacher.dtype == np.uint8
-    make_student(study, results)
+    save_students(study, results)
     make_samples(study, results, "analytic", 0, CPU)
     folder = results.samples("analytic", 0)
     names = {"nfe1.npy", "nfe2.npy", "nfe5.npy", "gamma1.0-nfe2.npy", "card.json"}
@@ -265,7 +247,7 @@ def test_the_stage_writes_every_sampler_as_bytes(tiny: Tiny, results: Layout) ->
 
 def test_each_rates_samples_come_from_its_own_weights(tiny: Tiny, results: Layout) -> None:
     study = tiny({"student.evaluation_ema": [0.9]})
-    make_student(study, results)
+    save_students(study, results)
     make_samples(study, results, "analytic", 0, CPU)
     found = drawn(results, "analytic")
     assert set(found) == {"nfe1.npy", "nfe2.npy", "nfe5.npy", "gamma1.0-nfe2.npy"} | {
@@ -273,14 +255,14 @@ def test_each_rates_samples_come_from_its_own_weights(tiny: Tiny, results: Layou
     }
     assert found["nfe1.npy"] != found["ema0.9-nfe1.npy"]
     alone = tiny()
-    make_student(alone, results)
+    save_students(alone, results)
     make_samples(alone, results, "analytic", 0, CPU)
     assert drawn(results, "analytic")["nfe2.npy"] == found["nfe2.npy"]
 
 
 def test_a_missing_rate_is_named_with_its_verb(tiny: Tiny, results: Layout) -> None:
     study = tiny({"student.evaluation_ema": [0.9]})
-    make_student(tiny(), results)
+    save_students(tiny(), results)
     with pytest.raises(
         UserError, match=r"student-ema0\.9\.safetensors is missing: run .* student --run analytic --seed 0"
     ):
@@ -335,7 +317,7 @@ def test_a_stopped_sampling_goes_on_where_it_was(tiny: Tiny, results: Layout, si
 
 def test_a_stopped_student_keeps_the_samplers_that_are_done(tiny: Tiny, results: Layout) -> None:
     study = tiny({**SMALL_BATCHES, "student.evaluation_ema": [0.9]})
-    make_student(study, results)
+    save_students(study, results)
     with evaluations() as all_of_them:
         make_samples(study, results, "analytic", 0, CPU)
     expected = drawn(results, "analytic")

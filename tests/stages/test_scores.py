@@ -10,19 +10,20 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from tests.stages.conftest import save_students
 
 from consistency.__main__ import main
 from consistency.errors import UserError
 from consistency.features import Extractor, Statistics, frechet_distance
 from consistency.layout import Layout, snapshot_name
-from consistency.nets.denoiser import student_from_teacher
+from consistency.provenance import write_card
 from consistency.stages import extractor as extractor_stage
 from consistency.stages.extractor import make_extractor, open_extractor, read_data_statistics
 from consistency.stages.inputs import read_preconditioning
 from consistency.stages.samples import draw, jump_sampler, make_samples
 from consistency.stages.scores import CALIBRATION_COLUMNS, COLUMNS, make_calibration, make_scores
 from consistency.study import Study
-from consistency.training.checkpoint import load_denoiser, save_denoiser
+from consistency.training.checkpoint import load_denoiser
 from consistency.training.data import load_images, to_bytes
 
 Tiny = Callable[..., Study]
@@ -31,32 +32,17 @@ RATE = {"student.evaluation_ema": [0.9]}
 
 
 @pytest.fixture
-def layout(tiny: Tiny, first_results: Layout, tmp_path: Path) -> Layout:
-    """Dataset, teacher, its samples, coefficients and the extractor, in folders of one's own."""
-    shutil.copytree(first_results.results, tmp_path / "results")
-    made = Layout("tiny", tmp_path / "results", tmp_path / "state")
-    make_samples(tiny(), made, None, None, CPU)
-    make_extractor(tiny(), made, CPU)
-    return made
+def layout(tiny: Tiny, results: Layout) -> Layout:
+    """The teacher's samples and the extractor too."""
+    make_samples(tiny(), results, None, None, CPU)
+    make_extractor(tiny(), results, CPU)
+    return results
 
 
 def make_student(study: Study, layout: Layout, run: str = "analytic") -> None:
-    """A student at every rate and step, all of other weights, with its samples."""
-    from consistency.provenance import write_card
-
-    teacher = load_denoiser(layout.teacher / "teacher.safetensors")[0]
-    folder, settings = layout.student(run, 0), study.students[run]
-    seed = 0
-    for rate in (None, *settings.evaluation_ema):
-        files = [folder / "snapshots" / snapshot_name(step, rate) for step in (0, 3, 6)]
-        for path in [*files, layout.student_file(run, 0, rate)]:
-            student, seed = student_from_teacher(teacher), seed + 1
-            generator = torch.Generator().manual_seed(seed)
-            with torch.no_grad():
-                for weight in student.parameters():
-                    weight += 0.05 * torch.randn(weight.shape, generator=generator)
-            save_denoiser(path, student, {"key": study.key("student", run, 0), "study": "tiny"})
-    write_card(study, layout, "student", run=run, seed=0, started=0.0, inputs=[], outputs=[])
+    """A student at every rate and step, with its samples."""
+    save_students(study, layout, run, (0, 3, 6, None))
+    write_card(study, layout, "student", run, 0, started=0.0, inputs=[], outputs=[])
     make_samples(study, layout, run, 0, CPU)
 
 

@@ -153,9 +153,9 @@ def test_coefficients_that_are_damaged_are_refused(tiny: Tiny, first_results: La
 # --- consistency training: the arms differ in the coupling, and no weight of the teacher is needed
 
 
-def weights(model: torch.nn.Module) -> torch.Tensor:
+def weights(*models: torch.nn.Module) -> torch.Tensor:
     """All of them in one row."""
-    return torch.cat([value.flatten() for value in model.state_dict().values()])
+    return torch.cat([value.flatten() for model in models for value in model.state_dict().values()])
 
 
 def test_the_arms_of_a_seed_share_weights_images_levels_and_noise(
@@ -216,86 +216,8 @@ OWN = {
 }
 
 
-@pytest.mark.parametrize("run", ["ic", "ot", "gc", "own"])
-def test_an_interrupted_arm_ends_with_the_bits_of_an_uninterrupted_one(
-    tiny: Tiny, couplings: Changes, first_results: Layout, tmp_path: Path, run: str
-) -> None:
-    """The student own is stopped between two refits of its coefficients."""
-    study = tiny(couplings | OWN)
-    ends = []
-    for interrupted in (False, True):
-        layout = Layout("tiny", first_results.results, tmp_path / f"{interrupted}")
-        job = training(study, layout, run)
-        if interrupted:
-            step = job.update.step
-
-            def stopping(k: int, step: Any = step) -> Any:
-                if k == 3:
-                    os.kill(os.getpid(), signal.SIGTERM)
-                return step(k)
-
-            job.update.step = stopping  # type: ignore[method-assign]
-            with pytest.raises(Interrupted):
-                train(job)
-            job = training(study, layout, run)
-        train(job)
-        snapshots = [load_denoiser(job.folder / "snapshots" / snapshot_name(step))[0] for step in (0, 3, 6)]
-        if run == "own":
-            fits = [model.fit for model in snapshots]
-            assert not torch.equal(fits[0], fits[1])
-            assert not torch.equal(fits[1], fits[2])
-            assert torch.equal(fits[2], job.update.model.fit)
-        ends.append(torch.cat([weights(model) for model in (job.update.model, *snapshots)]))
-    assert torch.equal(ends[1], ends[0])
-
-
-def test_a_frozen_predictor_is_the_other_students_and_stays_what_it_is(
-    tiny: Tiny, couplings: Changes, first_results: Layout, tmp_path: Path
-) -> None:
-    shutil.copytree(first_results.results, tmp_path / "results")
-    layout = Layout("tiny", tmp_path / "results", tmp_path / "state")
-    arms = {
-        "own": {"coupling": "gc", "mu": 1.0},
-        "full": {"coupling": "gc", "mu": 1.0, "predictor": {"run": "ic"}},
-        "weak": {"coupling": "gc", "mu": 1.0, "predictor": {"run": "ic", "step": 3}},
-    }
-    changes = couplings | {"varies": ["coupling", "mu", "predictor"], "students": couplings["students"] | arms}
-    study = tiny(changes)
-    with pytest.raises(UserError, match="run `python -m consistency student --run ic --seed 0` first"):
-        training(study, layout, "full")
-    stage.make_student(study, layout, "ic", 0, CPU)
-    ended = weights(load_denoiser(layout.student_file("ic", 0))[0])
-    halfway = weights(load_denoiser(layout.snapshot("ic", 0, 3))[0])
-    trained = []
-    for run, expected in (("full", ended), ("weak", halfway), ("own", None)):
-        job = training(study, layout, run)
-        predictor = job.update.objective.predictor  # type: ignore[attr-defined]
-        train(job)
-        trained.append(weights(job.update.model))
-        # The student's own average moves away from where it began; a frozen predictor is what it was.
-        assert expected is None or torch.equal(weights(predictor), expected)
-        assert (predictor is job.averages[0].model) == (expected is None)
-    assert not torch.equal(trained[0], trained[1]) and not torch.equal(trained[0], trained[2])
-    stage.make_student(study, layout, "weak", 0, CPU)
-    card = json.loads((layout.student("weak", 0) / "card.json").read_text())
-    assert "students/ic/seed0/snapshots/step-000003.safetensors" in card["inputs"]
-    with pytest.raises(UserError, match="made by study 'tiny' with other settings"):
-        training(tiny(changes | {"student.learning_rate": 1e-3}), layout, "full")
-
-
-def test_lion_is_the_optimiser_that_the_study_asks_for(tiny: Tiny, couplings: Changes, first_results: Layout) -> None:
-    pytest.importorskip("lion_pytorch")
-    job = training(tiny(couplings | {"student.optimizer": "lion"}), first_results, "gc")
-    before = weights(job.update.model)
-    job.update.step(0)
-    moved = (weights(job.update.model) - before).abs()
-    assert type(job.update.optimizer).__name__ == "Lion"
-    # Every weight that has a gradient moves by the learning rate.
-    torch.testing.assert_close(moved[moved > 0], torch.full_like(moved[moved > 0], 4e-4), rtol=0.01, atol=1e-7)
-
-
-def at_the_end(study: Study, results: Path, state: Path, run: str, interrupted: bool) -> torch.Tensor:
-    """Weights and averages at the end of a training that SIGTERM stopped in its fourth step, or nothing did."""
+def at_the_end(study: Study, results: Path, state: Path, run: str, interrupted: bool) -> list[Denoiser]:
+    """A training that SIGTERM stopped in its fourth step, or nothing did: its model, averages and three snapshots."""
     layout = Layout("tiny", results, state)
     job = training(study, layout, run)
     if interrupted:
@@ -311,13 +233,72 @@ def at_the_end(study: Study, results: Path, state: Path, run: str, interrupted: 
             train(job)
         job = training(study, layout, run)
     train(job)
-    return torch.cat([weights(job.update.model), *(weights(average.model) for average in job.averages)])
+    snapshots = [load_denoiser(job.folder / "snapshots" / snapshot_name(step))[0] for step in (0, 3, 6)]
+    return [job.update.model, *(average.model for average in job.averages), *snapshots]
+
+
+@pytest.mark.parametrize("run", ["ic", "ot", "gc", "own"])
+def test_an_interrupted_arm_ends_with_the_bits_of_an_uninterrupted_one(
+    tiny: Tiny, couplings: Changes, first_results: Layout, tmp_path: Path, run: str
+) -> None:
+    """The student own is stopped between two refits of its coefficients."""
+    study = tiny(couplings | OWN)
+    whole, same = (at_the_end(study, first_results.results, tmp_path / f"{k}", run, k) for k in (False, True))
+    assert torch.equal(weights(*same), weights(*whole))
+    if run == "own":
+        fits = [model.fit for model in same[-3:]]
+        assert not torch.equal(fits[0], fits[1])
+        assert not torch.equal(fits[1], fits[2])
+        assert torch.equal(fits[2], same[0].fit)
+
+
+def test_a_frozen_predictor_is_the_other_students_and_stays_what_it_is(
+    tiny: Tiny, couplings: Changes, results: Layout
+) -> None:
+    arms = {
+        "own": {"coupling": "gc", "mu": 1.0},
+        "full": {"coupling": "gc", "mu": 1.0, "predictor": {"run": "ic"}},
+        "weak": {"coupling": "gc", "mu": 1.0, "predictor": {"run": "ic", "step": 3}},
+    }
+    changes = couplings | {"varies": ["coupling", "mu", "predictor"], "students": couplings["students"] | arms}
+    study = tiny(changes)
+    with pytest.raises(UserError, match="run `python -m consistency student --run ic --seed 0` first"):
+        training(study, results, "full")
+    stage.make_student(study, results, "ic", 0, CPU)
+    ended = weights(load_denoiser(results.student_file("ic", 0))[0])
+    halfway = weights(load_denoiser(results.student_file("ic", 0, step=3))[0])
+    trained = []
+    for run, expected in (("full", ended), ("weak", halfway), ("own", None)):
+        job = training(study, results, run)
+        predictor = job.update.objective.predictor  # type: ignore[attr-defined]
+        train(job)
+        trained.append(weights(job.update.model))
+        # The student's own average moves away from where it began; a frozen predictor is what it was.
+        assert expected is None or torch.equal(weights(predictor), expected)
+        assert (predictor is job.averages[0].model) == (expected is None)
+    assert not torch.equal(trained[0], trained[1]) and not torch.equal(trained[0], trained[2])
+    stage.make_student(study, results, "weak", 0, CPU)
+    card = json.loads((results.student("weak", 0) / "card.json").read_text())
+    assert "students/ic/seed0/snapshots/step-000003.safetensors" in card["inputs"]
+    with pytest.raises(UserError, match="made by study 'tiny' with other settings"):
+        training(tiny(changes | {"student.learning_rate": 1e-3}), results, "full")
+
+
+def test_lion_is_the_optimiser_that_the_study_asks_for(tiny: Tiny, couplings: Changes, first_results: Layout) -> None:
+    pytest.importorskip("lion_pytorch")
+    job = training(tiny(couplings | {"student.optimizer": "lion"}), first_results, "gc")
+    before = weights(job.update.model)
+    job.update.step(0)
+    moved = (weights(job.update.model) - before).abs()
+    assert type(job.update.optimizer).__name__ == "Lion"
+    # Every weight that has a gradient moves by the learning rate.
+    torch.testing.assert_close(moved[moved > 0], torch.full_like(moved[moved > 0], 4e-4), rtol=0.01, atol=1e-7)
 
 
 @pytest.mark.parametrize("predictor", ["average", {"run": "ic"}, {"run": "ic", "step": 3}])
 @pytest.mark.parametrize("optimizer", ["radam", "lion"])
 def test_one_whose_average_warms_up_goes_on_with_the_same_bits_whatever_its_predictor(
-    tiny: Tiny, couplings: Changes, first_results: Layout, tmp_path: Path, predictor: Any, optimizer: str
+    tiny: Tiny, couplings: Changes, results: Layout, tmp_path: Path, predictor: Any, optimizer: str
 ) -> None:
     """With a further average, and levels that change while it is stopped."""
     averages = {"student.ema_rate": 0.999, "student.evaluation_ema": [0.9], "student.ema_warm_up": 0.75}
@@ -326,15 +307,13 @@ def test_one_whose_average_warms_up_goes_on_with_the_same_bits_whatever_its_pred
         "varies": ["coupling", "mu", "predictor"],
     }
     study = tiny(couplings | averages | gc | {"student.optimizer": optimizer})
-    results = tmp_path / "results"
-    shutil.copytree(first_results.results, results)
-    stage.make_student(study, Layout("tiny", results, tmp_path / "ic"), "ic", 0, CPU)
-    one, two = (at_the_end(study, results, tmp_path / f"{k}", "gc", k) for k in (False, True))
+    stage.make_student(study, results, "ic", 0, CPU)
+    one, two = (weights(*at_the_end(study, results.results, tmp_path / f"{k}", "gc", k)) for k in (False, True))
     assert torch.equal(one, two)
     # The warm-up has a say: without it the averages are others.
     cold = tiny(couplings | averages | gc | {"student.optimizer": optimizer, "student.ema_warm_up": None})
     if predictor == "average":
-        assert not torch.equal(at_the_end(cold, results, tmp_path / "cold", "gc", False), one)
+        assert not torch.equal(weights(*at_the_end(cold, results.results, tmp_path / "cold", "gc", False)), one)
 
 
 def test_the_levels_near_each_other_as_the_study_says(tiny: Tiny, couplings: Changes, first_results: Layout) -> None:

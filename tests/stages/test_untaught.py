@@ -16,14 +16,13 @@ from consistency.errors import UserError
 from consistency.layout import Layout
 from consistency.provenance import read_card
 from consistency.seeding import generator
-from consistency.stages import flows
 from consistency.stages.coefficients import make_coefficients
 from consistency.stages.dataset import make_dataset
-from consistency.stages.discrepancy import discrepancy_of
+from consistency.stages.discrepancy import ImagePairs, discrepancy_of
 from consistency.stages.estimate import estimate, student_operations
 from consistency.stages.extractor import make_extractor
 from consistency.stages.flows import make_flows
-from consistency.stages.inputs import student_file, time_grid
+from consistency.stages.inputs import time_grid
 from consistency.stages.report import make_report
 from consistency.stages.samples import make_samples
 from consistency.stages.scores import make_calibration, make_scores
@@ -116,7 +115,7 @@ def test_what_was_made_agrees_with_its_cards(study: Study, layout: Layout) -> No
 
 def test_students_carry_the_coefficients_they_were_trained_with(study: Study, layout: Layout) -> None:
     fits = {
-        (run, step): load_denoiser(student_file(layout, run, 0, step=step))[0].fit
+        (run, step): load_denoiser(layout.student_file(run, 0, step=step))[0].fit
         for run in ("data", "own")
         for step in (0, 3, 6, None)
     }
@@ -206,7 +205,7 @@ def test_ot_stays_within_its_batches_and_classes() -> None:
     draws = torch.Generator().manual_seed(0)
     images, noise = torch.randn(11, 1, 2, 2, generator=draws), torch.randn(11, 1, 2, 2, generator=draws)
     labels = torch.arange(11) % 2
-    moved = flows._transported(images, noise, labels, 4)
+    moved = ImagePairs(images, labels, noise, 64).transported(4).noise
     assert len(moved) == 8
     for first in (0, 4):
         for label in (0, 1):
@@ -214,7 +213,7 @@ def test_ot_stays_within_its_batches_and_classes() -> None:
             assert {tuple(row) for row in moved[rows].flatten(1).tolist()} == {
                 tuple(row) for row in noise[rows].flatten(1).tolist()
             }
-    assert len(flows._transported(images, noise, None, 64)) == 11
+    assert len(ImagePairs(images, None, noise, 64).transported(64).noise) == 11
 
 
 def test_the_discrepancy_is_a_number_for_each_coupling_that_is_named(study: Study, layout: Layout) -> None:

@@ -213,36 +213,23 @@ def file_size_limit(size: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
-@pytest.fixture
-def writers(make_denoiser: MakeDenoiser) -> dict[str, tuple[Callable[[Path], None], Callable[[Path], None]]]:
-    """For each kind of file: a writer of a small one (under 64 KiB) and of one of about 600 KiB."""
-    small, large = make_denoiser(), make_denoiser(0, width=256)
-    return {
-        "denoiser": (lambda path: save_denoiser(path, small, {}), lambda path: save_denoiser(path, large, {})),
-        "state": (
-            lambda path: save_state(path, {"model": small.state_dict()}),
-            lambda path: save_state(path, {"model": large.state_dict()}),
-        ),
-    }
-
-
-def assert_old_file_survives(path: Path, write: Callable[[Path], None], reason: str) -> None:
-    before = path.read_bytes()
-    with pytest.raises(UserError, match=f"cannot write {path}: {reason}"):
-        write(path)
+@pytest.mark.parametrize(
+    "write",
+    [lambda path, model: save_denoiser(path, model, {}), lambda path, model: save_state(path, model.state_dict())],
+    ids=["denoiser", "state"],
+)
+def test_a_limit_on_file_sizes_leaves_the_old_file(
+    tmp_path: Path, make_denoiser: MakeDenoiser, write: Callable[[Path, Denoiser], None]
+) -> None:
+    """A quota looks like this. torch says nothing of the cause, and is taken to mean a full disk."""
+    path, small = tmp_path / "folder" / "file", make_denoiser()
+    write(path, small)
+    before, reason = path.read_bytes(), "(File too large|No space left on device)"
+    with file_size_limit(128 * 1024), pytest.raises(UserError, match=f"cannot write {path}: {reason}"):
+        write(path, make_denoiser(0, width=256))
     assert path.read_bytes() == before
     assert [entry.name for entry in path.parent.iterdir()] == [path.name]
-
-
-@pytest.mark.parametrize("kind", ["denoiser", "state"])
-def test_a_limit_on_file_sizes_leaves_the_old_file(tmp_path: Path, kind: str, writers: Any) -> None:
-    """A quota looks like this. torch says nothing of the cause, and is taken to mean a full disk."""
-    small, large = writers[kind]
-    path = tmp_path / "folder" / "file"
-    small(path)
-    with file_size_limit(128 * 1024):
-        assert_old_file_survives(path, large, "(File too large|No space left on device)")
-    small(path)
+    write(path, small)
 
 
 def test_a_copy_is_whole_or_absent(tmp_path: Path) -> None:

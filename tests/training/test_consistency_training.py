@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from tests.draws import SEED, numpy_draws, seeded
+from tests.training.losses import EPS, fitted, passes
 from torch import Tensor
 
 from consistency.nets.denoiser import Denoiser, student_from_teacher
@@ -18,24 +19,15 @@ from consistency.seeding import generator
 from consistency.theory.coupling import assignment
 from consistency.theory.curriculum import DoublingCurriculum, ShrinkingCurriculum
 from consistency.theory.distance import euclidean, pseudo_huber, squared_l2
-from consistency.theory.generalized_ode import GeneralizedODE
-from consistency.theory.noise import log_grid
 from consistency.theory.preconditioning import build_preconditioning
 from consistency.theory.solver import expand
 from consistency.training.consistency_training import ConsistencyTraining, CoupledPairs, TransportTraining
 from consistency.training.ema import Ema
 from consistency.training.update import Update
 
-EPS, T = 0.002, 80.0
 ROOT = Path(__file__).parents[2]
 MakeDenoiser = Callable[..., Denoiser]
 BATCH = 8
-
-
-def fitted() -> GeneralizedODE:
-    times = log_grid(60, EPS, T)
-    l = torch.sigmoid(torch.log(times))
-    return GeneralizedODE(times, l, 4 * l - 2)
 
 
 @pytest.fixture
@@ -156,20 +148,11 @@ def test_labels_reach_student_and_predictor(
         draws = drawn(objective)
         first, second = (loss(objective, batch(), draws, torch.full((BATCH,), k)) for k in (0, 1))
         assert not torch.equal(first, second)
-    only_predictor = make(mu=1.0, predictor=labelled["predictor"], student=labelled["student"])
-    images = batch()
-    a, b = (only_predictor.coupled(images, torch.full((BATCH,), k), drawn(only_predictor)) for k in (0, 1))
+    a, b = (objective.coupled(batch(), torch.full((BATCH,), k), draws) for k in (0, 1))
     assert not torch.equal(a, b)
 
 
 # --- the draws
-
-
-def test_arms_with_different_mu_see_the_same_levels_and_noise(make: Callable[..., ConsistencyTraining]) -> None:
-    ic, gc, ot = drawn(make()), drawn(make(mu=0.5)), drawn(make(kind=TransportTraining))
-    for other in (gc, ot):
-        for name in ("t", "u", "weight", "z"):
-            assert torch.equal(getattr(ic, name), getattr(other, name))
 
 
 @pytest.mark.statistical
@@ -258,23 +241,14 @@ def test_evaluations_are_the_passes_really_made(
 ) -> None:
     networks = {"student": make_denoiser(1, second_time=True), "predictor": make_denoiser(2, second_time=True)}
     objective = make(mu=mu, dsm_weight=dsm_weight, **networks)
-    count = 0
+    claimed = []
 
-    def add(worth: int) -> Callable[..., None]:
-        def hook(*_: Any) -> None:
-            nonlocal count
-            count += worth
+    def run() -> None:
+        for term in objective.terms(batch(), None, drawn(objective)):
+            term.value.backward()
+            claimed.append(term.evaluations)
 
-        return hook
-
-    for model in networks.values():
-        model.model.register_forward_hook(add(1))
-        model.model.register_full_backward_hook(add(2))
-    claimed = 0
-    for term in objective.terms(batch(), None, drawn(objective)):
-        term.value.backward()
-        claimed += term.evaluations
-    assert claimed == BATCH * count
+    assert BATCH * passes(networks.values(), run) == sum(claimed)
 
 
 @pytest.mark.parametrize(
@@ -300,16 +274,8 @@ def make_update(objective: ConsistencyTraining, part: int = BATCH, labels: bool 
         images = 0.5 * torch.randn(BATCH, 1, 4, 4, generator=generator(SEED, "images", step))
         return images, torch.arange(BATCH) % 3 if labels else None
 
-    return Update(
-        model=objective.student,
-        optimizer=torch.optim.SGD(objective.student.parameters(), lr=1e-3),
-        objective=objective,
-        batches=batches,
-        batch=BATCH,
-        part=part,
-        seed=0,
-        purpose="test",
-    )
+    optimizer = torch.optim.SGD(objective.student.parameters(), lr=1e-3)
+    return Update(objective.student, optimizer, objective, batches, BATCH, part, 0, "test")
 
 
 @pytest.mark.parametrize("part", [4, 2, 1])

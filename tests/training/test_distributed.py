@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -65,18 +65,15 @@ class Trainer:
 
 
 @pytest.fixture
-def trainer(write_study: WriteStudy, first_results: Layout, tmp_path: Path) -> Iterator[Callable[..., Trainer]]:
-    started: list[Trainer] = []
-
+def trainer(write_study: WriteStudy, first_results: Layout, tmp_path: Path) -> Callable[..., Trainer]:
     def make(name: str, changes: dict[str, Any]) -> Trainer:
         study = write_study(changes)
         folder = tmp_path / name
         shutil.copytree(first_results.results, folder / "results")
         shutil.copy(study, folder / "tiny.yaml")
-        started.append(Trainer(folder / "tiny.yaml", folder))
-        return started[-1]
+        return Trainer(folder / "tiny.yaml", folder)
 
-    yield make
+    return make
 
 
 def assert_close(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:

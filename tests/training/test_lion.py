@@ -1,7 +1,5 @@
 """The library's Lion against its published rule: Chen et al. 2023, algorithm 2, without weight decay."""
 
-import io
-
 import torch
 from lion_pytorch import Lion
 
@@ -19,24 +17,3 @@ def test_a_step_is_the_sign_of_an_interpolation_and_the_momentum_another() -> No
         expected -= 1e-3 * torch.sign(0.9 * momentum + 0.1 * gradient)
         momentum = 0.99 * momentum + 0.01 * gradient
         torch.testing.assert_close(weight.detach(), expected, rtol=0, atol=1e-12)
-
-
-def test_a_saved_state_goes_on_as_if_never_stopped() -> None:
-    """The training's states are loaded as weights only."""
-    gradients = torch.randn(10, 4, generator=torch.Generator().manual_seed(0))
-
-    def run(stop: int | None) -> torch.Tensor:
-        weight = torch.nn.Parameter(torch.zeros(4))
-        optimizer = Lion([weight], lr=1e-2)
-        for k, gradient in enumerate(gradients):
-            if k == stop:
-                file = io.BytesIO()
-                torch.save(optimizer.state_dict(), file)
-                file.seek(0)
-                optimizer = Lion([weight], lr=1.0)
-                optimizer.load_state_dict(torch.load(file, weights_only=True))
-            weight.grad = gradient.clone()
-            optimizer.step()
-        return weight.detach()
-
-    assert torch.equal(run(None), run(5))

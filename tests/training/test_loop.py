@@ -80,16 +80,8 @@ def job(make_denoiser: MakeDenoiser, tmp_path: Path) -> Callable[..., Training]:
             objective.step = step
             return torch.randn(8, 1, 4, 4, generator=generator(0, "images", step)), None
 
-        update = Update(
-            model=model,
-            optimizer=torch.optim.RAdam(model.parameters(), lr=1e-2),
-            objective=objective,
-            batches=batches,
-            batch=8,
-            part=8,
-            seed=0,
-            purpose="test",
-        )
+        optimizer = torch.optim.RAdam(model.parameters(), lr=1e-2)
+        update = Update(model, optimizer, objective, batches, 8, 8, 0, "test")
         settings: dict[str, Any] = {
             "label": "test",
             "key": "key",
@@ -106,6 +98,19 @@ def job(make_denoiser: MakeDenoiser, tmp_path: Path) -> Callable[..., Training]:
 
 
 Job = Callable[..., Training]
+
+
+def interrupted(training: Training) -> Interrupted:
+    """Train until the training's hook asks it to stop."""
+    with pytest.raises(Interrupted) as stopped:
+        train(training)
+    return stopped.value
+
+
+def saved_step(folder: Path) -> int:
+    """The step of the saved state."""
+    state = load_state(folder / "state.pt")
+    return 0 if state is None else int(state["clock"]["step"])
 
 
 def result(folder: Path) -> dict[str, Any]:
@@ -154,9 +159,9 @@ def test_an_interrupted_training_ends_with_the_bits_of_an_uninterrupted_one(
 ) -> None:
     """At the end of a log window (3) and in the middle of one (1, 2, 4, 5)."""
     train(job("whole", dropout=dropout))
-    with pytest.raises(Interrupted, match=f"stopped at step {stop_after} of {STEPS}") as stopped:
-        train(job("parts", at(stop_after - 1, signal_self), dropout=dropout))
-    assert stopped.value.signum == signal.SIGTERM
+    stopped = interrupted(job("parts", at(stop_after - 1, signal_self), dropout=dropout))
+    assert f"stopped at step {stop_after} of {STEPS}" in str(stopped)
+    assert stopped.signum == signal.SIGTERM
     measured = train(job("parts", dropout=dropout))
     assert_same(result(tmp_path / "whole"), result(tmp_path / "parts"))
     assert measured["network_evaluations"] == 24 * STEPS
@@ -166,8 +171,7 @@ def test_an_interrupted_training_ends_with_the_bits_of_an_uninterrupted_one(
 def test_interrupted_at_every_step_it_still_ends_with_the_same_bits(job: Job, tmp_path: Path) -> None:
     train(job("whole", dropout=0.3))
     for step in range(STEPS - 1):
-        with pytest.raises(Interrupted):
-            train(job("parts", at(step, signal_self), dropout=0.3))
+        interrupted(job("parts", at(step, signal_self), dropout=0.3))
     train(job("parts", dropout=0.3))
     assert_same(result(tmp_path / "whole"), result(tmp_path / "parts"))
 
@@ -179,8 +183,7 @@ def test_a_training_keeps_its_identity_and_says_when_it_goes_on(job: Job, tmp_pa
     def on_start() -> None:
         said.append((files.read_identity(tmp_path / "seed0")["id"], len(history(tmp_path / "seed0"))))
 
-    with pytest.raises(Interrupted):
-        train(job(hook=at(3, signal_self), on_start=on_start))
+    interrupted(job(hook=at(3, signal_self), on_start=on_start))
     with (tmp_path / "seed0/history.jsonl").open("a") as file:
         file.write('{"step": 5, "loss": 1.0}\n')
     train(job(on_start=on_start))
@@ -209,8 +212,7 @@ def test_a_killed_training_goes_on_from_the_last_saved_state(
         raise Killed
 
     train(job("whole"))
-    with pytest.raises(Interrupted):
-        train(job("parts", at(1, signal_self)))
+    interrupted(job("parts", at(1, signal_self)))
     with pytest.raises(Killed):
         train(job("parts", at(4, die)))
     assert [line["step"] for line in history(tmp_path / "parts")] == [3]
@@ -225,11 +227,7 @@ def test_the_state_is_saved_as_time_passes(job: Job, tmp_path: Path, monkeypatch
     monkeypatch.setattr(loop, "SAVE_SHARE", math.inf)
     seen: list[int] = []
 
-    def look(step: int) -> None:
-        state = load_state(tmp_path / "seed0" / "state.pt")
-        seen.append(0 if state is None else state["clock"]["step"])
-
-    train(job(hook=look))
+    train(job(hook=lambda step: seen.append(saved_step(tmp_path / "seed0"))))
     assert seen == list(range(STEPS))
 
 
@@ -259,26 +257,20 @@ def test_a_finished_training_is_not_trained_again(job: Job, tmp_path: Path) -> N
 
 
 def test_the_history_is_cut_back_to_the_state(job: Job, tmp_path: Path) -> None:
-    with pytest.raises(Interrupted):
-        train(job(hook=at(3, signal_self)))
+    interrupted(job(hook=at(3, signal_self)))
     path = tmp_path / "seed0" / "history.jsonl"
     kept = path.read_text()
     path.write_text(kept + '{"step": 6, "loss": 1.0}\nnot json\n{"loss": 2.0}\n')
-    with pytest.raises(Interrupted):
-        train(job(hook=at(4, signal_self)))
+    interrupted(job(hook=at(4, signal_self)))
     assert path.read_text() == kept
 
 
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP, signal.SIGALRM])
 def test_every_polite_signal_saves_and_is_named(job: Job, tmp_path: Path, signum: signal.Signals) -> None:
     before = signal.getsignal(signum)
-    with pytest.raises(Interrupted) as stopped:
-        train(job(hook=at(0, lambda: signal_self(signum))))
-    assert stopped.value.signum == signum
+    assert interrupted(job(hook=at(0, lambda: signal_self(signum)))).signum == signum
     assert signal.getsignal(signum) == before
-    state = load_state(tmp_path / "seed0" / "state.pt")
-    assert state is not None
-    assert state["clock"]["step"] == 1
+    assert saved_step(tmp_path / "seed0") == 1
 
 
 def test_a_signal_in_the_last_step_does_not_undo_it(job: Job, tmp_path: Path) -> None:
@@ -291,8 +283,7 @@ def test_a_signal_in_the_last_step_does_not_undo_it(job: Job, tmp_path: Path) ->
 
 def test_a_state_of_other_settings_is_set_aside(job: Job, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     train(job("fresh"))
-    with pytest.raises(Interrupted):
-        train(job(hook=at(3, signal_self), key="other"))
+    interrupted(job(hook=at(3, signal_self), key="other"))
     old = (tmp_path / "seed0" / "state.pt").read_bytes()
     train(job())
     assert_same(result(tmp_path / "fresh"), result(tmp_path / "seed0"))
@@ -302,8 +293,7 @@ def test_a_state_of_other_settings_is_set_aside(job: Job, tmp_path: Path, capsys
 
 @pytest.mark.parametrize("keep", [0, 1, 100, 5000])
 def test_a_truncated_state_is_a_clear_error(job: Job, tmp_path: Path, keep: int) -> None:
-    with pytest.raises(Interrupted):
-        train(job(hook=at(1, signal_self)))
+    interrupted(job(hook=at(1, signal_self)))
     path = tmp_path / "seed0" / "state.pt"
     path.write_bytes(path.read_bytes()[:keep])
     with pytest.raises(UserError, match=r"state\.pt is damaged .*: delete it to start over") as error:
@@ -318,14 +308,11 @@ def test_a_truncated_state_is_a_clear_error(job: Job, tmp_path: Path, keep: int)
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_a_loss_that_is_not_finite_stops_with_the_last_good_state(job: Job, tmp_path: Path, bad: float) -> None:
-    with pytest.raises(Interrupted):
-        train(job(hook=at(1, signal_self)))
+    interrupted(job(hook=at(1, signal_self)))
     bad_loss = torch.tensor(bad, requires_grad=True)
     with pytest.raises(UserError, match=r"not finite at step 5; the last good state is kept in .*state\.pt"):
         train(job(hook=at(4, lambda: bad_loss)))
-    state = load_state(tmp_path / "seed0" / "state.pt")
-    assert state is not None
-    assert state["clock"]["step"] == 2
+    assert saved_step(tmp_path / "seed0") == 2
     train(job("whole"))
     train(job())
     assert_same(result(tmp_path / "whole"), result(tmp_path / "seed0"))
@@ -429,9 +416,7 @@ def test_the_learning_rate_is_that_of_the_step(job: Job) -> None:
 def test_stale_snapshots_of_an_older_run_are_removed(job: Job, tmp_path: Path) -> None:
     train(job())
     (tmp_path / "seed0" / "state.pt").unlink()
-    shutil.copy(
-        tmp_path / "seed0" / "snapshots" / "step-000006.safetensors",
-        tmp_path / "seed0" / "snapshots" / "step-000009.safetensors",
-    )
+    stale = tmp_path / "seed0" / "snapshots" / "step-000009.safetensors"
+    shutil.copy(stale.with_name("step-000006.safetensors"), stale)
     train(job())
-    assert not (tmp_path / "seed0" / "snapshots" / "step-000009.safetensors").exists()
+    assert not stale.exists()

@@ -8,18 +8,17 @@ import pytest
 import torch
 from scipy.stats import chisquare
 from tests.draws import seeded
+from tests.training.losses import EPS, T, fitted, passes
 from torch import Tensor
 
 from consistency.nets.denoiser import Denoiser, edm_coefficients, student_from_teacher
 from consistency.theory.distance import pseudo_huber, squared_l2
-from consistency.theory.generalized_ode import GeneralizedODE
-from consistency.theory.noise import log_grid, rho_grid
+from consistency.theory.noise import rho_grid
 from consistency.theory.oracles import GaussianTeacher
 from consistency.theory.preconditioning import Preconditioning, build_preconditioning
 from consistency.theory.solver import expand
 from consistency.training.objectives import Denoising, Endpoint, Objective, Trajectory
 
-EPS, T = 0.002, 80.0
 GRID = rho_grid(18, EPS, T)
 MakeDenoiser = Callable[..., Denoiser]
 
@@ -77,22 +76,9 @@ def trajectory(
 ) -> Step:
     if isinstance(preconditioning, str):
         preconditioning = build_preconditioning(preconditioning, 0.5, fitted())
-    objective = Trajectory(
-        *(student or Recorder(), average or Recorder(), teacher or Recorder()),
-        preconditioning=preconditioning,
-        distance=distance,
-        grid=grid,
-        target=target,
-        max_steps=max_steps or len(grid) - 1,
-        dsm_weight=dsm_weight,
-    )
-    return Step(objective)
-
-
-def fitted() -> GeneralizedODE:
-    times = log_grid(60, EPS, T)
-    l = torch.sigmoid(torch.log(times))
-    return GeneralizedODE(times, l, 4 * l - 2)
+    networks = (student or Recorder(), average or Recorder(), teacher or Recorder())
+    most = max_steps or len(grid) - 1
+    return Step(Trajectory(*networks, preconditioning, distance, grid, target, max_steps=most, dsm_weight=dsm_weight))
 
 
 def node(t: Tensor) -> Tensor:
@@ -363,31 +349,12 @@ def test_a_dsm_weight_of_0_removes_the_term(networks: tuple[Denoiser, Denoiser, 
         torch.testing.assert_close(a, b)
 
 
-def passes(models: tuple[Denoiser, ...], run: Callable[[], Tensor]) -> int:
-    """Forward-pass equivalents that really happen in a step: a forward counts 1, a backward 2."""
-    count = 0
-
-    def add(worth: int) -> Callable[..., None]:
-        def hook(*_: Any) -> None:
-            nonlocal count
-            count += worth
-
-        return hook
-
-    handles = [m.model.register_forward_hook(add(1)) for m in models]
-    handles += [m.model.register_full_backward_hook(add(2)) for m in models]
-    run().backward()
-    for handle in handles:
-        handle.remove()
-    return count
-
-
 @pytest.mark.filterwarnings("ignore:Full backward hook is firing")
 @pytest.mark.parametrize("seed", range(4))
 def test_evaluations_are_the_passes_really_made(networks: tuple[Denoiser, Denoiser, Denoiser], seed: int) -> None:
     images = torch.randn(4, 1, 4, 4)
     step = trajectory(*networks)
-    counted = passes(networks, lambda: step(images, None, seeded(seed)).terms["loss"])
+    counted = passes(networks, lambda: step(images, None, seeded(seed)).terms["loss"].backward())
     assert step(images, None, seeded(seed)).evaluations == 4 * counted
 
 
@@ -432,7 +399,7 @@ def test_endpoint_gradients_and_evaluations(networks: tuple[Denoiser, Denoiser, 
     student, average, teacher = networks
     images = torch.randn(4, 1, 4, 4)
     step = endpoint(*networks)
-    counted = passes(networks, lambda: step(images, None, seeded()).terms["loss"])
+    counted = passes(networks, lambda: step(images, None, seeded()).terms["loss"].backward())
     assert step(images, None, seeded()).evaluations == 4 * counted
     assert any(p.grad is not None and bool(p.grad.abs().max() > 0) for p in student.parameters())
     assert all(p.grad is None for model in (average, teacher) for p in model.parameters())
@@ -454,7 +421,7 @@ def test_denoising_is_EDMs_formula(make_denoiser: MakeDenoiser) -> None:
     expected = (model.raw(x, sigma) - (images - c_skip * x) / c_out).square().mean()
     torch.testing.assert_close(losses.terms["loss"], expected, rtol=1e-4, atol=1e-6)
     assert losses.evaluations == 32 * passes(
-        (model,), lambda: Step(Denoising(model, -1.2, 1.2))(images, None, seeded(1)).terms["loss"]
+        (model,), lambda: Step(Denoising(model, -1.2, 1.2))(images, None, seeded(1)).terms["loss"].backward()
     )
 
 

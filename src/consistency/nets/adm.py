@@ -21,7 +21,7 @@ from consistency.nets.layers import (
     check_conditions,
     label_vectors,
 )
-from consistency.nets.songunet import Level, check_resolution, encoder, skip_widths
+from consistency.nets.songunet import Level, encoder, levels_of, skip_widths
 
 _INIT = Init("kaiming_uniform", weight=math.sqrt(1 / 3), bias=math.sqrt(1 / 3))
 _CHANNELS_PER_HEAD = 64
@@ -60,14 +60,14 @@ class DhariwalUNet(nn.Module):
         second_time: bool = False,
     ) -> None:
         super().__init__()
-        check_resolution(img_resolution, channel_mult)
+        geometry = img_resolution, model_channels, channel_mult, attn_resolutions
+        levels = levels_of(*geometry, num_blocks, dropout, _CHANNELS_PER_HEAD)
         self.label_dim, self.augment_dim, self.second_time = label_dim, augment_dim, second_time
         self.label_dropout = label_dropout
         emb_channels = model_channels * channel_mult_emb
         self._build_mapping(model_channels, emb_channels)
 
         block = partial(UNetBlock, emb_channels=emb_channels, init=_INIT, second_time=second_time)
-        levels = _levels(img_resolution, model_channels, channel_mult, attn_resolutions, num_blocks, dropout)
         first = levels[0].width
         self.enc = encoder(levels, block, partial(Conv2d, init=_INIT), in_channels, first)
         self.dec = _decoder(levels, partial(block, dropout=dropout), skip_widths(self.enc))
@@ -123,22 +123,6 @@ class DhariwalUNet(nn.Module):
                 x = torch.cat([x, skips.pop()], dim=1)
             x = layer(x, emb, emb_s)
         return self.out_conv(F.silu(self.out_norm(x)))
-
-
-def _levels(
-    img_resolution: int,
-    model_channels: int,
-    channel_mult: Sequence[int],
-    attn_resolutions: Sequence[int],
-    num_blocks: int,
-    dropout: float,
-) -> list[Level]:
-    sizes = [img_resolution >> level for level in range(len(channel_mult))]
-    widths = [model_channels * mult for mult in channel_mult]
-    return [
-        Level(size, width, width // _CHANNELS_PER_HEAD if size in attn_resolutions else 0, num_blocks, dropout)
-        for size, width in zip(sizes, widths, strict=True)
-    ]
 
 
 def _decoder(levels: Sequence[Level], block: Callable[..., UNetBlock], skips: list[int]) -> nn.ModuleDict:

@@ -20,7 +20,6 @@ def _centred_uniform(shape: Sequence[int]) -> Tensor:
 
 _INIT_RULES: dict[str, tuple[Callable[[int, int], float], Callable[[Sequence[int]], Tensor]]] = {
     "xavier_uniform": (lambda fan_in, fan_out: math.sqrt(6 / (fan_in + fan_out)), _centred_uniform),
-    "xavier_normal": (lambda fan_in, fan_out: math.sqrt(2 / (fan_in + fan_out)), torch.randn),
     "kaiming_uniform": (lambda fan_in, fan_out: math.sqrt(3 / fan_in), _centred_uniform),
     "kaiming_normal": (lambda fan_in, fan_out: math.sqrt(1 / fan_in), torch.randn),
 }
@@ -30,7 +29,7 @@ _INIT_RULES: dict[str, tuple[Callable[[int, int], float], Callable[[Sequence[int
 class Init:
     """How a layer's parameters start: a rule, and the gains applied to the weight and to the bias.
 
-    Rules: xavier_uniform, xavier_normal, kaiming_uniform, kaiming_normal. A gain of 0 gives exact zeros.
+    Rules: xavier_uniform, kaiming_uniform, kaiming_normal. A gain of 0 gives exact zeros.
     Raises ValueError for an unknown rule.
     """
 

@@ -10,8 +10,6 @@ from torchmetrics.functional.image.lpips import _LPIPS, _normalize_tensor
 from consistency.errors import UserError
 from consistency.theory.distance import Distance
 
-#: the resource with the backbone's weights, torchvision's
-VGG16 = "vgg16-397923af.pth"
 # CTM's image sizes: what is smaller than 256 pixels is resized to VGG's 224.
 _SMALL, _SIZE = 256, 224
 

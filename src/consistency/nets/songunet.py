@@ -77,7 +77,7 @@ class SongUNet(nn.Module):
     ) -> None:
         super().__init__()
         _check_choices(embedding_type=embedding_type, encoder_type=encoder_type, decoder_type=decoder_type)
-        check_resolution(img_resolution, channel_mult)
+        levels = levels_of(img_resolution, model_channels, channel_mult, attn_resolutions, num_blocks, dropout)
         self.label_dim, self.augment_dim, self.second_time = label_dim, augment_dim, second_time
         self.label_dropout = label_dropout
         emb_channels = model_channels * channel_mult_emb
@@ -97,9 +97,6 @@ class SongUNet(nn.Module):
             init_attn=_INIT_ATTN,
             second_time=second_time,
         )
-        blocks = _per_level("num_blocks", num_blocks, len(channel_mult))
-        dropouts = _per_level("dropout", dropout, len(channel_mult))
-        levels = _levels(img_resolution, model_channels, channel_mult, attn_resolutions, blocks, dropouts)
         self.enc = encoder(levels, block, conv, in_channels, model_channels, encoder_type)
         self.dec = _decoder(levels, block, conv, skip_widths(self.enc), out_channels, decoder_type)
 
@@ -210,19 +207,32 @@ def _per_level(name: str, value: Number | Sequence[Number], levels: int) -> list
     return list(value)
 
 
-def _levels(
+def levels_of(
     img_resolution: int,
     model_channels: int,
     channel_mult: Sequence[int],
     attn_resolutions: Sequence[int],
-    num_blocks: Sequence[int],
-    dropouts: Sequence[float],
+    num_blocks: int | Sequence[int],
+    dropout: float | Sequence[float],
+    channels_per_head: int | None = None,
 ) -> list[Level]:
-    sizes = [img_resolution >> level for level in range(len(channel_mult))]
-    return [
-        Level(size, model_channels * mult, int(size in attn_resolutions), blocks, dropout)
-        for size, mult, blocks, dropout in zip(sizes, channel_mult, num_blocks, dropouts, strict=True)
-    ]
+    """The levels from full resolution down. channels_per_head: of attention, rounded down; None for one head.
+
+    Raises ValueError if the resolution cannot be halved between all levels, or a list is not as long as channel_mult.
+    """
+    count = len(channel_mult)
+    if img_resolution % 2 ** (count - 1):
+        raise ValueError(
+            f"img_resolution {img_resolution} cannot be halved {count - 1} times: "
+            "shorten channel_mult or pad the images"
+        )
+    levels = []
+    parts = channel_mult, _per_level("num_blocks", num_blocks, count), _per_level("dropout", dropout, count)
+    for depth, (mult, blocks, drop) in enumerate(zip(*parts, strict=True)):
+        size, width = img_resolution >> depth, model_channels * mult
+        heads = width // channels_per_head if channels_per_head else 1
+        levels.append(Level(size, width, heads if size in attn_resolutions else 0, blocks, drop))
+    return levels
 
 
 def encoder(
@@ -285,15 +295,6 @@ def _decoder(
             dec[level.name("aux_norm")] = GroupNorm(channels, _EPS)
             dec[level.name("aux_conv")] = conv(channels, out_channels, 3, init=_INIT_ZERO)
     return dec
-
-
-def check_resolution(img_resolution: int, channel_mult: Sequence[int]) -> None:
-    """Raise ValueError if the resolution cannot be halved between all levels."""
-    if img_resolution % 2 ** (len(channel_mult) - 1):
-        raise ValueError(
-            f"img_resolution {img_resolution} cannot be halved {len(channel_mult) - 1} times: "
-            "shorten channel_mult or pad the images"
-        )
 
 
 def _check_choices(**chosen: str) -> None:

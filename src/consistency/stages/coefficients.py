@@ -8,12 +8,11 @@ import torch
 from torch import Tensor
 
 from consistency.errors import UserError
-from consistency.files import write_with
 from consistency.layout import Layout
 from consistency.progress import track
 from consistency.provenance import write_card
 from consistency.seeding import generator
-from consistency.stages.inputs import read_dataset, read_teacher, require_classes
+from consistency.stages.inputs import data_files, read_dataset, read_teacher, require_classes, write_arrays
 from consistency.study import Coefficients, Study
 from consistency.theory.estimators import CoefficientFit, fit_coefficients
 from consistency.theory.generalized_ode import GeneralizedODE
@@ -33,7 +32,7 @@ def make_coefficients(study: Study, layout: Layout, device: torch.device) -> Non
     if not study.needs_coefficients:
         none = np.empty(0)
         nothing = CoefficientFit(none, none, none, none, none, none.astype(bool))
-        write_with(path, lambda temporary: _save(temporary, nothing))
+        write_arrays(path, vars(nothing))
         write_card(study, layout, "coefficients", started=started, inputs=[], outputs=[path])
         print(f"coefficients {study.name}: no student reads them, so nothing is fitted")
         return
@@ -48,7 +47,7 @@ def make_coefficients(study: Study, layout: Layout, device: torch.device) -> Non
             _teacher_of(teacher, labels.to(device) if study.teacher.conditional else None),
             images.to(device, dtype),
             noise.to(device, dtype),
-            log_grid(settings.times, study.noise.sigma_min, study.noise.sigma_max),
+            fitted_times(study),
             probes,
             generator(settings.seed, "probes", device=device),
             settings.batch,
@@ -57,8 +56,7 @@ def make_coefficients(study: Study, layout: Layout, device: torch.device) -> Non
     except ValueError as error:
         raise UserError(f"coefficients: {error}; train the teacher longer or use precision: float64") from None
     _require_regular(fit)
-    write_with(path, lambda temporary: _save(temporary, fit))
-    read = ("images.npy", "labels.npy") if study.teacher.conditional else ("images.npy",)
+    write_arrays(path, vars(fit))
     # An evaluation with its derivative along one direction counts 2; a residual, 1.
     passes = settings.times * settings.samples * (2 * ((probes or images[0].numel()) + 1) + 1)
     write_card(
@@ -66,11 +64,15 @@ def make_coefficients(study: Study, layout: Layout, device: torch.device) -> Non
         layout,
         "coefficients",
         started=started,
-        inputs=[layout.teacher / "teacher.safetensors", *(layout.dataset / name for name in read)],
+        inputs=[layout.teacher / "teacher.safetensors", *data_files(study, layout)],
         outputs=[path],
         measured={"network_evaluations": passes, "seconds": round(time.time() - started, 3)},
-        known={layout.dataset / "images.npy": data.facts["sha256"]},
     )
+
+
+def fitted_times(study: Study) -> Tensor:
+    """The times [N] of the study's fits."""
+    return log_grid(study.coefficients.times, study.noise.sigma_min, study.noise.sigma_max)
 
 
 def fitted_images(data: ImageData, settings: Coefficients) -> tuple[Tensor, Tensor, Tensor]:
@@ -84,11 +86,6 @@ def fitted_images(data: ImageData, settings: Coefficients) -> tuple[Tensor, Tens
 
 def _teacher_of(teacher: torch.nn.Module, labels: torch.Tensor | None) -> Callable[[slice], DenoiserFn]:
     return lambda part: with_labels(teacher, None if labels is None else labels[part])  # type: ignore[arg-type]
-
-
-def _save(path: object, fit: CoefficientFit) -> None:
-    with open(path, "wb") as file:  # type: ignore[call-overload]  # np.savez would append .npz to a temporary name
-        np.savez(file, **vars(fit))
 
 
 def _require_regular(fit: CoefficientFit) -> None:

@@ -11,21 +11,53 @@ from torch import Tensor
 from consistency.layout import Layout
 from consistency.nets.denoiser import Denoiser, init_denoiser
 from consistency.seeding import derived_seed, generator
-from consistency.stages.inputs import read_student, student_file
+from consistency.stages.inputs import read_student
 from consistency.stages.student import consistency_objective
 from consistency.stages.trainer import Machine, build_optimizer, build_update, place
 from consistency.study import Flows, Study
+from consistency.theory.coupling import assignment
 from consistency.training.coupled_denoising import CoupledDenoising, TransportDenoising, missed
 from consistency.training.data import ImageData
 from consistency.training.ema import Ema
-from consistency.training.loop import Training, train
+from consistency.training.loop import Training
+
+
+@dataclass(frozen=True)
+class ImagePairs:
+    """Images [K, C, H, W], their labels if students are conditional, and noise. batch: of an evaluation, at most."""
+
+    images: Tensor
+    labels: Tensor | None
+    noise: Tensor
+    batch: int
+
+    def transported(self, size: int) -> "ImagePairs":
+        """Paired as ot does in training, size images at a time; fewer than the last such batch needs are left out."""
+        size = min(size, len(self.images))
+        parts = [slice(first, first + size) for first in range(0, len(self.images) - size + 1, size)]
+        moved = [self.noise[p][assignment(self.images[p], self.noise[p], _part(self.labels, p))] for p in parts]
+        kept = slice(size * len(parts))
+        return ImagePairs(self.images[kept], _part(self.labels, kept), torch.cat(moved), self.batch)
+
+    def each(self, device: torch.device, measure: Callable[[int, Tensor, Tensor | None, Tensor], Tensor]) -> Tensor:
+        """measure(first row, images, labels, noise) of all, on the CPU, a batch at a time."""
+        found = []
+        for first in range(0, len(self.images), self.batch):
+            part = slice(first, first + self.batch)
+            own = None if self.labels is None else self.labels[part].to(device)
+            found.append(measure(first, self.images[part].to(device), own, self.noise[part].to(device)).cpu())
+        return torch.cat(found)
+
+
+def _part(labels: Tensor | None, rows: slice) -> Tensor | None:
+    return None if labels is None else labels[rows]
 
 
 @dataclass(frozen=True)
 class Discrepancy:
     """The coupling of a student, as its training met it at its end, and the denoiser of that coupling.
 
-    inputs: the files that it depends on; state: where the training goes on if it was interrupted.
+    job: the denoiser's training; inputs: the files that it depends on.
     """
 
     study: Study
@@ -33,53 +65,23 @@ class Discrepancy:
     objective: CoupledDenoising
     inputs: list[Path]
 
-    @property
-    def state(self) -> Path:
-        """The folder of the training, to be removed once its numbers are written."""
-        return self.job.folder
-
-    def train(self) -> None:
-        """Train the denoiser. Raises Interrupted when asked to stop, UserError when it diverges."""
-        train(self.job)
-
-    def at(self, images: Tensor, labels: Tensor | None, noise: Tensor, t: float) -> np.ndarray:
+    def at(self, pairs: ImagePairs, t: float) -> np.ndarray:
         """||z - v_t(x_t)||^2 of each pair, [K], a sum over pixels."""
         denoiser = self.job.averages[0].model
+        device = next(denoiser.parameters()).device
 
-        def measure(first: int, x: Tensor, own: Tensor | None, z: Tensor) -> Tensor:
-            draws = generator(self.study.seeds[0], "flows mask", first, x.device)
-            return self.objective.discrepancy(denoiser, x, own, z, t, draws)
+        def measure(first: int, x: Tensor, labels: Tensor | None, z: Tensor) -> Tensor:
+            draws = generator(self.study.seeds[0], "flows mask", first, device)
+            return self.objective.discrepancy(denoiser, x, labels, z, t, draws)
 
-        return _in_batches(self.study, measure, next(denoiser.parameters()).device, images, labels, noise)
-
-
-def by_teacher(
-    study: Study, teacher: Denoiser, images: Tensor, labels: Tensor | None, noise: Tensor, t: float
-) -> np.ndarray:
-    """The same of independent noise by the teacher, [K]; its mean is d (1 - l_t) for an exact one (AP (15))."""
-
-    def measure(first: int, x: Tensor, own: Tensor | None, z: Tensor) -> Tensor:
-        return missed(teacher, x, own, z, t)
-
-    return _in_batches(study, measure, next(teacher.parameters()).device, images, labels, noise)
+        return np.asarray(pairs.each(device, measure))
 
 
 @torch.no_grad()
-def _in_batches(
-    study: Study,
-    measure: Callable[[int, Tensor, Tensor | None, Tensor], Tensor],
-    device: torch.device,
-    images: Tensor,
-    labels: Tensor | None,
-    noise: Tensor,
-) -> np.ndarray:
-    """measure(first row, images, labels, noise) of all, [K], no more at once than the samplers take."""
-    found = []
-    for first in range(0, len(images), study.sampling.batch):
-        part = slice(first, first + study.sampling.batch)
-        own = None if labels is None else labels[part].to(device)
-        found.append(measure(first, images[part].to(device), own, noise[part].to(device)).cpu())
-    return np.asarray(torch.cat(found).numpy())
+def by_teacher(teacher: Denoiser, pairs: ImagePairs, t: float) -> np.ndarray:
+    """The same of independent noise by the teacher, [K]; its mean is d (1 - l_t) for an exact one (AP (15))."""
+    device = next(teacher.parameters()).device
+    return np.asarray(pairs.each(device, lambda _, x, labels, z: missed(teacher, x, labels, z, t)))
 
 
 def discrepancy_of(
@@ -92,7 +94,7 @@ def discrepancy_of(
     predictor, inputs = average, [layout.student_file(run, seed)]
     if frozen := student.frozen:
         predictor = read_student(study, layout, frozen.run, seed, machine.device, step=frozen.step)
-        inputs.append(student_file(layout, frozen.run, seed, step=frozen.step))
+        inputs.append(layout.student_file(frozen.run, seed, step=frozen.step))
     coupling = consistency_objective(study, layout, run, (average, predictor), machine)
     architecture = {**average.architecture, "second_time": False, "dropout": 0.0}
     architecture.pop("own_fit", None)

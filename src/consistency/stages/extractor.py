@@ -2,7 +2,6 @@
 
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from zipfile import BadZipFile
 
 import numpy as np
@@ -19,7 +18,7 @@ from consistency.progress import Progress
 from consistency.provenance import read_card, write_card
 from consistency.resources import open_resource
 from consistency.seeding import derived_seed, generator
-from consistency.stages.inputs import made, read_array, read_dataset, write_array
+from consistency.stages.inputs import made, read_array, read_dataset, write_array, write_arrays
 from consistency.study import Study
 from consistency.training.data import ImageData
 
@@ -44,18 +43,16 @@ def make_extractor(study: Study, layout: Layout, device: torch.device) -> None:
         print(f"classifier: accuracy {accuracy:.3f} on every {_HELD_OUT}th image, held out", flush=True)
     found = _data_statistics(study, data, open_extractor(study, layout, data, device))
     write_array(outputs[0], found.features)
-    write_with(outputs[1], lambda temporary: _save(temporary, mean=found.mean, covariance=found.covariance))
-    images = layout.dataset / "images.npy"
+    write_arrays(outputs[1], {"mean": found.mean, "covariance": found.covariance})
     write_card(
         study,
         layout,
         "extractor",
         started=started,
-        inputs=[images, layout.dataset / "labels.npy"],
+        inputs=[layout.dataset / name for name in ("images.npy", "labels.npy")],
         downloads=[INCEPTION] if study.scores.extractor == "inception" else [],
         outputs=outputs,
         measured=measured,
-        known={images: data.facts["sha256"]},
     )
 
 
@@ -98,11 +95,6 @@ def _data_statistics(study: Study, data: ImageData, extractor: Extractor) -> Sta
     found = Statistics.gather(pieces(), len(data), study.scores.kid_images)
     progress.close()
     return found
-
-
-def _save(path: Path, **arrays: np.ndarray) -> None:
-    with path.open("wb") as file:  # np.savez would append .npz to a temporary name
-        np.savez(file, **arrays)  # type: ignore[arg-type]
 
 
 def _train_classifier(study: Study, data: ImageData, device: torch.device) -> tuple[Classifier, float]:

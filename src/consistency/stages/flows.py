@@ -1,28 +1,35 @@
 """Stage flows: what a coupling does to the flow, on the study's images, in the plane and in closed form (GC)."""
 
+import shutil
 import time
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pandas as pd
 import torch
 from torch import Tensor
 
-from consistency.files import write_with
 from consistency.layout import Layout
 from consistency.nets.denoiser import two_times
 from consistency.progress import Progress
 from consistency.provenance import write_card
 from consistency.seeding import generator
-from consistency.stages.discrepancy import Discrepancy, by_teacher, discrepancy_of
-from consistency.stages.inputs import read_dataset, read_preconditioning, read_student, read_teacher, time_grid
-from consistency.stages.publish import forget_state
+from consistency.stages.discrepancy import Discrepancy, ImagePairs, by_teacher, discrepancy_of
+from consistency.stages.inputs import (
+    data_files,
+    read_dataset,
+    read_preconditioning,
+    read_student,
+    read_teacher,
+    time_grid,
+    write_arrays,
+)
 from consistency.stages.samples import prepared
+from consistency.stages.scores import write_table
 from consistency.stages.trainer import Machine
 from consistency.study import Flows, Study
-from consistency.theory.coupling import assignment
 from consistency.theory.flows import (
     ConsistencyLosses,
     Coupling,
@@ -35,21 +42,23 @@ from consistency.theory.noise import log_grid
 from consistency.theory.oracles import MIXTURE_1D, MixtureTeacher
 from consistency.theory.solver import every, expand
 from consistency.training.data import ImageData
+from consistency.training.loop import train
 from consistency.training.toy import SIGMA_MAX, SIGMA_MIN, TWO_GAUSSIANS, train_toy
 
-FILES = ("transport.csv", "discrepancy.csv", "toy.npz", "plane.csv", "limit.csv")
-TRANSPORT = ["kind", "run", "seed", "t", "cost", "cost_se"]
-DISCREPANCY = ["run", "seed", "t", "discrepancy", "discrepancy_se"]
-PLANE = ["coupling", "t", "discrepancy", "discrepancy_se", "cost", "cost_se"]
-LIMIT = ["intervals", "ct", "cd", "ct_limit", "cd_limit"]
+#: the tables
+COLUMNS = {
+    "transport.csv": ["kind", "run", "seed", "t", "cost", "cost_se"],
+    "discrepancy.csv": ["run", "seed", "t", "discrepancy", "discrepancy_se"],
+    "plane.csv": ["coupling", "t", "discrepancy", "discrepancy_se", "cost", "cost_se"],
+    "limit.csv": ["intervals", "ct", "cd", "ct_limit", "cd_limit"],
+}
+FILES = (*COLUMNS, "toy.npz")
 #: the toy's couplings, and what of each is kept, with the seeds as first axis
 TOYS: tuple[Coupling, ...] = ("ic", "gc")
 _KEPT = ("paths", "samples", "cost", "cost_se")
 #: times of plane.csv, and the images among which its ot assigns
 PLANE_TIMES, PLANE_BATCH = 16, 256
 Row = dict[str, Any]
-# (x [K, C, H, W], t, labels) -> f(x, t, eps), on the CPU
-Endpoint = Callable[[Tensor, float, Tensor | None], Tensor]
 
 
 def make_flows(study: Study, layout: Layout, machine: Machine) -> None:
@@ -63,137 +72,116 @@ def make_flows(study: Study, layout: Layout, machine: Machine) -> None:
     student is missing or has other settings, Interrupted when asked to stop while a denoiser is trained.
     """
     started, settings = time.time(), study.flows
-    transport: list[Row] = []
-    discrepancy: list[Row] = []
-    plane: list[Row] = []
-    limits: list[Row] = []
+    tables: dict[str, list[Row]] = {name: [] for name in COLUMNS}
     toys: dict[str, np.ndarray] = {}
     inputs: list[Path] = []
-    digests: dict[Path, str] = {}
     states: list[Path] = []
     if settings is not None:
         data = read_dataset(study, layout)
-        digests = {layout.dataset / "images.npy": data.facts["sha256"]}
-        pairs = _pairs(study, settings, data)
-        transport, inputs = _transport(study, settings, layout, pairs, machine.device)
+        images = _Images(study, settings, layout, machine.device, _pairs(study, settings, data))
+        tables["transport.csv"], inputs = images.transport()
         if settings.discrepancy and study.taught:
-            discrepancy += _by_teacher(study, settings, layout, pairs, machine.device)
+            tables["discrepancy.csv"] += images.by_teacher()
             inputs.append(layout.teacher / "teacher.safetensors")
         for run in settings.discrepancy:
             measure = discrepancy_of(study, settings, layout, run, data, machine)
-            discrepancy += _discrepancy(study, settings, pairs, run, measure)
+            tables["discrepancy.csv"] += images.discrepancy(run, measure)
             inputs += [path for path in measure.inputs if path not in inputs]
-            states.append(measure.state)
-        toys, plane, limits = _toys(study, settings), _plane(settings), _limits(settings)
+            states.append(measure.job.folder)
+        toys, tables["plane.csv"], tables["limit.csv"] = _toys(study, settings), _plane(settings), _limits(settings)
+    for name, rows in tables.items():
+        write_table(layout.flows / name, rows, COLUMNS[name])
+    write_arrays(layout.flows / "toy.npz", toys)
     outputs = [layout.flows / name for name in FILES]
-    _write_table(outputs[0], transport, TRANSPORT)
-    _write_table(outputs[1], discrepancy, DISCREPANCY)
-    write_with(outputs[2], lambda temporary: _save(temporary, toys))
-    _write_table(outputs[3], plane, PLANE)
-    _write_table(outputs[4], limits, LIMIT)
-    write_card(study, layout, "flows", started=started, inputs=inputs, outputs=outputs, known=digests)
+    write_card(study, layout, "flows", started=started, inputs=inputs, outputs=outputs)
     for state in states:
-        forget_state(state)
+        shutil.rmtree(state)
 
 
-# --- transport cost on the images
+# --- transport cost and discrepancy on the images
 
 
-def _pairs(study: Study, settings: Flows, data: ImageData) -> tuple[Tensor, Tensor | None, Tensor]:
-    """Images [K, C, H, W], their labels if students are conditional, and independent noise."""
+def _pairs(study: Study, settings: Flows, data: ImageData) -> ImagePairs:
+    """Images with independent noise."""
     draws = generator(settings.seed, "flows")
     images, classes = data.take(torch.randperm(len(data), generator=draws)[: settings.images])
-    return images, classes if study.teacher.conditional else None, torch.randn(images.shape, generator=draws)
+    noise = torch.randn(images.shape, generator=draws)
+    return ImagePairs(images, classes if study.teacher.conditional else None, noise, study.sampling.batch)
 
 
-def _times(study: Study, settings: Flows) -> list[float]:
-    return time_grid(study, settings.times, torch.device("cpu")).flip(0).tolist()
+@dataclass(frozen=True)
+class _Images:
+    """What is measured on the study's images. pairs: of independent noise."""
 
+    study: Study
+    settings: Flows
+    layout: Layout
+    device: torch.device
+    pairs: ImagePairs
 
-def _transport(
-    study: Study, settings: Flows, layout: Layout, pairs: tuple[Tensor, Tensor | None, Tensor], device: torch.device
-) -> tuple[list[Row], list[Path]]:
-    """The rows of transport.csv, and the files they were made from."""
-    images, labels, noise = pairs
-    rows = [_row("pairs", "ic", None, None, _costs(images, noise))]
-    for run, student in study.coupled.items():
-        if student.coupling == "ot":
-            moved = _transported(images, noise, labels, student.batch)
-            rows.append(_row("pairs", run, None, None, _costs(images[: len(moved)], moved)))
-    times = _times(study, settings)
-    inputs = [layout.dataset / "images.npy", *([layout.dataset / "labels.npy"] if labels is not None else [])]
-    if any(student.needs_coefficients for student in study.coupled.values()):
-        inputs.append(layout.coefficients / "coefficients.npz")
-    progress = Progress(f"flows {study.name}", len(study.coupled) * len(study.seeds) * len(times) * len(images))
-    for run in study.coupled:
-        for seed in study.seeds:
-            endpoint = _endpoint(study, layout, run, seed, device)
-            inputs.append(layout.student_file(run, seed))
-            for t in times:
-                costs = _costs(endpoint(images + t * noise, t, labels), noise)
-                rows.append(_row("student", run, seed, t, costs))
-                progress.advance(len(images))
-    progress.close()
-    return rows, inputs
+    @property
+    def times(self) -> list[float]:
+        """Ascending."""
+        return time_grid(self.study, self.settings.times, torch.device("cpu")).flip(0).tolist()
 
+    def transport(self) -> tuple[list[Row], list[Path]]:
+        """The rows of transport.csv, and the files they were made from."""
+        study, layout, pairs = self.study, self.layout, self.pairs
+        rows = [_row("pairs", "ic", None, None, _costs(pairs.images, pairs.noise))]
+        for run, student in study.coupled.items():
+            if student.coupling == "ot":
+                moved = pairs.transported(student.batch)
+                rows.append(_row("pairs", run, None, None, _costs(moved.images, moved.noise)))
+        inputs = data_files(study, layout)
+        if any(student.needs_coefficients for student in study.coupled.values()):
+            inputs.append(layout.coefficients / "coefficients.npz")
+        total = len(study.coupled) * len(study.seeds) * len(self.times) * len(pairs.images)
+        progress = Progress(f"flows {study.name}", total)
+        for run in study.coupled:
+            for seed in study.seeds:
+                ends = self._endpoint(run, seed)
+                inputs.append(layout.student_file(run, seed))
+                for t in self.times:
+                    rows.append(_row("student", run, seed, t, _costs(ends(t), pairs.noise)))
+                    progress.advance(len(pairs.images))
+        progress.close()
+        return rows, inputs
 
-def _by_teacher(
-    study: Study, settings: Flows, layout: Layout, pairs: tuple[Tensor, Tensor | None, Tensor], device: torch.device
-) -> list[Row]:
-    """The rows of discrepancy.csv that hold the teacher against independent noise: how far ic's denoiser is trained."""
-    teacher, rows = prepared(study, read_teacher(study, layout, device)), []
-    for t in _times(study, settings):
-        mean, error = _mean(by_teacher(study, teacher, *pairs, t))
-        rows.append({"run": "teacher", "seed": None, "t": t, "discrepancy": mean, "discrepancy_se": error})
-    return rows
+    def _endpoint(self, run: str, seed: int) -> Callable[[float], Tensor]:
+        """f(x + t z, t, eps) of a student's average, a function of t."""
+        study, pairs = self.study, self.pairs
+        model = prepared(study, read_student(study, self.layout, run, seed, self.device))
+        student, eps = two_times(model), study.noise.sigma_min
+        preconditioning = read_preconditioning(study, self.layout, run, model)
 
+        @torch.inference_mode()
+        def ends(t: float) -> Tensor:
+            def jump(_: int, x: Tensor, labels: Tensor | None, z: Tensor) -> Tensor:
+                return preconditioning.jump(student, x, every(t, x), every(eps, x), labels)
 
-def _discrepancy(
-    study: Study,
-    settings: Flows,
-    pairs: tuple[Tensor, Tensor | None, Tensor],
-    run: str,
-    measure: Discrepancy,
-) -> list[Row]:
-    """The rows of discrepancy.csv of one coupling: its denoiser is trained, if it is not yet."""
-    images, labels, noise = pairs
-    student = study.students[run]
-    if student.coupling == "ot":
-        noise = _transported(images, noise, labels, student.batch)
-        images, labels = images[: len(noise)], None if labels is None else labels[: len(noise)]
-    measure.train()
-    rows = []
-    for t in _times(study, settings):
-        mean, error = _mean(measure.at(images, labels, noise, t))
-        place = {"run": run, "seed": study.seeds[0], "t": t}
-        rows.append(place | {"discrepancy": mean, "discrepancy_se": error})
-    return rows
+            return replace(pairs, images=pairs.images + t * pairs.noise).each(self.device, jump)
 
+        return ends
 
-def _endpoint(study: Study, layout: Layout, run: str, seed: int, device: torch.device) -> Endpoint:
-    """f of a student's average; its evaluations are no larger than the samplers'."""
-    model = prepared(study, read_student(study, layout, run, seed, device))
-    student, eps = two_times(model), study.noise.sigma_min
-    preconditioning = read_preconditioning(study, layout, run, model)
+    def by_teacher(self) -> list[Row]:
+        """The rows of discrepancy.csv that hold the teacher against independent noise: how far ic's denoiser is
+        trained."""
+        teacher = prepared(self.study, read_teacher(self.study, self.layout, self.device))
+        return self._discrepancies("teacher", None, lambda t: by_teacher(teacher, self.pairs, t))
 
-    @torch.inference_mode()
-    def ends(x: Tensor, t: float, labels: Tensor | None) -> Tensor:
-        found = []
-        for first in range(0, len(x), study.sampling.batch):
-            part = slice(first, first + study.sampling.batch)
-            here = x[part].to(device)
-            own = None if labels is None else labels[part].to(device)
-            found.append(preconditioning.jump(student, here, every(t, here), every(eps, here), own).cpu())
-        return torch.cat(found)
+    def discrepancy(self, run: str, measure: Discrepancy) -> list[Row]:
+        """The rows of discrepancy.csv of one coupling: its denoiser is trained, if it is not yet."""
+        student = self.study.students[run]
+        pairs = self.pairs.transported(student.batch) if student.coupling == "ot" else self.pairs
+        train(measure.job)
+        return self._discrepancies(run, self.study.seeds[0], lambda t: measure.at(pairs, t))
 
-    return ends
-
-
-def _transported(images: Tensor, noise: Tensor, labels: Tensor | None, batch: int) -> Tensor:
-    """The noise as ot pairs it in training, batch by batch; fewer images than the last batch needs are left out."""
-    size = min(batch, len(images))
-    rows = [slice(first, first + size) for first in range(0, len(images) - size + 1, size)]
-    return torch.cat([noise[r][assignment(images[r], noise[r], None if labels is None else labels[r])] for r in rows])
+    def _discrepancies(self, run: str, seed: int | None, measured: Callable[[float], np.ndarray]) -> list[Row]:
+        rows = []
+        for t in self.times:
+            mean, error = _mean(measured(t))
+            rows.append({"run": run, "seed": seed, "t": t, "discrepancy": mean, "discrepancy_se": error})
+        return rows
 
 
 def _costs(ends: Tensor, noise: Tensor) -> np.ndarray:
@@ -246,7 +234,7 @@ def _plane(settings: Flows) -> list[Row]:
             batch=PLANE_BATCH,
             count=settings.pairs,
         )
-        found = {"t": curves.times} | {name: getattr(curves, name) for name in PLANE[2:]}
+        found = {"t": curves.times} | {name: getattr(curves, name) for name in COLUMNS["plane.csv"][2:]}
         rows += [
             {"coupling": coupling} | {name: float(values[k]) for name, values in found.items()}
             for k in range(PLANE_TIMES)
@@ -271,15 +259,3 @@ def _limits(settings: Flows) -> list[Row]:
         rows.append({"intervals": intervals, "ct": ct, "cd": cd, "ct_limit": ct_limit, "cd_limit": cd_limit})
         intervals *= 2
     return rows
-
-
-def _write_table(path: Path, rows: list[Row], columns: list[str]) -> None:
-    table = pd.DataFrame(rows, columns=columns)
-    if "seed" in columns:
-        table = table.astype({"seed": "Int64"})
-    write_with(path, lambda temporary: table.to_csv(temporary, index=False))
-
-
-def _save(temporary: Path, arrays: dict[str, np.ndarray]) -> None:
-    with temporary.open("wb") as file:  # np.savez would append .npz to a temporary name
-        np.savez(file, **arrays)  # type: ignore[arg-type]

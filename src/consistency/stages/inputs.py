@@ -1,5 +1,6 @@
-"""What several stages read: the dataset, the teacher, the coefficients, a student, checked against the study."""
+"""What several stages read, checked against the study: the dataset, the teacher, the coefficients, a student."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 from zipfile import BadZipFile
@@ -8,7 +9,7 @@ import numpy as np
 import torch
 
 from consistency.errors import UserError
-from consistency.files import write_with
+from consistency.files import atomic
 from consistency.layout import Layout
 from consistency.nets.denoiser import Denoiser
 from consistency.provenance import read_card
@@ -39,6 +40,11 @@ def read_dataset(study: Study, layout: Layout) -> ImageData:
     return load_images(layout.dataset)
 
 
+def data_files(study: Study, layout: Layout) -> list[Path]:
+    """What a network learns from: the images, and their labels if it is conditional."""
+    return [layout.dataset / f"{name}.npy" for name in ("images", *(["labels"] if study.teacher.conditional else []))]
+
+
 def sigma_data(study: Study, data: ImageData) -> float:
     """The standard deviation of the data that the study uses."""
     value = study.noise.sigma_data
@@ -60,11 +66,6 @@ def require_classes(study: Study, data: ImageData, teacher: Denoiser) -> None:
         )
 
 
-def student_file(layout: Layout, run: str, seed: int, rate: float | None = None, step: int | None = None) -> Path:
-    """Where a student lies; rate: a further EMA rate; step: a snapshot, None for the end of training."""
-    return layout.student_file(run, seed, rate) if step is None else layout.snapshot(run, seed, step, rate)
-
-
 def read_student(
     study: Study,
     layout: Layout,
@@ -75,7 +76,7 @@ def read_student(
     step: int | None = None,
 ) -> Denoiser:
     """A student (EMA weights; rate: a further EMA rate; step: a snapshot, None for the end of training), frozen."""
-    path = made(student_file(layout, run, seed, rate, step), f"student --run {run} --seed {seed}")
+    path = made(layout.student_file(run, seed, rate, step), f"student --run {run} --seed {seed}")
     return load_denoiser(path, study.key("student", run, seed))[0].to(device)
 
 
@@ -97,12 +98,14 @@ def read_array(path: Path, verb: str) -> np.ndarray[Any, Any]:
 
 def write_array(path: Path, array: np.ndarray[Any, Any]) -> None:
     """Write a .npy file atomically."""
+    with atomic(path) as temporary, temporary.open("wb") as file:  # np.save would append .npy to a temporary name
+        np.save(file, array)
 
-    def save(temporary: Path) -> None:
-        with temporary.open("wb") as file:  # np.save would append .npy to a temporary name
-            np.save(file, array)
 
-    write_with(path, save)
+def write_arrays(path: Path, arrays: Mapping[str, np.ndarray[Any, Any]]) -> None:
+    """Write a .npz file atomically."""
+    with atomic(path) as temporary, temporary.open("wb") as file:
+        np.savez(file, **arrays)  # type: ignore[arg-type]
 
 
 def read_coefficients(layout: Layout) -> dict[str, np.ndarray[Any, Any]]:

@@ -86,7 +86,7 @@ def carried(study: Study, layout: Layout) -> dict[str, dict[int, Path]]:
     for run in study.carrying:
         settings = study.students[run]
         steps = range(0, settings.steps + 1, settings.snapshot_every) if settings.fit == "average" else [0]
-        found[run] = {step: layout.snapshot(run, study.seeds[0], step) for step in steps}
+        found[run] = {step: layout.student_file(run, study.seeds[0], step=step) for step in steps}
     return found
 
 

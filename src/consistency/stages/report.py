@@ -52,16 +52,8 @@ def make_report(study: Study, layout: Layout) -> None:
         write_bytes(folder / name, text.encode())
     write_json(folder / "summary.json", _summary(results))
     figures = [f"figures/{picture.name}.{kind}" for picture in pictures for kind in ("png", "svg")]
-    images = layout.dataset / "images.npy"
-    write_card(
-        study,
-        layout,
-        "report",
-        started=started,
-        inputs=_inputs(study, layout),
-        outputs=[folder / name for name in (*texts, "summary.json", *figures)],
-        known={images: read_json(images.with_name("dataset.json"), "dataset")["sha256"]},
-    )
+    outputs = [folder / name for name in (*texts, "summary.json", *figures)]
+    write_card(study, layout, "report", started=started, inputs=_inputs(study, layout), outputs=outputs)
 
 
 def _inputs(study: Study, layout: Layout) -> list[Path]:

@@ -101,15 +101,7 @@ def make_samples(
             for name, output in zip(names, outputs, strict=True):
                 link_file(parts.path(name), output)
             write_card(
-                study,
-                layout,
-                "samples",
-                run=run,
-                seed=seed,
-                started=started,
-                inputs=list(digests),
-                outputs=outputs,
-                known=digests,
+                study, layout, "samples", run, seed, started=started, inputs=digests, outputs=outputs, known=digests
             )
     if ranks.first:
         shutil.rmtree(state)
@@ -120,7 +112,7 @@ def _write_none(study: Study, layout: Layout, started: float) -> None:
     path, size = layout.samples(None, None) / "heun.npy", study.dataset.resolution
     write_array(path, np.zeros((0, size, size, study.dataset.channels), np.uint8))
     inputs = [layout.teacher / "teacher.safetensors"]
-    write_card(study, layout, "samples", run=None, seed=None, started=started, inputs=inputs, outputs=[path])
+    write_card(study, layout, "samples", started=started, inputs=inputs, outputs=[path])
 
 
 def _digests(study: Study, layout: Layout, run: str | None, seed: int | None) -> dict[Path, str]:

@@ -1,7 +1,7 @@
 """Stage scores: first a calibration (data against data, teacher against data), then every student."""
 
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ import torch
 
 from consistency.errors import UserError
 from consistency.features import INCEPTION, Statistics, frechet_distance, kernel_distance
-from consistency.files import write_json, write_with
+from consistency.files import atomic, write_json
 from consistency.layout import Layout
 from consistency.nets.denoiser import Denoiser
 from consistency.progress import Progress
@@ -26,7 +26,6 @@ from consistency.stages.inputs import (
     read_ode,
     read_student,
     read_teacher,
-    student_file,
     write_array,
 )
 from consistency.stages.samples import StudentSampler, draw, heun_sampler, jump_sampler, prepared, student_samplers
@@ -48,48 +47,41 @@ def make_calibration(study: Study, layout: Layout, device: torch.device) -> None
 
     Raises UserError, and leaves no calibration.csv, when the teacher's FID is not the published one.
     """
-    started = time.time()
     read_card(layout.samples(None, None), study, "samples")
     images = read_array(layout.samples(None, None) / "heun.npy", "samples")
-    scorer = _Scorer(study, layout, device, f"calibration {study.name}", len(images))
+    scorer = _Scorer(study, layout, device, None, None, len(images))
     scorer.warn_of_singular(study.sampling.count)
     rows = [scorer.halves()]
     ends = np.zeros((0, study.dataset.channels, *[study.dataset.resolution] * 2), np.float32)
     if study.taught:
         teacher = prepared(study, read_teacher(study, layout, device))
-        nfe = 2 * study.calibration.steps - 1
-        row = scorer.row("calibration", "teacher", None, None, 0, "heun", nfe)
+        row = scorer.row("calibration", "teacher", "heun", 2 * study.calibration.steps - 1)
         rows.append(row | scorer.against_data([images], len(images)))
         _require_published(study, layout, rows[-1])
         ends = _endpoints(study, teacher)
-    scorer.progress.close()
-    path = layout.scores(None, None)
-    endpoints = path.with_name("endpoints.npy")
+    endpoints = layout.scores(None, None).with_name("endpoints.npy")
     write_array(endpoints, ends)
-    _write(path, rows, CALIBRATION_COLUMNS)
     inputs = [layout.teacher / "teacher.safetensors", layout.samples(None, None) / "heun.npy"]
-    _write_card(study, layout, None, None, started, inputs, [path, endpoints])
+    scorer.write(rows, CALIBRATION_COLUMNS, inputs, [endpoints])
     layout.measured_calibration.unlink(missing_ok=True)
 
 
 def make_scores(study: Study, layout: Layout, run: str, seed: int, device: torch.device) -> None:
     """Write the score table of one student, for each of its EMA rates, and its card: its samples, and its learning
     curve from the snapshots."""
-    started = time.time()
     read_card(layout.student(run, seed), study, "student", run, seed)
     read_card(layout.samples(run, seed), study, "samples", run, seed)
     settings, scores = study.students[run], study.scores
     samplers, rates = student_samplers(study, run), (None, *settings.evaluation_ema)
     steps = range(0, settings.steps + 1, settings.snapshot_every)
     curve_images = len(rates) * len(steps) * len(scores.curve_nfe) * scores.curve_count
-    total = len(samplers) * study.sampling.count + curve_images
-    scorer = _Scorer(study, layout, device, f"scores {run} seed {seed}", total)
+    scorer = _Scorer(study, layout, device, run, seed, len(samplers) * study.sampling.count + curve_images)
     of_teacher = layout.scores(None, None).with_name("endpoints.npy")
     endpoints, ode = read_array(of_teacher, "calibration"), read_ode(study, layout, run, device)
     rows, inputs = [], [of_teacher]
     for rate in rates:
         student = prepared(study, read_student(study, layout, run, seed, device, rate))
-        scored = _Student(scorer, run, seed, rate, endpoints, ode)
+        scored = _Student(scorer, run, rate, endpoints, ode)
         own = [sampler for sampler in samplers if sampler.rate == rate]
         rows += [scored.final_row(student, sampler) for sampler in own]
         inputs += [layout.student_file(run, seed, rate)]
@@ -97,52 +89,28 @@ def make_scores(study: Study, layout: Layout, run: str, seed: int, device: torch
         for step in steps:
             model = read_student(study, layout, run, seed, device, rate, step)
             rows += [scored.curve_row(prepared(study, model), step, nfe) for nfe in scores.curve_nfe]
-            inputs.append(student_file(layout, run, seed, rate, step))
-    scorer.progress.close()
+            inputs.append(layout.student_file(run, seed, rate, step))
     if settings.needs_coefficients:
         inputs.append(layout.coefficients / "coefficients.npz")
-    table = layout.scores(run, seed)
-    _write(table, rows, COLUMNS)
-    _write_card(study, layout, run, seed, started, inputs, [table])
-
-
-def _write_card(
-    study: Study,
-    layout: Layout,
-    run: str | None,
-    seed: int | None,
-    started: float,
-    inputs: list[Path],
-    outputs: list[Path],
-) -> None:
-    """The card of scores; every one is measured with the extractor's files too."""
-    inception = study.scores.extractor == "inception"
-    names = ["features.npy", "statistics.npz", *([] if inception else ["classifier.safetensors"])]
-    write_card(
-        study,
-        layout,
-        "scores",
-        run=run,
-        seed=seed,
-        started=started,
-        inputs=[*inputs, *(layout.extractor / name for name in names)],
-        outputs=outputs,
-        downloads=[INCEPTION] if inception else [],
-    )
+    scorer.write(rows, COLUMNS, inputs)
 
 
 class _Scorer:
-    """The extractor, the data's statistics, and how a row is made of them. total: images of the progress."""
+    """The extractor, the data's statistics, and how rows are made of them: a student's, or without a run the
+    calibration's. total: images of the progress."""
 
-    def __init__(self, study: Study, layout: Layout, device: torch.device, label: str, total: int) -> None:
-        self.study, self.layout = study, layout
+    def __init__(
+        self, study: Study, layout: Layout, device: torch.device, run: str | None, seed: int | None, total: int
+    ) -> None:
+        self.study, self.layout, self.run, self.seed, self.started = study, layout, run, seed, time.time()
         self.extractor = open_extractor(study, layout, read_dataset(study, layout), device)
         self.data = read_data_statistics(study, layout)
+        label = f"calibration {study.name}" if run is None else f"scores {run} seed {seed}"
         self.progress = Progress(label, total)
 
-    def row(self, kind: str, run: str, seed: int | None, rate: float | None, step: int, sampler: str, nfe: int) -> Row:
+    def row(self, kind: str, run: str, sampler: str, nfe: int, step: int = 0, rate: float | None = None) -> Row:
         """What a row says before anything is measured."""
-        place = {"study": self.study.name, "kind": kind, "run": run, "seed": seed, "ema": rate, "step": step}
+        place = {"study": self.study.name, "kind": kind, "run": run, "seed": self.seed, "ema": rate, "step": step}
         return place | {"sampler": sampler, "nfe": nfe, "extractor": self.extractor.name}
 
     def distances(self, a: Statistics, b: Statistics) -> dict[str, float]:
@@ -169,7 +137,7 @@ class _Scorer:
         order = torch.randperm(len(features), generator=generator(0, "halves")).numpy()
         half = len(order) // 2
         first, second = (Statistics.of(features[part]) for part in (order[:half], order[half:]))
-        row = self.row("calibration", "data", None, None, 0, "halves", 0)
+        row = self.row("calibration", "data", "halves", 0)
         return row | self.distances(second, first) | {"images": half}
 
     def warn_of_singular(self, samples: int) -> None:
@@ -184,6 +152,25 @@ class _Scorer:
                 flush=True,
             )
 
+    def write(self, rows: list[Row], columns: list[str], inputs: list[Path], others: Sequence[Path] = ()) -> None:
+        """The table, and its card; others: what was written beside it. All are measured with the extractor's files."""
+        self.progress.close()
+        path = self.layout.scores(self.run, self.seed)
+        write_table(path, rows, columns)
+        inception = self.study.scores.extractor == "inception"
+        names = ["features.npy", "statistics.npz", *([] if inception else ["classifier.safetensors"])]
+        write_card(
+            self.study,
+            self.layout,
+            "scores",
+            self.run,
+            self.seed,
+            started=self.started,
+            inputs=[*inputs, *(self.layout.extractor / name for name in names)],
+            outputs=[path, *others],
+            downloads=[INCEPTION] if inception else [],
+        )
+
 
 @dataclass
 class _Student:
@@ -191,7 +178,6 @@ class _Student:
 
     scorer: _Scorer
     run: str
-    seed: int
     rate: float | None
     endpoints: Array
     ode: GeneralizedODE | None
@@ -203,8 +189,8 @@ class _Student:
 
     def final_row(self, model: Denoiser, sampler: StudentSampler) -> Row:
         """One sampler's samples at the end of training."""
-        path = self.scorer.layout.samples(self.run, self.seed) / f"{sampler.name}.npy"
-        images = read_array(path, f"samples --run {self.run} --seed {self.seed}")
+        path = self.scorer.layout.samples(self.run, self.scorer.seed) / f"{sampler.name}.npy"
+        images = read_array(path, f"samples --run {self.run} --seed {self.scorer.seed}")
         row = self._row("final", self.settings.steps, sampler.nfe, sampler.gamma)
         row |= self.scorer.against_data([images], len(images))
         if sampler.gamma is None and self._aligned(sampler.nfe):
@@ -229,7 +215,7 @@ class _Student:
     def _row(self, kind: str, step: int, nfe: int, gamma: float | None) -> Row:
         sampler = "multistep" if self.multistep else "jumps" if gamma is None else f"gamma={gamma}"
         rate = self.settings.ema_rate if self.rate is None else self.rate
-        return self.scorer.row(kind, self.run, self.seed, rate, step, sampler, nfe)
+        return self.scorer.row(kind, self.run, sampler, nfe, step, rate)
 
     def _aligned(self, nfe: int) -> bool:
         """Whether the samples come from their first noise alone, as the teacher's endpoints do, if there are any."""
@@ -287,6 +273,9 @@ def _endpoints(study: Study, teacher: Denoiser) -> Array:
     return torch.cat([batch.cpu() for _, batch in batches]).numpy()
 
 
-def _write(path: Path, rows: list[Row], columns: list[str]) -> None:
-    table = pd.DataFrame(rows).reindex(columns=columns).astype({"seed": "Int64"})
-    write_with(path, lambda temporary: table.to_csv(temporary, index=False))
+def write_table(path: Path, rows: list[dict[str, Any]], columns: list[str]) -> None:
+    """Write rows as CSV atomically; a value that a row has not is an empty cell."""
+    table = pd.DataFrame(rows, columns=columns)
+    table = table.astype({"seed": "Int64"}) if "seed" in columns else table
+    with atomic(path) as temporary:
+        table.to_csv(temporary, index=False)

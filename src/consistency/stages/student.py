@@ -1,33 +1,31 @@
 """Stage student: distil the teacher, or train without one; two students differ in what the study says, nothing else."""
 
+import shutil
 import time
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
-from consistency.files import sha256
 from consistency.layout import Layout
 from consistency.nets.denoiser import Denoiser, init_denoiser, student_from_teacher
-from consistency.provenance import git_state, write_card
+from consistency.provenance import digest_of, git_state, write_card
 from consistency.resources import open_resource
 from consistency.seeding import derived_seed
-from consistency.stages.coefficients import fitted_images
+from consistency.stages.coefficients import fitted_images, fitted_times
 from consistency.stages.inputs import (
+    data_files,
     read_dataset,
     read_preconditioning,
     read_student,
     read_teacher,
     require_classes,
-    student_file,
     time_grid,
 )
-from consistency.stages.publish import forget_state, publish_training
+from consistency.stages.publish import publish_training
 from consistency.stages.trainer import Machine, build_optimizer, build_update, compile_networks, place
 from consistency.study import Shrinking, Student, Study
 from consistency.theory.curriculum import DoublingCurriculum, Schedule, ShrinkingCurriculum
 from consistency.theory.distance import DISTANCES, Distance
-from consistency.theory.noise import log_grid
 from consistency.tracking.live import followed
 from consistency.training.checkpoint import save_denoiser
 from consistency.training.consistency_training import ConsistencyTraining, TransportTraining
@@ -38,6 +36,9 @@ from consistency.training.loop import Training, train
 from consistency.training.objectives import Endpoint, Objective, Trajectory
 from consistency.training.own_fit import Refits, covariance_fit
 from consistency.training.stopwatch import Stopwatch
+
+#: the resource with the weights of LPIPS's backbone, torchvision's
+VGG16 = "vgg16-397923af.pth"
 
 
 def make_student(study: Study, layout: Layout, run: str, seed: int, machine: Machine) -> None:
@@ -53,66 +54,46 @@ def make_student(study: Study, layout: Layout, run: str, seed: int, machine: Mac
     with followed(study, layout, job.folder, run, seed) as job.on_start:
         measured = train(job)
         if machine.ranks.first:
-            _publish(study, layout, run, seed, job, data, started, measured)
+            _publish(study, layout, run, seed, job, started, measured)
+            shutil.rmtree(job.folder)
 
 
 def _publish(
-    study: Study,
-    layout: Layout,
-    run: str,
-    seed: int,
-    job: Training,
-    data: ImageData,
-    started: float,
-    measured: dict[str, float],
+    study: Study, layout: Layout, run: str, seed: int, job: Training, started: float, measured: dict[str, float]
 ) -> None:
     """The outputs of a finished training, and its card."""
-    folder = layout.student(run, seed)
-    images, inputs = layout.dataset / "images.npy", _inputs(study, layout, run, seed)
-    digests = {path: data.facts["sha256"] if path == images else sha256(path) for path in inputs}
+    digests = {path: digest_of(path, layout) for path in _inputs(study, layout, run, seed)}
     metadata = {"study": study.name, "stage": "student", "run": run, "seed": seed, "key": job.key, "step": job.steps}
     metadata |= {"git": git_state(), "parents": {path.name: digest for path, digest in digests.items()}}
     checkpoints = []
     for k, average in enumerate(job.averages):
         checkpoints.append(layout.student_file(run, seed, average.constant if k else None))
         save_denoiser(checkpoints[-1], average.model, {**metadata, "ema": average.constant})
-    outputs = [*checkpoints[1:], *publish_training(job.folder, folder, checkpoints[0].name)]
     write_card(
         study,
         layout,
         "student",
-        run=run,
-        seed=seed,
+        run,
+        seed,
         started=started,
-        inputs=inputs,
-        outputs=outputs,
+        inputs=digests,
+        outputs=[*checkpoints, *publish_training(job.folder, layout.student(run, seed))],
         measured=measured,
         known=digests,
-        downloads=_downloads(study, run),
+        downloads=[VGG16] if study.students[run].distance == "lpips" else [],
         training=read_identity(job.folder),
     )
-    forget_state(job.folder)
 
 
 def _inputs(study: Study, layout: Layout, run: str, seed: int) -> list[Path]:
     """What a student is made from."""
     settings = study.students[run]
-    inputs = [layout.teacher / "teacher.safetensors", layout.dataset / "images.npy"]
-    inputs += [layout.dataset / "labels.npy"] if study.teacher.conditional else []
+    inputs = [layout.teacher / "teacher.safetensors", *data_files(study, layout)]
     if settings.needs_coefficients:
         inputs.append(layout.coefficients / "coefficients.npz")
     if frozen := settings.frozen:
-        inputs.append(student_file(layout, frozen.run, seed, step=frozen.step))
+        inputs.append(layout.student_file(frozen.run, seed, step=frozen.step))
     return inputs
-
-
-def _downloads(study: Study, run: str) -> list[str]:
-    """The resources that a student's training opens."""
-    if study.students[run].distance != "lpips":
-        return []
-    from consistency.nets.perceptual import VGG16
-
-    return [VGG16]
 
 
 def _training(study: Study, layout: Layout, run: str, seed: int, data: ImageData, machine: Machine) -> Training:
@@ -172,12 +153,8 @@ def _begun(study: Study, settings: Student, teacher: Denoiser, seed: int, data: 
         student = init_denoiser(architecture, drawn)
         student = student_from_teacher(student, seed=drawn) if settings.second_time else student
     if settings.carries_fit:
-        student.carry(covariance_fit(data, _fitted_times(study)))
+        student.carry(covariance_fit(data, fitted_times(study)))
     return student
-
-
-def _fitted_times(study: Study) -> Tensor:
-    return log_grid(study.coefficients.times, study.noise.sigma_min, study.noise.sigma_max)
 
 
 def _refits(
@@ -196,7 +173,7 @@ def _refits(
         images=images.to(device, dtype),
         labels=labels.to(device) if study.teacher.conditional else None,
         noise=noise.to(device, dtype),
-        times=_fitted_times(study),
+        times=fitted_times(study),
         batch=fit.batch,
         precision=dtype,
         ranks=machine.ranks,
@@ -256,6 +233,6 @@ def schedule_of(study: Study, settings: Student) -> Schedule:
 def _distance(settings: Student, machine: Machine) -> Distance:
     if settings.distance != "lpips":
         return DISTANCES[settings.distance]
-    from consistency.nets.perceptual import VGG16, lpips_distance
+    from consistency.nets.perceptual import lpips_distance  # it loads torchvision
 
     return lpips_distance(open_resource(VGG16), machine.device)

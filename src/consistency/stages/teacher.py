@@ -1,6 +1,8 @@
 """Stage teacher: the EDM denoiser that will be distilled, trained here or converted from an official checkpoint."""
 
+import shutil
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -10,10 +12,10 @@ from consistency.files import write_bytes
 from consistency.layout import Layout
 from consistency.nets.denoiser import Denoiser, init_denoiser
 from consistency.nets.edm_pickle import read_edm_pickle
-from consistency.provenance import git_state, write_card
+from consistency.provenance import digest_of, git_state, write_card
 from consistency.resources import forget, known_sha256, open_resource
 from consistency.stages.inputs import read_dataset, sigma_data
-from consistency.stages.publish import forget_state, publish_training
+from consistency.stages.publish import publish_training
 from consistency.stages.trainer import Machine, build_optimizer, build_update, compile_networks, place
 from consistency.study import NoTeacher, OfficialTeacher, SongUNet, Study, Teacher
 from consistency.tracking.live import followed
@@ -51,22 +53,7 @@ def _convert(study: Study, settings: OfficialTeacher, layout: Layout) -> None:
         forget(settings.checkpoint)
         raise
     _require_described(study, settings, teacher)
-    path, digest = layout.teacher / "teacher.safetensors", known_sha256(settings.checkpoint)
-    metadata = {"study": study.name, "stage": "teacher", "key": study.key("teacher"), "git": git_state()}
-    save_denoiser(path, teacher, {**metadata, "parents": {source.name: digest}})
-    # An official checkpoint has no history of ours; the empty file says so.
-    history = layout.teacher / "history.jsonl"
-    write_bytes(history, b"")
-    write_card(
-        study,
-        layout,
-        "teacher",
-        started=started,
-        inputs=[],
-        downloads=[settings.checkpoint],
-        outputs=[path, history],
-        measured={"parameters": sum(p.numel() for p in teacher.parameters())},
-    )
+    _write(study, layout, started, teacher, downloads=[settings.checkpoint])
 
 
 def _describe(study: Study, settings: NoTeacher, layout: Layout) -> None:
@@ -76,20 +63,7 @@ def _describe(study: Study, settings: NoTeacher, layout: Layout) -> None:
     with torch.no_grad():
         for weight in network.parameters():
             weight.zero_()
-    path, history = layout.teacher / "teacher.safetensors", layout.teacher / "history.jsonl"
-    metadata = {"study": study.name, "stage": "teacher", "key": study.key("teacher"), "git": git_state()}
-    save_denoiser(path, network, {**metadata, "parents": {"images.npy": data.facts["sha256"]}})
-    write_bytes(history, b"")
-    write_card(
-        study,
-        layout,
-        "teacher",
-        started=started,
-        inputs=[layout.dataset / name for name in ("images.npy", "labels.npy", "dataset.json")],
-        outputs=[path, history],
-        measured={"parameters": sum(p.numel() for p in network.parameters())},
-        known={layout.dataset / "images.npy": data.facts["sha256"]},
-    )
+    _write(study, layout, started, network)
 
 
 def _require_described(study: Study, settings: OfficialTeacher, teacher: Denoiser) -> None:
@@ -115,32 +89,41 @@ def _train(study: Study, settings: Teacher, layout: Layout, machine: Machine) ->
     with followed(study, layout, job.folder) as job.on_start:
         measured = train(job)
         if machine.ranks.first:
-            _publish(study, layout, job, data, started, measured)
+            _write(study, layout, started, job.averages[0].model, job, measured)
+            shutil.rmtree(job.folder)
 
 
-def _publish(
-    study: Study, layout: Layout, job: Training, data: ImageData, started: float, measured: dict[str, float]
+def _write(
+    study: Study,
+    layout: Layout,
+    started: float,
+    teacher: Denoiser,
+    job: Training | None = None,
+    measured: dict[str, float] | None = None,
+    downloads: Sequence[str] = (),
 ) -> None:
-    """The outputs of a finished training, and its card."""
-    folder = layout.teacher
-    metadata = {"study": study.name, "stage": "teacher", "key": job.key, "step": job.steps}
-    parents = {"images.npy": data.facts["sha256"]}
-    save_denoiser(
-        folder / "teacher.safetensors", job.averages[0].model, {**metadata, "git": git_state(), "parents": parents}
-    )
-    outputs = publish_training(job.folder, folder, "teacher.safetensors")
+    """The teacher, its history, empty if it was not trained here, and their card. downloads: what it is made from; the
+    data, if nothing."""
+    path, history = layout.teacher / "teacher.safetensors", layout.teacher / "history.jsonl"
+    inputs = [] if downloads else [layout.dataset / name for name in ("images.npy", "labels.npy", "dataset.json")]
+    parents = {name: known_sha256(name) for name in downloads} or {"images.npy": digest_of(inputs[0], layout)}
+    metadata = {"study": study.name, "stage": "teacher", "key": study.key("teacher"), "git": git_state()}
+    save_denoiser(path, teacher, metadata | {"parents": parents} | ({"step": job.steps} if job else {}))
+    if job:
+        publish_training(job.folder, layout.teacher)
+    else:
+        write_bytes(history, b"")
     write_card(
         study,
         layout,
         "teacher",
         started=started,
-        inputs=[layout.dataset / name for name in ("images.npy", "labels.npy", "dataset.json")],
-        outputs=outputs,
-        measured=measured | {"parameters": sum(p.numel() for p in job.update.model.parameters())},
-        known={layout.dataset / "images.npy": data.facts["sha256"]},
-        training=read_identity(job.folder),
+        inputs=inputs,
+        downloads=downloads,
+        outputs=[path, history],
+        measured=(measured or {}) | {"parameters": sum(p.numel() for p in teacher.parameters())},
+        training=read_identity(job.folder) if job else None,
     )
-    forget_state(job.folder)
 
 
 def _training(study: Study, settings: Teacher, layout: Layout, data: ImageData, machine: Machine) -> Training:

@@ -11,9 +11,9 @@ from typing import Any
 
 from consistency.files import read_json, write_bytes, write_json
 from consistency.locks import only_one
-from consistency.training.checkpoint import load_state, save_state
+from consistency.training.checkpoint import load_state
 
-_IDENTITY = "training.json"
+STATE, _IDENTITY = "state.pt", "training.json"
 LOCK_PATIENCE = 60.0  # seconds to wait for the trainer of a killed workflow to notice and leave
 
 
@@ -28,7 +28,7 @@ def prepare(folder: Path, key: str, label: str) -> dict[str, Any] | None:
     the state to go on from. Raises UserError for a damaged one."""
     for stale in (*folder.glob(".*.tmp"), *folder.glob("snapshots/.*.tmp")):
         stale.unlink(missing_ok=True)
-    state = read(folder)
+    state = load_state(folder / STATE)
     if state is not None and state.get("key") != key:
         aside = folder.with_name(f"{folder.name}.{state.get('key')}")
         shutil.rmtree(aside, ignore_errors=True)
@@ -38,7 +38,7 @@ def prepare(folder: Path, key: str, label: str) -> dict[str, Any] | None:
     _identify(folder, key, label)
     history = folder / "history.jsonl"
     if state is None:
-        (folder / "state.pt").unlink(missing_ok=True)
+        (folder / STATE).unlink(missing_ok=True)
         shutil.rmtree(folder / "snapshots", ignore_errors=True)
         write_bytes(history, b"")
         return None
@@ -61,16 +61,6 @@ def read_identity(folder: Path) -> dict[str, Any]:
     since 1970. They stay the same however often it is interrupted."""
     found = read_json(folder / _IDENTITY, "the training")
     return {"id": found["id"], "started": found["started"]}
-
-
-def read(folder: Path) -> dict[str, Any] | None:
-    """The saved state, if there is one. Raises UserError when it is damaged."""
-    return load_state(folder / "state.pt")
-
-
-def save(folder: Path, state: dict[str, Any]) -> None:
-    """Replace the saved state."""
-    save_state(folder / "state.pt", state)
 
 
 def append(folder: Path, line: dict[str, float]) -> None:

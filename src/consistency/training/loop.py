@@ -19,7 +19,7 @@ from consistency.errors import UserError
 from consistency.layout import snapshot_name
 from consistency.progress import Progress
 from consistency.training import folder as files
-from consistency.training.checkpoint import save_denoiser
+from consistency.training.checkpoint import load_state, save_denoiser, save_state
 from consistency.training.ema import Ema
 from consistency.training.update import Update
 
@@ -83,6 +83,10 @@ class _Clock:
     first_bad: Tensor = field(default_factory=lambda: torch.tensor(math.inf))
     loss: float | None = None  # of the last line of the history: reading a newer one would stall a GPU
 
+    def note(self) -> str:
+        """What the progress says beside the step."""
+        return "" if self.loss is None else f"loss {self.loss:.4g}"
+
 
 def train(job: Training) -> dict[str, float]:
     """Train from the saved state, or from the start, to the last step.
@@ -98,7 +102,7 @@ def train(job: Training) -> dict[str, float]:
             job.on_start()
         if job.snapshot_every and clock.step == 0:
             _snapshot(job, 0)
-        progress = Progress(job.label, job.steps, clock.step, lambda: _loss_note(clock), shown=ranks.first)
+        progress = Progress(job.label, job.steps, clock.step, clock.note, shown=ranks.first)
         mark = saved = time.monotonic()
         pause = SAVE_EVERY
         while clock.step < job.steps:
@@ -155,7 +159,7 @@ def _require_finite(job: Training, clock: _Clock) -> None:
     first = clock.first_bad.item()
     if not job.update.ranks.largest(int(not math.isinf(first) or _hopeless(job.update.scaler))):
         return
-    state = job.folder / "state.pt"
+    state = job.folder / files.STATE
     kept = f"the last good state is kept in {state}" if state.exists() else "no state had been saved yet"
     if math.isinf(first):
         raise UserError(
@@ -196,10 +200,6 @@ def _peak_memory(job: Training) -> float:
     return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10, 1)
 
 
-def _loss_note(clock: _Clock) -> str:
-    return "" if clock.loss is None else f"loss {clock.loss:.4g}"
-
-
 def _snapshot(job: Training, step: int) -> None:
     if not job.update.ranks.first:
         return
@@ -223,7 +223,7 @@ def _save(job: Training, clock: _Clock, window: _Window) -> float:
         "scaler": update.scaler.state_dict(),
     }
     if update.ranks.first:
-        files.save(job.folder, state)
+        save_state(job.folder / files.STATE, state)
     update.ranks.wait()
     return time.monotonic() - started
 
@@ -233,7 +233,7 @@ def _resume(job: Training) -> tuple[_Clock, _Window]:
     first = job.update.ranks.first
     state = files.prepare(job.folder, job.key, job.label) if first else None
     job.update.ranks.wait()
-    state = state if first else files.read(job.folder)
+    state = state if first else load_state(job.folder / files.STATE)
     if state is None:
         return _Clock(), _Window()
     job.update.model.load_state_dict(state["model"])

@@ -30,28 +30,21 @@ _ROWS = 4096  # images at once
 def own_preconditioning(name: str, model: Denoiser) -> Preconditioning:
     """The analytic preconditioning of that name with the l_t and s_t that the model carries, whatever they are when it
     is used."""
-    own = OwnODE(model)
-    forms = {"analytic": own.backward, "analytic-forward": own.forward}
-    return Preconditioning(name, "D", forms[name])
+    own = _OwnODE(model)
+    form = {"analytic": GeneralizedODE.backward, "analytic-forward": GeneralizedODE.forward}[name]
+    return Preconditioning(name, "D", lambda t, s: form(own.now(), t, s))
 
 
-class OwnODE:
-    """f(t,s) and g(t,s) from a model's buffer `fit`, made again when that has changed."""
+class _OwnODE:
+    """The ODE of a model's buffer `fit`, made again when that has changed."""
 
     def __init__(self, model: Denoiser) -> None:
         self._fit = model.fit
         self._version = -1
         self._ode: GeneralizedODE | None = None
 
-    def backward(self, t: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
-        """As `GeneralizedODE.backward`."""
-        return self._now().backward(t, s)
-
-    def forward(self, t: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
-        """As `GeneralizedODE.forward`."""
-        return self._now().forward(t, s)
-
-    def _now(self) -> GeneralizedODE:
+    def now(self) -> GeneralizedODE:
+        """That of the buffer as it is."""
         # PyTorch counts what is written into a tensor: so a state that is loaded is noticed too.
         if self._ode is None or self._version != self._fit._version:
             self._ode, self._version = _ode(self._fit), self._fit._version

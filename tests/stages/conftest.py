@@ -1,0 +1,31 @@
+"""The tiny study's first results in folders of one's own, and students that were never trained."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from consistency.layout import Layout
+from consistency.nets.denoiser import student_from_teacher
+from consistency.study import Study
+from consistency.training.checkpoint import load_denoiser, save_denoiser
+
+
+@pytest.fixture
+def results(first_results: Layout, tmp_path: Path) -> Layout:
+    """Dataset, teacher and coefficients."""
+    shutil.copytree(first_results.results, tmp_path / "results")
+    return Layout("tiny", tmp_path / "results", tmp_path / "state")
+
+
+def save_students(study: Study, layout: Layout, run: str = "analytic", steps: tuple[int | None, ...] = (None,)) -> None:
+    """A student at every rate and step, None the end of training, each with weights of its own."""
+    teacher = load_denoiser(layout.teacher / "teacher.safetensors")[0]
+    rates = (None, *study.students[run].evaluation_ema)
+    for k, path in enumerate(layout.student_file(run, 0, rate, step) for rate in rates for step in steps):
+        student, generator = student_from_teacher(teacher), torch.Generator().manual_seed(k)
+        with torch.no_grad():
+            for weight in student.parameters():
+                weight += 0.05 * torch.randn(weight.shape, generator=generator)
+        save_denoiser(path, student, {"key": study.key("student", run, 0), "study": "tiny"})
