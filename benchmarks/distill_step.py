@@ -147,12 +147,12 @@ def distance(args: argparse.Namespace, device: torch.device) -> Distance:
         return DISTANCES[args.distance]
     import torchvision
 
-    from consistency.nets.perceptual import lpips_distance
+    from consistency.nets.perceptual import PerceptualDistance
 
     with tempfile.TemporaryDirectory() as folder:
         weights = torchvision.models.vgg16(weights=None).state_dict()
         torch.save({name: value for name, value in weights.items() if name.startswith("features")}, f"{folder}/vgg.pth")
-        return lpips_distance(Path(folder) / "vgg.pth", device)
+        return PerceptualDistance(Path(folder) / "vgg.pth").to(device)
 
 
 def rung(args: argparse.Namespace, name: str) -> dict[str, float]:

@@ -6,12 +6,12 @@ whose networks reduce to torch_utils.persistence._reconstruct_persistent_obj wit
 
 from __future__ import annotations
 
-import io
 import pickle
 import sys
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -51,100 +51,90 @@ class Scalar:
 
 
 def write_edm_pickle(path: Path, denoiser: Denoiser, **changes: Any) -> None:
-    """Write what the official training would have written of this network.
-
-    changes: `source`, the text under module_src; `class_name`, of the preconditioning; `state` and `options`, entries
-    of the preconditioning's state and of the inner network's arguments that replace the true ones; `tensors`, a value
-    for the name of a tensor; None takes an argument or a tensor out; `entries` of the outermost dictionary; `numpy`,
-    the version 1 or 2 that wrote the scalars; `protocol` of pickle.
-    """
+    """Write what the official training would have written of this network; changes: as of `edm_pickle`."""
     path.write_bytes(edm_pickle(denoiser, **changes))
 
 
 def edm_pickle(
-    denoiser: Denoiser,
-    *,
-    source: str = SOURCE,
-    class_name: str = "EDMPrecond",
-    state: dict[str, Any] | None = None,
-    options: dict[str, Any] | None = None,
-    tensors: dict[str, Any] | None = None,
-    entries: dict[str, Any] | None = None,
-    numpy: int = 2,
-    protocol: int = 4,
+    denoiser: Denoiser, *, entries: dict[str, Any] | None = None, protocol: int = 4, **changes: Any
 ) -> bytes:
-    """What `write_edm_pickle` writes."""
-    precond = _precond(denoiser, class_name, state or {}, options or {}, tensors or {}, source, numpy)
+    """What the official training would have written of this network.
+
+    entries: of the outermost dictionary, replaced; protocol: of pickle; changes: fields of `_Writer`.
+    """
+    writer = _Writer(**changes)
     with foreign_modules() as easy_dict:
         content = {
-            "ema": precond,
-            "loss_fn": Persistent("EDMLoss", {"P_mean": -1.2, "P_std": 1.2, "sigma_data": 0.5}, source),
-            "augment_pipe": Persistent("AugmentPipe", {"p": 0.12, "xflip": 100000000.0, "_init_args": ()}, source),
+            "ema": writer.precond(denoiser),
+            "loss_fn": writer.persistent("EDMLoss", {"P_mean": -1.2, "P_std": 1.2, "sigma_data": 0.5}),
+            "augment_pipe": writer.persistent("AugmentPipe", {"p": 0.12, "xflip": 100000000.0, "_init_args": ()}),
             "dataset_kwargs": easy_dict(class_name="training.dataset.ImageFolderDataset", resolution=32, xflip=False),
             **(entries or {}),
         }
-        buffer = io.BytesIO()
-        pickle.dump(content, buffer, protocol=protocol)
-    return buffer.getvalue()
+        return pickle.dumps(content, protocol)
 
 
-def _precond(
-    denoiser: Denoiser,
-    class_name: str,
-    state: dict[str, Any],
-    options: dict[str, Any],
-    tensors: dict[str, Any],
-    source: str,
-    numpy: int,
-) -> Persistent:
-    given = denoiser.architecture
-    names = ("img_resolution", "img_channels", "label_dim", "sigma_data")
-    wrapper = {name: given[name] for name in names}
-    inner = {name: value for name, value in given.items() if name not in (*names, "network", "second_time")}
-    made_with = {
-        "img_resolution": given["img_resolution"],
-        "in_channels": given["img_channels"],
-        "out_channels": given["img_channels"],
-        "label_dim": given["label_dim"],
-        **{name: value for name, value in {**inner, **options}.items() if value is not None},
-    }
-    model_type = _CLASSES[given["network"]]
-    model = _module(denoiser.model, "model.", model_type, made_with, tensors, source, numpy)
-    outside = {
-        **_module_state(denoiser, OrderedDict(model=model), {}),
-        **wrapper,
-        "use_fp16": True,
-        "sigma_min": 0,
-        "sigma_max": float("inf"),
-        "_init_args": (),
-        "_init_kwargs": {**wrapper, **inner, "use_fp16": True, "model_type": model_type},
-    }
-    return Persistent(class_name, {**outside, **state}, source)
+@dataclass(frozen=True, kw_only=True)
+class _Writer:
+    """What a file has that differs from the true one.
 
+    source: the text under module_src; class_name: of the preconditioning; state, options: entries of the
+    preconditioning's state and of the inner network's arguments that replace the true ones; tensors: a value for the
+    name of a tensor; None takes an argument or a tensor out; numpy: the version 1 or 2 that wrote the scalars.
+    """
 
-def _module(
-    module: nn.Module,
-    prefix: str,
-    name: str,
-    made_with: dict[str, Any],
-    tensors: dict[str, Any],
-    source: str,
-    numpy: int,
-) -> Any:
-    """A module as the official code pickles it: ModuleDict by itself, all others as persistent objects."""
-    children = OrderedDict(
-        (key, _module(child, f"{prefix}{key}.", type(child).__name__, {}, tensors, source, numpy))
-        for key, child in module.named_children()
-    )
-    own = {key[len(prefix) :]: value for key, value in tensors.items() if key.rpartition(".")[0] + "." == prefix}
-    state = _module_state(module, children, own)
-    if isinstance(module, nn.ModuleDict):
-        plain = nn.ModuleDict()
-        plain.__dict__.update(state)
-        return plain
-    # The official blocks keep scales computed by NumPy.
-    attributes = {"skip_scale": Scalar(0.5**0.5, numpy), "_init_args": (), "_init_kwargs": made_with}
-    return Persistent(name, {**state, "in_channels": 3, "bias": None, **attributes}, source)
+    source: str = SOURCE
+    class_name: str = "EDMPrecond"
+    state: Mapping[str, Any] = field(default_factory=dict)
+    options: Mapping[str, Any] = field(default_factory=dict)
+    tensors: Mapping[str, Any] = field(default_factory=dict)
+    numpy: int = 2
+
+    def persistent(self, class_name: str, state: dict[str, Any]) -> Persistent:
+        return Persistent(class_name, state, self.source)
+
+    def precond(self, denoiser: Denoiser) -> Persistent:
+        given = denoiser.architecture
+        names = ("img_resolution", "img_channels", "label_dim", "sigma_data")
+        wrapper = {name: given[name] for name in names}
+        inner = {name: value for name, value in given.items() if name not in (*names, "network", "second_time")}
+        made_with = {
+            "img_resolution": given["img_resolution"],
+            "in_channels": given["img_channels"],
+            "out_channels": given["img_channels"],
+            "label_dim": given["label_dim"],
+            **{name: value for name, value in {**inner, **self.options}.items() if value is not None},
+        }
+        model_type = _CLASSES[given["network"]]
+        model = self.module(denoiser.model, "model.", model_type, made_with)
+        outside = {
+            **_module_state(denoiser, OrderedDict(model=model), {}),
+            **wrapper,
+            "use_fp16": True,
+            "sigma_min": 0,
+            "sigma_max": float("inf"),
+            "_init_args": (),
+            "_init_kwargs": {**wrapper, **inner, "use_fp16": True, "model_type": model_type},
+        }
+        return self.persistent(self.class_name, {**outside, **self.state})
+
+    def module(self, module: nn.Module, prefix: str, name: str, made_with: dict[str, Any]) -> Any:
+        """A module as the official code pickles it: ModuleDict by itself, all others as persistent objects."""
+        children = OrderedDict(
+            (key, self.module(child, f"{prefix}{key}.", type(child).__name__, {}))
+            for key, child in module.named_children()
+        )
+        own = {
+            key[len(prefix) :]: value for key, value in self.tensors.items() if key.rpartition(".")[0] + "." == prefix
+        }
+        state = _module_state(module, children, own)
+        if isinstance(module, nn.ModuleDict):
+            plain = nn.ModuleDict()
+            plain.__dict__.update(state)
+            return plain
+        # The official blocks keep scales computed by NumPy.
+        attributes = {"skip_scale": Scalar(0.5**0.5, self.numpy), "_init_args": (), "_init_kwargs": made_with}
+        return self.persistent(name, {**state, "in_channels": 3, "bias": None, **attributes})
 
 
 def _module_state(module: nn.Module, children: OrderedDict[str, Any], own: dict[str, Any]) -> dict[str, Any]:

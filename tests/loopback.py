@@ -20,7 +20,6 @@ class Server:
     content: bytes = CONTENT
     url: str = ""
     cuts: list[int | None] = field(default_factory=list)  # of the next answers: bytes before the connection closes
-    claimed: int | None = None  # a wrong Content-Length
     chunked: bool = False
     statuses: list[int] = field(default_factory=list)  # of the next answers; then 200
     before: Callable[[], None] = lambda: None  # called before each answer
@@ -42,13 +41,13 @@ class Server:
             end = b"\r\n0\r\n\r\n" if cut is None else b""
             handler.wfile.write(b"%x\r\n" % len(self.content) + self.content[:cut] + end)
             return
-        handler.send_header("Content-Length", str(len(self.content) if self.claimed is None else self.claimed))
+        handler.send_header("Content-Length", str(len(self.content)))
         handler.end_headers()
         handler.wfile.write(self.content[:cut])
 
 
 @contextmanager
-def serving(monkeypatch: pytest.MonkeyPatch, file: str = "weights.pt") -> Iterator[Server]:
+def serving(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
     """A server at work, and no proxy in between."""
     for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
         monkeypatch.delenv(name, raising=False)
@@ -68,7 +67,7 @@ def serving(monkeypatch: pytest.MonkeyPatch, file: str = "weights.pt") -> Iterat
     http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     thread = threading.Thread(target=http.serve_forever, kwargs={"poll_interval": 0.01})
     thread.start()
-    told.url = f"http://127.0.0.1:{http.server_port}/{file}"
+    told.url = f"http://127.0.0.1:{http.server_port}/weights.pt"
     try:
         yield told
     finally:

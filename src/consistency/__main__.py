@@ -59,7 +59,7 @@ ANY_RUN = Option("--run", metavar="NAME", help="the student")
 ANY_SEED = Option("--seed", type=int, help="its seed")
 DEVICE = Option("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
 THREADS = Option("--threads", type=int, default=1, help="CPU threads (default: 1)")
-READERS = Option("--threads", dest="workers", type=int, default=1, help="processes that read images (default: 1)")
+READERS = Option("--threads", dest="workers", type=int, default=1, help="threads that read images (default: 1)")
 TIME_LIMIT = Option("--time-limit", type=float, metavar="MINUTES", help="save, stop and exit with 142 then")
 JOB_MINUTES = Option(
     "--job-minutes",

@@ -12,8 +12,7 @@ import struct
 import subprocess
 import tracemalloc
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +24,8 @@ from tests.nets.conftest import ARCHITECTURES
 from torch import Tensor, nn
 
 from consistency.errors import UserError
-from consistency.nets.denoiser import Denoiser, init_denoiser, student_from_teacher
+from consistency.nets.denoiser import Denoiser, init_denoiser
 from consistency.nets.edm_pickle import read_edm_pickle
-from consistency.training.checkpoint import load_denoiser, save_denoiser
 
 Make = Callable[..., Denoiser]
 Batch = Callable[..., tuple[Tensor, Tensor]]
@@ -66,26 +64,21 @@ class Call:
 
 
 def refused(path: Path, content: bytes | None = None, match: str | None = None, megabytes: int = 20) -> None:
-    """The file is refused in one line that names it and says what to do, for little memory."""
+    """The file is refused in one line that names it and says what to do, for no more memory than this and a few times
+    the file, be it used or not."""
     if content is not None:
         path.write_bytes(content)
-    with little_memory(path, megabytes), pytest.raises(UserError, match=match) as error:
-        read_edm_pickle(path)
-    message = str(error.value)
-    assert "\n" not in message and len(message) < 600
-    assert str(path) in message and "download" in message
-
-
-@contextmanager
-def little_memory(path: Path, megabytes: int) -> Iterator[None]:
-    """Fails where more memory than this and a few times the file is asked for, be it used or not."""
     tracemalloc.start()
     try:
-        yield
+        with pytest.raises(UserError, match=match) as error:
+            read_edm_pickle(path)
         peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
     assert peak < megabytes * 2**20 + 4 * path.stat().st_size
+    message = str(error.value)
+    assert "\n" not in message and len(message) < 600
+    assert str(path) in message and "download" in message
 
 
 # --- what is written comes back --------------------------------------------------------------------------
@@ -136,19 +129,6 @@ def test_the_teacher_is_frozen_in_eval_mode_and_float32(tmp_path: Path, tiny_den
     assert not any(parameter.requires_grad for parameter in read.parameters())
     assert {value.dtype for value in read.state_dict().values()} == {torch.float32}
     assert {value.device.type for value in read.state_dict().values()} == {"cpu"}
-
-
-def test_the_teacher_becomes_a_checkpoint_and_a_student(tmp_path: Path, make: Make, batch: Batch) -> None:
-    written = make(ARCHITECTURES["adm"], label_dim=3, augment_dim=9)
-    write_edm_pickle(tmp_path / "edm.pkl", written)
-    read = read_edm_pickle(tmp_path / "edm.pkl")
-    save_denoiser(tmp_path / "teacher.safetensors", read, {"key": "k"})
-    loaded, _ = load_denoiser(tmp_path / "teacher.safetensors", "k")
-    assert loaded.architecture == read.architecture
-    x, t = batch(read)
-    with torch.no_grad():
-        assert torch.equal(loaded(x, t), read(x, t))
-        assert torch.equal(student_from_teacher(read).eval()(x, t, t / 2), read(x, t))
 
 
 def test_weights_of_another_memory_layout_are_read(tmp_path: Path, tiny_denoiser: Denoiser) -> None:
@@ -370,14 +350,6 @@ def test_a_file_of_nothing_but_instructions_is_refused(tmp_path: Path) -> None:
     refused(tmp_path / "edm.pkl", b"]" * 2_000_000, "too many instructions", megabytes=60)
 
 
-def test_modules_that_share_thousands_of_names_are_no_bomb(tmp_path: Path, tiny_denoiser: Denoiser) -> None:
-    shared = OrderedDict((f"t{i}", torch.zeros(1)) for i in range(2000))
-    modules: OrderedDict[str, Any] = OrderedDict((f"m{i}", nn.ModuleDict()) for i in range(2000))
-    for module in modules.values():
-        module.__dict__.update(_parameters=shared)
-    refused(tmp_path / "edm.pkl", edm_pickle(tiny_denoiser, state={"_modules": modules}), "no tree of modules")
-
-
 def test_lists_of_lists_of_lists_cost_nothing(tmp_path: Path) -> None:
     content: list[Any] = []
     for _ in range(200):
@@ -475,25 +447,39 @@ def test_a_filter_other_than_its_description_is_refused(tmp_path: Path, make: Ma
 # --- the modules and their description -------------------------------------------------------------------
 
 
-def test_modules_in_a_circle_are_refused(tmp_path: Path, tiny_denoiser: Denoiser) -> None:
-    circle = nn.ModuleDict()
-    circle._modules["again"] = circle
-    refused(
-        tmp_path / "edm.pkl", edm_pickle(tiny_denoiser, state={"_modules": {"model": circle}}), "no tree of modules"
-    )
+def circle() -> nn.ModuleDict:
+    module = nn.ModuleDict()
+    module._modules["again"] = module
+    return module
 
 
-def test_a_module_in_two_places_is_refused(tmp_path: Path, tiny_denoiser: Denoiser) -> None:
-    twice = nn.ModuleDict()
-    both = {"model": nn.ModuleDict({"a": twice, "b": twice})}
-    refused(tmp_path / "edm.pkl", edm_pickle(tiny_denoiser, state={"_modules": both}), "no tree of modules")
+def twice() -> nn.ModuleDict:
+    module = nn.ModuleDict()
+    return nn.ModuleDict({"a": module, "b": module})
 
 
-def test_modules_without_end_are_refused(tmp_path: Path, tiny_denoiser: Denoiser) -> None:
-    nest = nn.ModuleDict()
+def endless() -> nn.ModuleDict:
+    module = nn.ModuleDict()
     for _ in range(30):
-        nest = nn.ModuleDict({"inner": nest})
-    refused(tmp_path / "edm.pkl", edm_pickle(tiny_denoiser, state={"_modules": {"model": nest}}), "no tree of modules")
+        module = nn.ModuleDict({"inner": module})
+    return module
+
+
+def bomb() -> nn.ModuleDict:
+    """Thousands of modules share thousands of names."""
+    shared = OrderedDict((f"t{i}", torch.zeros(1)) for i in range(2000))
+    modules = {f"m{i}": nn.ModuleDict() for i in range(2000)}
+    for module in modules.values():
+        module.__dict__.update(_parameters=shared)
+    return nn.ModuleDict(modules)
+
+
+@pytest.mark.parametrize("make_modules", [circle, twice, endless, bomb])
+def test_modules_that_are_no_tree_are_refused(
+    tmp_path: Path, tiny_denoiser: Denoiser, make_modules: Callable[[], nn.ModuleDict]
+) -> None:
+    content = edm_pickle(tiny_denoiser, state={"_modules": {"model": make_modules()}})
+    refused(tmp_path / "edm.pkl", content, "no tree of modules")
 
 
 @pytest.mark.parametrize(

@@ -14,10 +14,9 @@ from torch import Tensor, nn
 
 from consistency.errors import UserError
 from consistency.nets import perceptual
-from consistency.nets.perceptual import PerceptualDistance, _read_convolutions, lpips_distance
+from consistency.nets.perceptual import PerceptualDistance, _read_convolutions
 from consistency.theory.distance import Distance
 
-CPU = torch.device("cpu")
 # torchvision's numbers of the convolutions before each of the five features
 CONVOLUTIONS = [[0, 2], [5, 7], [10, 12, 14], [17, 19, 21], [24, 26, 28]]
 CHANNELS = [64, 128, 256, 512, 512]
@@ -50,7 +49,7 @@ def path(vgg16: Weights, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def lpips(path: Path) -> Distance:
-    return lpips_distance(path, CPU)
+    return PerceptualDistance(path)
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ from typing import Any
 from consistency.errors import UserError
 
 _SONGUNET = {"network": "songunet", "model_channels": 128, "num_blocks": 4, "attn_resolutions": [16], "augment_dim": 9}
-_CIFAR10 = {**_SONGUNET, "img_resolution": 32, "channel_mult": [2, 2, 2], "dropout": 0.13}
+_CIFAR10 = {**_SONGUNET, "img_resolution": 32, "channel_mult": [2, 2, 2], "dropout": 0.13, "label_dim": 10}
 _FFHQ = {**_SONGUNET, "img_resolution": 64, "channel_mult": [1, 2, 2, 2], "dropout": 0.05}
 _VARIANTS: dict[str, dict[str, Any]] = {
     "vp": {"embedding_type": "positional", "encoder_type": "standard", "resample_filter": [1, 1]},
@@ -16,6 +16,7 @@ _VARIANTS: dict[str, dict[str, Any]] = {
         "resample_filter": [1, 3, 3, 1],
         "channel_mult_noise": 2,
     },
+    "adm": {},
 }
 _IMAGENET = {
     "network": "adm",
@@ -27,6 +28,7 @@ _IMAGENET = {
     "dropout": 0.1,
     "label_dim": 1000,
 }
+_DATASETS = {"cifar10-32x32": _CIFAR10, "ffhq-64x64": _FFHQ, "imagenet-64x64": _IMAGENET}
 
 
 def official_architecture(checkpoint: str) -> dict[str, Any]:
@@ -40,13 +42,7 @@ def official_architecture(checkpoint: str) -> dict[str, Any]:
             f"{checkpoint} is not the name of an official EDM checkpoint, such as edm-ffhq-64x64-uncond-vp.pkl"
         )
     dataset, condition, variant = match.groups()
-    if dataset.startswith("imagenet"):
-        return {"img_channels": 3, "sigma_data": 0.5, **_IMAGENET}
-    labels = {"label_dim": 10} if condition == "cond" else {}
-    return {
-        "img_channels": 3,
-        "sigma_data": 0.5,
-        **(_CIFAR10 if "cifar" in dataset else _FFHQ),
-        **_VARIANTS[variant],
-        **labels,
-    }
+    architecture = {"img_channels": 3, "sigma_data": 0.5, **_DATASETS[dataset], **_VARIANTS[variant]}
+    if condition == "uncond":
+        architecture.pop("label_dim", None)
+    return architecture

@@ -8,24 +8,18 @@ from torch.nn.functional import interpolate
 from torchmetrics.functional.image.lpips import _LPIPS, _normalize_tensor
 
 from consistency.errors import UserError
-from consistency.theory.distance import Distance
 
 # CTM's image sizes: what is smaller than 256 pixels is resized to VGG's 224.
 _SMALL, _SIZE = 256, 224
 
 
-def lpips_distance(weights: Path, device: torch.device) -> Distance:
+class PerceptualDistance(nn.Module):
     """LPIPS (v0.1, VGG16 with average pooling) of images in [-1, 1], one number an image; nothing is downloaded.
 
-    weights: torchvision's VGG16, of which the convolutions are read; device: where the images will be. Takes images
-    [N, 1 or 3, H, W] and gives [N]. Raises UserError when the file is not a VGG16. Zhang et al. 2018; Gatys et al. 2016
-    for the pooling.
+    weights: torchvision's VGG16, of which the convolutions are read. Takes images [N, 1 or 3, H, W] and gives [N].
+    Frozen: gradients reach the images, the weights have none. Raises UserError when the file is not a VGG16. Zhang et
+    al. 2018; Gatys et al. 2016 for the pooling.
     """
-    return PerceptualDistance(weights).to(device)
-
-
-class PerceptualDistance(nn.Module):
-    """The network of lpips_distance. Frozen: gradients reach the images, the weights have none."""
 
     def __init__(self, weights: Path) -> None:
         super().__init__()

@@ -1,7 +1,7 @@
 """Files by number, in a folder, a zip or a tar of tars: an index of flat arrays, and reading at random from it.
 
-An index is made once and inherited by the processes that read. It holds no Python object a file, so that a million
-files take some 50 bytes each, once. Archives are read by pread, which shares no position between processes.
+An index holds no Python object a file, so that a million files take some 50 bytes each. Archives are read by pread, for
+which threads share no position in the file.
 """
 
 import hashlib
@@ -10,10 +10,11 @@ import struct
 import tarfile
 import zipfile
 import zlib
+from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol, Self
+from typing import Any, Self
 
 import numpy as np
 
@@ -27,70 +28,60 @@ _LARGEST = 1 << 28  # bytes of a file in an archive; what claims to be larger is
 _LOCAL_HEADER = struct.Struct("<4s22xHH")  # of a zip's member: signature, ..., length of name, length of extra field
 
 
-class Container(Protocol):
-    """Files by number."""
-
-    @property
-    def names(self) -> Array:
-        """Path of each file inside the container, bytes [N]."""
-
-    @property
-    def identity(self) -> bytes:
-        """A digest that changes when files come, go or (in an archive) change."""
-
-    def pick(self, rows: Array) -> Self:
-        """The container of only those files."""
-
-    def where(self, row: int) -> str:
-        """How to call a file in a message."""
-
-    def read(self, row: int) -> bytes:
-        """The content of a file. Raises UserError when it cannot be read or is damaged."""
-
-
 @dataclass(frozen=True)
-class _Index:
-    """path: of the folder or archive; members: structured [N], a field `name` and what the kind needs."""
+class Container(ABC):
+    """Files by number. path: of the folder or archive; members: structured [N], `name` and what the kind needs."""
 
     path: Path
     members: Array
 
     @property
     def names(self) -> Array:
+        """Path of each file inside the container, bytes [N]."""
         return self.members["name"]
 
     @property
     def identity(self) -> bytes:
+        """A digest that changes when files come, go or (in an archive) change."""
         # The whole width of a name is hashed, which another set of names may change: then their digest changes too.
         return hashlib.sha256(self.members.tobytes()).digest()
 
     def pick(self, rows: Array) -> Self:
+        """The container of only those files."""
         return replace(self, members=self.members[rows])
 
+    def images(self) -> Self:
+        """The container of only those files whose names end as an image's do."""
+        return self.pick(np.flatnonzero([is_image(name) for name in self.names.tolist()]))
+
+    @abstractmethod
+    def read(self, row: int) -> bytes:
+        """The content of a file. Raises UserError when it cannot be read or is damaged."""
+
     def where(self, row: int) -> str:
+        """How to call a file in a message."""
         return f"{shown(self.names[row])} in {self.path}"
 
 
 @dataclass(frozen=True)
-class Folder(_Index):
+class Folder(Container):
     """Files below a folder. members: name."""
 
     def where(self, row: int) -> str:
-        return shown(self._file(row))
+        return shown(str(self._file(row)))
 
     def read(self, row: int) -> bytes:
         try:
-            with open(self._file(row), "rb") as file:
-                return file.read()
+            return self._file(row).read_bytes()
         except OSError as error:
             raise UserError(f"cannot read {self.where(row)} ({error.strerror}): mend or remove it") from None
 
-    def _file(self, row: int) -> bytes:
-        return os.path.join(os.fsencode(self.path), bytes(self.names[row]))
+    def _file(self, row: int) -> Path:
+        return self.path / os.fsdecode(bytes(self.names[row]))
 
 
 @dataclass(frozen=True)
-class Zip(_Index):
+class Zip(Container):
     """Members of a zip, stored or deflated. members: name, offset of the local header, packed, size, crc, method."""
 
     file: int  # descriptor
@@ -115,7 +106,7 @@ class Zip(_Index):
 
 
 @dataclass(frozen=True)
-class Tar(_Index):
+class Tar(Container):
     """Files in an uncompressed tar. members: name, offset of the content, size."""
 
     file: int  # descriptor

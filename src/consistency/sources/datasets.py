@@ -5,12 +5,10 @@ import json
 import os
 import pickle
 import re
-import shutil
 import tarfile
 import zlib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -24,7 +22,6 @@ from consistency.sources import pictures
 from consistency.sources.containers import (
     Container,
     images_below,
-    is_image,
     open_folder,
     open_tar_of_tars,
     open_zip,
@@ -49,7 +46,7 @@ _MOST_CLASSES = 100_000
 
 @dataclass(frozen=True)
 class Source:
-    """Images in a fixed order, readable at random by this process and by those forked from it.
+    """Images in a fixed order, readable at random by any number of threads.
 
     classes: their names; labels: int64 [N]; identity: hex digest that changes with the source; read(row): uint8
     [R, R, C], raises UserError for an image that cannot be read.
@@ -69,21 +66,16 @@ def open_source(settings: Dataset) -> Source:
     opened = _KINDS[settings.kind](settings)
     if settings.limit is None:
         return opened
-    rows = _first_of_each(opened.labels, settings.limit)
+    import pandas as pd
+
+    place = pd.Series(opened.labels).groupby(opened.labels).cumcount()
+    rows = np.flatnonzero(place < settings.limit)
     return Source(
         opened.classes,
         opened.labels[rows],
         hashlib.sha256(opened.identity.encode() + rows.tobytes()).hexdigest(),
         lambda row: opened.read(int(rows[row])),
     )
-
-
-def _first_of_each(labels: Array, limit: int) -> Array:
-    """Rows of the first `limit` images of each class, in order."""
-    by_class = np.argsort(labels, kind="stable")
-    ordered = labels[by_class]
-    place = np.arange(len(labels)) - np.searchsorted(ordered, ordered)
-    return np.sort(by_class[place < limit])
 
 
 def _arrays(images: Array, labels: Array, classes: Iterable[str]) -> Source:
@@ -131,24 +123,19 @@ def _cifar10(settings: Dataset) -> Source:
     with TemporaryDirectory(prefix="cifar10-") as folder:
         # A staged archive was held against its sha256; any other has torchvision's md5 of each file.
         _unpack_cifar10(archive, Path(folder))
-        return _read_cifar10(Path(folder), settings, archive, vouched=path is None)
+        return _read_cifar10(Path(folder) / _CIFAR10_FOLDER, settings, archive, vouched=path is None)
 
 
 def _unpack_cifar10(archive: Path, folder: Path) -> None:
-    """The files that torchvision reads, and no others, under their own names: no path in the archive is followed."""
+    """The files that torchvision reads, and no others: nothing else of the archive is looked at, and no link."""
     from torchvision.datasets import CIFAR10
 
-    wanted = {*(name for name, _ in CIFAR10.train_list + CIFAR10.test_list), CIFAR10.meta["filename"]}
+    files = [*(name for name, _ in CIFAR10.train_list + CIFAR10.test_list), CIFAR10.meta["filename"]]
+    wanted = {f"{_CIFAR10_FOLDER}/{name}" for name in files}
     try:
         with tarfile.open(archive, "r:gz") as tar:
-            for member in tar:
-                base, _, name = member.name.rpartition("/")
-                found = base == _CIFAR10_FOLDER and name in wanted and member.size <= _BATCH_BYTES
-                # A link has no content of its own, and is not followed.
-                content = tar.extractfile(member) if found and member.isreg() else None
-                if content is not None:
-                    with content, (folder / name).open("wb") as file:
-                        shutil.copyfileobj(content, file)
+            members = (each for each in tar if each.name in wanted and each.isreg() and each.size <= _BATCH_BYTES)
+            tar.extractall(folder, members, filter="data")
     except (tarfile.TarError, EOFError, OSError, zlib.error) as error:
         raise UserError(f"{archive} cannot be unpacked ({error}): get it again from {_CIFAR10_PAGE}") from None
 
@@ -229,12 +216,7 @@ def _ffhq(settings: Dataset) -> Source:
     container = _folder_or_zip(
         path, "FFHQ's images1024x1024 there (the folder, or a zip of it; https://github.com/NVlabs/ffhq-dataset)"
     )
-    numbers = sorted(name.rpartition(b"/")[2] for name in container.names.tolist())
-    for number, following in pairwise(numbers):
-        if number == following:
-            raise UserError(
-                f"{path} has two images {shown(number)}: set dataset.path to images1024x1024 alone, without thumbnails"
-            )
+    _rows_by_name(container, "images1024x1024 alone, without thumbnails")
     labels = np.zeros(len(container.names), np.int64)
     return _files(container, labels, ["ffhq"], pictures.resize, settings)
 
@@ -245,11 +227,7 @@ def _celeba(settings: Dataset) -> Source:
     container = _folder_or_zip(path, f"CelebA's img_align_celeba there (the folder, or its zip; {_CELEBA_PAGE})")
     partition = _celeba_partition(path)
     wanted = _celeba_names(partition, settings.split)
-    rows: dict[bytes, int] = {}
-    for row, name in enumerate(container.names.tolist()):
-        number = name.rpartition(b"/")[2]
-        if rows.setdefault(number, row) != row:
-            raise UserError(f"{path} has two images {shown(number)}: set dataset.path to img_align_celeba alone")
+    rows = _rows_by_name(container, "img_align_celeba alone")
     missing = [name for name in wanted if name not in rows]
     if missing:
         raise UserError(
@@ -299,8 +277,7 @@ def _folder_or_zip(path: Path, what: str) -> Container:
     if path.is_dir():
         container: Container = open_folder(path, sorted(images_below(path)))
     elif path.is_file():
-        everything = open_zip(path)
-        container = everything.pick(_image_rows(everything))
+        container = open_zip(path).images()
     else:
         raise UserError(f"dataset.path: there is no {path}: put {what}")
     if not len(container.names):
@@ -308,8 +285,14 @@ def _folder_or_zip(path: Path, what: str) -> Container:
     return container
 
 
-def _image_rows(container: Container) -> Array:
-    return np.flatnonzero([is_image(name) for name in container.names.tolist()])
+def _rows_by_name(container: Container, instead: str) -> dict[bytes, int]:
+    """The row of each file name. Raises UserError for one in two folders; instead: what dataset.path should be."""
+    rows: dict[bytes, int] = {}
+    for row, path in enumerate(container.names.tolist()):
+        name = path.rpartition(b"/")[2]
+        if rows.setdefault(name, row) != row:
+            raise UserError(f"{container.path} has two images {shown(name)}: set dataset.path to {instead}")
+    return rows
 
 
 def _edm_zip(settings: Dataset) -> Source:
@@ -321,7 +304,7 @@ def _edm_zip(settings: Dataset) -> Source:
     meta = np.flatnonzero(everything.names == b"dataset.json")
     if not len(meta):
         raise UserError(f"{path} has no dataset.json: it is not what EDM's dataset_tool.py writes")
-    images = everything.pick(_image_rows(everything))
+    images = everything.images()
     if not len(images.names):
         raise UserError(f"{path} has no images in it")
     labels = _edm_labels(everything.read(int(meta[0])), images.names, path)

@@ -1,6 +1,5 @@
 """One image: decoded by Pillow, brought to the study's size as EDM's dataset tool does; CelebA's as GC's code does."""
 
-import warnings
 from io import BytesIO
 
 import numpy as np
@@ -20,11 +19,8 @@ _ALIGNED_CELEBA = (178, 218)
 def decode(content: bytes, where: str) -> Image.Image:
     """The picture in a file of at most 8 bits a channel. Raises UserError, which names the file by `where`."""
     try:
-        with warnings.catch_warnings():
-            # Broken EXIF, which ImageNet has, is no concern: it is not looked at.
-            warnings.simplefilter("ignore")
-            picture = Image.open(BytesIO(content), formats=_FORMATS)
-            picture.load()
+        picture = Image.open(BytesIO(content), formats=_FORMATS)
+        picture.load()
     except Exception as error:
         # The decoders meet arbitrary bytes here, and raise whatever they stumble upon.
         reason = " ".join(str(error).split())

@@ -233,6 +233,6 @@ def schedule_of(study: Study, settings: Student) -> Schedule:
 def _distance(settings: Student, machine: Machine) -> Distance:
     if settings.distance != "lpips":
         return DISTANCES[settings.distance]
-    from consistency.nets.perceptual import lpips_distance  # it loads torchvision
+    from consistency.nets.perceptual import PerceptualDistance  # it loads torchvision
 
-    return lpips_distance(open_resource(VGG16), machine.device)
+    return PerceptualDistance(open_resource(VGG16)).to(machine.device)
