@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from tests.draws import SEED, numpy_draws, seeded
+from tests.draws import numpy_draws, seeded
 from tests.training.losses import EPS, fitted, passes
 from torch import Tensor
 
