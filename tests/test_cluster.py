@@ -61,7 +61,7 @@ def test_the_profile_as_it_comes_is_submitted(answer: Answer, profile: Path) -> 
 @pytest.mark.parametrize(
     ("before", "after", "message"),
     [
-        ('"cpu"', '"main"', "default-resources asks for partition main; there are cpu, gpu, short"),
+        ('"cpu"', '"main"', "default-resources asks for partition main; this cluster has cpu, gpu, short"),
         ('student:\n    slurm_partition: "gpu"', 'student:\n    slurm_partition: "short"',
          "rule student asks for 1440 minutes, but partition short gives 60 at most: lower its runtime"),
         # The third attempt asks for three times as much.

@@ -56,7 +56,8 @@ def require_possible(profile: Path, limits: dict[str, float]) -> None:
         asked = {"slurm_partition": "", "runtime": ""} | parts[0] | own
         names = [name for name in str(asked["slurm_partition"]).split(",") if re.fullmatch(r"[\w.-]+", name)]
         if missing := set(names) - set(limits):
-            raise UserError(f"{profile}: {rule} asks for partition {min(missing)}; there are {', '.join(limits)}")
+            there = ", ".join(limits)
+            raise UserError(f"{profile}: {rule} asks for partition {min(missing)}; this cluster has {there}")
         minutes = re.fullmatch(r"(\d+)( \* attempt)?", str(asked["runtime"]))
         most = int(minutes[1]) * (1 + settings.get("retries", 0) if minutes[2] else 1) if minutes else 0
         if names and most > (longest := max(limits[name] for name in names)):
