@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 from consistency.errors import UserError
 from consistency.features import (
-    INCEPTION,
     Extractor,
     Statistics,
     classifier_extractor,
@@ -26,6 +25,7 @@ from consistency.features import (
 )
 from consistency.layout import Layout
 from consistency.nets.classifier import Classifier
+from consistency.resources import INCEPTION
 from consistency.stages.extractor import _train_classifier, make_extractor, open_extractor, read_data_statistics
 from consistency.study import Study
 from consistency.training.data import load_images

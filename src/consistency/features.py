@@ -13,9 +13,6 @@ from consistency.training.data import to_signed
 
 Array = np.ndarray
 
-#: the resource with the weights clean-fid uses, and the name it opens them by
-INCEPTION = "inception-2015-12-05.pt"
-
 
 @dataclass(frozen=True)
 class Extractor:
@@ -63,7 +60,7 @@ def classifier_extractor(model: Classifier, device: torch.device) -> Extractor:
 
 
 def inception_extractor(weights: Path, mode: str, device: torch.device) -> Extractor:
-    """clean-fid's Inception in mode legacy_tensorflow or clean. weights: a file named INCEPTION."""
+    """clean-fid's Inception in mode legacy_tensorflow or clean. weights: named as clean-fid has it, INCEPTION."""
     from cleanfid.inception_torchscript import InceptionV3W
     from cleanfid.resize import build_resizer
 

@@ -6,7 +6,6 @@ a folder of code. The stages of dvc.yaml therefore depend on these files, which 
 """
 
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +14,8 @@ from consistency.errors import UserError
 from consistency.files import sha256, write_json
 from consistency.layout import Layout
 from consistency.provenance import artifacts
-from consistency.resources import find
-from consistency.study import OfficialTeacher, Study, parse_yaml
+from consistency.resources import downloads, find
+from consistency.study import Study, parse_yaml
 
 PIPELINE = Path("dvc.yaml")
 # Sections that dvc.yaml names as parameters; DVC refuses a parameter that the file leaves to its default.
@@ -130,15 +129,3 @@ def _job(study: Study, stage: str, run: str | None, seed: int | None) -> dict[st
         "code": code_digest(stage),
         "downloads": {name: find(name).sha256 for name in downloads(study, stage, run)},
     }
-
-
-def downloads(study: Study, stage: str, run: str | None) -> Iterator[str]:
-    """The resources that a job opens."""
-    if stage == "dataset" and study.dataset.kind == "cifar10" and study.dataset.path is None:
-        yield "cifar-10-python.tar.gz"
-    if stage == "teacher" and isinstance(study.teacher, OfficialTeacher):
-        yield study.teacher.checkpoint
-    if stage == "extractor" and study.scores.extractor == "inception":
-        yield "inception-2015-12-05.pt"
-    if stage == "student" and run is not None and study.students[run].distance == "lpips":
-        yield "vgg16-397923af.pth"

@@ -16,12 +16,14 @@ from consistency.errors import UserError
 from consistency.files import atomic, sha256, write_bytes
 from consistency.locks import held
 from consistency.progress import Progress
-from consistency.study import Section, explain, parse_yaml
+from consistency.study import OfficialTeacher, Section, Study, explain, parse_yaml
 
 # Relative to the project's root, where every command runs.
 REGISTRY = Path("config/resources.yaml")
 RECORDED = Path("config/resources.lock")
 FOLDER = Path("resources")
+# What the stages open, beside official teachers.
+CIFAR10_ARCHIVE, INCEPTION, VGG16 = "cifar-10-python.tar.gz", "inception-2015-12-05.pt", "vgg16-397923af.pth"
 
 Text = Annotated[str, Field(min_length=1)]
 FileName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
@@ -66,6 +68,19 @@ def find(name: str) -> Resource:
         hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(known)}"
         raise UserError(f"there is no resource {name!r} in {REGISTRY}; {hint}")
     return known[name]
+
+
+def downloads(study: Study, stage: str, run: str | None = None) -> list[str]:
+    """The resources that a job of a stage opens first; run: the student, for the stage student."""
+    dataset, teacher = study.dataset, study.teacher
+    opened = {
+        "dataset": CIFAR10_ARCHIVE if dataset.kind == "cifar10" and dataset.path is None else None,
+        "teacher": teacher.checkpoint if isinstance(teacher, OfficialTeacher) else None,
+        "extractor": INCEPTION if study.scores.extractor == "inception" else None,
+        "student": VGG16 if run is not None and study.students[run].distance == "lpips" else None,
+    }
+    name = opened.get(stage)
+    return [name] if name else []
 
 
 def resource_path(name: str) -> Path:

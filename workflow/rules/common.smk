@@ -19,8 +19,7 @@ os.environ.update(PYTHONPATH=SOURCE, PATH=PATH, CONSISTENCY_SUPERVISOR=SUPERVISO
 from consistency.cluster import require_cluster
 from consistency.code import code_digest
 from consistency.errors import UserError
-from consistency.plan import downloads
-from consistency.resources import registry, resource_path
+from consistency.resources import downloads, registry, resource_path
 from consistency.study import OfficialTeacher, Student, Study, load_study
 from consistency.workflow import join_run
 

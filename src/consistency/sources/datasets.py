@@ -17,7 +17,7 @@ import numpy as np
 from PIL import Image
 
 from consistency.errors import UserError
-from consistency.resources import open_resource
+from consistency.resources import CIFAR10_ARCHIVE, open_resource
 from consistency.sources import pictures
 from consistency.sources.containers import (
     Container,
@@ -32,7 +32,6 @@ from consistency.study import Dataset
 Array = np.ndarray
 Fit = Callable[[Image.Image, str, Dataset], Array]
 
-CIFAR10_ARCHIVE = "cifar-10-python.tar.gz"
 _CIFAR10_FOLDER = "cifar-10-batches-py"
 _CIFAR10_PAGE = "https://www.cs.toronto.edu/~kriz/cifar.html"
 _BATCH_BYTES = 1 << 26  # more than any file of CIFAR-10 has

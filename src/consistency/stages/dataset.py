@@ -15,7 +15,8 @@ from consistency.layout import Layout
 from consistency.locks import only_one
 from consistency.progress import Progress
 from consistency.provenance import write_card
-from consistency.sources.datasets import CIFAR10_ARCHIVE, Source, open_source
+from consistency.resources import downloads
+from consistency.sources.datasets import Source, open_source
 from consistency.study import Study
 
 LOCK_PATIENCE = 60.0  # seconds to wait for the other preparation of the same study
@@ -97,7 +98,6 @@ def _publish(study: Study, source: Source, layout: Layout, sums: _Sums, started:
     with atomic(outputs[1]) as temporary, temporary.open("wb") as file:
         np.save(file, source.labels)
     write_json(outputs[2], facts)
-    archive = settings.kind == "cifar10" and settings.path is None
     write_card(
         study,
         layout,
@@ -105,7 +105,7 @@ def _publish(study: Study, source: Source, layout: Layout, sums: _Sums, started:
         started=started,
         inputs=[],
         outputs=outputs,
-        downloads=[CIFAR10_ARCHIVE] if archive else [],
+        downloads=downloads(study, "dataset"),
         source=source.identity,
     )
 

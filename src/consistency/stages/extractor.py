@@ -10,13 +10,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from consistency.errors import UserError
-from consistency.features import INCEPTION, Extractor, Statistics, classifier_extractor, inception_extractor
+from consistency.features import Extractor, Statistics, classifier_extractor, inception_extractor
 from consistency.files import write_with
 from consistency.layout import Layout
 from consistency.nets.classifier import Classifier
 from consistency.progress import Progress
 from consistency.provenance import read_card, write_card
-from consistency.resources import open_resource
+from consistency.resources import INCEPTION, downloads, open_resource
 from consistency.seeding import derived_seed, generator
 from consistency.stages.inputs import made, read_array, read_dataset, write_array, write_arrays
 from consistency.study import Study
@@ -50,7 +50,7 @@ def make_extractor(study: Study, layout: Layout, device: torch.device) -> None:
         "extractor",
         started=started,
         inputs=[layout.dataset / name for name in ("images.npy", "labels.npy")],
-        downloads=[INCEPTION] if study.scores.extractor == "inception" else [],
+        downloads=downloads(study, "extractor"),
         outputs=outputs,
         measured=measured,
     )

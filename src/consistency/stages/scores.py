@@ -11,12 +11,13 @@ import pandas as pd
 import torch
 
 from consistency.errors import UserError
-from consistency.features import INCEPTION, Statistics, frechet_distance, kernel_distance
+from consistency.features import Statistics, frechet_distance, kernel_distance
 from consistency.files import atomic, write_json
 from consistency.layout import Layout
 from consistency.nets.denoiser import Denoiser
 from consistency.progress import Progress
 from consistency.provenance import read_card, write_card
+from consistency.resources import downloads
 from consistency.seeding import generator
 from consistency.stages.extractor import open_extractor, read_data_statistics
 from consistency.stages.inputs import (
@@ -168,7 +169,7 @@ class _Scorer:
             started=self.started,
             inputs=[*inputs, *(self.layout.extractor / name for name in names)],
             outputs=[path, *others],
-            downloads=[INCEPTION] if inception else [],
+            downloads=downloads(self.study, "extractor"),
         )
 
 

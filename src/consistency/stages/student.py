@@ -9,7 +9,7 @@ import torch
 from consistency.layout import Layout
 from consistency.nets.denoiser import Denoiser, init_denoiser, student_from_teacher
 from consistency.provenance import digest_of, git_state, write_card
-from consistency.resources import open_resource
+from consistency.resources import VGG16, downloads, open_resource
 from consistency.seeding import derived_seed
 from consistency.stages.coefficients import fitted_images, fitted_times
 from consistency.stages.inputs import (
@@ -36,9 +36,6 @@ from consistency.training.loop import Training, train
 from consistency.training.objectives import Endpoint, Objective, Trajectory
 from consistency.training.own_fit import Refits, covariance_fit
 from consistency.training.stopwatch import Stopwatch
-
-#: the resource with the weights of LPIPS's backbone, torchvision's
-VGG16 = "vgg16-397923af.pth"
 
 
 def make_student(study: Study, layout: Layout, run: str, seed: int, machine: Machine) -> None:
@@ -80,7 +77,7 @@ def _publish(
         outputs=[*checkpoints, *publish_training(job.folder, layout.student(run, seed))],
         measured=measured,
         known=digests,
-        downloads=[VGG16] if study.students[run].distance == "lpips" else [],
+        downloads=downloads(study, "student", run),
         training=read_identity(job.folder),
     )
 
