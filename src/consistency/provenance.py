@@ -111,7 +111,7 @@ def seeds_of(study: Study, stage: str, run: str | None, seed: int | None) -> dic
 
 
 def artifacts(study: Study, also: Collection[str] = ()) -> dict[str, Artifact]:
-    """What a study makes, by what it is called, parents first. also: stages that count even if not needed."""
+    """List what a study makes, by what it is called, parents first. also: stages that count even if not needed."""
     unneeded = {"coefficients": not study.needs_coefficients, "flows": not study.flows}
     found: dict[str, Artifact] = {}
     for stage in ("dataset", "teacher", "extractor", "coefficients", "student", "samples", "scores", "flows", "report"):

@@ -29,7 +29,7 @@ _BYTES = 4  # of a float32
 
 @dataclass(frozen=True)
 class Estimate:
-    """What a study costs. operations: floating-point, an addition and a multiplication each one, by stage; disk: bytes
+    """Costs of a study. operations: floating-point, an addition and a multiplication each one, by stage; disk: bytes
     at the end, by stage; snapshots: bytes of those that serve the learning curves alone; state: bytes of a training
     under way, beside its snapshots."""
 

@@ -25,9 +25,9 @@ from consistency.stages.inputs import (
     read_teacher,
     time_grid,
     write_arrays,
+    write_table,
 )
 from consistency.stages.samples import prepared
-from consistency.stages.scores import write_table
 from consistency.stages.trainer import Machine
 from consistency.study import Flows, Study
 from consistency.theory.flows import (
@@ -111,7 +111,7 @@ def _pairs(study: Study, settings: Flows, data: ImageData) -> ImagePairs:
 
 @dataclass(frozen=True)
 class _Images:
-    """What is measured on the study's images. pairs: of independent noise."""
+    """Measures on the study's images. pairs: of independent noise."""
 
     study: Study
     settings: Flows

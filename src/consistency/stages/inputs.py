@@ -1,4 +1,4 @@
-"""What several stages read, checked against the study: the dataset, the teacher, the coefficients, a student."""
+"""Inputs of several stages, checked against the study: dataset, teacher, coefficients, students; and array files."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -41,7 +41,7 @@ def read_dataset(study: Study, layout: Layout) -> ImageData:
 
 
 def data_files(study: Study, layout: Layout) -> list[Path]:
-    """What a network learns from: the images, and their labels if it is conditional."""
+    """Name what a network learns from: the images, and their labels if it is conditional."""
     return [layout.dataset / f"{name}.npy" for name in ("images", *(["labels"] if study.teacher.conditional else []))]
 
 
@@ -106,6 +106,16 @@ def write_arrays(path: Path, arrays: Mapping[str, np.ndarray[Any, Any]]) -> None
     """Write a .npz file atomically."""
     with atomic(path) as temporary, temporary.open("wb") as file:
         np.savez(file, **arrays)  # type: ignore[arg-type]
+
+
+def write_table(path: Path, rows: list[dict[str, Any]], columns: list[str]) -> None:
+    """Write rows as CSV atomically; a value that a row has not is an empty cell."""
+    import pandas as pd  # most stages write no table
+
+    table = pd.DataFrame(rows, columns=columns)
+    table = table.astype({"seed": "Int64"}) if "seed" in columns else table
+    with atomic(path) as temporary:
+        table.to_csv(temporary, index=False)
 
 
 def read_coefficients(layout: Layout) -> dict[str, np.ndarray[Any, Any]]:

@@ -7,12 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pandas as pd
 import torch
 
 from consistency.errors import UserError
 from consistency.features import Statistics, frechet_distance, kernel_distance
-from consistency.files import atomic, write_json
+from consistency.files import write_json
 from consistency.layout import Layout
 from consistency.nets.denoiser import Denoiser
 from consistency.progress import Progress
@@ -28,6 +27,7 @@ from consistency.stages.inputs import (
     read_student,
     read_teacher,
     write_array,
+    write_table,
 )
 from consistency.stages.samples import StudentSampler, draw, heun_sampler, jump_sampler, prepared, student_samplers
 from consistency.study import Study
@@ -272,11 +272,3 @@ def _endpoints(study: Study, teacher: Denoiser) -> Array:
     sampler = heun_sampler(study, teacher, study.scores.alignment_nodes)
     batches = draw(study, teacher, sampler, study.scores.alignment_count)
     return torch.cat([batch.cpu() for _, batch in batches]).numpy()
-
-
-def write_table(path: Path, rows: list[dict[str, Any]], columns: list[str]) -> None:
-    """Write rows as CSV atomically; a value that a row has not is an empty cell."""
-    table = pd.DataFrame(rows, columns=columns)
-    table = table.astype({"seed": "Int64"}) if "seed" in columns else table
-    with atomic(path) as temporary:
-        table.to_csv(temporary, index=False)

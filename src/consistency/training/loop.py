@@ -84,7 +84,7 @@ class _Clock:
     loss: float | None = None  # of the last line of the history: reading a newer one would stall a GPU
 
     def note(self) -> str:
-        """What the progress says beside the step."""
+        """Say beside the step of the progress what the loss is."""
         return "" if self.loss is None else f"loss {self.loss:.4g}"
 
 
