@@ -21,7 +21,6 @@ from consistency.provenance import git_state, hardware
 from consistency.study import Study
 from consistency.tracking.plan import TRAINING, Point, history_points, plan_live
 from consistency.tracking.server import (
-    FOLDER,
     STATE,
     be_quiet,
     connect,
@@ -34,6 +33,7 @@ from consistency.tracking.server import (
     readable_errors,
     send_points,
     set_tags,
+    tags_of,
     tracking_uri,
     without_secrets,
 )
@@ -181,14 +181,13 @@ class Follower(threading.Thread):
         with one_at_a_time(uri, self.layout.track, quiet=True):
             client = connect(uri)
             experiment = open_experiment(client, self.study.name, self.study.title)
-            common = {"study_hash": self.study.key("report"), FOLDER: str(self.layout.root.resolve()), STATE: "live"}
-            parent: dict[str, str] = {}
+            parent = None
             for record in self.records:
-                tags = common | record.tags | parent | {"role": record.role}
+                tags = tags_of(record, self.study, self.layout, parent, "live")
                 found = find_runs(client, experiment, **{TRAINING: tags[TRAINING], STATE: "live"})
                 run = found[0] if found else create_run(client, experiment, record, tags)
                 client.update_run(run.info.run_id, status="RUNNING" if record is self.own else "SCHEDULED")
-                parent = {"mlflow.parentRunId": run.info.run_id}
+                parent = run.info.run_id
             set_tags(client, run, tags)
             describe(client, run, self.own)
         self.run_id, self.there, self.sent = run.info.run_id, points_there(client, run), 0

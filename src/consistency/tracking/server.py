@@ -11,7 +11,9 @@ from typing import Any
 from urllib.parse import quote, unquote
 
 from consistency.errors import UserError
+from consistency.layout import Layout
 from consistency.locks import held
+from consistency.study import Study
 from consistency.tracking.plan import Point, Record
 
 BATCH = 1000  # metrics that MLflow takes in a call
@@ -116,6 +118,12 @@ def find_runs(client: Any, experiment: str, **tags: str) -> list[Any]:
     """The runs of an experiment that nobody deleted, the newest first; with tags, those that carry them."""
     wanted = " and ".join(f"tags.`{name}` = '{value}'" for name, value in tags.items())
     return list(client.search_runs([experiment], wanted, max_results=50_000))  # MLflow's limit
+
+
+def tags_of(record: Record, study: Study, layout: Layout, parent: str | None, state: str) -> dict[str, str]:
+    """All tags of a run of the study. parent: the id of the run that it is nested in."""
+    place = {"study_hash": study.key("report"), FOLDER: str(layout.root.resolve()), STATE: state, "role": record.role}
+    return record.tags | place | ({"mlflow.parentRunId": parent} if parent else {})
 
 
 def create_run(client: Any, experiment: str, record: Record, tags: dict[str, str]) -> Any:

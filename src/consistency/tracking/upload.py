@@ -27,6 +27,7 @@ from consistency.tracking.server import (
     readable_errors,
     send_points,
     set_tags,
+    tags_of,
     tracking_uri,
     without_credentials,
 )
@@ -41,7 +42,6 @@ def track_study(study: Study, layout: Layout) -> None:
     """
     records = plan(study, layout)
     uri = tracking_uri()
-    common = {"study_hash": study.key("report"), FOLDER: str(layout.root.resolve())}
     ids: dict[str, str] = {}
     new = 0
     with one_at_a_time(uri, layout.track), readable_errors(uri):
@@ -49,10 +49,10 @@ def track_study(study: Study, layout: Layout) -> None:
         experiment = open_experiment(client, study.name, study.title)
         known = find_runs(client, experiment)
         for record in records:
-            parent = {"mlflow.parentRunId": ids[record.parent]} if record.parent else {}
-            ids[record.name], sent = _send(client, experiment, known, record, common | parent)
+            tags = tags_of(record, study, layout, ids[record.parent] if record.parent else None, "current")
+            ids[record.name], sent = _send(client, experiment, known, record, tags | {DIGEST: record.digest})
             new += sent
-        _supersede(client, known, set(ids.values()), common[FOLDER])
+        _supersede(client, known, set(ids.values()), str(layout.root.resolve()))
         models = register_students(client, study, layout, ids)
     clean = without_credentials(uri)
     page = charts(experiment)
@@ -65,9 +65,8 @@ def track_study(study: Study, layout: Layout) -> None:
     print(f"track {study.name}: {done}; see {hint}", flush=True)
 
 
-def _send(client: Any, experiment: str, known: list[Any], record: Record, common: dict[str, str]) -> tuple[str, bool]:
+def _send(client: Any, experiment: str, known: list[Any], record: Record, tags: dict[str, str]) -> tuple[str, bool]:
     """Bring one run to its record. Returns its id and whether there was anything to send but tags."""
-    tags = record.tags | common | {"role": record.role, STATE: "current", DIGEST: record.digest}
     run = _find(known, tags) or create_run(client, experiment, record, tags)
     run_id: str = run.info.run_id
     if run.info.status == "FINISHED" and run.data.tags[STATE] != "live":
