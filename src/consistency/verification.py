@@ -11,7 +11,7 @@ from consistency.errors import UserError
 from consistency.files import sha256
 from consistency.layout import Layout
 from consistency.provenance import artifacts, first_difference
-from consistency.study import Study, explain, load_study
+from consistency.study import Study, explain, load_study, settings_key
 
 #: the digests of an archive's files, in the folder that holds its results/
 SUMS = "SHA256SUMS"
@@ -137,7 +137,7 @@ def _settings(card: _Card, study: Study, stage: str, run: str | None, seed: int 
     settings = study.settings(stage, run)
     if card.study != study.name:
         yield f"stale: made for study {card.study!r}; run its stage again"
-    if card.key != study.key(stage, run, seed) or card.settings != settings:
+    if card.key != settings_key(stage, seed, settings) or card.settings != settings:
         yield f"stale: made with other settings{first_difference(card.settings, settings)}; run its stage again"
 
 
