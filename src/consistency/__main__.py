@@ -12,12 +12,14 @@ from importlib import import_module
 from inspect import signature
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from consistency import __version__, launch, slurm_job
 from consistency.errors import UserError
-from consistency.layout import Layout
 from consistency.supervision import SUPERVISOR, watch_supervisor
+
+if TYPE_CHECKING:
+    from consistency.job import Job
 
 Arguments = argparse.Namespace
 
@@ -231,11 +233,8 @@ def _run(args: Arguments) -> int:
     try:
         verb = VERBS[args.verb]
         if STUDY in verb.options:
-            from consistency.study import load_study
-
-            args.study_file, args.study = Path(args.study), load_study(args.study)
-            args.layout = Layout(args.study.name, args.results, args.state)
-            _require_student(args)
+            args.study_file, args.job = Path(args.study), _job_of(args)
+            args.study = args.job.study
         if verb.computes:
             processes, nodes = _shares(args)
             if nodes > 1 and not launch.is_task():
@@ -263,13 +262,18 @@ def _run(args: Arguments) -> int:
         return 128 + int(signum)
 
 
-def _require_student(args: Arguments) -> None:
-    """--run and --seed go together, and are the study's."""
-    run, seed = getattr(args, "run", None), getattr(args, "seed", None)
-    if (run is None) != (seed is None):
+def _job_of(args: Arguments) -> "Job":
+    """The study, and the student of --run and --seed, which go together and are the study's."""
+    from consistency.job import Job
+    from consistency.layout import Layout
+    from consistency.study import load_study
+
+    study, run, seed = load_study(args.study), getattr(args, "run", None), getattr(args, "seed", None)
+    if run is not None and seed is not None:
+        study.require(run, seed)
+    elif (run, seed) != (None, None):
         raise UserError("--run and --seed go together: give both for a student, neither for the teacher")
-    if run is not None:
-        args.study.require(run, seed)
+    return Job(study, Layout(study.name, args.results, args.state), run, seed)
 
 
 def _terminated(signum: int, frame: FrameType | None) -> None:
@@ -317,7 +321,7 @@ def _prepare(args: Arguments) -> None:
     torch.backends.cuda.matmul.allow_tf32 = False
     torch.backends.cudnn.benchmark = True
     # float32 means float32, but for LPIPS beside networks in lower precision, where TF32 is a third of the step's time.
-    low = args.verb == "student" and args.study.students[args.run].precision != "float32"
+    low = args.verb == "student" and args.job.student.precision != "float32"
     torch.backends.cudnn.allow_tf32 = low
     if launch.is_worker() and args.device in ("auto", "cuda") and torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))

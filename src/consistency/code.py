@@ -34,6 +34,7 @@ INERT = {
     "__init__",
     "errors",
     "files",
+    "job",
     "launch",
     "layout",
     "locks",

@@ -67,42 +67,9 @@ class Layout:
         """tracked.json."""
         return self.root / "track"
 
-    def student(self, run: str, seed: int) -> Path:
-        """student.safetensors and those of further EMA rates, history.jsonl, snapshots/, card.json."""
-        return self.root / "students" / run / f"seed{seed}"
-
-    def student_file(self, run: str, seed: int, rate: float | None = None, step: int | None = None) -> Path:
-        """A student's checkpoint; rate: a further EMA rate; step: a snapshot, None for the end of training."""
-        name = f"student{ema_suffix(rate)}.safetensors" if step is None else f"snapshots/{snapshot_name(step, rate)}"
-        return self.student(run, seed) / name
-
-    def samples(self, run: str | None, seed: int | None) -> Path:
-        """One .npy a sampler, card.json; the teacher's without a run."""
-        folder = self.root / "samples"
-        return folder / "teacher" if run is None else folder / run / f"seed{seed}"
-
-    def scores(self, run: str | None, seed: int | None) -> Path:
-        """The score table of a student, or of the calibration without a run; its card lies beside it."""
-        folder = self.root / "scores"
-        return folder / "calibration.csv" if run is None else folder / run / f"seed{seed}.csv"
-
-    def card(self, stage: str, run: str | None = None, seed: int | None = None) -> Path:
-        """The card of what a stage makes; samples and scores without a run are the teacher's."""
-        if stage == "scores":
-            return self.scores(run, seed).with_suffix(".card.json")
-        if run is None or seed is None:
-            folders = {"extractor": self.extractor, "samples": self.samples(None, None)}
-            return folders.get(stage, self.root / stage) / "card.json"
-        return (self.student(run, seed) if stage == "student" else self.samples(run, seed)) / "card.json"
-
     def training_state(self, run: str, seed: int) -> Path:
         """The resumable state of a training; run is 'teacher' or a student. Never a declared output."""
         return self.state / self.study / run / f"seed{seed}"
-
-    def sampling_state(self, run: str | None, seed: int | None) -> Path:
-        """The resumable state of a sampling: parts and progress.json; the teacher's without a run."""
-        folder = self.state / self.study / "samples"
-        return folder / "teacher" if run is None else folder / run / f"seed{seed}"
 
     @property
     def measured_calibration(self) -> Path:

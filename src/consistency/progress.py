@@ -2,7 +2,7 @@
 
 import os
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sized
 from contextlib import suppress
 from functools import partial
 from types import SimpleNamespace
@@ -13,6 +13,7 @@ from tqdm import tqdm
 from consistency.supervision import SUPERVISOR
 
 T = TypeVar("T")
+Rows = TypeVar("Rows", bound=Sized)
 
 #: seconds between two lines where no bar can be drawn (a log file, or a terminal shared with other jobs)
 LINE_EVERY = 5.0
@@ -35,9 +36,11 @@ class Progress(tqdm):
             more |= {"file": file, "ascii": " #", "ncols": 100}
         super().__init__(desc=label, total=total, initial=initial, **{"unit": "step"} | more)
 
-    def advance(self, steps: int = 1) -> None:
-        """Count steps, and show where it stands if it is time to."""
-        self.update(steps)
+    def counted(self, pieces: Iterable[Rows]) -> Iterator[Rows]:
+        """Pass on pieces of many rows, counting the rows of each when the next is asked for."""
+        for piece in pieces:
+            yield piece
+            self.update(len(piece))
 
     def close(self) -> None:
         """Show the final state, also of what was too short for a line."""
@@ -72,7 +75,7 @@ def track(label: str) -> Callable[[Iterable[T]], Iterator[T]]:
         progress = Progress(label, len(items))
         for item in items:
             yield item
-            progress.advance()
+            progress.update()
         progress.close()
 
     return wrap

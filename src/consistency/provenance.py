@@ -16,15 +16,16 @@ from typing import Any
 from consistency import slurm_job
 from consistency.errors import UserError
 from consistency.files import read_json, sha256, write_json
+from consistency.job import Job
 from consistency.layout import Layout
 from consistency.resources import known_sha256
-from consistency.study import Study, Teacher
+from consistency.study import Teacher
 
 #: what the cards and the checkpoints of this project call themselves
 CARD, CHECKPOINT = "consistency-card-2", "consistency-denoiser-1"
 
-#: stage, run and seed; without a run, samples are the teacher's and scores the calibration
-Artifact = tuple[str, str | None, int | None]
+#: what a stage makes for a student, or without one
+Artifact = tuple[str, Job]
 
 _PACKAGES = (
     *("torch", "torchvision", "numpy", "scipy", "scikit-learn", "pillow", "safetensors", "clean-fid", "pandas"),
@@ -32,57 +33,57 @@ _PACKAGES = (
 )
 
 
-def write_card(
-    study: Study,
-    layout: Layout,
-    stage: str,
-    run: str | None = None,
-    seed: int | None = None,
-    *,
-    started: float,
-    inputs: Iterable[Path],
-    outputs: Iterable[Path],
-    measured: dict[str, float] | None = None,
-    known: dict[Path, str] | None = None,
-    downloads: Iterable[str] = (),
-    source: str | None = None,
-    training: dict[str, Any] | None = None,
-) -> None:
-    """Write the card of what a stage made. started: time.time() at its start; measured: figures such as evaluations;
-    known: digests of files that need not be read again; downloads: resources that were opened; source: a digest of
-    what else was read outside of the results; training: its id and when it began. Inputs are named from the study's
-    folder on, outputs from the card's."""
-    card = layout.card(stage, run, seed)
+class Card:
+    """The card of what a stage makes, begun with the stage."""
 
-    def digests(paths: Iterable[Path], folder: Path) -> dict[str, str]:
-        known_or_read = {path: (known or {}).get(path) or digest_of(path, layout) for path in paths}
-        return {path.relative_to(folder).as_posix(): digest for path, digest in known_or_read.items()}
+    def __init__(self, job: Job, stage: str) -> None:
+        self.job, self.stage, self.started = job, stage, time.time()
 
-    write_json(
-        card,
-        {
+    def write(
+        self,
+        inputs: Iterable[Path],
+        outputs: Iterable[Path],
+        *,
+        measured: dict[str, float] | None = None,
+        known: dict[Path, str] | None = None,
+        downloads: Iterable[str] = (),
+        source: str | None = None,
+        training: dict[str, Any] | None = None,
+    ) -> None:
+        """Write it. measured: figures such as evaluations; known: digests of files that need not be read again;
+        downloads: resources that were opened; source: a digest of what else was read outside of the results; training:
+        its id and when it began. Inputs are named from the study's folder on, outputs from the card's."""
+        job, stage = self.job, self.stage
+        path = job.card(stage)
+
+        def digests(paths: Iterable[Path], folder: Path) -> dict[str, str]:
+            known_or_read = {path: (known or {}).get(path) or digest_of(path, job.paths) for path in paths}
+            return {path.relative_to(folder).as_posix(): digest for path, digest in known_or_read.items()}
+
+        opened = {f"resources/{name}": known_sha256(name) for name in downloads}
+        content = {
             "format": CARD,
             "stage": stage,
-            "study": study.name,
-            "run": run,
-            "seed": seed,
-            "seeds": seeds_of(study, stage, run, seed),
-            "key": study.key(stage, run, seed),
-            "settings": study.settings(stage, run),
-            "resolved": study.model_dump(mode="json"),
+            "study": job.study.name,
+            "run": job.run,
+            "seed": job.seed,
+            "seeds": seeds_of(job, stage),
+            "key": job.key(stage),
+            "settings": job.study.settings(stage, job.run),
+            "resolved": job.study.model_dump(mode="json"),
             "command": shlex.join(["python", "-m", "consistency", *sys.argv[1:]]),
             "created": datetime.now(UTC).isoformat(timespec="seconds"),
-            "seconds": round(time.time() - started, 3),
+            "seconds": round(time.time() - self.started, 3),
             "measured": measured or {},
             "training": training,
             "source": source,
-            "inputs": digests(inputs, layout.root) | {f"resources/{name}": known_sha256(name) for name in downloads},
-            "outputs": digests(outputs, card.parent),
+            "inputs": digests(inputs, job.paths.root) | opened,
+            "outputs": digests(outputs, path.parent),
             "git": git_state(),
             "versions": versions(),
             "hardware": hardware(),
-        },
-    )
+        }
+        write_json(path, content)
 
 
 def digest_of(path: Path, layout: Layout) -> str:
@@ -92,50 +93,47 @@ def digest_of(path: Path, layout: Layout) -> str:
     return sha256(path)
 
 
-def seeds_of(study: Study, stage: str, run: str | None, seed: int | None) -> dict[str, Any]:
+def seeds_of(job: Job, stage: str) -> dict[str, Any]:
     """The seeds that a stage itself draws from; those of its inputs stand in their cards."""
-    images = f"0 to {study.sampling.count - 1}"
+    study, images = job.study, f"0 to {job.study.sampling.count - 1}"
     if stage == "teacher":
         return {"teacher": study.teacher.seed} if isinstance(study.teacher, Teacher) else {}
     if stage == "extractor":
         return {"classifier": study.scores.classifier.seed} if study.scores.extractor == "classifier" else {}
     seeds: dict[str, dict[str, Any]] = {
         "coefficients": {"coefficients": study.coefficients.seed},
-        "student": {"student": seed},
+        "student": {"student": job.seed},
         "samples": {"images": images},
-        "scores": {"images": images} if run is None else {"student": seed, "images": images},
+        "scores": {"images": images} if job.run is None else {"student": job.seed, "images": images},
         "flows": {"flows": study.flows.seed, "toy": study.flows.toy_seeds} if study.flows else {},
         "report": {"students": study.seeds},
     }
     return seeds.get(stage, {})
 
 
-def artifacts(study: Study, also: Collection[str] = ()) -> dict[str, Artifact]:
+def artifacts(job: Job, also: Collection[str] = ()) -> dict[str, Artifact]:
     """List what a study makes, by what it is called, parents first. also: stages that count even if not needed."""
-    unneeded = {"coefficients": not study.needs_coefficients, "flows": not study.flows}
+    unneeded = {"coefficients": not job.study.needs_coefficients, "flows": not job.study.flows}
     found: dict[str, Artifact] = {}
     for stage in ("dataset", "teacher", "extractor", "coefficients", "student", "samples", "scores", "flows", "report"):
         if stage != "student" and (stage in also or not unneeded.get(stage)):
             name = {"samples": "samples of the teacher", "scores": "calibration"}.get(stage, stage)
-            found[name] = (stage, None, None)
+            found[name] = (stage, job.of())
         if stage in ("student", "samples", "scores"):
-            found |= {f"{stage} {run} seed {seed}": (stage, run, seed) for run, seed in study.trainings}
+            found |= {f"{stage} {each.label}": (stage, each) for each in job.trainings}
     return found
 
 
-def read_card(
-    folder: Path, study: Study, stage: str, run: str | None = None, seed: int | None = None
-) -> dict[str, Any]:
-    """The card of a stage's folder or score table. Raises UserError if another study, or other settings, made it."""
-    verb = "calibration" if stage == "scores" and run is None else stage
-    made_by = verb + (f" --run {run} --seed {seed}" if run is not None else "")
-    path = folder.with_suffix(".card.json") if folder.suffix == ".csv" else folder / "card.json"
+def read_card(job: Job, stage: str) -> dict[str, Any]:
+    """The card of what a stage made. Raises UserError if it is missing, or another study or other settings made it."""
+    made_by = ("calibration" if stage == "scores" and job.run is None else stage) + job.options
+    path = job.card(stage)
     card: dict[str, Any] = read_json(path, made_by)
-    expected = study.key(stage, run, seed)
-    if card.get("key") != expected:
+    if card.get("key") != job.key(stage):
+        made = job.scores if stage == "scores" else path.parent
         raise UserError(
-            f"{folder} was made by study {card.get('study')!r} with other settings"
-            f"{first_difference(card.get('settings', {}), study.settings(stage, run))}: "
+            f"{made} was made by study {card.get('study')!r} with other settings"
+            f"{first_difference(card.get('settings', {}), job.study.settings(stage, job.run))}: "
             f"run `{made_by}` again, or give this study another --results folder"
         )
     return card

@@ -345,6 +345,16 @@ class Student(Section):
         return self.predictor if isinstance(self.predictor, Frozen) else None
 
     @property
+    def rates(self) -> tuple[float | None, ...]:
+        """The EMA rates that are kept and scored, as the names of files have them: None for the main one."""
+        return (None, *self.evaluation_ema)
+
+    @property
+    def snapshots(self) -> range:
+        """The steps of its snapshots, that of the start included."""
+        return range(0, self.steps + 1, self.snapshot_every)
+
+    @property
     def idle(self) -> set[str]:
         """The fields that have no say in this student, whatever they are."""
         fit = set() if self.preconditioning in FITTED else {"fit"}

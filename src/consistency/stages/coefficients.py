@@ -1,52 +1,50 @@
 """Stage coefficients: fit l_t and s_t from the teacher, once, before any student."""
 
 import time
-from collections.abc import Callable
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from consistency.errors import UserError
-from consistency.layout import Layout
+from consistency.files import write_arrays
+from consistency.job import Job
 from consistency.progress import track
-from consistency.provenance import write_card
+from consistency.provenance import Card
 from consistency.seeding import generator
-from consistency.stages.inputs import data_files, read_dataset, read_teacher, require_classes, write_arrays
-from consistency.study import Coefficients, Study
+from consistency.stages.inputs import data_files, read_dataset, read_teacher, require_classes
+from consistency.study import Study
 from consistency.theory.estimators import CoefficientFit, fit_coefficients
 from consistency.theory.generalized_ode import GeneralizedODE
 from consistency.theory.noise import log_grid
-from consistency.theory.solver import DenoiserFn
 from consistency.training.data import ImageData
 from consistency.training.objectives import with_labels
 
 
-def make_coefficients(study: Study, layout: Layout, device: torch.device) -> None:
+def make_coefficients(job: Job, device: torch.device) -> None:
     """Write coefficients.npz (times, l, l_se, s, s_se, determined) and card.json; arrays without rows if no student of
     the study reads them.
 
     Raises UserError if the teacher returns NaN or the fit gives a singular jump.
     """
-    started, path = time.time(), layout.coefficients / "coefficients.npz"
+    card, study, path = Card(job, "coefficients"), job.study, job.paths.coefficients / "coefficients.npz"
     if not study.needs_coefficients:
         none = np.empty(0)
         nothing = CoefficientFit(none, none, none, none, none, none.astype(bool))
         write_arrays(path, vars(nothing))
-        write_card(study, layout, "coefficients", started=started, inputs=[], outputs=[path])
+        card.write([], [path])
         print(f"coefficients {study.name}: no student reads them, so nothing is fitted")
         return
-    data, settings = read_dataset(study, layout), study.coefficients
-    dtype = torch.float64 if settings.precision == "float64" else torch.float32
-    teacher = read_teacher(study, layout, device).to(dtype)
+    data, settings = read_dataset(job), study.coefficients
+    images, labels, noise = fitted_images(study, data, device)
+    teacher = read_teacher(job, device).to(images.dtype)
     require_classes(study, data, teacher)
-    images, labels, noise = fitted_images(data, settings)
     probes = None if settings.probes == "exact" else settings.probes
     try:
         fit = fit_coefficients(
-            _teacher_of(teacher, labels.to(device) if study.teacher.conditional else None),
-            images.to(device, dtype),
-            noise.to(device, dtype),
+            lambda part: with_labels(teacher, None if labels is None else labels[part]),
+            images,
+            noise,
             fitted_times(study),
             probes,
             generator(settings.seed, "probes", device=device),
@@ -59,15 +57,8 @@ def make_coefficients(study: Study, layout: Layout, device: torch.device) -> Non
     write_arrays(path, vars(fit))
     # An evaluation with its derivative along one direction counts 2; a residual, 1.
     passes = settings.times * settings.samples * (2 * ((probes or images[0].numel()) + 1) + 1)
-    write_card(
-        study,
-        layout,
-        "coefficients",
-        started=started,
-        inputs=[layout.teacher / "teacher.safetensors", *data_files(study, layout)],
-        outputs=[path],
-        measured={"network_evaluations": passes, "seconds": round(time.time() - started, 3)},
-    )
+    measured = {"network_evaluations": passes, "seconds": round(time.time() - card.started, 3)}
+    card.write([job.paths.teacher / "teacher.safetensors", *data_files(job)], [path], measured=measured)
 
 
 def fitted_times(study: Study) -> Tensor:
@@ -75,17 +66,17 @@ def fitted_times(study: Study) -> Tensor:
     return log_grid(study.coefficients.times, study.noise.sigma_min, study.noise.sigma_max)
 
 
-def fitted_images(data: ImageData, settings: Coefficients) -> tuple[Tensor, Tensor, Tensor]:
-    """The images [K, C, H, W], labels [K] and noise that the study's fits are made with."""
+def fitted_images(study: Study, data: ImageData, device: torch.device) -> tuple[Tensor, Tensor | None, Tensor]:
+    """The images [K, C, H, W] and noise, in the precision of the study's fits, that they are made with, and the labels
+    [K] for a conditional network."""
+    settings = study.coefficients
     draws = generator(settings.seed, "coefficients")
     # Every image serves equally often, as far as the numbers allow: a permutation, repeated.
     rows = torch.cat([torch.randperm(len(data), generator=draws) for _ in range(-(-settings.samples // len(data)))])
     images, labels = data.take(rows[: settings.samples])
-    return images, labels, torch.randn(images.shape, generator=draws)
-
-
-def _teacher_of(teacher: torch.nn.Module, labels: torch.Tensor | None) -> Callable[[slice], DenoiserFn]:
-    return lambda part: with_labels(teacher, None if labels is None else labels[part])  # type: ignore[arg-type]
+    noise = torch.randn(images.shape, generator=draws)
+    dtype = torch.float64 if settings.precision == "float64" else torch.float32
+    return images.to(device, dtype), labels.to(device) if study.teacher.conditional else None, noise.to(device, dtype)
 
 
 def _require_regular(fit: CoefficientFit) -> None:

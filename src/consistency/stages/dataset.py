@@ -1,20 +1,18 @@
 """Stage dataset: images of any source to one memory-mapped uint8 array."""
 
 import math
-import time
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from consistency.files import atomic, sha256, write_json
-from consistency.layout import Layout
+from consistency.files import atomic, sha256, write_array, write_json
+from consistency.job import Job
 from consistency.locks import only_one
 from consistency.progress import Progress
-from consistency.provenance import write_card
+from consistency.provenance import Card
 from consistency.resources import downloads
 from consistency.sources.datasets import Source, open_source
 from consistency.study import Study
@@ -24,22 +22,22 @@ _BATCH = 64  # images, at most, that a thread reads at once
 _BATCH_BYTES = 1 << 20
 
 
-def make_dataset(study: Study, layout: Layout, workers: int = 1) -> None:
+def make_dataset(job: Job, workers: int = 1) -> None:
     """Write images.npy (uint8 NHWC), labels.npy (int64), dataset.json and card.json.
 
     workers: threads that read; any number makes the same bytes. An interrupted run starts over. Raises UserError for a
     source that is missing or not of its form, and for a file that is not an image.
     """
-    started = time.time()
-    with only_one(layout.state / layout.study / "dataset", "prepares the dataset", LOCK_PATIENCE):
+    card, study, folder = Card(job, "dataset"), job.study, job.paths.dataset
+    with only_one(job.paths.state / study.name / "dataset", "prepares the dataset", LOCK_PATIENCE):
         source = open_source(study.dataset)
-        images = layout.dataset / "images.npy"
-        for left in layout.dataset.glob(f".{images.name}.*.tmp"):  # by a run that was killed
+        images = folder / "images.npy"
+        for left in folder.glob(f".{images.name}.*.tmp"):  # by a run that was killed
             with suppress(OSError):
                 left.unlink()
         with atomic(images) as temporary:
             sums = _write_images(study, source, temporary, workers)
-        _publish(study, source, layout, sums, started)
+        _publish(card, source, sums)
 
 
 # --- the array
@@ -71,7 +69,7 @@ def _write_images(study: Study, source: Source, path: Path, workers: int) -> _Su
         try:
             for rows, (more, more_squares) in zip(batches, pool.map(write, batches), strict=True):
                 values, squares = values + more, squares + more_squares
-                progress.advance(len(rows))
+                progress.update(len(rows))
         finally:
             pool.shutdown(cancel_futures=True)
     progress.close()
@@ -81,33 +79,23 @@ def _write_images(study: Study, source: Source, path: Path, workers: int) -> _Su
 # --- the results
 
 
-def _publish(study: Study, source: Source, layout: Layout, sums: _Sums, started: float) -> None:
+def _publish(card: Card, source: Source, sums: _Sums) -> None:
     """Put what is known of the array beside it."""
-    folder, settings = layout.dataset, study.dataset
-    outputs = [folder / name for name in ("images.npy", "labels.npy", "dataset.json")]
-    facts: dict[str, Any] = {
+    folder, settings = card.job.paths.dataset, card.job.study.dataset
+    images, labels, facts = outputs = [folder / name for name in ("images.npy", "labels.npy", "dataset.json")]
+    write_array(labels, source.labels)
+    known = {
         "count": len(source),
         "classes": source.classes,
         "class_counts": np.bincount(source.labels, minlength=len(source.classes)).tolist(),
         "resolution": settings.resolution,
         "channels": settings.channels,
         "source": settings.kind,
-        "sha256": sha256(outputs[0]),
+        "sha256": sha256(images),
         "sigma_data": _sigma_data(*sums, len(source) * settings.channels * settings.resolution**2),
     }
-    with atomic(outputs[1]) as temporary, temporary.open("wb") as file:
-        np.save(file, source.labels)
-    write_json(outputs[2], facts)
-    write_card(
-        study,
-        layout,
-        "dataset",
-        started=started,
-        inputs=[],
-        outputs=outputs,
-        downloads=downloads(study, "dataset"),
-        source=source.identity,
-    )
+    write_json(facts, known)
+    card.write([], outputs, downloads=downloads(card.job.study, "dataset"), source=source.identity)
 
 
 def _sigma_data(values: int, squares: int, count: int) -> float:

@@ -8,13 +8,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from consistency.layout import Layout
+from consistency.job import Job
 from consistency.nets.denoiser import Denoiser, init_denoiser
 from consistency.seeding import derived_seed, generator
 from consistency.stages.inputs import read_student
-from consistency.stages.student import consistency_objective
+from consistency.stages.student import consistency_objective, frozen_predictor
 from consistency.stages.trainer import Machine, build_optimizer, build_update, place
-from consistency.study import Flows, Study
+from consistency.study import Flows
 from consistency.theory.coupling import assignment
 from consistency.training.coupled_denoising import CoupledDenoising, TransportDenoising, missed
 from consistency.training.data import ImageData
@@ -57,21 +57,21 @@ def _part(labels: Tensor | None, rows: slice) -> Tensor | None:
 class Discrepancy:
     """The coupling of a student, as its training met it at its end, and the denoiser of that coupling.
 
-    job: the denoiser's training; inputs: the files that it depends on.
+    training: the denoiser's; seed: of what is generated; inputs: the files that it depends on.
     """
 
-    study: Study
-    job: Training
+    training: Training
     objective: CoupledDenoising
+    seed: int
     inputs: list[Path]
 
     def at(self, pairs: ImagePairs, t: float) -> np.ndarray:
         """||z - v_t(x_t)||^2 of each pair, [K], a sum over pixels."""
-        denoiser = self.job.averages[0].model
+        denoiser = self.training.averages[0].model
         device = next(denoiser.parameters()).device
 
         def measure(first: int, x: Tensor, labels: Tensor | None, z: Tensor) -> Tensor:
-            draws = generator(self.study.seeds[0], "flows mask", first, device)
+            draws = generator(self.seed, "flows mask", first, device)
             return self.objective.discrepancy(denoiser, x, labels, z, t, draws)
 
         return np.asarray(pairs.each(device, measure))
@@ -84,23 +84,18 @@ def by_teacher(teacher: Denoiser, pairs: ImagePairs, t: float) -> np.ndarray:
     return np.asarray(pairs.each(device, lambda _, x, labels, z: missed(teacher, x, labels, z, t)))
 
 
-def discrepancy_of(
-    study: Study, settings: Flows, layout: Layout, run: str, data: ImageData, machine: Machine
-) -> Discrepancy:
-    """What measures a student's coupling, for the first of the study's seeds. All couplings' denoisers begin with the
-    same weights and see the same images, levels and noise. Raises UserError when the student is missing."""
-    seed, student = study.seeds[0], study.students[run]
-    average = place(study, read_student(study, layout, run, seed, machine.device), machine.device)
-    predictor, inputs = average, [layout.student_file(run, seed)]
-    if frozen := student.frozen:
-        predictor = read_student(study, layout, frozen.run, seed, machine.device, step=frozen.step)
-        inputs.append(layout.student_file(frozen.run, seed, step=frozen.step))
-    coupling = consistency_objective(study, layout, run, (average, predictor), machine)
+def discrepancy_of(job: Job, settings: Flows, data: ImageData, machine: Machine) -> Discrepancy:
+    """What measures a student's coupling. All couplings' denoisers begin with the same weights and see the same images,
+    levels and noise. Raises UserError when the student is missing."""
+    study = job.study
+    average = place(study, read_student(job, machine.device), machine.device)
+    predictor = frozen_predictor(job, machine.device) or average
+    coupling = consistency_objective(job, (average, predictor), machine)
     architecture = {**average.architecture, "second_time": False, "dropout": 0.0}
     architecture.pop("own_fit", None)
     model = init_denoiser(architecture, derived_seed(settings.seed, "flows denoiser"))
     model = place(study, model, machine.device).train()
-    kind = TransportDenoising if student.coupling == "ot" else CoupledDenoising
+    kind = TransportDenoising if job.student.coupling == "ot" else CoupledDenoising
     objective = kind(model, coupling)  # type: ignore[arg-type]
     update = build_update(
         study,
@@ -113,13 +108,13 @@ def discrepancy_of(
         purpose="flows",
         optimizer=build_optimizer("adam", model, settings.denoiser_learning_rate),
     )
-    job = Training(
-        label=f"flows {run}",
-        key=f"{study.key('flows')} {run}",
+    training = Training(
+        label=f"flows {job.run}",
+        key=f"{study.key('flows')} {job.run}",
         update=update,
         averages=[Ema(model, 0.999, warm_up=0.75)],
         steps=settings.denoiser_steps,
         log_every=100,
-        folder=layout.training_state(f"flows-{run}", settings.seed),
+        folder=job.paths.training_state(f"flows-{job.run}", settings.seed),
     )
-    return Discrepancy(study, job, objective, inputs)
+    return Discrepancy(training, objective, study.seeds[0], [job.weights(), *filter(None, [job.predictor])])

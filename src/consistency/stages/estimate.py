@@ -6,12 +6,13 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from consistency.layout import Layout
+from consistency.job import Job
 from consistency.nets.denoiser import build_denoiser
 from consistency.nets.official import official_architecture
+from consistency.stages.samples import student_samplers
 from consistency.stages.student import schedule_of
 from consistency.stages.teacher import architecture_of
-from consistency.study import OfficialTeacher, Student, Study, Teacher
+from consistency.study import Flows, OfficialTeacher, Student, Study, Teacher
 from consistency.training.data import load_images
 
 #: images and classes of the known datasets' training sets, for a study whose data is not there yet
@@ -50,22 +51,24 @@ class _Size:
     weights: float
 
 
-def estimate(study: Study, layout: Layout) -> Estimate:
+def estimate(job: Job) -> Estimate:
     """What the whole study costs, all students and seeds together.
 
     Network operations are counted on the study's own architectures (a JVP counts as 2 evaluations, a backward pass as
     2); everything else is small beside them. Raises UserError for an unknown official checkpoint.
     """
-    images, classes = _size_of(study, layout)
+    study = job.study
+    images, classes = _size_of(job)
     forward, parameters = _network(study, classes)
     pixels = study.dataset.resolution**2 * study.dataset.channels
     extractor = _INCEPTION if study.scores.extractor == "inception" else 0.0
     size = _Size(images, pixels, forward, extractor, parameters * _BYTES)
 
+    jobs = [job.of(run) for run in study.students]
     runs = study.students.values()
     seeds, count = len(study.seeds), study.sampling.count
-    finals = seeds * sum(_rates(run) for run in runs) * size.weights
-    snapshots = seeds * sum(_snapshots(run) for run in runs) * size.weights
+    finals = seeds * sum(len(run.rates) for run in runs) * size.weights
+    snapshots = seeds * sum(len(run.rates) * len(run.snapshots) for run in runs) * size.weights
     disk = {
         "dataset": float(images * pixels),
         "extractor": min(images, study.scores.kid_images) * 2048.0 * _BYTES if extractor else 0.0,
@@ -73,35 +76,35 @@ def estimate(study: Study, layout: Layout) -> Estimate:
         "teacher's samples": float(study.taught * count * pixels),
         "calibration": float(study.taught * study.scores.alignment_count * pixels * _BYTES),
         "students": finals + snapshots,
-        "samples": float(seeds * sum(_arrays(study, run) for run in runs) * count * pixels),
+        "samples": float(seeds * sum(len(student_samplers(each)) for each in jobs) * count * pixels),
     }
     # The student, its averages, and two moments of the optimiser.
-    state = max(1 + _rates(run) + 2 for run in runs) * size.weights
-    return Estimate(_operations(study, size), disk, snapshots, state)
+    state = max(1 + len(run.rates) + 2 for run in runs) * size.weights
+    return Estimate(_operations(study, jobs, size), disk, snapshots, state)
 
 
-def _operations(study: Study, size: _Size) -> dict[str, float]:
-    """Floating-point operations of each stage, in the order of the workflow."""
+def _operations(study: Study, jobs: list[Job], size: _Size) -> dict[str, float]:
+    """Floating-point operations of each stage, in the order of the workflow; jobs: one a student."""
     forward, fit, sampling, scores = size.forward, study.coefficients, study.sampling, study.scores
     runs, seeds = list(study.students.values()), len(study.seeds)
     probes = size.pixels if fit.probes == "exact" else fit.probes
     # Without a teacher nothing is drawn from it, and nothing held against its trajectories.
     aligned = scores.alignment_count * (2 * scores.alignment_nodes - 2) * forward
     training = sum(student_operations(study, run, forward) for run in runs)
+    teacher = study.teacher.steps * study.teacher.batch if isinstance(study.teacher, Teacher) else 0
+    evaluations = sum(sampler.nfe for job in jobs for sampler in student_samplers(job))
     operations = {
         "dataset": 0.0,
         "extractor": size.images * size.extractor,
-        "teacher": 3.0 * study.teacher.steps * study.teacher.batch * forward
-        if isinstance(study.teacher, Teacher)
-        else 0,
+        "teacher": 3.0 * teacher * forward,
         "teacher's samples": study.taught * sampling.count * (2 * study.calibration.steps - 1) * forward,
         "calibration": study.taught * (aligned + sampling.count * size.extractor),
         "coefficients": study.needs_coefficients * fit.times * fit.samples * (2 * (probes + 1) + 1) * forward,
         "students": seeds * training,
-        "samples": seeds * sampling.count * sum(_evaluations(study, run) for run in runs) * forward,
-        "scores": seeds * sum(_scoring_operations(study, run, size) for run in runs),
+        "samples": seeds * sampling.count * evaluations * forward,
+        "scores": seeds * sum(_scoring_operations(job, size) for job in jobs),
     }
-    return operations | ({"flows": _flows_operations(study, forward)} if study.flows else {})
+    return operations | ({"flows": _flows_operations(study, study.flows, forward)} if study.flows else {})
 
 
 def student_operations(study: Study, student: Student, forward: float) -> float:
@@ -118,10 +121,8 @@ def _refits(study: Study, student: Student) -> float:
     return 2.0 * times * study.coefficients.times * study.coefficients.samples
 
 
-def _flows_operations(study: Study, forward: float) -> float:
+def _flows_operations(study: Study, flows: Flows, forward: float) -> float:
     """Operations of the transport costs, and of the trainings of a denoiser for a coupling."""
-    flows = study.flows
-    assert flows is not None
     transported = len(study.seeds) * flows.images * flows.times * len(study.coupled)
     return (transported + 4 * len(flows.discrepancy) * flows.denoiser_steps * flows.denoiser_batch) * forward
 
@@ -141,41 +142,18 @@ def training_operations(student: Student, forward: float) -> float:
     return student.steps * student.batch * (evaluations * forward + distance)
 
 
-def _scoring_operations(study: Study, student: Student, size: _Size) -> float:
+def _scoring_operations(job: Job, size: _Size) -> float:
     """Operations of the scores of a student: the points of its learning curve, and the features of its samples."""
-    scores = study.scores
+    student, scores = job.student, job.study.scores
     point = scores.curve_count * (sum(scores.curve_nfe) * size.forward + len(scores.curve_nfe) * size.extractor)
-    return _snapshots(student) * point + _arrays(study, student) * study.sampling.count * size.extractor
+    samples = len(student_samplers(job)) * job.study.sampling.count
+    return len(student.rates) * len(student.snapshots) * point + samples * size.extractor
 
 
-def _rates(student: Student) -> int:
-    """EMA rates that are kept."""
-    return 1 + len(student.evaluation_ema)
-
-
-def _snapshots(student: Student) -> int:
-    """Snapshots of a training, of every rate, that of the start included."""
-    return _rates(student) * (1 + student.steps // student.snapshot_every)
-
-
-def _arrays(study: Study, student: Student) -> int:
-    """Arrays of samples of a student and seed."""
-    sampling = study.sampling
-    gammas = len(sampling.gamma) * len(sampling.gamma_nfe) if not student.to_the_end else 0
-    return _rates(student) * len(sampling.nfe) + gammas
-
-
-def _evaluations(study: Study, student: Student) -> int:
-    """Evaluations for one image of every array."""
-    sampling = study.sampling
-    gammas = len(sampling.gamma) * sum(sampling.gamma_nfe) if not student.to_the_end else 0
-    return _rates(student) * sum(sampling.nfe) + gammas
-
-
-def print_estimate(study: Study, layout: Layout, tflops: float) -> None:
+def print_estimate(job: Job, tflops: float) -> None:
     """Print the table. tflops: the sustained 10^12 operations a second of one GPU, as benchmarks/distill_step.py
     measures them."""
-    found = estimate(study, layout)
+    study, found = job.study, estimate(job)
     hour = tflops * 1e12 * 3600
     print(f"{study.name}: {len(study.students)} students, {len(study.seeds)} seeds, at {tflops:g} TFLOP/s sustained")
     print(f"{'stage':20}{'operations':>12}{'GPU-hours':>12}{'GB on disk':>12}")
@@ -188,14 +166,15 @@ def print_estimate(study: Study, layout: Layout, tflops: float) -> None:
         f"While a training goes on, its state takes {found.state / 1e9:,.1f} GB more, twice that while it is written."
     )
     if study.needs_coefficients:
-        share = found.operations["coefficients"] / found.operations["students"] * len(study.students) * len(study.seeds)
+        share = found.operations["coefficients"] / found.operations["students"] * len(study.trainings)
         print(f"The coefficient fit is {share:.2%} of the mean training of one student, and is made once for all.")
 
 
-def _size_of(study: Study, layout: Layout) -> tuple[int, int]:
+def _size_of(job: Job) -> tuple[int, int]:
     """Images and classes of the data: what is there, else what is known of it, else an assumption that is printed."""
-    if (layout.dataset / "dataset.json").exists():
-        data = load_images(layout.dataset)
+    study, folder = job.study, job.paths.dataset
+    if (folder / "dataset.json").exists():
+        data = load_images(folder)
         return len(data), data.classes
     if study.dataset.kind in _KNOWN:
         return _KNOWN[study.dataset.kind]

@@ -1,9 +1,5 @@
 """Stage extractor: what the scores measure with, and the statistics of the data's features."""
 
-import time
-from collections.abc import Iterator
-from zipfile import BadZipFile
-
 import numpy as np
 import torch
 from safetensors import SafetensorError
@@ -11,28 +7,27 @@ from safetensors.torch import load_file, save_file
 
 from consistency.errors import UserError
 from consistency.features import Extractor, Statistics, classifier_extractor, inception_extractor
-from consistency.files import write_with
-from consistency.layout import Layout
+from consistency.files import write_array, write_arrays, write_with
+from consistency.job import Job
 from consistency.nets.classifier import Classifier
 from consistency.progress import Progress
-from consistency.provenance import read_card, write_card
+from consistency.provenance import Card, read_card
 from consistency.resources import INCEPTION, downloads, open_resource
 from consistency.seeding import derived_seed, generator
-from consistency.stages.inputs import made, read_array, read_dataset, write_array, write_arrays
+from consistency.stages.inputs import made, read_array, read_arrays, read_dataset
 from consistency.study import Study
 from consistency.training.data import ImageData
 
 _HELD_OUT = 5  # every fifth image is kept from the classifier, to measure its accuracy
 
 
-def make_extractor(study: Study, layout: Layout, device: torch.device) -> None:
+def make_extractor(job: Job, device: torch.device) -> None:
     """Train the classifier (or open the staged Inception) and write the statistics of the data's features.
 
     Writes statistics.npz (mean and covariance over all images), features.npy (of kid_images at most, evenly spread),
     classifier.safetensors if that is the extractor, and card.json.
     """
-    started = time.time()
-    data, folder = read_dataset(study, layout), layout.extractor
+    card, study, data, folder = Card(job, "extractor"), job.study, read_dataset(job), job.paths.extractor
     outputs, measured = [folder / "features.npy", folder / "statistics.npz"], {}
     if study.scores.extractor == "classifier":
         path = folder / "classifier.safetensors"
@@ -41,60 +36,37 @@ def make_extractor(study: Study, layout: Layout, device: torch.device) -> None:
         measured["held_out_accuracy"] = accuracy
         outputs.append(path)
         print(f"classifier: accuracy {accuracy:.3f} on every {_HELD_OUT}th image, held out", flush=True)
-    found = _data_statistics(study, data, open_extractor(study, layout, data, device))
+    progress = Progress(f"features {study.name}", len(data))
+    pieces = progress.counted(open_extractor(job, data, device).pieces([data.images]))
+    found = Statistics.gather(pieces, len(data), study.scores.kid_images)
+    progress.close()
     write_array(outputs[0], found.features)
     write_arrays(outputs[1], {"mean": found.mean, "covariance": found.covariance})
-    write_card(
-        study,
-        layout,
-        "extractor",
-        started=started,
-        inputs=[layout.dataset / name for name in ("images.npy", "labels.npy")],
-        downloads=downloads(study, "extractor"),
-        outputs=outputs,
-        measured=measured,
-    )
+    inputs = [job.paths.dataset / name for name in ("images.npy", "labels.npy")]
+    card.write(inputs, outputs, downloads=downloads(study, "extractor"), measured=measured)
 
 
-def open_extractor(study: Study, layout: Layout, data: ImageData, device: torch.device) -> Extractor:
+def open_extractor(job: Job, data: ImageData, device: torch.device) -> Extractor:
     """The study's feature extractor."""
-    if study.scores.extractor == "inception":
-        return inception_extractor(open_resource(INCEPTION), study.scores.mode, device)
-    path = layout.extractor / "classifier.safetensors"
-    model = Classifier(data.shape[0], data.classes, study.scores.classifier.features)
+    scores = job.study.scores
+    if scores.extractor == "inception":
+        return inception_extractor(open_resource(INCEPTION), scores.mode, device)
+    path = made(job.paths.extractor / "classifier.safetensors", "extractor")
+    model = Classifier(data.shape[0], data.classes, scores.classifier.features)
     try:
         model.load_state_dict(load_file(path))
-    except FileNotFoundError:
-        raise UserError(f"{path} is missing: run `python -m consistency extractor` first") from None
     except (SafetensorError, RuntimeError) as error:
         reason = " ".join(str(error).split())
         raise UserError(f"{path} is damaged ({reason}): run `extractor` again") from None
     return classifier_extractor(model, device)
 
 
-def read_data_statistics(study: Study, layout: Layout) -> Statistics:
+def read_data_statistics(job: Job) -> Statistics:
     """Statistics of the data's features; of the kept ones, only the rows that are used are read."""
-    read_card(layout.extractor, study, "extractor")
-    path = made(layout.extractor / "statistics.npz", "extractor")
-    try:
-        with np.load(path) as arrays:
-            mean, covariance = arrays["mean"], arrays["covariance"]
-    except (OSError, ValueError, EOFError, KeyError, BadZipFile) as error:
-        raise UserError(f"{path} is damaged ({error}): run `extractor` again") from None
-    return Statistics(mean, covariance, read_array(layout.extractor / "features.npy", "extractor"))
-
-
-def _data_statistics(study: Study, data: ImageData, extractor: Extractor) -> Statistics:
-    progress = Progress(f"features {study.name}", len(data))
-
-    def pieces() -> Iterator[np.ndarray]:
-        for piece in extractor.pieces([data.images]):
-            yield piece
-            progress.advance(len(piece))
-
-    found = Statistics.gather(pieces(), len(data), study.scores.kid_images)
-    progress.close()
-    return found
+    read_card(job, "extractor")
+    folder = job.paths.extractor
+    found = read_arrays(folder / "statistics.npz", "extractor", "mean", "covariance")
+    return Statistics(found["mean"], found["covariance"], read_array(folder / "features.npy", "extractor"))
 
 
 def _train_classifier(study: Study, data: ImageData, device: torch.device) -> tuple[Classifier, float]:
@@ -116,7 +88,7 @@ def _train_classifier(study: Study, data: ImageData, device: torch.device) -> tu
         loss.backward()
         optimizer.step()
         schedule.step()
-        progress.advance()
+        progress.update()
     progress.close()
     _normalise(model.eval(), data, train, device)
     return model, _accuracy(model, data, held_out, device)

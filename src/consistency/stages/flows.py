@@ -1,7 +1,6 @@
 """Stage flows: what a coupling does to the flow, on the study's images, in the plane and in closed form (GC)."""
 
 import shutil
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,10 +10,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from consistency.layout import Layout
+from consistency.files import write_arrays
+from consistency.job import Job
 from consistency.nets.denoiser import two_times
 from consistency.progress import Progress
-from consistency.provenance import write_card
+from consistency.provenance import Card
 from consistency.seeding import generator
 from consistency.stages.discrepancy import Discrepancy, ImagePairs, by_teacher, discrepancy_of
 from consistency.stages.inputs import (
@@ -24,7 +24,6 @@ from consistency.stages.inputs import (
     read_student,
     read_teacher,
     time_grid,
-    write_arrays,
     write_table,
 )
 from consistency.stages.samples import prepared
@@ -61,7 +60,7 @@ PLANE_TIMES, PLANE_BATCH = 16, 256
 Row = dict[str, Any]
 
 
-def make_flows(study: Study, layout: Layout, machine: Machine) -> None:
+def make_flows(job: Job, machine: Machine) -> None:
     """Write FILES and card.json; tables without rows if the study asks for no flows.
 
     transport.csv: E ||f(x + t z, t, eps) - z||^2 of every student's average (kind student), and E ||x - z||^2 of the
@@ -71,29 +70,29 @@ def make_flows(study: Study, layout: Layout, machine: Machine) -> None:
     generator; limit.csv: L_CT and L_CD of the mixture on grids, and the limits of N^2 L. Raises UserError when a
     student is missing or has other settings, Interrupted when asked to stop while a denoiser is trained.
     """
-    started, settings = time.time(), study.flows
+    card, study, settings = Card(job, "flows"), job.study, job.study.flows
     tables: dict[str, list[Row]] = {name: [] for name in COLUMNS}
     toys: dict[str, np.ndarray] = {}
     inputs: list[Path] = []
     states: list[Path] = []
     if settings is not None:
-        data = read_dataset(study, layout)
-        images = _Images(study, settings, layout, machine.device, _pairs(study, settings, data))
+        data = read_dataset(job)
+        images = _Images(job, settings, machine.device, _pairs(study, settings, data))
         tables["transport.csv"], inputs = images.transport()
         if settings.discrepancy and study.taught:
             tables["discrepancy.csv"] += images.by_teacher()
-            inputs.append(layout.teacher / "teacher.safetensors")
+            inputs.append(job.paths.teacher / "teacher.safetensors")
         for run in settings.discrepancy:
-            measure = discrepancy_of(study, settings, layout, run, data, machine)
-            tables["discrepancy.csv"] += images.discrepancy(run, measure)
+            student = job.of(run, study.seeds[0])
+            measure = discrepancy_of(student, settings, data, machine)
+            tables["discrepancy.csv"] += images.discrepancy(student, measure)
             inputs += [path for path in measure.inputs if path not in inputs]
-            states.append(measure.job.folder)
+            states.append(measure.training.folder)
         toys, tables["plane.csv"], tables["limit.csv"] = _toys(study, settings), _plane(settings), _limits(settings)
     for name, rows in tables.items():
-        write_table(layout.flows / name, rows, COLUMNS[name])
-    write_arrays(layout.flows / "toy.npz", toys)
-    outputs = [layout.flows / name for name in FILES]
-    write_card(study, layout, "flows", started=started, inputs=inputs, outputs=outputs)
+        write_table(job.paths.flows / name, rows, COLUMNS[name])
+    write_arrays(job.paths.flows / "toy.npz", toys)
+    card.write(inputs, [job.paths.flows / name for name in FILES])
     for state in states:
         shutil.rmtree(state)
 
@@ -113,46 +112,43 @@ def _pairs(study: Study, settings: Flows, data: ImageData) -> ImagePairs:
 class _Images:
     """Measures on the study's images. pairs: of independent noise."""
 
-    study: Study
+    job: Job
     settings: Flows
-    layout: Layout
     device: torch.device
     pairs: ImagePairs
 
     @property
     def times(self) -> list[float]:
         """Ascending."""
-        return time_grid(self.study, self.settings.times, torch.device("cpu")).flip(0).tolist()
+        return time_grid(self.job.study, self.settings.times, torch.device("cpu")).flip(0).tolist()
 
     def transport(self) -> tuple[list[Row], list[Path]]:
         """The rows of transport.csv, and the files they were made from."""
-        study, layout, pairs = self.study, self.layout, self.pairs
+        study, pairs = self.job.study, self.pairs
         rows = [_row("pairs", "ic", None, None, _costs(pairs.images, pairs.noise))]
         for run, student in study.coupled.items():
             if student.coupling == "ot":
                 moved = pairs.transported(student.batch)
                 rows.append(_row("pairs", run, None, None, _costs(moved.images, moved.noise)))
-        inputs = data_files(study, layout)
+        inputs = data_files(self.job)
         if any(student.needs_coefficients for student in study.coupled.values()):
-            inputs.append(layout.coefficients / "coefficients.npz")
-        total = len(study.coupled) * len(study.seeds) * len(self.times) * len(pairs.images)
-        progress = Progress(f"flows {study.name}", total)
-        for run in study.coupled:
-            for seed in study.seeds:
-                ends = self._endpoint(run, seed)
-                inputs.append(layout.student_file(run, seed))
-                for t in self.times:
-                    rows.append(_row("student", run, seed, t, _costs(ends(t), pairs.noise)))
-                    progress.advance(len(pairs.images))
+            inputs.append(self.job.paths.coefficients / "coefficients.npz")
+        students = [job for job in self.job.trainings if job.run in study.coupled]
+        progress = Progress(f"flows {study.name}", len(students) * len(self.times) * len(pairs.images))
+        for job in students:
+            ends = self._endpoint(job)
+            inputs.append(job.weights())
+            for t in self.times:
+                rows.append(_row("student", str(job.run), job.seed, t, _costs(ends(t), pairs.noise)))
+                progress.update(len(pairs.images))
         progress.close()
         return rows, inputs
 
-    def _endpoint(self, run: str, seed: int) -> Callable[[float], Tensor]:
+    def _endpoint(self, job: Job) -> Callable[[float], Tensor]:
         """f(x + t z, t, eps) of a student's average, a function of t."""
-        study, pairs = self.study, self.pairs
-        model = prepared(study, read_student(study, self.layout, run, seed, self.device))
-        student, eps = two_times(model), study.noise.sigma_min
-        preconditioning = read_preconditioning(study, self.layout, run, model)
+        pairs, eps = self.pairs, job.study.noise.sigma_min
+        model = prepared(job.study, read_student(job, self.device))
+        student, preconditioning = two_times(model), read_preconditioning(job, model)
 
         @torch.inference_mode()
         def ends(t: float) -> Tensor:
@@ -166,15 +162,14 @@ class _Images:
     def by_teacher(self) -> list[Row]:
         """The rows of discrepancy.csv that hold the teacher against independent noise: how far ic's denoiser is
         trained."""
-        teacher = prepared(self.study, read_teacher(self.study, self.layout, self.device))
+        teacher = prepared(self.job.study, read_teacher(self.job, self.device))
         return self._discrepancies("teacher", None, lambda t: by_teacher(teacher, self.pairs, t))
 
-    def discrepancy(self, run: str, measure: Discrepancy) -> list[Row]:
+    def discrepancy(self, job: Job, measure: Discrepancy) -> list[Row]:
         """The rows of discrepancy.csv of one coupling: its denoiser is trained, if it is not yet."""
-        student = self.study.students[run]
-        pairs = self.pairs.transported(student.batch) if student.coupling == "ot" else self.pairs
-        train(measure.job)
-        return self._discrepancies(run, self.study.seeds[0], lambda t: measure.at(pairs, t))
+        pairs = self.pairs.transported(job.student.batch) if job.student.coupling == "ot" else self.pairs
+        train(measure.training)
+        return self._discrepancies(str(job.run), job.seed, lambda t: measure.at(pairs, t))
 
     def _discrepancies(self, run: str, seed: int | None, measured: Callable[[float], np.ndarray]) -> list[Row]:
         rows = []
@@ -211,7 +206,7 @@ def _toys(study: Study, settings: Flows) -> dict[str, np.ndarray]:
         found = []
         for seed in settings.toy_seeds:
             found.append(train_toy(coupling, seed, steps=settings.toy_steps))
-            progress.advance()
+            progress.update()
         arrays |= {f"{coupling}_{name}": np.stack([getattr(toy, name) for toy in found]) for name in _KEPT}
         arrays["times"] = found[0].times
     progress.close()

@@ -1,6 +1,5 @@
-"""Inputs of several stages, checked against the study: dataset, teacher, coefficients, students; and array files."""
+"""Inputs of several stages, checked against the study: dataset, teacher, coefficients, students; and tables."""
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 from zipfile import BadZipFile
@@ -10,7 +9,7 @@ import torch
 
 from consistency.errors import UserError
 from consistency.files import atomic
-from consistency.layout import Layout
+from consistency.job import Job
 from consistency.nets.denoiser import Denoiser
 from consistency.provenance import read_card
 from consistency.study import Student, Study
@@ -34,15 +33,16 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
-def read_dataset(study: Study, layout: Layout) -> ImageData:
+def read_dataset(job: Job) -> ImageData:
     """The study's images."""
-    read_card(layout.dataset, study, "dataset")
-    return load_images(layout.dataset)
+    read_card(job, "dataset")
+    return load_images(job.paths.dataset)
 
 
-def data_files(study: Study, layout: Layout) -> list[Path]:
+def data_files(job: Job) -> list[Path]:
     """Name what a network learns from: the images, and their labels if it is conditional."""
-    return [layout.dataset / f"{name}.npy" for name in ("images", *(["labels"] if study.teacher.conditional else []))]
+    names = ["images", *(["labels"] if job.study.teacher.conditional else [])]
+    return [job.paths.dataset / f"{name}.npy" for name in names]
 
 
 def sigma_data(study: Study, data: ImageData) -> float:
@@ -51,10 +51,10 @@ def sigma_data(study: Study, data: ImageData) -> float:
     return float(data.facts["sigma_data"]) if isinstance(value, str) else value
 
 
-def read_teacher(study: Study, layout: Layout, device: torch.device) -> Denoiser:
+def read_teacher(job: Job, device: torch.device) -> Denoiser:
     """The study's teacher, frozen."""
-    path = made(layout.teacher / "teacher.safetensors", "teacher")
-    return load_denoiser(path, study.key("teacher"))[0].to(device)
+    path = made(job.paths.teacher / "teacher.safetensors", "teacher")
+    return load_denoiser(path, job.study.key("teacher"))[0].to(device)
 
 
 def require_classes(study: Study, data: ImageData, teacher: Denoiser) -> None:
@@ -66,18 +66,10 @@ def require_classes(study: Study, data: ImageData, teacher: Denoiser) -> None:
         )
 
 
-def read_student(
-    study: Study,
-    layout: Layout,
-    run: str,
-    seed: int,
-    device: torch.device,
-    rate: float | None = None,
-    step: int | None = None,
-) -> Denoiser:
+def read_student(job: Job, device: torch.device, rate: float | None = None, step: int | None = None) -> Denoiser:
     """A student (EMA weights; rate: a further EMA rate; step: a snapshot, None for the end of training), frozen."""
-    path = made(layout.student_file(run, seed, rate, step), f"student --run {run} --seed {seed}")
-    return load_denoiser(path, study.key("student", run, seed))[0].to(device)
+    path = made(job.weights(rate, step), f"student{job.options}")
+    return load_denoiser(path, job.key("student"))[0].to(device)
 
 
 def made(path: Path, verb: str) -> Path:
@@ -96,18 +88,6 @@ def read_array(path: Path, verb: str) -> np.ndarray[Any, Any]:
     return array
 
 
-def write_array(path: Path, array: np.ndarray[Any, Any]) -> None:
-    """Write a .npy file atomically."""
-    with atomic(path) as temporary, temporary.open("wb") as file:  # np.save would append .npy to a temporary name
-        np.save(file, array)
-
-
-def write_arrays(path: Path, arrays: Mapping[str, np.ndarray[Any, Any]]) -> None:
-    """Write a .npz file atomically."""
-    with atomic(path) as temporary, temporary.open("wb") as file:
-        np.savez(file, **arrays)  # type: ignore[arg-type]
-
-
 def write_table(path: Path, rows: list[dict[str, Any]], columns: list[str]) -> None:
     """Write rows as CSV atomically; a value that a row has not is an empty cell."""
     import pandas as pd  # most stages write no table
@@ -118,27 +98,29 @@ def write_table(path: Path, rows: list[dict[str, Any]], columns: list[str]) -> N
         table.to_csv(temporary, index=False)
 
 
-def read_coefficients(layout: Layout) -> dict[str, np.ndarray[Any, Any]]:
-    """The arrays of coefficients.npz. Raises UserError when the file is missing or damaged."""
-    path = layout.coefficients / "coefficients.npz"
+def read_arrays(path: Path, verb: str, *names: str) -> dict[str, np.ndarray[Any, Any]]:
+    """The arrays of a .npz file, those of these names among them. Raises UserError as `read_array` does."""
     try:
-        with np.load(path) as arrays:
+        with np.load(made(path, verb)) as arrays:
             found = dict(arrays)
-        if not {"times", "l", "s"} <= found.keys():
-            raise ValueError("it has not the arrays times, l and s")
-        return found
-    except FileNotFoundError:
-        raise UserError(f"{path} is missing: run `python -m consistency coefficients` first") from None
+        if missing := set(names) - found.keys():
+            raise ValueError(f"it has no array {min(missing)}")
     except (OSError, ValueError, EOFError, BadZipFile) as error:
-        raise UserError(f"{path} is damaged ({error}): run `coefficients` again") from None
+        raise UserError(f"{path} is damaged ({error}): run `{verb}` again") from None
+    return found
 
 
-def read_ode(study: Study, layout: Layout, run: str, device: torch.device) -> GeneralizedODE | None:
+def read_coefficients(job: Job) -> dict[str, np.ndarray[Any, Any]]:
+    """The arrays of coefficients.npz."""
+    return read_arrays(job.paths.coefficients / "coefficients.npz", "coefficients", "times", "l", "s")
+
+
+def read_ode(job: Job, device: torch.device) -> GeneralizedODE | None:
     """The ODE of the coefficients fitted from the teacher, for a student that reads them."""
-    if not study.students[run].needs_coefficients:
+    if not job.student.needs_coefficients:
         return None
-    read_card(layout.coefficients, study, "coefficients")
-    arrays = read_coefficients(layout)
+    read_card(job, "coefficients")
+    arrays = read_coefficients(job)
     times, l, s = (torch.from_numpy(arrays[letter]) for letter in ("times", "l", "s"))
     return GeneralizedODE(times, l, s, device)
 
@@ -150,9 +132,9 @@ def preconditioning_of(settings: Student, model: Denoiser, ode: GeneralizedODE |
     return build_preconditioning(settings.preconditioning, model.sigma_data, ode)
 
 
-def read_preconditioning(study: Study, layout: Layout, run: str, model: Denoiser) -> Preconditioning:
+def read_preconditioning(job: Job, model: Denoiser) -> Preconditioning:
     """The preconditioning of a student, given its network."""
-    return preconditioning_of(study.students[run], model, read_ode(study, layout, run, next(model.parameters()).device))
+    return preconditioning_of(job.student, model, read_ode(job, next(model.parameters()).device))
 
 
 def time_grid(study: Study, nodes: int, device: torch.device) -> torch.Tensor:

@@ -13,7 +13,7 @@ import yaml
 from consistency import figures
 from consistency.analysis import MEASURES, ema_table, step_costs
 from consistency.files import read_json
-from consistency.layout import Layout
+from consistency.job import Job
 from consistency.provenance import git_state
 from consistency.stages.pictures import Picture
 from consistency.stages.results import Cards, Results, records
@@ -35,15 +35,10 @@ from consistency.wording import (
 
 
 def write_page(
-    study: Study,
-    layout: Layout,
-    results: Results,
-    cards: Cards,
-    histories: dict[str, list[pd.DataFrame]],
-    pictures: list[Picture],
+    job: Job, results: Results, cards: Cards, histories: dict[str, list[pd.DataFrame]], pictures: list[Picture]
 ) -> str:
     """The page as text. Raises UserError when the dataset's facts are missing."""
-    extractor = results.extractor
+    study, extractor = job.study, results.extractor
     template = files("consistency").joinpath("templates/report.html.j2").read_text()
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
     chapters: dict[str, list[dict[str, str]]] = {}
@@ -58,7 +53,7 @@ def write_page(
         claims=claims(study),
         aligned=results.aligned,
         students={run: differs_in(study, run) for run in study.students},
-        data=read_json(layout.dataset / "dataset.json", "dataset"),
+        data=read_json(job.paths.dataset / "dataset.json", "dataset"),
         is_fid=extractor.startswith("inception"),
         fd_label=figures.measure_label("fd", extractor),
         accuracy=cards["extractor"]["measured"].get("held_out_accuracy"),
@@ -69,7 +64,7 @@ def write_page(
         paired=[asdict(item) | {"text": ratio(item)} for item in results.paired],
         verdicts=_verdicts(study, results),
         coarse=coarse(study),
-        cost=_cost(study, cards),
+        cost=_cost(job, cards),
         steps=_step_table(histories),
         times=_times(cards, study.taught),
         pictures=chapters,
@@ -120,13 +115,13 @@ def _step_table(histories: dict[str, list[pd.DataFrame]]) -> dict[str, Any] | No
     return {"parts": parts, "rows": rows}
 
 
-def _cost(study: Study, cards: Cards) -> dict[str, Any] | None:
+def _cost(job: Job, cards: Cards) -> dict[str, Any] | None:
     """The coefficient fit against one student's training and against all."""
     if "coefficients" not in cards:
         return None
     fit = cards["coefficients"]["measured"]
-    trained = [(run, cards[f"student {run} seed {seed}"]["measured"]) for run, seed in study.trainings]
-    fitted = next(measured for run, measured in trained if study.students[run].needs_coefficients)
+    trained = [(each, cards[f"student {each.label}"]["measured"]) for each in job.trainings]
+    fitted = next(measured for each, measured in trained if each.student.needs_coefficients)
     return {
         "evaluations": fit["network_evaluations"],
         "seconds": fit["seconds"],

@@ -9,9 +9,10 @@ import torch
 from matplotlib.figure import Figure
 
 from consistency import figures
-from consistency.layout import Layout, sampler_name
+from consistency.job import Job
+from consistency.layout import sampler_name
 from consistency.stages.flows import PLANE_BATCH, TOYS
-from consistency.stages.inputs import made, read_array, read_coefficients, read_dataset
+from consistency.stages.inputs import made, read_array, read_arrays, read_coefficients, read_dataset
 from consistency.stages.results import Results
 from consistency.study import Flows, Study
 from consistency.theory.generalized_ode import GeneralizedODE
@@ -37,18 +38,17 @@ class Picture:
         return picture
 
 
-def draw_pictures(
-    study: Study, layout: Layout, results: Results, histories: dict[str, list[pd.DataFrame]]
-) -> list[Picture]:
+def draw_pictures(job: Job, results: Results, histories: dict[str, list[pd.DataFrame]]) -> list[Picture]:
     """Every figure of the report, with N and seeds in its caption."""
-    runs, extractor, scores, found = list(study.students), results.extractor, results.main, results.found
+    study, extractor, scores, found = job.study, results.extractor, results.main, results.found
+    runs = list(study.students)
     seeds = f"{len(study.seeds)} seed{'s' if len(study.seeds) > 1 else ''} ({', '.join(map(str, study.seeds))})"
     count = study.scores.curve_count
-    pictures = [_samples_picture(study, layout)]
+    pictures = [_samples_picture(job)]
     if study.needs_coefficients:
-        pictures += _coefficient_pictures(study, layout)
+        pictures += _coefficient_pictures(job)
     if study.carrying:
-        pictures.append(_own_fits_picture(study, layout))
+        pictures.append(_own_fits_picture(job))
     # The paper on flows gives KID beside FID.
     for measure in ("fd", *(["kid"] if study.coupled else []), "alignment"):
         nfes = [nfe for nfe in study.scores.curve_nfe if scores[scores.nfe == nfe][measure].notna().any()]
@@ -74,25 +74,26 @@ def draw_pictures(
     if study.mu_sweep:
         pictures.append(_mu_picture(study, results, seeds))
     if study.flows:
-        pictures += _flow_pictures(study, study.flows, layout, seeds)
+        pictures += _flow_pictures(job, study.flows, seeds)
     caption = f"The terms of the training loss, mean over {seeds} and over the steps between two lines of the history."
     pictures.append(Picture.of("losses", "curves", caption, figures.training_losses(histories, runs)))
     return pictures
 
 
-def carried(study: Study, layout: Layout) -> dict[str, dict[int, Path]]:
+def carried(job: Job) -> dict[str, dict[int, Path]]:
     """The snapshots whose coefficients a report shows, of the first seed: student -> step -> file."""
-    found = {}
-    for run in study.carrying:
-        settings = study.students[run]
-        steps = range(0, settings.steps + 1, settings.snapshot_every) if settings.fit == "average" else [0]
-        found[run] = {step: layout.student_file(run, study.seeds[0], step=step) for step in steps}
-    return found
+    students = [job.of(run, job.study.seeds[0]) for run in job.study.carrying]
+    return {
+        str(each.run): {
+            step: each.weights(step=step) for step in (each.student.snapshots if each.student.fit == "average" else [0])
+        }
+        for each in students
+    }
 
 
-def _own_fits_picture(study: Study, layout: Layout) -> Picture:
-    fits: dict[str, dict[int, np.ndarray]] = {}
-    for run, paths in carried(study, layout).items():
+def _own_fits_picture(job: Job) -> Picture:
+    study, fits = job.study, dict[str, dict[int, np.ndarray]]()
+    for run, paths in carried(job).items():
         kept = fits.setdefault(run, {})
         for step, path in paths.items():
             fit = read_fit(made(path, f"student --run {run} --seed {study.seeds[0]}"))
@@ -100,7 +101,7 @@ def _own_fits_picture(study: Study, layout: Layout) -> Picture:
                 kept[step] = fit
     teacher = None
     if study.needs_coefficients:
-        arrays = read_coefficients(layout)
+        arrays = read_coefficients(job)
         teacher = np.stack([arrays[name] for name in ("times", "l", "s")])
     caption = (
         "l_t and s_t that students carry themselves, and what follows for g in jumps to the end, by the first snapshot "
@@ -111,17 +112,16 @@ def _own_fits_picture(study: Study, layout: Layout) -> Picture:
     return Picture.of("own_fits", "coefficients", caption, figures.own_fits(fits, teacher))
 
 
-def _samples_picture(study: Study, layout: Layout) -> Picture:
-    seed = study.seeds[0]
-    data = read_dataset(study, layout)
+def _samples_picture(job: Job) -> Picture:
+    study, seed, data = job.study, job.study.seeds[0], read_dataset(job)
     picks = np.linspace(0, len(data) - 1, 16).astype(int)
     rows = [("data", data.images[picks])]
     if study.taught:
-        rows.append(("teacher", read_array(layout.samples(None, None) / "heun.npy", "samples")))
+        rows.append(("teacher", read_array(job.samples / "heun.npy", "samples")))
     for nfe in study.report.grid_nfe:
         for run in study.students:
-            path = layout.samples(run, seed) / f"{sampler_name(nfe)}.npy"
-            images = read_array(path, f"samples --run {run} --seed {seed}")
+            student = job.of(run, seed)
+            images = read_array(student.samples / f"{sampler_name(nfe)}.npy", f"samples{student.options}")
             rows.append((f"{run}, NFE {nfe}", images))
     teacher = f"Heun{' with churn' if study.calibration.churn else ''}, NFE {2 * study.calibration.steps - 1}"
     reference = f"the teacher ({teacher}) and " if study.taught else ""
@@ -144,13 +144,11 @@ def _mu_picture(study: Study, results: Results, seeds: str) -> Picture:
     return Picture.of("mu_sweep", "mu", caption, figure)
 
 
-def _flow_pictures(study: Study, settings: Flows, layout: Layout, seeds: str) -> list[Picture]:
-    table = pd.read_csv(made(layout.flows / "transport.csv", "flows"))
-    limits = pd.read_csv(made(layout.flows / "limit.csv", "flows"))
-    plane = pd.read_csv(made(layout.flows / "plane.csv", "flows"))
-    with np.load(made(layout.flows / "toy.npz", "flows")) as arrays:
-        toys = dict(arrays)
-    count = min(settings.images, len(read_dataset(study, layout)))
+def _flow_pictures(job: Job, settings: Flows, seeds: str) -> list[Picture]:
+    study, folder = job.study, job.paths.flows
+    tables = {name: pd.read_csv(made(folder / f"{name}.csv", "flows")) for name in ("transport", "limit", "plane")}
+    limits, toys = tables["limit"], read_arrays(folder / "toy.npz", "flows")
+    count = min(settings.images, len(read_dataset(job)))
     transport = (
         "Transport cost of each student's average: squared distance, summed over pixels, between the noise z and "
         f"where the student goes from x + t z; mean over {seeds}, band from the lowest to the highest, N = {count} "
@@ -173,9 +171,10 @@ def _flow_pictures(study: Study, settings: Flows, layout: Layout, seeds: str) ->
         "of N intervals, times N^2, and (dashed) the limits. The difference does not vanish. By quadrature: "
         f"no seed, N = 10 to {int(limits.intervals.max())}."
     )
-    pictures = [Picture.of("transport_cost", "flows", transport, figures.transport_cost(table, list(study.coupled)))]
+    figure = figures.transport_cost(tables["transport"], list(study.coupled))
+    pictures = [Picture.of("transport_cost", "flows", transport, figure)]
     if settings.discrepancy:
-        found = pd.read_csv(made(layout.flows / "discrepancy.csv", "flows"))
+        found = pd.read_csv(made(folder / "discrepancy.csv", "flows"))
         trained = (
             f"Velocity discrepancy of the couplings that students (seed {study.seeds[0]}) met at the end of their "
             f"training, by a denoiser each of {settings.denoiser_steps:,} steps, N = {count} of the images that it was "
@@ -186,13 +185,13 @@ def _flow_pictures(study: Study, settings: Flows, layout: Layout, seeds: str) ->
     return [
         *pictures,
         Picture.of("toy", "flows", toy, figures.toy(toys, TOYS)),
-        Picture.of("plane", "flows", measured, figures.plane(plane)),
+        Picture.of("plane", "flows", measured, figures.plane(tables["plane"])),
         Picture.of("loss_limits", "flows", limit, figures.loss_limits(limits)),
     ]
 
 
-def _coefficient_pictures(study: Study, layout: Layout) -> list[Picture]:
-    fit, settings = read_coefficients(layout), study.coefficients
+def _coefficient_pictures(job: Job) -> list[Picture]:
+    fit, study, settings = read_coefficients(job), job.study, job.study.coefficients
     ode = GeneralizedODE(*(torch.from_numpy(fit[name]) for name in ("times", "l", "s")))  # type: ignore[arg-type]
     forward = any(student.preconditioning == "analytic-forward" for student in study.students.values())
     unknown = int((~fit["determined"].astype(bool)).sum())

@@ -1,6 +1,5 @@
 """Stage report: tables, figures and one self-contained page from everything the study made."""
 
-import time
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -11,32 +10,31 @@ import pandas as pd
 from consistency.analysis import MEASURES, ema_table
 from consistency.figures import measure_label
 from consistency.files import read_json, write_bytes, write_json
-from consistency.layout import Layout, sampler_name
-from consistency.provenance import write_card
+from consistency.job import Job
+from consistency.layout import sampler_name
+from consistency.provenance import Card
 from consistency.stages.flows import FILES
 from consistency.stages.page import write_page
 from consistency.stages.pictures import carried, draw_pictures
 from consistency.stages.results import Results, read_cards, read_histories, read_results, records
-from consistency.study import Study
 from consistency.wording import coarse, plus_minus, ratio, speed, teacher_line
 
 
-def make_report(study: Study, layout: Layout) -> None:
+def make_report(job: Job) -> None:
     """Write report.html, figures/, scores.csv, table.csv, speedup.csv, paired.csv, summary.json and card.json; ema.csv
     where a student has several EMA rates.
 
     Raises UserError when a stage's results are missing or belong to another study.
     """
-    started = time.time()
-    results, cards, histories = read_results(study, layout), read_cards(study, layout), read_histories(study, layout)
-    pictures = draw_pictures(study, layout, results, histories)
-    folder = layout.report
+    card, folder = Card(job, "report"), job.paths.report
+    results, cards, histories = read_results(job), read_cards(job), read_histories(job)
+    pictures = draw_pictures(job, results, histories)
     texts = {
         "scores.csv": results.scores.to_csv(index=False),
         "table.csv": results.table.to_csv(index=False),
         "speedup.csv": pd.DataFrame([asdict(item) for item in results.found]).to_csv(index=False),
         "paired.csv": pd.DataFrame([asdict(item) for item in results.paired]).to_csv(index=False),
-        "report.html": write_page(study, layout, results, cards, histories, pictures),
+        "report.html": write_page(job, results, cards, histories, pictures),
     }
     if results.several_rates:
         texts["ema.csv"] = ema_table(results.scores).to_csv(index=False)
@@ -52,29 +50,28 @@ def make_report(study: Study, layout: Layout) -> None:
         write_bytes(folder / name, text.encode())
     write_json(folder / "summary.json", _summary(results))
     figures = [f"figures/{picture.name}.{kind}" for picture in pictures for kind in ("png", "svg")]
-    outputs = [folder / name for name in (*texts, "summary.json", *figures)]
-    write_card(study, layout, "report", started=started, inputs=_inputs(study, layout), outputs=outputs)
+    card.write(_inputs(job), [folder / name for name in (*texts, "summary.json", *figures)])
 
 
-def _inputs(study: Study, layout: Layout) -> list[Path]:
+def _inputs(job: Job) -> list[Path]:
     """What a report is made from."""
-    students = study.trainings
+    study, paths, students = job.study, job.paths, job.trainings
     shown = [f"{sampler_name(nfe)}.npy" for nfe in study.report.grid_nfe]
     return [
-        *(layout.dataset / name for name in ("images.npy", "dataset.json")),
-        *([layout.coefficients / "coefficients.npz"] if study.needs_coefficients else []),
-        *(layout.flows / name for name in FILES if study.flows),
-        *(path for paths in carried(study, layout).values() for path in paths.values()),
-        layout.samples(None, None) / "heun.npy",
-        *(layout.samples(run, study.seeds[0]) / name for run in study.students for name in shown),
-        *(layout.student(run, seed) / "history.jsonl" for run, seed in students),
-        *(layout.scores(run, seed) for run, seed in [(None, None), *students]),
+        *(paths.dataset / name for name in ("images.npy", "dataset.json")),
+        *([paths.coefficients / "coefficients.npz"] if study.needs_coefficients else []),
+        *(paths.flows / name for name in FILES if study.flows),
+        *(path for snapshots in carried(job).values() for path in snapshots.values()),
+        job.samples / "heun.npy",
+        *(job.of(run, study.seeds[0]).samples / name for run in study.students for name in shown),
+        *(each.folder / "history.jsonl" for each in students),
+        *(each.scores for each in (job, *students)),
     ]
 
 
-def print_summary(study: Study, layout: Layout) -> None:
+def print_summary(job: Job) -> None:
     """Print the teacher's score, the students', the speed-ups, and where the report and the MLflow page are."""
-    results = read_results(study, layout)
+    study, results = job.study, read_results(job)
     label = measure_label("fd", results.extractor)
     print(f"\n{teacher_line(results.teacher, study)}")
     print(f"\n{study.title or study.name}: mean ± half-width of the 95 % t interval over seeds{coarse(study)}\n")
@@ -96,8 +93,8 @@ def print_summary(study: Study, layout: Layout) -> None:
     for pair in results.paired:
         what = "FD" if pair.measure == "fd" else pair.measure
         print(f"{pair.run:18} to   {pair.baseline:12} {what:10} NFE {pair.nfe:<3} {ratio(pair)}")
-    print(f"\nreport: {layout.report / 'report.html'}")
-    tracked = layout.track / "tracked.json"
+    print(f"\nreport: {job.paths.report / 'report.html'}")
+    tracked = job.paths.track / "tracked.json"
     if tracked.exists():
         print(f"MLflow: {read_json(tracked, 'track')['url_hint']}")
 

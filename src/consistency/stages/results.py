@@ -5,18 +5,11 @@ from typing import Any
 
 import pandas as pd
 
-from consistency.analysis import (
-    Paired,
-    SpeedUp,
-    final_table,
-    of_main_rate,
-    paired_ratios,
-    speed_ups,
-)
+from consistency.analysis import Paired, SpeedUp, final_table, of_main_rate, paired_ratios, speed_ups
 from consistency.errors import UserError
 from consistency.files import sha256
 from consistency.history import read_history
-from consistency.layout import Layout
+from consistency.job import Job
 from consistency.provenance import artifacts, read_card
 from consistency.stages.inputs import made
 from consistency.study import Study
@@ -63,9 +56,9 @@ class Results:
         return next((row for row in self.calibration if row["run"] == "teacher"), None)
 
 
-def read_results(study: Study, layout: Layout) -> Results:
+def read_results(job: Job) -> Results:
     """Raises UserError when a score table is missing or belongs to other settings."""
-    scores = read_scores(study, layout)
+    study, scores = job.study, read_scores(job)
     main = of_main_rate(scores, {run: student.ema_rate for run, student in study.students.items()})
     against, nfes = baselines(study), study.scores.curve_nfe
     found = speed_ups(main, against, nfes, study.report.bootstrap)
@@ -77,19 +70,18 @@ def records(table: pd.DataFrame) -> list[dict[str, Any]]:
     return [{str(name): value for name, value in row.items()} for row in table.to_dict("records")]
 
 
-def read_scores(study: Study, layout: Layout) -> pd.DataFrame:
+def read_scores(job: Job) -> pd.DataFrame:
     """All score tables of the study, the calibration first.
 
     Raises UserError, naming the verb, for one that is missing, damaged or of other settings.
     """
-    tables = [_table(study, layout, None, None), *(_table(study, layout, *student) for student in study.trainings)]
-    return pd.concat(tables, ignore_index=True)
+    return pd.concat([_table(each) for each in (job.of(), *job.trainings)], ignore_index=True)
 
 
-def _table(study: Study, layout: Layout, run: str | None, seed: int | None) -> pd.DataFrame:
-    verb = "calibration" if run is None else f"scores --run {run} --seed {seed}"
-    path = made(layout.scores(run, seed), verb)
-    if read_card(path, study, "scores", run, seed)["outputs"].get(path.name) != sha256(path):
+def _table(job: Job) -> pd.DataFrame:
+    verb = "calibration" if job.run is None else f"scores{job.options}"
+    path = made(job.scores, verb)
+    if read_card(job, "scores")["outputs"].get(path.name) != sha256(path):
         raise UserError(f"{path} is not as it was written: run `python -m consistency {verb}` again")
     return pd.read_csv(path)
 
@@ -101,16 +93,16 @@ def baselines(study: Study) -> dict[str, str]:
     return {run: baseline for run, baseline in pairs.items() if baseline is not None}
 
 
-def read_histories(study: Study, layout: Layout) -> dict[str, list[pd.DataFrame]]:
+def read_histories(job: Job) -> dict[str, list[pd.DataFrame]]:
     """The histories of each student's trainings, a table a seed."""
-    histories: dict[str, list[pd.DataFrame]] = {}
-    for run, seed in study.trainings:
-        lines = read_history(layout.student(run, seed) / "history.jsonl", f"student --run {run} --seed {seed}")
-        histories.setdefault(run, []).append(pd.DataFrame(lines))
+    histories: dict[str, list[pd.DataFrame]] = {run: [] for run in job.study.students}
+    for each in job.trainings:
+        lines = read_history(each.folder / "history.jsonl", f"student{each.options}")
+        histories[str(each.run)].append(pd.DataFrame(lines))
     return histories
 
 
-def read_cards(study: Study, layout: Layout) -> Cards:
+def read_cards(job: Job) -> Cards:
     """The card of everything but the scores, which are read with theirs, by what it is a card of."""
-    read = {name: each for name, each in artifacts(study).items() if each[0] not in ("scores", "report")}
-    return {name: read_card(layout.card(*each).parent, study, *each) for name, each in read.items()}
+    found = artifacts(job).items()
+    return {name: read_card(each, stage) for name, (stage, each) in found if stage not in ("scores", "report")}

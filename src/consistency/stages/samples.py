@@ -3,7 +3,6 @@
 import contextlib
 import shutil
 import signal
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,20 +13,14 @@ import torch
 from torch import Tensor
 
 from consistency.errors import UserError
-from consistency.files import link_file, sha256
-from consistency.layout import Layout, sampler_name
+from consistency.files import link_file, sha256, write_array
+from consistency.job import Job
+from consistency.layout import sampler_name
 from consistency.nets.denoiser import Denoiser, two_times
 from consistency.progress import Progress
-from consistency.provenance import write_card
+from consistency.provenance import Card
 from consistency.seeding import ImageNoise
-from consistency.stages.inputs import (
-    made,
-    read_preconditioning,
-    read_student,
-    read_teacher,
-    time_grid,
-    write_array,
-)
+from consistency.stages.inputs import made, read_preconditioning, read_student, read_teacher, time_grid
 from consistency.stages.parts import Parts
 from consistency.stages.trainer import place
 from consistency.study import Study
@@ -59,87 +52,74 @@ class StudentSampler:
         return sampler_name(self.nfe, self.gamma, self.rate)
 
 
-def student_samplers(study: Study, run: str) -> list[StudentSampler]:
+def student_samplers(job: Job) -> list[StudentSampler]:
     """Every sampler of a student, in the order of their names.
 
     Students that jump to the end know no s between: CM's multistep only. Further EMA rates are drawn without gamma.
     """
-    settings, sampling = study.students[run], study.sampling
-    chosen = [StudentSampler(nfe, None, rate) for rate in (None, *settings.evaluation_ema) for nfe in sampling.nfe]
+    settings, sampling = job.student, job.study.sampling
+    chosen = [StudentSampler(nfe, None, rate) for rate in settings.rates for nfe in sampling.nfe]
     if not settings.to_the_end:
         chosen += [StudentSampler(nfe, gamma) for gamma in sampling.gamma for nfe in sampling.gamma_nfe]
     return sorted(chosen, key=lambda sampler: sampler.name)
 
 
-def make_samples(
-    study: Study, layout: Layout, run: str | None, seed: int | None, device: torch.device, ranks: Ranks = _ALONE
-) -> None:
-    """Write one uint8 array [count, H, W, C] a sampler, and card.json. Without a run: the teacher's.
+def make_samples(job: Job, device: torch.device, ranks: Ranks = _ALONE) -> None:
+    """Write one uint8 array [count, H, W, C] a sampler, and card.json. Without a student: the teacher's.
 
     Goes on where an earlier sampling stopped; several processes (ranks) share the batches. Raises Interrupted when a
     signal asks to stop; what was drawn is kept in the state folder.
     """
-    started = time.time()
-    if run is None and not study.taught:
-        _write_none(study, layout, started)
+    card, study, size = Card(job, "samples"), job.study, job.study.dataset.resolution
+    if job.run is None and not study.taught:
+        path = job.samples / "heun.npy"
+        write_array(path, np.zeros((0, size, size, study.dataset.channels), np.uint8))
+        card.write([job.paths.teacher / "teacher.safetensors"], [path])
         return
-    label = "samples teacher" if run is None else f"samples {run} seed {seed}"
-    names = ["heun"] if run is None else [sampler.name for sampler in student_samplers(study, run)]
-    folder, state = layout.samples(run, seed), layout.sampling_state(run, seed)
+    label = "samples " + ("teacher" if job.run is None else job.label)
+    names = ["heun"] if job.run is None else [sampler.name for sampler in student_samplers(job)]
+    state = job.sampling_state
     with only_trainer(state) if ranks.first else contextlib.nullcontext(), stop_requests() as requests:
-        digests, size = _digests(study, layout, run, seed), study.dataset.resolution
-        made_from = {"key": study.key("samples", run, seed)} | {path.name: digests[path] for path in digests}
+        digests = {path: sha256(made(path, verb)) for path, verb in _inputs(job).items()}
+        made_from = {"key": job.key("samples")} | {path.name: digests[path] for path in digests}
         parts = Parts(state, made_from, (study.sampling.count, size, size, study.dataset.channels), ranks, label)
         done = sum(parts.done(name) for name in names)
         progress = Progress(label, study.sampling.count * len(names), done, shown=ranks.first)
         work = _Work(study, label, parts, ranks, requests, progress)
-        for name, model, sampler in _samplers(study, layout, run, seed, device):
+        for name, model, sampler in _samplers(job, device):
             work.draw(name, model, sampler)
         progress.close()
         if ranks.first:
-            outputs = [folder / f"{name}.npy" for name in names]
+            outputs = [job.samples / f"{name}.npy" for name in names]
             for name, output in zip(names, outputs, strict=True):
                 link_file(parts.path(name), output)
-            write_card(
-                study, layout, "samples", run, seed, started=started, inputs=digests, outputs=outputs, known=digests
-            )
+            card.write(digests, outputs, known=digests)
     if ranks.first:
         shutil.rmtree(state)
 
 
-def _write_none(study: Study, layout: Layout, started: float) -> None:
-    """Without a teacher: an array of no images."""
-    path, size = layout.samples(None, None) / "heun.npy", study.dataset.resolution
-    write_array(path, np.zeros((0, size, size, study.dataset.channels), np.uint8))
-    inputs = [layout.teacher / "teacher.safetensors"]
-    write_card(study, layout, "samples", started=started, inputs=inputs, outputs=[path])
+def _inputs(job: Job) -> dict[Path, str]:
+    """The files that the images depend on, and the verbs that make them."""
+    if job.run is None:
+        return {job.paths.teacher / "teacher.safetensors": "teacher"}
+    verbs = {job.weights(rate): f"student{job.options}" for rate in job.student.rates}
+    if job.student.needs_coefficients:
+        verbs[job.paths.coefficients / "coefficients.npz"] = "coefficients"
+    return verbs
 
 
-def _digests(study: Study, layout: Layout, run: str | None, seed: int | None) -> dict[Path, str]:
-    """The sha256 of the files that the images depend on. Raises UserError when one is missing."""
-    if run is None or seed is None:
-        verbs = {layout.teacher / "teacher.safetensors": "teacher"}
-    else:
-        settings, verb = study.students[run], f"student --run {run} --seed {seed}"
-        verbs = {layout.student_file(run, seed, rate): verb for rate in (None, *settings.evaluation_ema)}
-        if settings.needs_coefficients:
-            verbs[layout.coefficients / "coefficients.npz"] = "coefficients"
-    return {path: sha256(made(path, verb)) for path, verb in verbs.items()}
-
-
-def _samplers(
-    study: Study, layout: Layout, run: str | None, seed: int | None, device: torch.device
-) -> Iterator[tuple[str, Denoiser, Sampler]]:
+def _samplers(job: Job, device: torch.device) -> Iterator[tuple[str, Denoiser, Sampler]]:
     """(name, model, sampler) of all that is drawn, one model at a time."""
-    if run is None or seed is None:
-        teacher = prepared(study, read_teacher(study, layout, device))
+    study = job.study
+    if job.run is None:
+        teacher = prepared(study, read_teacher(job, device))
         yield "heun", teacher, heun_sampler(study, teacher)
         return
-    for rate in (None, *study.students[run].evaluation_ema):
-        model = prepared(study, read_student(study, layout, run, seed, device, rate))
-        preconditioning = read_preconditioning(study, layout, run, model)
-        for one in (sampler for sampler in student_samplers(study, run) if sampler.rate == rate):
-            yield one.name, model, jump_sampler(study, run, model, preconditioning, one.nfe, one.gamma or 0.0)
+    for rate in job.student.rates:
+        model = prepared(study, read_student(job, device, rate))
+        preconditioning = read_preconditioning(job, model)
+        for one in (sampler for sampler in student_samplers(job) if sampler.rate == rate):
+            yield one.name, model, jump_sampler(job, model, preconditioning, one.nfe, one.gamma or 0.0)
 
 
 def prepared(study: Study, model: Denoiser) -> Denoiser:
@@ -176,7 +156,7 @@ class _Work:
                 stop = self.ranks.largest(self.requests())
                 before, done = done, min(done + self.study.sampling.batch * self.ranks.world, count)
                 self.parts.record(name, done, images)
-                self.progress.advance(done - before)
+                self.progress.update(done - before)
                 if stop:
                     raise self._interrupted(stop)
         finally:
@@ -232,15 +212,12 @@ def _in_float64(denoiser: DenoiserFn) -> DenoiserFn:
     return lambda x, t: denoiser(x.float(), t).double()
 
 
-def jump_sampler(
-    study: Study, run: str, model: Denoiser, preconditioning: Preconditioning, nfe: int, gamma: float = 0.0
-) -> Sampler:
+def jump_sampler(job: Job, model: Denoiser, preconditioning: Preconditioning, nfe: int, gamma: float = 0.0) -> Sampler:
     """nfe jumps along the rho grid from sigma_max to sigma_min."""
     device = next(model.parameters()).device
-    times = _times(study, nfe + 1)
+    times = _times(job.study, nfe + 1)
     student = two_times(model)
-    if study.students[run].to_the_end:
-        gamma = 1.0
+    gamma = 1.0 if job.student.to_the_end else gamma
 
     def sample(noise: ImageNoise) -> Tensor:
         labels = _labels(noise, device)

@@ -1,14 +1,13 @@
 """Stage student: distil the teacher, or train without one; two students differ in what the study says, nothing else."""
 
 import shutil
-import time
 from pathlib import Path
 
 import torch
 
-from consistency.layout import Layout
+from consistency.job import Job
 from consistency.nets.denoiser import Denoiser, init_denoiser, student_from_teacher
-from consistency.provenance import digest_of, git_state, write_card
+from consistency.provenance import Card, digest_of, git_state
 from consistency.resources import VGG16, downloads, open_resource
 from consistency.seeding import derived_seed
 from consistency.stages.coefficients import fitted_images, fitted_times
@@ -38,72 +37,58 @@ from consistency.training.own_fit import Refits, covariance_fit
 from consistency.training.stopwatch import Stopwatch
 
 
-def make_student(study: Study, layout: Layout, run: str, seed: int, machine: Machine) -> None:
+def make_student(job: Job, machine: Machine) -> None:
     """Write student.safetensors (EMA weights), one more file for each further EMA rate, history.jsonl, snapshots/
     and card.json.
 
     Resumes an interrupted training; raises Interrupted when asked to stop, UserError when it diverges.
     """
-    study.require(run, seed)
-    started = time.time()
-    data = read_dataset(study, layout)
-    job = _training(study, layout, run, seed, data, machine)
-    with followed(study, layout, job.folder, run, seed) as job.on_start:
-        measured = train(job)
+    card = Card(job, "student")
+    training = _training(job, read_dataset(job), machine)
+    with followed(job, training.folder) as training.on_start:
+        measured = train(training)
         if machine.ranks.first:
-            _publish(study, layout, run, seed, job, started, measured)
-            shutil.rmtree(job.folder)
+            _publish(card, training, measured)
+            shutil.rmtree(training.folder)
 
 
-def _publish(
-    study: Study, layout: Layout, run: str, seed: int, job: Training, started: float, measured: dict[str, float]
-) -> None:
+def _publish(card: Card, training: Training, measured: dict[str, float]) -> None:
     """The outputs of a finished training, and its card."""
-    digests = {path: digest_of(path, layout) for path in _inputs(study, layout, run, seed)}
-    metadata = {"study": study.name, "stage": "student", "run": run, "seed": seed, "key": job.key, "step": job.steps}
-    metadata |= {"git": git_state(), "parents": {path.name: digest for path, digest in digests.items()}}
-    checkpoints = []
-    for k, average in enumerate(job.averages):
-        checkpoints.append(layout.student_file(run, seed, average.constant if k else None))
-        save_denoiser(checkpoints[-1], average.model, {**metadata, "ema": average.constant})
-    write_card(
-        study,
-        layout,
-        "student",
-        run,
-        seed,
-        started=started,
-        inputs=digests,
-        outputs=[*checkpoints, *publish_training(job.folder, layout.student(run, seed))],
+    job = card.job
+    digests = {path: digest_of(path, job.paths) for path in _inputs(job)}
+    metadata = {"study": job.study.name, "stage": "student", "run": job.run, "seed": job.seed, "key": training.key}
+    parents = {path.name: digest for path, digest in digests.items()}
+    made = {"step": training.steps, "git": git_state(), "parents": parents}
+    checkpoints = [job.weights(rate) for rate in job.student.rates]
+    for path, average in zip(checkpoints, training.averages, strict=True):
+        save_denoiser(path, average.model, {**metadata, **made, "ema": average.constant})
+    card.write(
+        digests,
+        [*checkpoints, *publish_training(training.folder, job.folder)],
         measured=measured,
         known=digests,
-        downloads=downloads(study, "student", run),
-        training=read_identity(job.folder),
+        downloads=downloads(job.study, "student", job.run),
+        training=read_identity(training.folder),
     )
 
 
-def _inputs(study: Study, layout: Layout, run: str, seed: int) -> list[Path]:
+def _inputs(job: Job) -> list[Path]:
     """What a student is made from."""
-    settings = study.students[run]
-    inputs = [layout.teacher / "teacher.safetensors", *data_files(study, layout)]
-    if settings.needs_coefficients:
-        inputs.append(layout.coefficients / "coefficients.npz")
-    if frozen := settings.frozen:
-        inputs.append(layout.student_file(frozen.run, seed, step=frozen.step))
-    return inputs
+    inputs = [job.paths.teacher / "teacher.safetensors", *data_files(job)]
+    if job.student.needs_coefficients:
+        inputs.append(job.paths.coefficients / "coefficients.npz")
+    return [*inputs, job.predictor] if job.predictor else inputs
 
 
-def _training(study: Study, layout: Layout, run: str, seed: int, data: ImageData, machine: Machine) -> Training:
-    settings, device = study.students[run], machine.device
-    teacher = place(study, read_teacher(study, layout, device), device)
+def _training(job: Job, data: ImageData, machine: Machine) -> Training:
+    assert job.seed is not None
+    study, settings, device = job.study, job.student, machine.device
+    teacher = place(study, read_teacher(job, device), device)
     require_classes(study, data, teacher)
-    student = place(study, _begun(study, settings, teacher, seed, data), device).train().requires_grad_(True)
-    rates = (settings.ema_rate, *settings.evaluation_ema)
-    averages = [Ema(student, rate, settings.ema_warm_up) for rate in rates]
+    student = place(study, _begun(job, teacher, data), device).train().requires_grad_(True)
+    averages = [Ema(student, rate or settings.ema_rate, settings.ema_warm_up) for rate in settings.rates]
     average = averages[0].model
-    target = average
-    if frozen := settings.frozen:
-        target = place(study, read_student(study, layout, frozen.run, seed, device, step=frozen.step), device)
+    target = place(study, frozen_predictor(job, device) or average, device)
     networks = {student, average, target, teacher}
     for model in networks:
         model.compute_in(settings.precision)
@@ -113,10 +98,10 @@ def _training(study: Study, layout: Layout, run: str, seed: int, data: ImageData
         study,
         data,
         machine,
-        _objective(study, layout, run, machine, (student, target, teacher), stopwatch),
+        _objective(job, machine, (student, target, teacher), stopwatch),
         student,
         batch=settings.batch,
-        seed=seed,
+        seed=job.seed,
         purpose="distillation",
         optimizer=build_optimizer(settings.optimizer, student, settings.learning_rate),
         precision=settings.precision,
@@ -124,22 +109,29 @@ def _training(study: Study, layout: Layout, run: str, seed: int, data: ImageData
         stopwatch=stopwatch,
     )
     return Training(
-        label=f"student {run} seed {seed}",
-        key=study.key("student", run, seed),
+        label=f"student {job.label}",
+        key=job.key("student"),
         update=update,
         averages=averages,
         steps=settings.steps,
         log_every=settings.log_every,
-        folder=layout.training_state(run, seed),
+        folder=job.state,
         snapshot_every=settings.snapshot_every,
-        before_step=_refits(study, settings, data, machine, student, [average.model for average in averages]),
+        before_step=_refits(job, data, machine, student, [average.model for average in averages]),
     )
 
 
-def _begun(study: Study, settings: Student, teacher: Denoiser, seed: int, data: ImageData) -> Denoiser:
+def frozen_predictor(job: Job, device: torch.device) -> Denoiser | None:
+    """The student that makes gc's endpoints in the place of the average, if one does."""
+    frozen = job.student.frozen
+    return read_student(job.of(frozen.run, job.seed), device, step=frozen.step) if frozen else None
+
+
+def _begun(job: Job, teacher: Denoiser, data: ImageData) -> Denoiser:
     """A student before its training. Weights, data order and noise depend on the seed alone, so that students of one
     seed differ in nothing else."""
-    drawn = derived_seed(seed, "student")
+    assert job.seed is not None
+    settings, drawn = job.student, derived_seed(job.seed, "student")
     if settings.from_teacher:
         student = student_from_teacher(teacher, dropout=settings.dropout, seed=drawn)
     else:
@@ -150,48 +142,38 @@ def _begun(study: Study, settings: Student, teacher: Denoiser, seed: int, data: 
         student = init_denoiser(architecture, drawn)
         student = student_from_teacher(student, seed=drawn) if settings.second_time else student
     if settings.carries_fit:
-        student.carry(covariance_fit(data, fitted_times(study)))
+        student.carry(covariance_fit(data, fitted_times(job.study)))
     return student
 
 
-def _refits(
-    study: Study, settings: Student, data: ImageData, machine: Machine, student: Denoiser, averages: list[Denoiser]
-) -> Refits | None:
+def _refits(job: Job, data: ImageData, machine: Machine, student: Denoiser, averages: list[Denoiser]) -> Refits | None:
     """What fits a student's coefficients again in the middle of its training, if anything does."""
-    if settings.fit != "average":
+    if job.student.fit != "average":
         return None
-    fit, device = study.coefficients, machine.device
-    dtype = torch.float64 if fit.precision == "float64" else torch.float32
-    images, labels, noise = fitted_images(data, fit)
+    images, labels, noise = fitted_images(job.study, data, machine.device)
     return Refits(
-        stage=schedule_of(study, settings).stage,
+        stage=schedule_of(job.study, job.student).stage,
         student=student,
         averages=averages,
-        images=images.to(device, dtype),
-        labels=labels.to(device) if study.teacher.conditional else None,
-        noise=noise.to(device, dtype),
-        times=fitted_times(study),
-        batch=fit.batch,
-        precision=dtype,
+        images=images,
+        labels=labels,
+        noise=noise,
+        times=fitted_times(job.study),
+        batch=job.study.coefficients.batch,
         ranks=machine.ranks,
     )
 
 
 def _objective(
-    study: Study,
-    layout: Layout,
-    run: str,
-    machine: Machine,
-    models: tuple[Denoiser, Denoiser, Denoiser],
-    stopwatch: Stopwatch,
+    job: Job, machine: Machine, models: tuple[Denoiser, Denoiser, Denoiser], stopwatch: Stopwatch
 ) -> Objective:
     """The loss of a student; models: student, its average or the frozen predictor in its place, teacher."""
-    settings = study.students[run]
+    settings = job.student
     if settings.objective == "consistency":
-        return consistency_objective(study, layout, run, models[:2], machine)
-    preconditioning = read_preconditioning(study, layout, run, models[0])
+        return consistency_objective(job, models[:2], machine)
+    preconditioning = read_preconditioning(job, models[0])
     distance = _distance(settings, machine)
-    grid = time_grid(study, settings.nodes, machine.device)
+    grid = time_grid(job.study, settings.nodes, machine.device)
     endpoint = Endpoint(*models, preconditioning, distance, grid, settings.target, stopwatch=stopwatch)
     if settings.objective == "endpoint":
         return endpoint
@@ -199,19 +181,17 @@ def _objective(
     return Trajectory(**vars(endpoint), max_steps=max_steps, dsm_weight=settings.dsm_weight)
 
 
-def consistency_objective(
-    study: Study, layout: Layout, run: str, models: tuple[Denoiser, Denoiser], machine: Machine
-) -> ConsistencyTraining:
+def consistency_objective(job: Job, models: tuple[Denoiser, Denoiser], machine: Machine) -> ConsistencyTraining:
     """The loss of a student of consistency training; models: student, its average or the frozen predictor."""
-    settings = study.students[run]
+    settings, noise = job.student, job.study.noise
     training = TransportTraining if settings.coupling == "ot" else ConsistencyTraining
     return training(
         student=models[0],
         predictor=models[1],
-        preconditioning=read_preconditioning(study, layout, run, models[0]),
+        preconditioning=read_preconditioning(job, models[0]),
         distance=_distance(settings, machine),
-        schedule=schedule_of(study, settings),
-        ends=(study.noise.sigma_min, study.noise.sigma_max),
+        schedule=schedule_of(job.study, settings),
+        ends=(noise.sigma_min, noise.sigma_max),
         mu=settings.mu if settings.coupling == "gc" else 0.0,
         dsm_weight=settings.dsm_weight,
     )

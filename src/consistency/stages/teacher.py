@@ -1,7 +1,6 @@
 """Stage teacher: the EDM denoiser that will be distilled, trained here or converted from an official checkpoint."""
 
 import shutil
-import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,10 +8,11 @@ import torch
 
 from consistency.errors import UserError
 from consistency.files import write_bytes
+from consistency.job import Job
 from consistency.layout import Layout
 from consistency.nets.denoiser import Denoiser, init_denoiser
 from consistency.nets.edm_pickle import read_edm_pickle
-from consistency.provenance import digest_of, git_state, write_card
+from consistency.provenance import Card, digest_of, git_state
 from consistency.resources import forget, known_sha256, open_resource
 from consistency.stages.inputs import read_dataset, sigma_data
 from consistency.stages.publish import publish_training
@@ -27,25 +27,35 @@ from consistency.training.loop import Training, train
 from consistency.training.objectives import Denoising
 
 
-def make_teacher(study: Study, layout: Layout, machine: Machine) -> None:
+def make_teacher(job: Job, machine: Machine) -> None:
     """Write teacher.safetensors (EMA weights), history.jsonl and card.json.
 
     Resumes an interrupted training; raises Interrupted when asked to stop, UserError when it diverges, or when an
     official checkpoint is missing, damaged or not the one that the study describes.
     """
-    if isinstance(study.teacher, OfficialTeacher):
-        if machine.ranks.first:
-            _convert(study, study.teacher, layout)
-    elif isinstance(study.teacher, NoTeacher):
-        if machine.ranks.first:
-            _describe(study, study.teacher, layout)
+    card, settings = Card(job, "teacher"), job.study.teacher
+    if isinstance(settings, Teacher):
+        training = _training(job.study, settings, job.paths, read_dataset(job), machine)
+        with followed(job, training.folder) as training.on_start:
+            measured = train(training)
+            if machine.ranks.first:
+                _write(card, training.averages[0].model, training, measured)
+                shutil.rmtree(training.folder)
+    elif not machine.ranks.first:
+        return
+    elif isinstance(settings, OfficialTeacher):
+        _write(card, _converted(job.study, settings), downloads=[settings.checkpoint])
     else:
-        _train(study, study.teacher, layout, machine)
+        # The network of the students, its weights at zero, so that nobody takes them for anything.
+        network = init_denoiser(architecture(job.study, settings, read_dataset(job)), 0)
+        with torch.no_grad():
+            for weight in network.parameters():
+                weight.zero_()
+        _write(card, network)
 
 
-def _convert(study: Study, settings: OfficialTeacher, layout: Layout) -> None:
-    """An official EDM checkpoint to our form."""
-    started = time.time()
+def _converted(study: Study, settings: OfficialTeacher) -> Denoiser:
+    """An official EDM checkpoint."""
     source = open_resource(settings.checkpoint)
     try:
         teacher = read_edm_pickle(source)
@@ -53,17 +63,7 @@ def _convert(study: Study, settings: OfficialTeacher, layout: Layout) -> None:
         forget(settings.checkpoint)
         raise
     _require_described(study, settings, teacher)
-    _write(study, layout, started, teacher, downloads=[settings.checkpoint])
-
-
-def _describe(study: Study, settings: NoTeacher, layout: Layout) -> None:
-    """Without a teacher: the network of the students, its weights at zero, so that nobody takes them for anything."""
-    started, data = time.time(), read_dataset(study, layout)
-    network = init_denoiser(architecture(study, settings, data), 0)
-    with torch.no_grad():
-        for weight in network.parameters():
-            weight.zero_()
-    _write(study, layout, started, network)
+    return teacher
 
 
 def _require_described(study: Study, settings: OfficialTeacher, teacher: Denoiser) -> None:
@@ -82,51 +82,35 @@ def _require_described(study: Study, settings: OfficialTeacher, teacher: Denoise
             )
 
 
-def _train(study: Study, settings: Teacher, layout: Layout, machine: Machine) -> None:
-    started = time.time()
-    data = read_dataset(study, layout)
-    job = _training(study, settings, layout, data, machine)
-    with followed(study, layout, job.folder) as job.on_start:
-        measured = train(job)
-        if machine.ranks.first:
-            _write(study, layout, started, job.averages[0].model, job, measured)
-            shutil.rmtree(job.folder)
-
-
 def _write(
-    study: Study,
-    layout: Layout,
-    started: float,
+    card: Card,
     teacher: Denoiser,
-    job: Training | None = None,
+    training: Training | None = None,
     measured: dict[str, float] | None = None,
     downloads: Sequence[str] = (),
 ) -> None:
     """The teacher, its history, empty if it was not trained here, and their card. downloads: what it is made from; the
     data, if nothing."""
-    path, history = layout.teacher / "teacher.safetensors", layout.teacher / "history.jsonl"
-    inputs = [] if downloads else [layout.dataset / name for name in ("images.npy", "labels.npy", "dataset.json")]
-    parents = {name: known_sha256(name) for name in downloads} or {"images.npy": digest_of(inputs[0], layout)}
+    study, paths = card.job.study, card.job.paths
+    path, history = paths.teacher / "teacher.safetensors", paths.teacher / "history.jsonl"
+    inputs = [] if downloads else [paths.dataset / name for name in ("images.npy", "labels.npy", "dataset.json")]
+    parents = {name: known_sha256(name) for name in downloads} or {"images.npy": digest_of(inputs[0], paths)}
     metadata = {"study": study.name, "stage": "teacher", "key": study.key("teacher"), "git": git_state()}
-    save_denoiser(path, teacher, metadata | {"parents": parents} | ({"step": job.steps} if job else {}))
-    if job:
-        publish_training(job.folder, layout.teacher)
+    save_denoiser(path, teacher, metadata | {"parents": parents} | ({"step": training.steps} if training else {}))
+    if training:
+        publish_training(training.folder, paths.teacher)
     else:
         write_bytes(history, b"")
-    write_card(
-        study,
-        layout,
-        "teacher",
-        started=started,
-        inputs=inputs,
+    card.write(
+        inputs,
+        [path, history],
         downloads=downloads,
-        outputs=[path, history],
         measured=(measured or {}) | {"parameters": sum(p.numel() for p in teacher.parameters())},
-        training=read_identity(job.folder) if job else None,
+        training=read_identity(training.folder) if training else None,
     )
 
 
-def _training(study: Study, settings: Teacher, layout: Layout, data: ImageData, machine: Machine) -> Training:
+def _training(study: Study, settings: Teacher, paths: Layout, data: ImageData, machine: Machine) -> Training:
     model = init_denoiser(architecture(study, settings, data), settings.seed)
     model = place(study, model, machine.device).train()
     average = Ema(
@@ -155,7 +139,7 @@ def _training(study: Study, settings: Teacher, layout: Layout, data: ImageData, 
         learning_rate=lambda step: _ramped(settings, step),
         steps=settings.steps,
         log_every=settings.log_every,
-        folder=layout.training_state("teacher", settings.seed),
+        folder=paths.training_state("teacher", settings.seed),
     )
 
 

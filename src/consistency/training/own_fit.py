@@ -96,7 +96,7 @@ class Refits:
     """Fits l_t and s_t again whenever a training enters a new stage, before that step.
 
     stage: that of a step; student, averages: who carry the fit, which is made from the first average; images, noise:
-    [K, C, H, W], labels: [K] or None, times: [N], batch: as for `diagonal_fit`; precision: what it computes in.
+    [K, C, H, W], in the precision of the fit, labels: [K] or None, times: [N], batch: as for `diagonal_fit`.
     """
 
     stage: Callable[[int], int]
@@ -107,7 +107,6 @@ class Refits:
     noise: Tensor
     times: Tensor
     batch: int
-    precision: torch.dtype
     ranks: Ranks
 
     def __call__(self, step: int) -> int:
@@ -115,7 +114,7 @@ class Refits:
         if not step or self.stage(step) == self.stage(step - 1):
             return 0
         # A copy: whatever the training computes in, the fit has its own precision.
-        average = copy.deepcopy(self.averages[0]).to(self.precision).compute_in("float32")
+        average = copy.deepcopy(self.averages[0]).to(self.images.dtype).compute_in("float32")
         try:
             fit = diagonal_fit(average, self.images, self.labels, self.noise, self.times, self.batch)
         except ValueError as error:
