@@ -63,12 +63,17 @@ def write_arrays(path: Path, arrays: Mapping[str, np.ndarray[Any, Any]]) -> None
         np.savez(file, **arrays)  # type: ignore[arg-type]
 
 
+def made(path: Path, verb: str) -> Path:
+    """The path of a stage's output. Raises UserError, naming the verb that makes it, when it is missing."""
+    if not path.exists():
+        raise UserError(f"{path} is missing: run `python -m consistency {verb}` first")
+    return path
+
+
 def read_json(path: Path, made_by: str) -> Any:
     """Read JSON. made_by names the verb that writes it, for the error."""
     try:
-        return json.loads(path.read_text())
-    except FileNotFoundError:
-        raise UserError(f"{path} is missing: run `python -m consistency {made_by}` first") from None
+        return json.loads(made(path, made_by).read_text())
     except (OSError, ValueError) as error:
         raise UserError(f"{path} is damaged ({error}): delete it and run `{made_by}` again") from None
 

@@ -12,13 +12,7 @@ import torch
 from tests.nets.conftest import ARCHITECTURES
 from torch import Tensor
 
-from consistency.nets.denoiser import (
-    Denoiser,
-    build_denoiser,
-    edm_coefficients,
-    init_denoiser,
-    student_from_teacher,
-)
+from consistency.nets.denoiser import Denoiser, build_denoiser, edm_coefficients, init_denoiser, student_from_teacher
 
 Make = Callable[..., Denoiser]
 Batch = Callable[..., tuple[Tensor, Tensor]]

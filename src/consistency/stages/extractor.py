@@ -7,14 +7,14 @@ from safetensors.torch import load_file, save_file
 
 from consistency.errors import UserError
 from consistency.features import Extractor, Statistics, classifier_extractor, inception_extractor
-from consistency.files import write_array, write_arrays, write_with
+from consistency.files import made, write_array, write_arrays, write_with
 from consistency.job import Job
 from consistency.nets.classifier import Classifier
 from consistency.progress import Progress
 from consistency.provenance import Card, read_card
 from consistency.resources import INCEPTION, downloads, open_resource
 from consistency.seeding import derived_seed, generator
-from consistency.stages.inputs import made, read_array, read_arrays, read_dataset
+from consistency.stages.inputs import read_array, read_arrays, read_dataset
 from consistency.study import Study
 from consistency.training.data import ImageData
 

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from consistency.errors import UserError
-from consistency.files import atomic
+from consistency.files import atomic, made
 from consistency.job import Job
 from consistency.nets.denoiser import Denoiser
 from consistency.provenance import read_card
@@ -70,13 +70,6 @@ def read_student(job: Job, device: torch.device, rate: float | None = None, step
     """A student (EMA weights; rate: a further EMA rate; step: a snapshot, None for the end of training), frozen."""
     path = made(job.weights(rate, step), f"student{job.options}")
     return load_denoiser(path, job.key("student"))[0].to(device)
-
-
-def made(path: Path, verb: str) -> Path:
-    """The path of a stage's output. Raises UserError, naming the verb that makes it, when it is missing."""
-    if not path.exists():
-        raise UserError(f"{path} is missing: run `python -m consistency {verb}` first")
-    return path
 
 
 def read_array(path: Path, verb: str) -> np.ndarray[Any, Any]:

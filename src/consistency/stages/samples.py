@@ -13,14 +13,14 @@ import torch
 from torch import Tensor
 
 from consistency.errors import UserError
-from consistency.files import link_file, sha256, write_array
+from consistency.files import link_file, made, sha256, write_array
 from consistency.job import Job
 from consistency.layout import sampler_name
 from consistency.nets.denoiser import Denoiser, two_times
 from consistency.progress import Progress
 from consistency.provenance import Card
 from consistency.seeding import ImageNoise
-from consistency.stages.inputs import made, read_preconditioning, read_student, read_teacher, time_grid
+from consistency.stages.inputs import read_preconditioning, read_student, read_teacher, time_grid
 from consistency.stages.parts import Parts
 from consistency.stages.trainer import place
 from consistency.study import Study
