@@ -3,7 +3,6 @@
 Digests are checked at every use and not remembered: sha256 reads 1 GB/s, and no file here is larger than about that.
 """
 
-import difflib
 import re
 import sys
 import time
@@ -12,7 +11,7 @@ from typing import Annotated
 
 from pydantic import Field, TypeAdapter, ValidationError
 
-from consistency.errors import UserError
+from consistency.errors import UserError, suggestion
 from consistency.files import atomic, sha256, write_bytes
 from consistency.locks import held
 from consistency.progress import Progress
@@ -64,9 +63,7 @@ def find(name: str) -> Resource:
     """The resource of that file name. Raises UserError with the nearest name when there is none."""
     known = registry()
     if name not in known:
-        near = difflib.get_close_matches(name, known, 1, cutoff=0.5)
-        hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(known)}"
-        raise UserError(f"there is no resource {name!r} in {REGISTRY}; {hint}")
+        raise UserError(f"there is no resource {name!r} in {REGISTRY}{suggestion(name, known)}")
     return known[name]
 
 

@@ -4,7 +4,6 @@ A study is one dataset, one teacher and the students distilled from it. The fiel
 is generated from these classes (`python -m consistency reference`).
 """
 
-import difflib
 import hashlib
 import json
 import math
@@ -17,7 +16,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_serializer, model_validator
 from ruamel.yaml import YAML, YAMLError
 
-from consistency.errors import UserError
+from consistency.errors import UserError, suggestion
 
 Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]*$", max_length=64)]
 Positive = Annotated[float, Field(gt=0)]
@@ -809,7 +808,9 @@ def load_study(path: str | Path) -> Study:
     try:
         content = parse_yaml(path.read_text(), path)
     except FileNotFoundError:
-        raise UserError(f"no study file {path}{_near_files(path)}") from None
+        raise UserError(
+            f"no study file {path}{suggestion(path.name, sorted(each.name for each in path.parent.glob('*.yaml')))}"
+        ) from None
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read the study file {path}: {error}") from None
     if not isinstance(content, dict):
@@ -876,13 +877,5 @@ def _owner(location: list[str], model: type[BaseModel]) -> type[BaseModel] | Non
 
 
 def _suggest(key: str, model: type[BaseModel] | None) -> str:
-    """'; did you mean ...?' with the nearest field of a section, or all its fields where none is near."""
-    fields = list(model.model_fields) if model else []
-    near = difflib.get_close_matches(key, fields, 1, cutoff=0.5)
-    return f"; did you mean '{near[0]}'?" if near else f"; there are {', '.join(fields)}" if fields else ""
-
-
-def _near_files(path: Path) -> str:
-    names = [p.name for p in path.parent.glob("*.yaml")] if path.parent.is_dir() else []
-    near = difflib.get_close_matches(path.name, names, 1)
-    return f"; did you mean {path.parent / near[0]}?" if near else ""
+    """The nearest field of a section, or all of them."""
+    return suggestion(key, model.model_fields if model else [])

@@ -18,7 +18,6 @@ from consistency.nets.layers import (
     Linear,
     PositionalEmbedding,
     UNetBlock,
-    check_conditions,
     label_vectors,
 )
 from consistency.nets.songunet import Level, encoder, levels_of, skip_widths
@@ -39,8 +38,8 @@ class DhariwalUNet(nn.Module):
 
     Shapes: x [N,in_channels,R,R] -> [N,out_channels,R,R]; noise_labels and second_noise_labels [N] or [1],
     ln(t)/4 and ln(s)/4; class_labels [N or 1, label_dim], one-hot; augment_labels [N or 1, augment_dim].
-    Raises ValueError for a resolution that cannot be halved often enough, channels that group normalisation or
-    the attention heads cannot split, and for a condition the network was not built for.
+    Raises ValueError for a resolution that cannot be halved often enough, and channels that group normalisation or
+    the attention heads cannot split.
     """
 
     def __init__(
@@ -95,7 +94,6 @@ class DhariwalUNet(nn.Module):
         augment_labels: Tensor | None = None,
         second_noise_labels: Tensor | None = None,
     ) -> Tensor:
-        check_conditions(self, class_labels, augment_labels, second_noise_labels)
         label_emb = self._embed_label(class_labels, noise_labels)
         emb = self.map_noise(noise_labels)
         if augment_labels is not None:

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import difflib
 import inspect
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from consistency.errors import suggestion
 from consistency.nets.adm import DhariwalUNet
 from consistency.nets.mlp import MLP
 from consistency.nets.songunet import SongUNet
@@ -43,8 +43,8 @@ class Denoiser(nn.Module):
     all zeros), class indices int64 [N], or one-hot float [N,label_dim]; augment_labels: [N,augment_dim].
     Coefficients, and the results, are float64 if x is, otherwise float32; the network runs in the same
     precision whatever the dtype of its parameters. A student given no s uses s = t.
-    Raises ValueError if s is given to a network without a second time, if labels are given to an
-    unconditional one or do not fit it, or if t or s has neither 1 nor N values.
+    Raises ValueError if s is given to a network without a second time, if labels of either kind are given to one
+    that takes none or do not fit it, or if t or s has neither 1 nor N values.
     """
 
     def __init__(self, model: nn.Module, architecture: Mapping[str, Any]) -> None:
@@ -109,6 +109,8 @@ class Denoiser(nn.Module):
                 "this denoiser has no second time: call it as D(x, t), or make a student of it with "
                 "student_from_teacher"
             )
+        if augment_labels is not None and not self.architecture.get("augment_dim"):
+            raise ValueError("augmentation labels given to a network without augment_dim: pass none")
         x = self._cast(x)
         t = self._as_times(t, x, "t")
         c_in, c_noise = edm_coefficients(t, self.sigma_data)[2:]
@@ -150,28 +152,13 @@ class Denoiser(nn.Module):
         return labels.to(x.dtype)
 
 
-@dataclass(frozen=True)
-class _Network:
-    """A network class, and how the image's geometry becomes its first arguments."""
-
-    build: Callable[..., nn.Module]
-    geometry: Callable[[int, int], dict[str, Any]]
-
-    def options(self) -> dict[str, Any]:
-        """The keyword arguments left to the architecture, with their defaults."""
-        parameters = inspect.signature(self.build).parameters.values()
-        return {p.name: p.default for p in parameters if p.default is not inspect.Parameter.empty}
+_NETWORKS: dict[str, type[nn.Module]] = {"songunet": SongUNet, "adm": DhariwalUNet, "mlp": MLP}
 
 
-def _image_geometry(resolution: int, channels: int) -> dict[str, Any]:
-    return {"img_resolution": resolution, "in_channels": channels, "out_channels": channels}
-
-
-_NETWORKS: dict[str, _Network] = {
-    "songunet": _Network(SongUNet, _image_geometry),
-    "adm": _Network(DhariwalUNet, _image_geometry),
-    "mlp": _Network(MLP, lambda resolution, channels: {"dim_shape": (channels, resolution, resolution)}),
-}
+def _options(network: str) -> dict[str, Any]:
+    """The keyword arguments of a network that are left to the architecture, with their defaults."""
+    parameters = inspect.signature(_NETWORKS[network]).parameters.values()
+    return {p.name: p.default for p in parameters if p.default is not inspect.Parameter.empty}
 
 
 def build_denoiser(architecture: Mapping[str, Any]) -> Denoiser:
@@ -184,10 +171,9 @@ def build_denoiser(architecture: Mapping[str, Any]) -> Denoiser:
     Raises ValueError for a missing or unknown key, naming the nearest valid one, and for an unknown network.
     """
     full = _with_defaults(architecture)
-    network = _NETWORKS[full["network"]]
-    options = {name: full[name] for name in network.options()}
-    model = network.build(**network.geometry(full["img_resolution"], full["img_channels"]), **options)
-    return Denoiser(model, full)
+    network, channels = full["network"], full["img_channels"]
+    options = {name: full[name] for name in _options(network)}
+    return Denoiser(_NETWORKS[network](full["img_resolution"], channels, channels, **options), full)
 
 
 def init_denoiser(architecture: Mapping[str, Any], seed: int) -> Denoiser:
@@ -245,21 +231,15 @@ def two_times(denoiser: Denoiser) -> Denoiser | OneTime:
 
 
 def _with_defaults(architecture: Mapping[str, Any]) -> dict[str, Any]:
-    given = dict(architecture)
-    missing = [key for key in ("network", "img_resolution", "img_channels") if key not in given]
+    required = ("network", "img_resolution", "img_channels")
+    missing = [key for key in required if key not in architecture]
     if missing:
         raise ValueError(f"the architecture lacks {', '.join(missing)}")
-    if given["network"] not in _NETWORKS:
-        raise ValueError(f"unknown network {given['network']!r}" + _suggestion(given["network"], _NETWORKS))
-    required = {key: given[key] for key in ("network", "img_resolution", "img_channels")}
-    defaults = {**required, "sigma_data": 0.5, **_NETWORKS[given["network"]].options()}
-    for key in given:
+    network = architecture["network"]
+    if network not in _NETWORKS:
+        raise ValueError(f"unknown network {network!r}{suggestion(network, _NETWORKS)}")
+    defaults = {**{key: architecture[key] for key in required}, "sigma_data": 0.5, **_options(network)}
+    for key in architecture:
         if key not in defaults and key != "own_fit":
-            raise ValueError(f"unknown key {key!r} in a {given['network']} architecture" + _suggestion(key, defaults))
-    return {**defaults, **given}
-
-
-def _suggestion(name: object, valid: Iterable[str]) -> str:
-    names = sorted(valid)
-    near = difflib.get_close_matches(str(name), names, n=1, cutoff=0.5)
-    return f"; did you mean {near[0]!r}?" if near else f"; choose one of {', '.join(names)}"
+            raise ValueError(f"unknown key {key!r} in a {network} architecture{suggestion(key, defaults)}")
+    return {**defaults, **architecture}

@@ -6,7 +6,6 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Protocol
 
 import torch
 import torch.autograd.forward_ad as fwAD
@@ -300,29 +299,6 @@ class FourierEmbedding(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         phase = torch.outer(x, (2 * math.pi * self.freqs).to(x.dtype))
         return torch.cat([phase.cos(), phase.sin()], dim=1)
-
-
-class ConditionedNetwork(Protocol):
-    """What a network says of the conditions it takes: class labels, augmentation labels, a second time."""
-
-    label_dim: int
-    augment_dim: int
-    second_time: bool
-
-
-def check_conditions(
-    net: ConditionedNetwork,
-    class_labels: Tensor | None,
-    augment_labels: Tensor | None,
-    second_noise_labels: Tensor | None,
-) -> None:
-    """Raise ValueError if a network is given a condition that it was built without."""
-    if class_labels is not None and not net.label_dim:
-        raise ValueError("class labels given to an unconditional network (label_dim 0): pass none")
-    if augment_labels is not None and not net.augment_dim:
-        raise ValueError("augmentation labels given to a network without augment_dim: pass none")
-    if second_noise_labels is not None and not net.second_time:
-        raise ValueError("a second time given to a network built with second_time=False: call it without")
 
 
 def label_vectors(class_labels: Tensor | None, label_dim: int, like: Tensor, dropout: float) -> Tensor:

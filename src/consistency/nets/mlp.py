@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from consistency.nets.layers import ZERO_INIT, Init, Linear, check_conditions, half_channels
+from consistency.nets.layers import ZERO_INIT, Init, Linear, half_channels
 
 _INIT = Init("xavier_uniform")
 _INIT_SMALL = Init("xavier_uniform", weight=1e-5)
@@ -25,18 +24,16 @@ class MLP(nn.Module):
     embedding, and adds two linear layers of `width` units. All blocks' scales and shifts come from one
     projection, map_modulation; with second_time, map_modulation_s adds that of s and starts at exactly zero.
 
-    dim_shape: shape of a sample (C,H,W), or the number of dimensions d, meaning (d,1,1).
-    Shapes: x [N,C,H,W] -> [N,C,H,W]; noise_labels and second_noise_labels [N] or [1], ln(t)/4 and ln(s)/4;
-    class_labels [N or 1, label_dim], one-hot.
-    Raises ValueError for an odd embedding and for a condition the network was not built for, which
-    augmentation labels always are.
+    Shapes: x [N,in_channels,R,R] -> [N,out_channels,R,R]; noise_labels and second_noise_labels [N] or [1], ln(t)/4
+    and ln(s)/4; class_labels [N or 1, label_dim], one-hot; it takes no augmentation labels.
+    Raises ValueError for an odd embedding.
     """
-
-    augment_dim = 0
 
     def __init__(
         self,
-        dim_shape: Sequence[int] | int,
+        img_resolution: int,
+        in_channels: int,
+        out_channels: int,
         width: int = 256,
         depth: int = 4,
         embedding: int = 64,
@@ -45,8 +42,7 @@ class MLP(nn.Module):
         second_time: bool = False,
     ) -> None:
         super().__init__()
-        shape = (dim_shape, 1, 1) if isinstance(dim_shape, int) else tuple(dim_shape)
-        dims, emb_channels = math.prod(shape), 2 * embedding
+        pixels, emb_channels = img_resolution**2, 2 * embedding
         self.label_dim, self.second_time, self.depth = label_dim, second_time, depth
         self.num_freqs = half_channels(embedding)
 
@@ -60,9 +56,9 @@ class MLP(nn.Module):
             self.map_layer1_s = Linear(emb_channels, emb_channels, init=_INIT)
             self.map_modulation_s = Linear(emb_channels, 2 * depth * width, init=ZERO_INIT)
 
-        self.linear_in = Linear(dims, width, init=_INIT)
+        self.linear_in = Linear(in_channels * pixels, width, init=_INIT)
         self.blocks = nn.ModuleList(_Block(width, dropout) for _ in range(depth))
-        self.linear_out = Linear(width, dims, init=_INIT_SMALL)
+        self.linear_out = Linear(width, out_channels * pixels, init=_INIT_SMALL)
 
     def forward(
         self,
@@ -72,13 +68,12 @@ class MLP(nn.Module):
         augment_labels: Tensor | None = None,
         second_noise_labels: Tensor | None = None,
     ) -> Tensor:
-        check_conditions(self, class_labels, augment_labels, second_noise_labels)
         second = noise_labels if second_noise_labels is None else second_noise_labels
         modulation = self._modulation(noise_labels, second, class_labels).chunk(2 * self.depth, dim=1)
         h = self.linear_in(x.flatten(1))
         for i, block in enumerate(self.blocks):
             h = block(h, modulation[2 * i], modulation[2 * i + 1])
-        return self.linear_out(h).view_as(x)
+        return self.linear_out(h).view(len(x), -1, *x.shape[2:])
 
     def _modulation(self, noise_labels: Tensor, second: Tensor, class_labels: Tensor | None) -> Tensor:
         label_emb = self._embed_label(class_labels, noise_labels)

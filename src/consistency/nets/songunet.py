@@ -19,7 +19,6 @@ from consistency.nets.layers import (
     Linear,
     PositionalEmbedding,
     UNetBlock,
-    check_conditions,
     label_vectors,
 )
 
@@ -50,8 +49,7 @@ class SongUNet(nn.Module):
     Shapes: x [N,in_channels,R,R] -> [N,out_channels,R,R]; noise_labels and second_noise_labels [N] or [1],
     ln(t)/4 and ln(s)/4; class_labels [N or 1, label_dim], one-hot; augment_labels [N or 1, augment_dim].
     Raises ValueError for unknown types, a list that is not as long as channel_mult, a resolution that cannot be
-    halved often enough, channels that group normalisation cannot split, and for a condition the network was not
-    built for.
+    halved often enough, and channels that group normalisation cannot split.
     """
 
     def __init__(
@@ -124,7 +122,6 @@ class SongUNet(nn.Module):
         augment_labels: Tensor | None = None,
         second_noise_labels: Tensor | None = None,
     ) -> Tensor:
-        check_conditions(self, class_labels, augment_labels, second_noise_labels)
         label_emb = self._embed_label(class_labels, noise_labels)
         emb = self._embed_noise(noise_labels, label_emb)
         if augment_labels is not None:

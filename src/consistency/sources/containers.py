@@ -1,12 +1,8 @@
-"""Files by number, in a folder, a zip or a tar of tars: an index of flat arrays, and reading at random from it.
-
-An index holds no Python object a file, so that a million files take some 50 bytes each. Archives are read by pread, for
-which threads share no position in the file.
-"""
+"""Files by number, in a folder, a zip or a tar of tars: an index of flat arrays, and reading at random from it, by any
+number of threads."""
 
 import hashlib
 import os
-import struct
 import tarfile
 import zipfile
 import zlib
@@ -25,7 +21,6 @@ Array = np.ndarray
 
 SUFFIXES = (b".png", b".jpg", b".jpeg")
 _LARGEST = 1 << 28  # bytes of a file in an archive; what claims to be larger is no image
-_LOCAL_HEADER = struct.Struct("<4s22xHH")  # of a zip's member: signature, ..., length of name, length of extra field
 
 
 @dataclass(frozen=True)
@@ -82,27 +77,20 @@ class Folder(Container):
 
 @dataclass(frozen=True)
 class Zip(Container):
-    """Members of a zip, stored or deflated. members: name, offset of the local header, packed, size, crc, method."""
+    """Members of a zip. members: name, size, crc."""
 
-    file: int  # descriptor
+    archive: zipfile.ZipFile
 
     def read(self, row: int) -> bytes:
-        _, offset, packed, size, crc, method = self.members[row].tolist()
+        name, size, _ = self.members[row].tolist()
         try:
-            if max(packed, size) > _LARGEST:
-                raise ValueError(f"it has {max(packed, size)} bytes")
-            signature, name, extra = _LOCAL_HEADER.unpack(os.pread(self.file, _LOCAL_HEADER.size, offset))
-            if signature != b"PK\x03\x04":
-                raise ValueError("no member starts where the directory says")
-            content = os.pread(self.file, packed, offset + _LOCAL_HEADER.size + name + extra)
-            if method == zipfile.ZIP_DEFLATED:
-                # One byte more than is promised, so that a bomb is found and not unpacked.
-                content = zlib.decompressobj(-zlib.MAX_WBITS).decompress(content, size + 1)
-            if len(content) != size or zlib.crc32(content) != crc:
-                raise ValueError("its checksum is wrong")
-        except (OSError, ValueError, struct.error, zlib.error) as error:
-            raise UserError(f"{self.where(row)} is damaged ({error}): get the zip again") from None
-        return content
+            if size > _LARGEST:
+                raise ValueError(f"it has {size} bytes")
+            with self.archive.open(name.decode()) as file:
+                # No more than is promised, so that a bomb is found and not unpacked.
+                return file.read(size)
+        except (OSError, ValueError, RuntimeError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+            raise UserError(f"{self.where(row)} is damaged ({error}): get the zip again, or make it again") from None
 
 
 @dataclass(frozen=True)
@@ -152,29 +140,19 @@ def images_below(folder: Path) -> list[bytes]:
 
 
 def open_zip(path: Path) -> Zip:
-    """All files of a zip, sorted by name. Raises UserError for one that is damaged, encrypted or packed otherwise."""
-    rows = []
-    numbers = [("offset", np.int64), ("packed", np.int64), ("size", np.int64), ("crc", np.uint32), ("method", np.uint8)]
+    """All files of a zip, sorted by name. Raises UserError for one that is damaged."""
     try:
-        with zipfile.ZipFile(path) as archive:
-            for info in archive.infolist():
-                if info.is_dir():
-                    continue
-                if info.flag_bits & 1 or info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-                    raise UserError(
-                        f"{shown(info.filename)} in {path} is encrypted or packed in a way that is not read: "
-                        "make the zip again, stored or deflated"
-                    )
-                place = (info.header_offset, info.compress_size, info.file_size)
-                rows.append((info.filename.encode(), *place, info.CRC, info.compress_type))
-        members = _table(rows, numbers)
-    except (zipfile.BadZipFile, OSError, NotImplementedError, ValueError, OverflowError, struct.error) as error:
+        archive = zipfile.ZipFile(path)
+        files = [info for info in archive.infolist() if not info.is_dir()]
+        rows = [(info.filename.encode(), info.file_size, info.CRC) for info in files]
+        members = _table(rows, [("size", np.int64), ("crc", np.uint32)])
+    except (zipfile.BadZipFile, OSError, NotImplementedError, ValueError, OverflowError) as error:
         raise UserError(f"{path} is not a whole zip file ({error}): get it again") from None
     members.sort(order="name")
     twice = np.flatnonzero(members["name"][1:] == members["name"][:-1])
     if len(twice):
         raise UserError(f"{path} has {shown(members['name'][twice[0]])} twice: make the zip again")
-    return Zip(path, members, os.open(path, os.O_RDONLY | os.O_CLOEXEC))
+    return Zip(path, members, archive)
 
 
 def open_tar_of_tars(path: Path, label: str) -> Tar:
