@@ -79,6 +79,15 @@ def make_study(folder: Path, name: str = "small", text: str = SMALL) -> Study:
     return load_study(path)
 
 
+def make_finished(folder: Path, text: str = SMALL, name: str = "small") -> tuple[Study, Layout]:
+    """A study's file in a folder, and beside it everything that its stages leave."""
+    study = make_study(folder, name, text)
+    layout = Layout(study.name, folder / "results", folder / "state")
+    make_results(study, layout)
+    make_report(study, layout)
+    return study, layout
+
+
 def make_results(study: Study, layout: Layout) -> None:
     """Write everything that the stages dataset to scores leave for report and track."""
     _dataset(study, layout)

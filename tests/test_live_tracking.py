@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.tracking.comparison import ids, planned, points_of
+from tests.tracking.trainings import history_of
 
 from consistency.errors import UserError
 from consistency.layout import Layout
@@ -25,11 +27,6 @@ class Project:
 
     study: Study
     layout: Layout
-
-    def history(self, run: str, seed: int) -> list[Line]:
-        """The whole history of a finished training."""
-        text = (self.layout.student(run, seed) / "history.jsonl").read_text()
-        return [json.loads(line) for line in text.splitlines()]
 
     def write(self, lines: list[Line], run: str = "ctm", seed: int = 0) -> Path:
         """The state of a training that has come so far. Returns its folder."""
@@ -63,25 +60,11 @@ def project(small_project: Study) -> Project:
     return Project(small_project, Layout(small_project.name))
 
 
-@pytest.fixture
-def client(project: Project) -> Any:
-    return server.connect(server.tracking_uri())
-
-
-def runs_of(client: Any, study: str = "small") -> dict[str, Any]:
+def runs_of(client: Any) -> dict[str, Any]:
     """The experiment's runs by name; two of a name would be one too many."""
-    found = server.find_runs(client, client.get_experiment_by_name(study).experiment_id)
+    found = server.find_runs(client, client.get_experiment_by_name("small").experiment_id)
     assert len({run.info.run_name for run in found}) == len(found)
     return {run.info.run_name: run for run in found}
-
-
-def points_of(client: Any, run: Any) -> list[tuple[str, int, int, float]]:
-    return sorted(
-        (m.key, m.step, m.timestamp, m.value)
-        for key in run.data.metrics
-        if not key.startswith("system/")
-        for m in client.get_metric_history(run.info.run_id, key)
-    )
 
 
 def losses(client: Any, run: Any) -> list[tuple[int, float]]:
@@ -96,7 +79,7 @@ def as_losses(lines: list[Line]) -> list[tuple[int, float]]:
 
 
 def test_new_lines_arrive_once(project: Project, client: Any) -> None:
-    lines = project.history("ctm", 0)
+    lines = history_of(project.layout, "ctm", 0)
     state = project.write(lines[:2])
     follower = project.follower()
     assert not attempt(follower)
@@ -132,37 +115,31 @@ def test_a_live_run_says_what_it_is(project: Project, client: Any) -> None:
 
 
 def test_track_completes_the_live_runs_and_makes_no_second_ones(project: Project, client: Any) -> None:
-    for run in project.study.students:
-        for seed in project.study.seeds:
-            project.write(project.history(run, seed), run, seed)
-            follower = project.follower(run, seed)
-            assert not attempt(follower, "FINISHED")
-            project.finish(run, seed)
+    for run, seed in project.study.trainings:
+        project.write(history_of(project.layout, run, seed), run, seed)
+        assert not attempt(project.follower(run, seed), "FINISHED")
+        project.finish(run, seed)
     before = runs_of(client)
     assert set(before) == {"ctm", "analytic", *(f"{run} seed {seed}" for run in ("ctm", "analytic") for seed in (0, 1))}
     assert before["ctm seed 0"].info.status == "FINISHED"
     track_study(project.study, project.layout)
     after = runs_of(client)
-    assert {name: run.info.run_id for name, run in before.items()}.items() <= {
-        name: run.info.run_id for name, run in after.items()
-    }.items()
+    assert ids(before).items() <= ids(after).items()
     assert len(after) == 8
     assert {run.info.status for run in after.values()} == {"FINISHED"}
     assert {run.data.tags["state"] for run in after.values()} == {"current"}
     for upload in plan(project.study, project.layout):
         run = after[upload.name]
-        assert points_of(client, run) == sorted((p.key, p.step, p.time, p.value) for p in upload.points)
+        assert points_of(client, run) == planned(upload)
         assert run.data.params == upload.params
         assert (run.info.start_time, run.info.end_time) == (upload.started, upload.ended)
     track_study(project.study, project.layout)
-    assert {name: run.info.run_id for name, run in runs_of(client).items()} == {
-        name: run.info.run_id for name, run in after.items()
-    }
+    assert ids(runs_of(client)) == ids(after)
 
 
 def test_what_is_trained_again_after_a_kill_stands_there_once(project: Project, client: Any) -> None:
     """The follower had sent lines that the saved state did not have; their times differ the second time."""
-    lines = project.history("ctm", 0)
+    lines = history_of(project.layout, "ctm", 0)
     project.write(lines[:4])
     assert not attempt(project.follower(), "KILLED")
     assert runs_of(client)["ctm seed 0"].info.status == "KILLED"
@@ -194,7 +171,7 @@ def test_the_state_may_be_gone_before_it_was_looked_at(project: Project, client:
     follower = project.follower()
     shutil.rmtree(project.layout.training_state("ctm", 0))
     assert not attempt(follower, "FINISHED")
-    assert losses(client, runs_of(client)["ctm seed 0"]) == as_losses(project.history("ctm", 0))
+    assert losses(client, runs_of(client)["ctm seed 0"]) == as_losses(history_of(project.layout, "ctm", 0))
 
 
 # --- the machine
@@ -235,23 +212,7 @@ def test_the_machines_figures_can_be_turned_off(project: Project, client: Any, m
     assert not runs_of(client)["ctm seed 0"].data.metrics
 
 
-# --- a server that is away
-
-
-def test_what_could_not_be_sent_comes_when_the_server_does(
-    project: Project, client: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    lines = project.history("ctm", 0)
-    state = project.write(lines[:2])
-    follower = project.follower()
-    with monkeypatch.context() as away:
-        away.setenv("MLFLOW_TRACKING_URI", "http://me:hunter2@127.0.0.1:1")
-        said = attempt(follower)
-        assert said.startswith("the tracking server http://127.0.0.1:1 does not answer") and "hunter2" not in said
-    with (state / "history.jsonl").open("a") as file:
-        file.write(json.dumps(lines[2]) + "\n")
-    assert not attempt(follower)
-    assert losses(client, runs_of(client)["ctm seed 0"]) == as_losses(lines[:3])
+# --- a server that fails
 
 
 @pytest.mark.parametrize("method", ["create_run", "log_inputs", "log_batch"])
@@ -263,7 +224,7 @@ def test_a_request_that_fails_half_way_doubles_nothing(
     from mlflow import MlflowClient
     from mlflow.exceptions import MlflowException
 
-    lines = project.history("ctm", 0)
+    lines = history_of(project.layout, "ctm", 0)
     project.write(lines)
     original = getattr(MlflowClient, method)
 
@@ -298,7 +259,7 @@ def test_mlflow_hears_how_the_training_ended(
 ) -> None:
     monkeypatch.setenv(live.LIVE, "1")
     monkeypatch.setattr(live, "GRACE", 60.0)
-    state = project.write(project.history("ctm", 0))
+    state = project.write(history_of(project.layout, "ctm", 0))
     try:
         with live.followed(project.study, project.layout, state, "ctm", 0) as start:
             start()
@@ -308,7 +269,7 @@ def test_mlflow_hears_how_the_training_ended(
         assert raised is error
     run = runs_of(client)["ctm seed 0"]
     assert run.info.status == status
-    assert losses(client, run) == as_losses(project.history("ctm", 0))
+    assert losses(client, run) == as_losses(history_of(project.layout, "ctm", 0))
 
 
 @pytest.mark.parametrize(

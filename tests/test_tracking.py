@@ -11,23 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.fake_results import (
-    SMALL,
-    UNTAUGHT,
-    make_report,
-    make_results,
-    make_student,
-    make_study,
-    read_scores,
-    write_scores,
-)
-from tests.tracking.servers import free_port
+from tests.fake_results import SMALL, UNTAUGHT, make_finished, make_student, make_study, read_scores, write_scores
+from tests.tracking.comparison import planned, points_of
 
 from consistency.errors import UserError
 from consistency.layout import Layout
 from consistency.study import Study
 from consistency.tracking import server as tracking
-from consistency.tracking.plan import plan
+from consistency.tracking.plan import Record, plan
 from consistency.tracking.server import tracking_uri, without_credentials
 from consistency.tracking.upload import track_study
 
@@ -53,21 +44,19 @@ def project(small_project: Study) -> Project:
 
 
 @pytest.fixture
-def client(project: Project) -> Any:
-    return tracking.connect(tracking_uri())
+def runs(project: Project, client: Any) -> dict[str, Any]:
+    """Every run of a first upload, by name."""
+    project.track()
+    return {run.info.run_name: run for run in all_runs(client)}
 
 
 def all_runs(client: Any) -> list[Any]:
     return tracking.find_runs(client, client.get_experiment_by_name("small").experiment_id)
 
 
-def points_of(client: Any, run: Any) -> list[tuple[str, float, int, int]]:
-    """Every point of a run, in order."""
-    return sorted(
-        (m.key, m.step, m.timestamp, m.value)
-        for key in run.data.metrics
-        for m in client.get_metric_history(run.info.run_id, key)
-    )
+def uploads(folder: Path, text: str) -> dict[str, Record]:
+    """What is planned of a finished study of that text, by run."""
+    return {upload.name: upload for upload in plan(*make_finished(folder, text))}
 
 
 def everything(client: Any) -> dict[str, Any]:
@@ -100,9 +89,7 @@ def test_a_first_upload_makes_every_run(project: Project, client: Any) -> None:
     assert f"/experiments/{tracked['experiment_id']}/" in tracked["url_hint"]
 
 
-def test_params_and_tags_say_what_a_run_is(project: Project, client: Any) -> None:
-    project.track()
-    runs = {run.info.run_name: run for run in all_runs(client)}
+def test_params_and_tags_say_what_a_run_is(project: Project, runs: dict[str, Any]) -> None:
     seed = runs["analytic seed 1"]
     assert seed.data.params["preconditioning"] == seed.data.tags["preconditioning"] == "analytic"
     assert seed.data.params["seed"] == seed.data.tags["seed"] == "1"
@@ -124,22 +111,16 @@ def test_students_may_differ_in_sections_of_other_kinds(tmp_path: Path) -> None:
         "  gc: {coupling: gc, mu: 0.5}",
         "  gc: {coupling: gc, mu: 0.5, predictor: {run: ic}}\n  ect: {curriculum: {kind: shrinking, double_every: 20}}",
     )
-    study = make_study(tmp_path, text=f"{text}flows: {{}}\n")
-    layout = Layout(study.name, tmp_path / "results")
-    make_results(study, layout)
-    make_report(study, layout)
-    uploads = {upload.name: upload for upload in plan(study, layout)}
-    assert uploads["ect"].tags["curriculum.double_every"] == "20"
-    assert "curriculum.double_every" not in uploads["ic"].tags
-    assert uploads["ic"].tags["curriculum.first"] == "10"
-    assert uploads["gc"].tags["predictor.run"] == "ic" and uploads["ic"].tags["predictor"] == "average"
-    assert "No teacher" in uploads["teacher"].first["mlflow.note.content"]
-    assert (layout.flows, "flows") in uploads["report"].files
+    found = uploads(tmp_path, f"{text}flows: {{}}\n")
+    assert found["ect"].tags["curriculum.double_every"] == "20"
+    assert "curriculum.double_every" not in found["ic"].tags
+    assert found["ic"].tags["curriculum.first"] == "10"
+    assert found["gc"].tags["predictor.run"] == "ic" and found["ic"].tags["predictor"] == "average"
+    assert "No teacher" in found["teacher"].first["mlflow.note.content"]
+    assert (tmp_path / "results/small/flows", "flows") in found["report"].files
 
 
-def test_metrics_are_the_results(project: Project, client: Any) -> None:
-    project.track()
-    runs = {run.info.run_name: run for run in all_runs(client)}
+def test_metrics_are_the_results(project: Project, client: Any, runs: dict[str, Any]) -> None:
     history = [json.loads(x) for x in (project.layout.student("ctm", 0) / "history.jsonl").read_text().splitlines()]
     losses = client.get_metric_history(runs["ctm seed 0"].info.run_id, "training/dsm")
     assert [(m.step, m.value) for m in losses] == [(line["step"], line["dsm"]) for line in history]
@@ -154,15 +135,14 @@ def test_metrics_are_the_results(project: Project, client: Any) -> None:
     assert metrics["final/alignment/nfe5"] == float(final["5"]["alignment"])
     assert "final/fd/gamma1-nfe2" in metrics and "final/alignment/gamma1-nfe2" not in metrics
     assert {"cost/seconds", "cost/network_evaluations", "cost/images"} <= metrics.keys()
-    assert {"training/loss", "final/fd/heun-nfe35", "calibration/kid/data-halves"} <= runs[
-        "teacher"
-    ].data.metrics.keys()
+    metrics = runs["teacher"].data.metrics
+    assert {"training/loss", "final/fd/heun-nfe35", "calibration/kid/data-halves"} <= metrics.keys()
 
 
-def test_a_student_carries_the_mean_over_its_seeds(project: Project, client: Any) -> None:
-    ids = project.track()["runs"]
+def test_a_student_carries_the_mean_over_its_seeds(client: Any, runs: dict[str, Any]) -> None:
+    ids = [runs[name].info.run_id for name in ("ctm", "ctm seed 0", "ctm seed 1")]
     for key in ("fd/nfe1", "training/loss", "final/kid/nfe2", "cost/seconds"):
-        mean, *seeds = (client.get_metric_history(ids[name], key) for name in ("ctm", "ctm seed 0", "ctm seed 1"))
+        mean, *seeds = (client.get_metric_history(run_id, key) for run_id in ids)
         assert [m.step for m in mean] == [m.step for m in seeds[0]]
         assert [m.value for m in mean] == pytest.approx([(a.value + b.value) / 2 for a, b in zip(*seeds, strict=True)])
 
@@ -188,10 +168,9 @@ def test_artifacts_hold_the_report_the_coefficients_and_the_cards(project: Proje
     assert client.get_run(ids["ctm"]).info.artifact_uri.startswith(str(Path.cwd() / "mlruns"))
 
 
-def test_the_dataset_is_named_by_its_digest(project: Project, client: Any) -> None:
-    ids = project.track()["runs"]
+def test_the_dataset_is_named_by_its_digest(project: Project, runs: dict[str, Any]) -> None:
     facts = json.loads((project.layout.dataset / "dataset.json").read_text())
-    data = client.get_run(ids["ctm seed 0"]).inputs.dataset_inputs[0].dataset
+    data = runs["ctm seed 0"].inputs.dataset_inputs[0].dataset
     assert (data.name, data.digest) == ("digits", facts["sha256"][:32])
     assert json.loads(data.source) == {"uri": str((project.layout.dataset / "images.npy").resolve())}
     profile = json.loads(data.profile)
@@ -242,7 +221,7 @@ def test_a_killed_upload_is_completed_without_doubles(
     assert {run.info.status for run in runs} == {"FINISHED"}
     for upload in plan(project.study, project.layout):
         run = next(run for run in runs if run.info.run_name == upload.name)
-        assert points_of(client, run) == sorted((p.key, p.step, p.time, p.value) for p in upload.points)
+        assert points_of(client, run) == planned(upload)
         assert {path.name for path, _ in upload.files if path.is_file()} <= {
             name.rpartition("/")[2] for name in artifacts(client, run.info.run_id)
         }
@@ -316,29 +295,23 @@ def test_values_that_are_not_finite_are_left_out(project: Project, client: Any) 
         assert [m.step for m in client.get_metric_history(ids[name], "fd/nfe1")] == [20, 40, 60]
 
 
-def test_an_endpoint_students_sampler_is_its_own(project: Project) -> None:
+def test_an_endpoint_students_sampler_is_its_own(tmp_path: Path) -> None:
     text = SMALL.replace("analytic: {preconditioning: analytic}", "cm: {objective: endpoint, preconditioning: cm}")
-    study = make_study(Path("other"), "mixed", "varies: [objective, preconditioning]\n" + text)
-    layout = Layout(study.name)
-    make_results(study, layout)
-    make_report(study, layout)
-    uploads = {upload.name: upload for upload in plan(study, layout)}
-    keys = {point.key for point in uploads["cm seed 0"].points}
+    found = uploads(tmp_path, "varies: [objective, preconditioning]\n" + text)
+    keys = {point.key for point in found["cm seed 0"].points}
     assert {"fd/nfe2", "final/fd/nfe5", "alignment/nfe1"} <= keys
     assert not keys & {"alignment/nfe2", "training/dsm", "final/alignment/nfe2"}
-    assert list(uploads["cm"].params)[:2] == ["objective", "preconditioning"]
-    assert not any("coefficients" in folder for _, folder in uploads["report"].files)
+    assert list(found["cm"].params)[:2] == ["objective", "preconditioning"]
+    assert not any("coefficients" in folder for _, folder in found["report"].files)
 
 
 def test_further_ema_rates_are_metrics_with_a_suffix(project: Project) -> None:
-    text = SMALL.replace("steps: 60,", "steps: 60, evaluation_ema: [0.9999],")
-    study = make_study(Path("other"), "rates", text)
-    layout = Layout(study.name)
-    make_results(study, layout)
-    make_report(study, layout)
-    uploads = {upload.name: upload for upload in plan(study, layout)}
-    alone = next(upload for upload in plan(project.study, project.layout) if upload.name == "ctm seed 0")
-    values = {(point.key, point.step): point.value for point in uploads["ctm seed 0"].points}
+    study, layout = make_finished(Path("other"), SMALL.replace("steps: 60,", "steps: 60, evaluation_ema: [0.9999],"))
+    several, alone = (
+        next(upload for upload in plan(*made) if upload.name == "ctm seed 0")
+        for made in ((study, layout), (project.study, project.layout))
+    )
+    values = {(point.key, point.step): point.value for point in several.points}
     scores = {(p.key, p.step): p.value for p in alone.points if not p.key.startswith(("training/", "cost/"))}
     assert {key: values[key] for key in scores} == scores
     rows = [row for row in read_scores(layout.scores("ctm", 0)) if row["ema"] == "0.9999" and row["nfe"] == "2"]
@@ -347,16 +320,12 @@ def test_further_ema_rates_are_metrics_with_a_suffix(project: Project) -> None:
     assert not any("gamma" in key and "ema" in key for key, _ in values)
 
 
-def test_an_official_teacher_has_no_history_and_no_training_time(project: Project) -> None:
+def test_an_official_teacher_has_no_history_and_no_training_time(tmp_path: Path) -> None:
     text = SMALL.replace("{sigma_data: measured}", "{sigma_data: 0.5}").replace(
         "{kind: trained, network: {kind: mlp, width: 32, depth: 2}, steps: 400, batch: 32, log_every: 100}",
         "{kind: edm, checkpoint: edm-cifar10-32x32-uncond-vp.pkl}",
     )
-    study = make_study(Path("other"), "official", text)
-    layout = Layout(study.name)
-    make_results(study, layout)
-    make_report(study, layout)
-    teacher = plan(study, layout)[0]
+    teacher = uploads(tmp_path, text)["teacher"]
     assert teacher.params["checkpoint"] == "edm-cifar10-32x32-uncond-vp.pkl"
     assert teacher.params["dataset.kind"] == "digits"
     assert {"cost/parameters", "final/fd/heun-nfe35"} <= {point.key for point in teacher.points}
@@ -389,31 +358,27 @@ def test_a_deleted_experiment_is_not_revived_silently(project: Project, client: 
         project.track()
 
 
-def test_a_server_that_is_down_is_one_line_soon(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
-    port = free_port()
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://me:hunter2@127.0.0.1:{port}")
+@pytest.mark.parametrize(
+    ("uri", "said"),
+    [
+        ("http://me:hunter2@127.0.0.1:1", "http://127.0.0.1:1 does not answer"),
+        ("file:///tmp/nowhere", "cannot be used"),
+        ("nonsense://x", "cannot be used"),
+        ("postgresql://me:hunter2@127.0.0.1:1/db?x=hunter2", "cannot be used"),
+        ("", r"mlflow\.db cannot be used"),
+    ],
+)
+def test_a_server_that_is_down_or_none_is_one_line_soon(
+    project: Project, monkeypatch: pytest.MonkeyPatch, uri: str, said: str
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    Path("mlflow.db").write_text("this is not a database, and it is long enough to be looked at " * 20)
     started = time.monotonic()
-    with pytest.raises(UserError, match=f"http://127.0.0.1:{port} does not answer.*results are safe") as caught:
+    with pytest.raises(UserError, match=f"{said}.*results are safe") as caught:
         project.track()
     assert time.monotonic() - started < 30
     assert "hunter2" not in str(caught.value) and "\n" not in str(caught.value)
     assert not (project.layout.track / "tracked.json").exists()
-
-
-@pytest.mark.parametrize(
-    "uri", ["file:///tmp/nowhere", "nonsense://x", "postgresql://me:hunter2@127.0.0.1:1/db?x=hunter2"]
-)
-def test_an_address_mlflow_cannot_use_is_one_line(project: Project, monkeypatch: pytest.MonkeyPatch, uri: str) -> None:
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
-    with pytest.raises(UserError, match=r"cannot be used.*results are safe") as caught:
-        project.track()
-    assert "hunter2" not in str(caught.value)
-
-
-def test_a_database_that_is_none_is_one_line(project: Project) -> None:
-    Path("mlflow.db").write_text("this is not a database, and it is long enough to be looked at " * 20)
-    with pytest.raises(UserError, match=r"mlflow\.db cannot be used"):
-        project.track()
 
 
 @pytest.mark.parametrize(

@@ -78,6 +78,23 @@ def read_json(path: Path, made_by: str) -> Any:
         raise UserError(f"{path} is damaged ({error}): delete it and run `{made_by}` again") from None
 
 
+def read_lines(path: Path, made_by: str) -> list[str]:
+    """The lines of a text. made_by names the verb that writes it, for the error."""
+    try:
+        return path.read_text().splitlines()
+    except OSError as error:
+        raise UserError(f"cannot read {path} ({error.strerror}): run `python -m consistency {made_by}` first") from None
+
+
+def read_history(path: Path, made_by: str) -> list[dict[str, Any]]:
+    """What a training wrote about itself every few steps: nothing for a teacher that was not trained here. made_by
+    names the verb, for the error."""
+    try:
+        return [json.loads(line) for line in read_lines(path, made_by)]
+    except ValueError as error:
+        raise UserError(f"{path} is damaged ({error}): delete it and run `{made_by}` again") from None
+
+
 def sha256(path: Path) -> str:
     """Hex digest of a file, read in pieces."""
     with path.open("rb") as file:

@@ -8,6 +8,7 @@ from tests.tracking.trainings import history_of
 from consistency.files import read_json
 from consistency.layout import Layout
 from consistency.study import Study
+from consistency.tracking.plan import Record
 from consistency.tracking.server import find_runs
 
 Points = list[tuple[str, int, float, int]]
@@ -30,9 +31,15 @@ def runs_of(client: Any, study: Study, role: str = "") -> list[Any]:
     return find_runs(client, experiment.experiment_id, **({"role": role} if role else {}))
 
 
-def points_of(client: Any, run: Any) -> Points:
-    """Every point of the training's curves that the server has; one that is there twice, twice."""
-    keys = [key for key in run.data.metrics if key.startswith("training/")]
+def planned(upload: Record) -> Points:
+    """Every point that the server is to have of a run."""
+    return sorted((p.key, p.step, p.value, p.time) for p in upload.points)
+
+
+def points_of(client: Any, run: Any, prefix: str = "") -> Points:
+    """Every point that the server has of a run, or of some metrics of it, but the machine's; one that is there twice,
+    twice."""
+    keys = [key for key in run.data.metrics if key.startswith(prefix) and not key.startswith("system/")]
     histories = (client.get_metric_history(run.info.run_id, key) for key in keys)
     return sorted((m.key, m.step, m.value, m.timestamp) for history in histories for m in history)
 
@@ -47,7 +54,7 @@ def assert_complete(client: Any, study: Study, layout: Layout, *others: str) -> 
     for name, (run, seed) in trainings.items():
         assert runs[name].info.status == "FINISHED"
         assert runs[name].data.tags["mlflow.parentRunId"] == runs[run].info.run_id
-        assert points_of(client, runs[name]) == expected_points(layout, run, seed)
+        assert points_of(client, runs[name], "training/") == expected_points(layout, run, seed)
     return runs
 
 

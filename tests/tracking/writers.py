@@ -1,6 +1,6 @@
 """Eight processes, each a training that writes its history and the thread that sends it.
 
-`python -m tests.tracking.writers studies/small.yaml`, in the study's folder: they are forked from one process that has
+`python -m tests.tracking.writers small.yaml`, in the study's folder: they are forked from one process that has
 done the slow import, so that eight cost little more than one.
 """
 

@@ -92,13 +92,10 @@ def made_by(stage: str, verb: str | None = None) -> dict:
         seed = wildcards.get("seed")
         return study_of(wildcards).key(stage, wildcards.get("run"), None if seed is None else int(seed))
 
-    def code(wildcards) -> str:
-        return code_digest(stage)
-
     def student(wildcards) -> str:
         return f"--run {wildcards.run} --seed {wildcards.seed}" if "run" in wildcards.keys() else ""
 
-    return {"key": key, "code": code, "verb": verb or stage, "student": student}
+    return {"key": key, "code": lambda wildcards: code_digest(stage), "verb": verb or stage, "student": student}
 
 
 def environment(wildcards) -> str | None:
@@ -161,10 +158,3 @@ def snapshots_that_carry(wildcards) -> list[str]:
 def flows_if_measured(wildcards) -> list[str]:
     """The measures of the couplings, for a study that asks for them."""
     return expand(rules.flows.output[:5], study=wildcards.study) if study_of(wildcards).flows else []
-
-
-def before_start() -> None:
-    """Under Slurm, what would leave jobs waiting for ever stops this before any is submitted."""
-    if workflow.executor_plugin.name == "slurm":
-        with in_one_line():
-            require_cluster()

@@ -1,4 +1,4 @@
-rule track:
+use rule report as track with:
     input:
         "results/{study}/report/report.html",
         "results/{study}/report/summary.json",
@@ -8,8 +8,5 @@ rule track:
         "logs/{study}/track.log",
     benchmark:
         "logs/{study}/track.tsv"
-    localrule: True
-    conda:
-        environment
-    shell:
-        "python -m consistency track --study config/studies/{wildcards.study}.yaml 2>&1 | tee -i {log}"
+    params:
+        verb="track",

@@ -7,8 +7,7 @@ import pandas as pd
 
 from consistency.analysis import Paired, SpeedUp, final_table, of_main_rate, paired_ratios, speed_ups
 from consistency.errors import UserError
-from consistency.files import made, sha256
-from consistency.history import read_history
+from consistency.files import made, read_history, sha256
 from consistency.job import Job
 from consistency.provenance import artifacts, read_card
 from consistency.study import Study
