@@ -5,29 +5,29 @@ from zipfile import ZIP_DEFLATED, ZipFile
 
 from consistency.errors import UserError
 from consistency.files import atomic, sha256
-from consistency.layout import Layout
-from consistency.study import Study
+from consistency.job import Job
 from consistency.verification import SUMS, require_consistent, result_files, stays_out
 
 # Beside the results and the study file: the environment, and the terms of the code and of official networks.
 _FROM_ROOT = ("requirements.lock", "LICENSE", "NOTICE")
 
 
-def make_archive(study: Study, layout: Layout, study_file: Path, archives: Path, snapshots: bool = False) -> None:
+def make_archive(job: Job, study_file: Path, archives: Path, snapshots: bool = False) -> None:
     """Write archives/NAME-KEY.zip and print its sha256. Arrays of images and features stay out, and so do the students'
     snapshots unless they are wanted.
 
     Raises UserError when `verify` finds anything wrong, when this is not the project's root, and when the archive
     cannot be written.
     """
+    study, root = job.study, job.paths.root
     members = {f"config/studies/{study.name}.yaml": study_file, **{name: Path(name) for name in _FROM_ROOT}}
     for name in _FROM_ROOT:
         if not Path(name).is_file():
             raise UserError(f"{name} is not here: run `make archive` in the project's root")
-    require_consistent(layout.root, study)
-    for name in result_files(layout.root):
+    require_consistent(root, study)
+    for name in result_files(root):
         if not stays_out(name, snapshots):
-            members[f"results/{study.name}/{name}"] = layout.root / name
+            members[f"results/{study.name}/{name}"] = root / name
     path = archives / f"{study.name}-{study.key('report')[:8]}.zip"
     with atomic(path) as temporary, ZipFile(temporary, "w", ZIP_DEFLATED, strict_timestamps=False) as archive:
         for name, source in members.items():

@@ -12,7 +12,7 @@ from typing import Any
 from consistency.code import code_digest
 from consistency.errors import UserError
 from consistency.files import made, sha256, write_json
-from consistency.layout import Layout
+from consistency.job import Job
 from consistency.provenance import artifacts
 from consistency.resources import downloads, find
 from consistency.study import Study, parse_yaml
@@ -22,89 +22,81 @@ PIPELINE = Path("dvc.yaml")
 _NAMED = ("noise", "coefficients", "report")
 
 
-def write_plan(study: Study, layout: Layout) -> None:
+def write_plan(job: Job) -> None:
     """Write results/<study>/plan/: a JSON file a job with the key of its settings, the digest of its code, and the
     sha256 of its downloads.
 
     Raises UserError when the study leaves out a section that dvc.yaml names, or dvc.yaml does not say which students
     are made from which.
     """
+    study, folder = job.study, job.paths.root / "plan"
     check_order(study)
     for section in _NAMED:
         if section not in study.model_fields_set:
             raise UserError(f"study {study.name} has no section {section}, which dvc.yaml reads: add `{section}: {{}}`")
-    folder = layout.root / "plan"
     shutil.rmtree(folder, ignore_errors=True)
     # dvc.yaml has the same stages for every study.
-    for stage, run, seed in artifacts(study, also=("coefficients", "flows")).values():
-        place = folder / stage if run is None else folder / stage / run / f"seed{seed}"
+    for stage, each in artifacts(job, also=("coefficients", "flows")).values():
         content = {
-            "settings": study.key(stage, run, seed),
+            "settings": each.key(stage),
             "code": code_digest(stage),
-            "downloads": {name: find(name).sha256 for name in downloads(study, stage, run)},
+            "downloads": {name: find(name).sha256 for name in downloads(study, stage, each.run)},
         }
+        place = folder / stage if each.run is None else folder / stage / each.run / f"seed{each.seed}"
         write_json(place.with_suffix(".json"), content)
 
 
-def write_inputs(
-    study: Study, layout: Layout, of: str | None = None, run: str | None = None, seed: int | None = None
-) -> None:
+def write_inputs(job: Job, of: str | None = None) -> None:
     """Write results/<study>/inputs/: the sha256 of what a job reads of other results, null where it reads nothing, and
     so is not run again when they change.
 
     of: `coefficients` and `predictor` of a student (the latter for one made from another), files of these names in
-    <run>/seed<k>/, or `flows`, one file; without: all. run, seed: one student alone. Raises UserError when something
+    <run>/seed<k>/, or `flows`, one file; without: all. job: of all students, or of one. Raises UserError when something
     that is read is missing.
     """
-    folder = layout.root / "inputs"
+    folder = job.paths.root / "inputs"
     if of is None:
         shutil.rmtree(folder, ignore_errors=True)
-    runs = study.trainings if run is None or seed is None else [(run, seed)]
-    for each, k in runs if of != "flows" else []:
-        place, student = folder / each / f"seed{k}", study.students[each]
+    for each in [] if of == "flows" else job.trainings if job.run is None else [job]:
+        place = folder / str(each.run) / f"seed{each.seed}"
         if of in (None, "coefficients"):
-            read = _coefficients(layout, student.needs_coefficients)
-            write_json(place / "coefficients.json", _digests(layout, read))
-        if not student.frozen:
+            write_json(place / "coefficients.json", _digests(job, _coefficients(each)))
+        if not each.student.frozen:
             # DVC leaves there what a stage made that is no more.
             (place / "predictor.json").unlink(missing_ok=True)
         elif of in (None, "predictor"):
-            write_json(place / "predictor.json", _digests(layout, _predictor(study, layout, each, k)))
+            write_json(place / "predictor.json", _digests(job, _predictor(each)))
     if of in (None, "flows"):
-        write_json(folder / "flows.json", _digests(layout, _measured(study, layout) if study.flows else {}))
+        write_json(folder / "flows.json", _digests(job, _measured(job) if job.study.flows else {}))
 
 
-def _coefficients(layout: Layout, read: bool) -> dict[Path, str]:
-    """The file, if it is read, and the verb that makes it."""
-    return {layout.coefficients / "coefficients.npz": "coefficients"} if read else {}
+def _coefficients(job: Job) -> dict[Path, str]:
+    """The file, if a student reads it, and the verb that makes it."""
+    read = job.student.needs_coefficients
+    return {job.paths.coefficients / "coefficients.npz": "coefficients"} if read else {}
 
 
-def _predictor(study: Study, layout: Layout, run: str, seed: int) -> dict[Path, str]:
+def _predictor(job: Job) -> dict[Path, str]:
     """The weights that make a student's endpoints, if another student's do, and the verb that makes them."""
-    frozen = study.students[run].frozen
-    if frozen is None:
-        return {}
-    path = layout.student_file(frozen.run, seed, step=frozen.step)
-    return {path: f"student --run {frozen.run} --seed {seed}"}
+    frozen, path = job.student.frozen, job.predictor
+    return {path: f"student{job.of(frozen.run, job.seed).options}"} if frozen and path else {}
 
 
-def _measured(study: Study, layout: Layout) -> dict[Path, str]:
+def _measured(job: Job) -> dict[Path, str]:
     """What the stage flows reads, and the verbs that make it."""
     # dataset.json holds the digest of the images, which may be 16 GB.
-    found = {layout.dataset / "dataset.json": "dataset", layout.dataset / "labels.npy": "dataset"}
-    found |= {layout.teacher / "teacher.safetensors": "teacher"}
-    for run, student in study.coupled.items():
-        found |= _coefficients(layout, student.needs_coefficients)
-        for seed in study.seeds:
-            found[layout.student_file(run, seed)] = f"student --run {run} --seed {seed}"
-            found |= _predictor(study, layout, run, seed)
+    found = {job.paths.dataset / name: "dataset" for name in ("dataset.json", "labels.npy")}
+    found |= {job.paths.teacher / "teacher.safetensors": "teacher"}
+    for each in (each for each in job.trainings if each.run in job.study.coupled):
+        found |= {**_coefficients(each), each.weights(): f"student{each.options}", **_predictor(each)}
     return found
 
 
-def _digests(layout: Layout, files: dict[Path, str]) -> dict[str, str] | None:
+def _digests(job: Job, files: dict[Path, str]) -> dict[str, str] | None:
     """The sha256 of files by name, below the study's folder; null without any. Raises UserError, naming the verb that
     makes it, when one is missing."""
-    return {path.relative_to(layout.root).as_posix(): sha256(made(path, verb)) for path, verb in files.items()} or None
+    root = job.paths.root
+    return {path.relative_to(root).as_posix(): sha256(made(path, verb)) for path, verb in files.items()} or None
 
 
 def check_order(study: Study) -> None:

@@ -9,6 +9,7 @@ from pydantic import BaseModel, ValidationError
 
 from consistency.errors import UserError
 from consistency.files import sha256
+from consistency.job import Job
 from consistency.layout import Layout
 from consistency.provenance import artifacts, first_difference
 from consistency.study import Study, explain, load_study, settings_key
@@ -44,17 +45,17 @@ def verify(root: Path, study: Study) -> list[Finding]:
     """
     if not root.is_dir():
         raise UserError(f"{root} is not a folder: give a study's results, such as results/digits (unzip an archive)")
-    layout, files = Layout(root.name, root.parent), _hash(root)
+    files = _hash(root)
     # DVC makes coefficients and flows for studies that need none, too.
-    expected = artifacts(study, also=[path.name for path in root.iterdir()])
-    places = {name: layout.card(*artifact).relative_to(root) for name, artifact in expected.items()}
+    expected = artifacts(Job(study, Layout(root.name, root.parent)), also=[path.name for path in root.iterdir()])
+    places = {name: job.card(stage).relative_to(root) for name, (stage, job) in expected.items()}
     cards = {name: _read(root, place) for name, place in places.items()}
     made = {name: digest for card in cards.values() if isinstance(card, _Card) for name, digest in card.outputs.items()}
     left_out = _left_out(root, made.keys() - files.keys())
     findings = []
     for name, card in cards.items():
         if isinstance(card, _Card):
-            faults = [*_settings(card, study, *expected[name]), *_outputs(card, files, left_out), *_inputs(card, made)]
+            faults = [*_settings(card, *expected[name]), *_outputs(card, files, left_out), *_inputs(card, made)]
             findings.append(Finding(name, faults, len(left_out & card.outputs.keys())))
         else:
             findings.append(Finding(name, [card]))
@@ -132,12 +133,12 @@ def _left_out(root: Path, absent: set[str]) -> set[str]:
     return {name for name in absent if archived and stays_out(name) and prefix + name not in held}
 
 
-def _settings(card: _Card, study: Study, stage: str, run: str | None, seed: int | None) -> Iterator[str]:
+def _settings(card: _Card, stage: str, job: Job) -> Iterator[str]:
     """Compare a card with the study file."""
-    settings = study.settings(stage, run)
-    if card.study != study.name:
+    settings = job.study.settings(stage, job.run)
+    if card.study != job.study.name:
         yield f"stale: made for study {card.study!r}; run its stage again"
-    if card.key != settings_key(stage, seed, settings) or card.settings != settings:
+    if card.key != settings_key(stage, job.seed, settings) or card.settings != settings:
         yield f"stale: made with other settings{first_difference(card.settings, settings)}; run its stage again"
 
 

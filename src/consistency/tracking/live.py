@@ -16,9 +16,8 @@ from typing import Any
 
 from consistency import slurm_job
 from consistency.errors import UserError
-from consistency.layout import Layout
+from consistency.job import Job
 from consistency.provenance import git_state, hardware
-from consistency.study import Study
 from consistency.tracking import server
 from consistency.tracking.plan import TRAINING, Point, history_points, plan_live
 from consistency.training.folder import read_identity
@@ -31,13 +30,11 @@ GRACE = 5.0  # seconds that a training waits, at its end, for the rest to be sen
 
 
 @contextmanager
-def followed(
-    study: Study, layout: Layout, state: Path, run: str | None = None, seed: int | None = None
-) -> Iterator[Callable[[], None]]:
+def followed(job: Job, state: Path) -> Iterator[Callable[[], None]]:
     """Within the block, calling what is given starts to follow the training whose state folder that is; at the end of
     the block MLflow hears how the training ended.
 
-    Without a run: the teacher's training. In a Slurm job nothing is sent unless MLflow is a server.
+    Without a student: the teacher's training. In a Slurm job nothing is sent unless MLflow is a server.
     Raises UserError for a CONSISTENCY_LIVE_EVERY that is no positive number.
     """
     every = _every()
@@ -46,7 +43,7 @@ def followed(
     def start() -> None:
         if os.environ.get(LIVE, "") != "0" and _reachable():
             server.be_quiet()
-            thread = Follower(study, layout, state, run, seed, every)
+            thread = Follower(job, state, every)
             with suppress(RuntimeError):  # no more threads: `track` sends all
                 thread.start()
                 threads.append(thread)
@@ -83,16 +80,14 @@ class Follower(threading.Thread):
     """Brings an MLflow run to the state of a training, in attempts that may fail. It prints no trouble itself: a
     thread that holds a stream's lock when Python ends makes it crash. trouble: what the last attempt failed of."""
 
-    def __init__(
-        self, study: Study, layout: Layout, state: Path, run: str | None, seed: int | None, every: float
-    ) -> None:
+    def __init__(self, job: Job, state: Path, every: float) -> None:
         super().__init__(name="live tracking", daemon=True)
         command = shlex.join(["python", "-m", "consistency", *sys.argv[1:]])
         made = {"git": git_state(), "hardware": hardware(), "command": command, "training": read_identity(state)}
-        self.study, self.layout, self.every = study, layout, every
-        self.records = plan_live(study, layout, run, seed, made)
+        self.job, self.every = job, every
+        self.records = plan_live(job, made)
         self.own = self.records[-1]
-        published = layout.teacher if run is None or seed is None else layout.student(run, seed)
+        published = job.paths.teacher if job.run is None else job.folder
         # When the state is gone, its history has been published.
         self.histories = [folder / "history.jsonl" for folder in (state, published)]
         self.read = 0  # bytes of the history
@@ -162,12 +157,12 @@ class Follower(threading.Thread):
     def _open(self, uri: str) -> None:
         """Make the runs, or find them again: a student's parent, which has its own curves only with `track`, and the
         training's."""
-        with server.one_at_a_time(uri, self.layout.track, quiet=True):
+        with server.one_at_a_time(uri, self.job.paths.track, quiet=True):
             client = server.connect(uri)
-            experiment = server.open_experiment(client, self.study.name, self.study.title)
+            experiment = server.open_experiment(client, self.job.study.name, self.job.study.title)
             parent = None
             for record in self.records:
-                tags = server.tags_of(record, self.study, self.layout, parent, "live")
+                tags = server.tags_of(record, self.job, parent, "live")
                 found = server.find_runs(client, experiment, **{TRAINING: tags[TRAINING], server.STATE: "live"})
                 run = found[0] if found else server.create_run(client, experiment, record, tags)
                 client.update_run(run.info.run_id, status="RUNNING" if record is self.own else "SCHEDULED")

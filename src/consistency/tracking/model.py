@@ -10,6 +10,7 @@ from pydantic import ValidationError
 
 from consistency.errors import UserError
 from consistency.files import read_json
+from consistency.job import Job
 from consistency.layout import Layout
 from consistency.nets.denoiser import Denoiser
 from consistency.seeding import ImageNoise
@@ -24,8 +25,7 @@ from consistency.training.data import to_bytes
 class RegisteredStudent:
     """A student ready to sample."""
 
-    study: Study
-    run: str
+    job: Job
     model: Denoiser
     preconditioning: Preconditioning
 
@@ -49,12 +49,12 @@ class RegisteredStudent:
         if label is not None and not 0 <= label < classes:
             allowed = f"0 to {classes - 1}" if classes else "none, for it is not conditional"
             raise UserError(f"label {label} is not one of the student's: {allowed}")
-        sampler = jump_sampler(self.study, self.run, self.model, self.preconditioning, nfe)
+        sampler = jump_sampler(self.job, self.model, self.preconditioning, nfe)
         sampler = sampler if label is None else _labelled(sampler, label)
         threads = torch.get_num_threads()
         torch.set_num_threads(1)  # as the stages by default: on a CPU their number decides the last bit
         try:
-            batches = draw(self.study, self.model, sampler, seed + count, seed)
+            batches = draw(self.job.study, self.model, sampler, seed + count, seed)
             return np.concatenate([to_bytes(images) for _, images in batches])
         finally:
             torch.set_num_threads(threads)
@@ -71,9 +71,9 @@ def _load_pyfunc(path: str) -> RegisteredStudent:
         study = Study.model_validate(card["resolved"])
     except ValidationError as error:
         raise UserError(f"this model's study is of another version of this project: {explain(error, Study)}") from None
-    run, layout = card["run"], Layout(study.name, Path(path))
-    model = prepared(study, read_student(study, layout, run, card["seed"], pick_device("auto")))
-    return RegisteredStudent(study, run, model, read_preconditioning(study, layout, run, model))
+    job = Job(study, Layout(study.name, Path(path)), card["run"], card["seed"])
+    model = prepared(study, read_student(job, pick_device("auto")))
+    return RegisteredStudent(job, model, read_preconditioning(job, model))
 
 
 def _labelled(sampler: Sampler, label: int) -> Sampler:

@@ -12,10 +12,9 @@ from statistics import fmean
 from typing import Any, NamedTuple
 
 from consistency.files import read_history, read_json, read_lines
-from consistency.layout import Layout
+from consistency.job import Job
 from consistency.lines import line_of
 from consistency.provenance import read_card
-from consistency.study import Study
 
 MEASURES = ("fd", "kid", "alignment")
 #: the tag by which a run is found again that was made while its training went on
@@ -54,48 +53,48 @@ class Record:
     files: list[tuple[Path, str]] = field(default_factory=list)
 
 
-def plan(study: Study, layout: Layout) -> list[Record]:
+def plan(job: Job) -> list[Record]:
     """Every run of the study, a parent before its children. Raises UserError when results are missing or stale."""
-    records = [_teacher(study, layout)]
-    for run in study.students:
-        seeds = [_seed(study, layout, run, seed) for seed in study.seeds]
-        records += [_student(study, layout, run, seeds), *seeds]
-    return [*records, _report(study, layout)]
+    records = [_teacher(job)]
+    for run in job.study.students:
+        seeds = [_seed(job.of(run, seed)) for seed in job.study.seeds]
+        records += [_student(job.of(run), seeds), *seeds]
+    return [*records, _report(job)]
 
 
-def plan_live(study: Study, layout: Layout, run: str | None, seed: int | None, made: dict[str, Any]) -> list[Record]:
+def plan_live(job: Job, made: dict[str, Any]) -> list[Record]:
     """The runs of a training that begins: a student's parent and its own; the teacher's without a run.
 
     made: what its card will say of command, git, hardware and training.
     """
-    if run is None or seed is None:
-        return [_begun_teacher(study, layout, made)]
-    begun = _begun_seed(study, layout, run, seed, made)
-    return [_begun_student(study, layout, run, begun.started), begun]
+    if job.run is None:
+        return [_begun_teacher(job, made)]
+    begun = _begun_seed(job, made)
+    return [_begun_student(job, begun.started), begun]
 
 
 # --- the teacher
 
 
-def _begun_teacher(study: Study, layout: Layout, made: dict[str, Any]) -> Record:
+def _begun_teacher(job: Job, made: dict[str, Any]) -> Record:
     # Its params are those of its samples: an official checkpoint depends on neither noise nor dataset.
-    settings = study.settings("samples")
+    settings = job.study.settings("samples")
     return Record(
         "teacher",
         "teacher",
         started=_training_time(made)[0],
-        data=_data(study, layout),
+        data=_data(job),
         params=_flat(settings["teacher"]) | _sections(settings, "noise", "dataset"),
         tags=_origin(made),
-        first={"mlflow.note.content": _TEACHER_NOTE if study.taught else _NO_TEACHER_NOTE},
+        first={"mlflow.note.content": _TEACHER_NOTE if job.study.taught else _NO_TEACHER_NOTE},
     )
 
 
-def _teacher(study: Study, layout: Layout) -> Record:
-    card = read_card(layout.teacher, study, "teacher")
-    record = _begun_teacher(study, layout, card)
-    _finish(record, study, layout, card)
-    for row in csv.DictReader(read_lines(layout.scores(None, None), "calibration")):
+def _teacher(job: Job) -> Record:
+    card = read_card(job, "teacher")
+    record = _begun_teacher(job, card)
+    _finish(record, job, card)
+    for row in csv.DictReader(read_lines(job.scores, "calibration")):
         # The teacher's score stands beside the students'; real against real is what no sampler can beat.
         own = row["run"] == "teacher"
         name = f"heun-nfe{row['nfe']}" if own else f"{row['run']}-{row['sampler']}"
@@ -106,28 +105,29 @@ def _teacher(study: Study, layout: Layout) -> Record:
 # --- a student
 
 
-def _begun_seed(study: Study, layout: Layout, run: str, seed: int, made: dict[str, Any]) -> Record:
-    differing, own = _settings(study, run)
+def _begun_seed(job: Job, made: dict[str, Any]) -> Record:
+    differing, own = _settings(job)
+    seed = {"seed": str(job.seed)}
     return Record(
-        f"{run} seed {seed}",
+        job.label,
         "seed",
         started=_training_time(made)[0],
-        data=_data(study, layout),
-        params=own | {"seed": str(seed)},
-        tags=_origin(made) | differing | {"seed": str(seed)},
-        first=_first(study, run, f"seed {seed}"),
-        parent=run,
+        data=_data(job),
+        params=own | seed,
+        tags=_origin(made) | differing | seed,
+        first=_first(job, f"seed {job.seed}"),
+        parent=job.run,
     )
 
 
-def _seed(study: Study, layout: Layout, run: str, seed: int) -> Record:
-    card = read_card(layout.student(run, seed), study, "student", run, seed)
-    record = _begun_seed(study, layout, run, seed, card)
-    record.params |= _sections(study.settings("scores", run), "sampling", "scores")
-    history = _finish(record, study, layout, card, run, seed)
+def _seed(job: Job) -> Record:
+    card = read_card(job, "student")
+    record = _begun_seed(job, card)
+    record.params |= _sections(job.study.settings("scores", job.run), "sampling", "scores")
+    history = _finish(record, job, card)
     seconds = {line["step"]: line["seconds"] for line in history} | {0: 0.0}
-    main = study.students[run].ema_rate
-    for row in csv.DictReader(read_lines(layout.scores(run, seed), f"scores --run {run} --seed {seed}")):
+    main = job.student.ema_rate
+    for row in csv.DictReader(read_lines(job.scores, f"scores{job.options}")):
         if row["kind"] == "curve":
             step = int(row["step"])
             # At the training time of the snapshot, so that the page's time axis is training time.
@@ -139,24 +139,24 @@ def _seed(study: Study, layout: Layout, run: str, seed: int) -> Record:
     return record
 
 
-def _begun_student(study: Study, layout: Layout, run: str, started: int) -> Record:
-    differing, own = _settings(study, run)
-    seeds = ", ".join(str(seed) for seed in study.seeds)
+def _begun_student(job: Job, started: int) -> Record:
+    differing, own = _settings(job)
+    seeds, run = ", ".join(str(seed) for seed in job.study.seeds), str(job.run)
     return Record(
         run,
         "student",
         started=started,
-        data=_data(study, layout),
+        data=_data(job),
         params=own | {"seeds": seeds},
-        tags=differing | {TRAINING: _digest([str(layout.root.resolve()), run, study.key("student", run)])},
-        first=_first(study, run, f"means over seeds {seeds}"),
+        tags=differing | {TRAINING: _digest([str(job.paths.root.resolve()), run, job.of(run).key("student")])},
+        first=_first(job, f"means over seeds {seeds}"),
     )
 
 
-def _student(study: Study, layout: Layout, run: str, seeds: list[Record]) -> Record:
+def _student(job: Job, seeds: list[Record]) -> Record:
     """The mean over the seeds, at the points that all of them have."""
-    record = _begun_student(study, layout, run, min(seed.started for seed in seeds))
-    record.params |= _sections(study.settings("scores", run), "sampling", "scores")
+    record = _begun_student(job, min(seed.started for seed in seeds))
+    record.params |= _sections(job.study.settings("scores", job.run), "sampling", "scores")
     record.ended = record.started + round(fmean(seed.ended - seed.started for seed in seeds))
     record.digest = _digest([seed.digest for seed in seeds])
     values: dict[tuple[str, int], list[Point]] = defaultdict(list)
@@ -171,17 +171,17 @@ def _student(study: Study, layout: Layout, run: str, seeds: list[Record]) -> Rec
     return record
 
 
-def _first(study: Study, run: str, what: str) -> dict[str, str]:
+def _first(job: Job, what: str) -> dict[str, str]:
     """Description, and the colour of the report's figures."""
-    colour = line_of(list(study.students), run)["color"]
-    return {"mlflow.note.content": f"Student `{run}`, {what}.", "mlflow.runColor": colour}
+    colour = line_of(list(job.study.students), str(job.run))["color"]
+    return {"mlflow.note.content": f"Student `{job.run}`, {what}.", "mlflow.runColor": colour}
 
 
-def _settings(study: Study, run: str) -> tuple[dict[str, str], dict[str, str]]:
+def _settings(job: Job) -> tuple[dict[str, str], dict[str, str]]:
     """The keys in which the study's students differ, as this one has them, and all of its keys, those first: a run's
     page shows them in this order."""
-    flat = {name: _flat(student.model_dump(mode="json")) for name, student in study.students.items()}
-    own = flat[run]
+    flat = {name: _flat(student.model_dump(mode="json")) for name, student in job.study.students.items()}
+    own = flat[str(job.run)]
     keys = dict.fromkeys(key for student in flat.values() for key in student)
     # A section of another kind has other keys.
     differing = {k: own[k] for k in keys if k in own and any(other.get(k) != own[k] for other in flat.values())}
@@ -191,19 +191,19 @@ def _settings(study: Study, run: str) -> tuple[dict[str, str], dict[str, str]]:
 # --- the report
 
 
-def _report(study: Study, layout: Layout) -> Record:
-    card = read_card(layout.report, study, "report")
+def _report(job: Job) -> Record:
+    card, study, paths = read_card(job, "report"), job.study, job.paths
     ended = _milliseconds(card)
-    files = [(layout.dataset / name, "dataset") for name in ("dataset.json", "card.json")]
-    files += [(layout.report, ""), (layout.extractor / "card.json", "extractor")]
-    files += [(layout.flows, "flows")] if study.flows else []
-    files += [(layout.coefficients, "coefficients")] if study.needs_coefficients else []
+    files = [(paths.dataset / name, "dataset") for name in ("dataset.json", "card.json")]
+    files += [(paths.report, ""), (paths.extractor / "card.json", "extractor")]
+    files += [(paths.flows, "flows")] if study.flows else []
+    files += [(paths.coefficients, "coefficients")] if study.needs_coefficients else []
     return Record(
         "report",
         "report",
         started=ended - round(1000 * card["seconds"]),
         ended=ended,
-        data=_data(study, layout),
+        data=_data(job),
         params={},
         tags=_origin(card),
         first={"mlflow.note.content": "Under Artifacts: `report.html` with its figures and tables."},
@@ -215,20 +215,16 @@ def _report(study: Study, layout: Layout) -> Record:
 # --- parts of a run
 
 
-def _finish(
-    record: Record, study: Study, layout: Layout, card: dict[str, Any], run: str | None = None, seed: int | None = None
-) -> list[dict[str, Any]]:
+def _finish(record: Record, job: Job, card: dict[str, Any]) -> list[dict[str, Any]]:
     """Add what a finished training left: its end, curves, cost and files. Returns its history."""
-    folder = layout.teacher if run is None or seed is None else layout.student(run, seed)
-    options = "" if run is None else f" --run {run} --seed {seed}"
-    history = read_history(folder / "history.jsonl", card["stage"] + options)
-    scores = read_card(layout.scores(run, seed), study, "scores", run, seed)
+    trained = job.card(card["stage"])
+    lines = trained.with_name("history.jsonl")
+    history, scores = read_history(lines, card["stage"] + job.options), read_card(job, "scores")
     record.digest = _digest([card["key"], card["outputs"], scores["key"], scores["outputs"]])
     record.ended = _training_time(card)[1]
     cost = [Point(f"cost/{name}", float(value), record.ended, 0) for name, value in sorted(card["measured"].items())]
     record.points = history_points(history, record.started) + cost
-    record.files = [(path, "") for path in (folder / "card.json", folder / "history.jsonl", layout.scores(run, seed))]
-    record.files.append((layout.samples(run, seed) / "card.json", "samples"))
+    record.files = [(trained, ""), (lines, ""), (job.scores, ""), (job.card("samples"), "samples")]
     return history
 
 
@@ -254,16 +250,16 @@ def _origin(card: dict[str, Any]) -> dict[str, str]:
     return {name: value for name, value in tags.items() if value}
 
 
-def _data(study: Study, layout: Layout) -> dict[str, str]:
+def _data(job: Job) -> dict[str, str]:
     """The dataset, described from what is known of it: nobody reads 16 GB for that."""
-    facts = read_json(layout.dataset / "dataset.json", "dataset")
+    facts = read_json(job.paths.dataset / "dataset.json", "dataset")
     shape = [facts["count"], facts["resolution"], facts["resolution"], facts["channels"]]
     profile = {"num_rows": facts["count"], "features_shape": shape, "dtype": "uint8", "sha256": facts["sha256"]}
     return {
-        "name": study.dataset.path or study.dataset.kind,
+        "name": job.study.dataset.path or job.study.dataset.kind,
         "digest": facts["sha256"][:32],  # MLflow takes 36 characters
         "source_type": "local",
-        "source": json.dumps({"uri": str((layout.dataset / "images.npy").resolve())}),
+        "source": json.dumps({"uri": str((job.paths.dataset / "images.npy").resolve())}),
         "profile": json.dumps(profile),
     }
 

@@ -11,9 +11,8 @@ from typing import Any
 from urllib.parse import quote, unquote
 
 from consistency.errors import UserError
-from consistency.layout import Layout
+from consistency.job import Job
 from consistency.locks import held
-from consistency.study import Study
 from consistency.tracking.plan import Point, Record
 
 BATCH = 1000  # metrics that MLflow takes in a call
@@ -120,9 +119,10 @@ def find_runs(client: Any, experiment: str, **tags: str) -> list[Any]:
     return list(client.search_runs([experiment], wanted, max_results=50_000))  # MLflow's limit
 
 
-def tags_of(record: Record, study: Study, layout: Layout, parent: str | None, state: str) -> dict[str, str]:
+def tags_of(record: Record, job: Job, parent: str | None, state: str) -> dict[str, str]:
     """All tags of a run of the study. parent: the id of the run that it is nested in."""
-    place = {"study_hash": study.key("report"), FOLDER: str(layout.root.resolve()), STATE: state, "role": record.role}
+    place = {FOLDER: str(job.paths.root.resolve()), STATE: state, "role": record.role}
+    place["study_hash"] = job.study.key("report")
     return record.tags | place | ({"mlflow.parentRunId": parent} if parent else {})
 
 

@@ -8,41 +8,40 @@ from wherever this runs. A run that was there while its training went on is comp
 from typing import Any
 
 from consistency.files import write_json
-from consistency.layout import Layout
-from consistency.study import Study
+from consistency.job import Job
 from consistency.tracking import server
 from consistency.tracking.plan import TRAINING, Record, plan
 from consistency.tracking.registry import register_students
 
 
-def track_study(study: Study, layout: Layout) -> None:
+def track_study(job: Job) -> None:
     """Upload the finished study to MLFLOW_TRACKING_URI (default: mlflow.db here), register its students as models, and
     write tracked.json.
 
     Run again it uploads only what is new, and completes what was interrupted; runs of older results are kept and
     marked superseded. Raises UserError when results are missing or stale, or the server cannot be used.
     """
-    records = plan(study, layout)
+    study, paths, records = job.study, job.paths, plan(job)
     uri = server.tracking_uri()
     ids: dict[str, str] = {}
     new = 0
-    with server.one_at_a_time(uri, layout.track), server.readable_errors(uri):
+    with server.one_at_a_time(uri, paths.track), server.readable_errors(uri):
         client = server.connect(uri)
         experiment = server.open_experiment(client, study.name, study.title)
         known = server.find_runs(client, experiment)
         for record in records:
-            tags = server.tags_of(record, study, layout, ids[record.parent] if record.parent else None, "current")
+            tags = server.tags_of(record, job, ids[record.parent] if record.parent else None, "current")
             ids[record.name], sent = _send(client, experiment, known, record, tags | {server.DIGEST: record.digest})
             new += sent
-        _supersede(client, known, set(ids.values()), str(layout.root.resolve()))
-        models = register_students(client, study, layout, ids)
+        _supersede(client, known, set(ids.values()), str(paths.root.resolve()))
+        models = register_students(client, job, ids)
     clean = server.without_credentials(uri)
     page = server.charts(experiment)
     hint = (
         f"{clean.rstrip('/')}/{page}" if clean.startswith("http") else f"`make ui`, then http://127.0.0.1:5000/{page}"
     )
     content = {"tracking_uri": clean, "experiment": study.name, "experiment_id": experiment, "models": models}
-    write_json(layout.track / "tracked.json", content | {"runs": ids, "url_hint": hint})
+    write_json(paths.track / "tracked.json", content | {"runs": ids, "url_hint": hint})
     done = f"{new} of {len(ids)} runs uploaded" if new else f"all {len(ids)} runs were there already"
     print(f"track {study.name}: {done}; see {hint}", flush=True)
 
