@@ -136,25 +136,8 @@ def predictor_if_frozen(wildcards) -> list[str]:
     return [f"{folder}/student.safetensors" if frozen.step is None else f"{folder}/snapshots"]
 
 
-def every_score(wildcards) -> list[str]:
-    """The score tables of all students and seeds."""
-    study = study_of(wildcards)
-    return expand(rules.scores.output[0], study=study.name, run=study.students, seed=study.seeds)
-
-
 def every_coupled_student(wildcards) -> list[str]:
     """The students of consistency training, for a study that measures what their couplings do."""
     study = study_of(wildcards)
     runs = study.coupled if study.flows else []
     return expand(rules.student.output[0], study=study.name, run=runs, seed=study.seeds)
-
-
-def snapshots_that_carry(wildcards) -> list[str]:
-    """The snapshots whose own coefficients the report shows."""
-    study = study_of(wildcards)
-    return expand(rules.student.output[3], study=study.name, run=study.carrying, seed=study.seeds[0])
-
-
-def flows_if_measured(wildcards) -> list[str]:
-    """The measures of the couplings, for a study that asks for them."""
-    return expand(rules.flows.output[:5], study=wildcards.study) if study_of(wildcards).flows else []
