@@ -1,4 +1,3 @@
-# track takes from it what it does not say itself.
 rule report:
     input:
         "results/{study}/scores/calibration.csv",
@@ -40,4 +39,4 @@ rule report:
     params:
         **made_by("report"),
     shell:
-        "python -m consistency {params.verb} --study config/studies/{wildcards.study}.yaml 2>&1 | tee -i {log}"
+        "python -m consistency report --study config/studies/{wildcards.study}.yaml 2>&1 | tee -i {log}"
