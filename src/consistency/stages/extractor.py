@@ -88,7 +88,7 @@ def _data_statistics(study: Study, data: ImageData, extractor: Extractor) -> Sta
     def pieces() -> Iterator[np.ndarray]:
         for piece in extractor.pieces([data.images]):
             yield piece
-            progress.advance(len(piece))
+            progress.update(len(piece))
 
     found = Statistics.gather(pieces(), len(data), study.scores.kid_images)
     progress.close()
@@ -114,7 +114,7 @@ def _train_classifier(study: Study, data: ImageData, device: torch.device) -> tu
         loss.backward()
         optimizer.step()
         schedule.step()
-        progress.advance()
+        progress.update()
     progress.close()
     _normalise(model.eval(), data, train, device)
     return model, _accuracy(model, data, held_out, device)

@@ -169,7 +169,7 @@ class _Work:
                 stop = self.ranks.largest(self.requests())
                 before, done = done, min(done + self.study.sampling.batch * self.ranks.world, count)
                 self.parts.record(name, done, images)
-                self.progress.advance(done - before)
+                self.progress.update(done - before)
                 if stop:
                     raise self._interrupted(stop)
         finally:
