@@ -8,6 +8,7 @@ import json
 import math
 import time
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -125,6 +126,13 @@ def make_student(study: Study, layout: Layout, run: str, seed: int, level: float
     _card(study, layout, "student", inputs, run, seed, images=images, seconds=seconds)
     _samples(study, layout, run, seed)
     _scores(study, layout, run, seed, level)
+
+
+def edit_card(path: Path, change: Callable[[dict[str, Any]], Any]) -> None:
+    """Change what a card says."""
+    card = json.loads(path.read_text())
+    change(card)
+    write_json(path, card)
 
 
 def make_report(study: Study, layout: Layout) -> None:

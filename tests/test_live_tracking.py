@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.fake_results import edit_card
 from tests.tracking.comparison import ids, planned, points_of
 from tests.tracking.trainings import history_of
 
@@ -41,8 +42,8 @@ class Project:
 
     def finish(self, run: str = "ctm", seed: int = 0) -> None:
         """The training ends: its card says which it was, and its state goes."""
-        state, path = self.layout.training_state(run, seed), self.layout.student(run, seed) / "card.json"
-        path.write_text(json.dumps(json.loads(path.read_text()) | {"training": files.read_identity(state)}))
+        state = self.layout.training_state(run, seed)
+        edit_card(self.layout.card("student", run, seed), lambda card: card.update(training=files.read_identity(state)))
         shutil.rmtree(state)
 
 

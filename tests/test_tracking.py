@@ -11,7 +11,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.fake_results import SMALL, UNTAUGHT, make_finished, make_student, make_study, read_scores, write_scores
+from tests.fake_results import (
+    SMALL,
+    UNTAUGHT,
+    edit_card,
+    make_finished,
+    make_student,
+    make_study,
+    read_scores,
+    write_scores,
+)
 from tests.tracking.comparison import planned, points_of
 
 from consistency.errors import UserError
@@ -268,9 +277,7 @@ def test_a_killed_upload_of_older_results_does_not_run_for_ever(
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(MlflowClient, "log_artifact", dies)
         project.track()
-    path = project.layout.teacher / "card.json"
-    card = json.loads(path.read_text())
-    path.write_text(json.dumps(card | {"outputs": card["outputs"] | {"teacher.safetensors": "another"}}))
+    edit_card(project.layout.card("teacher"), lambda card: card["outputs"].update({"teacher.safetensors": "another"}))
     project.track()
     assert {run.info.status for run in all_runs(client)} == {"FINISHED", "KILLED"}
 

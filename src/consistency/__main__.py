@@ -176,7 +176,8 @@ def main(words: list[str] | None = None) -> int:
         return _as_worker(args)
     if SUPERVISOR in os.environ and not launch.is_task():
         # The first line of a log.
-        print(f"--- {time.strftime('%Y-%m-%d %H:%M:%S')} on {platform.node()}{slurm_job.header()}", flush=True)
+        job = f", Slurm job {slurm_job.number()}" if slurm_job.in_job() else ""
+        print(f"--- {time.strftime('%Y-%m-%d %H:%M:%S')} on {platform.node()}{job}", flush=True)
     code = _run(args)
     if code == _OUT_OF_TIME and _job_minutes(args) and not launch.is_task():
         _ask_for_more(code)

@@ -1,4 +1,4 @@
-use rule report as track with:
+rule track:
     input:
         "results/{study}/report/report.html",
         "results/{study}/report/summary.json",
@@ -8,5 +8,8 @@ use rule report as track with:
         "logs/{study}/track.log",
     benchmark:
         "logs/{study}/track.tsv"
-    params:
-        verb="track",
+    localrule: True
+    conda:
+        environment
+    shell:
+        "python -m consistency track --study config/studies/{wildcards.study}.yaml 2>&1 | tee -i {log}"
