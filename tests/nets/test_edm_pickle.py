@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from tests.dangers import Call
 from tests.edm_writer import SOURCE, Persistent, edm_pickle, foreign_modules, write_edm_pickle
 from tests.nets.conftest import ARCHITECTURES
 from torch import Tensor, nn
@@ -51,16 +52,6 @@ def tiny_denoiser() -> Denoiser:
 def marker(tmp_path: Path) -> Path:
     """The file that the hostile ones would make."""
     return tmp_path / "marker"
-
-
-class Call:
-    """Unpickling it calls a function."""
-
-    def __init__(self, function: Callable[..., Any], *arguments: Any) -> None:
-        self.call = function, arguments
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return self.call
 
 
 def refused(path: Path, content: bytes | None = None, match: str | None = None, megabytes: int = 20) -> None:

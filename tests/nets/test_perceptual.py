@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torchmetrics
+from tests.dangers import Call
 from tests.draws import seeded
 from torch import Tensor, nn
 
@@ -174,11 +175,6 @@ def slices(path: Path) -> nn.ModuleList:
     return PerceptualDistance(path).slices
 
 
-class Harmful:
-    def __reduce__(self) -> tuple[Any, ...]:
-        return (Path.touch, (Path("harm"),))
-
-
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -186,7 +182,7 @@ class Harmful:
         ({"features.0.weight": torch.zeros(64, 1, 3, 3)}, r"features\.0\.weight is not a \[64, 3, 3, 3\] tensor"),
         ({"features.0.bias": torch.full((64,), torch.nan)}, r"features\.0\.bias has values that are not finite"),
         ({"features.0.bias": torch.zeros(64, dtype=torch.int64)}, r"features\.0\.bias has values that are not finite"),
-        ({"features.0.bias": Harmful()}, "is not a file of VGG16 weights"),
+        ({"features.0.bias": Call(Path.touch, Path("harm"))}, "is not a file of VGG16 weights"),
     ],
 )
 def test_other_tensors_are_refused(
