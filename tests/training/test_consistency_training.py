@@ -1,11 +1,7 @@
 """Consistency training against its formula, what it draws, and where its gradients go."""
 
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -25,7 +21,6 @@ from consistency.training.consistency_training import ConsistencyTraining, Coupl
 from consistency.training.ema import Ema
 from consistency.training.update import Update
 
-ROOT = Path(__file__).parents[2]
 MakeDenoiser = Callable[..., Denoiser]
 Make = Callable[..., ConsistencyTraining]
 BATCH = 8
@@ -284,52 +279,6 @@ def test_ot_pairs_the_whole_batch_within_its_classes(make: Make) -> None:
 def test_ot_really_reaches_the_step(make: Make) -> None:
     values = [make_update(make(kind=kind)).step(0)[0]["loss"] for kind in (ConsistencyTraining, TransportTraining)]
     assert not torch.equal(*values)
-
-
-SCRIPT = """
-import sys, torch
-from consistency.nets.denoiser import init_denoiser
-from consistency.seeding import generator
-from consistency.theory.curriculum import DoublingCurriculum
-from consistency.theory.distance import squared_l2
-from consistency.theory.preconditioning import build_preconditioning
-from consistency.training.consistency_training import TransportTraining
-from consistency.training.distributed import join, leave
-from consistency.training.update import Update, share_of
-
-ranks, _ = join(torch.device("cpu"))
-share, part = share_of(8, None, ranks)
-net = {"network": "mlp", "img_resolution": 4, "img_channels": 1, "width": 16, "depth": 1, "embedding": 8}
-student = init_denoiser(net | {"label_dim": 2}, 0)
-objective = TransportTraining(
-    student, None, build_preconditioning("cm", 0.5), squared_l2, DoublingCurriculum(steps=80)
-)
-def batches(step):
-    images = torch.randn(8, 1, 4, 4, generator=generator(0, "images", step))
-    return images[share], (torch.arange(8) % 2)[share]
-optimizer = torch.optim.SGD(student.parameters(), lr=1e-2)
-update = Update(student, optimizer, objective, batches, 8, part, 0, "test", ranks=ranks)
-for step in range(3):
-    update.step(step)
-if ranks.first:
-    torch.save(student.state_dict(), sys.argv[1])
-leave()
-"""
-
-
-@pytest.mark.slow
-def test_ot_is_the_same_in_two_processes(tmp_path: Path) -> None:
-    script = tmp_path / "train.py"
-    script.write_text(SCRIPT)
-    environment = {k: v for k, v in os.environ.items() if not k.startswith(("TORCHELASTIC", "SLURM"))}
-    environment |= {"PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1"}
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    found = []
-    for name, words in (("one", []), ("two", torchrun)):
-        command = [sys.executable, *words, str(script), str(tmp_path / name)]
-        subprocess.run(command, env=environment, check=True, timeout=240, capture_output=True)
-        found.append(torch.load(tmp_path / name, weights_only=True))
-    torch.testing.assert_close(*found, rtol=1e-6, atol=1e-6)
 
 
 # --- it learns
