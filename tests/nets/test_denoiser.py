@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from tests.nets.conftest import ARCHITECTURES
+from tests.nets.small import ARCHITECTURES, batch, make
 from torch import Tensor
 
 from consistency.nets.denoiser import (
@@ -20,14 +20,18 @@ from consistency.nets.denoiser import (
     student_from_teacher,
 )
 
-Make = Callable[..., Denoiser]
-Batch = Callable[..., tuple[Tensor, Tensor]]
 Drawn = Callable[..., tuple[Denoiser, Tensor, Tensor]]
 TINY_MLP = {"network": "mlp", "img_resolution": 1, "img_channels": 2, "width": 8, "depth": 1, "embedding": 8}
 
 
+@pytest.fixture(params=sorted(ARCHITECTURES))
+def architecture(request: pytest.FixtureRequest) -> dict[str, Any]:
+    """One architecture of each kind."""
+    return dict(ARCHITECTURES[request.param])
+
+
 @pytest.fixture
-def drawn(architecture: dict[str, Any], make: Make, batch: Batch) -> Drawn:
+def drawn(architecture: dict[str, Any]) -> Drawn:
     """drawn(label_dim=3): a denoiser of each kind, noisy images and times that fit it."""
 
     def draw(n: int = 3, **changes: Any) -> tuple[Denoiser, Tensor, Tensor]:
@@ -109,7 +113,7 @@ def test_student_without_s_uses_t(drawn: Drawn) -> None:
     assert not torch.equal(student(x, t), student(x, t, t / 3))
 
 
-def test_student_is_a_function_of_its_seed(architecture: dict[str, Any], make: Make) -> None:
+def test_student_is_a_function_of_its_seed(architecture: dict[str, Any]) -> None:
     teacher = make(architecture)
     first, again, other = (student_from_teacher(teacher, seed=seed).state_dict() for seed in (1, 1, 2))
     changed = {key for key in first if not torch.equal(first[key], other[key])}

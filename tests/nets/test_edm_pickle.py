@@ -21,15 +21,13 @@ import pytest
 import torch
 from tests.dangers import Call
 from tests.edm_writer import SOURCE, Persistent, edm_pickle, foreign_modules, write_edm_pickle
-from tests.nets.conftest import ARCHITECTURES
-from torch import Tensor, nn
+from tests.nets.small import ARCHITECTURES, batch, make
+from torch import nn
 
 from consistency.errors import UserError
 from consistency.nets.denoiser import Denoiser, init_denoiser
 from consistency.nets.edm_pickle import read_edm_pickle
 
-Make = Callable[..., Denoiser]
-Batch = Callable[..., tuple[Tensor, Tensor]]
 TINY = ARCHITECTURES["ddpmpp"] | {"img_resolution": 4, "model_channels": 8, "channel_mult": [1], "attn_resolutions": []}
 WEIGHT = "model.map_layer0.weight"  # [32, 8] in the tiny network
 
@@ -79,9 +77,7 @@ def refused(path: Path, content: bytes | None = None, match: str | None = None, 
     ids=["plain", "all"],
 )
 @pytest.mark.parametrize("network", ["ddpmpp", "ncsnpp", "adm"])
-def test_a_round_trip_keeps_every_bit(
-    tmp_path: Path, make: Make, batch: Batch, network: str, changes: dict[str, Any], numpy: int
-) -> None:
+def test_a_round_trip_keeps_every_bit(tmp_path: Path, network: str, changes: dict[str, Any], numpy: int) -> None:
     written = make(ARCHITECTURES[network], **changes)
     write_edm_pickle(tmp_path / "edm.pkl", written, numpy=numpy)
     read = read_edm_pickle(tmp_path / "edm.pkl")
@@ -414,7 +410,7 @@ def test_many_names_of_one_storage_are_no_bomb(tmp_path: Path, tiny_denoiser: De
         {"options": {"resample_filter": [0, 0]}},
     ],
 )
-def test_a_filter_other_than_its_description_is_refused(tmp_path: Path, make: Make, changes: dict[str, Any]) -> None:
+def test_a_filter_other_than_its_description_is_refused(tmp_path: Path, changes: dict[str, Any]) -> None:
     content = edm_pickle(make(ARCHITECTURES["ddpmpp"]), **changes)
     refused(tmp_path / "edm.pkl", content, r"model.enc.4x4_down.conv0.resample_filter is not the filter")
 

@@ -8,18 +8,15 @@ from typing import Any
 
 import pytest
 import torch
-from tests.nets.conftest import ARCHITECTURES
 from tests.nets.official import OFFICIAL, count, golden, translate
-from torch import Tensor
+from tests.nets.small import ARCHITECTURES, batch, make
 
 from consistency.nets.adm import DhariwalUNet
-from consistency.nets.denoiser import Denoiser, build_denoiser, init_denoiser, student_from_teacher
+from consistency.nets.denoiser import build_denoiser, init_denoiser, student_from_teacher
 from consistency.nets.layers import UNetBlock
 from consistency.nets.songunet import SongUNet
 from consistency.training.checkpoint import load_denoiser, save_denoiser
 
-Make = Callable[..., Denoiser]
-Batch = Callable[..., tuple[Tensor, Tensor]]
 SMALL = ARCHITECTURES["ddpmpp"]
 
 
@@ -90,7 +87,7 @@ def test_skip_encoder_and_decoder_run() -> None:
 
 
 @pytest.mark.parametrize("kind", ["ddpmpp", "adm"])
-def test_label_dropout_zeroes_labels_in_training_only(make: Make, batch: Batch, kind: str) -> None:
+def test_label_dropout_zeroes_labels_in_training_only(kind: str) -> None:
     denoiser = make(ARCHITECTURES[kind], label_dim=3, dropout=0.0, label_dropout=1.0)
     x, t = batch(denoiser)
     labels = torch.tensor([2, 0, 1])
@@ -101,7 +98,7 @@ def test_label_dropout_zeroes_labels_in_training_only(make: Make, batch: Batch, 
 
 
 @pytest.mark.parametrize("kind", ["ddpmpp", "adm"])
-def test_augment_labels_change_the_output(make: Make, batch: Batch, kind: str) -> None:
+def test_augment_labels_change_the_output(kind: str) -> None:
     denoiser = make(ARCHITECTURES[kind], augment_dim=9)
     x, t = batch(denoiser)
     plain = denoiser(x, t)

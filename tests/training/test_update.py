@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from tests.draws import SEED
+from tests.nets.small import ARCHITECTURES
 from torch import Tensor
 
 from consistency.errors import UserError
@@ -141,17 +142,10 @@ def test_the_balance_is_bounded(update: MakeUpdate) -> None:
 
 
 @pytest.mark.parametrize(
-    ("architecture", "name"),
-    [
-        ({"network": "songunet", "channel_mult": [1, 2], "num_blocks": 1, "attn_resolutions": []}, "aux_conv.weight"),
-        ({"network": "adm", "channel_mult": [1, 2], "num_blocks": 1, "attn_resolutions": []}, "out_conv.weight"),
-        ({"network": "mlp"}, "linear_out.weight"),
-    ],
+    ("network", "name"), [("ddpmpp", "aux_conv.weight"), ("adm", "out_conv.weight"), ("mlp", "linear_out.weight")]
 )
-def test_the_last_layer_is_the_one_that_gives_the_output(architecture: dict[str, Any], name: str) -> None:
-    size = {"img_resolution": 8, "img_channels": 1}
-    size |= {} if architecture["network"] == "mlp" else {"model_channels": 16}
-    teacher = init_denoiser({**architecture, **size}, 0)
+def test_the_last_layer_is_the_one_that_gives_the_output(network: str, name: str) -> None:
+    teacher = init_denoiser(ARCHITECTURES[network], 0)
     for model in (teacher, student_from_teacher(teacher)):
         found = [full for full, weight in model.named_parameters() if weight is last_layer(model)]
         assert len(found) == 1
