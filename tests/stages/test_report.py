@@ -12,11 +12,10 @@ from tests.fake_results import SMALL, SWEEP, UNTAUGHT, make_results, make_study
 
 from consistency import figures
 from consistency.analysis import SpeedUp
-from consistency.errors import UserError
 from consistency.layout import Layout
 from consistency.stages.page import _verdicts, write_page
 from consistency.stages.report import _summary, make_report, print_summary
-from consistency.stages.results import read_cards, read_histories, read_results, read_scores
+from consistency.stages.results import read_cards, read_histories, read_results
 from consistency.study import Study
 from consistency.wording import differs_in, sentence, teacher_line
 
@@ -246,36 +245,6 @@ def test_the_same_results_give_the_same_files(tmp_path: Path) -> None:
     for path in layout.report.rglob("*.*"):
         if path.name != "card.json":
             assert path.read_bytes() == before[path.name], path.name
-
-
-@pytest.mark.parametrize(
-    ("gone", "verb"),
-    [
-        ("scores/ctm/seed1.csv", "scores --run ctm --seed 1"),
-        ("scores/calibration.csv", "calibration"),
-        ("students/analytic/seed0/card.json", "student --run analytic --seed 0"),
-        ("coefficients/coefficients.npz", "coefficients"),
-        ("samples/ctm/seed0/nfe2.npy", "samples --run ctm --seed 0"),
-        ("samples/teacher/heun.npy", "samples"),
-    ],
-)
-def test_what_is_missing_is_named_with_its_verb(tmp_path: Path, gone: str, verb: str) -> None:
-    study, layout = made(tmp_path)
-    (layout.root / gone).unlink()
-    with pytest.raises(UserError, match=verb):
-        make_report(study, layout)
-
-
-@pytest.mark.parametrize(
-    ("changed", "to"),
-    [("steps: 60", "steps: 80"), ("nfe: [1, 2, 5]", "nfe: [1, 2, 5, 8]"), ("curve_count: 96", "curve_count: 80")],
-)
-def test_scores_of_other_settings_are_refused(tmp_path: Path, changed: str, to: str) -> None:
-    study, layout = made(tmp_path)
-    assert changed in SMALL
-    with pytest.raises(UserError, match=r"scores/\S+\.csv was made by study 'small' with other settings"):
-        read_scores(make_study(tmp_path, text=SMALL.replace(changed, to)), layout)
-    assert len(read_scores(study, layout)) > 0
 
 
 def test_what_only_an_earlier_report_had_is_removed(tmp_path: Path) -> None:

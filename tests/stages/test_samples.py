@@ -200,25 +200,13 @@ def test_the_precision_is_the_networks_alone(tiny: Tiny, make_denoiser: Callable
     assert 1e-5 < (exact - coarse).abs().max() < 0.2
 
 
-def test_only_trajectory_students_have_gamma_samplers(tiny: Tiny) -> None:
-    trajectory = tiny({"sampling.gamma": [0.5, 1.0], "sampling.gamma_nfe": [2, 4]})
-    names = ["nfe1", "nfe2", "nfe5"]
+def test_gamma_samplers_are_of_the_main_rate_of_trajectory_students(tiny: Tiny) -> None:
+    gamma = {"sampling.gamma": [0.5, 1.0], "sampling.gamma_nfe": [2, 4], "student.evaluation_ema": [0.9, 0.9999]}
+    names = [*(f"ema{rate}-nfe{n}" for rate in (0.9, 0.9999) for n in (1, 2, 5)), "nfe1", "nfe2", "nfe5"]
     gammas = [f"gamma{g}-nfe{n}" for g in (0.5, 1.0) for n in (2, 4)]
-    assert [sampler.name for sampler in student_samplers(trajectory, "ctm")] == [*gammas, *names]
-    endpoint = tiny({"student.objective": "endpoint", "report": {}})
+    trajectory, endpoint = tiny(gamma), tiny(gamma | {"student.objective": "endpoint", "report": {}})
+    assert [sampler.name for sampler in student_samplers(trajectory, "ctm")] == [*names[:6], *gammas, *names[6:]]
     assert [sampler.name for sampler in student_samplers(endpoint, "ctm")] == names
-
-
-def test_further_ema_rates_are_drawn_without_gamma(tiny: Tiny) -> None:
-    study = tiny({"student.evaluation_ema": [0.9, 0.9999]})
-    names = [f"ema{rate}-nfe{n}" for rate in (0.9, 0.9999) for n in (1, 2, 5)]
-    assert [sampler.name for sampler in student_samplers(study, "ctm")] == [
-        *names,
-        "gamma1.0-nfe2",
-        "nfe1",
-        "nfe2",
-        "nfe5",
-    ]
 
 
 # --- the stage
@@ -258,15 +246,6 @@ def test_each_rates_samples_come_from_its_own_weights(tiny: Tiny, results: Layou
     save_students(alone, results)
     make_samples(alone, results, "analytic", 0, CPU)
     assert drawn(results, "analytic")["nfe2.npy"] == found["nfe2.npy"]
-
-
-def test_a_missing_rate_is_named_with_its_verb(tiny: Tiny, results: Layout) -> None:
-    study = tiny({"student.evaluation_ema": [0.9]})
-    save_students(tiny(), results)
-    with pytest.raises(
-        UserError, match=r"student-ema0\.9\.safetensors is missing: run .* student --run analytic --seed 0"
-    ):
-        make_samples(study, results, "analytic", 0, CPU)
 
 
 class Stop:

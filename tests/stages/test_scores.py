@@ -13,7 +13,6 @@ import torch
 from tests.stages.conftest import save_students
 
 from consistency.__main__ import main
-from consistency.errors import UserError
 from consistency.features import Extractor, Statistics, frechet_distance
 from consistency.layout import Layout, snapshot_name
 from consistency.provenance import write_card
@@ -112,15 +111,6 @@ def test_endpoint_students_are_aligned_at_one_jump_only(tiny: Tiny, layout: Layo
     table = scored(study, layout)
     assert set(table.sampler) == {"multistep"}
     assert (table.alignment.notna() == (table.nfe == 1)).all()
-
-
-def test_a_missing_snapshot_is_named(tiny: Tiny, layout: Layout) -> None:
-    study = tiny(RATE)
-    make_student(study, layout)
-    make_calibration(study, layout, CPU)
-    (layout.student("analytic", 0) / "snapshots" / "step-000003-ema0.9.safetensors").unlink()
-    with pytest.raises(UserError, match=r"step-000003-ema0\.9\.safetensors is missing"):
-        make_scores(study, layout, "analytic", 0, CPU)
 
 
 # --- the calibration rule
