@@ -10,7 +10,7 @@ import tarfile
 import tempfile
 import zipfile
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +49,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:Corrupt EXIF"),  # the stage does the same
 ]
 
-Known = Callable[[dict[str, bytes]], None]
+Files = dict[str, bytes]
 METHODS = [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED]
 TRAIN = [f"data_batch_{k}" for k in range(1, 6)]
 
@@ -89,58 +89,53 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A project of its own, whose registry vouches for a miniature archive in resources/."""
     monkeypatch.chdir(tmp_path)
     archive = tmp_path / "resources/cifar-10-python.tar.gz"
-    cifar10_archive(archive)
+    cifar10_archive(archive, cifar10_files())
     vouch_for(archive)
     return tmp_path
 
 
 @pytest.fixture
-def known(monkeypatch: pytest.MonkeyPatch) -> Known:
-    """known(files): torchvision knows the md5 of these batch files instead of the originals'."""
+def known(monkeypatch: pytest.MonkeyPatch) -> Files:
+    """Batch files whose md5 torchvision knows instead of the originals'."""
     from torchvision.datasets import CIFAR10
 
-    def learn(files: dict[str, bytes]) -> None:
-        digests = {name: hashlib.md5(content).hexdigest() for name, content in files.items()}
-        monkeypatch.setattr(CIFAR10, "train_list", [[name, digests[name]] for name in TRAIN])
-        monkeypatch.setattr(CIFAR10, "test_list", [["test_batch", digests["test_batch"]]])
-        monkeypatch.setattr(CIFAR10, "meta", CIFAR10.meta | {"md5": digests["batches.meta"]})
+    files = cifar10_files()
+    digests = {name: hashlib.md5(content).hexdigest() for name, content in files.items()}
+    monkeypatch.setattr(CIFAR10, "train_list", [[name, digests[name]] for name in TRAIN])
+    monkeypatch.setattr(CIFAR10, "test_list", [["test_batch", digests["test_batch"]]])
+    monkeypatch.setattr(CIFAR10, "meta", CIFAR10.meta | {"md5": digests["batches.meta"]})
+    return files
 
-    return learn
 
-
-@pytest.fixture
-def mine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder for temporary files, in which ours must be gone afterwards."""
-    folder = tmp_path / "temporary"
-    folder.mkdir()
+@pytest.fixture(autouse=True)
+def _no_temporary_files_stay(
+    tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[None]:
+    folder = tmp_path_factory.mktemp("temporary")
     monkeypatch.setattr(tempfile, "tempdir", str(folder))
-    return folder
+    yield
+    assert list(folder.iterdir()) == []
 
 
 @pytest.mark.parametrize(("split", "names"), [("train", TRAIN), ("test", ["test_batch"])])
-def test_cifar10_is_its_batches_in_order(project: Path, mine: Path, split: str, names: list[str]) -> None:
+def test_cifar10_is_its_batches_in_order(project: Path, split: str, names: list[str]) -> None:
     opened = source("cifar10", None, 32, split=split)
     expected, labels = cifar10_content(cifar10_files(), names)
     assert np.array_equal(images(opened), expected)
     assert opened.labels.tolist() == labels.tolist()
     assert opened.classes == CIFAR10_CLASSES
-    assert list(mine.glob("cifar10-*")) == []
 
 
-def test_a_cifar10_archive_or_folder_of_ones_own(tmp_path: Path, mine: Path, known: Known) -> None:
-    files = cifar10_files(seed=3)
-    known(files)
-    archive = tmp_path / "given.tar.gz"
-    cifar10_archive(archive, files)
-    parent = tmp_path / "parent"
-    folder = write_folder(parent / "cifar-10-batches-py", files)
-    renamed = write_folder(tmp_path / "mine", files)
-    expected, _ = cifar10_content(files, TRAIN)
+def test_a_cifar10_archive_or_folder_of_ones_own(tmp_path: Path, known: Files) -> None:
+    archive, parent = tmp_path / "given.tar.gz", tmp_path / "parent"
+    cifar10_archive(archive, known)
+    folder = write_folder(parent / "cifar-10-batches-py", known)
+    renamed = write_folder(tmp_path / "mine", known)
+    expected, _ = cifar10_content(known, TRAIN)
     for path in (archive, parent, folder, renamed):
         opened = source("cifar10", path, 32)
         assert np.array_equal(images(opened), expected)
         assert opened.classes == CIFAR10_CLASSES
-    assert list(mine.glob("cifar10-*")) == []
 
 
 class Bomb:
@@ -154,11 +149,9 @@ class Bomb:
 
 
 @pytest.mark.parametrize("name", ["data_batch_1", "test_batch", "batches.meta"])
-def test_a_cifar10_pickle_of_another_digest_is_not_opened(project: Path, mine: Path, known: Known, name: str) -> None:
-    files = cifar10_files()
-    known(files)
+def test_a_cifar10_pickle_of_another_digest_is_not_opened(project: Path, known: Files, name: str) -> None:
     mark = project / "exploded"
-    files[name] = pickle.dumps(Bomb(mark))
+    files = known | {name: pickle.dumps(Bomb(mark))}
     staged, given = project / "resources/cifar-10-python.tar.gz", project / "given.tar.gz"
     cifar10_archive(staged, files)
     assert "has sha256" in mistake("cifar10", None, 32)
@@ -167,30 +160,25 @@ def test_a_cifar10_pickle_of_another_digest_is_not_opened(project: Path, mine: P
     for path in (given, folder, project):
         assert f"{path} does not hold the CIFAR-10" in mistake("cifar10", path, 32)
     assert not mark.exists()
-    assert list(mine.glob("cifar10-*")) == []
     # The bomb is a real one.
     pickle.loads(files[name])
     assert mark.exists()
 
 
-def test_an_incomplete_or_truncated_cifar10_is_named(tmp_path: Path, known: Known) -> None:
-    files = cifar10_files()
-    known(files)
+def test_an_incomplete_or_truncated_cifar10_is_named(tmp_path: Path, known: Files) -> None:
     for name in ("data_batch_3", "batches.meta"):
-        less = {key: content for key, content in files.items() if key != name}
+        less = {key: content for key, content in known.items() if key != name}
         folder = write_folder(tmp_path / f"without-{name}", less)
         assert f"{folder} does not hold the CIFAR-10" in mistake("cifar10", folder, 32)
     archive = tmp_path / "short.tar.gz"
-    cifar10_archive(archive, files)
+    cifar10_archive(archive, known)
     archive.write_bytes(archive.read_bytes()[:20_000])
     assert f"{archive} cannot be unpacked" in mistake("cifar10", archive, 32)
     archive.write_bytes(b"<html>404</html>")
     assert f"{archive} cannot be unpacked" in mistake("cifar10", archive, 32)
 
 
-def test_what_else_is_in_a_cifar10_archive_goes_nowhere(tmp_path: Path, mine: Path, known: Known) -> None:
-    files = cifar10_files()
-    known(files)
+def test_what_else_is_in_a_cifar10_archive_goes_nowhere(tmp_path: Path, known: Files) -> None:
     path = tmp_path / "given.tar.gz"
     with tarfile.open(path, "w:gz") as tar:
         for name in ("../outside", str(tmp_path / "absolute"), "cifar-10-batches-py/../../outside"):
@@ -198,7 +186,7 @@ def test_what_else_is_in_a_cifar10_archive_goes_nowhere(tmp_path: Path, mine: Pa
         link = tarfile.TarInfo("cifar-10-batches-py/data_batch_1")
         link.type, link.linkname = tarfile.SYMTYPE, str(tmp_path / "elsewhere")
         tar.addfile(link)
-        for name, content in files.items():
+        for name, content in known.items():
             add(tar, f"cifar-10-batches-py/{name}", content)
     before = set(tmp_path.rglob("*"))
     assert len(source("cifar10", path, 32)) == 20
@@ -267,7 +255,7 @@ def test_thumbnails_beside_ffhqs_images_are_not_taken_for_more_images(tmp_path: 
 @pytest.mark.parametrize("limit", [None, 2])
 @pytest.mark.parametrize("write", [write_folder, imagenet_tar])
 def test_imagenet_is_cropped_and_resized_class_by_class(
-    tmp_path: Path, write: Callable[[Path, dict[str, bytes]], Path], limit: int | None
+    tmp_path: Path, write: Callable[[Path, Files], Path], limit: int | None
 ) -> None:
     """From the tree or the tar of tars; grey and CMYK as Pillow converts them."""
     files = imagenet_files()
@@ -373,9 +361,7 @@ def test_an_edm_zip_without_labels_has_one_class(tmp_path: Path) -> None:
         ),
     ],
 )
-def test_an_edm_zip_of_another_form_is_named(
-    tmp_path: Path, files: Callable[[dict[str, bytes]], dict[str, bytes]], words: str
-) -> None:
+def test_an_edm_zip_of_another_form_is_named(tmp_path: Path, files: Callable[[Files], Files], words: str) -> None:
     path = write_zip(tmp_path / "edm.zip", files(edm_files(noise(3), [0, 1, 2])))
     message = mistake("edm_zip", path)
     assert words.format(path=path) in message
