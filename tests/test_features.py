@@ -189,30 +189,24 @@ def test_the_trained_classifiers_features_have_mean_square_1(tiny: Callable[...,
     assert accuracy > 0.4  # by chance: 0.1
 
 
-def test_the_extractor_stage_is_deterministic(tiny: Callable[..., Study], first_results: Layout) -> None:
-    paths = [first_results.extractor / name for name in ("features.npy", "statistics.npz")]
-    torch.manual_seed(1)
-    make_extractor(tiny(), first_results, CPU)
-    first = [path.read_bytes() for path in paths]
-    torch.manual_seed(2)
-    make_extractor(tiny(), first_results, CPU)
-    assert [path.read_bytes() for path in paths] == first
-
-
-def test_the_extractor_stage_keeps_some_features_and_the_statistics_of_all(
+def test_the_extractor_stage_is_deterministic_and_keeps_some_features_and_the_statistics_of_all(
     tiny: Callable[..., Study], first_results: Layout, tmp_path: Path
 ) -> None:
     shutil.copytree(first_results.dataset, tmp_path / "results/tiny/dataset")
     layout = Layout("tiny", tmp_path / "results")
-    make_extractor(tiny(), layout, CPU)
-    whole = read_data_statistics(tiny(), layout)
+
+    def made(study: Study, seed: int) -> Statistics:
+        torch.manual_seed(seed)
+        make_extractor(study, layout, CPU)
+        return read_data_statistics(study, layout)
+
     some = tiny({"scores.kid_images": 50})
-    make_extractor(some, layout, CPU)
-    found = read_data_statistics(some, layout)
-    assert np.array_equal(found.mean, whole.mean)
-    assert np.array_equal(found.covariance, whole.covariance)
-    assert (len(whole.features), len(found.features)) == (200, 50)
+    whole, again, found = made(tiny(), 1), made(tiny(), 2), made(some, 3)
+    assert np.array_equal(again.features, whole.features) and len(whole.features) == 200
     assert np.array_equal(found.features, whole.features[::4])
+    for other in (again, found):
+        assert np.array_equal(other.mean, whole.mean)
+        assert np.array_equal(other.covariance, whole.covariance)
     (layout.extractor / "statistics.npz").write_bytes(b"PK")
     with pytest.raises(UserError, match=r"statistics\.npz is damaged .*: run `extractor` again"):
         read_data_statistics(some, layout)
