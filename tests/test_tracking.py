@@ -19,12 +19,13 @@ from tests.fake_results import (
     make_student,
     make_study,
     read_scores,
-    write_scores,
 )
 from tests.tracking.comparison import planned, points_of, runs_of
 
 from consistency.errors import UserError
 from consistency.layout import Layout
+from consistency.stages.inputs import write_table
+from consistency.stages.scores import COLUMNS
 from consistency.study import Study
 from consistency.tracking import server as tracking
 from consistency.tracking.plan import Record, plan
@@ -292,7 +293,7 @@ def test_values_that_are_not_finite_are_left_out(project: Project, client: Any) 
     path = project.layout.scores("ctm", 0)
     rows: list[dict[str, Any]] = list(read_scores(path))
     rows[0]["fd"], rows[1]["kid"] = "inf", "nan"
-    write_scores(path, rows)
+    write_table(path, rows, COLUMNS)
     ids = project.track()["runs"]
     for name in ("ctm seed 0", "ctm"):
         assert [m.step for m in client.get_metric_history(ids[name], "fd/nfe1")] == [20, 40, 60]
