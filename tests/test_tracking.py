@@ -20,7 +20,7 @@ from tests.fake_results import (
     make_study,
     read_scores,
 )
-from tests.tracking.comparison import planned, points_of
+from tests.tracking.comparison import planned, points_of, runs_of
 
 from consistency.errors import UserError
 from consistency.layout import Layout
@@ -57,11 +57,7 @@ def project(small_project: Study) -> Project:
 def runs(project: Project, client: Any) -> dict[str, Any]:
     """Every run of a first upload, by name."""
     project.track()
-    return {run.info.run_name: run for run in all_runs(client)}
-
-
-def all_runs(client: Any) -> list[Any]:
-    return tracking.find_runs(client, client.get_experiment_by_name("small").experiment_id)
+    return {run.info.run_name: run for run in runs_of(client, project.study)}
 
 
 def uploads(folder: Path, text: str) -> dict[str, Record]:
@@ -69,11 +65,11 @@ def uploads(folder: Path, text: str) -> dict[str, Record]:
     return {upload.name: upload for upload in plan(*make_finished(folder, text))}
 
 
-def everything(client: Any) -> dict[str, Any]:
+def everything(client: Any, study: Study) -> dict[str, Any]:
     """All that MLflow holds of the study, by run."""
     return {
         run.info.run_id: (run.info.run_name, run.info.status, run.data.params, run.data.tags, points_of(client, run))
-        for run in all_runs(client)
+        for run in runs_of(client, study)
     }
 
 
@@ -85,7 +81,7 @@ def artifacts(client: Any, run_id: str, folder: str = "") -> set[str]:
 
 def test_a_first_upload_makes_every_run(project: Project, client: Any) -> None:
     tracked = project.track()
-    runs = {run.info.run_name: run for run in all_runs(client)}
+    runs = {run.info.run_name: run for run in runs_of(client, project.study)}
     assert set(runs) == NAMES == set(tracked["runs"])
     assert {name: run.info.run_id for name, run in runs.items()} == tracked["runs"]
     assert {run.info.status for run in runs.values()} == {"FINISHED"}
@@ -189,9 +185,9 @@ def test_the_dataset_is_named_by_its_digest(project: Project, runs: dict[str, An
 
 def test_a_second_upload_changes_nothing(project: Project, client: Any, capsys: pytest.CaptureFixture[str]) -> None:
     first = project.track()
-    before = everything(client)
+    before = everything(client, project.study)
     assert project.track() == first
-    assert everything(client) == before
+    assert everything(client, project.study) == before
     assert "all 8 runs were there already" in capsys.readouterr().out
 
 
@@ -222,10 +218,10 @@ def test_a_killed_upload_is_completed_without_doubles(
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(MlflowClient, method, dies)
         project.track()
-    left = all_runs(client)
+    left = runs_of(client, project.study)
     assert [run.info.run_name for run in left if run.info.status == "RUNNING"]
     project.track()
-    runs = all_runs(client)
+    runs = runs_of(client, project.study)
     assert {run.info.run_id for run in left} <= {run.info.run_id for run in runs}
     assert sorted(run.info.run_name for run in runs) == sorted(NAMES)
     assert {run.info.status for run in runs} == {"FINISHED"}
@@ -264,7 +260,7 @@ def test_results_that_come_back_are_current_again(project: Project, client: Any)
     assert project.track()["runs"] == first
     run = client.get_run(first["ctm seed 1"])
     assert (run.info.run_name, run.data.tags["state"]) == ("ctm seed 1", "current")
-    assert len(all_runs(client)) == len(NAMES) + 2
+    assert len(runs_of(client, project.study)) == len(NAMES) + 2
 
 
 def test_a_killed_upload_of_older_results_does_not_run_for_ever(
@@ -280,7 +276,7 @@ def test_a_killed_upload_of_older_results_does_not_run_for_ever(
         project.track()
     edit_card(project.layout.card("teacher"), lambda card: card["outputs"].update({"teacher.safetensors": "another"}))
     project.track()
-    assert {run.info.status for run in all_runs(client)} == {"FINISHED", "KILLED"}
+    assert {run.info.status for run in runs_of(client, project.study)} == {"FINISHED", "KILLED"}
 
 
 def test_results_of_another_folder_are_left_alone(project: Project, client: Any) -> None:
