@@ -15,8 +15,10 @@ import yaml
 from tests.draws import SEED, seeded
 
 from consistency.files import sha256
+from consistency.job import Job
 from consistency.layout import Layout
 from consistency.nets.denoiser import Denoiser, init_denoiser
+from consistency.provenance import Card
 from consistency.resources import REGISTRY
 from consistency.study import Study
 
@@ -197,7 +199,6 @@ def first_results(tmp_path_factory: pytest.TempPathFactory, tiny: Callable[..., 
     """Dataset, an untrained teacher and made-up coefficients of the tiny study."""
     import numpy as np
 
-    from consistency.provenance import write_card
     from consistency.stages.dataset import make_dataset
     from consistency.stages.teacher import architecture
     from consistency.theory.noise import log_grid
@@ -206,7 +207,7 @@ def first_results(tmp_path_factory: pytest.TempPathFactory, tiny: Callable[..., 
 
     study, folder = tiny(), tmp_path_factory.mktemp("tiny")
     layout = Layout(study.name, folder / "results", folder / "state")
-    make_dataset(study, layout)
+    make_dataset(Job(study, layout))
     teacher = init_denoiser(architecture(study, study.teacher, load_images(layout.dataset)), 0)
     save_denoiser(layout.teacher / "teacher.safetensors", teacher, {"key": study.key("teacher"), "study": "tiny"})
     times = log_grid(16, study.noise.sigma_min, study.noise.sigma_max).numpy()
@@ -214,7 +215,7 @@ def first_results(tmp_path_factory: pytest.TempPathFactory, tiny: Callable[..., 
     l = 1 / (1 + 1 / times)
     np.savez(layout.coefficients / "coefficients.npz", times=times, l=l, s=4 * l - 2)
     outputs = [layout.coefficients / "coefficients.npz"]
-    write_card(study, layout, "coefficients", started=0.0, inputs=[], outputs=outputs)
+    Card(Job(study, layout), "coefficients").write([], outputs)
     return layout
 
 

@@ -6,7 +6,6 @@ something to compare. Cards carry the right keys, so readers accept them.
 
 import json
 import math
-import time
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -17,11 +16,12 @@ import pandas as pd
 import torch
 from safetensors.torch import save_file
 
-from consistency.files import atomic, sha256, write_bytes, write_json
-from consistency.layout import Layout, snapshot_name
-from consistency.provenance import write_card
+from consistency.files import atomic, sha256, write_array, write_arrays, write_bytes, write_json
+from consistency.job import Job
+from consistency.layout import Layout
+from consistency.provenance import Card
 from consistency.stages.flows import FILES
-from consistency.stages.inputs import write_array, write_arrays, write_table
+from consistency.stages.inputs import write_table
 from consistency.stages.samples import student_samplers
 from consistency.stages.scores import CALIBRATION_COLUMNS, COLUMNS
 from consistency.study import OfficialTeacher, Student, Study, Teacher, load_study
@@ -80,49 +80,48 @@ def make_study(folder: Path, name: str = "small", text: str = SMALL) -> Study:
     return load_study(path)
 
 
-def make_finished(folder: Path, text: str = SMALL, name: str = "small") -> tuple[Study, Layout]:
+def make_finished(folder: Path, text: str = SMALL, name: str = "small") -> Job:
     """A study's file in a folder, and beside it everything that its stages leave."""
     study = make_study(folder, name, text)
-    layout = Layout(study.name, folder / "results", folder / "state")
-    make_results(study, layout)
-    make_report(study, layout)
-    return study, layout
+    job = Job(study, Layout(study.name, folder / "results", folder / "state"))
+    make_results(job)
+    make_report(job)
+    return job
 
 
-def make_results(study: Study, layout: Layout) -> None:
+def make_results(job: Job) -> None:
     """Write everything that the stages dataset to scores leave for report and track."""
-    _dataset(study, layout)
-    write_array(layout.extractor / "features.npy", np.zeros((4, 8), np.float32))
-    _card(study, layout, "extractor", [layout.dataset / "images.npy"], held_out_accuracy=0.97)
-    _teacher(study, layout)
+    study, paths = job.study, job.paths
+    _dataset(job)
+    write_array(paths.extractor / "features.npy", np.zeros((4, 8), np.float32))
+    _card(job, "extractor", [paths.dataset / "images.npy"], held_out_accuracy=0.97)
+    _teacher(job)
     if study.needs_coefficients:
-        _coefficients(study, layout)
-    _samples(study, layout, None, None)
+        _coefficients(job)
+    _samples(job)
     # Those that others are made from come first.
-    for run in sorted(study.students, key=lambda run: study.students[run].frozen is not None):
-        for seed in study.seeds:
-            make_student(study, layout, run, seed)
-    _calibration(study, layout)
+    for student in sorted(job.trainings, key=lambda each: each.student.frozen is not None):
+        make_student(student)
+    _calibration(job)
     if study.flows:
-        _flows(study, layout)
+        _flows(job)
 
 
-def make_student(study: Study, layout: Layout, run: str, seed: int, level: float = 1.0) -> None:
+def make_student(job: Job, level: float = 1.0) -> None:
     """One student's training, samples and scores. level: a factor of all its losses and scores."""
-    folder, settings = layout.student(run, seed), study.students[run]
-    level *= _level(study, run, seed)
-    measured = _history(folder, settings, level, settings.objective)
-    for rate in (None, *settings.evaluation_ema):
-        for step in range(0, settings.steps + 1, settings.snapshot_every):
-            _weights(folder / "snapshots" / snapshot_name(step, rate), study.key("student", run, seed), step)
-        _weights(layout.student_file(run, seed, rate), study.key("student", run, seed), settings.steps)
-    inputs = [layout.dataset / "images.npy", layout.teacher / "teacher.safetensors"]
-    inputs += [layout.coefficients / "coefficients.npz"] if settings.needs_coefficients else []
-    if frozen := settings.frozen:
-        inputs.append(layout.student_file(frozen.run, seed, step=frozen.step))
-    _card(study, layout, "student", inputs, run, seed, **measured)
-    _samples(study, layout, run, seed)
-    _scores(study, layout, run, seed, level)
+    settings, key = job.student, job.key("student")
+    level *= _level(job)
+    measured = _history(job.folder, settings, level, settings.objective)
+    for rate in settings.rates:
+        for step in settings.snapshots:
+            _weights(job.weights(rate, step), key, step)
+        _weights(job.weights(rate), key, settings.steps)
+    inputs = [job.paths.dataset / "images.npy", job.paths.teacher / "teacher.safetensors"]
+    inputs += [job.paths.coefficients / "coefficients.npz"] if settings.needs_coefficients else []
+    inputs += [job.predictor] if job.predictor else []
+    _card(job, "student", inputs, **measured)
+    _samples(job)
+    _scores(job, level)
 
 
 def edit_card(path: Path, change: Callable[[dict[str, Any]], Any]) -> None:
@@ -132,85 +131,86 @@ def edit_card(path: Path, change: Callable[[dict[str, Any]], Any]) -> None:
     write_json(path, card)
 
 
-def make_report(study: Study, layout: Layout) -> None:
+def make_report(job: Job) -> None:
     """A stand-in for the report stage: a page, a figure, a table, summary.json, card.json."""
-    write_bytes(layout.report / "report.html", f"<html><body><h1>{study.title}</h1></body></html>\n".encode())
-    write_bytes(layout.report / "figures" / "curves.svg", b'<svg xmlns="http://www.w3.org/2000/svg"/>\n')
-    write_bytes(layout.report / "final.csv", b"run,nfe,fd\n")
-    write_json(layout.report / "summary.json", {"study": study.name})
-    scores = [layout.scores(None, None), *(layout.scores(run, seed) for run in study.students for seed in study.seeds)]
-    _card(study, layout, "report", scores)
+    folder = job.paths.report
+    write_bytes(folder / "report.html", f"<html><body><h1>{job.study.title}</h1></body></html>\n".encode())
+    write_bytes(folder / "figures" / "curves.svg", b'<svg xmlns="http://www.w3.org/2000/svg"/>\n')
+    write_bytes(folder / "final.csv", b"run,nfe,fd\n")
+    write_json(folder / "summary.json", {"study": job.study.name})
+    _card(job, "report", [each.scores for each in (job, *job.trainings)])
 
 
-def _dataset(study: Study, layout: Layout) -> None:
+def _dataset(job: Job) -> None:
+    study, folder = job.study, job.paths.dataset
     images = _images(study, 2 * study.sampling.count, "dataset")
-    write_array(layout.dataset / "images.npy", images)
-    write_array(layout.dataset / "labels.npy", np.arange(len(images)) % 10)
+    write_array(folder / "images.npy", images)
+    write_array(folder / "labels.npy", np.arange(len(images)) % 10)
     facts = {
         "count": len(images),
-        "sha256": sha256(layout.dataset / "images.npy"),
+        "sha256": sha256(folder / "images.npy"),
         "classes": [str(k) for k in range(10)],
         "sigma_data": 0.5,
         "resolution": study.dataset.resolution,
         "channels": study.dataset.channels,
         "source": study.dataset.kind,
     }
-    write_json(layout.dataset / "dataset.json", facts)
-    _card(study, layout, "dataset", [])
+    write_json(folder / "dataset.json", facts)
+    _card(job, "dataset", [])
 
 
-def _teacher(study: Study, layout: Layout) -> None:
-    settings = study.teacher
-    steps, inputs = 0, [layout.dataset / "images.npy", layout.dataset / "labels.npy"]
+def _teacher(job: Job) -> None:
+    settings, folder = job.study.teacher, job.paths.teacher
+    steps, inputs = 0, [job.paths.dataset / "images.npy", job.paths.dataset / "labels.npy"]
     measured = {"parameters": 123_456.0}
     if isinstance(settings, Teacher):
         steps = settings.steps
-        measured |= _history(layout.teacher, settings, 1.0, None)
+        measured |= _history(folder, settings, 1.0, None)
     else:
-        write_bytes(layout.teacher / "history.jsonl", b"")
+        write_bytes(folder / "history.jsonl", b"")
     if isinstance(settings, OfficialTeacher):
         inputs, measured = [], {"parameters": 55_733_891}
-    _weights(layout.teacher / "teacher.safetensors", study.key("teacher"), steps)
-    _card(study, layout, "teacher", inputs, **measured)
+    _weights(folder / "teacher.safetensors", job.study.key("teacher"), steps)
+    _card(job, "teacher", inputs, **measured)
 
 
-def _coefficients(study: Study, layout: Layout) -> None:
+def _coefficients(job: Job) -> None:
     """l_t and s_t of a Gaussian teacher, with error bars that grow where the signal is small."""
+    study, path = job.study, job.paths.coefficients / "coefficients.npz"
     times = log_grid(study.coefficients.times, study.noise.sigma_min, study.noise.sigma_max).flip(0)
     l, s = GaussianTeacher(torch.tensor([0.05, 0.25, 1.0], dtype=torch.float64)).coefficients(times)
     error = 0.02 / (1 + times)
     arrays = {"times": times, "l": l, "l_se": error / 4, "s": s, "s_se": error, "determined": times > 0}
-    write_arrays(layout.coefficients / "coefficients.npz", {name: array.numpy() for name, array in arrays.items()})
-    inputs = [layout.teacher / "teacher.safetensors", layout.dataset / "images.npy"]
-    _card(study, layout, "coefficients", inputs, seconds=3.5)
+    write_arrays(path, {name: array.numpy() for name, array in arrays.items()})
+    inputs = [job.paths.teacher / "teacher.safetensors", job.paths.dataset / "images.npy"]
+    _card(job, "coefficients", inputs, seconds=3.5)
 
 
-def _samples(study: Study, layout: Layout, run: str | None, seed: int | None) -> None:
-    names, made_from = ["heun"], layout.teacher / "teacher.safetensors"
-    if run is not None and seed is not None:
-        names, made_from = [sampler.name for sampler in student_samplers(study, run)], layout.student_file(run, seed)
-    count = study.sampling.count if run is not None or study.taught else 0
+def _samples(job: Job) -> None:
+    names, made_from = ["heun"], job.paths.teacher / "teacher.safetensors"
+    if job.run is not None:
+        names, made_from = [sampler.name for sampler in student_samplers(job)], job.weights()
+    count = job.study.sampling.count if job.run is not None or job.study.taught else 0
     for name in names:
-        write_array(layout.samples(run, seed) / f"{name}.npy", _images(study, count, f"{run} {seed} {name}"))
-    _card(study, layout, "samples", [made_from], run, seed)
+        write_array(job.samples / f"{name}.npy", _images(job.study, count, f"{job.run} {job.seed} {name}"))
+    _card(job, "samples", [made_from])
 
 
-def _scores(study: Study, layout: Layout, run: str, seed: int, level: float) -> None:
+def _scores(job: Job, level: float) -> None:
     """Further EMA rates score better, by a tenth each."""
-    settings, rows = study.students[run], []
-    for k, rate in enumerate((settings.ema_rate, *settings.evaluation_ema)):
-        rows += _rate_rows(study, run, seed, rate, level * 0.9**k, main=k == 0)
-    write_table(layout.scores(run, seed), rows, COLUMNS)
-    inputs = [layout.student_file(run, seed), *sorted(layout.samples(run, seed).glob("*.npy"))]
-    _card(study, layout, "scores", inputs, run, seed)
+    rows = []
+    for k, rate in enumerate((job.student.ema_rate, *job.student.evaluation_ema)):
+        rows += _rate_rows(job, rate, level * 0.9**k, main=k == 0)
+    write_table(job.scores, rows, COLUMNS)
+    _card(job, "scores", [job.weights(), *sorted(job.samples.glob("*.npy"))])
 
 
-def _rate_rows(study: Study, run: str, seed: int, rate: float, level: float, main: bool) -> list[dict[str, Any]]:
-    settings, scores = study.students[run], study.scores
+def _rate_rows(job: Job, rate: float, level: float, main: bool) -> list[dict[str, Any]]:
+    study, settings, scores = job.study, job.student, job.study.scores
     endpoint, taught = settings.to_the_end, study.taught
     sampler, rows = "multistep" if endpoint else "jumps", []
-    common = {"study": study.name, "run": run, "seed": seed, "ema": rate, "extractor": _extractor(study)}
-    for step in range(0, settings.steps + 1, settings.snapshot_every):
+    common = {"study": study.name, "run": job.run, "seed": job.seed, "ema": rate, "extractor": _extractor(study)}
+    for step in settings.snapshots:
         for nfe in scores.curve_nfe:
             values = _values(step, nfe, level, aligned=taught and (not endpoint or nfe == 1))
             place = {"kind": "curve", "step": step, "sampler": sampler, "nfe": nfe, "images": scores.curve_count}
@@ -224,16 +224,16 @@ def _rate_rows(study: Study, run: str, seed: int, rate: float, level: float, mai
     return rows
 
 
-def _flows(study: Study, layout: Layout) -> None:
+def _flows(job: Job) -> None:
     """Files of its names; the figures' tests have real ones."""
     for name in FILES:
-        write_bytes(layout.flows / name, f"{name}\n".encode())
-    students = [layout.student_file(run, seed) for run in study.coupled for seed in study.seeds]
-    _card(study, layout, "flows", [layout.dataset / "images.npy", *students])
+        write_bytes(job.paths.flows / name, f"{name}\n".encode())
+    students = [each.weights() for each in job.trainings if each.run in job.study.coupled]
+    _card(job, "flows", [job.paths.dataset / "images.npy", *students])
 
 
-def _calibration(study: Study, layout: Layout) -> None:
-    held = study.calibration
+def _calibration(job: Job) -> None:
+    study, held = job.study, job.study.calibration
     common = {"study": study.name, "kind": "calibration", "images": study.sampling.count}
     common["extractor"] = _extractor(study)
     rows = [common | {"run": "data", "sampler": "halves", "nfe": 0, "fd": 0.4, "kid": 0.0001}]
@@ -241,8 +241,8 @@ def _calibration(study: Study, layout: Layout) -> None:
         teacher = {"run": "teacher", "sampler": "heun", "nfe": 2 * held.steps - 1, "fd": 1.1, "kid": 0.0008}
         against = {"published": held.published_fid, "tolerance": held.tolerance} if held.published_fid else {}
         rows.append(common | teacher | against)
-    write_table(layout.scores(None, None), rows, CALIBRATION_COLUMNS)
-    _card(study, layout, "scores", [layout.samples(None, None) / "heun.npy"])
+    write_table(job.scores, rows, CALIBRATION_COLUMNS)
+    _card(job, "scores", [job.samples / "heun.npy"])
 
 
 def read_scores(path: Path) -> list[dict[str, Any]]:
@@ -256,8 +256,9 @@ def _values(step: int, nfe: int, level: float, aligned: bool) -> dict[str, float
     return values | ({"alignment": round(0.2 * fall, 6)} if aligned else {})
 
 
-def _level(study: Study, run: str, seed: int) -> float:
-    return (1.3 - 0.4 * list(study.students).index(run) / max(len(study.students) - 1, 1)) * (1 + 0.03 * seed)
+def _level(job: Job) -> float:
+    runs = list(job.study.students)
+    return (1.3 - 0.4 * runs.index(str(job.run)) / max(len(runs) - 1, 1)) * (1 + 0.03 * (job.seed or 0))
 
 
 def _extractor(study: Study) -> str:
@@ -295,21 +296,12 @@ def _weights(path: Path, key: str, step: int) -> None:
         save_file({"weight": torch.full((2,), float(step))}, temporary, {"key": key, "step": str(step)})
 
 
-def _card(
-    study: Study,
-    layout: Layout,
-    stage: str,
-    inputs: list[Path],
-    run: str | None = None,
-    seed: int | None = None,
-    **measured: float,
-) -> None:
+def _card(job: Job, stage: str, inputs: list[Path], **measured: float) -> None:
     """The card of what lies in a stage's folder; of the table alone for scores."""
-    folder = layout.card(stage, run, seed).parent
+    folder = job.card(stage).parent
     files = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != "card.json"]
-    if stage == "scores":
-        files = [layout.scores(run, seed)]
     if measured:
         measured["network_evaluations"] = 12.0 * measured.get("images", 100)
-    started = time.time() - 2
-    write_card(study, layout, stage, run, seed, started=started, inputs=inputs, outputs=files, measured=measured)
+    card = Card(job, stage)
+    card.started -= 2
+    card.write(inputs, [job.scores] if stage == "scores" else files, measured=measured)

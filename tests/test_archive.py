@@ -15,6 +15,7 @@ from consistency.__main__ import main
 from consistency.archive import make_archive
 from consistency.errors import UserError
 from consistency.files import sha256
+from consistency.job import Job
 from consistency.layout import Layout
 from consistency.verification import verify
 
@@ -34,7 +35,7 @@ def home(finished_small: Path, tmp_path: Path) -> Path:
 
 def pack(home: Path, **options: Any) -> Path:
     study = make_study(home)
-    make_archive(study, Layout("small", home / "results"), home / "small.yaml", home / "archives", **options)
+    make_archive(Job(study, Layout("small", home / "results")), home / "small.yaml", home / "archives", **options)
     return home / f"archives/small-{study.key('report')[:8]}.zip"
 
 

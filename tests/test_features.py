@@ -22,6 +22,7 @@ from consistency.features import (
     kernel_distance,
     regrouped,
 )
+from consistency.job import Job
 from consistency.layout import Layout
 from consistency.nets.classifier import Classifier
 from consistency.resources import INCEPTION
@@ -197,8 +198,8 @@ def test_the_extractor_stage_is_deterministic_and_keeps_some_features_and_the_st
 
     def made(study: Study, seed: int) -> Statistics:
         torch.manual_seed(seed)
-        make_extractor(study, layout, CPU)
-        return read_data_statistics(study, layout)
+        make_extractor(Job(study, layout), CPU)
+        return read_data_statistics(Job(study, layout))
 
     some = tiny({"scores.kid_images": 50})
     whole, again, found = made(tiny(), 1), made(tiny(), 2), made(some, 3)
@@ -209,7 +210,7 @@ def test_the_extractor_stage_is_deterministic_and_keeps_some_features_and_the_st
         assert np.array_equal(other.covariance, whole.covariance)
     (layout.extractor / "statistics.npz").write_bytes(b"PK")
     with pytest.raises(UserError, match=r"statistics\.npz is damaged .*: run `extractor` again"):
-        read_data_statistics(some, layout)
+        read_data_statistics(Job(some, layout))
 
 
 # --- Inception, played by a small network of the same interface
@@ -274,7 +275,7 @@ def test_a_study_opens_the_weights_only_after_their_digest_was_checked(
     Path("resources").mkdir()
     staged = weights.rename(Path("resources") / INCEPTION)
     study, data = tiny({"scores.extractor": "inception"}), load_images(first_results.dataset)
-    assert open_extractor(study, first_results, data, CPU)(np.array(data.images[:2])).shape == (2, 2048)
+    assert open_extractor(Job(study, first_results), data, CPU)(np.array(data.images[:2])).shape == (2, 2048)
     staged.write_bytes(b"not torchscript")
     with pytest.raises(UserError, match=r"has sha256 [0-9a-f]{64}, not "):
-        open_extractor(study, first_results, data, CPU)
+        open_extractor(Job(study, first_results), data, CPU)

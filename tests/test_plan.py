@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from consistency.errors import UserError
+from consistency.job import Job
 from consistency.layout import Layout
 from consistency.plan import write_inputs, write_plan
 from consistency.study import Study, load_study
@@ -40,7 +41,7 @@ def frozen(couplings: dict[str, Any]) -> dict[str, Any]:
 def plan(study: Study, folder: Path) -> dict[str, Any]:
     """What is written, by job."""
     layout = Layout(study.name, folder)
-    write_plan(study, layout)
+    write_plan(Job(study, layout))
     root = layout.root / "plan"
     return {str(path.relative_to(root).with_suffix("")): json.loads(path.read_text()) for path in root.rglob("*.json")}
 
@@ -139,7 +140,7 @@ def test_what_is_made_from_no_other_student_is_not_said_to_be(
 def inputs(study: Study, folder: Path, *of: Any) -> dict[str, Any]:
     """What stands in inputs/ afterwards, by file."""
     layout = Layout("tiny", folder)
-    write_inputs(study, layout, *of)
+    write_inputs(Job(study, layout), *of)
     root = layout.root / "inputs"
     return {str(path.relative_to(root)): json.loads(path.read_text()) for path in root.rglob("*.json")}
 

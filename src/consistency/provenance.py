@@ -125,6 +125,7 @@ def artifacts(job: Job, also: Collection[str] = ()) -> dict[str, Artifact]:
 
 def read_card(job: Job, stage: str) -> dict[str, Any]:
     """The card of what a stage made. Raises UserError if it is missing, or another study or other settings made it."""
+    job = job if stage in ("student", "samples", "scores") else job.of()
     made_by = ("calibration" if stage == "scores" and job.run is None else stage) + job.options
     path = job.card(stage)
     card: dict[str, Any] = read_json(path, made_by)

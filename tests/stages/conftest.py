@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from consistency.job import Job
 from consistency.layout import Layout
 from consistency.nets.denoiser import student_from_teacher
-from consistency.study import Study
 from consistency.training.checkpoint import load_denoiser, save_denoiser
 
 #: students with coefficients of their own: of the data's moments, and of their average, refitted before steps 2 and 4
@@ -27,13 +27,12 @@ def results(first_results: Layout, tmp_path: Path) -> Layout:
     return Layout("tiny", tmp_path / "results", tmp_path / "state")
 
 
-def save_students(study: Study, layout: Layout, run: str = "analytic", steps: tuple[int | None, ...] = (None,)) -> None:
+def save_students(job: Job, steps: tuple[int | None, ...] = (None,)) -> None:
     """A student at every rate and step, None the end of training, each with weights of its own."""
-    teacher = load_denoiser(layout.teacher / "teacher.safetensors")[0]
-    rates = (None, *study.students[run].evaluation_ema)
-    for k, path in enumerate(layout.student_file(run, 0, rate, step) for rate in rates for step in steps):
+    teacher = load_denoiser(job.paths.teacher / "teacher.safetensors")[0]
+    for k, path in enumerate(job.weights(rate, step) for rate in job.student.rates for step in steps):
         student, generator = student_from_teacher(teacher), torch.Generator().manual_seed(k)
         with torch.no_grad():
             for weight in student.parameters():
                 weight += 0.05 * torch.randn(weight.shape, generator=generator)
-        save_denoiser(path, student, {"key": study.key("student", run, 0), "study": "tiny"})
+        save_denoiser(path, student, {"key": job.key("student"), "study": "tiny"})

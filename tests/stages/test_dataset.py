@@ -20,6 +20,7 @@ from PIL import Image
 from tests.image_sources import imagenet_files, imagenet_tar
 
 from consistency.errors import UserError
+from consistency.job import Job
 from consistency.layout import Layout
 from consistency.locks import only_one
 from consistency.stages import dataset as stage
@@ -54,7 +55,7 @@ def make(tiny: Tiny, tmp_path: Path) -> Make:
         dataset = {"kind": "image_folder", "path": path, "resolution": 8, "channels": 3, **settings}
         study = tiny({"dataset": dataset})
         layout = Layout(study.name, tmp_path / "results", tmp_path / "state")
-        make_dataset(study, layout, workers)
+        make_dataset(Job(study, layout), workers)
         return load_images(layout.dataset)
 
     return run
@@ -74,7 +75,7 @@ def test_digits_are_the_1797_images_of_scikit_learn(tiny: Tiny, tmp_path: Path) 
 
     study = tiny({"dataset": {"kind": "digits", "resolution": 8, "channels": 1}})
     layout = Layout(study.name, tmp_path / "results", tmp_path / "state")
-    make_dataset(study, layout)
+    make_dataset(Job(study, layout))
     data, digits = load_images(layout.dataset), load_digits()
     assert data.images.shape == (1797, 8, 8, 1)
     assert np.array_equal(data.labels, digits.target)
@@ -89,7 +90,7 @@ def test_digits_are_the_1797_images_of_scikit_learn(tiny: Tiny, tmp_path: Path) 
 
 def test_the_same_study_makes_the_same_bytes(first_results: Layout, tiny: Tiny, tmp_path: Path) -> None:
     layout = Layout("tiny", tmp_path / "results", tmp_path / "state")
-    make_dataset(tiny(), layout)
+    make_dataset(Job(tiny(), layout))
     for name in ("images.npy", "labels.npy", "dataset.json"):
         assert (layout.dataset / name).read_bytes() == (first_results.dataset / name).read_bytes()
     card = json.loads((layout.dataset / "card.json").read_text())
@@ -350,9 +351,9 @@ def test_however_it_is_stopped_the_same_command_ends_with_the_same_bytes(
     study = load_study(slow)
     layout = Layout("tiny", tmp_path / "results", tmp_path / "state")
     assert list(layout.dataset.iterdir()) == (unfinished(tmp_path) if how == signal.SIGKILL else [])
-    make_dataset(study, layout)
+    make_dataset(Job(study, layout))
     whole = Layout("tiny", tmp_path / "other", tmp_path / "other-state")
-    make_dataset(study, whole)
+    make_dataset(Job(study, whole))
     assert contents(layout.dataset) == contents(whole.dataset)
 
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from consistency import figures
+from consistency.job import Job
 from consistency.layout import Layout
 from consistency.nets.denoiser import Denoiser
 from consistency.provenance import read_card
@@ -33,12 +34,12 @@ def test_a_study_with_a_teacher_sets_it_beside_its_couplings(
         | {"flows": settings | {"denoiser_steps": 4, "denoiser_batch": 8}}
     )
     for run in students:
-        make_student(study, results, run, 0, CPU)
-    make_flows(study, results, CPU)
+        make_student(Job(study, results, run, 0), CPU)
+    make_flows(Job(study, results), CPU)
     table = pd.read_csv(results.flows / "discrepancy.csv")
     assert list(table.run) == ["teacher"] * 3 + ["full"] * 3 + ["ic"] * 3
     assert list(table.seed.fillna(-1)) == [-1] * 3 + [0] * 6
-    card = read_card(results.flows, study, "flows")
+    card = read_card(Job(study, results), "flows")
     assert {"teacher/teacher.safetensors", "students/ic/seed0/student.safetensors"} <= card["inputs"].keys()
     figure = figures.discrepancy(table, list(students))
     labels = figure.axes[0].get_legend_handles_labels()[1]

@@ -12,6 +12,7 @@ from tests.fake_results import SMALL, SWEEP, UNTAUGHT, make_results, make_study
 
 from consistency import figures
 from consistency.analysis import SpeedUp
+from consistency.job import Job
 from consistency.layout import Layout
 from consistency.stages.page import _verdicts, write_page
 from consistency.stages.report import _summary, make_report, print_summary
@@ -51,13 +52,13 @@ BOTH = SMALL.replace("students:\n", "varies: [preconditioning, objective, coupli
 def made(folder: Path, text: str = SMALL) -> tuple[Study, Layout]:
     study = make_study(folder, text=text)
     layout = Layout(study.name, folder / "results")
-    make_results(study, layout)
+    make_results(Job(study, layout))
     return study, layout
 
 
 def reported(folder: Path, text: str = SMALL) -> tuple[Study, Layout]:
     study, layout = made(folder, text)
-    make_report(study, layout)
+    make_report(Job(study, layout))
     return study, layout
 
 
@@ -97,7 +98,7 @@ def test_without_a_teacher_nothing_speaks_of_one(tmp_path: Path, capsys: pytest.
     assert re.search(r"ic : coupling: ic ot : coupling: ot gc : coupling: gc, mu: 0\.5", read)
     assert "teacher 0." not in read and "samples (6)" in read
     assert "No teacher: students are measured against the data alone" in read
-    print_summary(study, layout)
+    print_summary(Job(study, layout))
     said = capsys.readouterr().out
     assert "alignment" not in said and "KID" in said
 
@@ -105,7 +106,7 @@ def test_without_a_teacher_nothing_speaks_of_one(tmp_path: Path, capsys: pytest.
 def test_a_sweep_of_mu_has_a_figure_and_a_chapter(tmp_path: Path) -> None:
     study, layout = made(tmp_path, SWEEP)
     assert study.mu_sweep == {"ic": 0.0, "gc3": 0.3, "gc": 0.5, "gc1": 1.0}
-    results = read_results(study, layout)
+    results = read_results(Job(study, layout))
     figure = figures.mu_sweep(results.main, study.mu_sweep, ["ot"], list(study.students), [1, 2], results.extractor)
     points, means, transported = figure.axes[0].get_lines()
     final = results.main[(results.main.kind == "final") & (results.main.nfe == 1)]
@@ -116,7 +117,7 @@ def test_a_sweep_of_mu_has_a_figure_and_a_chapter(tmp_path: Path) -> None:
     np.testing.assert_allclose(means.get_xydata(), [[mu, table[run]] for run, mu in study.mu_sweep.items()])
     assert transported.get_ydata()[0] == pytest.approx(table["ot"])
     figures.close(figure)
-    make_report(study, layout)
+    make_report(Job(study, layout))
     assert (layout.report / "figures/mu_sweep.png").exists()
     assert "Sweep of mu" in (layout.report / "report.html").read_text()
 
@@ -143,7 +144,7 @@ def test_the_claims_are_those_of_the_paper_that_a_student_is_of(tmp_path: Path) 
 
 def test_verdicts_hold_each_coupling_against_independent_noise(tmp_path: Path) -> None:
     study, layout = made(tmp_path, UNTAUGHT)
-    said = _verdicts(study, read_results(study, layout))
+    said = _verdicts(study, read_results(Job(study, layout)))
     for run, paired in zip(("ot", "gc"), said, strict=True):
         assert paired.startswith(f"At NFE 1, {run}'s FD over the second half of training differs from ic's, seed by")
         assert "95 % t interval, 2 seeds" in paired
@@ -177,7 +178,7 @@ def test_a_frozen_predictor_is_said_by_its_student_and_is_in_no_sweep(tmp_path: 
 
 def test_the_tables_are_numbers_for_machines(tmp_path: Path) -> None:
     study, layout = made(tmp_path, LARGE)
-    summary = _summary(read_results(study, layout))
+    summary = _summary(read_results(Job(study, layout)))
     assert set(summary["final"]) == set(study.students)
     assert set(summary["speed_up"]) == set(study.students) - {"ctm", "cm"}
     # Endpoint students know no s between: their alignment is measured at one jump only.
@@ -187,8 +188,8 @@ def test_the_tables_are_numbers_for_machines(tmp_path: Path) -> None:
 
 def text_of(study: Study, layout: Layout) -> str:
     """What a reader of the page reads, without pictures and tags."""
-    results, histories = read_results(study, layout), read_histories(study, layout)
-    page = write_page(study, layout, results, read_cards(study, layout), histories, pictures=[])
+    job = Job(study, layout)
+    page = write_page(job, read_results(job), read_cards(job), read_histories(job), pictures=[])
     page = re.sub(r"<style.*?</style>", "", page, flags=re.S)
     return html.unescape(re.sub(r"\s+", " ", re.sub(r"<[^>]*>", " ", page)))
 
@@ -216,7 +217,7 @@ def test_an_official_teacher_and_its_published_score_come_first(tmp_path: Path) 
     assert page.split("A small study", 2)[2].strip().startswith(line)
     assert "Teacher: official EDM checkpoint edm-cifar10-32x32-uncond-vp.pkl, 55,733,891 parameters." in page
     assert "not FID" not in page
-    calibration = _summary(read_results(study, layout))["calibration"]
+    calibration = _summary(read_results(Job(study, layout)))["calibration"]
     assert calibration["teacher heun"] == {"fd": 1.1, "kid": 0.0008, "published": 1.05}
 
 
@@ -247,7 +248,7 @@ def test_a_second_report_is_the_same_and_keeps_nothing_of_an_earlier_one(tmp_pat
     before = files()
     for stale in ("figures/mu_sweep.png", "ema.csv"):
         (layout.report / stale).touch()
-    make_report(study, layout)
+    make_report(Job(study, layout))
     assert files() == before
 
 
@@ -275,7 +276,7 @@ def test_the_summary_says_where_things_are(tmp_path: Path, capsys: pytest.Captur
     study, layout = made(tmp_path)
     layout.track.mkdir()
     (layout.track / "tracked.json").write_text(json.dumps({"url_hint": "`make ui`, then look"}))
-    print_summary(study, layout)
+    print_summary(Job(study, layout))
     said = capsys.readouterr().out
     assert str(layout.report / "report.html") in said
     assert "`make ui`, then look" in said

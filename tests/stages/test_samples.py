@@ -18,6 +18,7 @@ from tests.stages.conftest import save_students
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from consistency.errors import UserError
+from consistency.job import Job
 from consistency.layout import Layout
 from consistency.nets.denoiser import Denoiser, student_from_teacher
 from consistency.nets.mlp import MLP
@@ -78,9 +79,9 @@ def test_conditional_labels_are_uniform_and_beside_the_same_latents() -> None:
 SAMPLERS: dict[str, Callable[[Study, Denoiser], Sampler]] = {
     "heun": lambda study, model: heun_sampler(study, model),
     "churn": lambda study, model: heun_sampler(study, model),
-    "nfe1": lambda study, model: jump_sampler(study, "ctm", model, CTM, 1),
-    "nfe3": lambda study, model: jump_sampler(study, "ctm", model, CTM, 3),
-    "gamma": lambda study, model: jump_sampler(study, "ctm", model, CTM, 3, 0.8),
+    "nfe1": lambda study, model: jump_sampler(Job(study, Layout("tiny"), "ctm"), model, CTM, 1),
+    "nfe3": lambda study, model: jump_sampler(Job(study, Layout("tiny"), "ctm"), model, CTM, 3),
+    "gamma": lambda study, model: jump_sampler(Job(study, Layout("tiny"), "ctm"), model, CTM, 3, 0.8),
 }
 CHURN = {"s_churn": 3.0, "s_min": 0.05, "s_max": 50.0, "s_noise": 1.003}
 
@@ -159,7 +160,7 @@ def test_one_jump_is_the_consistency_function(tiny: Tiny, make_denoiser: Callabl
     t, s = (torch.full((4,), v, dtype=torch.float64) for v in (80.0, 0.002))
     with torch.inference_mode():
         expected = CTM.jump(model, 80 * noise.latents, t, s)
-        assert torch.equal(jump_sampler(tiny(), "ctm", model, CTM, 1)(noise), expected)
+        assert torch.equal(jump_sampler(Job(tiny(), Layout(tiny().name), "ctm"), model, CTM, 1)(noise), expected)
 
 
 def test_churn_changes_the_images_but_not_the_endpoints_of_the_ode(
@@ -195,46 +196,50 @@ def test_gamma_samplers_are_of_the_main_rate_of_trajectory_students(tiny: Tiny) 
     names = [*(f"ema{rate}-nfe{n}" for rate in (0.9, 0.9999) for n in (1, 2, 5)), "nfe1", "nfe2", "nfe5"]
     gammas = [f"gamma{g}-nfe{n}" for g in (0.5, 1.0) for n in (2, 4)]
     trajectory, endpoint = tiny(gamma), tiny(gamma | {"student.objective": "endpoint", "report": {}})
-    assert [sampler.name for sampler in student_samplers(trajectory, "ctm")] == [*names[:6], *gammas, *names[6:]]
-    assert [sampler.name for sampler in student_samplers(endpoint, "ctm")] == names
+    assert [sampler.name for sampler in student_samplers(Job(trajectory, Layout("tiny"), "ctm"))] == [
+        *names[:6],
+        *gammas,
+        *names[6:],
+    ]
+    assert [sampler.name for sampler in student_samplers(Job(endpoint, Layout("tiny"), "ctm"))] == names
 
 
 # --- the stage
 
 
 def drawn(layout: Layout, run: str | None = None) -> dict[str, bytes]:
-    folder = layout.samples(run, None if run is None else 0)
+    folder = layout.root / "samples" / ("teacher" if run is None else f"{run}/seed0")
     return {path.name: path.read_bytes() for path in folder.glob("*.npy")}
 
 
 def test_the_stage_writes_every_sampler_as_bytes(tiny: Tiny, results: Layout) -> None:
     study = tiny()
-    make_samples(study, results, None, None, CPU)
-    by_teacher = np.load(results.samples(None, None) / "heun.npy")
+    make_samples(Job(study, results), CPU)
+    by_teacher = np.load(Job(study, results).samples / "heun.npy")
     assert by_teacher.shape == (80, 8, 8, 1)
     assert by_teacher.dtype == np.uint8
-    save_students(study, results)
-    make_samples(study, results, "analytic", 0, CPU)
-    folder = results.samples("analytic", 0)
+    save_students(Job(study, results, "analytic", 0))
+    make_samples(Job(study, results, "analytic", 0), CPU)
+    folder = Job(study, results, "analytic", 0).samples
     names = {"nfe1.npy", "nfe2.npy", "nfe5.npy", "gamma1.0-nfe2.npy", "card.json"}
     assert {entry.name for entry in folder.iterdir()} == names
-    card = read_card(folder, study, "samples", "analytic", 0)
+    card = read_card(Job(study, results, "analytic", 0), "samples")
     assert {Path(path).name for path in card["inputs"]} == {"student.safetensors", "coefficients.npz"}
-    assert not results.sampling_state("analytic", 0).exists()
+    assert not Job(study, results, "analytic", 0).sampling_state.exists()
 
 
 def test_each_rates_samples_come_from_its_own_weights(tiny: Tiny, results: Layout) -> None:
     study = tiny({"student.evaluation_ema": [0.9]})
-    save_students(study, results)
-    make_samples(study, results, "analytic", 0, CPU)
+    save_students(Job(study, results, "analytic", 0))
+    make_samples(Job(study, results, "analytic", 0), CPU)
     found = drawn(results, "analytic")
     assert set(found) == {"nfe1.npy", "nfe2.npy", "nfe5.npy", "gamma1.0-nfe2.npy"} | {
         f"ema0.9-nfe{n}.npy" for n in (1, 2, 5)
     }
     assert found["nfe1.npy"] != found["ema0.9-nfe1.npy"]
     alone = tiny()
-    save_students(alone, results)
-    make_samples(alone, results, "analytic", 0, CPU)
+    save_students(Job(alone, results, "analytic", 0))
+    make_samples(Job(alone, results, "analytic", 0), CPU)
     assert drawn(results, "analytic")["nfe2.npy"] == found["nfe2.npy"]
 
 
@@ -256,7 +261,7 @@ def evaluations(
 
     hook = torch.nn.modules.module.register_module_forward_pre_hook(before)
     try:
-        make_samples(study, layout, run, None if run is None else 0, CPU)
+        make_samples(Job(study, layout, run, None if run is None else 0), CPU)
     finally:
         hook.remove()
     return count
@@ -265,25 +270,25 @@ def evaluations(
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
 def test_a_stopped_sampling_goes_on_where_it_was(tiny: Tiny, results: Layout, signum: int) -> None:
     study = tiny(SMALL_BATCHES)
-    make_samples(study, results, None, None, CPU)
+    make_samples(Job(study, results), CPU)
     expected = drawn(results)
-    shutil.rmtree(results.samples(None, None))
+    shutil.rmtree(Job(study, results).samples)
     with pytest.raises(Interrupted, match="samples teacher: stopped at image 35 of 80, state saved") as caught:
         evaluations(study, results, stop_at=40, signum=signum)
     # In the middle of the sixth batch: it leaves at the next evaluation.
     assert caught.value.signum == signum
-    assert not results.samples(None, None).exists()
+    assert not Job(study, results).samples.exists()
     assert evaluations(study, results) == 7 * (12 - 5)
     assert drawn(results) == expected
-    assert not results.sampling_state(None, None).exists()
+    assert not Job(study, results).sampling_state.exists()
 
 
 def test_a_stopped_student_keeps_the_samplers_that_are_done(tiny: Tiny, results: Layout) -> None:
     study = tiny({**SMALL_BATCHES, "student.evaluation_ema": [0.9]})
-    save_students(study, results)
+    save_students(Job(study, results, "analytic", 0))
     whole = evaluations(study, results, "analytic")
     expected = drawn(results, "analytic")
-    shutil.rmtree(results.samples("analytic", 0))
+    shutil.rmtree(Job(study, results, "analytic", 0).samples)
     with pytest.raises(Interrupted):
         evaluations(study, results, "analytic", stop_at=whole - 100)
     assert 100 <= evaluations(study, results, "analytic") <= 100 + 5
@@ -293,7 +298,7 @@ def test_a_stopped_student_keeps_the_samplers_that_are_done(tiny: Tiny, results:
 def test_what_other_weights_or_settings_drew_is_not_used(tiny: Tiny, results: Layout) -> None:
     with pytest.raises(Interrupted):
         evaluations(tiny(SMALL_BATCHES), results, stop_at=40)
-    assert json.loads((results.sampling_state(None, None) / "progress.json").read_text())["done"] == {"heun": 35}
+    assert json.loads((Job(tiny(), results).sampling_state / "progress.json").read_text())["done"] == {"heun": 35}
     other = tiny({**SMALL_BATCHES, "calibration.churn": CHURN})
     assert evaluations(other, results) == 7 * 12
     with pytest.raises(Interrupted):
@@ -313,7 +318,7 @@ def test_a_disk_that_is_too_small_is_said_before_anything_is_drawn(
     monkeypatch.setattr(os, "posix_fallocate", full)
     monkeypatch.setattr(MLP, "forward", lambda *_: pytest.fail("it draws"))
     with pytest.raises(UserError, match=r"cannot write .*heun\.npy: No space left on device"):
-        make_samples(tiny(), results, None, None, CPU)
+        make_samples(Job(tiny(), results), CPU)
 
 
 PROCESS = """
@@ -361,17 +366,17 @@ def test_a_killed_sampling_and_a_shared_one_have_the_same_bits(
     """kill -9 in the middle; then two processes do the rest between them."""
     write_study(SMALL_BATCHES)
     study = tiny(SMALL_BATCHES)
-    make_samples(study, results, None, None, CPU)
+    make_samples(Job(study, results), CPU)
     expected = drawn(results)
-    shutil.rmtree(results.samples(None, None))
+    shutil.rmtree(Job(study, results).samples)
     killed = start(tmp_path, kill_at=31)
     killed.communicate(timeout=120)
     assert killed.returncode == -signal.SIGKILL
-    assert json.loads((results.sampling_state(None, None) / "progress.json").read_text())["done"] == {"heun": 28}
+    assert json.loads((Job(tiny(), results).sampling_state / "progress.json").read_text())["done"] == {"heun": 28}
     both = [start(tmp_path, rank, 2) for rank in (0, 1)]
     said = [process.communicate(timeout=120)[0] for process in both]
     assert [process.returncode for process in both] == [0, 0]
     # 8 batches are left: 4 a process.
     assert said == ["evaluations 28\n"] * 2
     assert drawn(results) == expected
-    read_card(results.samples(None, None), study, "samples")
+    read_card(Job(study, results).samples, study, "samples")

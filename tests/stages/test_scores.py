@@ -14,8 +14,9 @@ from tests.stages.conftest import save_students
 
 from consistency.__main__ import main
 from consistency.features import Extractor, Statistics, frechet_distance
-from consistency.layout import Layout, snapshot_name
-from consistency.provenance import write_card
+from consistency.job import Job
+from consistency.layout import Layout
+from consistency.provenance import Card
 from consistency.stages import extractor as extractor_stage
 from consistency.stages.extractor import make_extractor, open_extractor, read_data_statistics
 from consistency.stages.inputs import read_preconditioning
@@ -33,22 +34,23 @@ RATE = {"student.evaluation_ema": [0.9]}
 @pytest.fixture
 def layout(tiny: Tiny, results: Layout) -> Layout:
     """The teacher's samples and the extractor too."""
-    make_samples(tiny(), results, None, None, CPU)
-    make_extractor(tiny(), results, CPU)
+    make_samples(Job(tiny(), results), CPU)
+    make_extractor(Job(tiny(), results), CPU)
     return results
 
 
 def make_student(study: Study, layout: Layout, run: str = "analytic") -> None:
     """A student at every rate and step, with its samples."""
-    save_students(study, layout, run, (0, 3, 6, None))
-    write_card(study, layout, "student", run, 0, started=0.0, inputs=[], outputs=[])
-    make_samples(study, layout, run, 0, CPU)
+    job = Job(study, layout, run, 0)
+    save_students(job, (0, 3, 6, None))
+    Card(job, "student").write([], [])
+    make_samples(job, CPU)
 
 
 def scored(study: Study, layout: Layout, run: str = "analytic") -> pd.DataFrame:
-    make_calibration(study, layout, CPU)
-    make_scores(study, layout, run, 0, CPU)
-    return pd.read_csv(layout.scores(run, 0))
+    make_calibration(Job(study, layout), CPU)
+    make_scores(Job(study, layout, run, 0), CPU)
+    return pd.read_csv(Job(study, layout, run, 0).scores)
 
 
 def test_a_table_has_a_row_for_each_sampler_rate_and_snapshot(tiny: Tiny, layout: Layout) -> None:
@@ -66,11 +68,11 @@ def test_a_table_has_a_row_for_each_sampler_rate_and_snapshot(tiny: Tiny, layout
     assert (table.alignment.isna() == (table.sampler == "gamma=1.0")).all()
     # Each row is of weights of its own.
     assert table.fd.nunique() == len(table)
-    calibration = pd.read_csv(layout.scores(None, None))
+    calibration = pd.read_csv(Job(study, layout).scores)
     assert list(calibration.columns) == CALIBRATION_COLUMNS
     assert calibration[["ema", "published", "tolerance"]].isna().all().all()
     # Without further rates the main one's rows are the same.
-    shutil.rmtree(layout.samples("analytic", 0))
+    shutil.rmtree(Job(study, layout, "analytic", 0).samples)
     make_student(tiny(), layout)
     pd.testing.assert_frame_equal(table[table.ema == 0.5].reset_index(drop=True), scored(tiny(), layout))
 
@@ -79,13 +81,14 @@ def test_a_row_is_what_one_computes_from_all_its_images_at_once_in_whatever_batc
     study = tiny()
     make_student(study, layout)
     table = scored(study, layout)
-    model = load_denoiser(layout.student("analytic", 0) / "snapshots" / snapshot_name(3))[0]
-    jumps = jump_sampler(study, "analytic", model, read_preconditioning(study, layout, "analytic", model), 2)
+    job = Job(study, layout, "analytic", 0)
+    model = load_denoiser(job.weights(step=3))[0]
+    jumps = jump_sampler(job, model, read_preconditioning(job, model), 2)
     images = torch.cat([batch for _, batch in draw(study, model, jumps, 80)])
-    features = open_extractor(study, layout, load_images(layout.dataset), CPU)(to_bytes(images)).astype(np.float64)
-    data = read_data_statistics(study, layout)
+    features = open_extractor(job, load_images(layout.dataset), CPU)(to_bytes(images)).astype(np.float64)
+    data = read_data_statistics(Job(study, layout))
     whole = Statistics(features.mean(0), np.cov(features, rowvar=False), features)
-    endpoints = np.load(layout.scores(None, None).with_name("endpoints.npy"))
+    endpoints = np.load(Job(study, layout).scores.with_name("endpoints.npy"))
     row = table[(table.kind == "curve") & (table.step == 3) & (table.nfe == 2)].iloc[0]
     assert row.fd == pytest.approx(frechet_distance(whole, data), rel=1e-9)
     assert row.alignment == pytest.approx(np.square(images[:16].double().numpy() - endpoints).mean(), rel=1e-12)
@@ -136,8 +139,9 @@ def test_a_teacher_that_is_off_stops_the_study_and_nothing_is_lost(
     verb: Callable[..., int], layout: Layout, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert verb("extractor", {}) == 0
-    samples = (layout.samples(None, None) / "heun.npy").read_bytes()
-    layout.scores(None, None).write_text("of another day\n")
+    samples, table = (layout.root / name for name in ("samples/teacher/heun.npy", "scores/calibration.csv"))
+    before = samples.read_bytes()
+    table.write_text("of another day\n")
     assert verb("calibration", {}) == 2
     (error,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error")]
     measured = json.loads(layout.measured_calibration.read_text())
@@ -152,17 +156,17 @@ def test_a_teacher_that_is_off_stops_the_study_and_nothing_is_lost(
         str(layout.measured_calibration),
     ):
         assert said in error
-    assert not layout.scores(None, None).exists()
-    assert (layout.samples(None, None) / "heun.npy").read_bytes() == samples
+    assert not table.exists()
+    assert samples.read_bytes() == before
     assert measured["images"] == 80
     # With a wider tolerance the same command goes on, and says what it was held against.
     wider = {"calibration.tolerance": abs(measured["fd"] - 1) + 0.01}
     assert verb("calibration", wider) == 0
-    teacher = pd.read_csv(layout.scores(None, None)).set_index("run").loc["teacher"]
+    teacher = pd.read_csv(table).set_index("run").loc["teacher"]
     assert (teacher.published, teacher.tolerance) == (1.0, pytest.approx(wider["calibration.tolerance"]))
     assert teacher.fd == pytest.approx(measured["fd"], rel=1e-12)
     assert not layout.measured_calibration.exists()
-    assert layout.scores(None, None).with_name("endpoints.npy").exists()
+    assert table.with_name("endpoints.npy").exists()
 
 
 @pytest.mark.parametrize(("off", "code"), [(0.09, 0), (-0.09, 0), (0.11, 2), (-0.11, 2)])
@@ -180,6 +184,6 @@ def test_too_few_images_for_the_features_are_warned_of_once(
     words = "fewer images than the 90 features (sampling.count 80, scores.curve_count 80): their covariance is singular"
     for features, warned in ((4, 0), (90, 1)):
         inception_played_by(features, monkeypatch)
-        make_extractor(study, layout, CPU)
-        make_calibration(study, layout, CPU)
+        make_extractor(Job(study, layout), CPU)
+        make_calibration(Job(study, layout), CPU)
         assert capsys.readouterr().out.count(words) == warned

@@ -14,6 +14,7 @@ import torch
 from tests.stages.conftest import OWN
 
 from consistency.errors import UserError
+from consistency.job import Job
 from consistency.layout import Layout, snapshot_name
 from consistency.nets.denoiser import Denoiser
 from consistency.stages import student as stage
@@ -32,7 +33,7 @@ CPU = Machine(torch.device("cpu"))
 
 
 def training(study: Study, layout: Layout, run: str, seed: int = 0) -> Training:
-    return stage._training(study, layout, run, seed, load_images(layout.dataset), CPU)
+    return stage._training(Job(study, layout, run, seed), load_images(layout.dataset), CPU)
 
 
 def weights(*models: torch.nn.Module) -> torch.Tensor:
@@ -123,7 +124,7 @@ def test_labels_are_given_to_conditional_students_alone(
 
 def test_a_seed_the_study_has_not_is_refused(tiny: Tiny, first_results: Layout) -> None:
     with pytest.raises(UserError, match=r"study tiny has no seed 7; its seeds are \[0\]"):
-        stage.make_student(tiny(), first_results, "ctm", 7, CPU)
+        stage.make_student(Job(tiny(), first_results, "ctm", 7), CPU)
 
 
 def test_coefficients_of_other_settings_are_refused(tiny: Tiny, first_results: Layout) -> None:
@@ -245,7 +246,7 @@ def test_an_interrupted_arm_ends_with_the_bits_of_an_uninterrupted_one(
     study = tiny(couplings | changes)
     frozen = study.students[run].frozen
     if frozen:
-        stage.make_student(study, results, "ic", 0, CPU)
+        stage.make_student(Job(study, results, "ic", 0), CPU)
     whole, same = (at_the_end(study, results.results, tmp_path / f"{k}", run, k) for k in (False, True))
     assert torch.equal(weights(*same), weights(*whole))
     if run == "own":
@@ -272,9 +273,9 @@ def test_a_frozen_predictor_is_the_other_students_and_stays_what_it_is(
     study = tiny(changes)
     with pytest.raises(UserError, match="run `python -m consistency student --run ic --seed 0` first"):
         training(study, results, "full")
-    stage.make_student(study, results, "ic", 0, CPU)
-    ended = weights(load_denoiser(results.student_file("ic", 0))[0])
-    halfway = weights(load_denoiser(results.student_file("ic", 0, step=3))[0])
+    stage.make_student(Job(study, results, "ic", 0), CPU)
+    ended = weights(load_denoiser(Job(study, results, "ic", 0).weights())[0])
+    halfway = weights(load_denoiser(Job(study, results, "ic", 0).weights(step=3))[0])
     trained = []
     for run, expected in (("full", ended), ("weak", halfway), ("own", None)):
         job = training(study, results, run)
@@ -285,8 +286,8 @@ def test_a_frozen_predictor_is_the_other_students_and_stays_what_it_is(
         assert expected is None or torch.equal(weights(predictor), expected)
         assert (predictor is job.averages[0].model) == (expected is None)
     assert not torch.equal(trained[0], trained[1]) and not torch.equal(trained[0], trained[2])
-    stage.make_student(study, results, "weak", 0, CPU)
-    card = json.loads((results.student("weak", 0) / "card.json").read_text())
+    stage.make_student(Job(study, results, "weak", 0), CPU)
+    card = json.loads((Job(study, results, "weak", 0).folder / "card.json").read_text())
     assert "students/ic/seed0/snapshots/step-000003.safetensors" in card["inputs"]
     with pytest.raises(UserError, match="made by study 'tiny' with other settings"):
         training(tiny(changes | {"student.learning_rate": 1e-3}), results, "full")

@@ -12,6 +12,7 @@ from tests.conftest import vouch_for
 from tests.edm_writer import write_edm_pickle
 
 from consistency.errors import UserError
+from consistency.job import Job
 from consistency.layout import Layout
 from consistency.nets.denoiser import Denoiser, init_denoiser
 from consistency.provenance import read_card
@@ -52,7 +53,7 @@ def study_of(tiny: Tiny, **changes: Any) -> Study:
 
 def test_a_checkpoint_is_converted_with_its_provenance(tiny: Tiny, project: Path, official: Denoiser) -> None:
     study, layout = study_of(tiny), Layout("tiny")
-    make_teacher(study, layout, CPU)
+    make_teacher(Job(study, layout), CPU)
     found, metadata = load_denoiser(layout.teacher / "teacher.safetensors", study.key("teacher"))
     for name, value in official.state_dict().items():
         assert torch.equal(found.state_dict()[name], value), name
@@ -60,7 +61,7 @@ def test_a_checkpoint_is_converted_with_its_provenance(tiny: Tiny, project: Path
     assert torch.equal(found(x, 3.0), official(x, 3.0))
     source = project / "resources" / NAME
     assert metadata["parents"] == {NAME: hashlib.sha256(source.read_bytes()).hexdigest()}
-    card = read_card(layout.teacher, study, "teacher")
+    card = read_card(Job(study, layout), "teacher")
     assert card["measured"]["parameters"] == sum(p.numel() for p in official.parameters())
     assert (layout.teacher / "history.jsonl").read_text() == ""
 
@@ -80,7 +81,7 @@ def test_a_checkpoint_that_does_not_fit_the_study_is_refused(
     tiny: Tiny, project: Path, changes: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(UserError, match=f"{NAME} does not fit the study: {message}"):
-        make_teacher(study_of(tiny, **changes), Layout("tiny"), CPU)
+        make_teacher(Job(study_of(tiny, **changes), Layout("tiny")), CPU)
     assert not Path("results").exists()
 
 
@@ -94,9 +95,9 @@ def test_a_file_that_is_no_checkpoint_does_not_keep_the_right_one_out(tiny: Tiny
     right = path.read_bytes()
     path.write_bytes(right[: len(right) // 2])
     with pytest.raises(UserError, match=f"{NAME} is not an official EDM checkpoint"):
-        make_teacher(study_of(tiny), Layout("tiny"), CPU)
+        make_teacher(Job(study_of(tiny), Layout("tiny")), CPU)
     path.write_bytes(right)
-    make_teacher(study_of(tiny), Layout("tiny"), CPU)
+    make_teacher(Job(study_of(tiny), Layout("tiny")), CPU)
     assert hashlib.sha256(right).hexdigest() in (project / "config/resources.lock").read_text()
 
 

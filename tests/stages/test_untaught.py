@@ -13,6 +13,7 @@ import torch
 from tests.stages.conftest import OWN
 
 from consistency.errors import UserError
+from consistency.job import Job
 from consistency.layout import Layout
 from consistency.provenance import read_card
 from consistency.seeding import generator
@@ -55,36 +56,36 @@ def study(tiny: Tiny, untaught: dict[str, Any]) -> Study:
 def layout(study: Study, tmp_path_factory: pytest.TempPathFactory) -> Layout:
     """The finished study."""
     folder = tmp_path_factory.mktemp("untaught")
-    made, machine = Layout(study.name, folder / "results", folder / "state"), Machine(CPU)
-    make_dataset(study, made)
-    make_teacher(study, made, machine)
-    make_extractor(study, made, CPU)
-    make_samples(study, made, None, None, CPU)
-    make_calibration(study, made, CPU)
-    for run in study.students:
-        make_student(study, made, run, 0, machine)
-        make_samples(study, made, run, 0, CPU)
-        make_scores(study, made, run, 0, CPU)
-    make_flows(study, made, machine)
-    make_report(study, made)
-    return made
+    job, machine = Job(study, Layout(study.name, folder / "results", folder / "state")), Machine(CPU)
+    make_dataset(job)
+    make_teacher(job, machine)
+    make_extractor(job, CPU)
+    make_samples(job, CPU)
+    make_calibration(job, CPU)
+    for student in job.trainings:
+        make_student(student, machine)
+        make_samples(student, CPU)
+        make_scores(student, CPU)
+    make_flows(job, machine)
+    make_report(job)
+    return job.paths
 
 
 def test_in_the_teachers_place_is_a_network_that_nobody_takes_for_one(study: Study, layout: Layout) -> None:
     network, _ = load_denoiser(layout.teacher / "teacher.safetensors", study.key("teacher"))
     assert not any(weight.any() for weight in network.parameters())
-    student, _ = load_denoiser(layout.student_file("gc", 0))
+    student, _ = load_denoiser(Job(study, layout, "gc", 0).weights())
     assert student.architecture == network.architecture | {"dropout": 0.0}
     assert student.label_dim == 10
-    assert len(np.load(layout.samples(None, None) / "heun.npy")) == 0
+    assert len(np.load(Job(study, layout).samples / "heun.npy")) == 0
 
 
 def test_students_are_measured_against_the_data_alone(study: Study, layout: Layout) -> None:
-    calibration = pd.read_csv(layout.scores(None, None))
+    calibration = pd.read_csv(Job(study, layout).scores)
     assert list(calibration.run) == ["data"]
-    assert len(np.load(layout.scores(None, None).with_name("endpoints.npy"))) == 0
+    assert len(np.load(Job(study, layout).scores.with_name("endpoints.npy"))) == 0
     for run in study.students:
-        scores = pd.read_csv(layout.scores(run, 0))
+        scores = pd.read_csv(Job(study, layout, run, 0).scores)
         assert np.isfinite(scores[["fd", "kid"]]).all(axis=None)
         assert scores.alignment.isna().all()
         assert set(scores.sampler) == {"multistep"}
@@ -93,7 +94,7 @@ def test_students_are_measured_against_the_data_alone(study: Study, layout: Layo
 
 def test_the_arms_are_scored_the_same_before_training_alone(study: Study, layout: Layout) -> None:
     runs = ["ic", "ot", "gc"]
-    tables = [pd.read_csv(layout.scores(run, 0)).set_index(["kind", "step", "nfe"]).fd for run in runs]
+    tables = [pd.read_csv(Job(study, layout, run, 0).scores).set_index(["kind", "step", "nfe"]).fd for run in runs]
     for table in tables[1:]:
         for nfe in study.scores.curve_nfe:
             assert table["curve", 0, nfe] == tables[0]["curve", 0, nfe]
@@ -107,7 +108,7 @@ def test_what_was_made_agrees_with_its_cards(study: Study, layout: Layout) -> No
 
 def test_students_carry_the_coefficients_they_were_trained_with(study: Study, layout: Layout) -> None:
     fits = {
-        (run, step): load_denoiser(layout.student_file(run, 0, step=step))[0].fit
+        (run, step): load_denoiser(Job(study, layout, run, 0).weights(step=step))[0].fit
         for run in ("data", "own")
         for step in (0, 3, 6, None)
     }
@@ -120,10 +121,12 @@ def test_students_carry_the_coefficients_they_were_trained_with(study: Study, la
 
 
 def test_the_estimate_counts_the_evaluations_that_training_did(study: Study, layout: Layout) -> None:
-    found = estimate(study, layout).operations
+    found = estimate(Job(study, layout)).operations
     assert found["teacher"] == found["coefficients"] == 0 < found["flows"]
     counted = {
-        run: json.loads((layout.student(run, 0) / "card.json").read_text())["measured"]["network_evaluations"]
+        run: json.loads((Job(study, layout, run, 0).folder / "card.json").read_text())["measured"][
+            "network_evaluations"
+        ]
         for run in study.students
     }
     step = 6 * 16
@@ -210,13 +213,13 @@ def test_the_denoisers_of_couplings_differ_in_the_coupling_alone(
     data, machine = load_images(layout.dataset), Machine(CPU)
     assert study.flows is not None
     runs = ("ic", "ot", "gc")
-    found = {run: discrepancy_of(study, study.flows, layout, run, data, machine) for run in runs}
-    first = [next(measure.job.update.model.parameters()) for measure in found.values()]
+    found = {run: discrepancy_of(Job(study, layout, run, 0), study.flows, data, machine) for run in runs}
+    first = [next(measure.training.update.model.parameters()) for measure in found.values()]
     assert torch.equal(first[0], first[1]) and torch.equal(first[0], first[2])
     kinds = {run: type(measure.objective).__name__ for run, measure in found.items()}
     assert kinds == {"ic": "CoupledDenoising", "ot": "TransportDenoising", "gc": "CoupledDenoising"}
     assert found["ic"].objective.coupling.mu == 0 and found["gc"].objective.coupling.mu == 0.5
-    own = next(load_denoiser(layout.student_file("gc", 0))[0].parameters())
+    own = next(load_denoiser(Job(study, layout, "gc", 0).weights())[0].parameters())
     predictor = found["gc"].objective.coupling.predictor
     assert predictor is not None and torch.equal(next(predictor.parameters()), own)
 
@@ -254,9 +257,9 @@ def test_the_losses_near_their_limits(layout: Layout) -> None:
 def test_a_study_that_asks_for_no_flows_gets_tables_without_rows(tiny: Tiny, tmp_path: Path) -> None:
     """DVC has one pipeline for all studies."""
     layout = Layout("tiny", tmp_path / "results", tmp_path / "state")
-    make_flows(tiny(), layout, Machine(CPU))
+    make_flows(Job(tiny(), layout), Machine(CPU))
     assert len(transport(layout)) == len(pd.read_csv(layout.flows / "limit.csv")) == 0
-    assert read_card(layout.flows, tiny(), "flows")["inputs"] == {}
+    assert read_card(Job(tiny(), layout), "flows")["inputs"] == {}
 
 
 @pytest.mark.parametrize("taught", [True, False])
@@ -265,13 +268,13 @@ def test_coefficients_that_no_student_reads_are_arrays_without_rows(
 ) -> None:
     """DVC has one pipeline for all studies, and nothing is fitted in vain."""
     study, layout = tiny(couplings if taught else untaught), Layout("tiny", tmp_path / "results")
-    make_coefficients(study, layout, CPU)
+    make_coefficients(Job(study, layout), CPU)
     with np.load(layout.coefficients / "coefficients.npz") as arrays:
         assert {name: len(arrays[name]) for name in arrays} == dict.fromkeys(
             ("times", "l", "l_se", "s", "s_se", "determined"), 0
         )
-    assert read_card(layout.coefficients, study, "coefficients")["inputs"] == {}
+    assert read_card(Job(study, layout), "coefficients")["inputs"] == {}
     assert [finding.faults for finding in verify(layout.root, study) if finding.artifact == "coefficients"] == [[]]
     # A student that reads them finds that they are not its own.
     with pytest.raises(UserError, match="with other settings"):
-        read_card(layout.coefficients, tiny(), "coefficients")
+        read_card(Job(tiny(), layout), "coefficients")

@@ -56,7 +56,7 @@ class Trainer:
 
     @property
     def student(self) -> Path:
-        return Layout("tiny", self.folder / "results").student(self.name, 0)
+        return self.folder / "results/tiny/students" / self.name / "seed0"
 
     def weights(self, name: str = "student") -> dict[str, torch.Tensor]:
         return load_file(self.student / f"{name}.safetensors")

@@ -15,6 +15,7 @@ from tests.tracking.servers import wait_until
 from tests.workflow.checkout import Checkout, start_in
 from tests.workflow.slurm.cluster import Cluster
 
+from consistency.job import Job
 from consistency.layout import Layout
 from consistency.stages.samples import make_samples
 from consistency.stages.scores import make_scores
@@ -175,8 +176,8 @@ def scored(checkout: Checkout, run: str) -> dict[str, Any]:
     and scores. Its name is taken out."""
     study = load_study(checkout.path / f"config/studies/{checkout.study}.yaml")
     layout = Layout(study.name, checkout.path / "results", checkout.path / "state")
-    make_samples(study, layout, run, 0, torch.device("cpu"))
-    make_scores(study, layout, run, 0, torch.device("cpu"))
+    make_samples(Job(study, layout, run, 0), torch.device("cpu"))
+    make_scores(Job(study, layout, run, 0), torch.device("cpu"))
     numbers = ["students/{}/**/*.safetensors", "students/{}/**/*.jsonl", "samples/{}/**/*.npy", "scores/{}/*.csv"]
     found = checkout.results(*(pattern.format(run) for pattern in numbers))
     tables = {name for name in found if name.endswith(".csv")}
