@@ -17,8 +17,8 @@ from consistency.nets.layers import (
     Init,
     Linear,
     PositionalEmbedding,
+    UNet,
     UNetBlock,
-    label_vectors,
 )
 from consistency.nets.songunet import Level, encoder, levels_of, skip_widths
 
@@ -26,7 +26,7 @@ _INIT = Init("kaiming_uniform", weight=math.sqrt(1 / 3), bias=math.sqrt(1 / 3))
 _CHANNELS_PER_HEAD = 64
 
 
-class DhariwalUNet(nn.Module):
+class DhariwalUNet(UNet):
     """U-Net F(x, c_noise[, c_noise_s]) of EDM's ImageNet-64 model (Karras et al. 2022): ADM.
 
     Every block at the levels listed in attn_resolutions, and the first block of the decoder, has attention with
@@ -58,11 +58,9 @@ class DhariwalUNet(nn.Module):
         label_dropout: float = 0.0,
         second_time: bool = False,
     ) -> None:
-        super().__init__()
+        super().__init__(label_dim, augment_dim, label_dropout, second_time)
         geometry = img_resolution, model_channels, channel_mult, attn_resolutions
         levels = levels_of(*geometry, num_blocks, dropout, _CHANNELS_PER_HEAD)
-        self.label_dim, self.augment_dim, self.second_time = label_dim, augment_dim, second_time
-        self.label_dropout = label_dropout
         emb_channels = model_channels * channel_mult_emb
         self._build_mapping(model_channels, emb_channels)
 
@@ -86,32 +84,16 @@ class DhariwalUNet(nn.Module):
             self.map_layer0_s = Linear(noise_channels, emb_channels, init=_INIT)
             self.map_layer1_s = Linear(emb_channels, emb_channels, init=_INIT)
 
-    def forward(
-        self,
-        x: Tensor,
-        noise_labels: Tensor,
-        class_labels: Tensor | None = None,
-        augment_labels: Tensor | None = None,
-        second_noise_labels: Tensor | None = None,
+    def embed(
+        self, noise: Tensor, labels: Tensor | None, augment: Tensor | None, layer0: nn.Module, layer1: nn.Module
     ) -> Tensor:
-        label_emb = self._embed_label(class_labels, noise_labels)
-        emb = self.map_noise(noise_labels)
-        if augment_labels is not None:
-            emb = emb + self.map_augment(augment_labels.to(emb.dtype))
-        emb = F.silu(self.map_layer1(F.silu(self.map_layer0(emb))) + label_emb)
-        emb_s = None
-        if self.second_time:
-            emb_s = self.map_noise(noise_labels if second_noise_labels is None else second_noise_labels)
-            emb_s = F.silu(self.map_layer1_s(F.silu(self.map_layer0_s(emb_s))) + label_emb)
-        return self._unet(x, emb, emb_s)
+        emb = self.map_noise(noise)
+        if augment is not None:
+            emb = emb + self.map_augment(augment.to(emb.dtype))
+        emb = layer1(F.silu(layer0(emb)))
+        return F.silu(emb if labels is None else emb + self.map_label(labels))
 
-    def _embed_label(self, class_labels: Tensor | None, like: Tensor) -> Tensor | float:
-        if not self.label_dim:
-            return 0.0
-        dropout = self.label_dropout if self.training else 0.0
-        return self.map_label(label_vectors(class_labels, self.label_dim, like, dropout))
-
-    def _unet(self, x: Tensor, emb: Tensor, emb_s: Tensor | None) -> Tensor:
+    def unet(self, x: Tensor, emb: Tensor, emb_s: Tensor | None) -> Tensor:
         skips: list[Tensor] = []
         for layer in self.enc.values():
             x = layer(x, emb, emb_s) if isinstance(layer, UNetBlock) else layer(x)

@@ -301,10 +301,51 @@ class FourierEmbedding(nn.Module):
         return torch.cat([phase.cos(), phase.sin()], dim=1)
 
 
-def label_vectors(class_labels: Tensor | None, label_dim: int, like: Tensor, dropout: float) -> Tensor:
-    """Return labels [N or 1, label_dim] in the dtype of `like`, zeros for None; `dropout` of them are zeroed."""
-    labels = like.new_zeros(1, label_dim) if class_labels is None else class_labels.to(like.dtype)
-    return labels * (torch.rand_like(labels[:, :1]) >= dropout) if dropout else labels
+class UNet(nn.Module):
+    """What EDM's U-Nets share: the conditions are embedded for the time t and, with second_time, through layers of its
+    own, for s; then `unet` maps the image. A subclass builds map_noise, map_layer0, ... and says how they are joined."""
+
+    map_layer0: nn.Module
+    map_layer1: nn.Module
+    map_layer0_s: nn.Module
+    map_layer1_s: nn.Module
+
+    def __init__(self, label_dim: int, augment_dim: int, label_dropout: float, second_time: bool) -> None:
+        super().__init__()
+        self.label_dim, self.augment_dim, self.second_time = label_dim, augment_dim, second_time
+        self.label_dropout = label_dropout
+
+    def forward(
+        self,
+        x: Tensor,
+        noise_labels: Tensor,
+        class_labels: Tensor | None = None,
+        augment_labels: Tensor | None = None,
+        second_noise_labels: Tensor | None = None,
+    ) -> Tensor:
+        labels = self._labels(class_labels, noise_labels) if self.label_dim else None
+        emb = self.embed(noise_labels, labels, augment_labels, self.map_layer0, self.map_layer1)
+        emb_s = None
+        if self.second_time:
+            second = noise_labels if second_noise_labels is None else second_noise_labels
+            emb_s = self.embed(second, labels, None, self.map_layer0_s, self.map_layer1_s)
+        return self.unet(x, emb, emb_s)
+
+    def _labels(self, class_labels: Tensor | None, like: Tensor) -> Tensor:
+        """One-hot labels [N or 1, label_dim] in the dtype of `like`, zeros for None; some are dropped in training."""
+        labels = like.new_zeros(1, self.label_dim) if class_labels is None else class_labels.to(like.dtype)
+        dropout = self.label_dropout if self.training else 0.0
+        return labels * (torch.rand_like(labels[:, :1]) >= dropout) if dropout else labels
+
+    def embed(
+        self, noise: Tensor, labels: Tensor | None, augment: Tensor | None, layer0: nn.Module, layer1: nn.Module
+    ) -> Tensor:
+        """The embedding [N or 1, emb_channels] of a time and the conditions."""
+        raise NotImplementedError
+
+    def unet(self, x: Tensor, emb: Tensor, emb_s: Tensor | None) -> Tensor:
+        """The network proper."""
+        raise NotImplementedError
 
 
 def half_channels(num_channels: int) -> int:

@@ -18,8 +18,8 @@ from consistency.nets.layers import (
     Init,
     Linear,
     PositionalEmbedding,
+    UNet,
     UNetBlock,
-    label_vectors,
 )
 
 Number = TypeVar("Number", int, float)
@@ -35,7 +35,7 @@ _CHOICES = {
 }
 
 
-class SongUNet(nn.Module):
+class SongUNet(UNet):
     """U-Net F(x, c_noise[, c_noise_s]) of EDM (Karras et al. 2022): DDPM++ by default, NCSN++ by its options.
 
     NCSN++ is embedding_type="fourier", encoder_type="residual", channel_mult_noise=2,
@@ -73,11 +73,9 @@ class SongUNet(nn.Module):
         resample_filter: Sequence[float] = (1, 1),
         second_time: bool = False,
     ) -> None:
-        super().__init__()
+        super().__init__(label_dim, augment_dim, label_dropout, second_time)
         _check_choices(embedding_type=embedding_type, encoder_type=encoder_type, decoder_type=decoder_type)
         levels = levels_of(img_resolution, model_channels, channel_mult, attn_resolutions, num_blocks, dropout)
-        self.label_dim, self.augment_dim, self.second_time = label_dim, augment_dim, second_time
-        self.label_dropout = label_dropout
         emb_channels = model_channels * channel_mult_emb
         self._build_mapping(model_channels * channel_mult_noise, emb_channels, embedding_type)
 
@@ -114,38 +112,20 @@ class SongUNet(nn.Module):
             self.map_layer0_s = Linear(noise_channels, emb_channels, init=_INIT)
             self.map_layer1_s = Linear(emb_channels, emb_channels, init=_INIT)
 
-    def forward(
-        self,
-        x: Tensor,
-        noise_labels: Tensor,
-        class_labels: Tensor | None = None,
-        augment_labels: Tensor | None = None,
-        second_noise_labels: Tensor | None = None,
+    def embed(
+        self, noise: Tensor, labels: Tensor | None, augment: Tensor | None, layer0: nn.Module, layer1: nn.Module
     ) -> Tensor:
-        label_emb = self._embed_label(class_labels, noise_labels)
-        emb = self._embed_noise(noise_labels, label_emb)
-        if augment_labels is not None:
-            emb = emb + self.map_augment(augment_labels.to(emb.dtype))
-        emb = F.silu(self.map_layer1(F.silu(self.map_layer0(emb))))
-        emb_s = None
-        if self.second_time:
-            second = noise_labels if second_noise_labels is None else second_noise_labels
-            emb_s = self._embed_noise(second, label_emb)
-            emb_s = F.silu(self.map_layer1_s(F.silu(self.map_layer0_s(emb_s))))
+        cos, sin = self.map_noise(noise).chunk(2, dim=1)
+        emb = torch.cat([sin, cos], dim=1)  # the published weights expect sines first
+        if labels is not None:
+            emb = emb + self.map_label(labels * math.sqrt(self.label_dim))
+        if augment is not None:
+            emb = emb + self.map_augment(augment.to(emb.dtype))
+        return F.silu(layer1(F.silu(layer0(emb))))
+
+    def unet(self, x: Tensor, emb: Tensor, emb_s: Tensor | None) -> Tensor:
         x, skips = self._encode(x, emb, emb_s)
         return self._decode(x, skips, emb, emb_s)
-
-    def _embed_noise(self, noise_labels: Tensor, label_emb: Tensor | None) -> Tensor:
-        cos, sin = self.map_noise(noise_labels).chunk(2, dim=1)
-        emb = torch.cat([sin, cos], dim=1)  # the published weights expect sines first
-        return emb if label_emb is None else emb + label_emb
-
-    def _embed_label(self, class_labels: Tensor | None, like: Tensor) -> Tensor | None:
-        if not self.label_dim:
-            return None
-        dropout = self.label_dropout if self.training else 0.0
-        labels = label_vectors(class_labels, self.label_dim, like, dropout)
-        return self.map_label(labels * math.sqrt(self.label_dim))
 
     def _encode(self, x: Tensor, emb: Tensor, emb_s: Tensor | None) -> tuple[Tensor, list[Tensor]]:
         skips: list[Tensor] = []

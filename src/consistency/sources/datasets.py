@@ -244,18 +244,16 @@ def _celeba_partition(images: Path) -> Path:
 
 def _celeba_names(partition: Path, split: str) -> list[bytes]:
     """The images of a split as the partition's lines `000001.jpg 0` list them."""
+    import pandas as pd
+
     try:
-        lines = [line.split() for line in partition.read_bytes().splitlines()]
+        table = pd.read_csv(partition, sep=r"\s+", header=None, names=["name", "split"], dtype={"split": int})
     except OSError as error:
         raise UserError(f"cannot read {partition}: {error.strerror}") from None
-    numbers = {str(number).encode(): name for number, name in enumerate(_CELEBA_SPLITS)}
-    listed: dict[str, list[bytes]] = {name: [] for name in _CELEBA_SPLITS}
-    for row, line in enumerate(lines):
-        if len(line) != 2 or line[1] not in numbers:
-            raise UserError(f"line {row + 1} of {partition} is not of the form `000001.jpg 0`: get it again")
-        listed[numbers[line[1]]].append(line[0])
-    names, count = listed[split], _CELEBA_SPLITS[split]
-    different = len(set(names))
+    except ValueError:
+        raise UserError(f"{partition} has a line that is not of the form `000001.jpg 0`: get it again") from None
+    names = [name.encode() for name in table.name[table.split == list(_CELEBA_SPLITS).index(split)]]
+    different, count = len(set(names)), _CELEBA_SPLITS[split]
     if (len(names), different) != (count, count):
         raise UserError(
             f"{partition} lists {different} different images for {split} in {len(names)} lines, CelebA has {count}: "

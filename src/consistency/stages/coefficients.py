@@ -53,7 +53,9 @@ def make_coefficients(job: Job, device: torch.device) -> None:
         )
     except ValueError as error:
         raise UserError(f"coefficients: {error}; train the teacher longer or use precision: float64") from None
-    _require_regular(fit)
+    # Every jump between fitted times must have finite coefficients.
+    if not GeneralizedODE(*map(torch.from_numpy, (fit.times, fit.l, fit.s))).is_regular():
+        raise UserError("coefficients: the fitted l_t, s_t give a singular jump; raise coefficients.samples or probes")
     write_arrays(path, vars(fit))
     # An evaluation with its derivative along one direction counts 2; a residual, 1.
     passes = settings.times * settings.samples * (2 * ((probes or images[0].numel()) + 1) + 1)
@@ -77,10 +79,3 @@ def fitted_images(study: Study, data: ImageData, device: torch.device) -> tuple[
     noise = torch.randn(images.shape, generator=draws)
     dtype = torch.float64 if settings.precision == "float64" else torch.float32
     return images.to(device, dtype), labels.to(device) if study.teacher.conditional else None, noise.to(device, dtype)
-
-
-def _require_regular(fit: CoefficientFit) -> None:
-    """Every jump between fitted times must have finite coefficients."""
-    times, l, s = (torch.from_numpy(values) for values in (fit.times, fit.l, fit.s))
-    if not GeneralizedODE(times, l, s).is_regular():
-        raise UserError("coefficients: the fitted l_t, s_t give a singular jump; raise coefficients.samples or probes")

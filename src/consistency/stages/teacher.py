@@ -120,6 +120,11 @@ def _training(study: Study, settings: Teacher, paths: Layout, data: ImageData, m
         ),
     )
     compile_networks(study, model)
+
+    def learning_rate(step: int) -> float:
+        """A linear ramp over the first learning_rate_ramp images."""
+        return settings.learning_rate * min((step + 1) * settings.batch / max(settings.learning_rate_ramp, 1), 1)
+
     update = build_update(
         study,
         data,
@@ -136,17 +141,11 @@ def _training(study: Study, settings: Teacher, paths: Layout, data: ImageData, m
         key=study.key("teacher"),
         update=update,
         averages=[average],
-        learning_rate=lambda step: _ramped(settings, step),
+        learning_rate=learning_rate,
         steps=settings.steps,
         log_every=settings.log_every,
         folder=paths.training_state("teacher", settings.seed),
     )
-
-
-def _ramped(settings: Teacher, step: int) -> float:
-    """The learning rate of a step: a linear ramp over the first learning_rate_ramp images."""
-    seen = (step + 1) * settings.batch
-    return settings.learning_rate * min(seen / max(settings.learning_rate_ramp, 1), 1)
 
 
 def architecture(study: Study, settings: Teacher | NoTeacher, data: ImageData) -> dict[str, Any]:

@@ -1,6 +1,5 @@
 """What the trainings of teacher and students share: how the machine is used, and what they leave behind."""
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -52,11 +51,17 @@ def build_update(
         device=machine.device,
         on_device=study.compute.data_on_device,
     )
+    memory_format = torch.channels_last if study.compute.channels_last else torch.contiguous_format
+
+    def laid_out(step: int) -> tuple[Tensor, Tensor | None]:
+        images, labels = batches(step)
+        return images.contiguous(memory_format=memory_format), labels if study.teacher.conditional else None
+
     return Update(
         model=model,
         optimizer=optimizer,
         objective=objective,
-        batches=_laid_out(batches, study.teacher.conditional, study.compute.channels_last),
+        batches=laid_out,
         batch=batch,
         part=part,
         seed=seed,
@@ -93,14 +98,3 @@ def compile_networks(study: Study, *models: Denoiser) -> None:
     if study.compute.compile:
         for model in models:
             model.model.compile()
-
-
-def _laid_out(
-    batches: Batches, conditional: bool, channels_last: bool
-) -> Callable[[int], tuple[Tensor, Tensor | None]]:
-    def at(step: int) -> tuple[Tensor, Tensor | None]:
-        images, labels = batches(step)
-        layout = torch.channels_last if channels_last else torch.contiguous_format
-        return images.contiguous(memory_format=layout), labels if conditional else None
-
-    return at

@@ -2,7 +2,6 @@
 
 import json
 import pickle
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from consistency.errors import UserError
-from consistency.files import atomic, write_with
+from consistency.files import write_with
 from consistency.nets.denoiser import Denoiser, build_denoiser
 from consistency.provenance import CHECKPOINT
 
@@ -118,9 +117,3 @@ def load_state(path: Path) -> dict[str, Any] | None:
     if not isinstance(state, dict):
         raise UserError(f"the training state {path} is damaged (it holds no state): delete it to start over")
     return state
-
-
-def copy_file(source: Path, target: Path) -> None:
-    """Copy a file so that the target is whole or absent."""
-    with atomic(target) as temporary:
-        shutil.copyfile(source, temporary)

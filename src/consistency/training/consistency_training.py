@@ -87,7 +87,7 @@ class ConsistencyTraining:
         """The weighted distance of the two sides, a mean over images."""
         data = self.coupled(images, labels, draws)
         # Leaving fork_rng brings the random state back, so that the student's pass meets the target's dropout masks.
-        with torch.no_grad(), torch.random.fork_rng(_gpus(images)):
+        with torch.no_grad(), torch.random.fork_rng([images.get_device()] if images.is_cuda else []):
             x_u = data + expand(draws.u, data) * draws.z
             target = self.endpoint(self.student, x_u, draws.u, labels)
         x_t = data + expand(draws.t, data) * draws.z
@@ -110,8 +110,3 @@ class TransportTraining(ConsistencyTraining):
     def pair(self, images: Tensor, labels: Tensor | None, draws: CoupledPairs) -> CoupledPairs:
         """The draws with their noise exchanged among the images of the batch."""
         return replace(draws, z=draws.z[assignment(images, draws.z, labels)])
-
-
-def _gpus(images: Tensor) -> list[int]:
-    """The GPU of the images, if they are on one."""
-    return [images.get_device()] if images.is_cuda else []

@@ -67,7 +67,9 @@ class Batches:
         self.data, self.count, self.share, self.flip, self.device = data, count, share, flip, device
         self._seed, self._purpose = seed, purpose
         self._images: Tensor | None = None
-        if on_device or (on_device is None and _fits(data, device)):
+        if on_device is None and device.type == "cuda":
+            on_device = data.images.nbytes < torch.cuda.get_device_properties(device).total_memory / 16
+        if on_device:
             self._images = _copied(data.images, device)
         self._ahead: dict[int, Future[_Gathered]] = {}
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="batches")
@@ -107,13 +109,6 @@ def _copied(images: np.ndarray, device: torch.device) -> Tensor:
     for start in range(0, len(images), 8192):
         copy[start : start + 8192] = torch.from_numpy(np.array(images[start : start + 8192])).to(device)
     return copy
-
-
-def _fits(data: ImageData, device: torch.device) -> bool:
-    """Whether the dataset takes less than a sixteenth of a GPU's memory."""
-    if device.type != "cuda":
-        return False
-    return data.images.nbytes < torch.cuda.get_device_properties(device).total_memory / 16
 
 
 def to_signed(images: Tensor) -> Tensor:

@@ -157,7 +157,9 @@ def _step(job: Training, clock: _Clock) -> dict[str, Tensor]:
 def _require_finite(job: Training, clock: _Clock) -> None:
     """Raise UserError if a loss or gradient was not finite, in any process."""
     first = clock.first_bad.item()
-    if not job.update.ranks.largest(int(not math.isinf(first) or _hopeless(job.update.scaler))):
+    # Where float16's loss scale has fallen so far, no gradient can be at fault alone.
+    hopeless = job.update.scaler.is_enabled() and job.update.scaler.get_scale() < 1e-3
+    if not job.update.ranks.largest(int(not math.isinf(first) or hopeless)):
         return
     state = job.folder / files.STATE
     kept = f"the last good state is kept in {state}" if state.exists() else "no state had been saved yet"
@@ -170,11 +172,6 @@ def _require_finite(job: Training, clock: _Clock) -> None:
         f"{job.label}: loss or gradient is not finite at step {int(first)}; {kept}. "
         "Lower the learning rate (or mend the data) in the study and run the same command again"
     )
-
-
-def _hopeless(scaler: torch.amp.GradScaler) -> bool:
-    """Whether float16's loss scale has fallen so far that no gradient can be at fault alone."""
-    return scaler.is_enabled() and scaler.get_scale() < 1e-3
 
 
 def _log(job: Training, clock: _Clock, window: _Window) -> None:

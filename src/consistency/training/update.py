@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from consistency.errors import UserError
 from consistency.nets.denoiser import Denoiser
@@ -37,11 +37,6 @@ def share_of(batch: int, batch_per_device: int | None, ranks: Ranks) -> tuple[sl
     return slice(ranks.rank * share, (ranks.rank + 1) * share), part
 
 
-def last_layer(model: nn.Module) -> nn.Parameter:
-    """The weight of the layer that gives the output."""
-    return [weight for weight in model.parameters() if weight.ndim > 1][-1]
-
-
 @dataclass
 class Update:
     """What one step of a training does to a model.
@@ -67,8 +62,8 @@ class Update:
     def __post_init__(self) -> None:
         self._parameters = list(self.model.parameters())
         self._aside: list[Tensor | None] = [None] * len(self._parameters)
-        last = last_layer(self.model)
-        self._last = next(k for k, weight in enumerate(self._parameters) if weight is last)
+        # The layer that gives the output.
+        self._last = [k for k, weight in enumerate(self._parameters) if weight.ndim > 1][-1]
 
     def step(self, step: int) -> tuple[dict[str, Tensor], int]:
         """One optimiser step. Returns its terms, "loss" and "grad_norm" among them, and this process's evaluations.
