@@ -303,7 +303,7 @@ class FourierEmbedding(nn.Module):
 
 class UNet(nn.Module):
     """What EDM's U-Nets share: the conditions are embedded for the time t and, with second_time, through layers of its
-    own, for s; then `unet` maps the image. A subclass builds map_noise, map_layer0, ... and says how they are joined."""
+    own, for s; then `unet` maps the image. A subclass builds map_noise, map_layer0, ... and joins them."""
 
     map_layer0: nn.Module
     map_layer1: nn.Module

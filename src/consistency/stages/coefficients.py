@@ -54,7 +54,8 @@ def make_coefficients(job: Job, device: torch.device) -> None:
     except ValueError as error:
         raise UserError(f"coefficients: {error}; train the teacher longer or use precision: float64") from None
     # Every jump between fitted times must have finite coefficients.
-    if not GeneralizedODE(*map(torch.from_numpy, (fit.times, fit.l, fit.s))).is_regular():
+    times, l, s = map(torch.from_numpy, (fit.times, fit.l, fit.s))
+    if not GeneralizedODE(times, l, s).is_regular():
         raise UserError("coefficients: the fitted l_t, s_t give a singular jump; raise coefficients.samples or probes")
     write_arrays(path, vars(fit))
     # An evaluation with its derivative along one direction counts 2; a residual, 1.
