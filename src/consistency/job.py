@@ -87,7 +87,7 @@ class Job:
     @property
     def sampling_state(self) -> Path:
         """The resumable state of a sampling: parts and progress.json."""
-        return self._below(self.paths.state / self.paths.study / "samples")
+        return self.paths.state / self.samples.relative_to(self.paths.results)
 
     def _below(self, folder: Path) -> Path:
         return folder / "teacher" if self.run is None else folder / self.run / f"seed{self.seed}"

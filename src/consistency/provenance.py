@@ -58,8 +58,7 @@ class Card:
         path = job.card(stage)
 
         def digests(paths: Iterable[Path], folder: Path) -> dict[str, str]:
-            known_or_read = {path: (known or {}).get(path) or digest_of(path, job.paths) for path in paths}
-            return {path.relative_to(folder).as_posix(): digest for path, digest in known_or_read.items()}
+            return {p.relative_to(folder).as_posix(): (known or {}).get(p) or digest_of(p, job.paths) for p in paths}
 
         opened = {f"resources/{name}": known_sha256(name) for name in downloads}
         content = {
