@@ -12,14 +12,11 @@ from importlib import import_module
 from inspect import signature
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from consistency import __version__, launch, slurm_job
 from consistency.errors import UserError
 from consistency.supervision import SUPERVISOR, watch_supervisor
-
-if TYPE_CHECKING:
-    from consistency.job import Job
 
 Arguments = argparse.Namespace
 
@@ -254,8 +251,8 @@ def _run(args: Arguments) -> int:
         return 128 + int(signum)
 
 
-def _job_of(args: Arguments) -> "Job":
-    """The study, and the student of --run and --seed, which go together and are the study's."""
+def _job_of(args: Arguments) -> Any:
+    """The Job of the study, and of the student of --run and --seed, which go together and are the study's."""
     from consistency.job import Job
     from consistency.layout import Layout
     from consistency.study import load_study

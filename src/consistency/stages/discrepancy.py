@@ -13,7 +13,7 @@ from consistency.nets.denoiser import Denoiser, init_denoiser
 from consistency.seeding import derived_seed, generator
 from consistency.stages.inputs import read_student
 from consistency.stages.student import consistency_objective, frozen_predictor
-from consistency.stages.trainer import Machine, build_optimizer, build_update, place
+from consistency.stages.trainer import Machine, Stream, build_update, place
 from consistency.study import Flows
 from consistency.theory.coupling import assignment
 from consistency.training.coupled_denoising import CoupledDenoising, TransportDenoising, missed
@@ -97,17 +97,9 @@ def discrepancy_of(job: Job, settings: Flows, data: ImageData, machine: Machine)
     model = place(study, model, machine.device).train()
     kind = TransportDenoising if job.student.coupling == "ot" else CoupledDenoising
     objective = kind(model, coupling)  # type: ignore[arg-type]
-    update = build_update(
-        study,
-        data,
-        machine,
-        objective,
-        model,
-        batch=settings.denoiser_batch,
-        seed=settings.seed,
-        purpose="flows",
-        optimizer=build_optimizer("adam", model, settings.denoiser_learning_rate),
-    )
+    optimizer = ("adam", settings.denoiser_learning_rate)
+    stream = Stream(settings.denoiser_batch, settings.seed, "flows")
+    update = build_update(study, data, machine, objective, model, optimizer, stream)
     training = Training(
         label=f"flows {job.run}",
         key=f"{study.key('flows')} {job.run}",

@@ -90,21 +90,18 @@ def _train_classifier(study: Study, data: ImageData, device: torch.device) -> tu
         schedule.step()
         progress.update()
     progress.close()
-    _normalise(model.eval(), data, train, device)
-    return model, _accuracy(model, data, held_out, device)
+    return model.eval(), _scaled_accuracy(model, data, train, held_out, device)
 
 
 @torch.inference_mode()
-def _normalise(model: Classifier, data: ImageData, rows: np.ndarray, device: torch.device) -> None:
-    """Scale the features to mean square 1 over (at most 2,000 of) the data."""
-    images, _ = data.take(rows[:2000])
-    model.scale = model.features(images.to(device)).square().mean().rsqrt().clone()
-
-
-@torch.inference_mode()
-def _accuracy(model: Classifier, data: ImageData, rows: np.ndarray, device: torch.device) -> float:
+def _scaled_accuracy(
+    model: Classifier, data: ImageData, train: np.ndarray, held_out: np.ndarray, device: torch.device
+) -> float:
+    """Scale the features to mean square 1 over (at most 2,000 of) the data, and return the accuracy on what was held
+    out."""
+    model.scale = model.features(data.take(train[:2000])[0].to(device)).square().mean().rsqrt().clone()
     right = 0
-    for start in range(0, len(rows), 512):
-        images, labels = data.take(rows[start : start + 512])
+    for start in range(0, len(held_out), 512):
+        images, labels = data.take(held_out[start : start + 512])
         right += int((model(images.to(device)).argmax(1).cpu() == labels).sum())
-    return right / len(rows)
+    return right / len(held_out)

@@ -229,11 +229,8 @@ def _plane(settings: Flows) -> list[Row]:
             batch=PLANE_BATCH,
             count=settings.pairs,
         )
-        found = {"t": curves.times} | {name: getattr(curves, name) for name in COLUMNS["plane.csv"][2:]}
-        rows += [
-            {"coupling": coupling} | {name: float(values[k]) for name, values in found.items()}
-            for k in range(PLANE_TIMES)
-        ]
+        points = zip(*(values.tolist() for values in vars(curves).values()), strict=True)
+        rows += [dict(zip(COLUMNS["plane.csv"], (coupling, *point), strict=True)) for point in points]
     return rows
 
 

@@ -17,7 +17,7 @@ from consistency.stages.inputs import read_array, read_arrays, read_coefficients
 from consistency.stages.results import Results
 from consistency.study import Flows, Study
 from consistency.theory.generalized_ode import GeneralizedODE
-from consistency.training.checkpoint import read_fit
+from consistency.training.checkpoint import load_denoiser
 from consistency.wording import coarse, what_of
 
 
@@ -97,7 +97,7 @@ def _own_fits_picture(job: Job) -> Picture:
     for run, paths in carried(job).items():
         kept = fits.setdefault(run, {})
         for step, path in paths.items():
-            fit = read_fit(made(path, f"student --run {run} --seed {study.seeds[0]}"))
+            fit = load_denoiser(made(path, f"student --run {run} --seed {study.seeds[0]}"))[0].fit.numpy()
             if not kept or not np.array_equal(fit, list(kept.values())[-1]):
                 kept[step] = fit
     teacher = None

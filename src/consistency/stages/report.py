@@ -1,5 +1,6 @@
 """Stage report: tables, figures and one self-contained page from everything the study made."""
 
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -101,29 +102,24 @@ def print_summary(job: Job) -> None:
 
 def _summary(results: Results) -> dict[str, Any]:
     """The numbers of the report for machines; what was not measured is absent, since JSON has no NaN."""
-    final: dict[str, Any] = {}
-    for row in records(results.table):
-        names = [name for measure in MEASURES for name in (measure, f"{measure}_half_width")]
-        final.setdefault(row["run"], {})[f"{row['sampler']} nfe{row['nfe']}"] = _known(row, *names)
-    faster: dict[str, Any] = {}
-    for item in results.found:
-        known = {"bound": item.bound} | _known(asdict(item), "value", "low", "high")
-        faster.setdefault(item.run, {})[f"{item.measure} nfe{item.nfe}"] = known
-    paired: dict[str, Any] = {}
-    for pair in results.paired:
-        paired.setdefault(pair.run, {})[f"{pair.measure} nfe{pair.nfe}"] = _known(asdict(pair), "ratio", "low", "high")
-    calibration = {
-        f"{row['run']} {row['sampler']}": _known(row, "fd", "kid", "published") for row in results.calibration
-    }
-    return {
-        "extractor": results.extractor,
-        "calibration": calibration,
-        "final": final,
-        "speed_up": faster,
-        "paired": paired,
-    }
+    measures = [name for measure in MEASURES for name in (measure, f"{measure}_half_width")]
+    interval = ("low", "high")
+    tables: list[tuple[str, list[dict[str, Any]], str, Sequence[str]]] = [
+        ("final", records(results.table), "sampler", measures),
+        ("speed_up", [asdict(item) for item in results.found], "measure", ("bound", "value", *interval)),
+        ("paired", [asdict(item) for item in results.paired], "measure", ("ratio", *interval)),
+    ]
+    summary: dict[str, Any] = {"extractor": results.extractor, "calibration": {}}
+    for row in results.calibration:
+        summary["calibration"][f"{row['run']} {row['sampler']}"] = _known(row, ("fd", "kid", "published"))
+    for name, rows, label, columns in tables:
+        students = summary.setdefault(name, {})
+        for row in rows:
+            students.setdefault(row["run"], {})[f"{row[label]} nfe{row['nfe']}"] = _known(row, columns)
+    return summary
 
 
-def _known(row: dict[str, Any], *names: str) -> dict[str, float]:
-    """Those of the numbers that are there and finite."""
-    return {name: row[name] for name in names if np.isfinite(row.get(name, np.nan))}
+def _known(row: dict[str, Any], names: Sequence[str]) -> dict[str, Any]:
+    """Those of the values that are words, or numbers that are there and finite."""
+    found = {name: row.get(name, np.nan) for name in names}
+    return {name: value for name, value in found.items() if isinstance(value, str) or np.isfinite(value)}

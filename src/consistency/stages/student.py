@@ -20,8 +20,7 @@ from consistency.stages.inputs import (
     require_classes,
     time_grid,
 )
-from consistency.stages.publish import publish_training
-from consistency.stages.trainer import Machine, build_optimizer, build_update, compile_networks, place
+from consistency.stages.trainer import Machine, Stream, build_update, compile_networks, place
 from consistency.study import Shrinking, Student, Study
 from consistency.theory.curriculum import DoublingCurriculum, Schedule, ShrinkingCurriculum
 from consistency.theory.distance import DISTANCES, Distance
@@ -30,7 +29,7 @@ from consistency.training.checkpoint import save_denoiser
 from consistency.training.consistency_training import ConsistencyTraining, TransportTraining
 from consistency.training.data import ImageData
 from consistency.training.ema import Ema
-from consistency.training.folder import read_identity
+from consistency.training.folder import publish_training, read_identity
 from consistency.training.loop import Training, train
 from consistency.training.objectives import Endpoint, Objective, Trajectory
 from consistency.training.own_fit import Refits, covariance_fit
@@ -94,16 +93,15 @@ def _training(job: Job, data: ImageData, machine: Machine) -> Training:
         model.compute_in(settings.precision)
     compile_networks(study, *networks)
     stopwatch = Stopwatch(device)
+    objective = _objective(job, machine, (student, target, teacher), stopwatch)
     update = build_update(
         study,
         data,
         machine,
-        _objective(job, machine, (student, target, teacher), stopwatch),
+        objective,
         student,
-        batch=settings.batch,
-        seed=job.seed,
-        purpose="distillation",
-        optimizer=build_optimizer(settings.optimizer, student, settings.learning_rate),
+        (settings.optimizer, settings.learning_rate),
+        Stream(settings.batch, job.seed, "distillation"),
         precision=settings.precision,
         adaptive=settings.dsm_balance == "adaptive",
         stopwatch=stopwatch,

@@ -15,14 +15,13 @@ from consistency.nets.edm_pickle import read_edm_pickle
 from consistency.provenance import Card, digest_of, git_state
 from consistency.resources import forget, known_sha256, open_resource
 from consistency.stages.inputs import read_dataset, sigma_data
-from consistency.stages.publish import publish_training
-from consistency.stages.trainer import Machine, build_optimizer, build_update, compile_networks, place
+from consistency.stages.trainer import Machine, Stream, build_update, compile_networks, place
 from consistency.study import NoTeacher, OfficialTeacher, SongUNet, Study, Teacher
 from consistency.tracking.live import followed
 from consistency.training.checkpoint import save_denoiser
 from consistency.training.data import ImageData
 from consistency.training.ema import Ema, half_life_rate
-from consistency.training.folder import read_identity
+from consistency.training.folder import publish_training, read_identity
 from consistency.training.loop import Training, train
 from consistency.training.objectives import Denoising
 
@@ -125,17 +124,9 @@ def _training(study: Study, settings: Teacher, paths: Layout, data: ImageData, m
         """A linear ramp over the first learning_rate_ramp images."""
         return settings.learning_rate * min((step + 1) * settings.batch / max(settings.learning_rate_ramp, 1), 1)
 
-    update = build_update(
-        study,
-        data,
-        machine,
-        Denoising(model, settings.p_mean, settings.p_std),
-        model,
-        batch=settings.batch,
-        seed=settings.seed,
-        purpose="teacher",
-        optimizer=build_optimizer("adam", model, settings.learning_rate),
-    )
+    objective, optimizer = Denoising(model, settings.p_mean, settings.p_std), ("adam", settings.learning_rate)
+    stream = Stream(settings.batch, settings.seed, "teacher")
+    update = build_update(study, data, machine, objective, model, optimizer, stream)
     return Training(
         label=f"teacher {study.name}",
         key=study.key("teacher"),

@@ -24,32 +24,35 @@ class Machine:
     ranks: Ranks = field(default_factory=Ranks)
 
 
+@dataclass(frozen=True)
+class Stream:
+    """Images a step, and what the draws of a step depend on beside its number."""
+
+    batch: int
+    seed: int
+    purpose: str
+
+
 def build_update(
     study: Study,
     data: ImageData,
     machine: Machine,
     objective: Objective,
     model: Denoiser,
+    optimizer: tuple[str, float],
+    stream: Stream,
     *,
-    batch: int,
-    seed: int,
-    purpose: str,
-    optimizer: torch.optim.Optimizer,
     precision: str = "float32",
     adaptive: bool = False,
     stopwatch: Stopwatch | None = None,
 ) -> Update:
-    """The optimiser step of a training. Raises UserError when the batch cannot be divided over the devices."""
+    """The optimiser step of a training. optimizer: its name and learning rate. Raises UserError when the batch cannot
+    be divided over the devices."""
+    batch, seed, purpose = stream.batch, stream.seed, stream.purpose
     share, part = share_of(batch, study.compute.batch_per_device, machine.ranks)
+    flip, on_device = study.dataset.horizontal_flip, study.compute.data_on_device
     batches = Batches(
-        data,
-        batch,
-        share,
-        seed=seed,
-        purpose=purpose,
-        flip=study.dataset.horizontal_flip,
-        device=machine.device,
-        on_device=study.compute.data_on_device,
+        data, batch, share, seed=seed, purpose=purpose, flip=flip, device=machine.device, on_device=on_device
     )
     memory_format = torch.channels_last if study.compute.channels_last else torch.contiguous_format
 
@@ -59,7 +62,7 @@ def build_update(
 
     return Update(
         model=model,
-        optimizer=optimizer,
+        optimizer=build_optimizer(*optimizer, model),
         objective=objective,
         batches=laid_out,
         batch=batch,
@@ -73,7 +76,7 @@ def build_update(
     )
 
 
-def build_optimizer(name: str, model: Denoiser, learning_rate: float) -> torch.optim.Optimizer:
+def build_optimizer(name: str, learning_rate: float, model: Denoiser) -> torch.optim.Optimizer:
     """RAdam, Adam or Lion, in the fastest form that the device and PyTorch have: fused Adam on a GPU, else foreach."""
     parameters = list(model.parameters())
     if name == "lion":

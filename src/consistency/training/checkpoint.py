@@ -5,7 +5,6 @@ import pickle
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -86,17 +85,6 @@ def load_denoiser(path: Path, key: str | None = None) -> tuple[Denoiser, dict[st
     if bad:
         raise UserError(f"{path} holds NaN or infinity in {bad[0]}: run its stage again")
     return denoiser.eval().requires_grad_(False), metadata
-
-
-def read_fit(path: Path) -> np.ndarray:
-    """The times, l_t and s_t, float64 [3, N], that a checkpoint carries. Raises UserError when it is damaged or has
-    none."""
-    read_metadata(path)
-    with safe_open(path, "np") as file:
-        if "fit" not in file.keys():  # noqa: SIM118
-            raise UserError(f"{path} carries no coefficients: run its stage again")
-        fit: np.ndarray = file.get_tensor("fit")
-    return fit
 
 
 def save_state(path: Path, state: dict[str, Any]) -> None:

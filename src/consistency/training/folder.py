@@ -9,7 +9,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
-from consistency.files import read_json, write_bytes, write_json
+from consistency.files import link_file, read_json, write_bytes, write_json
 from consistency.locks import only_one
 from consistency.training.checkpoint import load_state
 
@@ -35,7 +35,9 @@ def prepare(folder: Path, key: str, label: str) -> dict[str, Any] | None:
         shutil.copytree(folder, aside)
         print(f"{label}: the settings changed, so this starts over; the old state is in {aside}", flush=True)
         state = None
-    _identify(folder, key, label)
+    path = folder / _IDENTITY
+    if not path.exists() or read_json(path, label).get("key") != key:
+        write_json(path, {"key": key, "id": uuid.uuid4().hex, "started": round(1000 * time.time())})
     history = folder / "history.jsonl"
     if state is None:
         (folder / STATE).unlink(missing_ok=True)
@@ -49,18 +51,22 @@ def prepare(folder: Path, key: str, label: str) -> dict[str, Any] | None:
     return state
 
 
-def _identify(folder: Path, key: str, label: str) -> None:
-    """Write down which training this is, if it is not one that was begun here with the same settings."""
-    path = folder / _IDENTITY
-    if not path.exists() or read_json(path, label).get("key") != key:
-        write_json(path, {"key": key, "id": uuid.uuid4().hex, "started": round(1000 * time.time())})
-
-
 def read_identity(folder: Path) -> dict[str, Any]:
     """The training's id, random, by which MLflow's run is found again, and when it was begun: started, milliseconds
     since 1970. They stay the same however often it is interrupted."""
     found = read_json(folder / _IDENTITY, "the training")
     return {"id": found["id"], "started": found["started"]}
+
+
+def publish_training(state: Path, folder: Path) -> list[Path]:
+    """Put history.jsonl and the snapshots of a finished training beside its checkpoint; returns their places."""
+    snapshots = sorted((state / "snapshots").glob("step-*.safetensors"))
+    outputs = [folder / "history.jsonl", *(folder / "snapshots" / path.name for path in snapshots)]
+    for stale in set((folder / "snapshots").glob("*")) - set(outputs):
+        stale.unlink()
+    for source, target in zip([state / "history.jsonl", *snapshots], outputs, strict=True):
+        link_file(source, target)
+    return outputs
 
 
 def append(folder: Path, line: dict[str, float]) -> None:
