@@ -40,7 +40,7 @@ def write_plan(job: Job) -> None:
         content = {
             "settings": each.key(stage),
             "code": code_digest(stage),
-            "downloads": {name: find(name).sha256 for name in downloads(study, stage, each.run)},
+            "downloads": {name: find(name).sha256 for name in downloads(each, stage)},
         }
         place = folder / stage if each.run is None else folder / stage / each.run / f"seed{each.seed}"
         write_json(place.with_suffix(".json"), content)

@@ -13,9 +13,10 @@ from pydantic import Field, TypeAdapter, ValidationError
 
 from consistency.errors import UserError, suggestion
 from consistency.files import atomic, sha256, write_bytes
+from consistency.job import Job
 from consistency.locks import held
 from consistency.progress import Progress
-from consistency.study import OfficialTeacher, Section, Study, explain, parse_yaml
+from consistency.study import OfficialTeacher, Section, explain, parse_yaml
 
 # Relative to the project's root, where every command runs.
 REGISTRY = Path("config/resources.yaml")
@@ -67,14 +68,14 @@ def find(name: str) -> Resource:
     return known[name]
 
 
-def downloads(study: Study, stage: str, run: str | None = None) -> list[str]:
-    """The resources that a job of a stage opens first; run: the student, for the stage student."""
-    dataset, teacher = study.dataset, study.teacher
+def downloads(job: Job, stage: str) -> list[str]:
+    """The resources that a job of a stage opens first."""
+    dataset, teacher = job.study.dataset, job.study.teacher
     opened = {
         "dataset": CIFAR10_ARCHIVE if dataset.kind == "cifar10" and dataset.path is None else None,
         "teacher": teacher.checkpoint if isinstance(teacher, OfficialTeacher) else None,
-        "extractor": INCEPTION if study.scores.extractor == "inception" else None,
-        "student": VGG16 if run is not None and study.students[run].distance == "lpips" else None,
+        "extractor": INCEPTION if job.study.scores.extractor == "inception" else None,
+        "student": VGG16 if job.run is not None and job.student.distance == "lpips" else None,
     }
     name = opened.get(stage)
     return [name] if name else []

@@ -19,8 +19,10 @@ os.environ.update(PYTHONPATH=SOURCE, PATH=PATH, CONSISTENCY_SUPERVISOR=SUPERVISO
 from consistency.cluster import require_cluster
 from consistency.code import code_digest
 from consistency.errors import UserError
+from consistency.job import Job
+from consistency.layout import Layout
 from consistency.resources import downloads, registry, resource_path
-from consistency.study import OfficialTeacher, Student, Study, load_study
+from consistency.study import OfficialTeacher, Study, load_study
 from consistency.workflow import join_run
 
 join_run()
@@ -64,34 +66,30 @@ wildcard_constraints:
     seed="[0-9]+",
 
 
-def study_of(wildcards) -> Study:
-    """The study of a job."""
+def job_of(wildcards) -> Job:
+    """The study of a job, and its student if it has one."""
+    run, seed = wildcards.get("run"), int(wildcards.get("seed") or 0)
     try:
-        return STUDIES[wildcards.study]
+        study = STUDIES[wildcards.study]
+        if run:
+            study.require(run, seed)
     except KeyError:
         raise WorkflowError(
             f"{wildcards.study} is not among the studies to run: use --config studies={wildcards.study}"
         ) from None
-
-
-def student_of(wildcards) -> Student:
-    """The student of a job."""
-    study = study_of(wildcards)
-    try:
-        study.require(wildcards.run, int(wildcards.seed))
     except UserError as error:
         raise WorkflowError(str(error)) from None
-    return study.students[wildcards.run]
+    return Job(study, Layout(study.name), run, seed) if run else Job(study, Layout(study.name))
 
 
 def made_by(stage: str, verb: str | None = None) -> dict:
     """The parameters of a rule: the words of its command, and two that change, and make its jobs run again, exactly when
     a setting or code does that the stage depends on."""
     return {
-        "key": lambda w: study_of(w).key(stage, w.get("run"), int(w.seed) if "seed" in w.keys() else None),
+        "key": lambda w: job_of(w).key(stage),
         "code": lambda w: code_digest(stage),
         "verb": verb or stage,
-        "student": lambda w: f"--run {w.run} --seed {w.seed}" if "run" in w.keys() else "",
+        "student": lambda w: job_of(w).options.lstrip(),
     }
 
 
@@ -103,26 +101,27 @@ def environment(wildcards) -> str | None:
 
 def downloads_of(stage: str):
     """Input function: the downloads that a job of the stage opens."""
-    return lambda w: [str(resource_path(name)) for name in downloads(study_of(w), stage, w.get("run"))]
+    return lambda w: [str(resource_path(name)) for name in downloads(job_of(w), stage)]
 
 
 def teacher_data(wildcards) -> list[str]:
     """The dataset, for a teacher that is trained and not converted."""
-    if isinstance(study_of(wildcards).teacher, OfficialTeacher):
+    if isinstance(job_of(wildcards).study.teacher, OfficialTeacher):
         return []
     return expand(rules.dataset.output[:3], study=wildcards.study)
 
 
 def coefficients_if_read(wildcards) -> list[str]:
     """The coefficients, for a student that reads them, or for a study that has one."""
-    reader = student_of(wildcards) if "run" in wildcards.keys() else study_of(wildcards)
+    job = job_of(wildcards)
+    reader = job.student if job.run else job.study
     return expand(rules.coefficients.output[0], study=wildcards.study) if reader.needs_coefficients else []
 
 
 def predictor_if_frozen(wildcards) -> list[str]:
     """The student of the same seed that makes gc's endpoints, for one that does not make its own: its final weights or
     its snapshots."""
-    frozen = student_of(wildcards).frozen
+    frozen = job_of(wildcards).student.frozen
     if frozen is None:
         return []
     made = rules.student.output[0 if frozen.step is None else 3]
@@ -131,6 +130,6 @@ def predictor_if_frozen(wildcards) -> list[str]:
 
 def every_coupled_student(wildcards) -> list[str]:
     """The students of consistency training, for a study that measures what their couplings do."""
-    study = study_of(wildcards)
+    study = job_of(wildcards).study
     runs = study.coupled if study.flows else []
     return expand(rules.student.output[0], study=study.name, run=runs, seed=study.seeds)

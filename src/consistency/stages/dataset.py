@@ -95,7 +95,7 @@ def _publish(card: Card, source: Source, sums: _Sums) -> None:
         "sigma_data": _sigma_data(*sums, len(source) * settings.channels * settings.resolution**2),
     }
     write_json(facts, known)
-    card.write([], outputs, downloads=downloads(card.job.study, "dataset"), source=source.identity)
+    card.write([], outputs, downloads=downloads(card.job, "dataset"), source=source.identity)
 
 
 def _sigma_data(values: int, squares: int, count: int) -> float:

@@ -43,7 +43,7 @@ def make_extractor(job: Job, device: torch.device) -> None:
     write_array(outputs[0], found.features)
     write_arrays(outputs[1], {"mean": found.mean, "covariance": found.covariance})
     inputs = [job.paths.dataset / name for name in ("images.npy", "labels.npy")]
-    card.write(inputs, outputs, downloads=downloads(study, "extractor"), measured=measured)
+    card.write(inputs, outputs, downloads=downloads(job, "extractor"), measured=measured)
 
 
 def open_extractor(job: Job, data: ImageData, device: torch.device) -> Extractor:

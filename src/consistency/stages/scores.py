@@ -150,7 +150,7 @@ class _Scorer:
         inception = self.study.scores.extractor == "inception"
         names = ["features.npy", "statistics.npz", *([] if inception else ["classifier.safetensors"])]
         inputs = [*inputs, *(self.job.paths.extractor / name for name in names)]
-        self.card.write(inputs, [self.job.scores, *others], downloads=downloads(self.study, "extractor"))
+        self.card.write(inputs, [self.job.scores, *others], downloads=downloads(self.job, "extractor"))
 
 
 @dataclass

@@ -66,7 +66,7 @@ def _publish(card: Card, training: Training, measured: dict[str, float]) -> None
         [*checkpoints, *publish_training(training.folder, job.folder)],
         measured=measured,
         known=digests,
-        downloads=downloads(job.study, "student", job.run),
+        downloads=downloads(job, "student"),
         training=read_identity(training.folder),
     )
 
