@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from tests.nets.small import make_denoiser
 
 from consistency.errors import UserError
 from consistency.nets.denoiser import Denoiser
@@ -27,7 +28,6 @@ from consistency.training.loop import Interrupted, Training, train
 from consistency.training.objectives import Draws, Shape, Term
 from consistency.training.update import Update
 
-MakeDenoiser = Callable[..., Denoiser]
 # hook(step) is called inside the loss of that step (from 0) and may return another loss.
 Hook = Callable[[int], torch.Tensor | None]
 STEPS, LOG_EVERY, SNAPSHOT_EVERY = 6, 3, 3
@@ -72,7 +72,7 @@ class Disturbed:
 
 
 @pytest.fixture
-def job(make_denoiser: MakeDenoiser, tmp_path: Path) -> Callable[..., Training]:
+def job(tmp_path: Path) -> Callable[..., Training]:
     """job(folder name, hook, ...): a training with all that has a state: RAdam, averages, dropout if asked for."""
 
     def make(folder: str = "seed0", hook: Hook = nothing, *, dropout: float = 0.0, **changes: Any) -> Training:
