@@ -12,6 +12,8 @@ from filelock import FileLock, Timeout
 
 from consistency.errors import UserError
 
+PATIENCE = 60.0  # seconds for a process whose workflow was killed to notice and leave
+
 
 @contextmanager
 def held(path: Path, doing: str, patience: float = math.inf, advice: str = "", quiet: bool = False) -> Iterator[None]:
@@ -51,11 +53,11 @@ def held(path: Path, doing: str, patience: float = math.inf, advice: str = "", q
 
 
 @contextmanager
-def only_one(folder: Path, doing: str, patience: float) -> Iterator[None]:
+def only_one(folder: Path, doing: str) -> Iterator[None]:
     """Hold the folder's lock, so that two runs cannot write into it; the lock goes when the block ends, and the folder
     too if nothing is left in it. The rest is as in `held`."""
     path = folder / "lock"
-    with held(path, f"{doing} in {folder}", patience, "; mend the permission or choose another --state"):
+    with held(path, f"{doing} in {folder}", PATIENCE, "; mend the permission or choose another --state"):
         try:
             yield
         finally:

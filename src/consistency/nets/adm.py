@@ -12,12 +12,12 @@ from torch import Tensor, nn
 
 from consistency.nets.layers import (
     ZERO_INIT,
+    ConditionedNetwork,
     Conv2d,
     GroupNorm,
     Init,
     Linear,
     PositionalEmbedding,
-    UNet,
     UNetBlock,
 )
 from consistency.nets.songunet import Level, encoder, levels_of, skip_widths
@@ -26,7 +26,7 @@ _INIT = Init("kaiming_uniform", weight=math.sqrt(1 / 3), bias=math.sqrt(1 / 3))
 _CHANNELS_PER_HEAD = 64
 
 
-class DhariwalUNet(UNet):
+class DhariwalUNet(ConditionedNetwork):
     """U-Net F(x, c_noise[, c_noise_s]) of EDM's ImageNet-64 model (Karras et al. 2022): ADM.
 
     Every block at the levels listed in attn_resolutions, and the first block of the decoder, has attention with
@@ -93,7 +93,7 @@ class DhariwalUNet(UNet):
         emb = layer1(F.silu(layer0(emb)))
         return F.silu(emb if labels is None else emb + self.map_label(labels))
 
-    def unet(self, x: Tensor, emb: Tensor, emb_s: Tensor | None) -> Tensor:
+    def body(self, x: Tensor, emb: Tensor, emb_s: Tensor | None) -> Tensor:
         skips: list[Tensor] = []
         for layer in self.enc.values():
             x = layer(x, emb, emb_s) if isinstance(layer, UNetBlock) else layer(x)

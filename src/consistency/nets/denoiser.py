@@ -6,7 +6,6 @@ import contextlib
 import inspect
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -42,9 +41,10 @@ class Denoiser(nn.Module):
     x: [N,C,H,W]; t, s: number, scalar tensor or [N], > 0; labels: None (on a conditional network, a label of
     all zeros), class indices int64 [N], or one-hot float [N,label_dim]; augment_labels: [N,augment_dim].
     Coefficients, and the results, are float64 if x is, otherwise float32; the network runs in the same
-    precision whatever the dtype of its parameters. A student given no s uses s = t.
-    Raises ValueError if s is given to a network without a second time, if labels of either kind are given to one
-    that takes none or do not fit it, or if t or s has neither 1 nor N values.
+    precision whatever the dtype of its parameters. A student given no s uses s = t; a network without a second
+    time is the same function of x and t for every s.
+    Raises ValueError if labels of either kind are given to a network that takes none or do not fit it, or if t or s
+    has neither 1 nor N values.
     """
 
     def __init__(self, model: nn.Module, architecture: Mapping[str, Any]) -> None:
@@ -104,17 +104,12 @@ class Denoiser(nn.Module):
         augment_labels: Tensor | None = None,
     ) -> Tensor:
         """Return the network's own output F(c_in(t) x, ln(t)/4[, ln(s)/4]), with the shape of x."""
-        if s is not None and not self.second_time:
-            raise ValueError(
-                "this denoiser has no second time: call it as D(x, t), or make a student of it with "
-                "student_from_teacher"
-            )
         if augment_labels is not None and not self.architecture.get("augment_dim"):
             raise ValueError("augmentation labels given to a network without augment_dim: pass none")
         x = self._cast(x)
         t = self._as_times(t, x, "t")
         c_in, c_noise = edm_coefficients(t, self.sigma_data)[2:]
-        c_noise_s = None if s is None else self._as_times(s, x, "s").log() / 4
+        c_noise_s = None if s is None or not self.second_time else self._as_times(s, x, "s").log() / 4
         scaled, one_hot = c_in[:, None, None, None] * x, self._one_hot(labels, x)
         # Only the network runs in the lower precision: the preconditioning around it stays in that of x.
         with torch.autocast(x.device.type, self.precision) if self.precision else contextlib.nullcontext():
@@ -208,26 +203,6 @@ def student_from_teacher(teacher: Denoiser, dropout: float | Sequence[float] | N
     shared = student.state_dict().keys()
     student.load_state_dict({k: v for k, v in teacher.state_dict().items() if k in shared}, strict=False)
     return student
-
-
-@dataclass(frozen=True)
-class OneTime:
-    """A denoiser D(x,t) in the place of a student's D(x,t,s), for consistency functions whose s is always eps: the
-    network is not told s. Calls as `Denoiser`, with s ignored."""
-
-    denoiser: Denoiser
-
-    def __call__(self, x: Tensor, t: Tensor, s: Tensor, labels: Tensor | None = None) -> Tensor:
-        return self.denoiser(x, t, labels=labels)
-
-    def raw(self, x: Tensor, t: Tensor, s: Tensor, labels: Tensor | None = None) -> Tensor:
-        """F(c_in(t) x, ln(t)/4)."""
-        return self.denoiser.raw(x, t, labels=labels)
-
-
-def two_times(denoiser: Denoiser) -> Denoiser | OneTime:
-    """A denoiser as a student D(x,t,s): itself if it has a second time, else one to which s makes no difference."""
-    return denoiser if denoiser.second_time else OneTime(denoiser)
 
 
 def _with_defaults(architecture: Mapping[str, Any]) -> dict[str, Any]:

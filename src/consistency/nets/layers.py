@@ -296,9 +296,9 @@ class FourierEmbedding(nn.Module):
         return torch.cat([phase.cos(), phase.sin()], dim=1)
 
 
-class UNet(nn.Module):
-    """What EDM's U-Nets share: the conditions are embedded for the time t and, with second_time, through layers of its
-    own, for s; then `unet` maps the image. A subclass builds map_noise, map_layer0, ... and joins them."""
+class ConditionedNetwork(nn.Module):
+    """What all networks share: the conditions are embedded for the time t and, with second_time, through layers of its
+    own, for s; then `body` maps the image. A subclass builds map_noise, map_layer0, ... and joins them."""
 
     map_layer0: nn.Module
     map_layer1: nn.Module
@@ -324,7 +324,7 @@ class UNet(nn.Module):
         if self.second_time:
             second = noise_labels if second_noise_labels is None else second_noise_labels
             emb_s = self.embed(second, labels, None, self.map_layer0_s, self.map_layer1_s)
-        return self.unet(x, emb, emb_s)
+        return self.body(x, emb, emb_s)
 
     def _labels(self, class_labels: Tensor | None, like: Tensor) -> Tensor:
         """One-hot labels [N or 1, label_dim] in the dtype of `like`, zeros for None; some are dropped in training."""
@@ -338,7 +338,7 @@ class UNet(nn.Module):
         """The embedding [N or 1, emb_channels] of a time and the conditions."""
         raise NotImplementedError
 
-    def unet(self, x: Tensor, emb: Tensor, emb_s: Tensor | None) -> Tensor:
+    def body(self, x: Tensor, emb: Tensor, emb_s: Tensor | None) -> Tensor:
         """The network proper."""
         raise NotImplementedError
 

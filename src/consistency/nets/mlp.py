@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from consistency.nets.layers import ZERO_INIT, Init, Linear, half_channels
+from consistency.nets.layers import ZERO_INIT, ConditionedNetwork, Init, Linear, half_channels
 
 _INIT = Init("xavier_uniform")
 _INIT_SMALL = Init("xavier_uniform", weight=1e-5)
@@ -17,7 +17,7 @@ _INIT_SMALL = Init("xavier_uniform", weight=1e-5)
 _LOWEST_FREQUENCY, _HIGHEST_FREQUENCY = 0.5, 16.0
 
 
-class MLP(nn.Module):
+class MLP(ConditionedNetwork):
     """Residual perceptron F(x, c_noise[, c_noise_s]) on flattened images, for up to a few hundred dimensions.
 
     Each of `depth` blocks normalises the hidden vector, scales and shifts it by a projection of the time
@@ -41,10 +41,9 @@ class MLP(nn.Module):
         dropout: float = 0.0,
         second_time: bool = False,
     ) -> None:
-        super().__init__()
+        super().__init__(label_dim, 0, 0.0, second_time)
         pixels, emb_channels = img_resolution**2, 2 * embedding
-        self.label_dim, self.second_time, self.depth = label_dim, second_time, depth
-        self.num_freqs = half_channels(embedding)
+        self.depth, self.num_freqs = depth, half_channels(embedding)
 
         if label_dim:
             self.map_label = Linear(label_dim, embedding, init=_INIT)
@@ -60,41 +59,26 @@ class MLP(nn.Module):
         self.blocks = nn.ModuleList(_Block(width, dropout) for _ in range(depth))
         self.linear_out = Linear(width, out_channels * pixels, init=_INIT_SMALL)
 
-    def forward(
-        self,
-        x: Tensor,
-        noise_labels: Tensor,
-        class_labels: Tensor | None = None,
-        augment_labels: Tensor | None = None,
-        second_noise_labels: Tensor | None = None,
+    def embed(
+        self, noise: Tensor, labels: Tensor | None, augment: Tensor | None, layer0: nn.Module, layer1: nn.Module
     ) -> Tensor:
-        second = noise_labels if second_noise_labels is None else second_noise_labels
-        modulation = self._modulation(noise_labels, second, class_labels).chunk(2 * self.depth, dim=1)
+        index = torch.arange(self.num_freqs, device=noise.device, dtype=noise.dtype)
+        freqs = _LOWEST_FREQUENCY * (_HIGHEST_FREQUENCY / _LOWEST_FREQUENCY) ** (index / (self.num_freqs - 1))
+        phase = torch.outer(noise, freqs)
+        emb = torch.cat([phase.sin(), phase.cos()], dim=1)
+        if labels is not None:
+            emb = emb + self.map_label(labels * math.sqrt(self.label_dim))
+        return F.silu(layer1(F.silu(layer0(emb))))
+
+    def body(self, x: Tensor, emb: Tensor, emb_s: Tensor | None) -> Tensor:
+        modulation = self.map_modulation(emb)
+        if emb_s is not None:
+            modulation = modulation + self.map_modulation_s(emb_s)
+        parts = modulation.chunk(2 * self.depth, dim=1)
         h = self.linear_in(x.flatten(1))
         for i, block in enumerate(self.blocks):
-            h = block(h, modulation[2 * i], modulation[2 * i + 1])
+            h = block(h, parts[2 * i], parts[2 * i + 1])
         return self.linear_out(h).view(len(x), -1, *x.shape[2:])
-
-    def _modulation(self, noise_labels: Tensor, second: Tensor, class_labels: Tensor | None) -> Tensor:
-        label_emb = self._embed_label(class_labels, noise_labels)
-        emb = self._embed_noise(noise_labels) + label_emb
-        modulation = self.map_modulation(F.silu(self.map_layer1(F.silu(self.map_layer0(emb)))))
-        if not self.second_time:
-            return modulation
-        emb_s = self._embed_noise(second) + label_emb
-        return modulation + self.map_modulation_s(F.silu(self.map_layer1_s(F.silu(self.map_layer0_s(emb_s)))))
-
-    def _embed_noise(self, noise_labels: Tensor) -> Tensor:
-        index = torch.arange(self.num_freqs, device=noise_labels.device, dtype=noise_labels.dtype)
-        freqs = _LOWEST_FREQUENCY * (_HIGHEST_FREQUENCY / _LOWEST_FREQUENCY) ** (index / (self.num_freqs - 1))
-        phase = torch.outer(noise_labels, freqs)
-        return torch.cat([phase.sin(), phase.cos()], dim=1)
-
-    def _embed_label(self, class_labels: Tensor | None, like: Tensor) -> Tensor | float:
-        if not self.label_dim:
-            return 0.0
-        labels = like.new_zeros(1, self.label_dim) if class_labels is None else class_labels.to(like.dtype)
-        return self.map_label(labels * math.sqrt(self.label_dim))
 
 
 class _Block(nn.Module):

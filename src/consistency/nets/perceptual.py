@@ -78,13 +78,11 @@ def _read_convolutions(slices: nn.ModuleList, path: Path) -> None:
         raise UserError(f"{path} is not a file of VGG16 weights ({' '.join(str(error).split())[:200]})") from None
     if not isinstance(content, dict):
         raise UserError(f"{path} is not a file of VGG16 weights: it holds no state dict")
-    for layers in slices:
-        for name, parameter in layers.named_parameters():
-            key = f"features.{name}"
-            value = content.get(key)
-            if not isinstance(value, Tensor) or value.shape != parameter.shape:
-                raise UserError(f"{path} is not a file of VGG16 weights: {key} is not a {list(parameter.shape)} tensor")
-            if not value.is_floating_point() or not value.isfinite().all():
-                raise UserError(f"{path} is damaged: {key} has values that are not finite numbers")
-            with torch.no_grad():
-                parameter.copy_(value)
+    for name, parameter in (named for layers in slices for named in layers.named_parameters()):
+        value = content.get(f"features.{name}")
+        if not isinstance(value, Tensor) or value.shape != parameter.shape:
+            shape = list(parameter.shape)
+            raise UserError(f"{path} is not a file of VGG16 weights: features.{name} is not a {shape} tensor")
+        if not value.is_floating_point() or not value.isfinite().all():
+            raise UserError(f"{path} is damaged: features.{name} has values that are not finite numbers")
+        parameter.data.copy_(value)

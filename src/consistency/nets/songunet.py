@@ -12,13 +12,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from consistency.nets.layers import (
+    ConditionedNetwork,
     Conv2d,
     FourierEmbedding,
     GroupNorm,
     Init,
     Linear,
     PositionalEmbedding,
-    UNet,
     UNetBlock,
 )
 
@@ -35,7 +35,7 @@ _CHOICES = {
 }
 
 
-class SongUNet(UNet):
+class SongUNet(ConditionedNetwork):
     """U-Net F(x, c_noise[, c_noise_s]) of EDM (Karras et al. 2022): DDPM++ by default, NCSN++ by its options.
 
     NCSN++ is embedding_type="fourier", encoder_type="residual", channel_mult_noise=2,
@@ -123,7 +123,7 @@ class SongUNet(UNet):
             emb = emb + self.map_augment(augment.to(emb.dtype))
         return F.silu(layer1(F.silu(layer0(emb))))
 
-    def unet(self, x: Tensor, emb: Tensor, emb_s: Tensor | None) -> Tensor:
+    def body(self, x: Tensor, emb: Tensor, emb_s: Tensor | None) -> Tensor:
         x, skips = self._encode(x, emb, emb_s)
         return self._decode(x, skips, emb, emb_s)
 

@@ -17,7 +17,6 @@ from consistency.resources import downloads
 from consistency.sources.datasets import Source, open_source
 from consistency.study import Study
 
-LOCK_PATIENCE = 60.0  # seconds to wait for the other preparation of the same study
 _BATCH = 64  # images, at most, that a thread reads at once
 _BATCH_BYTES = 1 << 20
 
@@ -29,28 +28,39 @@ def make_dataset(job: Job, workers: int = 1) -> None:
     source that is missing or not of its form, and for a file that is not an image.
     """
     card, study, folder = Card(job, "dataset"), job.study, job.paths.dataset
-    with only_one(job.paths.state / study.name / "dataset", "prepares the dataset", LOCK_PATIENCE):
+    with only_one(job.paths.state / study.name / "dataset", "prepares the dataset"):
         source = open_source(study.dataset)
         images = folder / "images.npy"
         for left in folder.glob(f".{images.name}.*.tmp"):  # by a run that was killed
             with suppress(OSError):
                 left.unlink()
         with atomic(images) as temporary:
-            sums = _write_images(study, source, temporary, workers)
-        _publish(card, source, sums)
+            values, squares = _write_images(study, source, temporary, workers)
+        outputs = [images, folder / "labels.npy", folder / "dataset.json"]
+        write_array(outputs[1], source.labels)
+        count = len(source) * study.dataset.channels * study.dataset.resolution**2
+        facts = {
+            "count": len(source),
+            "classes": source.classes,
+            "class_counts": np.bincount(source.labels, minlength=len(source.classes)).tolist(),
+            "resolution": study.dataset.resolution,
+            "channels": study.dataset.channels,
+            "source": study.dataset.kind,
+            "sha256": sha256(images),
+            # Of all values, in [-1, 1] units.
+            "sigma_data": math.sqrt(count * squares - values**2) / count / 127.5,
+        }
+        write_json(outputs[2], facts)
+        card.write([], outputs, downloads=downloads(job, "dataset"), source=source.identity)
 
 
-# --- the array
-
-_Sums = tuple[int, int]  # of all values and of their squares: exact, so that no order changes them
-
-
-def _write_images(study: Study, source: Source, path: Path, workers: int) -> _Sums:
+def _write_images(study: Study, source: Source, path: Path, workers: int) -> tuple[int, int]:
+    """Write the array. Returns the sums of all values and of their squares: exact, so that no order changes them."""
     settings = study.dataset
     shape = (settings.resolution, settings.resolution, settings.channels)
     start = np.lib.format.open_memmap(path, "w+", np.uint8, (len(source), *shape)).offset
 
-    def write(rows: range) -> _Sums:
+    def write(rows: range) -> tuple[int, int]:
         images = np.stack([source.read(row) for row in rows])
         # Written, not mapped: where a disk is full, a write raises an error and a map kills the process.
         with path.open("r+b") as file:
@@ -74,30 +84,3 @@ def _write_images(study: Study, source: Source, path: Path, workers: int) -> _Su
             pool.shutdown(cancel_futures=True)
     progress.close()
     return values, squares
-
-
-# --- the results
-
-
-def _publish(card: Card, source: Source, sums: _Sums) -> None:
-    """Put what is known of the array beside it."""
-    folder, settings = card.job.paths.dataset, card.job.study.dataset
-    images, labels, facts = outputs = [folder / name for name in ("images.npy", "labels.npy", "dataset.json")]
-    write_array(labels, source.labels)
-    known = {
-        "count": len(source),
-        "classes": source.classes,
-        "class_counts": np.bincount(source.labels, minlength=len(source.classes)).tolist(),
-        "resolution": settings.resolution,
-        "channels": settings.channels,
-        "source": settings.kind,
-        "sha256": sha256(images),
-        "sigma_data": _sigma_data(*sums, len(source) * settings.channels * settings.resolution**2),
-    }
-    write_json(facts, known)
-    card.write([], outputs, downloads=downloads(card.job, "dataset"), source=source.identity)
-
-
-def _sigma_data(values: int, squares: int, count: int) -> float:
-    """Standard deviation of all values in [-1, 1] units."""
-    return math.sqrt(count * squares - values**2) / count / 127.5

@@ -12,7 +12,6 @@ from torch import Tensor
 
 from consistency.files import write_arrays
 from consistency.job import Job
-from consistency.nets.denoiser import two_times
 from consistency.progress import Progress
 from consistency.provenance import Card
 from consistency.seeding import generator
@@ -148,12 +147,12 @@ class _Images:
         """f(x + t z, t, eps) of a student's average, a function of t."""
         pairs, eps = self.pairs, job.study.noise.sigma_min
         model = prepared(job.study, read_student(job, self.device))
-        student, preconditioning = two_times(model), read_preconditioning(job, model)
+        preconditioning = read_preconditioning(job, model)
 
         @torch.inference_mode()
         def ends(t: float) -> Tensor:
             def jump(_: int, x: Tensor, labels: Tensor | None, z: Tensor) -> Tensor:
-                return preconditioning.jump(student, x, every(t, x), every(eps, x), labels)
+                return preconditioning.jump(model, x, every(t, x), every(eps, x), labels)
 
             return replace(pairs, images=pairs.images + t * pairs.noise).each(self.device, jump)
 

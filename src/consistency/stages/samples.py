@@ -16,7 +16,8 @@ from consistency.errors import UserError
 from consistency.files import link_file, made, sha256, write_array
 from consistency.job import Job
 from consistency.layout import sampler_name
-from consistency.nets.denoiser import Denoiser, two_times
+from consistency.locks import only_one
+from consistency.nets.denoiser import Denoiser
 from consistency.progress import Progress
 from consistency.provenance import Card
 from consistency.seeding import ImageNoise
@@ -26,10 +27,9 @@ from consistency.stages.trainer import place
 from consistency.study import Study
 from consistency.theory.preconditioning import Preconditioning
 from consistency.theory.sampler import Churn, Fresh, multistep, stochastic_heun
-from consistency.theory.solver import DenoiserFn, heun_solve
+from consistency.theory.solver import heun_solve
 from consistency.training.data import to_bytes
 from consistency.training.distributed import Ranks
-from consistency.training.folder import only_trainer
 from consistency.training.loop import Interrupted, stop_requests
 from consistency.training.objectives import with_labels
 
@@ -79,7 +79,7 @@ def make_samples(job: Job, device: torch.device, ranks: Ranks = _ALONE) -> None:
     label = "samples " + ("teacher" if job.run is None else job.label)
     names = ["heun"] if job.run is None else [sampler.name for sampler in student_samplers(job)]
     state = job.sampling_state
-    with only_trainer(state) if ranks.first else contextlib.nullcontext(), stop_requests() as requests:
+    with only_one(state, "is working") if ranks.first else contextlib.nullcontext(), stop_requests() as requests:
         digests = {path: sha256(made(path, verb)) for path, verb in _inputs(job).items()}
         made_from = {"key": job.key("samples")} | {path.name: digests[path] for path in digests}
         parts = Parts(state, made_from, (study.sampling.count, size, size, study.dataset.channels), ranks, label)
@@ -202,28 +202,27 @@ def heun_sampler(study: Study, teacher: Denoiser, nodes: int | None = None) -> S
         if settings is None:
             return heun_solve(denoiser, x, times)
         added = Churn(settings.s_churn, settings.s_min, settings.s_max, settings.s_noise)
-        return stochastic_heun(_in_float64(denoiser), x.double(), times, added, _fresh(noise, device))
+
+        def in_float32(x: Tensor, t: Tensor) -> Tensor:
+            """The network, on a float64 state: over hundreds of steps, the roundings of the state would add up."""
+            return denoiser(x.float(), t).double()
+
+        return stochastic_heun(in_float32, x.double(), times, added, _fresh(noise, device))
 
     return sample
-
-
-def _in_float64(denoiser: DenoiserFn) -> DenoiserFn:
-    """The network in float32 on a float64 state: over hundreds of steps, the roundings of the state would add up."""
-    return lambda x, t: denoiser(x.float(), t).double()
 
 
 def jump_sampler(job: Job, model: Denoiser, preconditioning: Preconditioning, nfe: int, gamma: float = 0.0) -> Sampler:
     """nfe jumps along the rho grid from sigma_max to sigma_min."""
     device = next(model.parameters()).device
     times = _times(job.study, nfe + 1)
-    student = two_times(model)
     gamma = 1.0 if job.student.to_the_end else gamma
 
     def sample(noise: ImageNoise) -> Tensor:
         labels = _labels(noise, device)
 
         def jump(x: Tensor, t: Tensor, s: Tensor) -> Tensor:
-            return preconditioning.jump(student, x, t, s, labels)
+            return preconditioning.jump(model, x, t, s, labels)
 
         return multistep(jump, _to(noise.latents, device) * times[0], times, gamma, _fresh(noise, device))
 

@@ -76,3 +76,25 @@ def solve_moves(times: Array, moments: Array, dimension: int) -> CoefficientFit:
     s_se = CubicSpline(lam, 0.5 * influence)(lam, 1).std(1, ddof=1) / np.sqrt(count)
     l_se = each.std(1, ddof=1) / np.sqrt(count)
     return settled(times, (l, l_se), (s, s_se), size > floor)
+
+
+def gaussian_coefficients(mean: Tensor, covariance: Tensor, times: Tensor) -> tuple[Tensor, Tensor]:
+    """l_t and s_t of the Gaussian with that mean [d] and covariance [d, d], each float64 [N]: no network, no training.
+
+    times: [N] > 0. A linear denoiser misses by at least as much as the exact one, so this l_t is a lower bound on that
+    of any data with these moments. Where h = 0 (an isotropic covariance around 0) s_t is -1, as ctm's.
+    """
+    # The smallest eigenvalues of a covariance are 0 up to rounding, of either sign.
+    variances = torch.linalg.eigvalsh(covariance.double().cpu()).clamp(min=0)
+    centre = mean.double().cpu().square().sum()
+    t = times.double().cpu()[:, None]
+    gain = variances / (variances + t**2)
+    total = variances + t**2
+    l = 1 - gain.mean(1)
+    rate = 2 * gain * (1 - gain)  # d gain / d lambda, along the ODE
+    spread = gain - gain.mean(1, keepdim=True)
+    change = rate - rate.mean(1, keepdim=True) + spread * (gain - 1)
+    along = (spread * change * total).sum(1) - centre * l * rate.mean(1)
+    size = (spread**2 * total).sum(1) + centre * l**2
+    floor = 1e-12 * ((1 - gain) ** 2 * total).sum(1)
+    return l, torch.where(size > floor, along / torch.where(size > floor, size, 1.0), -1.0)

@@ -16,15 +16,6 @@ from consistency.theory.solver import expand
 
 Coefficients = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
-#: name -> whether it needs coefficients fitted from the teacher
-PRECONDITIONINGS: dict[str, bool] = {
-    "cm": False,
-    "bcm": False,
-    "ctm": False,
-    "analytic": True,
-    "analytic-forward": True,
-}
-
 
 class StudentDenoiser(Protocol):
     """What a consistency function needs of its network."""
@@ -76,18 +67,15 @@ def build_preconditioning(
 ) -> Preconditioning:
     """The preconditioning of that name; the analytic ones read their coefficients from generalized_ode.
 
-    Raises ValueError for an unknown name or an analytic preconditioning without fitted coefficients.
+    Raises ValueError for an unknown name, or an analytic one without fitted coefficients.
     """
-    if name not in PRECONDITIONINGS:
-        raise ValueError(f"unknown preconditioning {name!r}; there are {', '.join(PRECONDITIONINGS)}")
-    if not PRECONDITIONINGS[name]:
-        tables: dict[str, tuple[Literal["D", "F"], Coefficients]] = {
-            "ctm": ("D", ctm),
-            "bcm": ("F", lambda t, s: bcm(t, s, sigma_data)),
-            "cm": ("F", lambda t, s: cm(t, s, sigma_data)),
-        }
-        return Preconditioning(name, *tables[name])
-    if generalized_ode is None:
-        raise ValueError(f"preconditioning {name!r} needs coefficients fitted from the teacher")
-    forms = {"analytic": generalized_ode.backward, "analytic-forward": generalized_ode.forward}
-    return Preconditioning(name, "D", forms[name])
+    table: dict[str, tuple[Literal["D", "F"], Coefficients]] = {
+        "ctm": ("D", ctm),
+        "bcm": ("F", lambda t, s: bcm(t, s, sigma_data)),
+        "cm": ("F", lambda t, s: cm(t, s, sigma_data)),
+    }
+    if generalized_ode is not None:
+        table |= {"analytic": ("D", generalized_ode.backward), "analytic-forward": ("D", generalized_ode.forward)}
+    if name not in table:
+        raise ValueError(f"no preconditioning {name!r}: without fitted coefficients there are ctm, bcm and cm")
+    return Preconditioning(name, *table[name])

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from consistency.nets.denoiser import Denoiser, two_times
+from consistency.nets.denoiser import Denoiser
 from consistency.theory.coupling import assignment, generated, generator_mask
 from consistency.theory.curriculum import Schedule
 from consistency.theory.distance import Distance
@@ -54,7 +54,7 @@ class ConsistencyTraining:
     def endpoint(self, model: Denoiser, x: Tensor, t: Tensor, labels: Tensor | None) -> Tensor:
         """f(x, t, eps) of the given weights. x: [N, C, H, W]; t: [N]."""
         end = torch.full_like(t, self.ends[0])
-        return self.preconditioning.jump(two_times(model), x, t, end, labels)
+        return self.preconditioning.jump(model, x, t, end, labels)
 
     def draw(self, shape: Shape, step: int, host: torch.Generator, device: torch.Generator) -> CoupledPairs:
         """Levels of the step's stage, noise, and which images are replaced: the same draws whatever mu."""

@@ -5,21 +5,13 @@ import math
 import shutil
 import time
 import uuid
-from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 from consistency.files import link_file, read_json, write_bytes, write_json
-from consistency.locks import only_one
 from consistency.training.checkpoint import load_state
 
 STATE, _IDENTITY = "state.pt", "training.json"
-LOCK_PATIENCE = 60.0  # seconds to wait for the trainer of a killed workflow to notice and leave
-
-
-def only_trainer(folder: Path) -> AbstractContextManager[None]:
-    """Hold the folder's lock, so that two runs cannot work in it. Raises UserError when another one does."""
-    return only_one(folder, "is working", LOCK_PATIENCE)
 
 
 def prepare(folder: Path, key: str, label: str) -> dict[str, Any] | None:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from consistency.errors import UserError
 from consistency.layout import snapshot_name
+from consistency.locks import only_one
 from consistency.progress import Progress
 from consistency.training import folder as files
 from consistency.training.checkpoint import load_state, save_denoiser, save_state
@@ -96,7 +97,7 @@ def train(job: Training) -> dict[str, float]:
     processes to stop, and UserError when a loss is not finite or another process trains in the folder.
     """
     ranks = job.update.ranks
-    with files.only_trainer(job.folder) if ranks.first else contextlib.nullcontext(), stop_requests() as requests:
+    with only_one(job.folder, "is working") if ranks.first else contextlib.nullcontext(), stop_requests() as requests:
         clock, window = _resume(job)
         if job.on_start and ranks.first:
             job.on_start()
@@ -184,17 +185,12 @@ def _log(job: Training, clock: _Clock, window: _Window) -> None:
     clock.loss = line["loss"]
     timed = job.update.stopwatch.read()
     line |= {f"time_{name}": round(seconds / window.steps, 6) for name, seconds in timed.items()}
-    line["peak_memory_mib"] = _peak_memory(job)
+    # On a GPU what PyTorch has held of it at most, else this process.
+    device, resident = next(job.update.model.parameters()).device, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    peak = torch.cuda.max_memory_allocated(device) / 2**20 if device.type == "cuda" else resident / 2**10
+    line["peak_memory_mib"] = round(peak, 1)
     if job.update.ranks.first:
         files.append(job.folder, line)
-
-
-def _peak_memory(job: Training) -> float:
-    """The most memory, MiB, this process has had: on a GPU what PyTorch held of it, else resident."""
-    device = next(job.update.model.parameters()).device
-    if device.type == "cuda":
-        return round(torch.cuda.max_memory_allocated(device) / 2**20, 1)
-    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10, 1)
 
 
 def _snapshot(job: Training, step: int) -> None:
