@@ -8,6 +8,7 @@ import matplotlib
 import numpy as np
 import pandas as pd
 import torch
+from torchvision.utils import make_grid
 
 from consistency.analysis import OWN_SAMPLERS, SpeedUp, curves_of
 from consistency.lines import line_of
@@ -60,15 +61,10 @@ def measure_label(measure: str, extractor: str) -> str:
 def sample_grid(rows: Sequence[tuple[str, Array]], columns: int = 16) -> Figure:
     """Images side by side. rows: (label, uint8 [N, H, W, C]); one column is one noise."""
     figure, axis = plt.subplots(figsize=(0.55 * columns + 2.2, 0.58 * len(rows) + 0.2))
-    gap = 1
-    height, width = rows[0][1].shape[1:3]
-    canvas = np.full((len(rows) * (height + gap), columns * (width + gap), 3), 255, np.uint8)
-    for i, (_, images) in enumerate(rows):
-        for j, image in enumerate(images[:columns]):
-            top, left = i * (height + gap), j * (width + gap)
-            canvas[top : top + height, left : left + width] = image
-    axis.imshow(canvas, interpolation="nearest")
-    middles = [i * (height + gap) + height / 2 - 0.5 for i in range(len(rows))]
+    columns = min(columns, *(len(images) for _, images in rows))
+    shown = torch.from_numpy(np.concatenate([images[:columns] for _, images in rows])).permute(0, 3, 1, 2)
+    axis.imshow(make_grid(shown, columns, padding=1, pad_value=255).permute(1, 2, 0), interpolation="nearest")
+    middles = [(shown.shape[2] + 1) * (i + 0.5) for i in range(len(rows))]
     axis.set_yticks(middles, [label for label, _ in rows])
     axis.set_xticks([])
     axis.grid(False)
@@ -161,7 +157,10 @@ def learning_curves(
             steps, values = curves.steps[shown], curves.values[:, shown]
             _mean_and_range(axis, steps, values, run, line_of(runs, run))
         if measure == "fd":
-            _reference_lines(axis, scores)
+            for run, label, style in (("teacher", "teacher (Heun)", ":"), ("data", "data halves", "-.")):
+                known = scores[(scores.kind == "calibration") & (scores.run == run)]
+                if len(known):
+                    axis.axhline(known.fd.iloc[0], color="#888888", lw=1, ls=style, label=label)
         axis.set(title=f"NFE {nfe}", xlabel="training iterations")
         _logarithmic(axis)
     axes[0, 0].set_ylabel(measure_label(measure, extractor))
@@ -186,13 +185,6 @@ def _logarithmic(axis: Axes) -> None:
     axis.yaxis.set_major_locator(LogLocator(subs=subs))
     axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axis.yaxis.set_minor_formatter(NullFormatter())
-
-
-def _reference_lines(axis: Axes, scores: pd.DataFrame) -> None:
-    for run, label, style in (("teacher", "teacher (Heun)", ":"), ("data", "data halves", "-.")):
-        rows = scores[(scores.kind == "calibration") & (scores.run == run)]
-        if len(rows):
-            axis.axhline(rows.fd.iloc[0], color="#888888", lw=1, ls=style, label=label)
 
 
 def training_losses(histories: dict[str, list[pd.DataFrame]], runs: Sequence[str]) -> Figure:

@@ -20,7 +20,7 @@ from consistency.seeding import generator
 from consistency.stages.coefficients import make_coefficients
 from consistency.stages.dataset import make_dataset
 from consistency.stages.discrepancy import ImagePairs, discrepancy_of
-from consistency.stages.estimate import estimate, student_operations
+from consistency.stages.estimate import estimate, training_operations
 from consistency.stages.extractor import make_extractor
 from consistency.stages.flows import make_flows
 from consistency.stages.inputs import time_grid
@@ -129,7 +129,7 @@ def test_the_estimate_counts_the_evaluations_that_training_did(study: Study, lay
     step = 6 * 16
     refits = 2 * 2 * study.coefficients.times * 64
     assert counted == {"ic": 4 * step, "ot": 4 * step, "gc": 5 * step, "data": 4 * step, "own": 8 * step + refits}
-    assert counted == {run: student_operations(study, study.students[run], 1.0) for run in study.students}
+    assert counted == {run: training_operations(study, study.students[run], 1.0) for run in study.students}
 
 
 def test_the_report_has_no_teacher_in_its_pictures(study: Study, layout: Layout) -> None:

@@ -90,7 +90,7 @@ def _operations(study: Study, jobs: list[Job], size: _Size) -> dict[str, float]:
     probes = size.pixels if fit.probes == "exact" else fit.probes
     # Without a teacher nothing is drawn from it, and nothing held against its trajectories.
     aligned = scores.alignment_count * (2 * scores.alignment_nodes - 2) * forward
-    training = sum(student_operations(study, run, forward) for run in runs)
+    training = sum(training_operations(study, run, forward) for run in runs)
     teacher = study.teacher.steps * study.teacher.batch if isinstance(study.teacher, Teacher) else 0
     evaluations = sum(sampler.nfe for job in jobs for sampler in student_samplers(job))
     operations = {
@@ -107,28 +107,15 @@ def _operations(study: Study, jobs: list[Job], size: _Size) -> dict[str, float]:
     return operations | ({"flows": _flows_operations(study, study.flows, forward)} if study.flows else {})
 
 
-def student_operations(study: Study, student: Student, forward: float) -> float:
-    """Operations of a student's training, the fits that it makes of itself included."""
-    return training_operations(student, forward) + _refits(study, student) * forward
-
-
-def _refits(study: Study, student: Student) -> float:
-    """Evaluations of the fits that a student makes of itself."""
-    if student.fit != "average":
-        return 0.0
-    stage = schedule_of(study, student).stage
-    times = sum(stage(step) != stage(step - 1) for step in range(1, student.steps))
-    return 2.0 * times * study.coefficients.times * study.coefficients.samples
-
-
 def _flows_operations(study: Study, flows: Flows, forward: float) -> float:
     """Operations of the transport costs, and of the trainings of a denoiser for a coupling."""
     transported = len(study.seeds) * flows.images * flows.times * len(study.coupled)
     return (transported + 4 * len(flows.discrepancy) * flows.denoiser_steps * flows.denoiser_batch) * forward
 
 
-def training_operations(student: Student, forward: float) -> float:
-    """Operations of a student's training. forward: those of one evaluation of one image."""
+def training_operations(study: Study, student: Student, forward: float) -> float:
+    """Operations of a student's training, the fits that it makes of itself included. forward: those of one evaluation
+    of one image."""
     if student.objective == "endpoint":
         evaluations = 2.0 + 3 + 1
     elif student.objective == "consistency":
@@ -139,7 +126,12 @@ def training_operations(student: Student, forward: float) -> float:
         evaluations = 2 * mean_steps + 3 + 3 + 2 + (3 if student.dsm_weight else 0)
     # LPIPS passes both images through VGG16, and back through one of them.
     distance = 4 * VGG16_OPERATIONS if student.distance == "lpips" else 0.0
-    return student.steps * student.batch * (evaluations * forward + distance)
+    refits = 0.0
+    if student.fit == "average":
+        stage = schedule_of(study, student).stage
+        times = sum(stage(step) != stage(step - 1) for step in range(1, student.steps))
+        refits = 2.0 * times * study.coefficients.times * study.coefficients.samples
+    return student.steps * student.batch * (evaluations * forward + distance) + refits * forward
 
 
 def _scoring_operations(job: Job, size: _Size) -> float:
