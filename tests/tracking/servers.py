@@ -11,7 +11,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager, suppress
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -19,7 +19,7 @@ from typing import Any
 from urllib.request import ProxyHandler, build_opener
 
 ROOT = Path(__file__).resolve().parents[2]
-OUTSIDE = ("CONSISTENCY_", "SNAKEMAKE_", "MLFLOW_", "PYTEST_", "SLURM_")
+OUTSIDE = ("CONSISTENCY_", "SNAKEMAKE_", "MLFLOW_", "PYTEST_", "SLURM_", "MAKE", "MFLAGS")
 PROXIES = ("http_proxy", "HTTP_PROXY", "https_proxy", "HTTPS_PROXY", "all_proxy", "ALL_PROXY")
 #: stands in no log, card, param or tag, wherever it was given
 PASSWORD = "canary-4711"
@@ -94,6 +94,16 @@ class TrackingServer:
                 os.killpg(self.process.pid, signal.SIGKILL)
             self.process.wait(30)
             self.process = None
+
+
+@contextmanager
+def tracking_server(folder: Path, store: str) -> Iterator[TrackingServer]:
+    """A server that answers; a test may stop and start it."""
+    server = TrackingServer(folder, store)
+    try:
+        yield server.start()
+    finally:
+        server.stop()
 
 
 @dataclass
@@ -180,6 +190,17 @@ def silent_server() -> Iterator[str]:
         yield f"http://127.0.0.1:{listening.getsockname()[1]}"
 
 
+@contextmanager
+def web_server(handler: Callable[..., BaseHTTPRequestHandler]) -> Iterator[str]:
+    """The address of a server whose requests are answered so."""
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+        try:
+            yield f"http://127.0.0.1:{server.server_port}"
+        finally:
+            server.shutdown()
+
+
 class _Full(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         self.send_error(507, "Insufficient Storage")
@@ -190,19 +211,11 @@ class _Full(BaseHTTPRequestHandler):
         """Say nothing."""
 
 
-@contextmanager
-def full_server() -> Iterator[str]:
+def full_server() -> AbstractContextManager[str]:
     """The address of a server whose disk is full: it refuses everything."""
-    server = ThreadingHTTPServer(("127.0.0.1", 0), _Full)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    try:
-        yield f"http://127.0.0.1:{server.server_port}"
-    finally:
-        server.shutdown()
-        server.server_close()
+    return web_server(_Full)
 
 
-@contextmanager
-def dead_server() -> Iterator[str]:
+def dead_server() -> AbstractContextManager[str]:
     """An address at which nobody listens."""
-    yield f"http://127.0.0.1:{free_port()}"
+    return nullcontext(f"http://127.0.0.1:{free_port()}")

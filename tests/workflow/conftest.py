@@ -3,11 +3,11 @@
 import fcntl
 import os
 import shutil
-import signal
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
+import psutil
 import pytest
 from tests.workflow.checkout import Checkout, fresh, processes_in
 from tests.workflow.miniatures import Site, serving
@@ -16,8 +16,8 @@ from tests.workflow.miniatures import Site, serving
 def end_all_in(folder: Path) -> None:
     """Kill what is still at work in a folder."""
     for process in processes_in(folder.resolve()):
-        with suppress(ProcessLookupError):
-            os.kill(process, signal.SIGKILL)
+        with suppress(psutil.NoSuchProcess):
+            process.kill()
 
 
 @pytest.fixture(autouse=True)
@@ -63,10 +63,8 @@ def copied(finished: Checkout, tmp_path: Path) -> Checkout:
 
 
 @pytest.fixture
-def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Site]:
+def site(tmp_path: Path) -> Iterator[Site]:
     """An empty folder whose files are published on the loopback."""
-    for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
-        monkeypatch.delenv(name, raising=False)
     (tmp_path / "site").mkdir()
     with serving(tmp_path / "site") as published:
         yield published

@@ -46,7 +46,7 @@ class Repo:
 
     @property
     def checkout(self) -> Checkout:
-        return Checkout(self.path, variables={"SLURM_CONF": os.devnull})
+        return Checkout(self.path)
 
     @property
     def environment(self) -> dict[str, str]:
@@ -57,8 +57,6 @@ class Repo:
                 "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
                 "CORES": "1",
                 "SHELL": "/bin/bash",
-                # Snakemake asks an installed Slurm at every start; one that is not running answers after 9 seconds.
-                "SLURM_CONF": os.devnull,
                 "GIT_CONFIG_GLOBAL": os.devnull,
                 "GIT_CONFIG_SYSTEM": os.devnull,
                 "DVC_GLOBAL_CONFIG_DIR": str(private / "global"),

@@ -7,7 +7,6 @@ wrappers on PATH. SLURM_CONF alone would not do: the job step plugin of Snakemak
 import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
 import tempfile
@@ -18,6 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 
+import psutil
 from tests.tracking.debian import needs_debian
 from tests.tracking.servers import ROOT, environment, free_port, wait_until
 
@@ -206,21 +206,12 @@ def guard(folder: Path) -> None:
     """Wait for the end of the tests that started this, even by kill -9; then end what is left of their cluster, and
     remove its folder. Daemons, jobs and Snakemakes all have its path in their environment."""
     sys.stdin.read()
-    while left := _started_for(folder):
-        for pid in left:
-            with suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
+    while left := [each for each in psutil.process_iter(["environ"]) if f"{folder}/" in str(each.info["environ"])]:
+        for process in left:
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
         time.sleep(0.1)
     shutil.rmtree(folder)
-
-
-def _started_for(folder: Path) -> list[int]:
-    mark, found = f"{folder}/".encode(), []
-    for process in Path("/proc").glob("[0-9]*"):
-        with suppress(OSError):
-            if mark in (process / "environ").read_bytes():
-                found.append(int(process.name))
-    return found
 
 
 if __name__ == "__main__":

@@ -5,9 +5,9 @@ import signal
 import subprocess
 import sys
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 import yaml
@@ -31,53 +31,26 @@ ONE_GPU = "gpu:1"
 
 
 @dataclass(frozen=True)
-class LoginNode:
+class LoginNode(Checkout):
     """A checkout with a profile for the cluster of the tests."""
 
-    checkout: Checkout
-    cluster: Cluster
-
-    @property
-    def path(self) -> Path:
-        return self.checkout.path
-
-    @property
-    def environment(self) -> dict[str, str]:
-        return self.checkout.environment
-
-    @property
-    def output(self) -> str:
-        """What Snakemake has said."""
-        return self.checkout.output
+    cluster: Cluster = field(kw_only=True)
 
     def start(self, *words: str) -> subprocess.Popen[str]:
         """The literal command, for a study of the tests; its output goes to output.txt. words: options, then targets
         after --."""
-        command = ["snakemake", "--cores", "all", "--profile", "slurm", "--config", f"studies={self.checkout.study}"]
+        command = ["snakemake", "--cores", "all", "--profile", "slurm", "--config", f"studies={self.study}"]
         return start_in(self.path, [*command, *words], self.environment, self.path / "output.txt")
 
-    def run(self, *words: str, patience: float = 600) -> int:
+    def run(self, *words: str) -> int:
         """Run it to its end. Returns its exit code."""
         run = self.start(*words)
         try:
-            return run.wait(patience)
+            return run.wait(600)
         finally:
             self.interrupt(run)
 
-    def interrupt(self, run: subprocess.Popen[str]) -> int:
-        """Press Ctrl-C if it is at work, and wait for its end, that is, for its next look at the jobs. Returns its exit
-        code."""
-        if run.poll() is None:
-            os.killpg(run.pid, signal.SIGINT)
-        return run.wait(240)
-
-    def done(self, *words: str) -> str:
-        """Run it; it must end well. Returns its output."""
-        code = self.run(*words)
-        assert code == 0, self.output
-        return self.output
-
-    def site(self, settings: dict[str, Any] | None = None, **rules: dict[str, Any]) -> "LoginNode":
+    def site(self, settings: dict[str, Any] | None = None, **rules: dict[str, Any]) -> Self:
         """Edit the profile: its settings, and the resources of rules."""
         file = self.path / PROFILE
         content = yaml.safe_load(file.read_text()) | (settings or {})
@@ -89,9 +62,8 @@ class LoginNode:
         file.write_text(yaml.safe_dump(content, sort_keys=False))
         return self
 
-    def with_variables(self, **variables: str) -> "LoginNode":
-        changed = replace(self.checkout, variables={**self.checkout.variables, **variables})
-        return LoginNode(changed, self.cluster)
+    def with_variables(self, **variables: str) -> Self:
+        return replace(self, variables=self.variables | variables)
 
     def jobs(self, name: str = "") -> list[dict[str, str]]:
         """What Slurm says of the jobs of this checkout whose rule and wildcards hold a name, oldest first."""
@@ -105,23 +77,18 @@ class LoginNode:
 
     def student(self, run: str) -> str:
         """The target that a student is."""
-        return f"results/{self.checkout.study}/students/{run}/seed0/student.safetensors"
+        return f"results/{self.study}/students/{run}/seed0/student.safetensors"
 
     def log(self, run: str) -> str:
         """What the last job of a student has said."""
-        return (self.path / f"logs/{self.checkout.study}/student/{run}-seed0.log").read_text()
+        return (self.path / f"logs/{self.study}/student/{run}-seed0.log").read_text()
 
     def trainers(self, run: str) -> list[int]:
         """The processes that train a student."""
-        found = []
-        for process in self.checkout.processes():
-            try:
-                words = Path(f"/proc/{process}/cmdline").read_text().split("\0")
-            except OSError:
-                continue
-            if words[1:2] != ["-c"] and {"consistency", "student", run} <= set(words):
-                found.append(process)
-        return found
+        words = {process.pid: process.info["cmdline"] or [] for process in self.processes()}
+        return [
+            pid for pid in words if words[pid][1:2] != ["-c"] and {"consistency", "student", run} <= set(words[pid])
+        ]
 
     def freeze(self, *runs: str, step: int = 100) -> dict[str, list[int]]:
         """Stop the clock of each training once it has passed a step: it stands as before a slow disk, and what takes
@@ -130,7 +97,7 @@ class LoginNode:
 
         def freeze_next() -> bool:
             for run in set(runs) - set(frozen):
-                if self.checkout.step(run) >= step and (trainers := self.trainers(run)):
+                if self.step(run) >= step and (trainers := self.trainers(run)):
                     frozen[run] = trainers
                     for process in trainers:
                         os.kill(process, signal.SIGSTOP)
@@ -143,7 +110,7 @@ class LoginNode:
 def login(checkout: Checkout, cluster: Cluster) -> LoginNode:
     """A checkout as it is after the login on the cluster: the commands on PATH, the profile's block edited."""
     path = f"{Path(sys.executable).parent}{os.pathsep}{cluster.path}"
-    node = LoginNode(replace(checkout, variables={**checkout.variables, "PATH": path}), cluster)
+    node = LoginNode(checkout.path, checkout.study, checkout.variables | {"PATH": path}, cluster=cluster)
     return node.site(SITE)
 
 

@@ -59,7 +59,7 @@ def disturbed(cluster: Cluster, finished: Checkout, tmp_path_factory: pytest.Tem
 
 @pytest.mark.parametrize("run", STUDENTS)
 def test_the_same_bits(disturbed: LoginNode, undisturbed: dict[str, Any], run: str) -> None:
-    assert differing(scored(disturbed.checkout, run), undisturbed) == []
+    assert differing(scored(disturbed, run), undisturbed) == []
 
 
 def ends(node: LoginNode, run: str) -> list[str]:
@@ -118,5 +118,5 @@ def test_jobs_leave_a_database_on_a_shared_disk_alone(disturbed: LoginNode, fini
 
 
 def test_they_leave_nothing_behind(disturbed: LoginNode) -> None:
-    assert disturbed.checkout.litter() == []
+    assert disturbed.litter() == []
     assert [file for file in (disturbed.path / "state").rglob("*") if file.is_file()] == []

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.tracking.servers import PROXIES, TrackingServer, wait_until
+from tests.tracking.servers import PROXIES, TrackingServer, tracking_server, wait_until
 from tests.workflow.checkout import LONGER, NUMBERS, Checkout, fresh
 from tests.workflow.dvc_repo import origin
 from tests.workflow.slurm.cluster import Cluster
@@ -48,11 +48,8 @@ def tracking(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Tracki
     """A server of MLflow, reached directly."""
     for name in PROXIES:
         monkeypatch.delenv(name, raising=False)
-    started = TrackingServer(tmp_path, "sqlite:///server.db")
-    try:
-        yield started.start()
-    finally:
-        started.stop()
+    with tracking_server(tmp_path, "sqlite:///server.db") as started:
+        yield started
 
 
 def seen(url: str) -> tuple[str, str, list[int]]:
@@ -95,7 +92,7 @@ def test_a_stage_of_dvc_goes_through_sbatch(cluster: Cluster, tmp_path: Path) ->
 
 
 def test_the_same_bits(submitted: LoginNode, finished: Checkout) -> None:
-    found, expected = submitted.checkout.results(*NUMBERS), finished.results(*NUMBERS)
+    found, expected = submitted.results(*NUMBERS), finished.results(*NUMBERS)
     assert len(found) > 30
     assert differing(found, expected) == []
 
