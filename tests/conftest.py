@@ -156,13 +156,10 @@ def empty_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def finished_small(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished small study, made up, to be copied; its file lies beside the results."""
-    from tests.fake_results import make_report, make_results, make_study
+    from tests.fake_results import make_finished
 
     folder = tmp_path_factory.mktemp("small")
-    study = make_study(folder)
-    layout = Layout(study.name, folder / "results", folder / "state")
-    make_results(study, layout)
-    make_report(study, layout)
+    make_finished(folder)
     return folder
 
 

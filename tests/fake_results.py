@@ -128,6 +128,15 @@ def make_report(study: Study, layout: Layout) -> None:
     _card(study, layout, "report", scores)
 
 
+def make_finished(folder: Path, text: str = SMALL, name: str = "small") -> tuple[Study, Layout]:
+    """A finished study of that text: its file, results/ and state/ in a folder."""
+    study = make_study(folder, name, text)
+    layout = Layout(study.name, folder / "results", folder / "state")
+    make_results(study, layout)
+    make_report(study, layout)
+    return study, layout
+
+
 def _dataset(study: Study, layout: Layout) -> None:
     images = _images(study, 2 * study.sampling.count, "dataset")
     write_array(layout.dataset / "images.npy", images)

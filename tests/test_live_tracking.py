@@ -7,8 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.tracking.comparison import by_name, ids, planned_points, points_of, runs_of
+from tests.tracking.trainings import history_of
 
 from consistency.errors import UserError
+from consistency.files import read_json, write_json
 from consistency.layout import Layout
 from consistency.study import Study
 from consistency.tracking import live, server
@@ -19,34 +22,26 @@ from consistency.training import folder as files
 Line = dict[str, Any]
 
 
+#: of the project that is the working directory
+LAYOUT = Layout("small")
+
+
 @dataclass
 class Project:
     """A project folder with a finished study, whose trainings can be followed once more."""
 
     study: Study
-    layout: Layout
-
-    def history(self, run: str, seed: int) -> list[Line]:
-        """The whole history of a finished training."""
-        text = (self.layout.student(run, seed) / "history.jsonl").read_text()
-        return [json.loads(line) for line in text.splitlines()]
 
     def write(self, lines: list[Line], run: str = "ctm", seed: int = 0) -> Path:
         """The state of a training that has come so far. Returns its folder."""
-        state = self.layout.training_state(run, seed)
+        state = LAYOUT.training_state(run, seed)
         files._identify(state, self.study.key("student", run, seed), "test")
         (state / "history.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
         return state
 
     def follower(self, run: str = "ctm", seed: int = 0) -> live.Follower:
         """What follows a training, to be called by hand."""
-        return live.Follower(self.study, self.layout, self.layout.training_state(run, seed), run, seed, every=1.0)
-
-    def finish(self, run: str = "ctm", seed: int = 0) -> None:
-        """The training ends: its card says which it was, and its state goes."""
-        state, path = self.layout.training_state(run, seed), self.layout.student(run, seed) / "card.json"
-        path.write_text(json.dumps(json.loads(path.read_text()) | {"training": files.read_identity(state)}))
-        shutil.rmtree(state)
+        return live.Follower(self.study, LAYOUT, LAYOUT.training_state(run, seed), run, seed, every=1.0)
 
 
 def attempt(follower: live.Follower, ended: str = "") -> str:
@@ -60,28 +55,12 @@ def attempt(follower: live.Follower, ended: str = "") -> str:
 
 @pytest.fixture
 def project(small_project: Study) -> Project:
-    return Project(small_project, Layout(small_project.name))
+    return Project(small_project)
 
 
 @pytest.fixture
 def client(project: Project) -> Any:
     return server.connect(server.tracking_uri())
-
-
-def runs_of(client: Any, study: str = "small") -> dict[str, Any]:
-    """The experiment's runs by name; two of a name would be one too many."""
-    found = server.find_runs(client, client.get_experiment_by_name(study).experiment_id)
-    assert len({run.info.run_name for run in found}) == len(found)
-    return {run.info.run_name: run for run in found}
-
-
-def points_of(client: Any, run: Any) -> list[tuple[str, int, int, float]]:
-    return sorted(
-        (m.key, m.step, m.timestamp, m.value)
-        for key in run.data.metrics
-        if not key.startswith("system/")
-        for m in client.get_metric_history(run.info.run_id, key)
-    )
 
 
 def losses(client: Any, run: Any) -> list[tuple[int, float]]:
@@ -96,11 +75,11 @@ def as_losses(lines: list[Line]) -> list[tuple[int, float]]:
 
 
 def test_new_lines_arrive_once(project: Project, client: Any) -> None:
-    lines = project.history("ctm", 0)
+    lines = history_of(LAYOUT, "ctm", 0)
     state = project.write(lines[:2])
     follower = project.follower()
     assert not attempt(follower)
-    run = runs_of(client)["ctm seed 0"]
+    run = by_name(runs_of(client))["ctm seed 0"]
     assert losses(client, run) == as_losses(lines[:2])
     assert run.info.status == "RUNNING"
     with (state / "history.jsonl").open("a") as file:
@@ -117,7 +96,7 @@ def test_new_lines_arrive_once(project: Project, client: Any) -> None:
 def test_a_live_run_says_what_it_is(project: Project, client: Any) -> None:
     project.write([], "analytic", 1)
     attempt(project.follower("analytic", 1))
-    runs = runs_of(client)
+    runs = by_name(runs_of(client))
     run, parent = runs["analytic seed 1"], runs["analytic"]
     assert next(iter(run.data.params)) == "preconditioning"
     assert run.data.params["preconditioning"] == run.data.tags["preconditioning"] == "analytic"
@@ -132,47 +111,43 @@ def test_a_live_run_says_what_it_is(project: Project, client: Any) -> None:
 
 
 def test_track_completes_the_live_runs_and_makes_no_second_ones(project: Project, client: Any) -> None:
-    for run in project.study.students:
-        for seed in project.study.seeds:
-            project.write(project.history(run, seed), run, seed)
-            follower = project.follower(run, seed)
-            assert not attempt(follower, "FINISHED")
-            project.finish(run, seed)
-    before = runs_of(client)
+    for run, seed in project.study.trainings:
+        state, card = project.write(history_of(LAYOUT, run, seed), run, seed), LAYOUT.card("student", run, seed)
+        assert not attempt(project.follower(run, seed), "FINISHED")
+        # The training ends: its card says which it was, and its state goes.
+        write_json(card, read_json(card, "student") | {"training": files.read_identity(state)})
+        shutil.rmtree(state)
+    before = by_name(runs_of(client))
     assert set(before) == {"ctm", "analytic", *(f"{run} seed {seed}" for run in ("ctm", "analytic") for seed in (0, 1))}
     assert before["ctm seed 0"].info.status == "FINISHED"
-    track_study(project.study, project.layout)
-    after = runs_of(client)
-    assert {name: run.info.run_id for name, run in before.items()}.items() <= {
-        name: run.info.run_id for name, run in after.items()
-    }.items()
+    track_study(project.study, LAYOUT)
+    after = by_name(runs_of(client))
+    assert ids(before).items() <= ids(after).items()
     assert len(after) == 8
     assert {run.info.status for run in after.values()} == {"FINISHED"}
     assert {run.data.tags["state"] for run in after.values()} == {"current"}
-    for upload in plan(project.study, project.layout):
+    for upload in plan(project.study, LAYOUT):
         run = after[upload.name]
-        assert points_of(client, run) == sorted((p.key, p.step, p.time, p.value) for p in upload.points)
+        assert points_of(client, run) == planned_points(upload)
         assert run.data.params == upload.params
         assert (run.info.start_time, run.info.end_time) == (upload.started, upload.ended)
-    track_study(project.study, project.layout)
-    assert {name: run.info.run_id for name, run in runs_of(client).items()} == {
-        name: run.info.run_id for name, run in after.items()
-    }
+    track_study(project.study, LAYOUT)
+    assert ids(by_name(runs_of(client))) == ids(after)
 
 
 def test_what_is_trained_again_after_a_kill_stands_there_once(project: Project, client: Any) -> None:
     """The follower had sent lines that the saved state did not have; their times differ the second time."""
-    lines = project.history("ctm", 0)
+    lines = history_of(LAYOUT, "ctm", 0)
     project.write(lines[:4])
     assert not attempt(project.follower(), "KILLED")
-    assert runs_of(client)["ctm seed 0"].info.status == "KILLED"
+    assert by_name(runs_of(client))["ctm seed 0"].info.status == "KILLED"
     again = [line | {"images_per_second": 1.0} for line in lines[2:]]
     project.write(lines[:2] + again)
     resumed = project.follower()
     assert not attempt(resumed)
-    assert runs_of(client)["ctm seed 0"].info.status == "RUNNING"
+    assert by_name(runs_of(client))["ctm seed 0"].info.status == "RUNNING"
     assert not attempt(resumed, "FINISHED")
-    run = runs_of(client)["ctm seed 0"]
+    run = by_name(runs_of(client))["ctm seed 0"]
     assert losses(client, run) == as_losses(lines)
     speeds = client.get_metric_history(run.info.run_id, "training/images_per_second")
     assert [m.step for m in speeds] == [line["step"] for line in lines]
@@ -181,20 +156,19 @@ def test_what_is_trained_again_after_a_kill_stands_there_once(project: Project, 
 def test_other_settings_are_another_run(project: Project, client: Any) -> None:
     project.write([])
     assert not attempt(project.follower(), "KILLED")
-    first = files.read_identity(project.layout.training_state("ctm", 0))
-    files._identify(project.layout.training_state("ctm", 0), "another key", "test")
-    assert files.read_identity(project.layout.training_state("ctm", 0))["id"] != first["id"]
+    first = files.read_identity(LAYOUT.training_state("ctm", 0))
+    files._identify(LAYOUT.training_state("ctm", 0), "another key", "test")
+    assert files.read_identity(LAYOUT.training_state("ctm", 0))["id"] != first["id"]
     assert not attempt(project.follower(), "KILLED")
-    found = server.find_runs(client, client.get_experiment_by_name("small").experiment_id)
-    assert sum(run.info.run_name == "ctm seed 0" for run in found) == 2
+    assert sum(run.info.run_name == "ctm seed 0" for run in runs_of(client)) == 2
 
 
 def test_the_state_may_be_gone_before_it_was_looked_at(project: Project, client: Any) -> None:
     project.write([])
     follower = project.follower()
-    shutil.rmtree(project.layout.training_state("ctm", 0))
+    shutil.rmtree(LAYOUT.training_state("ctm", 0))
     assert not attempt(follower, "FINISHED")
-    assert losses(client, runs_of(client)["ctm seed 0"]) == as_losses(project.history("ctm", 0))
+    assert losses(client, by_name(runs_of(client))["ctm seed 0"]) == as_losses(history_of(LAYOUT, "ctm", 0))
 
 
 # --- the machine
@@ -205,7 +179,7 @@ def test_the_machines_figures_go_on_where_an_earlier_training_stopped(project: P
     for _ in range(2):
         follower = project.follower()
         assert not attempt(follower) and not attempt(follower)
-    run = runs_of(client)["ctm seed 0"]
+    run = by_name(runs_of(client))["ctm seed 0"]
     for key in ("system/cpu_utilization_percentage", "system/system_memory_usage_megabytes"):
         assert [m.step for m in client.get_metric_history(run.info.run_id, key)] == [0, 1, 2, 3]
 
@@ -223,7 +197,7 @@ def test_the_machines_figures_go_on_after_a_failure(
         bad.setattr(CPUMonitor, "collect_metrics", lambda self: 1 / 0)
         assert "division" in attempt(follower)
     assert not attempt(follower)
-    run = runs_of(client)["ctm seed 0"]
+    run = by_name(runs_of(client))["ctm seed 0"]
     steps = [m.step for m in client.get_metric_history(run.info.run_id, "system/cpu_utilization_percentage")]
     assert steps == [0, 1]
 
@@ -232,26 +206,10 @@ def test_the_machines_figures_can_be_turned_off(project: Project, client: Any, m
     monkeypatch.setenv("MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING", "false")
     project.write([])
     assert not attempt(project.follower())
-    assert not runs_of(client)["ctm seed 0"].data.metrics
+    assert not by_name(runs_of(client))["ctm seed 0"].data.metrics
 
 
-# --- a server that is away
-
-
-def test_what_could_not_be_sent_comes_when_the_server_does(
-    project: Project, client: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    lines = project.history("ctm", 0)
-    state = project.write(lines[:2])
-    follower = project.follower()
-    with monkeypatch.context() as away:
-        away.setenv("MLFLOW_TRACKING_URI", "http://me:hunter2@127.0.0.1:1")
-        said = attempt(follower)
-        assert said.startswith("the tracking server http://127.0.0.1:1 does not answer") and "hunter2" not in said
-    with (state / "history.jsonl").open("a") as file:
-        file.write(json.dumps(lines[2]) + "\n")
-    assert not attempt(follower)
-    assert losses(client, runs_of(client)["ctm seed 0"]) == as_losses(lines[:3])
+# --- a server that fails
 
 
 @pytest.mark.parametrize("method", ["create_run", "log_inputs", "log_batch"])
@@ -263,7 +221,7 @@ def test_a_request_that_fails_half_way_doubles_nothing(
     from mlflow import MlflowClient
     from mlflow.exceptions import MlflowException
 
-    lines = project.history("ctm", 0)
+    lines = history_of(LAYOUT, "ctm", 0)
     project.write(lines)
     original = getattr(MlflowClient, method)
 
@@ -277,7 +235,7 @@ def test_a_request_that_fails_half_way_doubles_nothing(
         bad.setattr(MlflowClient, method, lost)
         assert attempt(follower)
     assert not attempt(follower)
-    run = next(run for run in server.find_runs(client, "1") if run.info.run_name == "ctm seed 0" and run.data.metrics)
+    run = next(run for run in runs_of(client) if run.info.run_name == "ctm seed 0" and run.data.metrics)
     assert losses(client, run) == as_losses(lines)
 
 
@@ -298,17 +256,17 @@ def test_mlflow_hears_how_the_training_ended(
 ) -> None:
     monkeypatch.setenv(live.LIVE, "1")
     monkeypatch.setattr(live, "GRACE", 60.0)
-    state = project.write(project.history("ctm", 0))
+    state = project.write(history_of(LAYOUT, "ctm", 0))
     try:
-        with live.followed(project.study, project.layout, state, "ctm", 0) as start:
+        with live.followed(project.study, LAYOUT, state, "ctm", 0) as start:
             start()
             if error is not None:
                 raise error
     except BaseException as raised:
         assert raised is error
-    run = runs_of(client)["ctm seed 0"]
+    run = by_name(runs_of(client))["ctm seed 0"]
     assert run.info.status == status
-    assert losses(client, run) == as_losses(project.history("ctm", 0))
+    assert losses(client, run) == as_losses(history_of(LAYOUT, "ctm", 0))
 
 
 @pytest.mark.parametrize(
@@ -325,7 +283,7 @@ def test_a_job_of_a_cluster_speaks_to_a_server_alone(
     started: list[live.Follower] = []
     monkeypatch.setattr(live.Follower, "start", lambda self: started.append(self))
     monkeypatch.setattr(live.Follower, "end", lambda self, status: None)
-    with live.followed(project.study, project.layout, project.write([]), "ctm", 0) as start:
+    with live.followed(project.study, LAYOUT, project.write([]), "ctm", 0) as start:
         start()
     assert len(started) == count
 
@@ -335,6 +293,6 @@ def test_a_senseless_pace_is_one_line(project: Project, monkeypatch: pytest.Monk
     monkeypatch.setenv(live.EVERY, every)
     with (
         pytest.raises(UserError, match="CONSISTENCY_LIVE_EVERY must be a positive number of seconds"),
-        live.followed(project.study, project.layout, Path("state")),
+        live.followed(project.study, LAYOUT, Path("state")),
     ):
         pass

@@ -6,28 +6,19 @@ import shutil
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.fake_results import (
-    SMALL,
-    UNTAUGHT,
-    make_report,
-    make_results,
-    make_student,
-    make_study,
-    read_scores,
-    write_scores,
-)
+from tests.fake_results import SMALL, UNTAUGHT, make_finished, make_student, make_study, read_scores, write_scores
+from tests.tracking.comparison import by_name, planned_points, points_of, runs_of
 from tests.tracking.servers import free_port
 
 from consistency.errors import UserError
 from consistency.layout import Layout
 from consistency.study import Study
 from consistency.tracking import server as tracking
-from consistency.tracking.plan import plan
+from consistency.tracking.plan import Record, plan
 from consistency.tracking.server import tracking_uri, without_credentials
 from consistency.tracking.upload import track_study
 
@@ -35,47 +26,33 @@ ROOT = Path(__file__).resolve().parents[1]
 NAMES = {"teacher", "ctm", "ctm seed 0", "ctm seed 1", "analytic", "analytic seed 0", "analytic seed 1", "report"}
 
 
-@dataclass
-class Project:
-    """A project folder with a finished study in it."""
+#: of the project that is the working directory
+LAYOUT = Layout("small")
 
-    study: Study
-    layout: Layout
 
-    def track(self) -> dict[str, Any]:
-        track_study(self.study, self.layout)
-        return json.loads((self.layout.track / "tracked.json").read_text())
+def track(study: Study, layout: Layout = LAYOUT) -> dict[str, Any]:
+    """Upload a study. Returns what tracked.json says."""
+    track_study(study, layout)
+    return json.loads((layout.track / "tracked.json").read_text())
 
 
 @pytest.fixture
-def project(small_project: Study) -> Project:
-    return Project(small_project, Layout(small_project.name))
-
-
-@pytest.fixture
-def client(project: Project) -> Any:
+def client(small_project: Study) -> Any:
     return tracking.connect(tracking_uri())
-
-
-def all_runs(client: Any) -> list[Any]:
-    return tracking.find_runs(client, client.get_experiment_by_name("small").experiment_id)
-
-
-def points_of(client: Any, run: Any) -> list[tuple[str, float, int, int]]:
-    """Every point of a run, in order."""
-    return sorted(
-        (m.key, m.step, m.timestamp, m.value)
-        for key in run.data.metrics
-        for m in client.get_metric_history(run.info.run_id, key)
-    )
 
 
 def everything(client: Any) -> dict[str, Any]:
     """All that MLflow holds of the study, by run."""
     return {
         run.info.run_id: (run.info.run_name, run.info.status, run.data.params, run.data.tags, points_of(client, run))
-        for run in all_runs(client)
+        for run in runs_of(client)
     }
+
+
+def planned(folder: Path, text: str) -> tuple[Layout, dict[str, Record]]:
+    """A finished study of that text, and what would be uploaded of it, by name."""
+    study, layout = make_finished(folder, text)
+    return layout, {record.name: record for record in plan(study, layout)}
 
 
 def artifacts(client: Any, run_id: str, folder: str = "") -> set[str]:
@@ -84,9 +61,9 @@ def artifacts(client: Any, run_id: str, folder: str = "") -> set[str]:
     return {item.path for item in found if not item.is_dir}.union(*below)
 
 
-def test_a_first_upload_makes_every_run(project: Project, client: Any) -> None:
-    tracked = project.track()
-    runs = {run.info.run_name: run for run in all_runs(client)}
+def test_a_first_upload_makes_every_run(small_project: Study, client: Any) -> None:
+    tracked = track(small_project)
+    runs = by_name(runs_of(client))
     assert set(runs) == NAMES == set(tracked["runs"])
     assert {name: run.info.run_id for name, run in runs.items()} == tracked["runs"]
     assert {run.info.status for run in runs.values()} == {"FINISHED"}
@@ -100,9 +77,9 @@ def test_a_first_upload_makes_every_run(project: Project, client: Any) -> None:
     assert f"/experiments/{tracked['experiment_id']}/" in tracked["url_hint"]
 
 
-def test_params_and_tags_say_what_a_run_is(project: Project, client: Any) -> None:
-    project.track()
-    runs = {run.info.run_name: run for run in all_runs(client)}
+def test_params_and_tags_say_what_a_run_is(small_project: Study, client: Any) -> None:
+    track(small_project)
+    runs = by_name(runs_of(client))
     seed = runs["analytic seed 1"]
     assert seed.data.params["preconditioning"] == seed.data.tags["preconditioning"] == "analytic"
     assert seed.data.params["seed"] == seed.data.tags["seed"] == "1"
@@ -112,11 +89,11 @@ def test_params_and_tags_say_what_a_run_is(project: Project, client: Any) -> Non
     assert runs["analytic"].data.params["seeds"] == "0, 1"
     assert runs["teacher"].data.params["network.kind"] == "mlp"
     assert runs["teacher"].data.params["dataset.kind"] == "digits"
-    card = json.loads((project.layout.student("analytic", 1) / "card.json").read_text())
-    assert seed.data.tags["study_hash"] == project.study.key("report")
+    card = json.loads((LAYOUT.student("analytic", 1) / "card.json").read_text())
+    assert seed.data.tags["study_hash"] == small_project.key("report")
     assert seed.data.tags["host"] == card["hardware"]["host"]
     # Those in which the students differ come first.
-    assert next(iter(plan(project.study, project.layout)[2].params)) == "preconditioning"
+    assert next(iter(plan(small_project, LAYOUT)[2].params)) == "preconditioning"
 
 
 def test_students_may_differ_in_sections_of_other_kinds(tmp_path: Path) -> None:
@@ -124,11 +101,7 @@ def test_students_may_differ_in_sections_of_other_kinds(tmp_path: Path) -> None:
         "  gc: {coupling: gc, mu: 0.5}",
         "  gc: {coupling: gc, mu: 0.5, predictor: {run: ic}}\n  ect: {curriculum: {kind: shrinking, double_every: 20}}",
     )
-    study = make_study(tmp_path, text=f"{text}flows: {{}}\n")
-    layout = Layout(study.name, tmp_path / "results")
-    make_results(study, layout)
-    make_report(study, layout)
-    uploads = {upload.name: upload for upload in plan(study, layout)}
+    layout, uploads = planned(tmp_path, f"{text}flows: {{}}\n")
     assert uploads["ect"].tags["curriculum.double_every"] == "20"
     assert "curriculum.double_every" not in uploads["ic"].tags
     assert uploads["ic"].tags["curriculum.first"] == "10"
@@ -137,15 +110,15 @@ def test_students_may_differ_in_sections_of_other_kinds(tmp_path: Path) -> None:
     assert (layout.flows, "flows") in uploads["report"].files
 
 
-def test_metrics_are_the_results(project: Project, client: Any) -> None:
-    project.track()
-    runs = {run.info.run_name: run for run in all_runs(client)}
-    history = [json.loads(x) for x in (project.layout.student("ctm", 0) / "history.jsonl").read_text().splitlines()]
+def test_metrics_are_the_results(small_project: Study, client: Any) -> None:
+    track(small_project)
+    runs = by_name(runs_of(client))
+    history = [json.loads(x) for x in (LAYOUT.student("ctm", 0) / "history.jsonl").read_text().splitlines()]
     losses = client.get_metric_history(runs["ctm seed 0"].info.run_id, "training/dsm")
     assert [(m.step, m.value) for m in losses] == [(line["step"], line["dsm"]) for line in history]
     started = runs["ctm seed 0"].info.start_time
     assert [m.timestamp - started for m in losses] == [round(1000 * line["seconds"]) for line in history]
-    rows = read_scores(project.layout.scores("ctm", 0))
+    rows = read_scores(LAYOUT.scores("ctm", 0))
     curve = client.get_metric_history(runs["ctm seed 0"].info.run_id, "fd/nfe2")
     expected = [(int(r["step"]), float(r["fd"])) for r in rows if r["kind"] == "curve" and r["nfe"] == "2"]
     assert [(m.step, m.value) for m in curve] == expected
@@ -159,16 +132,16 @@ def test_metrics_are_the_results(project: Project, client: Any) -> None:
     ].data.metrics.keys()
 
 
-def test_a_student_carries_the_mean_over_its_seeds(project: Project, client: Any) -> None:
-    ids = project.track()["runs"]
+def test_a_student_carries_the_mean_over_its_seeds(small_project: Study, client: Any) -> None:
+    ids = track(small_project)["runs"]
     for key in ("fd/nfe1", "training/loss", "final/kid/nfe2", "cost/seconds"):
         mean, *seeds = (client.get_metric_history(ids[name], key) for name in ("ctm", "ctm seed 0", "ctm seed 1"))
         assert [m.step for m in mean] == [m.step for m in seeds[0]]
         assert [m.value for m in mean] == pytest.approx([(a.value + b.value) / 2 for a, b in zip(*seeds, strict=True)])
 
 
-def test_artifacts_hold_the_report_the_coefficients_and_the_cards(project: Project, client: Any) -> None:
-    ids = project.track()["runs"]
+def test_artifacts_hold_the_report_the_coefficients_and_the_cards(small_project: Study, client: Any) -> None:
+    ids = track(small_project)["runs"]
     assert artifacts(client, ids["report"]) == {
         "report.html",
         "summary.json",
@@ -188,36 +161,36 @@ def test_artifacts_hold_the_report_the_coefficients_and_the_cards(project: Proje
     assert client.get_run(ids["ctm"]).info.artifact_uri.startswith(str(Path.cwd() / "mlruns"))
 
 
-def test_the_dataset_is_named_by_its_digest(project: Project, client: Any) -> None:
-    ids = project.track()["runs"]
-    facts = json.loads((project.layout.dataset / "dataset.json").read_text())
+def test_the_dataset_is_named_by_its_digest(small_project: Study, client: Any) -> None:
+    ids = track(small_project)["runs"]
+    facts = json.loads((LAYOUT.dataset / "dataset.json").read_text())
     data = client.get_run(ids["ctm seed 0"]).inputs.dataset_inputs[0].dataset
     assert (data.name, data.digest) == ("digits", facts["sha256"][:32])
-    assert json.loads(data.source) == {"uri": str((project.layout.dataset / "images.npy").resolve())}
+    assert json.loads(data.source) == {"uri": str((LAYOUT.dataset / "images.npy").resolve())}
     profile = json.loads(data.profile)
     assert (profile["features_shape"], profile["sha256"]) == ([192, 8, 8, 1], facts["sha256"])
 
 
-def test_a_second_upload_changes_nothing(project: Project, client: Any, capsys: pytest.CaptureFixture[str]) -> None:
-    first = project.track()
+def test_a_second_upload_changes_nothing(small_project: Study, client: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    first = track(small_project)
     before = everything(client)
-    assert project.track() == first
+    assert track(small_project) == first
     assert everything(client) == before
     assert "all 8 runs were there already" in capsys.readouterr().out
 
 
-def test_a_persons_edits_are_kept(project: Project, client: Any) -> None:
-    ids = project.track()["runs"]
+def test_a_persons_edits_are_kept(small_project: Study, client: Any) -> None:
+    ids = track(small_project)["runs"]
     client.set_tag(ids["ctm"], "mlflow.note.content", "look here")
     client.set_tag(ids["ctm"], "mlflow.runName", "my favourite")
-    project.track()
+    track(small_project)
     run = client.get_run(ids["ctm"])
     assert (run.data.tags["mlflow.note.content"], run.info.run_name) == ("look here", "my favourite")
 
 
 @pytest.mark.parametrize(("method", "call"), [("log_batch", 4), ("log_artifact", 6), ("set_terminated", 2)])
 def test_a_killed_upload_is_completed_without_doubles(
-    project: Project, client: Any, monkeypatch: pytest.MonkeyPatch, method: str, call: int
+    small_project: Study, client: Any, monkeypatch: pytest.MonkeyPatch, method: str, call: int
 ) -> None:
     from mlflow import MlflowClient
 
@@ -232,27 +205,27 @@ def test_a_killed_upload_is_completed_without_doubles(
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(MlflowClient, method, dies)
-        project.track()
-    left = all_runs(client)
+        track(small_project)
+    left = runs_of(client)
     assert [run.info.run_name for run in left if run.info.status == "RUNNING"]
-    project.track()
-    runs = all_runs(client)
+    track(small_project)
+    runs = runs_of(client)
     assert {run.info.run_id for run in left} <= {run.info.run_id for run in runs}
     assert sorted(run.info.run_name for run in runs) == sorted(NAMES)
     assert {run.info.status for run in runs} == {"FINISHED"}
-    for upload in plan(project.study, project.layout):
+    for upload in plan(small_project, LAYOUT):
         run = next(run for run in runs if run.info.run_name == upload.name)
-        assert points_of(client, run) == sorted((p.key, p.step, p.time, p.value) for p in upload.points)
+        assert points_of(client, run) == planned_points(upload)
         assert {path.name for path, _ in upload.files if path.is_file()} <= {
             name.rpartition("/")[2] for name in artifacts(client, run.info.run_id)
         }
 
 
-def test_changed_results_make_new_runs_and_keep_the_old(project: Project, client: Any) -> None:
-    old = project.track()["runs"]
+def test_changed_results_make_new_runs_and_keep_the_old(small_project: Study, client: Any) -> None:
+    old = track(small_project)["runs"]
     kept = {name: points_of(client, client.get_run(old[name])) for name in ("ctm", "ctm seed 1")}
-    make_student(project.study, project.layout, "ctm", 1, level=0.5)
-    new = project.track()["runs"]
+    make_student(small_project, LAYOUT, "ctm", 1, level=0.5)
+    new = track(small_project)["runs"]
     assert {name for name in NAMES if new[name] != old[name]} == {"ctm", "ctm seed 1"}
     assert client.get_run(new["ctm seed 0"]).data.tags["mlflow.parentRunId"] == new["ctm"]
     assert client.get_run(new["ctm"]).data.metrics["fd/nfe1"] < client.get_run(old["ctm"]).data.metrics["fd/nfe1"]
@@ -264,22 +237,22 @@ def test_changed_results_make_new_runs_and_keep_the_old(project: Project, client
     assert client.get_run(old["ctm seed 1"]).data.tags["mlflow.parentRunId"] == old["ctm"]
 
 
-def test_results_that_come_back_are_current_again(project: Project, client: Any) -> None:
-    folder, aside = project.layout.results, Path("aside")
+def test_results_that_come_back_are_current_again(small_project: Study, client: Any) -> None:
+    folder, aside = LAYOUT.results, Path("aside")
     shutil.copytree(folder, aside)
-    first = project.track()["runs"]
-    make_student(project.study, project.layout, "ctm", 1, level=0.5)
-    project.track()
+    first = track(small_project)["runs"]
+    make_student(small_project, LAYOUT, "ctm", 1, level=0.5)
+    track(small_project)
     shutil.rmtree(folder)
     aside.rename(folder)
-    assert project.track()["runs"] == first
+    assert track(small_project)["runs"] == first
     run = client.get_run(first["ctm seed 1"])
     assert (run.info.run_name, run.data.tags["state"]) == ("ctm seed 1", "current")
-    assert len(all_runs(client)) == len(NAMES) + 2
+    assert len(runs_of(client)) == len(NAMES) + 2
 
 
 def test_a_killed_upload_of_older_results_does_not_run_for_ever(
-    project: Project, client: Any, monkeypatch: pytest.MonkeyPatch
+    small_project: Study, client: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from mlflow import MlflowClient
 
@@ -288,41 +261,37 @@ def test_a_killed_upload_of_older_results_does_not_run_for_ever(
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(MlflowClient, "log_artifact", dies)
-        project.track()
-    path = project.layout.teacher / "card.json"
+        track(small_project)
+    path = LAYOUT.teacher / "card.json"
     card = json.loads(path.read_text())
     path.write_text(json.dumps(card | {"outputs": card["outputs"] | {"teacher.safetensors": "another"}}))
-    project.track()
-    assert {run.info.status for run in all_runs(client)} == {"FINISHED", "KILLED"}
+    track(small_project)
+    assert {run.info.status for run in runs_of(client)} == {"FINISHED", "KILLED"}
 
 
-def test_results_of_another_folder_are_left_alone(project: Project, client: Any) -> None:
-    first = project.track()["runs"]
-    other = Layout(project.study.name, Path("elsewhere"))
-    shutil.copytree(project.layout.results, other.results)
-    make_student(project.study, other, "ctm", 1, level=0.5)
-    second = Project(project.study, other).track()["runs"]
+def test_results_of_another_folder_are_left_alone(small_project: Study, client: Any) -> None:
+    first = track(small_project)["runs"]
+    other = Layout(small_project.name, Path("elsewhere"))
+    shutil.copytree(LAYOUT.results, other.results)
+    make_student(small_project, other, "ctm", 1, level=0.5)
+    second = track(small_project, other)["runs"]
     assert second["ctm seed 1"] != first["ctm seed 1"]
     assert client.get_run(first["ctm seed 1"]).data.tags["state"] == "current"
 
 
-def test_values_that_are_not_finite_are_left_out(project: Project, client: Any) -> None:
-    path = project.layout.scores("ctm", 0)
+def test_values_that_are_not_finite_are_left_out(small_project: Study, client: Any) -> None:
+    path = LAYOUT.scores("ctm", 0)
     rows: list[dict[str, Any]] = list(read_scores(path))
     rows[0]["fd"], rows[1]["kid"] = "inf", "nan"
     write_scores(path, rows)
-    ids = project.track()["runs"]
+    ids = track(small_project)["runs"]
     for name in ("ctm seed 0", "ctm"):
         assert [m.step for m in client.get_metric_history(ids[name], "fd/nfe1")] == [20, 40, 60]
 
 
-def test_an_endpoint_students_sampler_is_its_own(project: Project) -> None:
+def test_an_endpoint_students_sampler_is_its_own(tmp_path: Path) -> None:
     text = SMALL.replace("analytic: {preconditioning: analytic}", "cm: {objective: endpoint, preconditioning: cm}")
-    study = make_study(Path("other"), "mixed", "varies: [objective, preconditioning]\n" + text)
-    layout = Layout(study.name)
-    make_results(study, layout)
-    make_report(study, layout)
-    uploads = {upload.name: upload for upload in plan(study, layout)}
+    _, uploads = planned(tmp_path, "varies: [objective, preconditioning]\n" + text)
     keys = {point.key for point in uploads["cm seed 0"].points}
     assert {"fd/nfe2", "final/fd/nfe5", "alignment/nfe1"} <= keys
     assert not keys & {"alignment/nfe2", "training/dsm", "final/alignment/nfe2"}
@@ -330,16 +299,14 @@ def test_an_endpoint_students_sampler_is_its_own(project: Project) -> None:
     assert not any("coefficients" in folder for _, folder in uploads["report"].files)
 
 
-def test_further_ema_rates_are_metrics_with_a_suffix(project: Project) -> None:
+def test_further_ema_rates_are_metrics_with_a_suffix(tmp_path: Path) -> None:
     text = SMALL.replace("steps: 60,", "steps: 60, evaluation_ema: [0.9999],")
-    study = make_study(Path("other"), "rates", text)
-    layout = Layout(study.name)
-    make_results(study, layout)
-    make_report(study, layout)
-    uploads = {upload.name: upload for upload in plan(study, layout)}
-    alone = next(upload for upload in plan(project.study, project.layout) if upload.name == "ctm seed 0")
+    layout, uploads = planned(tmp_path / "rates", text)
+    _, without = planned(tmp_path / "one rate", SMALL)
     values = {(point.key, point.step): point.value for point in uploads["ctm seed 0"].points}
-    scores = {(p.key, p.step): p.value for p in alone.points if not p.key.startswith(("training/", "cost/"))}
+    scores = {
+        (p.key, p.step): p.value for p in without["ctm seed 0"].points if not p.key.startswith(("training/", "cost/"))
+    }
     assert {key: values[key] for key in scores} == scores
     rows = [row for row in read_scores(layout.scores("ctm", 0)) if row["ema"] == "0.9999" and row["nfe"] == "2"]
     assert values["final/fd/nfe2-ema0.9999", 0] == float(next(r["fd"] for r in rows if r["kind"] == "final"))
@@ -347,16 +314,13 @@ def test_further_ema_rates_are_metrics_with_a_suffix(project: Project) -> None:
     assert not any("gamma" in key and "ema" in key for key, _ in values)
 
 
-def test_an_official_teacher_has_no_history_and_no_training_time(project: Project) -> None:
+def test_an_official_teacher_has_no_history_and_no_training_time(tmp_path: Path) -> None:
     text = SMALL.replace("{sigma_data: measured}", "{sigma_data: 0.5}").replace(
         "{kind: trained, network: {kind: mlp, width: 32, depth: 2}, steps: 400, batch: 32, log_every: 100}",
         "{kind: edm, checkpoint: edm-cifar10-32x32-uncond-vp.pkl}",
     )
-    study = make_study(Path("other"), "official", text)
-    layout = Layout(study.name)
-    make_results(study, layout)
-    make_report(study, layout)
-    teacher = plan(study, layout)[0]
+    _, uploads = planned(tmp_path, text)
+    teacher = uploads["teacher"]
     assert teacher.params["checkpoint"] == "edm-cifar10-32x32-uncond-vp.pkl"
     assert teacher.params["dataset.kind"] == "digits"
     assert {"cost/parameters", "final/fd/heun-nfe35"} <= {point.key for point in teacher.points}
@@ -371,49 +335,51 @@ def test_an_official_teacher_has_no_history_and_no_training_time(project: Projec
         ("teacher/card.json", "teacher"),
     ],
 )
-def test_missing_results_name_the_verb(project: Project, missing: str, verb: str) -> None:
-    (project.layout.root / missing).unlink()
+def test_missing_results_name_the_verb(small_project: Study, missing: str, verb: str) -> None:
+    (LAYOUT.root / missing).unlink()
     with pytest.raises(UserError, match=f"`python -m consistency {verb}`"):
-        project.track()
+        track(small_project)
 
 
-def test_stale_results_are_refused(project: Project) -> None:
+def test_stale_results_are_refused(small_project: Study) -> None:
     longer = make_study(Path("studies"), "small", SMALL.replace("batch: 16", "batch: 8"))
     with pytest.raises(UserError, match=r"student\.batch: there 16, here 8"):
-        track_study(longer, project.layout)
+        track_study(longer, LAYOUT)
 
 
-def test_a_deleted_experiment_is_not_revived_silently(project: Project, client: Any) -> None:
-    client.delete_experiment(project.track()["experiment_id"])
+def test_a_deleted_experiment_is_not_revived_silently(small_project: Study, client: Any) -> None:
+    client.delete_experiment(track(small_project)["experiment_id"])
     with pytest.raises(UserError, match="mlflow experiments restore"):
-        project.track()
+        track(small_project)
 
 
-def test_a_server_that_is_down_is_one_line_soon(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_server_that_is_down_is_one_line_soon(small_project: Study, monkeypatch: pytest.MonkeyPatch) -> None:
     port = free_port()
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://me:hunter2@127.0.0.1:{port}")
     started = time.monotonic()
     with pytest.raises(UserError, match=f"http://127.0.0.1:{port} does not answer.*results are safe") as caught:
-        project.track()
+        track(small_project)
     assert time.monotonic() - started < 30
     assert "hunter2" not in str(caught.value) and "\n" not in str(caught.value)
-    assert not (project.layout.track / "tracked.json").exists()
+    assert not (LAYOUT.track / "tracked.json").exists()
 
 
 @pytest.mark.parametrize(
     "uri", ["file:///tmp/nowhere", "nonsense://x", "postgresql://me:hunter2@127.0.0.1:1/db?x=hunter2"]
 )
-def test_an_address_mlflow_cannot_use_is_one_line(project: Project, monkeypatch: pytest.MonkeyPatch, uri: str) -> None:
+def test_an_address_mlflow_cannot_use_is_one_line(
+    small_project: Study, monkeypatch: pytest.MonkeyPatch, uri: str
+) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
     with pytest.raises(UserError, match=r"cannot be used.*results are safe") as caught:
-        project.track()
+        track(small_project)
     assert "hunter2" not in str(caught.value)
 
 
-def test_a_database_that_is_none_is_one_line(project: Project) -> None:
+def test_a_database_that_is_none_is_one_line(small_project: Study) -> None:
     Path("mlflow.db").write_text("this is not a database, and it is long enough to be looked at " * 20)
     with pytest.raises(UserError, match=r"mlflow\.db cannot be used"):
-        project.track()
+        track(small_project)
 
 
 @pytest.mark.parametrize(
@@ -440,25 +406,17 @@ def test_errors_are_cleaned_of_credentials() -> None:
 
 def test_a_sqlite_address_is_absolute(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    assert tracking_uri() == f"sqlite:///{tmp_path}/mlflow.db"
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", "sqlite:///sub/x.db")
-    assert tracking_uri() == f"sqlite:///{tmp_path}/sub/x.db"
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", "sqlite:////else/where.db")
-    assert tracking_uri() == "sqlite:////else/where.db"
+    for given, uri in {
+        "": f"sqlite:///{tmp_path}/mlflow.db",
+        "sqlite:///sub/x.db": f"sqlite:///{tmp_path}/sub/x.db",
+        "sqlite:////else/where.db": "sqlite:////else/where.db",
+    }.items():
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", given)
+        assert tracking_uri() == uri
     for nowhere in ("sqlite://", "sqlite:///:memory:"):
         monkeypatch.setenv("MLFLOW_TRACKING_URI", nowhere)
         with pytest.raises(UserError, match="names no file"):
             tracking_uri()
-
-
-def test_another_upload_is_waited_for_but_not_for_ever(tmp_path: Path) -> None:
-    with (
-        tracking.one_at_a_time("http://host", tmp_path, 0),
-        pytest.raises(UserError, match=r"another process \(pid .*\) uploads to MLflow"),
-        tracking.one_at_a_time("http://host", tmp_path, 0.3),
-    ):
-        pass
 
 
 def test_nothing_phones_home() -> None:

@@ -7,12 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.fake_results import SMALL, UNTAUGHT, make_report, make_results, make_study
+from tests.fake_results import SMALL, UNTAUGHT, make_finished, make_study
 
 from consistency.__main__ import main
 from consistency.errors import UserError
 from consistency.files import sha256, write_json
-from consistency.layout import Layout
 from consistency.study import Study
 from consistency.verification import verify
 
@@ -49,15 +48,6 @@ def made_again(card: Path, name: str) -> None:
     edit_card(card, lambda content: content["outputs"].update({name: sha256(card.parent / name)}))
 
 
-def made(folder: Path, text: str) -> tuple[Study, Layout]:
-    """A finished study of that text."""
-    study = make_study(folder, text=text)
-    layout = Layout(study.name, folder / "results", folder / "state")
-    make_results(study, layout)
-    make_report(study, layout)
-    return study, layout
-
-
 def test_a_finished_study_is_consistent(root: Path) -> None:
     labels = [finding.artifact for finding in verify(root, make_study(root.parents[1]))]
     assert faults(root) == {}
@@ -67,7 +57,7 @@ def test_a_finished_study_is_consistent(root: Path) -> None:
 
 
 def test_flows_are_judged_like_everything_else(tmp_path: Path) -> None:
-    study, layout = made(tmp_path, f"{UNTAUGHT}flows: {{}}\n")
+    study, layout = make_finished(tmp_path, f"{UNTAUGHT}flows: {{}}\n")
     assert faults(layout.root, study) == {}
     finer = make_study(tmp_path / "finer", text=f"{UNTAUGHT}flows: {{times: 30}}\n")
     found = faults(layout.root, finer)
@@ -185,7 +175,7 @@ def test_what_was_made_from_an_older_parent_is_stale(root: Path) -> None:
 
 def test_a_student_made_from_an_older_student_is_stale(tmp_path: Path) -> None:
     text = UNTAUGHT.replace("varies: [coupling, mu]", "varies: [coupling, mu, predictor]")
-    study, layout = made(tmp_path, text.replace("gc, mu: 0.5}", "gc, predictor: {run: ic, step: 20}}"))
+    study, layout = make_finished(tmp_path, text.replace("gc, mu: 0.5}", "gc, predictor: {run: ic, step: 20}}"))
     assert faults(layout.root, study) == {}
     made_again(layout.student("ic", 1) / "card.json", "snapshots/step-000020.safetensors")
     assert "students/ic/seed1/snapshots" in faults(layout.root, study)["student gc seed 1"]

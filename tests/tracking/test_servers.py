@@ -17,6 +17,7 @@ import torch
 from safetensors.numpy import load_file
 from tests.tracking.comparison import assert_complete, expected_points, ids, points_of, runs_of
 from tests.tracking.servers import (
+    PASSWORD,
     ROOT,
     TrackingServer,
     dead_server,
@@ -99,7 +100,7 @@ def test_a_training_does_not_notice_its_server(
     monkeypatch.setattr(Follower, "start", start_and_wait)
     monkeypatch.setattr(Follower, "end", end_in_time)
     with server() if server else nullcontext("sqlite:///mlflow.db") as address:
-        monkeypatch.setenv("MLFLOW_TRACKING_URI", address)
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", address.replace("http://", f"http://me:{PASSWORD}@"))
         states = [random.getstate(), np.random.get_state()[1].tobytes()]  # noqa: NPY002
         capfd.readouterr()
         disturbed = train_in(tmp_path / "disturbed", tiny(), first_results)
@@ -110,11 +111,11 @@ def test_a_training_does_not_notice_its_server(
     said = [line for line in capfd.readouterr().err.splitlines() if "live tracking" in line]
     if server:
         (line,) = said
-        assert address in line and "`track` sends what is missing" in line
+        assert address in line and "`track` sends what is missing" in line and PASSWORD not in line
     else:
         assert said == []
         client = connect(f"sqlite:///{tmp_path}/mlflow.db")
-        (run,) = runs_of(client, tiny(), "seed")
+        (run,) = runs_of(client, "tiny", role="seed")
         assert run.info.status == "FINISHED"
         assert points_of(client, run) == expected_points(disturbed, "analytic", 0)
 
@@ -161,7 +162,7 @@ def test_a_server_that_comes_back_gets_what_is_missing(
     with replayed(study, layout, "ctm", 0) as training:
         training.write(10)
         wait_until(lambda: training.sent_up_to() == 100, "the first points")
-        (run,) = runs_of(client, study, "seed")
+        (run,) = runs_of(client, study.name, role="seed")
         assert run.info.status == "RUNNING"
         assert [point for point in expected_points(layout, "ctm", 0) if point[1] <= 100] == points_of(client, run)
         sqlite_server.stop()
@@ -170,8 +171,8 @@ def test_a_server_that_comes_back_gets_what_is_missing(
         sqlite_server.start()
         wait_until(lambda: training.sent_up_to() == 300, "what was missing")
         training.write(20)
-    wait_until(lambda: runs_of(client, study, "seed")[0].info.status == "FINISHED", "the end")
-    (run,) = runs_of(client, study, "seed")
+    wait_until(lambda: runs_of(client, study.name, role="seed")[0].info.status == "FINISHED", "the end")
+    (run,) = runs_of(client, study.name, role="seed")
     assert points_of(client, run) == expected_points(layout, "ctm", 0)
 
 
@@ -191,7 +192,7 @@ def test_track_completes_what_no_follower_could_send(
         alone.write(50)
     assert cut_off.follower.trouble and alone.follower.trouble
     sqlite_server.start()
-    (left,) = runs_of(client, study, "seed")
+    (left,) = runs_of(client, study.name, role="seed")
     assert left.info.status == "RUNNING"
     track_study(study, layout)
     assert ids(assert_complete(client, study, layout, "teacher", "report"))["ctm seed 0"] == left.info.run_id

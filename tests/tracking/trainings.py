@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tests.fake_results import SMALL, make_report, make_results, make_study
+from tests.fake_results import SMALL, make_finished
 
 from consistency.files import read_json, write_json
 from consistency.layout import Layout
@@ -22,23 +22,14 @@ EIGHT = FOUR.replace("seeds: [0, 1]", "seeds: [0, 1, 2, 3]")
 
 
 def finished_study(folder: Path, text: str = EIGHT, name: str = "small") -> tuple[Study, Layout]:
-    """A study, in studies/<name>.yaml, whose results lie there and whose trainings can be followed again."""
-    study = make_study(folder / "studies", name, text)
-    layout = Layout(study.name, folder / "results", folder / "state")
-    make_results(study, layout)
-    for run in study.students:
-        for seed in study.seeds:
-            _begin(study, layout, run, seed)
-    make_report(study, layout)
+    """A study whose trainings can be followed again: their states are empty, and their cards know their identities."""
+    study, layout = make_finished(folder, text, name)
+    for run, seed in study.trainings:
+        state, card = layout.training_state(run, seed), layout.card("student", run, seed)
+        state.mkdir(parents=True)
+        prepare(state, study.key("student", run, seed), f"{run} seed {seed}")
+        write_json(card, read_json(card, "student") | {"training": read_identity(state)})
     return study, layout
-
-
-def _begin(study: Study, layout: Layout, run: str, seed: int) -> None:
-    """An empty state, and the training's identity in the card that it has left."""
-    state, card = layout.training_state(run, seed), layout.card("student", run, seed)
-    state.mkdir(parents=True)
-    prepare(state, study.key("student", run, seed), f"{run} seed {seed}")
-    write_json(card, read_json(card, "student") | {"training": read_identity(state)})
 
 
 def history_of(layout: Layout, run: str, seed: int) -> list[dict[str, Any]]:
