@@ -78,12 +78,6 @@ def put(content: dict[str, Any], changes: Changes) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="session")
-def absent() -> object:
-    """The value that takes a key out of the study."""
-    return ABSENT
-
-
-@pytest.fixture(scope="session")
 def couplings() -> Changes:
     """What makes the tiny study one of consistency training: students ic, ot and gc."""
     return {
