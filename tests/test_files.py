@@ -1,13 +1,11 @@
 """Files are whole or absent."""
 
-import hashlib
-import json
 from pathlib import Path
 
 import pytest
 
 from consistency.errors import UserError
-from consistency.files import atomic, read_json, sha256, write_bytes, write_json, write_with
+from consistency.files import atomic, read_json, write_bytes, write_json, write_with
 
 
 def names(folder: Path) -> list[str]:
@@ -84,9 +82,3 @@ def test_json_that_is_missing_or_damaged_names_the_verb_that_writes_it(tmp_path:
         path.write_bytes(content)
         with pytest.raises(UserError, match=r"is damaged .*: delete it and run `teacher` again"):
             read_json(path, "teacher")
-
-
-def test_digests_are_those_of_hashlib(tmp_path: Path) -> None:
-    content = json.dumps(list(range(100_000))).encode()
-    (tmp_path / "file").write_bytes(content)
-    assert sha256(tmp_path / "file") == hashlib.sha256(content).hexdigest()

@@ -32,14 +32,9 @@ def trained(
     layout = Layout(study.name, folder / "results", folder / "state")
     shutil.copytree(first_results.results, layout.results)
     shutil.copy(empty_database, folder)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # as the verbs do
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("CONSISTENCY_LIVE", "0")
-        for run in study.students:
-            make_student(study, layout, run, SEED, Machine(CPU))
-            make_samples(study, layout, run, SEED, CPU)
-    torch.set_num_threads(threads)
+    for run in study.students:
+        make_student(study, layout, run, SEED, Machine(CPU))
+        make_samples(study, layout, run, SEED, CPU)
     return layout
 
 

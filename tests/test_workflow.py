@@ -135,7 +135,6 @@ def test_no_student_is_trained_before_dvc_knows_what_it_is_made_from(
 
 OTHER = """
 import pathlib, time
-from consistency.study import Study
 from consistency.workflow import join_run
 join_run()
 pathlib.Path("joined").touch()
@@ -149,7 +148,6 @@ subprocess.Popen([sys.executable, "-c", sys.argv[1]]).wait()
 """
 SNAKEMAKE = """
 import subprocess
-from consistency.study import Study
 from consistency.workflow import join_run
 join_run()
 subprocess.run(["bash", "-c", "sleep 60; true"])

@@ -12,8 +12,6 @@ from packaging.specifiers import SpecifierSet
 from packaging.version import Version
 
 ROOT = Path(__file__).resolve().parents[2]
-PRESCRIBED = ["snakemake", "snakemake-executor-plugin-slurm", "torch", "torchvision", "dvc", "mlflow", "numpy"]
-PRESCRIBED += ["clean-fid", "pyyaml"]
 ENVIRONMENT = yaml.safe_load((ROOT / "environment.yml").read_text())
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 CAPS = {"mlflow": "<3.18", "scipy": "<1.18"}
@@ -86,11 +84,6 @@ def test_no_registry_is_named() -> None:
         assert re.findall(r"(?m)^\s*--?(?:index-url|extra-index-url|find-links|i|f)\b.*$", text) == []
 
 
-@pytest.mark.parametrize("name", PRESCRIBED)
-def test_a_prescribed_package_is_asked_for_by_name(name: str) -> None:
-    assert name in requirements_in()
-
-
 @pytest.mark.parametrize(("name", "cap"), CAPS.items())
 def test_a_cap_with_a_reason_holds(name: str, cap: str) -> None:
     assert Version(pinned_version(locked(name))) in SpecifierSet(cap)
@@ -107,6 +100,7 @@ def test_environment_yml_installs_the_lock_and_nothing_beside_it() -> None:
     assert pip == ["-r requirements.lock"]
     assert [entry.split("=")[0] for entry in conda] == ["python", "pip"]
     assert ENVIRONMENT["channels"] == ["conda-forge"]
+    assert ENVIRONMENT["name"] == PYPROJECT["project"]["name"]
 
 
 def test_one_python_version_everywhere() -> None:
@@ -117,7 +111,3 @@ def test_one_python_version_everywhere() -> None:
     assert PYPROJECT["project"]["requires-python"] == f">={minor}"
     assert PYPROJECT["tool"]["mypy"]["python_version"] == minor
     assert PYPROJECT["tool"]["ruff"]["target-version"] == f"py{minor.replace('.', '')}"
-
-
-def test_the_environment_carries_the_project_name() -> None:
-    assert ENVIRONMENT["name"] == PYPROJECT["project"]["name"]
