@@ -1,11 +1,14 @@
 """The upload to MLflow: what arrives, that nothing arrives twice, and what a person reads when it cannot arrive."""
 
+import itertools
 import json
 import os
 import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +16,7 @@ import pytest
 from tests.fake_results import SMALL, UNTAUGHT, make_finished, make_student, make_study, read_scores, write_scores
 from tests.tracking.comparison import by_name, planned_points, points_of, runs_of
 from tests.tracking.servers import free_port
+from tests.tracking.trainings import history_of
 
 from consistency.errors import UserError
 from consistency.layout import Layout
@@ -53,6 +57,23 @@ def planned(folder: Path, text: str) -> tuple[Layout, dict[str, Record]]:
     """A finished study of that text, and what would be uploaded of it, by name."""
     study, layout = make_finished(folder, text)
     return layout, {record.name: record for record in plan(study, layout)}
+
+
+@contextmanager
+def killed(method: str, call: int) -> Iterator[None]:
+    """Within the block, that call of a client's method is met by a Ctrl-C."""
+    from mlflow import MlflowClient
+
+    calls, original = itertools.count(1), getattr(MlflowClient, method)
+
+    def dies(*args: Any, **kwargs: Any) -> Any:
+        if next(calls) == call:
+            raise KeyboardInterrupt
+        return original(*args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(MlflowClient, method, dies)
+        yield
 
 
 def artifacts(client: Any, run_id: str, folder: str = "") -> set[str]:
@@ -113,7 +134,7 @@ def test_students_may_differ_in_sections_of_other_kinds(tmp_path: Path) -> None:
 def test_metrics_are_the_results(small_project: Study, client: Any) -> None:
     track(small_project)
     runs = by_name(runs_of(client))
-    history = [json.loads(x) for x in (LAYOUT.student("ctm", 0) / "history.jsonl").read_text().splitlines()]
+    history = history_of(LAYOUT, "ctm", 0)
     losses = client.get_metric_history(runs["ctm seed 0"].info.run_id, "training/dsm")
     assert [(m.step, m.value) for m in losses] == [(line["step"], line["dsm"]) for line in history]
     started = runs["ctm seed 0"].info.start_time
@@ -127,9 +148,8 @@ def test_metrics_are_the_results(small_project: Study, client: Any) -> None:
     assert metrics["final/alignment/nfe5"] == float(final["5"]["alignment"])
     assert "final/fd/gamma1-nfe2" in metrics and "final/alignment/gamma1-nfe2" not in metrics
     assert {"cost/seconds", "cost/network_evaluations", "cost/images"} <= metrics.keys()
-    assert {"training/loss", "final/fd/heun-nfe35", "calibration/kid/data-halves"} <= runs[
-        "teacher"
-    ].data.metrics.keys()
+    teachers = runs["teacher"].data.metrics.keys()
+    assert {"training/loss", "final/fd/heun-nfe35", "calibration/kid/data-halves"} <= teachers
 
 
 def test_a_student_carries_the_mean_over_its_seeds(small_project: Study, client: Any) -> None:
@@ -192,19 +212,8 @@ def test_a_persons_edits_are_kept(small_project: Study, client: Any) -> None:
 def test_a_killed_upload_is_completed_without_doubles(
     small_project: Study, client: Any, monkeypatch: pytest.MonkeyPatch, method: str, call: int
 ) -> None:
-    from mlflow import MlflowClient
-
     monkeypatch.setattr(tracking, "BATCH", 10)
-    calls, original = [0], getattr(MlflowClient, method)
-
-    def dies(*args: Any, **kwargs: Any) -> Any:
-        calls[0] += 1
-        if calls[0] == call:
-            raise KeyboardInterrupt
-        return original(*args, **kwargs)
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(MlflowClient, method, dies)
+    with killed(method, call):
         track(small_project)
     left = runs_of(client)
     assert [run.info.run_name for run in left if run.info.status == "RUNNING"]
@@ -221,7 +230,8 @@ def test_a_killed_upload_is_completed_without_doubles(
         }
 
 
-def test_changed_results_make_new_runs_and_keep_the_old(small_project: Study, client: Any) -> None:
+def test_changed_results_make_new_runs_keep_the_old_and_may_come_back(small_project: Study, client: Any) -> None:
+    shutil.copytree(LAYOUT.results, "aside")
     old = track(small_project)["runs"]
     kept = {name: points_of(client, client.get_run(old[name])) for name in ("ctm", "ctm seed 1")}
     make_student(small_project, LAYOUT, "ctm", 1, level=0.5)
@@ -235,32 +245,16 @@ def test_changed_results_make_new_runs_and_keep_the_old(small_project: Study, cl
         assert points_of(client, run) == kept[name]
         assert client.get_run(new[name]).data.tags["state"] == "current"
     assert client.get_run(old["ctm seed 1"]).data.tags["mlflow.parentRunId"] == old["ctm"]
-
-
-def test_results_that_come_back_are_current_again(small_project: Study, client: Any) -> None:
-    folder, aside = LAYOUT.results, Path("aside")
-    shutil.copytree(folder, aside)
-    first = track(small_project)["runs"]
-    make_student(small_project, LAYOUT, "ctm", 1, level=0.5)
-    track(small_project)
-    shutil.rmtree(folder)
-    aside.rename(folder)
-    assert track(small_project)["runs"] == first
-    run = client.get_run(first["ctm seed 1"])
+    shutil.rmtree(LAYOUT.results)
+    Path("aside").rename(LAYOUT.results)
+    assert track(small_project)["runs"] == old
+    run = client.get_run(old["ctm seed 1"])
     assert (run.info.run_name, run.data.tags["state"]) == ("ctm seed 1", "current")
     assert len(runs_of(client)) == len(NAMES) + 2
 
 
-def test_a_killed_upload_of_older_results_does_not_run_for_ever(
-    small_project: Study, client: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from mlflow import MlflowClient
-
-    def dies(*args: Any, **kwargs: Any) -> None:
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(MlflowClient, "log_artifact", dies)
+def test_a_killed_upload_of_older_results_does_not_run_for_ever(small_project: Study, client: Any) -> None:
+    with killed("log_artifact", 1):
         track(small_project)
     path = LAYOUT.teacher / "card.json"
     card = json.loads(path.read_text())

@@ -131,7 +131,6 @@ class Postgres:
             for (table,) in cursor.fetchall():
                 cursor.execute(f'SELECT count(*) FROM "{table}" AS row WHERE row::text LIKE %s', (f"%{text}%",))
                 found += [table] * cursor.fetchone()[0]
-        assert connection.closed
         return found
 
     def ready(self) -> bool:
