@@ -169,6 +169,14 @@ def small_project(finished_small: Path, empty_database: Path, tmp_path: Path, mo
     return make_study(tmp_path / "studies")
 
 
+@pytest.fixture
+def client(small_project: Study) -> Any:
+    """MLflow's client of that project's database."""
+    from consistency.tracking.server import connect, tracking_uri
+
+    return connect(tracking_uri())
+
+
 @pytest.fixture(scope="session")
 def first_results(tmp_path_factory: pytest.TempPathFactory, tiny: Callable[..., Study]) -> Layout:
     """Dataset, an untrained teacher and made-up coefficients of the tiny study."""

@@ -141,12 +141,7 @@ def test_exit_codes_say_what_happened(
     ("job", "signum", "refusal", "said"),
     [
         ("12", signal.SIGALRM, "", "the job's time is over: Slurm starts it again when there is room, and it goes on"),
-        (
-            "12",
-            signal.SIGALRM,
-            "disabled",
-            "Slurm does not start this job again by itself (disabled): its exit code is 142",
-        ),
+        ("12", signal.SIGALRM, "off", "Slurm does not start this job again by itself (off): its exit code is 142"),
         ("12", signal.SIGTERM, "", ""),
         ("", signal.SIGALRM, "", ""),
     ],

@@ -14,7 +14,7 @@ from consistency.errors import UserError
 from consistency.files import read_json, write_json
 from consistency.layout import Layout
 from consistency.study import Study
-from consistency.tracking import live, server
+from consistency.tracking import live
 from consistency.tracking.plan import plan
 from consistency.tracking.upload import track_study
 from consistency.training import folder as files
@@ -56,11 +56,6 @@ def attempt(follower: live.Follower, ended: str = "") -> str:
 @pytest.fixture
 def project(small_project: Study) -> Project:
     return Project(small_project)
-
-
-@pytest.fixture
-def client(project: Project) -> Any:
-    return server.connect(server.tracking_uri())
 
 
 def losses(client: Any, run: Any) -> list[tuple[int, float]]:

@@ -159,9 +159,7 @@ def test_snakemake_and_its_jobs_end_with_the_caller(tmp_path: Path) -> None:
     caller = subprocess.Popen(words, cwd=tmp_path, start_new_session=True, env=os.environ | {"PYTHONPATH": SOURCE})
 
     def at_work() -> list[str]:
-        shown = subprocess.run(
-            ["ps", "-o", "args=", "-g", str(caller.pid)], capture_output=True, text=True, check=False
-        )
+        shown = subprocess.run(["ps", "-o", "args=", "-g", str(caller.pid)], capture_output=True, text=True)
         return [line for line in shown.stdout.splitlines() if "defunct" not in line]
 
     try:

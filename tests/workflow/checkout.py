@@ -146,11 +146,11 @@ def processes_in(folder: Path) -> list[psutil.Process]:
     return [process for process in found if Path(process.info["cwd"] or "/").is_relative_to(folder)]
 
 
-def fresh(path: Path) -> Checkout:
-    """A copy of the files of this checkout that the workflow needs."""
-    path.mkdir(parents=True)
-    for name in COPIED:
+def fresh(path: Path, *more: str) -> Checkout:
+    """A copy of the files of this checkout that the workflow needs, and of more."""
+    for name in (*COPIED, *more):
         source = ROOT / name
+        (path / name).parent.mkdir(parents=True, exist_ok=True)
         if source.is_dir() and not source.is_symlink():
             shutil.copytree(source, path / name, symlinks=True)
         else:

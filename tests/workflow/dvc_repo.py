@@ -7,12 +7,12 @@ import shutil
 import signal
 import subprocess
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import yaml
-from tests.workflow.checkout import ROOT, Checkout, fresh, start_in
+from tests.workflow.checkout import Checkout, fresh, start_in
 
 #: what a repository has beside what the workflow needs
 TRACKED = ["dvc.yaml", ".dvc/config", ".dvc/.gitignore", ".dvc/plots", ".dvcignore", ".gitattributes", ".gitignore"]
@@ -124,13 +124,12 @@ class Repo:
         self.git("commit", "--quiet", "--message", message)
 
     def copy(self, path: Path) -> "Repo":
-        shutil.copytree(self.path, path, symlinks=True)
-        return Repo(path, self.variables)
+        return replace(self, path=shutil.copytree(self.path, path, symlinks=True))
 
     def clone(self, path: Path) -> "Repo":
         """What somebody else gets: what is committed, and nothing of DVC's."""
         self.git("clone", "--quiet", ".", str(path))
-        return Repo(path, self.variables)
+        return replace(self, path=path)
 
     def locked(self) -> dict[str, Any]:
         """The stages of dvc.lock."""
@@ -149,14 +148,7 @@ def _digest(file: Path) -> str:
 
 def origin(path: Path) -> Repo:
     """A repository of this checkout's files, committed, whose study is the small one."""
-    repo = Repo(fresh(path).path)
-    for name in TRACKED:
-        source = ROOT / name
-        (path / name).parent.mkdir(exist_ok=True)
-        if source.is_dir():
-            shutil.copytree(source, path / name)
-        else:
-            shutil.copy2(source, path / name)
+    repo = Repo(fresh(path, *TRACKED).path)
     pipeline = path / "dvc.yaml"
     pipeline.write_text(pipeline.read_text().replace("config/studies/digits.yaml", "config/studies/tiny.yaml"))
     repo.set(SMALLER)

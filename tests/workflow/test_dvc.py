@@ -22,8 +22,7 @@ from consistency.study import load_study
 pytestmark = pytest.mark.slow
 
 REPORT, PLAN = "report@tiny", "plan@tiny"
-INPUTS = {"inputs@tiny-ctm-0", "inputs@tiny-analytic-0"}
-CHEAP = {PLAN, "flow-inputs@tiny"} | INPUTS
+CHEAP = {PLAN, "flow-inputs@tiny", "inputs@tiny-ctm-0", "inputs@tiny-analytic-0"}
 CTM = {"student@tiny-ctm-0", "samples@tiny-ctm-0", "scores@tiny-ctm-0"}
 ANALYTIC = {"student@tiny-analytic-0", "samples@tiny-analytic-0", "scores@tiny-analytic-0"}
 STUDY = "config/studies/tiny.yaml"

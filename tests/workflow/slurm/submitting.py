@@ -4,7 +4,8 @@ import os
 import signal
 import subprocess
 import sys
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Self
@@ -42,13 +43,19 @@ class LoginNode(Checkout):
         command = ["snakemake", "--cores", "all", "--profile", "slurm", "--config", f"studies={self.study}"]
         return start_in(self.path, [*command, *words], self.environment, self.path / "output.txt")
 
-    def run(self, *words: str) -> int:
-        """Run it to its end. Returns its exit code."""
+    @contextmanager
+    def running(self, *words: str) -> Iterator[subprocess.Popen[str]]:
+        """Start it; if it is still at work at the end of the block, it is interrupted."""
         run = self.start(*words)
         try:
-            return run.wait(600)
+            yield run
         finally:
             self.interrupt(run)
+
+    def run(self, *words: str) -> int:
+        """Run it to its end. Returns its exit code."""
+        with self.running(*words) as run:
+            return run.wait(600)
 
     def site(self, settings: dict[str, Any] | None = None, **rules: dict[str, Any]) -> Self:
         """Edit the profile: its settings, and the resources of rules."""

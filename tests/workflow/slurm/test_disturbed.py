@@ -33,8 +33,7 @@ def disturbed(cluster: Cluster, finished: Checkout, tmp_path_factory: pytest.Tem
     resources = {"slurm_partition": f'"short" if {short} else "gpu"', "runtime": f"2 if {short} else 60"}
     node = login(checkout, cluster).site(student=resources).with_variables(CONSISTENCY_LIVE="1")
     cluster.ask("scontrol", "update", "PartitionName=gpu", "State=DOWN")
-    run = node.start("--", *map(node.student, STUDENTS))
-    try:
+    with node.running("--", *map(node.student, STUDENTS)) as run:
         # As where the site does not let jobs be started again.
         wait_until(lambda: node.jobs("_refused_") != [], "the job of refused", 60)
         cluster.ask("scontrol", "update", f"JobId={node.jobs('_refused_')[0]['JobId']}", "Requeue=0")
@@ -53,8 +52,6 @@ def disturbed(cluster: Cluster, finished: Checkout, tmp_path_factory: pytest.Tem
         cluster.ask("scancel", node.jobs("_cancelled_")[0]["JobId"])
         assert run.wait(600) == 0, node.output
         yield node
-    finally:
-        node.interrupt(run)
 
 
 @pytest.mark.parametrize("run", STUDENTS)

@@ -38,15 +38,12 @@ def wide(cluster: Cluster, finished: Checkout, tmp_path_factory: pytest.TempPath
     checkout = finished.copy(tmp_path_factory.mktemp("wide") / "copied")
     checkout.change({**SHORTER, "students": {name: {"preconditioning": "ctm"} for name in ("ctm", "narrowed")}})
     node = login(checkout, cluster).site(student=RESOURCES)
-    run = node.start("--", node.student("ctm"), node.student("narrowed"))
-    try:
+    with node.running("--", node.student("ctm"), node.student("narrowed")) as run:
         frozen = node.freeze("ctm", "narrowed")
         cluster.ask("scancel", node.jobs("_narrowed_")[0]["JobId"])
         thaw(frozen["narrowed"])
         thaw_when_called(frozen["ctm"], signal.SIGALRM)
         assert run.wait(600) == 0, node.output
-    finally:
-        node.interrupt(run)
     return node
 
 
