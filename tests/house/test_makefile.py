@@ -10,8 +10,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from tests.tracking.servers import ROOT, environment, wait_until
-from tests.workflow.checkout import start_in
+from tests.tracking.servers import ROOT, environment, start_in, wait_until
 
 from consistency.workflow import AT_WORK
 
@@ -212,9 +211,7 @@ def fake_python(checkout: Path, version: str) -> str:
     ("version", "said"),
     [
         ("3.9", ["Python 3.9", "3.11 or newer", "apt-get install python3.11 python3.11-venv", "PYTHON="]),
-        ("2.7", ["Python 2.7", "3.11 or newer"]),
         ("3.11", ["cannot make virtual environments", "apt-get install python3 python3-venv"]),
-        ("3.14", ["cannot make virtual environments"]),
     ],
 )
 def test_an_unfit_python_gets_one_clear_message(checkout: Path, version: str, said: list[str]) -> None:

@@ -10,7 +10,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, closing, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -30,6 +30,23 @@ def environment(**more: str) -> dict[str, str]:
     """The outside's, without what would lead a child elsewhere: one thread, no telemetry, no proxy."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith(OUTSIDE) and name not in PROXIES}
     return kept | {"OMP_NUM_THREADS": "1", "MLFLOW_DISABLE_TELEMETRY": "true", "DO_NOT_TRACK": "true"} | more
+
+
+def start_in(
+    folder: Path, words: Sequence[str], variables: dict[str, str], output: Path, mode: str = "w"
+) -> subprocess.Popen[str]:
+    """A command in a process group of its own, as a shell starts it. mode: of the file that its output goes to."""
+    with output.open(mode) as file:
+        return subprocess.Popen(
+            words,
+            cwd=folder,
+            env=variables,
+            stdin=subprocess.DEVNULL,
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        )
 
 
 def free_port() -> int:
@@ -53,7 +70,7 @@ class TrackingServer:
     folder: Path
     store: str  # the backend's address; it may hold a password, so it goes by the environment
     port: int = field(default_factory=free_port)
-    process: subprocess.Popen[bytes] | None = None
+    process: subprocess.Popen[str] | None = None
 
     @property
     def url(self) -> str:
@@ -67,16 +84,8 @@ class TrackingServer:
         """Start it and wait until it answers."""
         words = f"server --host 127.0.0.1 --port {self.port} --workers 1 --artifacts-destination artifacts"
         quiet = environment(MLFLOW_SERVER_ENABLE_JOB_EXECUTION="false", MLFLOW_BACKEND_STORE_URI=self.store)
-        with (self.folder / "server.log").open("ab") as log:
-            self.process = subprocess.Popen(
-                [sys.executable, "-m", "mlflow", *words.split()],
-                cwd=self.folder,
-                env=quiet,
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-                start_new_session=True,
-            )
+        command = [sys.executable, "-m", "mlflow", *words.split()]
+        self.process = start_in(self.folder, command, quiet, self.folder / "server.log", mode="a")
         wait_until(self._answers, f"an answer of {self.url}", 300)
         return self
 

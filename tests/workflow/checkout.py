@@ -7,7 +7,6 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Self
@@ -17,7 +16,7 @@ import psutil
 import yaml
 from safetensors.numpy import load_file
 from tests.conftest import put
-from tests.tracking.servers import ROOT, environment
+from tests.tracking.servers import ROOT, environment, start_in
 
 COPIED = ["Snakefile", "Makefile", "environment.yml", "config", "profiles", "slurm", "workflow", "src"]
 #: keys of a history that no run can repeat begin so: times, speeds, memory
@@ -123,21 +122,6 @@ def said(file: Path) -> Any:
         lines = [json.loads(line) for line in file.read_text().splitlines()]
         return [{k: v for k, v in line.items() if not k.startswith(UNREPEATABLE)} for line in lines]
     return file.read_bytes()
-
-
-def start_in(folder: Path, words: Sequence[str], environment: dict[str, str], output: Path) -> subprocess.Popen[str]:
-    """A command in a process group of its own, as a shell starts it."""
-    with output.open("w") as file:
-        return subprocess.Popen(
-            words,
-            cwd=folder,
-            env=environment,
-            stdin=subprocess.DEVNULL,
-            stdout=file,
-            stderr=subprocess.STDOUT,
-            text=True,
-            start_new_session=True,
-        )
 
 
 def processes_in(folder: Path) -> list[psutil.Process]:

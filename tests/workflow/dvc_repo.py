@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from tests.workflow.checkout import Checkout, fresh, start_in
+from tests.tracking.servers import start_in
+from tests.workflow.checkout import Checkout, fresh
 
 #: what a repository has beside what the workflow needs
 TRACKED = ["dvc.yaml", ".dvc/config", ".dvc/.gitignore", ".dvc/plots", ".dvcignore", ".gitattributes", ".gitignore"]
@@ -51,25 +52,13 @@ class Repo:
     @property
     def environment(self) -> dict[str, str]:
         private = self.path.parent / f"{self.path.name}-private"
-        return (
-            self.checkout.environment
-            | {
-                "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
-                "CORES": "1",
-                "SHELL": "/bin/bash",
-                "GIT_CONFIG_GLOBAL": os.devnull,
-                "GIT_CONFIG_SYSTEM": os.devnull,
-                "DVC_GLOBAL_CONFIG_DIR": str(private / "global"),
-                "DVC_SYSTEM_CONFIG_DIR": str(private / "system"),
-                "DVC_SITE_CACHE_DIR": str(private / "site"),
-            }
-            | {
-                f"GIT_{who}_{what}": "someone@example.org"
-                for who in ("AUTHOR", "COMMITTER")
-                for what in ("NAME", "EMAIL")
-            }
-            | self.variables
-        )
+        folders = {f"DVC_{name}_DIR": str(private / name) for name in ("GLOBAL_CONFIG", "SYSTEM_CONFIG", "SITE_CACHE")}
+        people = [f"GIT_{who}_{what}" for who in ("AUTHOR", "COMMITTER") for what in ("NAME", "EMAIL")]
+        git = dict.fromkeys(people, "someone@example.org")
+        git |= {"GIT_CONFIG_GLOBAL": os.devnull, "GIT_CONFIG_SYSTEM": os.devnull}
+        path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+        own = {"PATH": path, "CORES": "1", "SHELL": "/bin/bash"}
+        return self.checkout.environment | folders | git | own | self.variables
 
     def start(self, *words: str) -> subprocess.Popen[str]:
         """A command in a process group of its own, as a shell starts it; its output goes to output.txt."""
@@ -139,11 +128,8 @@ class Repo:
         """The files of the cache whose content is not what their name says."""
         files = [file for file in (self.path / ".dvc/cache/files/md5").rglob("*") if file.is_file()]
         assert files
-        return [file for file in files if _digest(file) != file.parent.name + file.name.removesuffix(".dir")]
-
-
-def _digest(file: Path) -> str:
-    return hashlib.md5(file.read_bytes()).hexdigest()
+        digests = {file: hashlib.md5(file.read_bytes()).hexdigest() for file in files}
+        return [file for file in files if digests[file] != file.parent.name + file.name.removesuffix(".dir")]
 
 
 def origin(path: Path) -> Repo:

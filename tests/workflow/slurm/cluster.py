@@ -18,11 +18,11 @@ from pathlib import Path
 
 import psutil
 from tests.tracking.debian import needs_debian
-from tests.tracking.servers import ROOT, environment, free_port, wait_until
+from tests.tracking.servers import ROOT, environment, free_port, start_in, wait_until
 
 NODES = ("one", "two")
-#: package: the programs of it that a cluster needs
-DAEMONS = {"munge": "munged", "slurmctld": "slurmctld", "slurmd": "slurmd"}
+#: the programs that a cluster needs, and the packages they are in
+DAEMONS = {"munged": "munge", "slurmctld": "slurmctld", "slurmd": "slurmd"}
 COMMANDS = ("sbatch", "srun", "scancel", "squeue", "scontrol", "sinfo", "sacct", "sacctmgr")
 #: a device file for each of a node's GPUs: Slurm drops a GPU without one
 GPUS = ("/dev/null", "/dev/zero", "/dev/full", "/dev/random")
@@ -73,7 +73,7 @@ class Cluster:
     """Two nodes with four GPUs each, and the partitions cpu, gpu and short (two minutes). Use it as a context."""
 
     folder: Path = field(default_factory=lambda: Path(tempfile.mkdtemp(prefix="consistency-slurm-", dir="/tmp")))
-    processes: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
+    processes: dict[str, subprocess.Popen[str]] = field(default_factory=dict)
     guard: subprocess.Popen[bytes] | None = None
 
     def __enter__(self) -> "Cluster":
@@ -189,16 +189,10 @@ class Cluster:
         return ["munged", "--foreground", "--force", f"--key-file={key}", *options]
 
     def _start(self, name: str, program: str, *words: str) -> None:
-        package = {daemon: package for package, daemon in DAEMONS.items()}[program]
-        self.processes[name] = subprocess.Popen(
-            [needs_debian(package, program), *words],
-            cwd=self.folder,
-            env=environment(SLURM_CONF=str(self.folder / "slurm.conf")),
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            start_new_session=True,  # a Ctrl-C at the tests is not meant for it: it is needed to end the jobs
-        )
+        # In a group of its own: a Ctrl-C at the tests is not meant for it, which is needed to end the jobs.
+        command = [needs_debian(DAEMONS[program], program), *words]
+        variables = environment(SLURM_CONF=str(self.folder / "slurm.conf"))
+        self.processes[name] = start_in(self.folder, command, variables, Path(os.devnull))
 
 
 def guard(folder: Path) -> None:

@@ -12,8 +12,8 @@ from typing import Any, Self
 
 import torch
 import yaml
-from tests.tracking.servers import wait_until
-from tests.workflow.checkout import Checkout, start_in
+from tests.tracking.servers import start_in, wait_until
+from tests.workflow.checkout import Checkout
 from tests.workflow.slurm.cluster import Cluster
 
 from consistency.layout import Layout
@@ -28,7 +28,6 @@ SITE: dict[str, Any] = {
     "slurm-init-seconds-before-status-checks": 3,
     "latency-wait": 20,
 }
-ONE_GPU = "gpu:1"
 
 
 @dataclass(frozen=True)
@@ -63,7 +62,7 @@ class LoginNode(Checkout):
         content = yaml.safe_load(file.read_text()) | (settings or {})
         for resources in content["set-resources"].values():
             if "gres" in resources:
-                resources["gres"] = ONE_GPU
+                resources["gres"] = "gpu:1"
         for rule, resources in rules.items():
             content["set-resources"].setdefault(rule, {}).update(resources)
         file.write_text(yaml.safe_dump(content, sort_keys=False))
