@@ -110,10 +110,9 @@ def test_where_slurm_does_not_start_it_again_snakemake_submits_it_again(disturbe
     assert any("student refused seed 0: continues from step" in log for log in logs[1:])
 
 
-def test_jobs_leave_a_database_on_a_shared_disk_alone(disturbed: LoginNode, finished: Checkout) -> None:
+def test_jobs_leave_a_database_on_a_shared_disk_alone_and_nothing_behind(
+    disturbed: LoginNode, finished: Checkout
+) -> None:
     assert (disturbed.path / "mlflow.db").read_bytes() == (finished.path / "mlflow.db").read_bytes()
-
-
-def test_they_leave_nothing_behind(disturbed: LoginNode) -> None:
     assert disturbed.litter() == []
     assert [file for file in (disturbed.path / "state").rglob("*") if file.is_file()] == []
