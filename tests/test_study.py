@@ -263,10 +263,7 @@ def test_a_frozen_predictor_is_a_student_that_can_come_first(
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        (
-            {"preconditioning": "cm", "fit": "data"},
-            "fit data: cm has no l_t and s_t; use analytic or remove it",
-        ),
+        ({"preconditioning": "cm", "fit": "data"}, "fit data: cm has no l_t and s_t; use analytic or remove it"),
         ({"fit": "average"}, "fit average is of D(x, t, t), which only a DSM term trains: set dsm_weight"),
         ({"fit": "avrage"}, "key 'students.own.fit': input should be 'teacher', 'data' or 'average', got 'avrage'"),
         ({"fit": "teacher"}, "students.own needs a teacher, and teacher.kind is none"),

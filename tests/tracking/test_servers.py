@@ -67,9 +67,7 @@ def train_in(folder: Path, study: Study, results: Layout) -> Layout:
 @pytest.fixture(scope="module")
 def undisturbed(tiny: Callable[..., Study], first_results: Layout, tmp_path_factory: pytest.TempPathFactory) -> Layout:
     """The student of a training that nobody follows."""
-    with pytest.MonkeyPatch.context() as off:
-        off.setenv(LIVE, "0")
-        return train_in(tmp_path_factory.mktemp("undisturbed"), tiny(), first_results)
+    return train_in(tmp_path_factory.mktemp("undisturbed"), tiny(), first_results)
 
 
 @pytest.mark.parametrize("server", [None, dead_server, silent_server, full_server])

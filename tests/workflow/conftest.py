@@ -1,6 +1,5 @@
 """One finished run of the tiny study is shared; tests copy it to change it."""
 
-import fcntl
 import os
 import shutil
 from collections.abc import Iterator
@@ -9,6 +8,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from filelock import FileLock
 from tests.workflow.checkout import Checkout, fresh, processes_in
 from tests.workflow.miniatures import Site, serving
 
@@ -47,8 +47,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Checkout:
     base = tmp_path_factory.getbasetemp()
     base = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
     home, marker = base / "finished", base / "finished.done"
-    with (base / "finished.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with FileLock(base / "finished.lock"):
         if not marker.exists():
             shutil.rmtree(home, ignore_errors=True)
             fresh(home).done()

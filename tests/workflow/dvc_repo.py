@@ -4,7 +4,6 @@ import hashlib
 import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
 from dataclasses import dataclass, field, replace
@@ -35,7 +34,6 @@ JOBS = {f"{stage}@tiny" for stage in ONCE} | {
 }
 #: those that do not, by what their names begin with
 BESIDE = ("plan@", "inputs@", "predictor@", "flow-inputs@")
-PATIENCE = 900  # seconds for any one command
 
 
 @dataclass(frozen=True)
@@ -74,12 +72,7 @@ class Repo:
 
     def run(self, *words: str, code: int = 0) -> str:
         """Run a command to its end, which must have that exit code. Returns its output."""
-        process = self.start(*words)
-        try:
-            assert process.wait(timeout=PATIENCE) == code, self.output
-        finally:
-            if process.poll() is None:
-                os.killpg(process.pid, signal.SIGKILL)
+        assert self.start(*words).wait(timeout=900) == code, self.output
         return self.output
 
     def dvc(self, *words: str, code: int = 0) -> str:
