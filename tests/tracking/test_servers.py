@@ -1,6 +1,5 @@
 """A tracking server that is down, silent or restarted: a training does not notice, and nothing is lost."""
 
-import json
 import random
 import shutil
 import subprocess
@@ -14,7 +13,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from safetensors.numpy import load_file
 from tests.tracking.comparison import assert_complete, expected_points, ids, points_of, runs_of
 from tests.tracking.servers import (
     PASSWORD,
@@ -27,7 +25,7 @@ from tests.tracking.servers import (
     wait_until,
 )
 from tests.tracking.trainings import FOUR, finished_study, replayed
-from tests.workflow.checkout import UNREPEATABLE
+from tests.workflow.checkout import said
 
 from consistency.layout import Layout
 from consistency.stages.student import make_student
@@ -48,12 +46,9 @@ def quick(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(EVERY, "0.2")
 
 
-def result(layout: Layout) -> tuple[dict[str, bytes], list[dict[str, Any]]]:
-    """The student's weights and history, bit for bit, without what no run can repeat."""
-    folder = layout.student("analytic", 0)
-    weights = {name: value.tobytes() for name, value in load_file(folder / "student.safetensors").items()}
-    lines = [json.loads(line) for line in (folder / "history.jsonl").read_text().splitlines()]
-    return weights, [{k: v for k, v in line.items() if not k.startswith(UNREPEATABLE)} for line in lines]
+def result(layout: Layout) -> list[Any]:
+    """The student's weights and history, without what no run can repeat."""
+    return [said(layout.student("analytic", 0) / name) for name in ("student.safetensors", "history.jsonl")]
 
 
 def train_in(folder: Path, study: Study, results: Layout) -> Layout:
@@ -106,12 +101,12 @@ def test_a_training_does_not_notice_its_server(
     assert result(disturbed) == result(undisturbed)
     assert not disturbed.training_state("analytic", 0).exists()
     assert waited[0] < GRACE + 1
-    said = [line for line in capfd.readouterr().err.splitlines() if "live tracking" in line]
+    lines = [line for line in capfd.readouterr().err.splitlines() if "live tracking" in line]
     if server:
-        (line,) = said
+        (line,) = lines
         assert address in line and "`track` sends what is missing" in line and PASSWORD not in line
     else:
-        assert said == []
+        assert lines == []
         client = connect(f"sqlite:///{tmp_path}/mlflow.db")
         (run,) = runs_of(client, "tiny", role="seed")
         assert run.info.status == "FINISHED"

@@ -1,7 +1,6 @@
 """A checkout on the login node of a cluster: what its Snakemake submits, and what becomes of it there."""
 
 import os
-import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -10,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Self
 
+import psutil
 import torch
 import yaml
 from tests.tracking.servers import start_in, wait_until
@@ -89,24 +89,22 @@ class LoginNode(Checkout):
         """What the last job of a student has said."""
         return (self.path / f"logs/{self.study}/student/{run}-seed0.log").read_text()
 
-    def trainers(self, run: str) -> list[int]:
+    def trainers(self, run: str) -> list[psutil.Process]:
         """The processes that train a student."""
-        words = {process.pid: process.info["cmdline"] or [] for process in self.processes()}
-        return [
-            pid for pid in words if words[pid][1:2] != ["-c"] and {"consistency", "student", run} <= set(words[pid])
-        ]
+        found = ((process, process.info["cmdline"] or []) for process in self.processes())
+        return [each for each, words in found if words[1:2] != ["-c"] and {"consistency", "student", run} <= set(words)]
 
-    def freeze(self, *runs: str, step: int = 100) -> dict[str, list[int]]:
+    def freeze(self, *runs: str, step: int = 100) -> dict[str, list[psutil.Process]]:
         """Stop the clock of each training once it has passed a step: it stands as before a slow disk, and what takes
         time can be waited for without training on. Returns their processes; thaw them."""
-        frozen: dict[str, list[int]] = {}
+        frozen: dict[str, list[psutil.Process]] = {}
 
         def freeze_next() -> bool:
             for run in set(runs) - set(frozen):
                 if self.step(run) >= step and (trainers := self.trainers(run)):
                     frozen[run] = trainers
                     for process in trainers:
-                        os.kill(process, signal.SIGSTOP)
+                        process.suspend()
             return len(frozen) == len(runs)
 
         wait_until(freeze_next, f"step {step} of {', '.join(runs)}", 300)
@@ -120,23 +118,23 @@ def login(checkout: Checkout, cluster: Cluster) -> LoginNode:
     return node.site(SITE)
 
 
-def thaw(trainers: list[int]) -> None:
+def thaw(trainers: list[psutil.Process]) -> None:
     for trainer in trainers:
         # Slurm may have killed it meanwhile.
-        with suppress(ProcessLookupError):
-            os.kill(trainer, signal.SIGCONT)
+        with suppress(psutil.NoSuchProcess):
+            trainer.resume()
 
 
-def thaw_when_called(trainers: list[int], signum: int) -> None:
+def thaw_when_called(trainers: list[psutil.Process], signum: int) -> None:
     """Wait until a signal waits for one of the frozen processes, and let them go on."""
     wait_until(lambda: any(_called(trainer, signum) for trainer in trainers), f"signal {signum}", 150)
     thaw(trainers)
 
 
-def _called(process: int, signum: int) -> bool:
+def _called(process: psutil.Process, signum: int) -> bool:
     """Whether a signal waits for a process, or the process is gone."""
     try:
-        status = Path(f"/proc/{process}/status").read_text()
+        status = Path(f"/proc/{process.pid}/status").read_text()
     except FileNotFoundError:
         return True
     pending = next(line for line in status.splitlines() if line.startswith("ShdPnd:"))

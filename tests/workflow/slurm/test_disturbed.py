@@ -1,6 +1,5 @@
 """Trainings on a cluster that are disturbed in every way end with the same bits as one that is not."""
 
-import os
 import signal
 import time
 from collections.abc import Iterator
@@ -47,7 +46,7 @@ def disturbed(cluster: Cluster, finished: Checkout, tmp_path_factory: pytest.Tem
             cluster.start(name)
         wait_until(cluster.answers, "an answer of the controller", 60)
         for trainer in trainers["killed"]:
-            os.kill(trainer, signal.SIGKILL)
+            trainer.kill()
         thaw(trainers["ctm"] + trainers["cancelled"])
         cluster.ask("scancel", node.jobs("_cancelled_")[0]["JobId"])
         assert run.wait(600) == 0, node.output
