@@ -14,8 +14,10 @@ import torch
 import yaml
 from tests.draws import SEED, seeded
 
+from consistency.files import sha256
 from consistency.layout import Layout
 from consistency.nets.denoiser import Denoiser, init_denoiser
+from consistency.resources import REGISTRY
 from consistency.study import Study
 
 # The number of threads decides the last bits of a sum, and tests compare them; what they start inherits it.
@@ -75,6 +77,13 @@ def put(content: dict[str, Any], changes: Changes) -> dict[str, Any]:
         if value is ABSENT:
             del section[last]
     return content
+
+
+def vouch_for(path: Path) -> None:
+    """Give the working directory a registry of nothing but that file, with its digest."""
+    entry = {"url": "http://127.0.0.1:9/x", "about": "a miniature", "licence": "none", "digest_source": "the test"}
+    REGISTRY.parent.mkdir()
+    REGISTRY.write_text(yaml.safe_dump({path.name: entry | {"sha256": sha256(path)}}))
 
 
 @pytest.fixture(scope="session")
@@ -171,7 +180,7 @@ def small_project(finished_small: Path, empty_database: Path, tmp_path: Path, mo
 
 @pytest.fixture
 def client(small_project: Study) -> Any:
-    """MLflow's client of that project's database."""
+    """MLflow's client of the database in that project."""
     from consistency.tracking.server import connect, tracking_uri
 
     return connect(tracking_uri())

@@ -8,6 +8,7 @@ import json
 import math
 import time
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +21,10 @@ from consistency.files import atomic, sha256, write_bytes, write_json
 from consistency.layout import Layout, snapshot_name
 from consistency.provenance import write_card
 from consistency.stages.flows import FILES
-from consistency.stages.inputs import write_array, write_arrays
+from consistency.stages.inputs import write_array, write_arrays, write_table
 from consistency.stages.samples import student_samplers
 from consistency.stages.scores import CALIBRATION_COLUMNS, COLUMNS
-from consistency.study import OfficialTeacher, Study, Teacher, load_study
+from consistency.study import OfficialTeacher, Student, Study, Teacher, load_study
 from consistency.theory.noise import log_grid
 from consistency.theory.oracles import GaussianTeacher
 
@@ -79,6 +80,15 @@ def make_study(folder: Path, name: str = "small", text: str = SMALL) -> Study:
     return load_study(path)
 
 
+def make_finished(folder: Path, text: str = SMALL, name: str = "small") -> tuple[Study, Layout]:
+    """A study's file in a folder, and beside it everything that its stages leave."""
+    study = make_study(folder, name, text)
+    layout = Layout(study.name, folder / "results", folder / "state")
+    make_results(study, layout)
+    make_report(study, layout)
+    return study, layout
+
+
 def make_results(study: Study, layout: Layout) -> None:
     """Write everything that the stages dataset to scores leave for report and track."""
     _dataset(study, layout)
@@ -100,10 +110,8 @@ def make_results(study: Study, layout: Layout) -> None:
 def make_student(study: Study, layout: Layout, run: str, seed: int, level: float = 1.0) -> None:
     """One student's training, samples and scores. level: a factor of all its losses and scores."""
     folder, settings = layout.student(run, seed), study.students[run]
-    steps = range(settings.log_every, settings.steps + 1, settings.log_every)
     level *= _level(study, run, seed)
-    lines = [_history_line(step, settings.batch, level, settings.objective) for step in steps]
-    _write_lines(folder / "history.jsonl", lines)
+    measured = _history(folder, settings, level, settings.objective)
     for rate in (None, *settings.evaluation_ema):
         for step in range(0, settings.steps + 1, settings.snapshot_every):
             _weights(folder / "snapshots" / snapshot_name(step, rate), study.key("student", run, seed), step)
@@ -112,10 +120,16 @@ def make_student(study: Study, layout: Layout, run: str, seed: int, level: float
     inputs += [layout.coefficients / "coefficients.npz"] if settings.needs_coefficients else []
     if frozen := settings.frozen:
         inputs.append(layout.student_file(frozen.run, seed, step=frozen.step))
-    images, seconds = settings.steps * settings.batch, lines[-1]["seconds"]
-    _card(study, layout, "student", inputs, run, seed, images=images, seconds=seconds)
+    _card(study, layout, "student", inputs, run, seed, **measured)
     _samples(study, layout, run, seed)
     _scores(study, layout, run, seed, level)
+
+
+def edit_card(path: Path, change: Callable[[dict[str, Any]], Any]) -> None:
+    """Change what a card says."""
+    card = json.loads(path.read_text())
+    change(card)
+    write_json(path, card)
 
 
 def make_report(study: Study, layout: Layout) -> None:
@@ -126,15 +140,6 @@ def make_report(study: Study, layout: Layout) -> None:
     write_json(layout.report / "summary.json", {"study": study.name})
     scores = [layout.scores(None, None), *(layout.scores(run, seed) for run in study.students for seed in study.seeds)]
     _card(study, layout, "report", scores)
-
-
-def make_finished(folder: Path, text: str = SMALL, name: str = "small") -> tuple[Study, Layout]:
-    """A finished study of that text: its file, results/ and state/ in a folder."""
-    study = make_study(folder, name, text)
-    layout = Layout(study.name, folder / "results", folder / "state")
-    make_results(study, layout)
-    make_report(study, layout)
-    return study, layout
 
 
 def _dataset(study: Study, layout: Layout) -> None:
@@ -156,52 +161,37 @@ def _dataset(study: Study, layout: Layout) -> None:
 
 def _teacher(study: Study, layout: Layout) -> None:
     settings = study.teacher
-    if not isinstance(settings, Teacher):
-        official = isinstance(settings, OfficialTeacher)
-        _write_lines(layout.teacher / "history.jsonl", [])
-        _weights(layout.teacher / "teacher.safetensors", study.key("teacher"), 0)
-        inputs = [] if official else [layout.dataset / "images.npy"]
-        _card(study, layout, "teacher", inputs, parameters=55_733_891 if official else 10_192)
-        return
-    steps = range(settings.log_every, settings.steps + 1, settings.log_every)
-    lines = [_history_line(step, settings.batch, 1.0, None) for step in steps]
-    _write_lines(layout.teacher / "history.jsonl", lines)
-    _weights(layout.teacher / "teacher.safetensors", study.key("teacher"), settings.steps)
-    images, seconds = settings.steps * settings.batch, lines[-1]["seconds"] if lines else 1.0
-    inputs = [layout.dataset / "images.npy", layout.dataset / "labels.npy"]
-    _card(study, layout, "teacher", inputs, images=images, seconds=seconds, parameters=123_456)
+    steps, inputs = 0, [layout.dataset / "images.npy", layout.dataset / "labels.npy"]
+    measured = {"parameters": 123_456.0}
+    if isinstance(settings, Teacher):
+        steps = settings.steps
+        measured |= _history(layout.teacher, settings, 1.0, None)
+    else:
+        write_bytes(layout.teacher / "history.jsonl", b"")
+    if isinstance(settings, OfficialTeacher):
+        inputs, measured = [], {"parameters": 55_733_891}
+    _weights(layout.teacher / "teacher.safetensors", study.key("teacher"), steps)
+    _card(study, layout, "teacher", inputs, **measured)
 
 
 def _coefficients(study: Study, layout: Layout) -> None:
     """l_t and s_t of a Gaussian teacher, with error bars that grow where the signal is small."""
-    times = log_grid(study.coefficients.times, study.noise.sigma_min, study.noise.sigma_max)
+    times = log_grid(study.coefficients.times, study.noise.sigma_min, study.noise.sigma_max).flip(0)
     l, s = GaussianTeacher(torch.tensor([0.05, 0.25, 1.0], dtype=torch.float64)).coefficients(times)
-    order = torch.argsort(times, descending=True)
-    error = (0.02 / (1 + times[order])).numpy()
-    arrays = {
-        "times": times[order].numpy(),
-        "l": l[order].numpy(),
-        "l_se": error / 4,
-        "s": s[order].numpy(),
-        "s_se": error,
-        "determined": np.ones(len(times), dtype=bool),
-    }
-    write_arrays(layout.coefficients / "coefficients.npz", arrays)
+    error = 0.02 / (1 + times)
+    arrays = {"times": times, "l": l, "l_se": error / 4, "s": s, "s_se": error, "determined": times > 0}
+    write_arrays(layout.coefficients / "coefficients.npz", {name: array.numpy() for name, array in arrays.items()})
     inputs = [layout.teacher / "teacher.safetensors", layout.dataset / "images.npy"]
     _card(study, layout, "coefficients", inputs, seconds=3.5)
 
 
 def _samples(study: Study, layout: Layout, run: str | None, seed: int | None) -> None:
-    folder, sampling = layout.samples(run, seed), study.sampling
-    names = ["heun"]
-    if run is not None:
-        names = [sampler.name for sampler in student_samplers(study, run)]
-    count = sampling.count if run is not None or study.taught else 0
-    for name in names:
-        write_array(folder / f"{name}.npy", _images(study, count, f"{run} {seed} {name}"))
-    made_from = layout.teacher / "teacher.safetensors"
+    names, made_from = ["heun"], layout.teacher / "teacher.safetensors"
     if run is not None and seed is not None:
-        made_from = layout.student_file(run, seed)
+        names, made_from = [sampler.name for sampler in student_samplers(study, run)], layout.student_file(run, seed)
+    count = study.sampling.count if run is not None or study.taught else 0
+    for name in names:
+        write_array(layout.samples(run, seed) / f"{name}.npy", _images(study, count, f"{run} {seed} {name}"))
     _card(study, layout, "samples", [made_from], run, seed)
 
 
@@ -210,7 +200,7 @@ def _scores(study: Study, layout: Layout, run: str, seed: int, level: float) -> 
     settings, rows = study.students[run], []
     for k, rate in enumerate((settings.ema_rate, *settings.evaluation_ema)):
         rows += _rate_rows(study, run, seed, rate, level * 0.9**k, main=k == 0)
-    write_scores(layout.scores(run, seed), rows)
+    write_table(layout.scores(run, seed), rows, COLUMNS)
     inputs = [layout.student_file(run, seed), *sorted(layout.samples(run, seed).glob("*.npy"))]
     _card(study, layout, "scores", inputs, run, seed)
 
@@ -243,25 +233,16 @@ def _flows(study: Study, layout: Layout) -> None:
 
 
 def _calibration(study: Study, layout: Layout) -> None:
-    common = {
-        "study": study.name,
-        "kind": "calibration",
-        "images": study.sampling.count,
-        "extractor": _extractor(study),
-    }
-    heun = 2 * study.calibration.steps - 1
-    teacher = {"run": "teacher", "sampler": "heun", "nfe": heun, "fd": 1.1, "kid": 0.0008}
-    if study.calibration.published_fid is not None:
-        teacher |= {"published": study.calibration.published_fid, "tolerance": study.calibration.tolerance}
+    held = study.calibration
+    common = {"study": study.name, "kind": "calibration", "images": study.sampling.count}
+    common["extractor"] = _extractor(study)
     rows = [common | {"run": "data", "sampler": "halves", "nfe": 0, "fd": 0.4, "kid": 0.0001}]
-    rows += [common | teacher] if study.taught else []
-    write_scores(layout.scores(None, None), rows, CALIBRATION_COLUMNS)
+    if study.taught:
+        teacher = {"run": "teacher", "sampler": "heun", "nfe": 2 * held.steps - 1, "fd": 1.1, "kid": 0.0008}
+        against = {"published": held.published_fid, "tolerance": held.tolerance} if held.published_fid else {}
+        rows.append(common | teacher | against)
+    write_table(layout.scores(None, None), rows, CALIBRATION_COLUMNS)
     _card(study, layout, "scores", [layout.samples(None, None) / "heun.npy"])
-
-
-def write_scores(path: Path, rows: list[dict[str, Any]], columns: list[str] = COLUMNS) -> None:
-    """A score table; a missing value is an empty cell."""
-    write_bytes(path, pd.DataFrame(rows, columns=columns).to_csv(index=False).encode())
 
 
 def read_scores(path: Path) -> list[dict[str, Any]]:
@@ -283,19 +264,24 @@ def _extractor(study: Study) -> str:
     return "classifier" if study.scores.extractor == "classifier" else f"inception-{study.scores.mode}"
 
 
-def _history_line(step: int, batch: int, level: float, objective: str | None) -> dict[str, float]:
-    """A line of history.jsonl; objective None is the teacher's."""
-    fall = level / (1 + step / 10) ** 0.5
-    terms = {"loss": 0.8 * fall}
-    if objective is not None:
-        terms["consistency" if objective == "consistency" else "distillation"] = 0.6 * fall
-    if objective == "trajectory":
-        terms["dsm"] = 0.2 * fall
-    speed = {"images_per_second": 10.0 * batch, "seconds": round(step / 10, 3), "peak_memory_mib": 700.0 + step}
+def _history(folder: Path, settings: Teacher | Student, level: float, objective: str | None) -> dict[str, float]:
+    """Write history.jsonl; objective None is the teacher's. Returns what the training measured."""
+    lines = []
     parts = {"time_data": 0.001, "time_forward": 0.02, "time_backward": 0.03, "time_optimizer": 0.005}
     if objective in ("trajectory", "endpoint"):
         parts["time_teacher"] = 0.2
-    return {"step": step, **terms, "grad_norm": 2 * fall, **speed, **parts}
+    for step in range(settings.log_every, settings.steps + 1, settings.log_every):
+        fall = level / (1 + step / 10) ** 0.5
+        terms = {"loss": 0.8 * fall}
+        if objective is not None:
+            terms["consistency" if objective == "consistency" else "distillation"] = 0.6 * fall
+        if objective == "trajectory":
+            terms["dsm"] = 0.2 * fall
+        speed = {"images_per_second": 10.0 * settings.batch, "seconds": round(step / 10, 3)}
+        memory = {"peak_memory_mib": 700.0 + step}
+        lines.append({"step": step, **terms, "grad_norm": 2 * fall, **speed, **memory, **parts})
+    write_bytes(folder / "history.jsonl", "".join(json.dumps(line) + "\n" for line in lines).encode())
+    return {"images": settings.steps * settings.batch, "seconds": lines[-1]["seconds"]}
 
 
 def _images(study: Study, count: int, name: str) -> np.ndarray[Any, np.dtype[np.uint8]]:
@@ -307,10 +293,6 @@ def _images(study: Study, count: int, name: str) -> np.ndarray[Any, np.dtype[np.
 def _weights(path: Path, key: str, step: int) -> None:
     with atomic(path) as temporary:
         save_file({"weight": torch.full((2,), float(step))}, temporary, {"key": key, "step": str(step)})
-
-
-def _write_lines(path: Path, lines: list[dict[str, float]]) -> None:
-    write_bytes(path, "".join(json.dumps(line) + "\n" for line in lines).encode())
 
 
 def _card(

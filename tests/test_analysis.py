@@ -31,14 +31,11 @@ def falling(pace: float, seeds: int = 3, noise: float = 0.0) -> Curves:
     return Curves(STEPS, np.exp(-pace * STEPS / 500) + draws, list(range(seeds)))
 
 
-def table(curves: dict[str, Curves], measure: str = "fd") -> pd.DataFrame:
-    rows = [
-        {"kind": "curve", "run": run, "seed": seed, "step": step, "nfe": 2, "sampler": "jumps", measure: value}
-        for run, curve in curves.items()
-        for seed, line in zip(curve.seeds, curve.values, strict=True)
-        for step, value in zip(curve.steps, line, strict=True)
-    ]
-    return pd.DataFrame(rows).reindex(columns=["kind", "run", "seed", "step", "nfe", "sampler", "fd", "alignment"])
+def table(curves: dict[str, Curves]) -> pd.DataFrame:
+    """Scores of FD, a row a student, seed and step."""
+    wide = {run: pd.DataFrame(curve.values, curve.seeds, curve.steps) for run, curve in curves.items()}
+    rows = pd.concat(wide, names=["run", "seed"]).rename_axis(columns="step").stack().rename("fd").reset_index()
+    return rows.assign(kind="curve", nfe=2, sampler="jumps", alignment=np.nan)
 
 
 @pytest.mark.parametrize("noise", [0.0, 0.2])
@@ -142,21 +139,6 @@ def test_a_measure_that_was_not_taken_gives_no_row() -> None:
     assert [(item.run, item.measure, item.nfe) for item in found] == [("other", "fd", 2)]
 
 
-def test_the_final_table_has_a_row_a_student_and_sampler() -> None:
-    rows = [
-        {"kind": "final", "run": run, "seed": seed, "step": 9, "sampler": sampler, "nfe": 2, "fd": seed, "images": 7}
-        for run in ("a", "b")
-        for sampler in ("jumps", "gamma=1.0")
-        for seed in (0, 1, 2)
-    ]
-    scores = pd.DataFrame(rows).assign(kid=0.5, alignment=np.nan)
-    found = final_table(scores)
-    assert len(found) == 4
-    assert found.fd.tolist() == [1.0] * 4
-    assert found.fd_half_width.to_numpy() == pytest.approx(mean_interval(np.array([0, 1, 2]))[1])
-    assert found.alignment.isna().all()
-
-
 def test_the_paired_ratio_is_free_of_the_noise_both_share() -> None:
     """Two arms 3 % apart under noise of 30 % that a seed has in both: the interval is exact."""
     noise = np.exp(numpy_draws().normal(0, 0.3, (4, len(STEPS))))
@@ -201,7 +183,12 @@ def test_the_main_rate_is_each_students_own_and_the_calibration_has_none() -> No
     main = of_main_rate(several_rates(), {"a": 0.9, "b": 0.99})
     assert set(zip(main.run, main.ema.fillna(0), strict=True)) == {("a", 0.9), ("b", 0.99), ("teacher", 0)}
     assert len(main) == 2 * 2 * 3 + 1
-    assert final_table(main).set_index(["run", "sampler", "nfe"]).fd["b", "jumps", 2] == 2.5
+    final = final_table(main)
+    rows = [(run, *sampler) for run in ("b", "a") for sampler in (("jumps", 2), ("jumps", 10), ("gamma=1.0", 2))]
+    assert list(zip(final.run, final.sampler, final.nfe, strict=True)) == rows
+    assert final.fd.tolist() == [2.5] * 3 + [1.5] * 3
+    assert final.fd_half_width.to_numpy() == pytest.approx(mean_interval(np.array([0, 1]))[1])
+    assert final.alignment.isna().all()
 
 
 def test_the_ema_table_has_a_row_a_student_jumps_and_rate() -> None:

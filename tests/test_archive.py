@@ -59,9 +59,11 @@ def test_it_holds_everything_but_arrays_and_snapshots(unzipped: Path, home: Path
     assert (unzipped / "config/studies/small.yaml").read_bytes() == (home / "small.yaml").read_bytes()
 
 
-def test_snapshots_come_if_wanted(home: Path) -> None:
-    with zipfile.ZipFile(pack(home, snapshots=True)) as archive:
+def test_snapshots_come_if_wanted(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = pack(home, snapshots=True)
+    with zipfile.ZipFile(path) as archive:
         assert "results/small/students/ctm/seed0/snapshots/step-000020.safetensors" in archive.namelist()
+    assert f"MiB, sha256 {sha256(path)}" in capsys.readouterr().out
 
 
 def test_sha256sum_checks_every_file(unzipped: Path) -> None:
@@ -120,10 +122,3 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(home: Path, monkeypatch: pyt
     with pytest.raises(UserError, match="No space left on device"):
         pack(home)
     assert list((home / "archives").iterdir()) == []
-
-
-def test_the_verb_packs_and_tells_the_digest(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    words = ["--study", str(home / "small.yaml"), "--results", str(home / "results")]
-    assert main(["archive", *words, "--archives", str(home / "archives")]) == 0
-    (path,) = (home / "archives").iterdir()
-    assert f"MiB, sha256 {sha256(path)}" in capsys.readouterr().out

@@ -99,9 +99,14 @@ def project(whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
         ("samples/teacher", ("calibration",), "samples"),
         ("samples/ctm/seed0", ("scores", *STUDENT), "samples --run ctm --seed 0"),
         ("scores/extractor", ("calibration",), "extractor"),
+        ("students/ctm/seed0/snapshots/step-000003.safetensors", ("scores", *STUDENT), "student --run ctm --seed 0"),
         ("scores/endpoints.npy", ("scores", *STUDENT), "calibration"),
         ("scores/calibration.csv", ("report",), "calibration"),
         ("scores/analytic/seed0.csv", ("report",), "scores --run analytic --seed 0"),
+        ("students/analytic/seed0/card.json", ("report",), "student --run analytic --seed 0"),
+        ("coefficients/coefficients.npz", ("report",), "coefficients"),
+        ("samples/ctm/seed0/nfe2.npy", ("report",), "samples --run ctm --seed 0"),
+        ("samples/teacher/heun.npy", ("report",), "samples"),
     ],
 )
 def test_a_missing_file_names_the_verb_that_makes_it(

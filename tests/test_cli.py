@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from consistency import __main__ as cli
+from consistency import __version__
 from consistency.errors import UserError
 from consistency.layout import Layout
 from consistency.study import Study
@@ -20,7 +21,6 @@ pytestmark = pytest.mark.usefixtures("handlers")
 
 ROOT = Path(__file__).parents[1]
 TINY = str(ROOT / "config/studies/tiny.yaml")
-COEFFICIENTS = ["coefficients", "--study", TINY]
 SAMPLES = ["samples", "--study", TINY, "--device", "cpu"]
 
 
@@ -45,12 +45,15 @@ def test_help_waits_for_no_heavy_import() -> None:
     assert set(cli.VERBS) <= set(done.stdout.split())
 
 
-@pytest.mark.parametrize("verb", cli.VERBS)
-def test_every_verb_has_help(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [(["--version"], __version__), *(([name, "--help"], verb.help) for name, verb in cli.VERBS.items())],
+)
+def test_every_verb_has_help(words: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as end:
-        cli.main([verb, "--help"])
+        cli.main(words)
     assert end.value.code == 0
-    assert cli.VERBS[verb].help in " ".join(capsys.readouterr().out.split())
+    assert said in " ".join(capsys.readouterr().out.split())
 
 
 @pytest.mark.parametrize("verb", cli.VERBS.values())
@@ -63,19 +66,10 @@ def test_every_verb_has_what_its_function_asks_for(verb: cli.Verb) -> None:
     assert set(inspect.signature(function).parameters) <= given
 
 
-@pytest.mark.parametrize(
-    "words",
-    [
-        [],
-        ["datset"],
-        ["dataset"],
-        ["student", "--study", TINY],
-        ["student", "--study", TINY, "--run", "ctm", "--seed", "x"],
-    ],
-)
-def test_wrong_words_are_2_and_a_usage(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("words", ["", "datset", "dataset", "student --study x", "samples --study x --seed x"])
+def test_wrong_words_are_2_and_a_usage(words: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as end:
-        cli.main(words)
+        cli.main(words.split())
     assert end.value.code == 2
     assert "usage: consistency" in capsys.readouterr().err
 
@@ -84,12 +78,15 @@ def test_wrong_words_are_2_and_a_usage(words: list[str], capsys: pytest.CaptureF
     ("words", "message"),
     [
         (["check", "--study", "nowhere.yaml"], "error: no study file nowhere.yaml"),
-        ([*COEFFICIENTS, "--device", "tpu7"], "error: --device tpu7 cannot be used here"),
-        ([*COEFFICIENTS, "--threads", "0"], "error: --threads must be positive, got 0"),
+        (["coefficients", "--study", TINY, "--device", "tpu7"], "error: --device tpu7 cannot be used here"),
         ([*SAMPLES, "--run", "ctm"], "error: --run and --seed go together: give both for a student"),
         ([*SAMPLES, "--seed", "0"], "error: --run and --seed go together: give both for a student"),
+        (["coefficients", "--study", TINY, "--threads", "0"], "error: --threads must be positive, got 0\n"),
         ([*SAMPLES, "--nodes", "2"], "error: --nodes 2 needs a Slurm job of 2 nodes\n"),
-        ([*SAMPLES, "--nodes", "2", "--processes", "3"], "error: --processes 3 cannot be shared evenly by --nodes 2\n"),
+        (
+            [*SAMPLES, "--nodes", "2", "--processes", "3"],
+            "error: --processes 3 cannot be shared evenly by --nodes 2\n",
+        ),
         ([*SAMPLES, "--nodes", "0"], "error: --nodes must be positive, got 0\n"),
         ([*SAMPLES, "--job-minutes", "-1"], "error: --job-minutes must be positive, got -1\n"),
     ],

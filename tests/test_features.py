@@ -1,6 +1,5 @@
 """Distances between feature sets against closed forms, and the extractors they are measured with."""
 
-import hashlib
 import shutil
 import tracemalloc
 from collections.abc import Callable
@@ -9,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import yaml
+from tests.conftest import vouch_for
 from tests.draws import numpy_draws
 from torch import Tensor, nn
 
@@ -62,11 +61,7 @@ def test_frechet_distance_is_the_symmetric_formula(seed: int) -> None:
     back = frechet_distance(gaussian(mean, b), gaussian(np.zeros(6), a))
     assert there == pytest.approx(expected, rel=1e-7)
     assert back == pytest.approx(expected, rel=1e-7)
-
-
-def test_frechet_distance_to_itself_is_0() -> None:
-    a = normal(500, 0)
-    assert frechet_distance(a, a) == pytest.approx(0, abs=1e-6)
+    assert frechet_distance(gaussian(mean, a), gaussian(mean, a)) == pytest.approx(0, abs=1e-6)
 
 
 @pytest.mark.parametrize("piece", [1, 64, 1000, 5000])
@@ -194,30 +189,24 @@ def test_the_trained_classifiers_features_have_mean_square_1(tiny: Callable[...,
     assert accuracy > 0.4  # by chance: 0.1
 
 
-def test_the_extractor_stage_is_deterministic(tiny: Callable[..., Study], first_results: Layout) -> None:
-    paths = [first_results.extractor / name for name in ("features.npy", "statistics.npz")]
-    torch.manual_seed(1)
-    make_extractor(tiny(), first_results, CPU)
-    first = [path.read_bytes() for path in paths]
-    torch.manual_seed(2)
-    make_extractor(tiny(), first_results, CPU)
-    assert [path.read_bytes() for path in paths] == first
-
-
-def test_the_extractor_stage_keeps_some_features_and_the_statistics_of_all(
+def test_the_extractor_stage_is_deterministic_and_keeps_some_features_and_the_statistics_of_all(
     tiny: Callable[..., Study], first_results: Layout, tmp_path: Path
 ) -> None:
     shutil.copytree(first_results.dataset, tmp_path / "results/tiny/dataset")
     layout = Layout("tiny", tmp_path / "results")
-    make_extractor(tiny(), layout, CPU)
-    whole = read_data_statistics(tiny(), layout)
+
+    def made(study: Study, seed: int) -> Statistics:
+        torch.manual_seed(seed)
+        make_extractor(study, layout, CPU)
+        return read_data_statistics(study, layout)
+
     some = tiny({"scores.kid_images": 50})
-    make_extractor(some, layout, CPU)
-    found = read_data_statistics(some, layout)
-    assert np.array_equal(found.mean, whole.mean)
-    assert np.array_equal(found.covariance, whole.covariance)
-    assert (len(whole.features), len(found.features)) == (200, 50)
+    whole, again, found = made(tiny(), 1), made(tiny(), 2), made(some, 3)
+    assert np.array_equal(again.features, whole.features) and len(whole.features) == 200
     assert np.array_equal(found.features, whole.features[::4])
+    for other in (again, found):
+        assert np.array_equal(other.mean, whole.mean)
+        assert np.array_equal(other.covariance, whole.covariance)
     (layout.extractor / "statistics.npz").write_bytes(b"PK")
     with pytest.raises(UserError, match=r"statistics\.npz is damaged .*: run `extractor` again"):
         read_data_statistics(some, layout)
@@ -256,6 +245,7 @@ def weights(tmp_path: Path) -> Path:
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.parametrize("mode", ["legacy_tensorflow", "clean"])
 def test_both_modes_give_2048_features_without_a_network(weights: Path, mode: str, no_network: None) -> None:
+    """Of colour images and of grey ones, which are repeated."""
     extract = inception_extractor(weights, mode, CPU)
     assert extract.name == f"inception-{mode}"
     images = np.zeros((3, 8, 8, 3), np.uint8)
@@ -266,12 +256,6 @@ def test_both_modes_give_2048_features_without_a_network(weights: Path, mode: st
     np.testing.assert_allclose(features[0, :3], [red, green, blue], atol=1e-5)
     np.testing.assert_allclose(features[1, :3], [green, red, blue], atol=1e-5)
     np.testing.assert_allclose(features[2], 0, atol=1e-5)
-
-
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
-@pytest.mark.parametrize("mode", ["legacy_tensorflow", "clean"])
-def test_grey_images_are_repeated_to_three_channels(weights: Path, mode: str) -> None:
-    extract = inception_extractor(weights, mode, CPU)
     grey = numpy_draws().integers(0, 256, (5, 8, 8, 1), dtype=np.uint8)
     assert np.array_equal(extract(grey), extract(np.repeat(grey, 3, axis=3)))
 
@@ -285,16 +269,11 @@ def test_a_study_opens_the_weights_only_after_their_digest_was_checked(
     monkeypatch: pytest.MonkeyPatch,
     no_network: None,
 ) -> None:
-    entry = {"url": "http://127.0.0.1:9/x", "about": "x", "licence": "x", "digest_source": "x"}
-    entry["sha256"] = hashlib.sha256(weights.read_bytes()).hexdigest()
     monkeypatch.chdir(tmp_path)
-    for folder in ("config", "resources"):
-        Path(folder).mkdir()
-    Path("config/resources.yaml").write_text(yaml.safe_dump({INCEPTION: entry}))
-    study, data = tiny({"scores.extractor": "inception"}), load_images(first_results.dataset)
-    with pytest.raises(UserError, match=rf"{INCEPTION} is missing: run `python -m consistency fetch {INCEPTION}`"):
-        open_extractor(study, first_results, data, CPU)
+    vouch_for(weights)
+    Path("resources").mkdir()
     staged = weights.rename(Path("resources") / INCEPTION)
+    study, data = tiny({"scores.extractor": "inception"}), load_images(first_results.dataset)
     assert open_extractor(study, first_results, data, CPU)(np.array(data.images[:2])).shape == (2, 2048)
     staged.write_bytes(b"not torchscript")
     with pytest.raises(UserError, match=r"has sha256 [0-9a-f]{64}, not "):

@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.fake_results import edit_card
 from tests.tracking.comparison import by_name, ids, planned_points, points_of, runs_of
 from tests.tracking.trainings import history_of
 
 from consistency.errors import UserError
-from consistency.files import read_json, write_json
 from consistency.layout import Layout
 from consistency.study import Study
 from consistency.tracking import live
@@ -96,11 +96,11 @@ def test_a_live_run_says_what_it_is(small_project: Study, client: Any) -> None:
 
 def test_track_completes_the_live_runs_and_makes_no_second_ones(small_project: Study, client: Any) -> None:
     for run, seed in small_project.trainings:
-        state, card = write(small_project, history_of(LAYOUT, run, seed), run, seed), LAYOUT.card("student", run, seed)
+        identity = files.read_identity(write(small_project, history_of(LAYOUT, run, seed), run, seed))
         assert not attempt(follow(small_project, run, seed), "FINISHED")
         # The training ends: its card says which it was, and its state goes.
-        write_json(card, read_json(card, "student") | {"training": files.read_identity(state)})
-        shutil.rmtree(state)
+        edit_card(LAYOUT.card("student", run, seed), lambda card, made=identity: card.update(training=made))
+        shutil.rmtree(LAYOUT.training_state(run, seed))
     before = by_name(runs_of(client))
     assert set(before) == {"ctm", "analytic", *(f"{run} seed {seed}" for run in ("ctm", "analytic") for seed in (0, 1))}
     assert before["ctm seed 0"].info.status == "FINISHED"

@@ -26,8 +26,8 @@ class Terminal(io.StringIO):
 
 def test_a_line_holds_label_count_time_left_and_note(capsys: pytest.CaptureFixture[str]) -> None:
     shown = Progress("student ctm", 4, note=lambda: "loss 0.5")
-    shown.advance()
-    shown.advance(2)
+    shown.update()
+    shown.update(2)
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 2
     assert lines[0].startswith("student ctm:  25%")
@@ -42,22 +42,22 @@ def test_a_line_holds_label_count_time_left_and_note(capsys: pytest.CaptureFixtu
 def test_lines_are_rare(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """What ends before it is complete has no line of its own: its error is the last word."""
     monkeypatch.setattr(progress, "LINE_EVERY", 3600.0)
-    Progress("interrupted", 2).advance()
+    Progress("interrupted", 2).update()
     shown = Progress("teacher", 1000)
     for _ in range(1000):
-        shown.advance()
+        shown.update()
     assert capsys.readouterr().err == ""
     shown.close()
     assert "1000/1000" in capsys.readouterr().err
 
 
 def test_a_resumed_count_starts_where_it_stopped(capsys: pytest.CaptureFixture[str]) -> None:
-    Progress("teacher", 10, initial=6).advance()
+    Progress("teacher", 10, initial=6).update()
     assert "7/10" in capsys.readouterr().err
 
 
 def test_an_unknown_total_is_no_error(capsys: pytest.CaptureFixture[str]) -> None:
-    Progress("download", 0).advance(1000)
+    Progress("download", 0).update(1000)
     assert "download" in capsys.readouterr().err
 
 
@@ -71,7 +71,7 @@ def test_a_terminal_of_ones_own_gets_a_bar(monkeypatch: pytest.MonkeyPatch) -> N
     terminal = Terminal()
     monkeypatch.setattr(sys, "stderr", terminal)
     shown = Progress("teacher", 3)
-    shown.advance(3)
+    shown.update(3)
     shown.close()
     assert "\r" in terminal.getvalue()
     assert "3/3" in terminal.getvalue()
@@ -81,7 +81,7 @@ def test_a_terminal_shared_with_other_jobs_gets_lines(monkeypatch: pytest.Monkey
     terminal = Terminal()
     monkeypatch.setattr(sys, "stderr", terminal)
     monkeypatch.setenv(SUPERVISOR, "host:1")
-    Progress("teacher", 3).advance()
+    Progress("teacher", 3).update()
     assert "\r" not in terminal.getvalue()
     assert terminal.getvalue().count("\n") == 1
 
@@ -92,7 +92,7 @@ def test_a_reader_who_is_gone_stops_nothing(monkeypatch: pytest.MonkeyPatch) -> 
     stderr = os.fdopen(write, "w", buffering=1)
     monkeypatch.setattr(sys, "stderr", stderr)
     shown = Progress("teacher", 3)
-    shown.advance()
+    shown.update()
     shown.close()
     monkeypatch.undo()
     with suppress(BrokenPipeError):

@@ -76,24 +76,6 @@ def test_a_known_digest_is_not_taken_again(write: Write, layout: Layout) -> None
     assert write(inputs=[images], known={images: "b" * 64})["inputs"] == {"dataset/images.npy": "b" * 64}
 
 
-@pytest.mark.parametrize(
-    ("stage", "run", "place"),
-    [
-        ("dataset", None, "dataset/card.json"),
-        ("extractor", None, "scores/extractor/card.json"),
-        ("student", "ctm", "students/ctm/seed1/card.json"),
-        ("samples", None, "samples/teacher/card.json"),
-        ("samples", "ctm", "samples/ctm/seed1/card.json"),
-        ("scores", None, "scores/calibration.card.json"),
-        ("scores", "ctm", "scores/ctm/seed1.card.json"),
-        ("report", None, "report/card.json"),
-    ],
-)
-def test_every_stage_has_a_place_for_its_card(layout: Layout, stage: str, run: str | None, place: str) -> None:
-    path = layout.card(stage, run, None if run is None else 1)
-    assert path.relative_to(layout.root).as_posix() == place
-
-
 def test_another_studys_card_is_refused_with_the_first_difference(
     study: Study, layout: Layout, tiny: Callable[..., Study]
 ) -> None:

@@ -1,6 +1,5 @@
 """A registered student samples what the stage samples, from the files that its model holds."""
 
-import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -10,6 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from tests.fake_results import edit_card
 
 from consistency.errors import UserError
 from consistency.layout import Layout, sampler_name
@@ -101,10 +101,8 @@ def test_a_content_has_one_version(tiny: Tiny, client: Any, layout: Layout) -> N
     shutil.copytree(layout.results, moved.results)
     assert register(client, study, moved) == first
     assert register(client, tiny({"report.bootstrap": 51}), layout) == first
-    card = layout.student("ctm", SEED) / "card.json"
-    content = json.loads(card.read_text())
-    content["outputs"]["student.safetensors"] = 64 * "0"
-    card.write_text(json.dumps(content))
+    card = layout.card("student", "ctm", SEED)
+    edit_card(card, lambda content: content["outputs"].update({"student.safetensors": 64 * "0"}))
     assert register(client, study, layout) == first | {"ctm": "models:/tiny-ctm/2"}
     version = client.get_model_version("tiny-ctm", "2")
     assert (version.tags["seed"], version.tags["sha256"]) == ("0", 64 * "0")
@@ -135,10 +133,8 @@ def test_a_missing_checkpoint_is_one_line(tiny: Tiny, client: Any, layout: Layou
 
 
 def test_another_versions_study_is_one_line(tiny: Tiny, client: Any, layout: Layout) -> None:
-    card = layout.student("analytic", SEED) / "card.json"
-    content = json.loads(card.read_text())
-    content["resolved"]["student"]["stepz"] = 1
-    card.write_text(json.dumps(content))
+    card = layout.card("student", "analytic", SEED)
+    edit_card(card, lambda content: content["resolved"]["student"].update(stepz=1))
     addresses = register(client, tiny(), layout)
     with pytest.raises(UserError, match=r"study is of another version of this project: .*stepz"):
         load(addresses["analytic"])

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.fake_results import SMALL, UNTAUGHT, make_finished, make_student, make_study, read_scores, write_scores
+from tests.fake_results import SMALL, UNTAUGHT, edit_card, make_finished, make_student, make_study, read_scores
 from tests.tracking.comparison import by_name, planned_points, points_of, runs_of
 from tests.tracking.servers import free_port
 from tests.tracking.trainings import history_of
@@ -21,6 +21,8 @@ from tests.tracking.trainings import history_of
 from consistency.errors import UserError
 from consistency.files import read_json
 from consistency.layout import Layout
+from consistency.stages.inputs import write_table
+from consistency.stages.scores import COLUMNS
 from consistency.study import Study
 from consistency.tracking import server as tracking
 from consistency.tracking.plan import Record, plan
@@ -236,9 +238,7 @@ def test_changed_results_make_new_runs_keep_the_old_and_may_come_back(small_proj
 def test_a_killed_upload_of_older_results_does_not_run_for_ever(small_project: Study, client: Any) -> None:
     with killed("log_artifact", 1):
         track(small_project)
-    path = LAYOUT.teacher / "card.json"
-    card = json.loads(path.read_text())
-    path.write_text(json.dumps(card | {"outputs": card["outputs"] | {"teacher.safetensors": "another"}}))
+    edit_card(LAYOUT.card("teacher"), lambda card: card["outputs"].update({"teacher.safetensors": "another"}))
     track(small_project)
     assert {run.info.status for run in runs_of(client)} == {"FINISHED", "KILLED"}
 
@@ -257,7 +257,7 @@ def test_values_that_are_not_finite_are_left_out(small_project: Study, client: A
     path = LAYOUT.scores("ctm", 0)
     rows: list[dict[str, Any]] = list(read_scores(path))
     rows[0]["fd"], rows[1]["kid"] = "inf", "nan"
-    write_scores(path, rows)
+    write_table(path, rows, COLUMNS)
     ids = track(small_project)["runs"]
     for name in ("ctm seed 0", "ctm"):
         assert [m.step for m in client.get_metric_history(ids[name], "fd/nfe1")] == [20, 40, 60]

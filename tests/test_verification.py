@@ -1,13 +1,10 @@
 """What verify finds in a study's folder: changed, missing and stale files, and those of another study."""
 
-import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
-from tests.fake_results import SMALL, UNTAUGHT, make_finished, make_study
+from tests.fake_results import SMALL, UNTAUGHT, edit_card, make_finished, make_study
 
 from consistency.__main__ import main
 from consistency.errors import UserError
@@ -27,12 +24,6 @@ def faults(root: Path, study: Study | None = None) -> dict[str, str]:
     """What is wrong, by artifact."""
     findings = verify(root, study or make_study(root.parents[1]))
     return {finding.artifact: "\n".join(finding.faults) for finding in findings if finding.faults}
-
-
-def edit_card(path: Path, change: Callable[[dict[str, Any]], Any]) -> None:
-    card = json.loads(path.read_text())
-    change(card)
-    write_json(path, card)
 
 
 def flip(path: Path, position: int = -1) -> None:

@@ -53,6 +53,7 @@ class Verb:
 STUDY = Option("--study", required=True, metavar="FILE", help="the study, config/studies/NAME.yaml")
 RESULTS = Option("--results", type=Path, default=Path("results"), metavar="DIR", help="default: results")
 STATE = Option("--state", type=Path, default=Path("state"), metavar="DIR", help="default: state")
+ARCHIVES = Option("--archives", type=Path, default=Path("archives"), metavar="DIR", help="default: archives")
 RUN = Option("--run", required=True, metavar="NAME", help="the student")
 SEED = Option("--seed", type=int, required=True, help="its seed")
 ANY_RUN = Option("--run", metavar="NAME", help="the student")
@@ -110,18 +111,7 @@ VERBS = {
     "archive": Verb(
         "pack a finished study into one zip with SHA256SUMS",
         "archive:make_archive",
-        (
-            *HERE,
-            Option(
-                "--archives",
-                dest="folder",
-                type=Path,
-                default=Path("archives"),
-                metavar="DIR",
-                help="default: archives",
-            ),
-            Option("--snapshots", action="store_true", help="with the snapshots of the students too"),
-        ),
+        (*HERE, ARCHIVES, Option("--snapshots", action="store_true", help="with the snapshots of the students too")),
     ),
     "verify": Verb(
         "check a study's results against their cards, their parents and the study file, file by file",
@@ -184,7 +174,8 @@ def main(words: list[str] | None = None) -> int:
         return _as_worker(args)
     if SUPERVISOR in os.environ and not launch.is_task():
         # The first line of a log.
-        print(f"--- {time.strftime('%Y-%m-%d %H:%M:%S')} on {platform.node()}{slurm_job.header()}", flush=True)
+        job = f", Slurm job {slurm_job.number()}" if slurm_job.in_job() else ""
+        print(f"--- {time.strftime('%Y-%m-%d %H:%M:%S')} on {platform.node()}{job}", flush=True)
     code = _run(args)
     if code == _OUT_OF_TIME and _job_minutes(args) and not launch.is_task():
         _ask_for_more(code)
@@ -240,7 +231,8 @@ def _run(args: Arguments) -> int:
             processes, nodes = _shares(args)
             if nodes > 1 and not launch.is_task():
                 return launch.run_on_nodes(nodes, args.words)
-            _claim(args, processes)
+            if args.device in ("auto", "cuda") and not launch.is_worker():  # whose GPUs its node has taken
+                launch.claim_gpus(processes)
             if (processes > 1 or nodes > 1) and not launch.is_worker():
                 return launch.run_processes(processes, args.words)
             _prepare(args)
@@ -293,12 +285,6 @@ def _shares(args: Arguments) -> tuple[int, int]:
     if processes > 1 and processes % nodes:
         raise UserError(f"--processes {processes} cannot be shared evenly by --nodes {nodes}")
     return max(processes // nodes, launch.gpus_of_gres(getattr(args, "gres", "")), 1), nodes
-
-
-def _claim(args: Arguments, processes: int) -> None:
-    """Take the GPUs of this node's processes; a worker's are its node's."""
-    if args.device in ("auto", "cuda") and not launch.is_worker():
-        launch.claim_gpus(processes)
 
 
 def _prepare(args: Arguments) -> None:

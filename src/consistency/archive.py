@@ -13,8 +13,8 @@ from consistency.verification import SUMS, require_consistent, result_files, sta
 _FROM_ROOT = ("requirements.lock", "LICENSE", "NOTICE")
 
 
-def make_archive(study: Study, layout: Layout, study_file: Path, folder: Path, snapshots: bool = False) -> None:
-    """Write folder/NAME-KEY.zip and print its sha256. Arrays of images and features stay out, and so do the students'
+def make_archive(study: Study, layout: Layout, study_file: Path, archives: Path, snapshots: bool = False) -> None:
+    """Write archives/NAME-KEY.zip and print its sha256. Arrays of images and features stay out, and so do the students'
     snapshots unless they are wanted.
 
     Raises UserError when `verify` finds anything wrong, when this is not the project's root, and when the archive
@@ -28,7 +28,7 @@ def make_archive(study: Study, layout: Layout, study_file: Path, folder: Path, s
     for name in result_files(layout.root):
         if not stays_out(name, snapshots):
             members[f"results/{study.name}/{name}"] = layout.root / name
-    path = folder / f"{study.name}-{study.key('report')[:8]}.zip"
+    path = archives / f"{study.name}-{study.key('report')[:8]}.zip"
     with atomic(path) as temporary, ZipFile(temporary, "w", ZIP_DEFLATED, strict_timestamps=False) as archive:
         for name, source in members.items():
             archive.write(source, name)

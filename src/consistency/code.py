@@ -67,11 +67,12 @@ def code_digest(stage: str, source: Path = SOURCE) -> str:
 
     Raises KeyError for another word.
     """
-    digest = hashlib.sha256()
-    for module, name in sorted(reached(stage, source)):
+    digest, definitions = hashlib.sha256(), reached(stage, source)
+    for module, name in sorted(definitions):
         for statement in parse(source, module).defined[name]:
             digest.update(f"{module} {name} {_text(statement)}\n".encode())
-    for path in _templates(stage, source):
+    patterns = [pattern for module, pattern in TEMPLATES.items() if (module, "") in definitions]
+    for path in sorted(path for pattern in patterns for path in source.glob(pattern)):
         digest.update(f"{path.name} {hashlib.sha256(path.read_bytes()).hexdigest()}\n".encode())
     return digest.hexdigest()[:16]
 
@@ -94,13 +95,6 @@ def is_inert(module: str) -> bool:
     return module in INERT or module.partition(".")[0] in INERT
 
 
-def _templates(stage: str, source: Path) -> Iterator[Path]:
-    modules = {module for module, _ in reached(stage, source)}
-    for module, pattern in TEMPLATES.items():
-        if module in modules:
-            yield from sorted(source.glob(pattern))
-
-
 @cache
 def parse(source: Path, name: str) -> Module:
     """The module of that dotted name within the package."""
@@ -109,15 +103,12 @@ def parse(source: Path, name: str) -> Module:
         if isinstance(statement, ast.Import | ast.ImportFrom):
             module.imported |= dict(_imports(source, statement))
             continue
-        if _is_remark(statement) or _is_script(statement):
+        is_script = isinstance(statement, ast.If) and ast.unparse(statement.test) == "__name__ == '__main__'"
+        if is_script or _is_remark(statement):
             continue
         for defined in _defines(statement) or [""]:
             module.defined.setdefault(defined, []).append(statement)
     return module
-
-
-def _is_script(statement: ast.stmt) -> bool:
-    return isinstance(statement, ast.If) and ast.unparse(statement.test) == "__name__ == '__main__'"
 
 
 def _path(source: Path, module: str) -> Path:
@@ -129,10 +120,10 @@ def _defines(statement: ast.stmt) -> list[str]:
     """The names that a statement of a module gives a meaning; none when it is done for its effect."""
     if isinstance(statement, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
         return [statement.name]
-    targets = statement.targets if isinstance(statement, ast.Assign) else [getattr(statement, "target", None)]
     if not isinstance(statement, ast.Assign | ast.AnnAssign):
         return []
-    names = [node for target in targets if target for node in ast.walk(target)]
+    targets = statement.targets if isinstance(statement, ast.Assign) else [statement.target]
+    names = [node for target in targets for node in ast.walk(target)]
     # An assignment to a part of something, x.y = ... or x[y] = ..., is an effect.
     plain = all(isinstance(node, ast.Name | ast.Tuple | ast.List | ast.expr_context) for node in names)
     return [node.id for node in names if isinstance(node, ast.Name)] if plain else []

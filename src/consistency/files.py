@@ -49,13 +49,35 @@ def write_json(path: Path, content: Any) -> None:
     write_bytes(path, (json.dumps(content, indent=2, sort_keys=True) + "\n").encode())
 
 
+def made(path: Path, verb: str) -> Path:
+    """The path of a stage's output. Raises UserError, naming the verb that makes it, when it is missing."""
+    if not path.exists():
+        raise UserError(f"{path} is missing: run `python -m consistency {verb}` first")
+    return path
+
+
 def read_json(path: Path, made_by: str) -> Any:
     """Read JSON. made_by names the verb that writes it, for the error."""
     try:
-        return json.loads(path.read_text())
-    except FileNotFoundError:
-        raise UserError(f"{path} is missing: run `python -m consistency {made_by}` first") from None
+        return json.loads(made(path, made_by).read_text())
     except (OSError, ValueError) as error:
+        raise UserError(f"{path} is damaged ({error}): delete it and run `{made_by}` again") from None
+
+
+def read_lines(path: Path, made_by: str) -> list[str]:
+    """The lines of a text. made_by names the verb that writes it, for the error."""
+    try:
+        return path.read_text().splitlines()
+    except OSError as error:
+        raise UserError(f"cannot read {path} ({error.strerror}): run `python -m consistency {made_by}` first") from None
+
+
+def read_history(path: Path, made_by: str) -> list[dict[str, Any]]:
+    """What a training wrote about itself every few steps: nothing for a teacher that was not trained here. made_by
+    names the verb, for the error."""
+    try:
+        return [json.loads(line) for line in read_lines(path, made_by)]
+    except ValueError as error:
         raise UserError(f"{path} is damaged ({error}): delete it and run `{made_by}` again") from None
 
 

@@ -13,6 +13,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from itertools import islice
 from pathlib import Path
 from typing import IO
 
@@ -81,16 +82,13 @@ def _free(gpus: Sequence[str], count: int) -> list[str]:
     folder.mkdir(mode=0o700, exist_ok=True)
     told = False
     while True:
-        locks: dict[str, IO[str]] = {}
-        for name in gpus:
-            lock = _try_lock(folder / f"{name}.lock")
-            if lock is not None:
-                locks[name] = lock
-            if len(locks) == count:
-                for lock in locks.values():
-                    os.set_inheritable(lock.fileno(), True)
-                _held.extend(locks.values())
-                return list(locks)
+        free = ((name, lock) for name in gpus if (lock := _try_lock(folder / f"{name}.lock")))
+        locks = dict(islice(free, count))
+        if len(locks) == count:
+            for lock in locks.values():
+                os.set_inheritable(lock.fileno(), True)
+            _held.extend(locks.values())
+            return list(locks)
         # Holding some while waiting for others could stop two jobs for ever.
         for lock in locks.values():
             lock.close()
@@ -119,8 +117,10 @@ def run_on_nodes(nodes: int, words: Sequence[str]) -> int:
     patience = ["--kill-on-bad-exit=0", f"--wait={_TO_SAVE}"]
     command = ["srun", f"--nodes={nodes}", f"--ntasks={nodes}", "--ntasks-per-node=1", *patience]
     command += ["--export=ALL", sys.executable, "-m", "consistency", *words]
+    with socket.create_server(("", 0)) as unused:
+        port = unused.getsockname()[1]
     # The first node's process has to be reachable under that name from the others.
-    meeting = {_RENDEZVOUS: f"{nodes} {platform.node()}:{_free_port()}"}
+    meeting = {_RENDEZVOUS: f"{nodes} {platform.node()}:{port}"}
     try:
         process = subprocess.Popen(command, stdin=subprocess.DEVNULL, env={**os.environ, **meeting})
     except FileNotFoundError:
@@ -128,11 +128,6 @@ def run_on_nodes(nodes: int, words: Sequence[str]) -> int:
     for signum in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
         signal.signal(signum, lambda signum, frame: process.send_signal(signum))
     return process.wait()
-
-
-def _free_port() -> int:
-    with socket.create_server(("", 0)) as server:
-        return int(server.getsockname()[1])
 
 
 def run_processes(processes: int, words: Sequence[str]) -> int:
@@ -146,7 +141,13 @@ def run_processes(processes: int, words: Sequence[str]) -> int:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     # The processes say themselves what is wrong; torchrun would add its own traceback.
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
-    options = [*_meeting(), f"--nproc-per-node={processes}", f"--shutdown-timeout={_TO_SAVE}"]
+    meeting = ["--standalone"]
+    if is_task():
+        # Where the processes of all nodes find each other.
+        nodes, endpoint = os.environ[_RENDEZVOUS].split()
+        meeting = [f"--nnodes={nodes}", "--rdzv-backend=c10d", f"--rdzv-endpoint={endpoint}"]
+        meeting += [f"--rdzv-id={slurm_job.number()}"]
+    options = [*meeting, f"--nproc-per-node={processes}", f"--shutdown-timeout={_TO_SAVE}"]
     options += ["--signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGUSR1"]
     try:
         # After the dashes our own options are not taken for torchrun's.
@@ -160,12 +161,3 @@ def run_processes(processes: int, words: Sequence[str]) -> int:
             return 128 - failure.exitcode
         return int(failure.exitcode)
     return 0
-
-
-def _meeting() -> list[str]:
-    """torchrun's options that say where the processes of all nodes find each other."""
-    if not is_task():
-        return ["--standalone"]
-    nodes, endpoint = os.environ[_RENDEZVOUS].split()
-    identity = f"--rdzv-id={slurm_job.number()}"
-    return [f"--nnodes={nodes}", "--rdzv-backend=c10d", f"--rdzv-endpoint={endpoint}", identity]

@@ -1,6 +1,5 @@
 """Where everything lies: the paths of a study's results and of its training state."""
 
-from dataclasses import dataclass
 from pathlib import Path
 
 
@@ -19,53 +18,22 @@ def sampler_name(nfe: int, gamma: float | None = None, rate: float | None = None
     return f"{'' if rate is None else f'ema{rate}-'}{'' if gamma is None else f'gamma{gamma}-'}nfe{nfe}"
 
 
-@dataclass(frozen=True)
 class Layout:
     """Paths of one study. results: the folder of all studies' results; state: that of all training states."""
 
-    study: str
-    results: Path = Path("results")
-    state: Path = Path("state")
-
-    @property
-    def root(self) -> Path:
-        """Everything the study makes."""
-        return self.results / self.study
-
-    @property
-    def dataset(self) -> Path:
-        """images.npy, labels.npy, dataset.json, card.json."""
-        return self.root / "dataset"
-
-    @property
-    def teacher(self) -> Path:
-        """teacher.safetensors, history.jsonl, card.json."""
-        return self.root / "teacher"
-
-    @property
-    def coefficients(self) -> Path:
-        """coefficients.npz, card.json."""
-        return self.root / "coefficients"
-
-    @property
-    def extractor(self) -> Path:
-        """What the scores measure with: the classifier, the data's statistics, some of its features, card.json."""
-        return self.root / "scores" / "extractor"
-
-    @property
-    def flows(self) -> Path:
-        """transport.csv, toy.npz, plane.csv, limit.csv, card.json."""
-        return self.root / "flows"
-
-    @property
-    def report(self) -> Path:
-        """report.html, figures/, the tables as CSV, summary.json, card.json."""
-        return self.root / "report"
-
-    @property
-    def track(self) -> Path:
-        """tracked.json."""
-        return self.root / "track"
+    def __init__(self, study: str, results: Path = Path("results"), state: Path = Path("state")) -> None:
+        self.study, self.results, self.state = study, results, state
+        self.root = results / study  # everything the study makes
+        self.dataset = self.root / "dataset"  # images.npy, labels.npy, dataset.json, card.json
+        self.teacher = self.root / "teacher"  # teacher.safetensors, history.jsonl, card.json
+        self.coefficients = self.root / "coefficients"  # coefficients.npz, card.json
+        # What the scores measure with: the classifier, the data's statistics, some of its features, card.json.
+        self.extractor = self.root / "scores" / "extractor"
+        self.flows = self.root / "flows"  # transport.csv, discrepancy.csv, toy.npz, plane.csv, limit.csv, card.json
+        self.report = self.root / "report"  # report.html, figures/, the tables as CSV, summary.json, card.json
+        self.track = self.root / "track"  # tracked.json
+        # What a calibration measured that was refused: JSON, never a declared output.
+        self.measured_calibration = state / study / "calibration.json"
 
     def student(self, run: str, seed: int) -> Path:
         """student.safetensors and those of further EMA rates, history.jsonl, snapshots/, card.json."""
@@ -103,8 +71,3 @@ class Layout:
         """The resumable state of a sampling: parts and progress.json; the teacher's without a run."""
         folder = self.state / self.study / "samples"
         return folder / "teacher" if run is None else folder / run / f"seed{seed}"
-
-    @property
-    def measured_calibration(self) -> Path:
-        """What a calibration measured that was refused: JSON, never a declared output."""
-        return self.state / self.study / "calibration.json"

@@ -11,7 +11,7 @@ from typing import Any
 
 from consistency.code import code_digest
 from consistency.errors import UserError
-from consistency.files import sha256, write_json
+from consistency.files import made, sha256, write_json
 from consistency.layout import Layout
 from consistency.provenance import artifacts
 from consistency.resources import downloads, find
@@ -38,7 +38,12 @@ def write_plan(study: Study, layout: Layout) -> None:
     # dvc.yaml has the same stages for every study.
     for stage, run, seed in artifacts(study, also=("coefficients", "flows")).values():
         place = folder / stage if run is None else folder / stage / run / f"seed{seed}"
-        write_json(place.with_suffix(".json"), _job(study, stage, run, seed))
+        content = {
+            "settings": study.key(stage, run, seed),
+            "code": code_digest(stage),
+            "downloads": {name: find(name).sha256 for name in downloads(study, stage, run)},
+        }
+        write_json(place.with_suffix(".json"), content)
 
 
 def write_inputs(
@@ -99,10 +104,7 @@ def _measured(study: Study, layout: Layout) -> dict[Path, str]:
 def _digests(layout: Layout, files: dict[Path, str]) -> dict[str, str] | None:
     """The sha256 of files by name, below the study's folder; null without any. Raises UserError, naming the verb that
     makes it, when one is missing."""
-    for path, verb in files.items():
-        if not path.is_file():
-            raise UserError(f"{path} is missing: run `python -m consistency {verb}` first")
-    return {path.relative_to(layout.root).as_posix(): sha256(path) for path in files} or None
+    return {path.relative_to(layout.root).as_posix(): sha256(made(path, verb)) for path, verb in files.items()} or None
 
 
 def check_order(study: Study) -> None:
@@ -121,11 +123,3 @@ def check_order(study: Study) -> None:
             f"{PIPELINE} must say which students of {study.name} are made from which: "
             f"under vars, write `- frozen: [{text}]`"
         )
-
-
-def _job(study: Study, stage: str, run: str | None, seed: int | None) -> dict[str, object]:
-    return {
-        "settings": study.key(stage, run, seed),
-        "code": code_digest(stage),
-        "downloads": {name: find(name).sha256 for name in downloads(study, stage, run)},
-    }

@@ -35,10 +35,6 @@ class Progress(tqdm):
             more |= {"file": file, "ascii": " #", "ncols": 100}
         super().__init__(desc=label, total=total, initial=initial, **{"unit": "step"} | more)
 
-    def advance(self, steps: int = 1) -> None:
-        """Count steps, and show where it stands if it is time to."""
-        self.update(steps)
-
     def close(self) -> None:
         """Show the final state, also of what was too short for a line."""
         if self.n > self.initial:
@@ -72,7 +68,7 @@ def track(label: str) -> Callable[[Iterable[T]], Iterator[T]]:
         progress = Progress(label, len(items))
         for item in items:
             yield item
-            progress.advance()
+            progress.update()
         progress.close()
 
     return wrap

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Collection, Iterable
+from contextlib import suppress
 from datetime import UTC, datetime
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
@@ -95,11 +96,9 @@ def digest_of(path: Path, layout: Layout) -> str:
 def seeds_of(study: Study, stage: str, run: str | None, seed: int | None) -> dict[str, Any]:
     """The seeds that a stage itself draws from; those of its inputs stand in their cards."""
     images = f"0 to {study.sampling.count - 1}"
-    if stage == "teacher":
-        return {"teacher": study.teacher.seed} if isinstance(study.teacher, Teacher) else {}
-    if stage == "extractor":
-        return {"classifier": study.scores.classifier.seed} if study.scores.extractor == "classifier" else {}
     seeds: dict[str, dict[str, Any]] = {
+        "teacher": {"teacher": study.teacher.seed} if isinstance(study.teacher, Teacher) else {},
+        "extractor": {"classifier": study.scores.classifier.seed} if study.scores.extractor == "classifier" else {},
         "coefficients": {"coefficients": study.coefficients.seed},
         "student": {"student": seed},
         "samples": {"images": images},
@@ -173,10 +172,8 @@ def versions() -> dict[str, str]:
     """Versions of Python and of the packages a result depends on."""
     found = {"python": platform.python_version()}
     for package in _PACKAGES:
-        try:
+        with suppress(PackageNotFoundError):
             found[package] = version(package)
-        except PackageNotFoundError:
-            continue
     return found
 
 

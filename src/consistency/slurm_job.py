@@ -19,11 +19,6 @@ def in_job() -> bool:
     return number() is not None
 
 
-def header() -> str:
-    """', Slurm job 12'; nothing elsewhere."""
-    return f", Slurm job {number()}" if in_job() else ""
-
-
 def working_minutes(minutes: float) -> float:
     """After how many minutes a job that ends after so many has to save and leave: Slurm kills without mercy, and what
     went on before the verb began, and the last step and saving, take their time too."""

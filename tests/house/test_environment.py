@@ -12,6 +12,8 @@ from packaging.specifiers import SpecifierSet
 from packaging.version import Version
 
 ROOT = Path(__file__).resolve().parents[2]
+PRESCRIBED = ["snakemake", "snakemake-executor-plugin-slurm", "torch", "torchvision", "dvc", "mlflow", "numpy"]
+PRESCRIBED += ["clean-fid", "pyyaml"]
 ENVIRONMENT = yaml.safe_load((ROOT / "environment.yml").read_text())
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 CAPS = {"mlflow": "<3.18", "scipy": "<1.18"}
@@ -82,6 +84,10 @@ def test_no_registry_is_named() -> None:
         text = (ROOT / file).read_text()
         assert re.findall(r"\S*(?:https?|file|ssh|git)://\S*", text) == []
         assert re.findall(r"(?m)^\s*--?(?:index-url|extra-index-url|find-links|i|f)\b.*$", text) == []
+
+
+def test_a_prescribed_package_is_asked_for_by_name() -> None:
+    assert set(PRESCRIBED) <= requirements_in().keys()
 
 
 @pytest.mark.parametrize(("name", "cap"), CAPS.items())

@@ -2,18 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
-from tests.nets.conftest import ARCHITECTURES
-from torch import Tensor
+from tests.nets.small import ARCHITECTURES, batch, make
 
 from consistency.nets.adm import DhariwalUNet
-from consistency.nets.denoiser import Denoiser
 from consistency.nets.layers import UNetBlock
-
-Make = Callable[..., Denoiser]
-Batch = Callable[..., tuple[Tensor, Tensor]]
 
 
 def test_heads_of_the_official_network() -> None:
@@ -32,7 +25,7 @@ def test_starts_at_zero() -> None:
     assert not net(torch.randn(2, 1, 8, 8), torch.zeros(2)).any()
 
 
-def test_the_label_enters_the_embedding_of_s_as_that_of_t(make: Make, batch: Batch) -> None:
+def test_the_label_enters_the_embedding_of_s_as_that_of_t() -> None:
     student = make(ARCHITECTURES["adm"], label_dim=3, second_time=True)
     for name, weight in student.named_parameters():
         if ".affine." in name:  # all that comes through t's embedding

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -20,16 +21,13 @@ from consistency.nets.layers import (
     fused_attention,
     label_vectors,
 )
+from consistency.nets.mlp import MLP
 
 
 @pytest.mark.statistical
 @pytest.mark.parametrize(
     ("mode", "variance"),
-    [
-        ("xavier_uniform", 2 / (300 + 200)),
-        ("kaiming_uniform", 1 / 300),
-        ("kaiming_normal", 1 / 300),
-    ],
+    [("xavier_uniform", 2 / (300 + 200)), ("kaiming_uniform", 1 / 300), ("kaiming_normal", 1 / 300)],
 )
 def test_initial_variance_is_the_rule_s(mode: str, variance: float) -> None:
     weight = Linear(300, 200, init=Init(mode, weight=2.0)).weight
@@ -139,9 +137,10 @@ def test_fourier_embedding_is_cosines_then_sines() -> None:
     torch.testing.assert_close(embedding(torch.tensor([0.3])), torch.cat([phase.cos(), phase.sin()], 1))
 
 
-def test_odd_embedding_is_an_error() -> None:
+@pytest.mark.parametrize("make", [PositionalEmbedding, lambda number: MLP(2, embedding=number)], ids=["unet", "mlp"])
+def test_odd_embedding_is_an_error(make: Callable[[int], object]) -> None:
     with pytest.raises(ValueError, match="even number"):
-        PositionalEmbedding(7)
+        make(7)
 
 
 @pytest.mark.statistical
@@ -161,8 +160,7 @@ def test_fused_attention_is_the_plain_one() -> None:
     plain, fused = attention(q, k, v), fused_attention(q, k, v)
     torch.testing.assert_close(fused, plain)
     weight = torch.randn_like(plain)
-    for a, b in zip(*(torch.autograd.grad((y * weight).sum(), (q, k, v)) for y in (plain, fused)), strict=True):
-        torch.testing.assert_close(a, b)
+    torch.testing.assert_close(*(torch.autograd.grad((y * weight).sum(), (q, k, v)) for y in (plain, fused)))
 
 
 @pytest.mark.statistical

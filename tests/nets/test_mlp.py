@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pytest
 import torch
 
 from consistency.nets.mlp import MLP
@@ -28,8 +27,3 @@ def test_dropout_acts_in_training_only() -> None:
     assert not torch.equal(net(x, noise), net(x, noise))
     net.eval()
     assert torch.equal(net(x, noise), net(x, noise))
-
-
-def test_odd_embedding_is_an_error() -> None:
-    with pytest.raises(ValueError, match="even number"):
-        MLP(2, embedding=15)

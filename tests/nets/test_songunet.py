@@ -8,29 +8,16 @@ from typing import Any
 
 import pytest
 import torch
-from tests.nets.conftest import ARCHITECTURES
 from tests.nets.official import OFFICIAL, count, golden, translate
-from torch import Tensor
+from tests.nets.small import ARCHITECTURES, batch, make
 
 from consistency.nets.adm import DhariwalUNet
-from consistency.nets.denoiser import Denoiser, build_denoiser, init_denoiser, student_from_teacher
+from consistency.nets.denoiser import build_denoiser, init_denoiser, student_from_teacher
 from consistency.nets.layers import UNetBlock
 from consistency.nets.songunet import SongUNet
 from consistency.training.checkpoint import load_denoiser, save_denoiser
 
-Make = Callable[..., Denoiser]
-Batch = Callable[..., tuple[Tensor, Tensor]]
-CIFAR_VE: dict[str, Any] = {
-    "img_resolution": 32,
-    "in_channels": 3,
-    "out_channels": 3,
-    "augment_dim": 9,
-    "channel_mult": [2, 2, 2],
-    "embedding_type": "fourier",
-    "encoder_type": "residual",
-    "channel_mult_noise": 2,
-    "resample_filter": [1, 3, 3, 1],
-}
+SMALL = ARCHITECTURES["ddpmpp"]
 
 
 @pytest.mark.parametrize("name", ["ddpmpp_uncond", "ddpmpp_cond", "ncsnpp_uncond", "adm_cond"])
@@ -80,7 +67,7 @@ def test_names_and_shapes_of_the_official_file(name: str) -> None:
 )
 def test_size_of_the_official_ncsnpp(changes: dict[str, Any], parameters: int, tensors: int) -> None:
     with torch.device("meta"):
-        net = SongUNet(**{**CIFAR_VE, **changes})
+        net = build_denoiser(translate(OFFICIAL["edm-cifar10-32x32-uncond-ve"]["init_kwargs"]) | changes)
     assert (count(net), len(list(net.parameters()))) == (parameters, tensors)
 
 
@@ -100,7 +87,7 @@ def test_skip_encoder_and_decoder_run() -> None:
 
 
 @pytest.mark.parametrize("kind", ["ddpmpp", "adm"])
-def test_label_dropout_zeroes_labels_in_training_only(make: Make, batch: Batch, kind: str) -> None:
+def test_label_dropout_zeroes_labels_in_training_only(kind: str) -> None:
     denoiser = make(ARCHITECTURES[kind], label_dim=3, dropout=0.0, label_dropout=1.0)
     x, t = batch(denoiser)
     labels = torch.tensor([2, 0, 1])
@@ -111,7 +98,7 @@ def test_label_dropout_zeroes_labels_in_training_only(make: Make, batch: Batch, 
 
 
 @pytest.mark.parametrize("kind", ["ddpmpp", "adm"])
-def test_augment_labels_change_the_output(make: Make, batch: Batch, kind: str) -> None:
+def test_augment_labels_change_the_output(kind: str) -> None:
     denoiser = make(ARCHITECTURES[kind], augment_dim=9)
     x, t = batch(denoiser)
     plain = denoiser(x, t)
@@ -125,18 +112,14 @@ def test_unknown_type_is_an_error(wrong: str) -> None:
         SongUNet(8, 1, 1, **{wrong: "resnet"})  # type: ignore[arg-type]
 
 
-def blocks_of(net: SongUNet, part: str, size: int) -> list[str]:
-    """The plain blocks of a resolution, in the order in which they are passed."""
-    return [name for name in getattr(net, part) if name.startswith(f"{size}x{size}_block")]
-
-
 def test_each_level_has_the_blocks_that_a_list_says() -> None:
     """GC's CelebA-64 network: 3, 3, 4, 5 blocks; the decoder has one more a level; only in0 attends."""
     with torch.device("meta"):
         net = SongUNet(64, 3, 3, channel_mult=[1, 2, 2, 2], num_blocks=[3, 3, 4, 5], attn_resolutions=[])
-    for size, number in zip([64, 32, 16, 8], [3, 3, 4, 5], strict=True):
-        assert blocks_of(net, "enc", size) == [f"{size}x{size}_block{k}" for k in range(number)]
-        assert blocks_of(net, "dec", size) == [f"{size}x{size}_block{k}" for k in range(number + 1)]
+    for part, more in ((net.enc, 0), (net.dec, 1)):
+        for size, number in zip([64, 32, 16, 8], [3, 3, 4, 5], strict=True):
+            plain = [name for name in part if name.startswith(f"{size}x{size}_block")]
+            assert plain == [f"{size}x{size}_block{k}" for k in range(number + more)]
     blocks = [*net.enc.items(), *net.dec.items()]
     assert [name for name, block in blocks if isinstance(block, UNetBlock) and block.num_heads] == ["8x8_in0"]
 
@@ -158,10 +141,8 @@ def test_a_block_more_at_one_level_is_its_parameters_more() -> None:
 
 
 def test_a_list_of_equal_numbers_is_the_number() -> None:
-    options: dict[str, Any] = {"network": "songunet", "img_resolution": 8, "img_channels": 1, "model_channels": 16}
-    options |= {"channel_mult": [1, 2], "attn_resolutions": [4]}
-    plain = init_denoiser({**options, "num_blocks": 2, "dropout": 0.1}, 3)
-    listed = init_denoiser({**options, "num_blocks": [2, 2], "dropout": [0.1, 0.1]}, 3)
+    plain = init_denoiser({**SMALL, "num_blocks": 2, "dropout": 0.1}, 3)
+    listed = init_denoiser({**SMALL, "num_blocks": [2, 2], "dropout": [0.1, 0.1]}, 3)
     assert list(plain.state_dict()) == list(listed.state_dict())
     x, t = torch.randn(2, 1, 8, 8), torch.tensor([0.1, 2.0])
     with torch.random.fork_rng():
@@ -171,15 +152,14 @@ def test_a_list_of_equal_numbers_is_the_number() -> None:
 
 def test_dropout_is_that_of_the_level() -> None:
     net = SongUNet(16, 1, 1, model_channels=16, channel_mult=[1, 1, 2], num_blocks=1, dropout=[0.0, 0.1, 0.2])
-    found = {(block.dropout, name.split("x")[0]) for name, block in [*net.enc.items(), *net.dec.items()]
-             if isinstance(block, UNetBlock)}  # fmt: skip
+    blocks = [*net.enc.items(), *net.dec.items()]
+    found = {(block.dropout, name.split("x")[0]) for name, block in blocks if isinstance(block, UNetBlock)}
     assert found == {(0.0, "16"), (0.1, "8"), (0.2, "4")}
 
 
 def test_a_network_of_lists_trains_and_comes_back_from_its_file(tmp_path: Path) -> None:
     lists = {"channel_mult": [1, 2, 2], "num_blocks": [1, 2, 3], "dropout": [0.0, 0.1, 0.2], "attn_resolutions": []}
-    options = {"network": "songunet", "img_resolution": 8, "img_channels": 1, "model_channels": 16}
-    net = init_denoiser({**options, **lists}, 0).train()
+    net = init_denoiser({**SMALL, **lists}, 0).train()
     optimizer = torch.optim.SGD(net.parameters(), lr=1e-3)
     (net(torch.randn(2, 1, 8, 8), 0.5) - 1).square().sum().backward()
     gradients = {name: weight.grad for name, weight in net.named_parameters()}
@@ -193,8 +173,7 @@ def test_a_network_of_lists_trains_and_comes_back_from_its_file(tmp_path: Path) 
 
 
 def test_a_student_takes_its_teachers_blocks_and_a_dropout_of_its_own() -> None:
-    options = {"network": "songunet", "img_resolution": 8, "img_channels": 1, "model_channels": 16, "dropout": 0.0}
-    teacher = init_denoiser({**options, "channel_mult": [1, 2], "num_blocks": [1, 2]}, 0).eval()
+    teacher = init_denoiser({**SMALL, "num_blocks": [1, 2]}, 0).eval()
     student = student_from_teacher(teacher, dropout=[0.0, 0.4]).eval()
     assert student.architecture["num_blocks"] == [1, 2]
     assert student.architecture["dropout"] == [0.0, 0.4]

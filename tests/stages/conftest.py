@@ -11,6 +11,14 @@ from consistency.nets.denoiser import student_from_teacher
 from consistency.study import Study
 from consistency.training.checkpoint import load_denoiser, save_denoiser
 
+#: students with coefficients of their own: of the data's moments, and of their average, refitted before steps 2 and 4
+OWN = {
+    "varies": ["coupling", "mu", "preconditioning", "fit", "dsm_weight"],
+    "students.data": {"preconditioning": "analytic", "fit": "data"},
+    "students.own": {"preconditioning": "analytic", "fit": "average", "dsm_weight": 1.0, "coupling": "gc"},
+    "coefficients.samples": 64,
+}
+
 
 @pytest.fixture
 def results(first_results: Layout, tmp_path: Path) -> Layout:

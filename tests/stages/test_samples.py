@@ -7,8 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -57,11 +56,9 @@ def test_latents_labels_and_fresh_noise_are_each_images_own(batch: int, label_di
     assert torch.equal(whole.latents, torch.cat([part.latents for part in parts]))
     for _ in range(3):
         assert torch.equal(whole.fresh(), torch.cat([part.fresh() for part in parts]))
-    if label_dim:
-        assert whole.labels is not None
-        assert whole.labels.tolist() == [int(label) for part in parts for label in part.labels]
-    else:
-        assert whole.labels is None
+    assert (whole.labels is None) == (label_dim == 0)
+    if whole.labels is not None:
+        assert torch.equal(whole.labels, torch.cat([part.labels for part in parts]))
 
 
 def test_latents_are_standard_normal_and_unlike_each_other() -> None:
@@ -72,17 +69,10 @@ def test_latents_are_standard_normal_and_unlike_each_other() -> None:
     assert (latents[:-1] * latents[1:]).mean().abs() < 0.02
 
 
-def test_conditional_labels_are_uniform_and_from_the_seeds() -> None:
-    labels = ImageNoise(range(2000), (1, 1, 1), 10).labels
-    assert labels is not None
-    assert torch.bincount(labels, minlength=10).min() > 150
-    again = ImageNoise([5, 3], (1, 1, 1), 10).labels
-    assert again is not None
-    assert again.tolist() == [labels[5].item(), labels[3].item()]
-
-
-def test_a_conditional_study_starts_from_the_same_latents() -> None:
-    assert torch.equal(ImageNoise(range(4), (1, 4, 4)).latents, ImageNoise(range(4), (1, 4, 4), 10).latents)
+def test_conditional_labels_are_uniform_and_beside_the_same_latents() -> None:
+    labelled = ImageNoise(range(2000), (1, 1, 1), 10)
+    assert torch.bincount(labelled.labels, minlength=10).min() > 150  # type: ignore[arg-type]
+    assert torch.equal(labelled.latents, ImageNoise(range(2000), (1, 1, 1)).latents)
 
 
 SAMPLERS: dict[str, Callable[[Study, Denoiser], Sampler]] = {
@@ -200,25 +190,13 @@ def test_the_precision_is_the_networks_alone(tiny: Tiny, make_denoiser: Callable
     assert 1e-5 < (exact - coarse).abs().max() < 0.2
 
 
-def test_only_trajectory_students_have_gamma_samplers(tiny: Tiny) -> None:
-    trajectory = tiny({"sampling.gamma": [0.5, 1.0], "sampling.gamma_nfe": [2, 4]})
-    names = ["nfe1", "nfe2", "nfe5"]
+def test_gamma_samplers_are_of_the_main_rate_of_trajectory_students(tiny: Tiny) -> None:
+    gamma = {"sampling.gamma": [0.5, 1.0], "sampling.gamma_nfe": [2, 4], "student.evaluation_ema": [0.9, 0.9999]}
+    names = [*(f"ema{rate}-nfe{n}" for rate in (0.9, 0.9999) for n in (1, 2, 5)), "nfe1", "nfe2", "nfe5"]
     gammas = [f"gamma{g}-nfe{n}" for g in (0.5, 1.0) for n in (2, 4)]
-    assert [sampler.name for sampler in student_samplers(trajectory, "ctm")] == [*gammas, *names]
-    endpoint = tiny({"student.objective": "endpoint", "report": {}})
+    trajectory, endpoint = tiny(gamma), tiny(gamma | {"student.objective": "endpoint", "report": {}})
+    assert [sampler.name for sampler in student_samplers(trajectory, "ctm")] == [*names[:6], *gammas, *names[6:]]
     assert [sampler.name for sampler in student_samplers(endpoint, "ctm")] == names
-
-
-def test_further_ema_rates_are_drawn_without_gamma(tiny: Tiny) -> None:
-    study = tiny({"student.evaluation_ema": [0.9, 0.9999]})
-    names = [f"ema{rate}-nfe{n}" for rate in (0.9, 0.9999) for n in (1, 2, 5)]
-    assert [sampler.name for sampler in student_samplers(study, "ctm")] == [
-        *names,
-        "gamma1.0-nfe2",
-        "nfe1",
-        "nfe2",
-        "nfe5",
-    ]
 
 
 # --- the stage
@@ -260,40 +238,28 @@ def test_each_rates_samples_come_from_its_own_weights(tiny: Tiny, results: Layou
     assert drawn(results, "analytic")["nfe2.npy"] == found["nfe2.npy"]
 
 
-def test_a_missing_rate_is_named_with_its_verb(tiny: Tiny, results: Layout) -> None:
-    study = tiny({"student.evaluation_ema": [0.9]})
-    save_students(tiny(), results)
-    with pytest.raises(
-        UserError, match=r"student-ema0\.9\.safetensors is missing: run .* student --run analytic --seed 0"
-    ):
-        make_samples(study, results, "analytic", 0, CPU)
+SMALL_BATCHES = {"sampling.batch": 7}  # 80 images in 12 batches, of 7 evaluations for the teacher
 
 
-class Stop:
-    """Called before every evaluation of any network: does something at the one of that number."""
+def evaluations(
+    study: Study, layout: Layout, run: str | None = None, stop_at: int = 0, signum: int = signal.SIGTERM
+) -> int:
+    """Draw the samples, and count the evaluations of any network; a signal comes before the one of that number."""
+    count = 0
 
-    def __init__(self, at: int, action: Callable[[], object]) -> None:
-        self.evaluations, self.at, self.action = 0, at, action
+    def before(module: torch.nn.Module, _: object) -> None:
+        nonlocal count
+        if isinstance(module, MLP):
+            count += 1
+            if count == stop_at:
+                os.kill(os.getpid(), signum)
 
-    def __call__(self, *_: object) -> None:
-        self.evaluations += 1
-        if self.evaluations == self.at:
-            self.action()
-
-
-@contextmanager
-def evaluations(at: int = 0, action: Callable[[], object] = lambda: None) -> Iterator[Stop]:
-    stop = Stop(at, action)
-    hook = torch.nn.modules.module.register_module_forward_pre_hook(
-        lambda module, _: stop() if isinstance(module, MLP) else None
-    )
+    hook = torch.nn.modules.module.register_module_forward_pre_hook(before)
     try:
-        yield stop
+        make_samples(study, layout, run, None if run is None else 0, CPU)
     finally:
         hook.remove()
-
-
-SMALL_BATCHES = {"sampling.batch": 7}  # 80 images in 12 batches, of 7 evaluations for the teacher
+    return count
 
 
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
@@ -302,15 +268,12 @@ def test_a_stopped_sampling_goes_on_where_it_was(tiny: Tiny, results: Layout, si
     make_samples(study, results, None, None, CPU)
     expected = drawn(results)
     shutil.rmtree(results.samples(None, None))
-    with evaluations(40, lambda: os.kill(os.getpid(), signum)), pytest.raises(Interrupted) as caught:
-        make_samples(study, results, None, None, CPU)
+    with pytest.raises(Interrupted, match="samples teacher: stopped at image 35 of 80, state saved") as caught:
+        evaluations(study, results, stop_at=40, signum=signum)
     # In the middle of the sixth batch: it leaves at the next evaluation.
     assert caught.value.signum == signum
-    assert "samples teacher: stopped at image 35 of 80, state saved" in str(caught.value)
     assert not results.samples(None, None).exists()
-    with evaluations() as rest:
-        make_samples(study, results, None, None, CPU)
-    assert rest.evaluations == 7 * (12 - 5)
+    assert evaluations(study, results) == 7 * (12 - 5)
     assert drawn(results) == expected
     assert not results.sampling_state(None, None).exists()
 
@@ -318,36 +281,27 @@ def test_a_stopped_sampling_goes_on_where_it_was(tiny: Tiny, results: Layout, si
 def test_a_stopped_student_keeps_the_samplers_that_are_done(tiny: Tiny, results: Layout) -> None:
     study = tiny({**SMALL_BATCHES, "student.evaluation_ema": [0.9]})
     save_students(study, results)
-    with evaluations() as all_of_them:
-        make_samples(study, results, "analytic", 0, CPU)
+    whole = evaluations(study, results, "analytic")
     expected = drawn(results, "analytic")
     shutil.rmtree(results.samples("analytic", 0))
-    stop = all_of_them.evaluations - 100
-    with evaluations(stop, lambda: os.kill(os.getpid(), signal.SIGTERM)), pytest.raises(Interrupted):
-        make_samples(study, results, "analytic", 0, CPU)
-    with evaluations() as rest:
-        make_samples(study, results, "analytic", 0, CPU)
-    assert 100 <= rest.evaluations <= 100 + 5
+    with pytest.raises(Interrupted):
+        evaluations(study, results, "analytic", stop_at=whole - 100)
+    assert 100 <= evaluations(study, results, "analytic") <= 100 + 5
     assert drawn(results, "analytic") == expected
 
 
 def test_what_other_weights_or_settings_drew_is_not_used(tiny: Tiny, results: Layout) -> None:
-    study = tiny(SMALL_BATCHES)
-    with evaluations(40, lambda: os.kill(os.getpid(), signal.SIGTERM)), pytest.raises(Interrupted):
-        make_samples(study, results, None, None, CPU)
+    with pytest.raises(Interrupted):
+        evaluations(tiny(SMALL_BATCHES), results, stop_at=40)
     assert json.loads((results.sampling_state(None, None) / "progress.json").read_text())["done"] == {"heun": 35}
     other = tiny({**SMALL_BATCHES, "calibration.churn": CHURN})
-    with evaluations() as run:
-        make_samples(other, results, None, None, CPU)
-    assert run.evaluations == 7 * 12
-    with evaluations(40, lambda: os.kill(os.getpid(), signal.SIGTERM)), pytest.raises(Interrupted):
-        make_samples(other, results, None, None, CPU)
+    assert evaluations(other, results) == 7 * 12
+    with pytest.raises(Interrupted):
+        evaluations(other, results, stop_at=40)
     path = results.teacher / "teacher.safetensors"
     model, metadata = load_denoiser(path)
     save_denoiser(path, model, {"key": metadata["key"], "study": "of another day"})
-    with evaluations() as run:
-        make_samples(other, results, None, None, CPU)
-    assert run.evaluations == 7 * 12
+    assert evaluations(other, results) == 7 * 12
 
 
 def test_a_disk_that_is_too_small_is_said_before_anything_is_drawn(
@@ -357,9 +311,9 @@ def test_a_disk_that_is_too_small_is_said_before_anything_is_drawn(
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(os, "posix_fallocate", full)
-    with evaluations() as run, pytest.raises(UserError, match=r"cannot write .*heun\.npy: No space left on device"):
+    monkeypatch.setattr(MLP, "forward", lambda *_: pytest.fail("it draws"))
+    with pytest.raises(UserError, match=r"cannot write .*heun\.npy: No space left on device"):
         make_samples(tiny(), results, None, None, CPU)
-    assert run.evaluations == 0
 
 
 PROCESS = """

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from tests.stages.conftest import OWN
 
 from consistency.errors import UserError
 from consistency.layout import Layout, snapshot_name
@@ -32,6 +33,11 @@ CPU = Machine(torch.device("cpu"))
 
 def training(study: Study, layout: Layout, run: str, seed: int = 0) -> Training:
     return stage._training(study, layout, run, seed, load_images(layout.dataset), CPU)
+
+
+def weights(*models: torch.nn.Module) -> torch.Tensor:
+    """All of them in one row."""
+    return torch.cat([value.flatten() for model in models for value in model.state_dict().values()])
 
 
 @dataclass
@@ -62,29 +68,26 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> list[Seen]:
     return steps
 
 
-def test_students_of_a_seed_start_from_the_same_weights(tiny: Tiny, first_results: Layout) -> None:
-    study = tiny({"students.bcm": {"preconditioning": "bcm"}})
-    jobs = [training(study, first_results, run) for run in study.students]
-    for job in jobs[1:]:
-        for name, value in jobs[0].update.model.state_dict().items():
-            assert torch.equal(job.update.model.state_dict()[name], value), name
-            assert torch.equal(job.averages[0].model.state_dict()[name], value), name
-
-
-def test_students_of_a_seed_see_the_same_images_times_and_noise(
+def test_students_of_a_seed_share_weights_images_times_and_noise(
     tiny: Tiny, first_results: Layout, seen: list[Seen]
 ) -> None:
-    ctm, analytic = (training(tiny(), first_results, run).update for run in ("ctm", "analytic"))
+    study = tiny({"students.bcm": {"preconditioning": "bcm"}})
+    jobs = [training(study, first_results, run) for run in study.students]
+    first = weights(jobs[0].update.model)
+    for job in jobs:
+        assert torch.equal(weights(job.update.model), first)
+        assert torch.equal(weights(job.averages[0].model), first)
     for step in range(4):
-        ctm.step(step)
-        analytic.step(step)
-    for a, b in zip(seen[::2], seen[1::2], strict=True):
-        assert torch.equal(a.images, b.images)
-        assert a.draws.steps == b.draws.steps
-        for name in ("first", "to", "z", "sigma", "z_dsm"):
-            assert torch.equal(getattr(a.draws, name), getattr(b.draws, name)), name
-    assert not torch.equal(seen[0].images, seen[2].images)
-    assert not torch.equal(seen[0].draws.z, seen[2].draws.z)
+        for job in jobs:
+            job.update.step(step)
+    for a, b, c in zip(seen[::3], seen[1::3], seen[2::3], strict=True):
+        for other in (b, c):
+            assert torch.equal(a.images, other.images)
+            assert a.draws.steps == other.draws.steps
+            for name in ("first", "to", "z", "sigma", "z_dsm"):
+                assert torch.equal(getattr(a.draws, name), getattr(other.draws, name)), name
+    assert not torch.equal(seen[0].images, seen[3].images)
+    assert not torch.equal(seen[0].draws.z, seen[3].draws.z)
 
 
 def test_another_seed_is_another_order_and_other_second_time_weights(
@@ -92,20 +95,13 @@ def test_another_seed_is_another_order_and_other_second_time_weights(
 ) -> None:
     study = tiny({"seeds": [0, 1]})
     first, second = (training(study, first_results, "ctm", seed).update for seed in (0, 1))
-    weights, others = ({n: v.clone() for n, v in one.model.state_dict().items()} for one in (first, second))
+    drawn, others = ({n: v.clone() for n, v in one.model.state_dict().items()} for one in (first, second))
     first.step(0)
     second.step(0)
     assert not torch.equal(seen[0].images, seen[1].images)
-    changed = {name for name, value in weights.items() if not torch.equal(others[name], value)}
+    changed = {name for name, value in drawn.items() if not torch.equal(others[name], value)}
     assert changed
     assert all("_s." in name for name in changed)
-
-
-def test_a_students_first_jumps_are_its_teachers(tiny: Tiny, first_results: Layout) -> None:
-    teacher, _ = load_denoiser(first_results.teacher / "teacher.safetensors")
-    model = training(tiny(), first_results, "analytic").update.model
-    x, t, s = torch.randn(4, 1, 8, 8), torch.full((4,), 3.0), torch.full((4,), 0.1)
-    assert torch.equal(model(x, t, s), teacher(x, t))
 
 
 @pytest.mark.parametrize("conditional", [True, False])
@@ -153,11 +149,6 @@ def test_coefficients_that_are_damaged_are_refused(tiny: Tiny, first_results: La
 # --- consistency training: the arms differ in the coupling, and no weight of the teacher is needed
 
 
-def weights(*models: torch.nn.Module) -> torch.Tensor:
-    """All of them in one row."""
-    return torch.cat([value.flatten() for model in models for value in model.state_dict().values()])
-
-
 def test_the_arms_of_a_seed_share_weights_images_levels_and_noise(
     tiny: Tiny, couplings: Changes, first_results: Layout, seen: list[Seen]
 ) -> None:
@@ -198,22 +189,13 @@ def test_the_first_weights_are_the_seeds_and_no_teachers(
     assert not torch.equal(drawn[1], drawn[0])
 
 
-def test_a_student_that_starts_from_the_teacher_is_its_denoiser(
+def test_a_student_that_starts_from_its_teacher_is_its_denoiser(
     tiny: Tiny, couplings: Changes, first_results: Layout
 ) -> None:
     teacher = load_denoiser(first_results.teacher / "teacher.safetensors")[0]
-    model = training(tiny(couplings | {"student.start": "teacher"}), first_results, "gc").update.model
-    x, t = torch.randn(4, 1, 8, 8), torch.full((4,), 3.0)
-    assert torch.equal(model(x, t, torch.full((4,), 0.002)), teacher(x, t))
-
-
-#: a student that fits its coefficients itself: at the start, and before steps 2 and 4
-OWN = {
-    "varies": ["coupling", "mu", "preconditioning", "fit", "dsm_weight"],
-    "students.own": {"preconditioning": "analytic", "fit": "average", "dsm_weight": 1.0, "coupling": "gc"},
-    "students.data": {"preconditioning": "analytic", "fit": "data"},
-    "coefficients.samples": 64,
-}
+    x, t, s = torch.randn(4, 1, 8, 8), torch.full((4,), 3.0), torch.full((4,), 0.1)
+    for study, run in ((tiny(), "analytic"), (tiny(couplings | {"student.start": "teacher"}), "gc")):
+        assert torch.equal(training(study, first_results, run).update.model(x, t, s), teacher(x, t))
 
 
 def at_the_end(study: Study, results: Path, state: Path, run: str, interrupted: bool) -> list[Denoiser]:
@@ -237,19 +219,45 @@ def at_the_end(study: Study, results: Path, state: Path, run: str, interrupted: 
     return [job.update.model, *(average.model for average in job.averages), *snapshots]
 
 
-@pytest.mark.parametrize("run", ["ic", "ot", "gc", "own"])
+def warming_up(optimizer: str, predictor: Any) -> Changes:
+    """Averages that warm up, a further one among them; the levels change while the training is stopped."""
+    averages = {"student.ema_rate": 0.999, "student.evaluation_ema": [0.9], "student.ema_warm_up": 0.75}
+    gc = {"coupling": "gc", "mu": 1.0, "predictor": predictor}
+    varies = ["coupling", "mu", "predictor"]
+    return averages | {"student.optimizer": optimizer, "students.gc": gc, "varies": varies}
+
+
+@pytest.mark.parametrize(
+    ("run", "changes"),
+    [
+        *((run, OWN) for run in ("ic", "ot", "gc", "own")),
+        *(
+            ("gc", warming_up(optimizer, predictor))
+            for optimizer in ("radam", "lion")
+            for predictor in ("average", {"run": "ic"}, {"run": "ic", "step": 3})
+        ),
+    ],
+)
 def test_an_interrupted_arm_ends_with_the_bits_of_an_uninterrupted_one(
-    tiny: Tiny, couplings: Changes, first_results: Layout, tmp_path: Path, run: str
+    tiny: Tiny, couplings: Changes, results: Layout, tmp_path: Path, run: str, changes: Changes
 ) -> None:
     """The student own is stopped between two refits of its coefficients."""
-    study = tiny(couplings | OWN)
-    whole, same = (at_the_end(study, first_results.results, tmp_path / f"{k}", run, k) for k in (False, True))
+    study = tiny(couplings | changes)
+    frozen = study.students[run].frozen
+    if frozen:
+        stage.make_student(study, results, "ic", 0, CPU)
+    whole, same = (at_the_end(study, results.results, tmp_path / f"{k}", run, k) for k in (False, True))
     assert torch.equal(weights(*same), weights(*whole))
     if run == "own":
         fits = [model.fit for model in same[-3:]]
         assert not torch.equal(fits[0], fits[1])
         assert not torch.equal(fits[1], fits[2])
         assert torch.equal(fits[2], same[0].fit)
+    if study.students[run].ema_warm_up and not frozen:
+        cold = tiny(couplings | changes | {"student.ema_warm_up": None})
+        assert not torch.equal(
+            weights(*at_the_end(cold, results.results, tmp_path / "cold", run, False)), weights(*whole)
+        )
 
 
 def test_a_frozen_predictor_is_the_other_students_and_stays_what_it_is(
@@ -295,27 +303,6 @@ def test_lion_is_the_optimiser_that_the_study_asks_for(tiny: Tiny, couplings: Ch
     torch.testing.assert_close(moved[moved > 0], torch.full_like(moved[moved > 0], 4e-4), rtol=0.01, atol=1e-7)
 
 
-@pytest.mark.parametrize("predictor", ["average", {"run": "ic"}, {"run": "ic", "step": 3}])
-@pytest.mark.parametrize("optimizer", ["radam", "lion"])
-def test_one_whose_average_warms_up_goes_on_with_the_same_bits_whatever_its_predictor(
-    tiny: Tiny, couplings: Changes, results: Layout, tmp_path: Path, predictor: Any, optimizer: str
-) -> None:
-    """With a further average, and levels that change while it is stopped."""
-    averages = {"student.ema_rate": 0.999, "student.evaluation_ema": [0.9], "student.ema_warm_up": 0.75}
-    gc = {
-        "students.gc": {"coupling": "gc", "mu": 1.0, "predictor": predictor},
-        "varies": ["coupling", "mu", "predictor"],
-    }
-    study = tiny(couplings | averages | gc | {"student.optimizer": optimizer})
-    stage.make_student(study, results, "ic", 0, CPU)
-    one, two = (weights(*at_the_end(study, results.results, tmp_path / f"{k}", "gc", k)) for k in (False, True))
-    assert torch.equal(one, two)
-    # The warm-up has a say: without it the averages are others.
-    cold = tiny(couplings | averages | gc | {"student.optimizer": optimizer, "student.ema_warm_up": None})
-    if predictor == "average":
-        assert not torch.equal(weights(*at_the_end(cold, results.results, tmp_path / "cold", "gc", False)), one)
-
-
 def test_the_levels_near_each_other_as_the_study_says(tiny: Tiny, couplings: Changes, first_results: Layout) -> None:
     objective: Any = training(tiny(couplings), first_results, "ic").update.objective
     drawn = [objective.schedule.levels(step, 4096, torch.Generator()).t for step in (0, 2, 5)]
@@ -342,9 +329,8 @@ def test_compute_settings_change_the_last_bits_at_most(
         layout = Layout("tiny", first_results.results, tmp_path / str(len(jobs)))
         jobs.append(training(study, layout, "ctm"))
         train(jobs[-1])
-    weights = [job.averages[0].model.state_dict() for job in jobs]
-    for name, value in weights[0].items():
-        torch.testing.assert_close(weights[1][name], value, rtol=1e-5, atol=1e-6, msg=name)
+    plain, same = (job.averages[0].model.state_dict() for job in jobs)
+    torch.testing.assert_close(same, plain, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on the CPU")
@@ -353,8 +339,7 @@ def test_compiled_networks_compute_the_same(tiny: Tiny, first_results: Layout) -
     compiled = training(tiny({"compute": {"compile": True}}), first_results, "ctm")
     for step in range(2):
         terms, same = (job.update.step(step)[0] for job in (plain, compiled))
-        for name in terms:
-            torch.testing.assert_close(same[name], terms[name], rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(same, terms, rtol=1e-4, atol=1e-6)
     assert plain.update.model.state_dict().keys() == compiled.update.model.state_dict().keys()
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from tests.conftest import vouch_for
 from tests.edm_writer import write_edm_pickle
 
 from consistency.errors import UserError
@@ -40,10 +41,7 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, official: Denoiser)
     file = tmp_path / "resources" / NAME
     file.parent.mkdir()
     write_edm_pickle(file, official)
-    entry = {"url": "http://127.0.0.1:9/x", "about": "test", "licence": "none", "digest_source": "the test"}
-    digest = hashlib.sha256(file.read_bytes()).hexdigest()
-    (tmp_path / "config").mkdir()
-    (tmp_path / "config/resources.yaml").write_text(yaml.safe_dump({NAME: {**entry, "sha256": digest}}))
+    vouch_for(file)
     return tmp_path
 
 
@@ -84,17 +82,6 @@ def test_a_checkpoint_that_does_not_fit_the_study_is_refused(
     with pytest.raises(UserError, match=f"{NAME} does not fit the study: {message}"):
         make_teacher(study_of(tiny, **changes), Layout("tiny"), CPU)
     assert not Path("results").exists()
-
-
-def test_a_missing_or_changed_checkpoint_is_refused(tiny: Tiny, project: Path) -> None:
-    path = project / "resources" / NAME
-    content = path.read_bytes()
-    path.write_bytes(content[:-1] + b"x")
-    with pytest.raises(UserError, match="sha256"):
-        make_teacher(study_of(tiny), Layout("tiny"), CPU)
-    path.unlink()
-    with pytest.raises(UserError, match=f"python -m consistency fetch {NAME}"):
-        make_teacher(study_of(tiny), Layout("tiny"), CPU)
 
 
 def test_a_file_that_is_no_checkpoint_does_not_keep_the_right_one_out(tiny: Tiny, project: Path) -> None:

@@ -30,23 +30,6 @@ def test_in_one_dimension_the_assignment_sorts() -> None:
     assert torch.equal(paired[order, 0], noise[:, 0].sort().values)
 
 
-def test_noise_is_exchanged_never_changed() -> None:
-    images, noise = torch.randn(2, 50, 3, generator=seeded())
-    assert sorted(assignment(images, noise).tolist()) == list(range(50))
-
-
-def test_with_labels_noise_stays_in_its_class_and_is_best_there() -> None:
-    images, noise = torch.randn(2, 40, 3, generator=seeded())
-    labels = torch.randint(3, (40,), generator=seeded(1))
-    chosen = assignment(images, noise, labels)
-    assert torch.equal(labels[chosen], labels)
-    assert sorted(chosen.tolist()) == list(range(40))
-    for label in range(3):
-        rows = (labels == label).nonzero()[:, 0]
-        best = rows[assignment(images[rows], noise[rows])]
-        assert torch.equal(chosen[rows], best)
-
-
 @pytest.mark.statistical
 def test_labelled_noise_stays_standard_normal_within_a_class() -> None:
     """The reason for assigning within classes: over all classes, a class's noise would lean towards its images."""
@@ -63,18 +46,10 @@ def test_labelled_noise_stays_standard_normal_within_a_class() -> None:
 
 
 @pytest.mark.statistical
-@pytest.mark.parametrize("mu", [0.0, 0.3, 0.7, 1.0])
+@pytest.mark.parametrize("mu", [0.3, 0.7])
 def test_mu_is_the_probability_of_a_generated_image(mu: float) -> None:
     mask = generator_mask(20_000, mu, seeded())
     assert mask.float().mean().item() == pytest.approx(mu, abs=0.02)  # 6 standard errors
-    if mu in (0.0, 1.0):
-        assert bool((mask == bool(mu)).all())
-
-
-def test_masks_of_two_mu_are_nested() -> None:
-    """The arms of a sweep over mu differ in as few images as they can."""
-    few, many = (generator_mask(1000, mu, seeded()) for mu in (0.3, 0.7))
-    assert bool((many | ~few).all())
 
 
 def test_generated_images_are_the_predictor_s_endpoints_where_the_mask_says_so() -> None:
@@ -106,13 +81,14 @@ def test_an_assignment_is_a_permutation_that_none_of_many_others_beats(seed: int
     labels = torch.randint(int(draws.integers(1, 8)), (count,), generator=generator) if labelled else None
     chosen = assignment(images, noise, labels)
     assert torch.equal(chosen.sort().values, torch.arange(count))
-    assert labels is None or torch.equal(labels[chosen], labels)
     classes = torch.zeros(count, dtype=torch.int64) if labels is None else labels
+    members = [(classes == label).nonzero()[:, 0] for label in classes.unique()]
+    for rows in members:
+        assert torch.equal(chosen[rows], rows[assignment(images[rows], noise[rows])])
     least = cost(images.double(), noise[chosen].double())
     for _ in range(50):
         other = torch.arange(count)
-        for label in classes.unique():
-            rows = (classes == label).nonzero()[:, 0]
+        for rows in members:
             other[rows] = rows[torch.randperm(len(rows), generator=generator)]
         assert least <= cost(images.double(), noise[other].double()) * (1 + 1e-12)
     assert least <= cost(images.double(), noise.double()) * (1 + 1e-12)
@@ -135,6 +111,7 @@ def test_who_is_paired_with_whom_does_not_depend_on_the_order(seed: int) -> None
 
 @pytest.mark.parametrize("seed", range(10))
 def test_the_masks_of_any_sweep_are_nested(seed: int) -> None:
+    """The arms of a sweep over mu differ in as few images as they can."""
     draws = numpy_draws(seed)
     count, sweep = int(draws.integers(1, 3000)), [0.0, *np.sort(draws.uniform(size=4)).tolist(), 1.0]
     masks = [generator_mask(count, mu, seeded(seed)) for mu in sweep]

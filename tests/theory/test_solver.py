@@ -39,13 +39,6 @@ def test_each_image_may_have_its_own_times() -> None:
         torch.testing.assert_close(together[i], alone[0])
 
 
-def test_a_last_time_of_zero_is_the_denoiser_itself() -> None:
-    x = start()
-    t = torch.ones(len(x), dtype=torch.float64)
-    middle = heun_step(TEACHER, x, 10 * t, t)
-    torch.testing.assert_close(heun_solve(TEACHER, x, [10.0, 1.0, 0.0]), TEACHER(middle, t))
-
-
 def test_rho_grid_is_the_published_one() -> None:
     """The times of NFE 2, 3 and 5 that CTM's code jumps through."""
     for nodes, inside in ((3, [2.5152]), (4, [9.7232, 0.4700]), (6, [24.4083, 5.8389, 0.9654, 0.0851])):

@@ -3,15 +3,14 @@
 import json
 import os
 import pickle
-import resource
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tests.dangers import Call, file_size_limit
 
 from consistency.errors import UserError
 from consistency.nets.denoiser import Denoiser
@@ -34,16 +33,6 @@ def saved(tmp_path: Path, make_denoiser: MakeDenoiser) -> Path:
     return path
 
 
-class Trap:
-    """Unpickling it leaves a file behind."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return Path.touch, (self.path,)
-
-
 def refused(path: Path, match: str, key: str | None = None) -> None:
     with pytest.raises(UserError, match=match) as error:
         load_denoiser(path, key)
@@ -55,24 +44,21 @@ def refused(path: Path, match: str, key: str | None = None) -> None:
 
 
 @pytest.mark.parametrize("options", [{}, {"second_time": True}, {"label_dim": 3, "sigma_data": 0.3, "dropout": 0.1}])
-def test_a_round_trip_keeps_every_bit(tmp_path: Path, make_denoiser: MakeDenoiser, options: dict[str, Any]) -> None:
+def test_a_round_trip_keeps_every_bit_and_freezes(
+    tmp_path: Path, make_denoiser: MakeDenoiser, options: dict[str, Any]
+) -> None:
     denoiser = make_denoiser(1, **options)
     path = tmp_path / "deep" / "er" / "model.safetensors"
     save_denoiser(path, denoiser, {"key": "abc", "parents": {"images.npy": "123"}, "git": {"dirty": None}})
     loaded, metadata = load_denoiser(path, "abc")
     assert loaded.architecture == denoiser.architecture
-    for name, value in denoiser.state_dict().items():
-        assert torch.equal(loaded.state_dict()[name], value), name
+    torch.testing.assert_close(loaded.state_dict(), denoiser.state_dict(), rtol=0, atol=0)
+    assert not loaded.training
+    assert not any(p.requires_grad for p in loaded.parameters())
     assert metadata["parents"] == {"images.npy": "123"}
     assert metadata["git"] == {"dirty": None}
     x, t = torch.randn(2, 1, 4, 4), torch.tensor([0.1, 3.0])
     assert torch.equal(loaded(x, t), denoiser.eval()(x, t))
-
-
-def test_what_is_loaded_is_frozen(saved: Path) -> None:
-    loaded, _ = load_denoiser(saved)
-    assert not loaded.training
-    assert not any(p.requires_grad for p in loaded.parameters())
 
 
 def test_the_same_weights_make_the_same_file(saved: Path, make_denoiser: MakeDenoiser) -> None:
@@ -98,11 +84,11 @@ def test_weights_in_another_memory_layout_are_saved(tmp_path: Path, make_denoise
                 p.set_(p.t().contiguous().t())
     save_denoiser(tmp_path / "m.safetensors", denoiser, {})
     loaded, _ = load_denoiser(tmp_path / "m.safetensors")
-    for name, value in denoiser.state_dict().items():
-        assert torch.equal(loaded.state_dict()[name], value)
+    torch.testing.assert_close(loaded.state_dict(), denoiser.state_dict(), rtol=0, atol=0)
 
 
 def test_a_state_comes_back_with_every_bit(tmp_path: Path) -> None:
+    assert load_state(tmp_path / "state.pt") is None
     state = {"key": "a", "clock": {"step": 3}, "model": {"w": torch.randn(3)}, "list": [1, 2.5, None]}
     save_state(tmp_path / "state.pt", state)
     loaded = load_state(tmp_path / "state.pt")
@@ -111,25 +97,18 @@ def test_a_state_comes_back_with_every_bit(tmp_path: Path) -> None:
     assert loaded == state
 
 
-def test_no_state_is_none(tmp_path: Path) -> None:
-    assert load_state(tmp_path / "state.pt") is None
-
-
 # --- what is damaged or foreign is refused
 
 
-def test_a_missing_checkpoint_says_so(tmp_path: Path) -> None:
+def test_a_missing_checkpoint_and_a_folder_are_refused(tmp_path: Path) -> None:
     refused(tmp_path / "model.safetensors", "is missing")
+    refused(tmp_path, "is not a whole safetensors file")
 
 
 @pytest.mark.parametrize("keep", [0, 4, 8, 50, 600, -1])
 def test_a_truncated_checkpoint_is_refused(saved: Path, keep: int) -> None:
     saved.write_bytes(saved.read_bytes()[:keep])
     refused(saved, "is not a whole safetensors file")
-
-
-def test_a_folder_is_refused(tmp_path: Path) -> None:
-    refused(tmp_path, "is not a whole safetensors file")
 
 
 def test_a_foreign_checkpoint_is_refused(tmp_path: Path) -> None:
@@ -143,24 +122,21 @@ def test_a_foreign_checkpoint_is_refused(tmp_path: Path) -> None:
 def test_a_pickle_by_another_name_is_refused_and_never_run(tmp_path: Path, writer: Callable[..., None]) -> None:
     sprung, path = tmp_path / "sprung", tmp_path / "model.safetensors"
     with path.open("wb") as file:
-        writer({"ema": Trap(sprung)}, file)
+        writer({"ema": Call(Path.touch, sprung)}, file)
     refused(path, "is not a whole safetensors file")
     assert not sprung.exists()
 
 
-def test_a_state_with_code_in_it_is_refused_and_never_run(tmp_path: Path) -> None:
-    sprung, path = tmp_path / "sprung", tmp_path / "state.pt"
-    torch.save({"key": Trap(sprung)}, path)
+@pytest.mark.parametrize("content", [{"key": Call(Path.touch, Path("sprung"))}, [1, 2]], ids=["code", "list"])
+def test_what_is_no_state_is_refused_and_never_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: object
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    torch.save(content, "state.pt")
     with pytest.raises(UserError, match="is damaged") as error:
-        load_state(path)
-    assert not sprung.exists()
+        load_state(Path("state.pt"))
+    assert not Path("sprung").exists()
     assert "weights_only" not in str(error.value)
-
-
-def test_a_state_that_is_no_state_is_refused(tmp_path: Path) -> None:
-    torch.save([1, 2], tmp_path / "state.pt")
-    with pytest.raises(UserError, match="is damaged"):
-        load_state(tmp_path / "state.pt")
 
 
 def test_a_checkpoint_of_other_settings_is_refused(saved: Path) -> None:
@@ -200,17 +176,6 @@ def test_weights_that_are_not_finite_are_refused(saved: Path, value: float) -> N
 
 
 # --- a full disk
-
-
-@contextmanager
-def file_size_limit(size: int) -> Iterator[None]:
-    """No file of this process may grow beyond size bytes. Needs no privilege."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from tests.draws import seeded
 from tests.training.losses import EPS, T, fitted, passes
 from torch import Tensor
 
-from consistency.nets.denoiser import Denoiser, edm_coefficients, student_from_teacher
+from consistency.nets.denoiser import Denoiser, edm_coefficients
 from consistency.theory.distance import pseudo_huber, squared_l2
 from consistency.theory.noise import rho_grid
 from consistency.theory.oracles import GaussianTeacher
@@ -21,6 +21,7 @@ from consistency.training.objectives import Denoising, Endpoint, Objective, Traj
 
 GRID = rho_grid(18, EPS, T)
 MakeDenoiser = Callable[..., Denoiser]
+Networks = tuple[Denoiser, Denoiser, Denoiser]
 
 
 @dataclass
@@ -62,7 +63,8 @@ class Step:
         return Losses({term.name: term.value for term in terms} | {"loss": loss}, sum(t.evaluations for t in terms))
 
 
-def trajectory(
+def distillation(
+    kind: type[Trajectory] | type[Endpoint],
     student: Any = None,
     average: Any = None,
     teacher: Any = None,
@@ -71,14 +73,24 @@ def trajectory(
     distance: Callable[[Tensor, Tensor], Tensor] = squared_l2,
     grid: Tensor = GRID,
     target: str = "online",
-    max_steps: int | None = None,
-    dsm_weight: float = 1.0,
+    **own: Any,
 ) -> Step:
+    """A step of distillation, with a recorder in the place of each network that is not given."""
     if isinstance(preconditioning, str):
         preconditioning = build_preconditioning(preconditioning, 0.5, fitted())
     networks = (student or Recorder(), average or Recorder(), teacher or Recorder())
-    most = max_steps or len(grid) - 1
-    return Step(Trajectory(*networks, preconditioning, distance, grid, target, max_steps=most, dsm_weight=dsm_weight))
+    return Step(kind(*networks, preconditioning, distance, grid, target, **own))
+
+
+def trajectory(*networks: Any, max_steps: int = len(GRID) - 1, dsm_weight: float = 1.0, **settings: Any) -> Step:
+    return distillation(Trajectory, *networks, max_steps=max_steps, dsm_weight=dsm_weight, **settings)
+
+
+def endpoint(*networks: Any, **settings: Any) -> Step:
+    return distillation(Endpoint, *networks, **settings)
+
+
+either = pytest.mark.parametrize("make", [trajectory, endpoint])
 
 
 def node(t: Tensor) -> Tensor:
@@ -109,12 +121,8 @@ def test_the_loss_is_AP_7_written_out_for_a_gaussian() -> None:
         ahead = 1 + step * slope
         return 1 + step / 2 * (slope + ahead * (1 - teacher.gain(GRID[i + 1])) / GRID[i + 1])
 
-    solved = torch.stack(
-        [
-            torch.stack([heun(i) for i in range(a, b)]).prod()
-            for a, b in zip(node(t).tolist(), node(u).tolist(), strict=True)
-        ]
-    )
+    spans = zip(node(t).tolist(), node(u).tolist(), strict=True)
+    solved = torch.stack([torch.stack([heun(i) for i in range(a, b)]).prod() for a, b in spans])
     to_end = jump(average.gain, s, GRID[-1])
     estimate = to_end * jump(student.gain, t, s)
     target = to_end * jump(student.gain, u, s) * solved
@@ -154,17 +162,6 @@ def test_with_exact_jumps_only_the_teachers_discretisation_is_left() -> None:
         return objective(images, None, seeded()).terms["distillation"].item()
 
     assert 32 < error(40) / error(80) < 128
-
-
-def test_a_student_starts_as_its_teacher(make_denoiser: MakeDenoiser) -> None:
-    teacher = make_denoiser().eval()
-    student = student_from_teacher(teacher)
-    images = torch.randn(8, 1, 4, 4, generator=seeded())
-    by_student = trajectory(student, student, teacher)(images, None, seeded(1)).terms
-    without_s = student_from_teacher(teacher, seed=5)
-    same = trajectory(without_s, without_s, teacher)(images, None, seeded(1)).terms
-    for name in by_student:
-        assert torch.equal(by_student[name], same[name]), name
 
 
 # --- trajectory distillation: the draws
@@ -229,24 +226,17 @@ def test_the_outer_jumps_end_at_eps() -> None:
         assert torch.equal(end, torch.full((32,), EPS, dtype=torch.float64))
 
 
-@pytest.mark.parametrize("objective", [Trajectory, Endpoint])
+@either
 @pytest.mark.parametrize("other", ["analytic", "analytic-forward", "bcm"])
-def test_two_preconditionings_see_the_same_draws(objective: type, other: str) -> None:
+def test_two_preconditionings_see_the_same_draws(make: Callable[..., Step], other: str) -> None:
     images = torch.randn(8, 1, 2, 2, generator=seeded())
 
     def seen(name: str) -> list[tuple[Tensor, ...]]:
         student, teacher = Recorder(), Recorder()
-        settings = vars(trajectory(student, teacher=teacher, preconditioning=name).objective)
-        if objective is Endpoint:
-            settings = {k: v for k, v in settings.items() if k not in ("max_steps", "dsm_weight")}
-        Step(objective(**settings))(images, None, seeded(3))
+        make(student, teacher=teacher, preconditioning=name)(images, None, seeded(3))
         return [*student.calls, *teacher.calls]
 
-    ctm, compared = seen("ctm"), seen(other)
-    assert len(ctm) == len(compared)
-    for a, b in zip(ctm, compared, strict=True):
-        for x, y in zip(a, b, strict=True):
-            assert torch.equal(x, y)
+    torch.testing.assert_close(seen(other), seen("ctm"), rtol=0, atol=0)
 
 
 def test_labels_reach_every_network() -> None:
@@ -262,7 +252,7 @@ def test_labels_reach_every_network() -> None:
 
 
 @pytest.fixture
-def networks(make_denoiser: MakeDenoiser) -> tuple[Denoiser, Denoiser, Denoiser]:
+def networks(make_denoiser: MakeDenoiser) -> Networks:
     """Student, average and teacher with weights of their own; only the student's ask for a gradient."""
     teacher = make_denoiser(0).eval().requires_grad_(False)
     student = make_denoiser(1, second_time=True).requires_grad_(True)
@@ -271,17 +261,18 @@ def networks(make_denoiser: MakeDenoiser) -> tuple[Denoiser, Denoiser, Denoiser]
 
 
 def gradients(student: Denoiser, loss: Tensor) -> list[Tensor]:
-    return list(torch.autograd.grad(loss, list(student.parameters()), materialize_grads=True))
+    return list(torch.autograd.grad(loss, list(student.parameters()), materialize_grads=True, retain_graph=True))
 
 
-def test_gradients_reach_the_student_alone(networks: tuple[Denoiser, Denoiser, Denoiser]) -> None:
+@either
+def test_gradients_reach_the_student_alone(networks: Networks, make: Callable[..., Step]) -> None:
     student, average, teacher = networks
-    trajectory(*networks)(torch.randn(8, 1, 4, 4), None, seeded()).terms["loss"].backward()
+    make(*networks)(torch.randn(8, 1, 4, 4), None, seeded()).terms["loss"].backward()
     assert all(p.grad is not None and bool(p.grad.abs().max() > 0) for p in student.parameters())
     assert all(p.grad is None for model in (average, teacher) for p in model.parameters())
 
 
-def test_the_gradient_flows_through_the_frozen_outer_jump(networks: tuple[Denoiser, Denoiser, Denoiser]) -> None:
+def test_the_gradient_flows_through_the_frozen_outer_jump(networks: Networks) -> None:
     """With an averaged target nothing else depends on the student: autograd must be the loss's own derivative."""
     for model in networks:
         model.double()
@@ -311,7 +302,7 @@ def test_the_gradient_flows_through_the_frozen_outer_jump(networks: tuple[Denois
 
 
 @pytest.mark.parametrize("target", ["online", "ema"])
-def test_the_target_has_no_gradient(networks: tuple[Denoiser, Denoiser, Denoiser], target: str) -> None:
+def test_the_target_has_no_gradient(networks: Networks, target: str) -> None:
     seen = []
 
     def distance(estimate: Tensor, goal: Tensor) -> Tensor:
@@ -322,9 +313,7 @@ def test_the_target_has_no_gradient(networks: tuple[Denoiser, Denoiser, Denoiser
     assert seen == [(True, False)]
 
 
-def test_the_online_and_the_averaged_target_differ_once_the_weights_do(
-    networks: tuple[Denoiser, Denoiser, Denoiser],
-) -> None:
+def test_the_online_and_the_averaged_target_differ_once_the_weights_do(networks: Networks) -> None:
     student, average, teacher = networks
     images = torch.randn(4, 1, 4, 4, generator=seeded())
 
@@ -335,35 +324,25 @@ def test_the_online_and_the_averaged_target_differ_once_the_weights_do(
     average.load_state_dict(student.state_dict())
     online, averaged = loss("online"), loss("ema")
     assert torch.equal(online, averaged)
-    for a, b in zip(gradients(student, online), gradients(student, averaged), strict=True):
-        torch.testing.assert_close(a, b)
+    torch.testing.assert_close(gradients(student, online), gradients(student, averaged))
 
 
-def test_a_dsm_weight_of_0_removes_the_term(networks: tuple[Denoiser, Denoiser, Denoiser]) -> None:
-    images = torch.randn(4, 1, 4, 4, generator=seeded())
-    terms = trajectory(*networks, dsm_weight=0.0)(images, None, seeded(1)).terms
-    assert torch.equal(terms["loss"], terms["distillation"])
-    whole = gradients(networks[0], trajectory(*networks, dsm_weight=0.0)(images, None, seeded(1)).terms["loss"])
-    alone = gradients(networks[0], terms["distillation"])
-    for a, b in zip(whole, alone, strict=True):
-        torch.testing.assert_close(a, b)
+def test_a_dsm_weight_of_0_removes_the_term(networks: Networks) -> None:
+    terms = trajectory(*networks, dsm_weight=0.0)(torch.randn(4, 1, 4, 4), None, seeded(1)).terms
+    torch.testing.assert_close(terms["loss"], terms["distillation"], rtol=0, atol=0)
+    torch.testing.assert_close(*(gradients(networks[0], terms[name]) for name in ("loss", "distillation")))
 
 
 @pytest.mark.filterwarnings("ignore:Full backward hook is firing")
+@either
 @pytest.mark.parametrize("seed", range(4))
-def test_evaluations_are_the_passes_really_made(networks: tuple[Denoiser, Denoiser, Denoiser], seed: int) -> None:
-    images = torch.randn(4, 1, 4, 4)
-    step = trajectory(*networks)
+def test_evaluations_are_the_passes_really_made(networks: Networks, make: Callable[..., Step], seed: int) -> None:
+    images, step = torch.randn(4, 1, 4, 4), make(*networks)
     counted = passes(networks, lambda: step(images, None, seeded(seed)).terms["loss"].backward())
     assert step(images, None, seeded(seed)).evaluations == 4 * counted
 
 
 # --- endpoint distillation
-
-
-def endpoint(*networks: Any, preconditioning: str = "cm", target: str = "online") -> Step:
-    fixed = build_preconditioning(preconditioning, 0.5, fitted())
-    return Step(Endpoint(*networks, fixed, squared_l2, GRID, target))
 
 
 def test_endpoint_takes_neighbouring_nodes_to_eps() -> None:
@@ -380,9 +359,8 @@ def test_endpoint_takes_neighbouring_nodes_to_eps() -> None:
 
 def test_endpoint_is_AP_5_written_out_for_a_gaussian() -> None:
     student, average, teacher = Recorder(), Recorder(lambda t: 0.3 / (0.3 + t**2)), Recorder()
-    losses = endpoint(student, average, teacher, preconditioning="ctm", target="ema")(
-        torch.zeros(64, 1, 1, 1, dtype=torch.float64), None, seeded()
-    )
+    images = torch.zeros(64, 1, 1, 1, dtype=torch.float64)
+    losses = endpoint(student, average, teacher, target="ema")(images, None, seeded())
     (x, t, _), (x_u, u, _) = student.calls[0], average.calls[0]
     slope = (1 - teacher.gain(t)) / t
     ahead = 1 + (u - t) * slope
@@ -394,17 +372,6 @@ def test_endpoint_is_AP_5_written_out_for_a_gaussian() -> None:
     torch.testing.assert_close(losses.terms["loss"], expected, rtol=1e-9, atol=0)
 
 
-@pytest.mark.filterwarnings("ignore:Full backward hook is firing")
-def test_endpoint_gradients_and_evaluations(networks: tuple[Denoiser, Denoiser, Denoiser]) -> None:
-    student, average, teacher = networks
-    images = torch.randn(4, 1, 4, 4)
-    step = endpoint(*networks)
-    counted = passes(networks, lambda: step(images, None, seeded()).terms["loss"].backward())
-    assert step(images, None, seeded()).evaluations == 4 * counted
-    assert any(p.grad is not None and bool(p.grad.abs().max() > 0) for p in student.parameters())
-    assert all(p.grad is None for model in (average, teacher) for p in model.parameters())
-
-
 # --- the teacher's loss
 
 
@@ -413,16 +380,15 @@ def test_denoising_is_EDMs_formula(make_denoiser: MakeDenoiser) -> None:
     """Against E || F(c_in x, c_noise) - (x_0 - c_skip x) / c_out ||^2, EDM (8), with the draws made again."""
     model = make_denoiser(sigma_data=0.4)
     images = torch.randn(32, 1, 4, 4, generator=seeded())
-    losses = Step(Denoising(model, -1.2, 1.2))(images, None, seeded(1))
+    step = Step(Denoising(model, -1.2, 1.2))
+    losses = step(images, None, seeded(1))
     again = seeded(1)
     sigma = torch.exp(-1.2 + 1.2 * torch.randn(32, generator=again))
     x = images + expand(sigma, images) * torch.randn(images.shape, generator=again)
     c_skip, c_out, _, _ = (expand(c, x) for c in edm_coefficients(sigma, 0.4))
     expected = (model.raw(x, sigma) - (images - c_skip * x) / c_out).square().mean()
     torch.testing.assert_close(losses.terms["loss"], expected, rtol=1e-4, atol=1e-6)
-    assert losses.evaluations == 32 * passes(
-        (model,), lambda: Step(Denoising(model, -1.2, 1.2))(images, None, seeded(1)).terms["loss"].backward()
-    )
+    assert losses.evaluations == 32 * passes((model,), lambda: step(images, None, seeded(1)).terms["loss"].backward())
 
 
 @pytest.mark.statistical

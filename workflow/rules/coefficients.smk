@@ -1,4 +1,4 @@
-# extractor, calibration and scores take from it what they do not say themselves.
+# dataset, extractor, calibration and scores take from it what they do not say themselves.
 rule coefficients:
     input:
         "results/{study}/dataset/images.npy",

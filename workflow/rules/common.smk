@@ -88,17 +88,12 @@ def made_by(stage: str, verb: str | None = None) -> dict:
     """The parameters of a rule: the words of its command, and two that change, and make its jobs run again, exactly when
     a setting or code does that the stage depends on."""
 
-    def key(wildcards) -> str:
-        seed = wildcards.get("seed")
-        return study_of(wildcards).key(stage, wildcards.get("run"), None if seed is None else int(seed))
-
-    def code(wildcards) -> str:
-        return code_digest(stage)
-
-    def student(wildcards) -> str:
-        return f"--run {wildcards.run} --seed {wildcards.seed}" if "run" in wildcards.keys() else ""
-
-    return {"key": key, "code": code, "verb": verb or stage, "student": student}
+    return {
+        "key": lambda w: study_of(w).key(stage, w.get("run"), int(w.seed) if "seed" in w.keys() else None),
+        "code": lambda w: code_digest(stage),
+        "verb": verb or stage,
+        "student": lambda w: f"--run {w.run} --seed {w.seed}" if "run" in w.keys() else "",
+    }
 
 
 def environment(wildcards) -> str | None:
@@ -109,11 +104,7 @@ def environment(wildcards) -> str | None:
 
 def downloads_of(stage: str):
     """Input function: the downloads that a job of the stage opens."""
-
-    def of(wildcards) -> list[str]:
-        return [str(resource_path(name)) for name in downloads(study_of(wildcards), stage, wildcards.get("run"))]
-
-    return of
+    return lambda w: [str(resource_path(name)) for name in downloads(study_of(w), stage, w.get("run"))]
 
 
 def teacher_data(wildcards) -> list[str]:
@@ -139,32 +130,8 @@ def predictor_if_frozen(wildcards) -> list[str]:
     return [f"{folder}/student.safetensors" if frozen.step is None else f"{folder}/snapshots"]
 
 
-def every_score(wildcards) -> list[str]:
-    """The score tables of all students and seeds."""
-    study = study_of(wildcards)
-    return expand(rules.scores.output[0], study=study.name, run=study.students, seed=study.seeds)
-
-
 def every_coupled_student(wildcards) -> list[str]:
     """The students of consistency training, for a study that measures what their couplings do."""
     study = study_of(wildcards)
     runs = study.coupled if study.flows else []
     return expand(rules.student.output[0], study=study.name, run=runs, seed=study.seeds)
-
-
-def snapshots_that_carry(wildcards) -> list[str]:
-    """The snapshots whose own coefficients the report shows."""
-    study = study_of(wildcards)
-    return expand(rules.student.output[3], study=study.name, run=study.carrying, seed=study.seeds[0])
-
-
-def flows_if_measured(wildcards) -> list[str]:
-    """The measures of the couplings, for a study that asks for them."""
-    return expand(rules.flows.output[:5], study=wildcards.study) if study_of(wildcards).flows else []
-
-
-def before_start() -> None:
-    """Under Slurm, what would leave jobs waiting for ever stops this before any is submitted."""
-    if workflow.executor_plugin.name == "slurm":
-        with in_one_line():
-            require_cluster()

@@ -1,4 +1,4 @@
-rule dataset:
+use rule coefficients as dataset with:
     input:
         downloads_of("dataset"),
     output:
@@ -10,14 +10,9 @@ rule dataset:
         "logs/{study}/dataset.log",
     benchmark:
         "logs/{study}/dataset.tsv"
-    conda:
-        environment
     threads: 8
     resources:
         mem_mb=4000,
         runtime=720,
     params:
         **made_by("dataset"),
-    shell:
-        "python -m consistency dataset --study config/studies/{wildcards.study}.yaml --threads {threads}"
-        " 2>&1 | tee -i {log}"

@@ -2,10 +2,11 @@ rule report:
     input:
         "results/{study}/scores/calibration.csv",
         "results/{study}/samples/teacher/heun.npy",
-        every_score,
+        lambda w: expand(rules.scores.output[0], study=w.study, run=study_of(w).students, seed=study_of(w).seeds),
         coefficients_if_read,
-        flows_if_measured,
-        snapshots_that_carry,
+        lambda w: expand(rules.flows.output[:5], study=w.study) if study_of(w).flows else [],
+        # The snapshots whose own coefficients it shows.
+        lambda w: expand(rules.student.output[3], study=w.study, run=study_of(w).carrying, seed=study_of(w).seeds[0]),
     output:
         report(
             "results/{study}/report/report.html",

@@ -19,14 +19,7 @@ from PIL import Image
 from consistency.errors import UserError
 from consistency.resources import CIFAR10_ARCHIVE, open_resource
 from consistency.sources import pictures
-from consistency.sources.containers import (
-    Container,
-    images_below,
-    open_folder,
-    open_tar_of_tars,
-    open_zip,
-    shown,
-)
+from consistency.sources.containers import Container, images_below, open_folder, open_tar_of_tars, open_zip, shown
 from consistency.study import Dataset
 
 Array = np.ndarray

@@ -71,7 +71,7 @@ def _write_images(study: Study, source: Source, path: Path, workers: int) -> _Su
         try:
             for rows, (more, more_squares) in zip(batches, pool.map(write, batches), strict=True):
                 values, squares = values + more, squares + more_squares
-                progress.advance(len(rows))
+                progress.update(len(rows))
         finally:
             pool.shutdown(cancel_futures=True)
     progress.close()

@@ -11,14 +11,14 @@ from safetensors.torch import load_file, save_file
 
 from consistency.errors import UserError
 from consistency.features import Extractor, Statistics, classifier_extractor, inception_extractor
-from consistency.files import write_with
+from consistency.files import made, write_with
 from consistency.layout import Layout
 from consistency.nets.classifier import Classifier
 from consistency.progress import Progress
 from consistency.provenance import read_card, write_card
 from consistency.resources import INCEPTION, downloads, open_resource
 from consistency.seeding import derived_seed, generator
-from consistency.stages.inputs import made, read_array, read_dataset, write_array, write_arrays
+from consistency.stages.inputs import read_array, read_dataset, write_array, write_arrays
 from consistency.study import Study
 from consistency.training.data import ImageData
 
@@ -63,9 +63,7 @@ def open_extractor(study: Study, layout: Layout, data: ImageData, device: torch.
     path = layout.extractor / "classifier.safetensors"
     model = Classifier(data.shape[0], data.classes, study.scores.classifier.features)
     try:
-        model.load_state_dict(load_file(path))
-    except FileNotFoundError:
-        raise UserError(f"{path} is missing: run `python -m consistency extractor` first") from None
+        model.load_state_dict(load_file(made(path, "extractor")))
     except (SafetensorError, RuntimeError) as error:
         reason = " ".join(str(error).split())
         raise UserError(f"{path} is damaged ({reason}): run `extractor` again") from None
@@ -90,7 +88,7 @@ def _data_statistics(study: Study, data: ImageData, extractor: Extractor) -> Sta
     def pieces() -> Iterator[np.ndarray]:
         for piece in extractor.pieces([data.images]):
             yield piece
-            progress.advance(len(piece))
+            progress.update(len(piece))
 
     found = Statistics.gather(pieces(), len(data), study.scores.kid_images)
     progress.close()
@@ -116,7 +114,7 @@ def _train_classifier(study: Study, data: ImageData, device: torch.device) -> tu
         loss.backward()
         optimizer.step()
         schedule.step()
-        progress.advance()
+        progress.update()
     progress.close()
     _normalise(model.eval(), data, train, device)
     return model, _accuracy(model, data, held_out, device)

@@ -143,7 +143,7 @@ class _Images:
                 inputs.append(layout.student_file(run, seed))
                 for t in self.times:
                     rows.append(_row("student", run, seed, t, _costs(ends(t), pairs.noise)))
-                    progress.advance(len(pairs.images))
+                    progress.update(len(pairs.images))
         progress.close()
         return rows, inputs
 
@@ -211,7 +211,7 @@ def _toys(study: Study, settings: Flows) -> dict[str, np.ndarray]:
         found = []
         for seed in settings.toy_seeds:
             found.append(train_toy(coupling, seed, steps=settings.toy_steps))
-            progress.advance()
+            progress.update()
         arrays |= {f"{coupling}_{name}": np.stack([getattr(toy, name) for toy in found]) for name in _KEPT}
         arrays["times"] = found[0].times
     progress.close()

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from consistency.errors import UserError
-from consistency.files import atomic
+from consistency.files import atomic, made
 from consistency.layout import Layout
 from consistency.nets.denoiser import Denoiser
 from consistency.provenance import read_card
@@ -80,13 +80,6 @@ def read_student(
     return load_denoiser(path, study.key("student", run, seed))[0].to(device)
 
 
-def made(path: Path, verb: str) -> Path:
-    """The path of a stage's output. Raises UserError, naming the verb that makes it, when it is missing."""
-    if not path.exists():
-        raise UserError(f"{path} is missing: run `python -m consistency {verb}` first")
-    return path
-
-
 def read_array(path: Path, verb: str) -> np.ndarray[Any, Any]:
     """A memory-mapped .npy file. Raises UserError, naming the verb that makes it, when it is missing or damaged."""
     try:
@@ -122,13 +115,11 @@ def read_coefficients(layout: Layout) -> dict[str, np.ndarray[Any, Any]]:
     """The arrays of coefficients.npz. Raises UserError when the file is missing or damaged."""
     path = layout.coefficients / "coefficients.npz"
     try:
-        with np.load(path) as arrays:
+        with np.load(made(path, "coefficients")) as arrays:
             found = dict(arrays)
         if not {"times", "l", "s"} <= found.keys():
             raise ValueError("it has not the arrays times, l and s")
         return found
-    except FileNotFoundError:
-        raise UserError(f"{path} is missing: run `python -m consistency coefficients` first") from None
     except (OSError, ValueError, EOFError, BadZipFile) as error:
         raise UserError(f"{path} is damaged ({error}): run `coefficients` again") from None
 

@@ -9,9 +9,10 @@ import torch
 from matplotlib.figure import Figure
 
 from consistency import figures
+from consistency.files import made
 from consistency.layout import Layout, sampler_name
 from consistency.stages.flows import PLANE_BATCH, TOYS
-from consistency.stages.inputs import made, read_array, read_coefficients, read_dataset
+from consistency.stages.inputs import read_array, read_coefficients, read_dataset
 from consistency.stages.results import Results
 from consistency.study import Flows, Study
 from consistency.theory.generalized_ode import GeneralizedODE

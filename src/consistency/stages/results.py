@@ -5,20 +5,11 @@ from typing import Any
 
 import pandas as pd
 
-from consistency.analysis import (
-    Paired,
-    SpeedUp,
-    final_table,
-    of_main_rate,
-    paired_ratios,
-    speed_ups,
-)
+from consistency.analysis import Paired, SpeedUp, final_table, of_main_rate, paired_ratios, speed_ups
 from consistency.errors import UserError
-from consistency.files import sha256
-from consistency.history import read_history
+from consistency.files import made, read_history, sha256
 from consistency.layout import Layout
 from consistency.provenance import artifacts, read_card
-from consistency.stages.inputs import made
 from consistency.study import Study
 
 Cards = dict[str, dict[str, Any]]

@@ -14,20 +14,13 @@ import torch
 from torch import Tensor
 
 from consistency.errors import UserError
-from consistency.files import link_file, sha256
+from consistency.files import link_file, made, sha256
 from consistency.layout import Layout, sampler_name
 from consistency.nets.denoiser import Denoiser, two_times
 from consistency.progress import Progress
 from consistency.provenance import write_card
 from consistency.seeding import ImageNoise
-from consistency.stages.inputs import (
-    made,
-    read_preconditioning,
-    read_student,
-    read_teacher,
-    time_grid,
-    write_array,
-)
+from consistency.stages.inputs import read_preconditioning, read_student, read_teacher, time_grid, write_array
 from consistency.stages.parts import Parts
 from consistency.stages.trainer import place
 from consistency.study import Study
@@ -176,7 +169,7 @@ class _Work:
                 stop = self.ranks.largest(self.requests())
                 before, done = done, min(done + self.study.sampling.batch * self.ranks.world, count)
                 self.parts.record(name, done, images)
-                self.progress.advance(done - before)
+                self.progress.update(done - before)
                 if stop:
                     raise self._interrupted(stop)
         finally:

@@ -129,7 +129,7 @@ class _Scorer:
     def _counted(self, pieces: Iterable[Array]) -> Iterator[Array]:
         for piece in pieces:
             yield piece
-            self.progress.advance(len(piece))
+            self.progress.update(len(piece))
 
     def halves(self) -> Row:
         """One half of the data's kept features against the other."""

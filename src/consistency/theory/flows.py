@@ -98,13 +98,6 @@ def transport_cost(pairs: Pairs) -> float:
     return pairs.mean((pairs.data - pairs.noise).square().sum(1))
 
 
-def discrepancy_by_denoiser(pairs: Pairs, t: float, denoiser: DenoiserFn) -> float:
-    """E ||z - (x_t - D(x_t, t)) / t||^2: R_t if D is the coupling's own exact denoiser, more for any other."""
-    x = pairs.at(t)
-    velocity = (x - denoiser(x, every(t, x))) / t
-    return pairs.mean((pairs.noise - velocity).square().sum(1))
-
-
 def discrepancy_by_neighbours(pairs: Pairs, t: float) -> float:
     """R_t of any coupling of drawn pairs, without its denoiser: E ||z - z'||^2 / 2 over nearest neighbours x_t, x_t'.
 

@@ -87,19 +87,11 @@ MIXTURE_1D = MixtureTeacher(
     torch.tensor([1.0, 0.25], dtype=torch.float64),
 )
 
-#: mean squared error of the n-step endpoint, n = 1, 2, 3, 5, 8, and l_t, s_t: the printed digits
+#: mean squared error of the n-step endpoint, n = 1, 2, 3, 5, 8: the printed digits
 MIXTURE_TABLE: dict[str, dict[int, str]] = {
     "ctm": {1: "2.402", 2: "0.731", 3: "0.745", 5: "0.291", 8: "0.137"},
     "analytic": {1: "2.407", 2: "0.683", 3: "0.572", 5: "0.246", 8: "0.140"},
     "analytic-forward": {1: "0.341", 2: "0.193", 3: "0.120", 5: "0.0385", 8: "0.0257"},
-}
-MIXTURE_COEFFICIENTS: dict[float, tuple[str, str]] = {
-    80: ("0.9996", "1.998"),
-    10: ("0.9756", "1.908"),
-    2: ("0.6355", "0.947"),
-    0.5: ("0.2844", "-0.696"),
-    0.1: ("0.0241", "-1.911"),
-    0.01: ("0.00025", "-1.999"),
 }
 SIGMA_MIN, SIGMA_MAX = 0.002, 80.0
 
@@ -157,11 +149,6 @@ def exact_endpoint(
     if not solution.success:
         raise ValueError(f"the reference solver failed: {solution.message}")
     return solution.y[:, -1].reshape(x.shape)
-
-
-def printed(value: float, like: str) -> str:
-    """value rounded to as many decimals as the printed number."""
-    return f"{value:.{len(like.split('.')[1])}f}"
 
 
 def mixture_table(nodes: int = 4000) -> dict[str, dict[int, float]]:

@@ -19,24 +19,8 @@ from consistency.errors import UserError
 from consistency.layout import Layout
 from consistency.provenance import git_state, hardware
 from consistency.study import Study
+from consistency.tracking import server
 from consistency.tracking.plan import TRAINING, Point, history_points, plan_live
-from consistency.tracking.server import (
-    STATE,
-    be_quiet,
-    connect,
-    create_run,
-    describe,
-    find_runs,
-    one_at_a_time,
-    open_experiment,
-    points_there,
-    readable_errors,
-    send_points,
-    set_tags,
-    tags_of,
-    tracking_uri,
-    without_secrets,
-)
 from consistency.training.folder import read_identity
 
 #: 0 turns live tracking off
@@ -61,7 +45,7 @@ def followed(
 
     def start() -> None:
         if os.environ.get(LIVE, "") != "0" and _reachable():
-            be_quiet()
+            server.be_quiet()
             thread = Follower(study, layout, state, run, seed, every)
             with suppress(RuntimeError):  # no more threads: `track` sends all
                 thread.start()
@@ -84,7 +68,7 @@ def followed(
 def _reachable() -> bool:
     """Whether this machine may speak to MLflow: in a job of a cluster to a server only. A SQLite file on a
     network disk breaks under writers on several machines: there the head node's `track` sends everything."""
-    return not slurm_job.in_job() or not tracking_uri().startswith("sqlite:")
+    return not slurm_job.in_job() or not server.tracking_uri().startswith("sqlite:")
 
 
 def _every() -> float:
@@ -145,11 +129,11 @@ class Follower(threading.Thread):
         uri = ""
         try:
             self._read_history()
-            uri = tracking_uri()
-            with readable_errors(uri):
+            uri = server.tracking_uri()
+            with server.readable_errors(uri):
                 if self.client is None:
                     self._open(uri)
-                send_points(self.client, self.run_id, self.points[self.sent :], self.there)
+                server.send_points(self.client, self.run_id, self.points[self.sent :], self.there)
                 self.sent = len(self.points)
                 if self.over.is_set():
                     ended = max((point.time for point in self.points), default=self.own.started)
@@ -161,7 +145,7 @@ class Follower(threading.Thread):
             self.trouble = ""
         except Exception as error:
             self.client = None  # all that was known of the server may be wrong now
-            self.trouble = without_secrets(str(error), uri) or type(error).__name__
+            self.trouble = server.without_secrets(str(error), uri) or type(error).__name__
 
     def _read_history(self) -> None:
         """Read the lines that were added since the last call."""
@@ -178,19 +162,19 @@ class Follower(threading.Thread):
     def _open(self, uri: str) -> None:
         """Make the runs, or find them again: a student's parent, which has its own curves only with `track`, and the
         training's."""
-        with one_at_a_time(uri, self.layout.track, quiet=True):
-            client = connect(uri)
-            experiment = open_experiment(client, self.study.name, self.study.title)
+        with server.one_at_a_time(uri, self.layout.track, quiet=True):
+            client = server.connect(uri)
+            experiment = server.open_experiment(client, self.study.name, self.study.title)
             parent = None
             for record in self.records:
-                tags = tags_of(record, self.study, self.layout, parent, "live")
-                found = find_runs(client, experiment, **{TRAINING: tags[TRAINING], STATE: "live"})
-                run = found[0] if found else create_run(client, experiment, record, tags)
+                tags = server.tags_of(record, self.study, self.layout, parent, "live")
+                found = server.find_runs(client, experiment, **{TRAINING: tags[TRAINING], server.STATE: "live"})
+                run = found[0] if found else server.create_run(client, experiment, record, tags)
                 client.update_run(run.info.run_id, status="RUNNING" if record is self.own else "SCHEDULED")
                 parent = run.info.run_id
-            set_tags(client, run, tags)
-            describe(client, run, self.own)
-        self.run_id, self.there, self.sent = run.info.run_id, points_there(client, run), 0
+            server.set_tags(client, run, tags)
+            server.describe(client, run, self.own)
+        self.run_id, self.there, self.sent = run.info.run_id, server.points_there(client, run), 0
         self.monitor = self._monitors(uri)
         self.client = client
 

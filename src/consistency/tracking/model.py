@@ -1,7 +1,5 @@
 """A registered student as MLflow loads it. Its images are the same as those of the stage samples."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -53,9 +51,13 @@ class RegisteredStudent:
             raise UserError(f"label {label} is not one of the student's: {allowed}")
         sampler = jump_sampler(self.study, self.run, self.model, self.preconditioning, nfe)
         sampler = sampler if label is None else _labelled(sampler, label)
-        with _one_thread():
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)  # as the stages by default: on a CPU their number decides the last bit
+        try:
             batches = draw(self.study, self.model, sampler, seed + count, seed)
             return np.concatenate([to_bytes(images) for _, images in batches])
+        finally:
+            torch.set_num_threads(threads)
 
 
 def _load_pyfunc(path: str) -> RegisteredStudent:
@@ -72,17 +74,6 @@ def _load_pyfunc(path: str) -> RegisteredStudent:
     run, layout = card["run"], Layout(study.name, Path(path))
     model = prepared(study, read_student(study, layout, run, card["seed"], pick_device("auto")))
     return RegisteredStudent(study, run, model, read_preconditioning(study, layout, run, model))
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """Compute as the stages do by default: on a CPU the number of threads decides the last bit."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def _labelled(sampler: Sampler, label: int) -> Sampler:

@@ -11,9 +11,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any, NamedTuple
 
-from consistency.errors import UserError
-from consistency.files import read_json
-from consistency.history import read_history
+from consistency.files import read_history, read_json, read_lines
 from consistency.layout import Layout
 from consistency.lines import line_of
 from consistency.provenance import read_card
@@ -97,7 +95,7 @@ def _teacher(study: Study, layout: Layout) -> Record:
     card = read_card(layout.teacher, study, "teacher")
     record = _begun_teacher(study, layout, card)
     _finish(record, study, layout, card)
-    for row in _rows(layout.scores(None, None), "calibration"):
+    for row in csv.DictReader(read_lines(layout.scores(None, None), "calibration")):
         # The teacher's score stands beside the students'; real against real is what no sampler can beat.
         own = row["run"] == "teacher"
         name = f"heun-nfe{row['nfe']}" if own else f"{row['run']}-{row['sampler']}"
@@ -129,7 +127,7 @@ def _seed(study: Study, layout: Layout, run: str, seed: int) -> Record:
     history = _finish(record, study, layout, card, run, seed)
     seconds = {line["step"]: line["seconds"] for line in history} | {0: 0.0}
     main = study.students[run].ema_rate
-    for row in _rows(layout.scores(run, seed), f"scores --run {run} --seed {seed}"):
+    for row in csv.DictReader(read_lines(layout.scores(run, seed), f"scores --run {run} --seed {seed}")):
         if row["kind"] == "curve":
             step = int(row["step"])
             # At the training time of the snapshot, so that the page's time axis is training time.
@@ -291,13 +289,6 @@ def history_points(history: list[dict[str, Any]], started: int) -> list[Point]:
         for name, value in line.items()
         if name not in ("step", "seconds")
     ]
-
-
-def _rows(path: Path, made_by: str) -> list[dict[str, str]]:
-    try:
-        return list(csv.DictReader(path.read_text().splitlines()))
-    except OSError as error:
-        raise UserError(f"cannot read {path} ({error.strerror}): run `python -m consistency {made_by}` first") from None
 
 
 def _sampler(row: dict[str, str], main: float) -> str:

@@ -10,27 +10,9 @@ from typing import Any
 from consistency.files import write_json
 from consistency.layout import Layout
 from consistency.study import Study
+from consistency.tracking import server
 from consistency.tracking.plan import TRAINING, Record, plan
 from consistency.tracking.registry import register_students
-from consistency.tracking.server import (
-    DIGEST,
-    FOLDER,
-    STATE,
-    charts,
-    connect,
-    create_run,
-    describe,
-    find_runs,
-    one_at_a_time,
-    open_experiment,
-    points_there,
-    readable_errors,
-    send_points,
-    set_tags,
-    tags_of,
-    tracking_uri,
-    without_credentials,
-)
 
 
 def track_study(study: Study, layout: Layout) -> None:
@@ -41,21 +23,21 @@ def track_study(study: Study, layout: Layout) -> None:
     marked superseded. Raises UserError when results are missing or stale, or the server cannot be used.
     """
     records = plan(study, layout)
-    uri = tracking_uri()
+    uri = server.tracking_uri()
     ids: dict[str, str] = {}
     new = 0
-    with one_at_a_time(uri, layout.track), readable_errors(uri):
-        client = connect(uri)
-        experiment = open_experiment(client, study.name, study.title)
-        known = find_runs(client, experiment)
+    with server.one_at_a_time(uri, layout.track), server.readable_errors(uri):
+        client = server.connect(uri)
+        experiment = server.open_experiment(client, study.name, study.title)
+        known = server.find_runs(client, experiment)
         for record in records:
-            tags = tags_of(record, study, layout, ids[record.parent] if record.parent else None, "current")
-            ids[record.name], sent = _send(client, experiment, known, record, tags | {DIGEST: record.digest})
+            tags = server.tags_of(record, study, layout, ids[record.parent] if record.parent else None, "current")
+            ids[record.name], sent = _send(client, experiment, known, record, tags | {server.DIGEST: record.digest})
             new += sent
         _supersede(client, known, set(ids.values()), str(layout.root.resolve()))
         models = register_students(client, study, layout, ids)
-    clean = without_credentials(uri)
-    page = charts(experiment)
+    clean = server.without_credentials(uri)
+    page = server.charts(experiment)
     hint = (
         f"{clean.rstrip('/')}/{page}" if clean.startswith("http") else f"`make ui`, then http://127.0.0.1:5000/{page}"
     )
@@ -67,15 +49,15 @@ def track_study(study: Study, layout: Layout) -> None:
 
 def _send(client: Any, experiment: str, known: list[Any], record: Record, tags: dict[str, str]) -> tuple[str, bool]:
     """Bring one run to its record. Returns its id and whether there was anything to send but tags."""
-    run = _find(known, tags) or create_run(client, experiment, record, tags)
+    run = _find(known, tags) or server.create_run(client, experiment, record, tags)
     run_id: str = run.info.run_id
-    if run.info.status == "FINISHED" and run.data.tags[STATE] != "live":
-        set_tags(client, run, tags)
+    if run.info.status == "FINISHED" and run.data.tags[server.STATE] != "live":
+        server.set_tags(client, run, tags)
         return run_id, False
     client.update_run(run_id, status="RUNNING")  # whatever its training had said
-    set_tags(client, run, tags)
-    describe(client, run, record)
-    send_points(client, run_id, record.points, points_there(client, run))
+    server.set_tags(client, run, tags)
+    server.describe(client, run, record)
+    server.send_points(client, run_id, record.points, server.points_there(client, run))
     for path, folder in record.files:
         if not path.exists():  # `dvc pull` of a part
             continue
@@ -87,12 +69,11 @@ def _send(client: Any, experiment: str, known: list[Any], record: Record, tags: 
 
 def _find(known: list[Any], tags: dict[str, str]) -> Any | None:
     """The run that holds these results, in whole or in part; else the one that was there while they were trained."""
-    for run in known:
-        if run.data.tags.get(DIGEST) == tags[DIGEST]:
-            return run
-    for run in known:
-        if run.data.tags.get(STATE) == "live" and run.data.tags.get(TRAINING) == tags.get(TRAINING):
-            return run
+    trained = {server.STATE: "live", TRAINING: tags.get(TRAINING)}
+    for wanted in ({server.DIGEST: tags[server.DIGEST]}, trained):
+        for run in known:
+            if all(run.data.tags.get(name) == value for name, value in wanted.items()):
+                return run
     return None
 
 
@@ -100,8 +81,8 @@ def _supersede(client: Any, known: list[Any], current: set[str], folder: str) ->
     """Mark this folder's runs of older results: they are a person's, so they are kept."""
     for run in known:
         run_id, tags = run.info.run_id, run.data.tags
-        if tags.get(FOLDER) != folder or run_id in current or tags.get(STATE) == "superseded":
+        if tags.get(server.FOLDER) != folder or run_id in current or tags.get(server.STATE) == "superseded":
             continue
-        client.set_tag(run_id, STATE, "superseded")
+        client.set_tag(run_id, server.STATE, "superseded")
         if run.info.status in ("RUNNING", "SCHEDULED"):  # its upload or its training was killed
             client.set_terminated(run_id, "KILLED")

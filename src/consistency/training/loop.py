@@ -109,7 +109,7 @@ def train(job: Training) -> dict[str, float]:
             window.add(_step(job, clock), job.update.scaler.is_enabled())
             now = time.monotonic()
             window.seconds, mark = window.seconds + now - mark, now
-            progress.advance()
+            progress.update()
             if clock.step % job.log_every == 0 or clock.step == job.steps:
                 _require_finite(job, clock)
                 _log(job, clock, window)

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
-import pytest
 import torch
 from tests.draws import SEED, seeded
 
@@ -54,36 +52,20 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.fixture(params=sorted(ARCHITECTURES))
-def architecture(request: pytest.FixtureRequest) -> dict[str, Any]:
-    """One architecture of each kind."""
-    return dict(ARCHITECTURES[request.param])
-
-
-@pytest.fixture
-def make() -> Callable[..., Denoiser]:
+def make(architecture: dict[str, Any], **changes: Any) -> Denoiser:
     """Build a denoiser in evaluation mode, its near-zero output layers replaced by visible ones."""
-
-    def build(architecture: dict[str, Any], **changes: Any) -> Denoiser:
-        denoiser = init_denoiser({**architecture, **changes}, seed=SEED).eval()
-        generator = seeded(1)
-        for parameter in denoiser.parameters():
-            if parameter.detach().abs().max() < 1e-3:
-                parameter.data.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
-        return denoiser
-
-    return build
+    denoiser = init_denoiser({**architecture, **changes}, seed=SEED).eval()
+    generator = seeded(1)
+    for parameter in denoiser.parameters():
+        if parameter.detach().abs().max() < 1e-3:
+            parameter.data.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
+    return denoiser
 
 
-@pytest.fixture
-def batch() -> Callable[..., tuple[torch.Tensor, torch.Tensor]]:
+def batch(denoiser: Denoiser, n: int = 3) -> tuple[torch.Tensor, torch.Tensor]:
     """Draw noisy images and log-spaced times that fit a denoiser."""
-
-    def draw(denoiser: Denoiser, n: int = 3, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
-        generator = seeded(seed)
-        side = denoiser.img_resolution
-        t = 10 ** (torch.rand(n, generator=generator) * 4 - 2.5)
-        x = torch.randn(n, denoiser.img_channels, side, side, generator=generator)
-        return x * (1 + t[:, None, None, None]), t
-
-    return draw
+    generator = seeded()
+    side = denoiser.img_resolution
+    t = 10 ** (torch.rand(n, generator=generator) * 4 - 2.5)
+    x = torch.randn(n, denoiser.img_channels, side, side, generator=generator)
+    return x * (1 + t[:, None, None, None]), t

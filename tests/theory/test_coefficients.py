@@ -1,0 +1,205 @@
+"""l_t and s_t, fitted with derivatives, without them, and from a covariance alone: closed forms, and each other."""
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+from tests.draws import SEED, seeded
+from torch import Tensor
+
+from consistency.theory.derivative_free import fit_without_derivatives
+from consistency.theory.estimators import CoefficientFit, fit_coefficients
+from consistency.theory.noise import log_grid
+from consistency.theory.oracles import MIXTURE_1D, GaussianTeacher, MixtureTeacher, gaussian_fit, mixture_coefficients
+from consistency.theory.solver import DenoiserFn
+from consistency.theory.teacher_free import gaussian_coefficients
+
+VARIANCES = torch.tensor([0.01, 0.1, 0.25, 1.0, 2.0], dtype=torch.float64)
+GAUSSIAN = GaussianTeacher(VARIANCES)
+TIMES = log_grid(120, 0.002, 80.0)
+
+
+def draws(teacher: GaussianTeacher | MixtureTeacher, count: int, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Images and noise."""
+    generator = seeded(seed)
+    images = teacher.sample(count, generator)
+    return images, torch.randn(images.shape, generator=generator, dtype=images.dtype)
+
+
+def derived(
+    denoiser: DenoiserFn, images: Tensor, noise: Tensor, times: Tensor, batch: int = 20_000, probes: int | None = 2
+) -> CoefficientFit:
+    return fit_coefficients(lambda rows: denoiser, images, noise, times, probes, seeded(1), batch)
+
+
+def moved(denoiser: DenoiserFn, images: Tensor, noise: Tensor, times: Tensor, batch: int = 20_000) -> CoefficientFit:
+    return fit_without_derivatives(lambda rows: denoiser, images, noise, times, batch)
+
+
+Fit = Callable[..., CoefficientFit]
+either = pytest.mark.parametrize("fit", [derived, moved])
+
+
+def growth_of_h(l: np.ndarray, times: Tensor, moment: float) -> np.ndarray:
+    """d/dlambda log E||h||^2 / 2, with E||h||^2 = d l (l (m + t^2) - t^2) and m = E||x_0||^2 / d."""
+    t = times.numpy()
+    return np.gradient(0.5 * np.log(l * (l * (moment + t**2) - t**2)), -np.log(t))
+
+
+def test_s_is_the_growth_of_h() -> None:
+    """AP (17) against h's second moment in closed form, from l and E||x_0||^2 alone."""
+    times = log_grid(300, 0.01, 20.0)
+    fit = mixture_coefficients(times)
+    w, m, v = MIXTURE_1D.weights, MIXTURE_1D.means[:, 0], MIXTURE_1D.variances
+    growth = growth_of_h(fit.l, times, float((w * (m**2 + v)).sum()))
+    np.testing.assert_allclose(growth[5:-5], fit.s[5:-5], rtol=0, atol=2e-3)
+
+
+# --- fits
+
+
+@pytest.mark.statistical
+def test_with_probes_it_is_the_closed_form() -> None:
+    """A rotated Gaussian, so that the Rademacher probes are not exact as they are on a diagonal Jacobian."""
+    rotation = torch.linalg.qr(torch.randn(5, 5, dtype=torch.float64, generator=seeded(3)))[0]
+    images, noise = draws(GAUSSIAN, 4096)
+
+    def teacher(x: Tensor, t: Tensor) -> Tensor:
+        return GAUSSIAN(x @ rotation, t) @ rotation.T
+
+    fit = derived(teacher, images @ rotation.T, noise, TIMES, batch=1000, probes=4)
+    l, s = (v.numpy() for v in GAUSSIAN.coefficients(TIMES))
+    # Five standard errors. s_t crosses zero: there its error is held against its range of 4 instead.
+    assert abs(fit.l / l - 1).max() < 0.04
+    assert (abs(fit.s - s) / np.maximum(abs(s), 0.5)).max() < 0.02
+    assert bool((abs(fit.l - l) < 5 * fit.l_se).all())
+    assert fit.l_se.max() > 0
+
+
+@pytest.mark.statistical
+def test_with_the_exact_trace_it_is_tighter() -> None:
+    fit = gaussian_fit(VARIANCES.tolist(), TIMES, samples=4096, probes=None, seed=SEED)
+    l, s = (v.numpy() for v in GAUSSIAN.coefficients(TIMES))
+    assert abs(fit.l / l - 1).max() < 1e-7
+    assert abs(fit.s - s).max() < 0.02
+    assert bool(fit.determined.all())
+
+
+@pytest.mark.statistical
+def test_without_derivatives_it_is_the_closed_form() -> None:
+    fit = moved(GAUSSIAN, *draws(GAUSSIAN, 8192), TIMES, batch=1000)
+    l, s = (v.numpy() for v in GAUSSIAN.coefficients(TIMES))
+    assert bool((abs(fit.l - l) < 5 * fit.l_se).all())
+    assert bool((abs(fit.s - s) < 1e-3 + 5 * fit.s_se).all())
+    assert abs(fit.l / l - 1).max() < 0.06
+    assert abs(fit.s - s).max() < 0.06
+    assert bool(fit.determined.all())
+
+
+@pytest.mark.statistical
+@either
+def test_standard_errors_tell_the_spread_between_fits(fit: Fit) -> None:
+    times = log_grid(12, 0.01, 20.0)
+    fits = [fit(GAUSSIAN, *draws(GAUSSIAN, 512, seed), times) for seed in range(40)]
+    # Probes are exact on a diagonal Jacobian: that l has no error.
+    for value in ("s",) if fit is derived else ("l", "s"):
+        spread = np.std([getattr(found, value) for found in fits], axis=0, ddof=1)
+        ratio = np.mean([getattr(found, f"{value}_se") for found in fits], axis=0) / spread
+        assert bool(((ratio > 0.6) & (ratio < 2)).all()), (value, ratio)
+
+
+@pytest.mark.statistical
+def test_both_fits_agree_on_a_mixture_in_the_plane() -> None:
+    teacher = MixtureTeacher(
+        torch.tensor([0.3, 0.7], dtype=torch.float64),
+        torch.tensor([[-1.0, 0.2], [0.5, 0.0]], dtype=torch.float64),
+        torch.tensor([0.1, 0.02], dtype=torch.float64),
+    )
+    images, noise = draws(teacher, 8192)
+    times = log_grid(60, 0.01, 5.0)
+    plain, exact = moved(teacher, images, noise, times), derived(teacher, images, noise, times, probes=None)
+    assert bool((abs(plain.l - exact.l) < 5 * np.hypot(plain.l_se, exact.l_se)).all())
+    # The spline's slope errs by some 1e-3 at the first and last times, where the standard error is less.
+    assert bool((abs(plain.s - exact.s) < 5e-3 + 5 * np.hypot(plain.s_se, exact.s_se)).all())
+
+
+@pytest.mark.statistical
+@pytest.mark.parametrize("error", [0.1, 0.5])
+def test_l_is_that_of_AP_15_for_any_denoiser(error: float) -> None:
+    """A denoiser that is off: both fits see its Jacobian, exact or not."""
+    images, noise = draws(GAUSSIAN, 20_000)
+    times = log_grid(12, 0.01, 20.0)
+
+    def off(x: Tensor, t: Tensor) -> Tensor:
+        return GAUSSIAN(x, t) + error * torch.sin(3 * x) / (1 + t[:, None])
+
+    plain, exact = moved(off, images, noise, times), derived(off, images, noise, times, probes=None)
+    assert bool((abs(plain.l - exact.l) < 5 * np.hypot(plain.l_se, exact.l_se)).all())
+    assert abs(exact.l - GAUSSIAN.coefficients(times)[0].numpy()).max() > 0.3 * error
+
+
+@either
+def test_of_an_isotropic_gaussian_it_stays_finite_and_says_so(fit: Fit) -> None:
+    teacher = GaussianTeacher(torch.full((4,), 0.25, dtype=torch.float64))
+    found = fit(teacher, *draws(teacher, 64), log_grid(20, 0.002, 80.0))
+    assert all(np.isfinite(array).all() for array in vars(found).values())
+    if fit is derived:  # there h is exactly 0
+        assert not found.determined.any()
+        assert bool((found.s == -1).all() and (found.s_se >= 2).all())
+
+
+@either
+def test_a_denoiser_that_returns_nan_is_named_with_its_time(fit: Fit) -> None:
+    def denoiser(x: Tensor, t: Tensor) -> Tensor:
+        return torch.where(t[:, None] > 10, float("nan"), 0.5) * x
+
+    with pytest.raises(ValueError, match="t = 80"):
+        fit(denoiser, *torch.randn(2, 8, 3, generator=seeded()), log_grid(9, 0.1, 80.0), batch=4)
+
+
+@either
+def test_the_fit_does_not_depend_on_its_batch(fit: Fit) -> None:
+    whole, parts = (fit(MIXTURE_1D, *draws(MIXTURE_1D, 50), log_grid(9, 0.1, 80.0), batch=n) for n in (50, 7))
+    torch.testing.assert_close(vars(parts), vars(whole), rtol=1e-12, atol=0)
+
+
+# --- of a covariance
+
+
+def test_the_coefficients_of_a_gaussian_are_those_of_its_covariance_however_it_is_turned() -> None:
+    turned = torch.linalg.qr(torch.randn(5, 5, dtype=torch.float64, generator=seeded()))[0]
+    found = gaussian_coefficients(torch.zeros(5), turned @ torch.diag(VARIANCES) @ turned.T, TIMES)
+    torch.testing.assert_close(found, GAUSSIAN.coefficients(TIMES), rtol=1e-9, atol=1e-9)
+
+
+def test_the_mean_of_a_gaussian_counts_in_s_alone() -> None:
+    times, mean = log_grid(4000, 0.01, 20.0), torch.tensor([0.5, -1.0, 0.2, 0.0, 0.1], dtype=torch.float64)
+    l, s = gaussian_coefficients(mean, torch.diag(VARIANCES), times)
+    torch.testing.assert_close(l, GAUSSIAN.coefficients(times)[0])
+    growth = growth_of_h(l.numpy(), times, float((VARIANCES + mean.square()).mean()))
+    np.testing.assert_allclose(s[5:-5].numpy(), growth[5:-5], rtol=0, atol=1e-4)
+    assert float((s - GAUSSIAN.coefficients(times)[1]).abs().max()) > 0.1
+
+
+def test_an_isotropic_covariance_gives_ctm() -> None:
+    l, s = gaussian_coefficients(torch.zeros(4), 0.25 * torch.eye(4), TIMES)
+    torch.testing.assert_close(l, TIMES**2 / (0.25 + TIMES**2))
+    assert bool((s == -1).all())
+
+
+def test_dimensions_without_variance_do_no_harm() -> None:
+    """The digits' corners are white in all images; rounding makes their eigenvalues negative."""
+    covariance = torch.diag(torch.tensor([1.0, 0.3, 0.0, -1e-17], dtype=torch.float64))
+    l, s = gaussian_coefficients(torch.full((4,), 0.1), covariance, log_grid(50, 0.002, 80.0))
+    assert bool((torch.isfinite(s) & (l > 0) & (l < 1)).all())
+
+
+@pytest.mark.statistical
+def test_the_covariance_alone_is_a_lower_bound_on_l() -> None:
+    images, times = MIXTURE_1D.sample(20_000, seeded()), log_grid(20, 0.05, 20.0)
+    l = gaussian_coefficients(images.mean(0), images.T.cov().reshape(1, 1), times)[0].numpy()
+    own = mixture_coefficients(times).l
+    # The covariance itself was sampled.
+    assert bool((l < own + 0.05 * (1 - own)).all())
+    assert np.max(own - l) > 0.05
