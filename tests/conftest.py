@@ -89,12 +89,6 @@ def vouch_for(path: Path) -> None:
 
 
 @pytest.fixture(scope="session")
-def absent() -> object:
-    """The value that takes a key out of the study."""
-    return ABSENT
-
-
-@pytest.fixture(scope="session")
 def couplings() -> Changes:
     """What makes the tiny study one of consistency training: students ic, ot and gc."""
     return {

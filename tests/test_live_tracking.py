@@ -2,19 +2,18 @@
 
 import json
 import shutil
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 from tests.fake_results import edit_card
-from tests.tracking.comparison import ids, planned, points_of
+from tests.tracking.comparison import by_name, ids, planned_points, points_of, runs_of
 from tests.tracking.trainings import history_of
 
 from consistency.errors import UserError
 from consistency.layout import Layout
 from consistency.study import Study
-from consistency.tracking import live, server
+from consistency.tracking import live
 from consistency.tracking.plan import plan
 from consistency.tracking.upload import track_study
 from consistency.training import folder as files
@@ -22,29 +21,21 @@ from consistency.training import folder as files
 Line = dict[str, Any]
 
 
-@dataclass
-class Project:
-    """A project folder with a finished study, whose trainings can be followed once more."""
+#: of the project that is the working directory
+LAYOUT = Layout("small")
 
-    study: Study
-    layout: Layout
 
-    def write(self, lines: list[Line], run: str = "ctm", seed: int = 0) -> Path:
-        """The state of a training that has come so far. Returns its folder."""
-        state = self.layout.training_state(run, seed)
-        files._identify(state, self.study.key("student", run, seed), "test")
-        (state / "history.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-        return state
+def write(study: Study, lines: list[Line], run: str = "ctm", seed: int = 0) -> Path:
+    """The state of a training that has come so far. Returns its folder."""
+    state = LAYOUT.training_state(run, seed)
+    files._identify(state, study.key("student", run, seed), "test")
+    (state / "history.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return state
 
-    def follower(self, run: str = "ctm", seed: int = 0) -> live.Follower:
-        """What follows a training, to be called by hand."""
-        return live.Follower(self.study, self.layout, self.layout.training_state(run, seed), run, seed, every=1.0)
 
-    def finish(self, run: str = "ctm", seed: int = 0) -> None:
-        """The training ends: its card says which it was, and its state goes."""
-        state = self.layout.training_state(run, seed)
-        edit_card(self.layout.card("student", run, seed), lambda card: card.update(training=files.read_identity(state)))
-        shutil.rmtree(state)
+def follow(study: Study, run: str = "ctm", seed: int = 0) -> live.Follower:
+    """What follows a training, to be called by hand."""
+    return live.Follower(study, LAYOUT, LAYOUT.training_state(run, seed), run, seed, every=1.0)
 
 
 def attempt(follower: live.Follower, ended: str = "") -> str:
@@ -54,18 +45,6 @@ def attempt(follower: live.Follower, ended: str = "") -> str:
         follower.over.set()
     follower.attempt()
     return follower.trouble
-
-
-@pytest.fixture
-def project(small_project: Study) -> Project:
-    return Project(small_project, Layout(small_project.name))
-
-
-def runs_of(client: Any) -> dict[str, Any]:
-    """The experiment's runs by name; two of a name would be one too many."""
-    found = server.find_runs(client, client.get_experiment_by_name("small").experiment_id)
-    assert len({run.info.run_name for run in found}) == len(found)
-    return {run.info.run_name: run for run in found}
 
 
 def losses(client: Any, run: Any) -> list[tuple[int, float]]:
@@ -79,12 +58,12 @@ def as_losses(lines: list[Line]) -> list[tuple[int, float]]:
 # --- what arrives
 
 
-def test_new_lines_arrive_once(project: Project, client: Any) -> None:
-    lines = history_of(project.layout, "ctm", 0)
-    state = project.write(lines[:2])
-    follower = project.follower()
+def test_new_lines_arrive_once(small_project: Study, client: Any) -> None:
+    lines = history_of(LAYOUT, "ctm", 0)
+    state = write(small_project, lines[:2])
+    follower = follow(small_project)
     assert not attempt(follower)
-    run = runs_of(client)["ctm seed 0"]
+    run = by_name(runs_of(client))["ctm seed 0"]
     assert losses(client, run) == as_losses(lines[:2])
     assert run.info.status == "RUNNING"
     with (state / "history.jsonl").open("a") as file:
@@ -98,15 +77,15 @@ def test_new_lines_arrive_once(project: Project, client: Any) -> None:
     assert losses(client, run) == as_losses(lines[:3])
 
 
-def test_a_live_run_says_what_it_is(project: Project, client: Any) -> None:
-    project.write([], "analytic", 1)
-    attempt(project.follower("analytic", 1))
-    runs = runs_of(client)
+def test_a_live_run_says_what_it_is(small_project: Study, client: Any) -> None:
+    write(small_project, [], "analytic", 1)
+    attempt(follow(small_project, "analytic", 1))
+    runs = by_name(runs_of(client))
     run, parent = runs["analytic seed 1"], runs["analytic"]
     assert next(iter(run.data.params)) == "preconditioning"
     assert run.data.params["preconditioning"] == run.data.tags["preconditioning"] == "analytic"
     assert run.data.tags["mlflow.parentRunId"] == parent.info.run_id
-    assert run.data.tags["study_hash"] == project.study.key("report")
+    assert run.data.tags["study_hash"] == small_project.key("report")
     assert (run.data.tags["role"], run.data.tags["state"]) == ("seed", "live")
     assert run.data.tags["mlflow.runColor"] == parent.data.tags["mlflow.runColor"] == "#D55E00"
     assert {"git_commit", "host", "consistency.training"} <= run.data.tags.keys()
@@ -115,102 +94,96 @@ def test_a_live_run_says_what_it_is(project: Project, client: Any) -> None:
     assert (data.name, json.loads(data.profile)["num_rows"]) == ("digits", 192)
 
 
-def test_track_completes_the_live_runs_and_makes_no_second_ones(project: Project, client: Any) -> None:
-    for run, seed in project.study.trainings:
-        project.write(history_of(project.layout, run, seed), run, seed)
-        assert not attempt(project.follower(run, seed), "FINISHED")
-        project.finish(run, seed)
-    before = runs_of(client)
+def test_track_completes_the_live_runs_and_makes_no_second_ones(small_project: Study, client: Any) -> None:
+    for run, seed in small_project.trainings:
+        identity = files.read_identity(write(small_project, history_of(LAYOUT, run, seed), run, seed))
+        assert not attempt(follow(small_project, run, seed), "FINISHED")
+        # The training ends: its card says which it was, and its state goes.
+        edit_card(LAYOUT.card("student", run, seed), lambda card, made=identity: card.update(training=made))
+        shutil.rmtree(LAYOUT.training_state(run, seed))
+    before = by_name(runs_of(client))
     assert set(before) == {"ctm", "analytic", *(f"{run} seed {seed}" for run in ("ctm", "analytic") for seed in (0, 1))}
     assert before["ctm seed 0"].info.status == "FINISHED"
-    track_study(project.study, project.layout)
-    after = runs_of(client)
+    track_study(small_project, LAYOUT)
+    after = by_name(runs_of(client))
     assert ids(before).items() <= ids(after).items()
     assert len(after) == 8
     assert {run.info.status for run in after.values()} == {"FINISHED"}
     assert {run.data.tags["state"] for run in after.values()} == {"current"}
-    for upload in plan(project.study, project.layout):
+    for upload in plan(small_project, LAYOUT):
         run = after[upload.name]
-        assert points_of(client, run) == planned(upload)
+        assert points_of(client, run) == planned_points(upload)
         assert run.data.params == upload.params
         assert (run.info.start_time, run.info.end_time) == (upload.started, upload.ended)
-    track_study(project.study, project.layout)
-    assert ids(runs_of(client)) == ids(after)
+    track_study(small_project, LAYOUT)
+    assert ids(by_name(runs_of(client))) == ids(after)
 
 
-def test_what_is_trained_again_after_a_kill_stands_there_once(project: Project, client: Any) -> None:
+def test_what_is_trained_again_after_a_kill_stands_there_once(small_project: Study, client: Any) -> None:
     """The follower had sent lines that the saved state did not have; their times differ the second time."""
-    lines = history_of(project.layout, "ctm", 0)
-    project.write(lines[:4])
-    assert not attempt(project.follower(), "KILLED")
-    assert runs_of(client)["ctm seed 0"].info.status == "KILLED"
+    lines = history_of(LAYOUT, "ctm", 0)
+    write(small_project, lines[:4])
+    assert not attempt(follow(small_project), "KILLED")
+    assert by_name(runs_of(client))["ctm seed 0"].info.status == "KILLED"
     again = [line | {"images_per_second": 1.0} for line in lines[2:]]
-    project.write(lines[:2] + again)
-    resumed = project.follower()
+    write(small_project, lines[:2] + again)
+    resumed = follow(small_project)
     assert not attempt(resumed)
-    assert runs_of(client)["ctm seed 0"].info.status == "RUNNING"
+    assert by_name(runs_of(client))["ctm seed 0"].info.status == "RUNNING"
     assert not attempt(resumed, "FINISHED")
-    run = runs_of(client)["ctm seed 0"]
+    run = by_name(runs_of(client))["ctm seed 0"]
     assert losses(client, run) == as_losses(lines)
     speeds = client.get_metric_history(run.info.run_id, "training/images_per_second")
     assert [m.step for m in speeds] == [line["step"] for line in lines]
 
 
-def test_other_settings_are_another_run(project: Project, client: Any) -> None:
-    project.write([])
-    assert not attempt(project.follower(), "KILLED")
-    first = files.read_identity(project.layout.training_state("ctm", 0))
-    files._identify(project.layout.training_state("ctm", 0), "another key", "test")
-    assert files.read_identity(project.layout.training_state("ctm", 0))["id"] != first["id"]
-    assert not attempt(project.follower(), "KILLED")
-    found = server.find_runs(client, client.get_experiment_by_name("small").experiment_id)
-    assert sum(run.info.run_name == "ctm seed 0" for run in found) == 2
+def test_other_settings_are_another_run(small_project: Study, client: Any) -> None:
+    write(small_project, [])
+    assert not attempt(follow(small_project), "KILLED")
+    first = files.read_identity(LAYOUT.training_state("ctm", 0))
+    files._identify(LAYOUT.training_state("ctm", 0), "another key", "test")
+    assert files.read_identity(LAYOUT.training_state("ctm", 0))["id"] != first["id"]
+    assert not attempt(follow(small_project), "KILLED")
+    assert sum(run.info.run_name == "ctm seed 0" for run in runs_of(client)) == 2
 
 
-def test_the_state_may_be_gone_before_it_was_looked_at(project: Project, client: Any) -> None:
-    project.write([])
-    follower = project.follower()
-    shutil.rmtree(project.layout.training_state("ctm", 0))
+def test_the_state_may_be_gone_before_it_was_looked_at(small_project: Study, client: Any) -> None:
+    write(small_project, [])
+    follower = follow(small_project)
+    shutil.rmtree(LAYOUT.training_state("ctm", 0))
     assert not attempt(follower, "FINISHED")
-    assert losses(client, runs_of(client)["ctm seed 0"]) == as_losses(history_of(project.layout, "ctm", 0))
+    assert losses(client, by_name(runs_of(client))["ctm seed 0"]) == as_losses(history_of(LAYOUT, "ctm", 0))
 
 
 # --- the machine
 
 
-def test_the_machines_figures_go_on_where_an_earlier_training_stopped(project: Project, client: Any) -> None:
-    project.write([])
-    for _ in range(2):
-        follower = project.follower()
-        assert not attempt(follower) and not attempt(follower)
-    run = runs_of(client)["ctm seed 0"]
-    for key in ("system/cpu_utilization_percentage", "system/system_memory_usage_megabytes"):
-        assert [m.step for m in client.get_metric_history(run.info.run_id, key)] == [0, 1, 2, 3]
-
-
-def test_the_machines_figures_go_on_after_a_failure(
-    project: Project, client: Any, monkeypatch: pytest.MonkeyPatch
+def test_the_machines_figures_go_on_after_an_earlier_training_and_after_a_failure(
+    small_project: Study, client: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """MLflow's own monitor ends with the first one."""
+    """MLflow's own monitor ends with the first failure."""
     from mlflow.system_metrics.metrics.cpu_monitor import CPUMonitor
 
-    project.write([])
-    follower = project.follower()
-    assert not attempt(follower)
+    write(small_project, [])
+    for _ in range(2):
+        follower = follow(small_project)
+        assert not attempt(follower) and not attempt(follower)
     with monkeypatch.context() as bad:
         bad.setattr(CPUMonitor, "collect_metrics", lambda self: 1 / 0)
         assert "division" in attempt(follower)
     assert not attempt(follower)
-    run = runs_of(client)["ctm seed 0"]
-    steps = [m.step for m in client.get_metric_history(run.info.run_id, "system/cpu_utilization_percentage")]
-    assert steps == [0, 1]
+    run = by_name(runs_of(client))["ctm seed 0"]
+    for key in ("system/cpu_utilization_percentage", "system/system_memory_usage_megabytes"):
+        assert [m.step for m in client.get_metric_history(run.info.run_id, key)] == [0, 1, 2, 3, 4]
 
 
-def test_the_machines_figures_can_be_turned_off(project: Project, client: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_machines_figures_can_be_turned_off(
+    small_project: Study, client: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING", "false")
-    project.write([])
-    assert not attempt(project.follower())
-    assert not runs_of(client)["ctm seed 0"].data.metrics
+    write(small_project, [])
+    assert not attempt(follow(small_project))
+    assert not by_name(runs_of(client))["ctm seed 0"].data.metrics
 
 
 # --- a server that fails
@@ -219,14 +192,14 @@ def test_the_machines_figures_can_be_turned_off(project: Project, client: Any, m
 @pytest.mark.parametrize("method", ["create_run", "log_inputs", "log_batch"])
 @pytest.mark.parametrize("arrives", [True, False])
 def test_a_request_that_fails_half_way_doubles_nothing(
-    project: Project, client: Any, monkeypatch: pytest.MonkeyPatch, method: str, arrives: bool
+    small_project: Study, client: Any, monkeypatch: pytest.MonkeyPatch, method: str, arrives: bool
 ) -> None:
     """Whether or not the server had done what it was asked, before the answer was lost."""
     from mlflow import MlflowClient
     from mlflow.exceptions import MlflowException
 
-    lines = history_of(project.layout, "ctm", 0)
-    project.write(lines)
+    lines = history_of(LAYOUT, "ctm", 0)
+    write(small_project, lines)
     original = getattr(MlflowClient, method)
 
     def lost(*args: Any, **kwargs: Any) -> Any:
@@ -234,12 +207,12 @@ def test_a_request_that_fails_half_way_doubles_nothing(
             original(*args, **kwargs)
         raise MlflowException("Connection lost")
 
-    follower = project.follower()
+    follower = follow(small_project)
     with monkeypatch.context() as bad:
         bad.setattr(MlflowClient, method, lost)
         assert attempt(follower)
     assert not attempt(follower)
-    run = next(run for run in server.find_runs(client, "1") if run.info.run_name == "ctm seed 0" and run.data.metrics)
+    run = next(run for run in runs_of(client) if run.info.run_name == "ctm seed 0" and run.data.metrics)
     assert losses(client, run) == as_losses(lines)
 
 
@@ -256,21 +229,21 @@ def test_a_request_that_fails_half_way_doubles_nothing(
     ],
 )
 def test_mlflow_hears_how_the_training_ended(
-    project: Project, client: Any, monkeypatch: pytest.MonkeyPatch, error: BaseException | None, status: str
+    small_project: Study, client: Any, monkeypatch: pytest.MonkeyPatch, error: BaseException | None, status: str
 ) -> None:
     monkeypatch.setenv(live.LIVE, "1")
     monkeypatch.setattr(live, "GRACE", 60.0)
-    state = project.write(history_of(project.layout, "ctm", 0))
+    state = write(small_project, history_of(LAYOUT, "ctm", 0))
     try:
-        with live.followed(project.study, project.layout, state, "ctm", 0) as start:
+        with live.followed(small_project, LAYOUT, state, "ctm", 0) as start:
             start()
             if error is not None:
                 raise error
     except BaseException as raised:
         assert raised is error
-    run = runs_of(client)["ctm seed 0"]
+    run = by_name(runs_of(client))["ctm seed 0"]
     assert run.info.status == status
-    assert losses(client, run) == as_losses(history_of(project.layout, "ctm", 0))
+    assert losses(client, run) == as_losses(history_of(LAYOUT, "ctm", 0))
 
 
 @pytest.mark.parametrize(
@@ -278,7 +251,7 @@ def test_mlflow_hears_how_the_training_ended(
     [("", 0), ("sqlite:////tmp/mlflow.db", 0), ("http://head:5000", 1), ("postgresql://head/mlflow", 1)],
 )
 def test_a_job_of_a_cluster_speaks_to_a_server_alone(
-    project: Project, monkeypatch: pytest.MonkeyPatch, uri: str, count: int
+    small_project: Study, monkeypatch: pytest.MonkeyPatch, uri: str, count: int
 ) -> None:
     """Compute nodes and a SQLite file on a network disk do not go together."""
     monkeypatch.setenv(live.LIVE, "1")
@@ -287,16 +260,16 @@ def test_a_job_of_a_cluster_speaks_to_a_server_alone(
     started: list[live.Follower] = []
     monkeypatch.setattr(live.Follower, "start", lambda self: started.append(self))
     monkeypatch.setattr(live.Follower, "end", lambda self, status: None)
-    with live.followed(project.study, project.layout, project.write([]), "ctm", 0) as start:
+    with live.followed(small_project, LAYOUT, write(small_project, []), "ctm", 0) as start:
         start()
     assert len(started) == count
 
 
 @pytest.mark.parametrize("every", ["0", "-1", "soon"])
-def test_a_senseless_pace_is_one_line(project: Project, monkeypatch: pytest.MonkeyPatch, every: str) -> None:
+def test_a_senseless_pace_is_one_line(small_project: Study, monkeypatch: pytest.MonkeyPatch, every: str) -> None:
     monkeypatch.setenv(live.EVERY, every)
     with (
         pytest.raises(UserError, match="CONSISTENCY_LIVE_EVERY must be a positive number of seconds"),
-        live.followed(project.study, project.layout, Path("state")),
+        live.followed(small_project, LAYOUT, Path("state")),
     ):
         pass

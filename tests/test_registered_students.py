@@ -19,24 +19,23 @@ from consistency.stages.trainer import Machine
 from consistency.study import Study
 from consistency.tracking import registry, server
 
+Tiny = Callable[..., Study]
 CPU = torch.device("cpu")
 SEED = 0
 
 
 @pytest.fixture(scope="module")
 def trained(
-    tiny: Callable[..., Study], first_results: Layout, empty_database: Path, tmp_path_factory: pytest.TempPathFactory
+    tiny: Tiny, first_results: Layout, empty_database: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Layout:
     """Two trained students of the tiny study and their samples; the database beside them is empty."""
     study, folder = tiny(), tmp_path_factory.mktemp("trained")
     layout = Layout(study.name, folder / "results", folder / "state")
     shutil.copytree(first_results.results, layout.results)
     shutil.copy(empty_database, folder)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("CONSISTENCY_LIVE", "0")
-        for run in study.students:
-            make_student(study, layout, run, SEED, Machine(CPU))
-            make_samples(study, layout, run, SEED, CPU)
+    for run in study.students:
+        make_student(study, layout, run, SEED, Machine(CPU))
+        make_samples(study, layout, run, SEED, CPU)
     return layout
 
 
@@ -69,9 +68,7 @@ def load(address: str) -> Any:
     return mlflow.pyfunc.load_model(address)
 
 
-def test_a_registered_student_samples_what_the_stage_samples(
-    tiny: Callable[..., Study], client: Any, layout: Layout
-) -> None:
+def test_a_registered_student_samples_what_the_stage_samples(tiny: Tiny, client: Any, layout: Layout) -> None:
     study = tiny()
     addresses = register(client, study, layout)
     assert addresses == {run: f"models:/tiny-{run}/1" for run in study.students}
@@ -87,7 +84,7 @@ def test_a_registered_student_samples_what_the_stage_samples(
     assert np.array_equal(model.predict(pd.DataFrame({"count": [2], "nfe": [nfe]})), whole[:2])
 
 
-def test_a_model_holds_the_checkpoint_and_no_code(tiny: Callable[..., Study], client: Any, layout: Layout) -> None:
+def test_a_model_holds_the_checkpoint_and_no_code(tiny: Tiny, client: Any, layout: Layout) -> None:
     register(client, tiny(), layout)
     kept = {path for path in Path("mlruns").rglob("*") if path.is_file() and not path.is_symlink()}
     held = {"student.safetensors", "coefficients.npz", "card.json"}
@@ -96,7 +93,7 @@ def test_a_model_holds_the_checkpoint_and_no_code(tiny: Callable[..., Study], cl
     assert layout.student_file("ctm", SEED).read_bytes() in [path.read_bytes() for path in kept]
 
 
-def test_a_content_has_one_version(tiny: Callable[..., Study], client: Any, layout: Layout) -> None:
+def test_a_content_has_one_version(tiny: Tiny, client: Any, layout: Layout) -> None:
     study = tiny()
     first = register(client, study, layout)
     assert register(client, study, layout) == first
@@ -112,7 +109,7 @@ def test_a_content_has_one_version(tiny: Callable[..., Study], client: Any, layo
     assert "Seed 0: the first of the study's seeds" in version.description
 
 
-def test_a_label_can_be_chosen(tiny: Callable[..., Study], client: Any, layout: Layout) -> None:
+def test_a_label_can_be_chosen(tiny: Tiny, client: Any, layout: Layout) -> None:
     model = load(register(client, tiny(), layout)["analytic"])
     wanted = {"count": 8, "nfe": 2}
     drawn, chosen = model.predict(wanted), [model.predict(wanted | {"label": label}) for label in range(10)]
@@ -129,13 +126,13 @@ def test_a_label_can_be_chosen(tiny: Callable[..., Study], client: Any, layout: 
             model.predict(wanted | dict([given]))
 
 
-def test_a_missing_checkpoint_is_one_line(tiny: Callable[..., Study], client: Any, layout: Layout) -> None:
+def test_a_missing_checkpoint_is_one_line(tiny: Tiny, client: Any, layout: Layout) -> None:
     layout.student_file("ctm", SEED).unlink()
     with pytest.raises(UserError, match=r"student.safetensors is missing, .*: run `dvc pull`, or its stage again"):
         register(client, tiny(), layout)
 
 
-def test_another_versions_study_is_one_line(tiny: Callable[..., Study], client: Any, layout: Layout) -> None:
+def test_another_versions_study_is_one_line(tiny: Tiny, client: Any, layout: Layout) -> None:
     card = layout.card("student", "analytic", SEED)
     edit_card(card, lambda content: content["resolved"]["student"].update(stepz=1))
     addresses = register(client, tiny(), layout)

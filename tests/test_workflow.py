@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 from tests.tracking.servers import wait_until
 
-from consistency.__main__ import main
 from consistency.errors import UserError
 from consistency.study import Study
 from consistency.workflow import AT_WORK, LOCKS, join_run, reproduce
@@ -114,23 +113,17 @@ def test_a_disk_without_locks_is_one_line(
 
 
 def test_no_student_is_trained_before_dvc_knows_what_it_is_made_from(
-    write_study: Callable[..., Path],
-    couplings: dict[str, Any],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    tiny: Tiny, couplings: dict[str, Any], started: list[list[str]]
 ) -> None:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("os.execve", lambda *words: sys.exit(7))
-    frozen = {"varies": ["coupling", "mu", "predictor"], "students.gc.predictor": {"run": "ic"}}
-    words = ["reproduce", "--study", str(write_study(couplings | frozen)), "--rules", "student", "resource"]
-    words += ["--run", "gc", "--seed", "0", "--", "student.safetensors"]
+    made_from_ic = {"varies": ["coupling", "mu", "predictor"], "students.gc.predictor": {"run": "ic"}}
+    words: Any = tiny(couplings | made_from_ic), ["student", "resource"], ["student.safetensors"], "gc"
     Path("dvc.yaml").write_text("vars: [config/studies/tiny.yaml, frozen: []]")
-    assert main(words) == 2
-    assert "under vars, write `- frozen: [{run: gc, predictor: ic}]`" in capsys.readouterr().err
+    with pytest.raises(UserError, match=r"under vars, write `- frozen: \[{run: gc, predictor: ic}\]`"):
+        reproduce(*words)
+    assert started == []
     Path("dvc.yaml").write_text("vars: [config/studies/tiny.yaml, frozen: [{run: gc, predictor: ic}]]")
-    with pytest.raises(SystemExit, match="7"):
-        main(words)
+    with pytest.raises(SystemExit):
+        reproduce(*words)
 
 
 OTHER = """
@@ -159,9 +152,7 @@ def test_snakemake_and_its_jobs_end_with_the_caller(tmp_path: Path) -> None:
     caller = subprocess.Popen(words, cwd=tmp_path, start_new_session=True, env=os.environ | {"PYTHONPATH": SOURCE})
 
     def at_work() -> list[str]:
-        shown = subprocess.run(
-            ["ps", "-o", "args=", "-g", str(caller.pid)], capture_output=True, text=True, check=False
-        )
+        shown = subprocess.run(["ps", "-o", "args=", "-g", str(caller.pid)], capture_output=True, text=True)
         return [line for line in shown.stdout.splitlines() if "defunct" not in line]
 
     try:

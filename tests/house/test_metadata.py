@@ -15,16 +15,13 @@ HOUSE += ["CHANGELOG.md", "CONTRIBUTING.md", "NOTICE", "LICENSE", ".ci/run", ".g
 HOUSE += [".pre-commit-config.yaml"]
 
 
-def test_the_citation_has_what_its_format_requires() -> None:
+def test_the_citation_has_what_its_format_requires_and_refers_to_both_papers() -> None:
     citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
     assert {"cff-version", "message", "title", "authors"} <= citation.keys()
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     assert citation["version"] == project["version"]
     assert citation["license"] == project["license"] == "MIT"
-
-
-def test_the_citation_refers_to_both_papers() -> None:
-    references = yaml.safe_load((ROOT / "CITATION.cff").read_text())["references"]
+    references = citation["references"]
     assert all({"type", "title", "authors", "year"} <= reference.keys() for reference in references)
     numbers = {identifier["value"] for reference in references for identifier in reference["identifiers"]}
     assert numbers == {"arXiv:2502.02922", "arXiv:2406.09570"}

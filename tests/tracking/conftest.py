@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import pytest
 from tests.tracking.debian import needs_debian
-from tests.tracking.servers import PROXIES, Postgres, TrackingServer, postgres
+from tests.tracking.servers import PROXIES, Postgres, TrackingServer, postgres, tracking_server
 
 
 @pytest.fixture(autouse=True)
@@ -24,19 +24,13 @@ def cluster() -> Iterator[Postgres]:
 
 @pytest.fixture(scope="module")
 def sqlite_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TrackingServer]:
-    """A server on a fresh SQLite file, started; a test may stop and start it."""
-    server = TrackingServer(tmp_path_factory.mktemp("server"), "sqlite:///server.db")
-    try:
-        yield server.start()
-    finally:
-        server.stop()
+    """A server on a fresh SQLite file."""
+    with tracking_server(tmp_path_factory.mktemp("server"), "sqlite:///server.db") as server:
+        yield server
 
 
 @pytest.fixture(scope="module")
 def postgres_server(cluster: Postgres, tmp_path_factory: pytest.TempPathFactory) -> Iterator[TrackingServer]:
     """A server on a fresh PostgreSQL database."""
-    server = TrackingServer(tmp_path_factory.mktemp("server"), cluster.create("mlflow"))
-    try:
-        yield server.start()
-    finally:
-        server.stop()
+    with tracking_server(tmp_path_factory.mktemp("server"), cluster.create("mlflow")) as server:
+        yield server

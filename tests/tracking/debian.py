@@ -1,12 +1,13 @@
 """What a test needs from Debian: installed by it where that is possible, else a reason to skip."""
 
-import fcntl
 import os
 import shutil
 import subprocess
+import tempfile
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 PATIENCE = 300  # seconds for apt-get
 
@@ -34,10 +35,8 @@ def _install(package: str) -> None:
     if os.geteuid() != 0 or shutil.which("apt-get") is None:
         pytest.skip(f"needs {package}, which only root can install: apt-get install {package}")
     quiet = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
-    # pytest's workers share one lock, this folder's: the second finds the package installed.
-    lock = os.open(Path(__file__).parent, os.O_RDONLY)
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    # pytest's workers share one lock: the second finds the package installed.
+    with FileLock(Path(tempfile.gettempdir()) / "consistency-tests-apt.lock"):
         for words in (["update"], ["install", "-y", "--no-install-recommends", package]):
             try:
                 subprocess.run(
@@ -51,5 +50,3 @@ def _install(package: str) -> None:
             except (subprocess.CalledProcessError, subprocess.TimeoutExpired) as error:
                 said = (error.stderr or b"").decode(errors="replace").strip().splitlines()
                 pytest.skip(f"apt-get {words[0]} {package} failed: {said[-1] if said else error}")
-    finally:
-        os.close(lock)

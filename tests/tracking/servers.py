@@ -10,8 +10,8 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager, suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -19,7 +19,7 @@ from typing import Any
 from urllib.request import ProxyHandler, build_opener
 
 ROOT = Path(__file__).resolve().parents[2]
-OUTSIDE = ("CONSISTENCY_", "SNAKEMAKE_", "MLFLOW_", "PYTEST_", "SLURM_")
+OUTSIDE = ("CONSISTENCY_", "SNAKEMAKE_", "MLFLOW_", "PYTEST_", "SLURM_", "MAKE", "MFLAGS")
 PROXIES = ("http_proxy", "HTTP_PROXY", "https_proxy", "HTTPS_PROXY", "all_proxy", "ALL_PROXY")
 #: stands in no log, card, param or tag, wherever it was given
 PASSWORD = "canary-4711"
@@ -30,6 +30,23 @@ def environment(**more: str) -> dict[str, str]:
     """The outside's, without what would lead a child elsewhere: one thread, no telemetry, no proxy."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith(OUTSIDE) and name not in PROXIES}
     return kept | {"OMP_NUM_THREADS": "1", "MLFLOW_DISABLE_TELEMETRY": "true", "DO_NOT_TRACK": "true"} | more
+
+
+def start_in(
+    folder: Path, words: Sequence[str], variables: dict[str, str], output: Path, mode: str = "w"
+) -> subprocess.Popen[str]:
+    """A command in a process group of its own, as a shell starts it. mode: of the file that its output goes to."""
+    with output.open(mode) as file:
+        return subprocess.Popen(
+            words,
+            cwd=folder,
+            env=variables,
+            stdin=subprocess.DEVNULL,
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        )
 
 
 def free_port() -> int:
@@ -53,7 +70,7 @@ class TrackingServer:
     folder: Path
     store: str  # the backend's address; it may hold a password, so it goes by the environment
     port: int = field(default_factory=free_port)
-    process: subprocess.Popen[bytes] | None = None
+    process: subprocess.Popen[str] | None = None
 
     @property
     def url(self) -> str:
@@ -67,16 +84,8 @@ class TrackingServer:
         """Start it and wait until it answers."""
         words = f"server --host 127.0.0.1 --port {self.port} --workers 1 --artifacts-destination artifacts"
         quiet = environment(MLFLOW_SERVER_ENABLE_JOB_EXECUTION="false", MLFLOW_BACKEND_STORE_URI=self.store)
-        with (self.folder / "server.log").open("ab") as log:
-            self.process = subprocess.Popen(
-                [sys.executable, "-m", "mlflow", *words.split()],
-                cwd=self.folder,
-                env=quiet,
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-                start_new_session=True,
-            )
+        command = [sys.executable, "-m", "mlflow", *words.split()]
+        self.process = start_in(self.folder, command, quiet, self.folder / "server.log", mode="a")
         wait_until(self._answers, f"an answer of {self.url}", 300)
         return self
 
@@ -94,6 +103,16 @@ class TrackingServer:
                 os.killpg(self.process.pid, signal.SIGKILL)
             self.process.wait(30)
             self.process = None
+
+
+@contextmanager
+def tracking_server(folder: Path, store: str) -> Iterator[TrackingServer]:
+    """A server that answers; a test may stop and start it."""
+    server = TrackingServer(folder, store)
+    try:
+        yield server.start()
+    finally:
+        server.stop()
 
 
 @dataclass
@@ -121,7 +140,6 @@ class Postgres:
             for (table,) in cursor.fetchall():
                 cursor.execute(f'SELECT count(*) FROM "{table}" AS row WHERE row::text LIKE %s', (f"%{text}%",))
                 found += [table] * cursor.fetchone()[0]
-        assert connection.closed
         return found
 
     def ready(self) -> bool:
@@ -180,6 +198,17 @@ def silent_server() -> Iterator[str]:
         yield f"http://127.0.0.1:{listening.getsockname()[1]}"
 
 
+@contextmanager
+def web_server(handler: Callable[..., BaseHTTPRequestHandler]) -> Iterator[str]:
+    """The address of a server whose requests are answered so."""
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+        try:
+            yield f"http://127.0.0.1:{server.server_port}"
+        finally:
+            server.shutdown()
+
+
 class _Full(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         self.send_error(507, "Insufficient Storage")
@@ -190,19 +219,11 @@ class _Full(BaseHTTPRequestHandler):
         """Say nothing."""
 
 
-@contextmanager
-def full_server() -> Iterator[str]:
+def full_server() -> AbstractContextManager[str]:
     """The address of a server whose disk is full: it refuses everything."""
-    server = ThreadingHTTPServer(("127.0.0.1", 0), _Full)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    try:
-        yield f"http://127.0.0.1:{server.server_port}"
-    finally:
-        server.shutdown()
-        server.server_close()
+    return web_server(_Full)
 
 
-@contextmanager
-def dead_server() -> Iterator[str]:
+def dead_server() -> AbstractContextManager[str]:
     """An address at which nobody listens."""
-    yield f"http://127.0.0.1:{free_port()}"
+    return nullcontext(f"http://127.0.0.1:{free_port()}")

@@ -8,7 +8,7 @@ from urllib.parse import urlsplit
 import pytest
 from tests.fake_results import make_results, make_study
 from tests.tracking.debian import needs_debian
-from tests.tracking.servers import TrackingServer
+from tests.tracking.servers import tracking_server
 
 from consistency.files import read_json
 from consistency.layout import Layout
@@ -46,14 +46,10 @@ def test_runs_curves_and_figures_are_there(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
     track_study(study, layout)
     tracked = read_json(layout.track / "tracked.json", "track")
-    server = TrackingServer(tmp_path, "sqlite:///mlflow.db")
-    try:
-        url = server.start().url
-        page = f"{url}/#/experiments/{tracked['experiment_id']}/runs?workflowType=machine_learning"
+    with tracking_server(tmp_path, "sqlite:///mlflow.db") as server:
+        page = f"{server.url}/#/experiments/{tracked['experiment_id']}/runs?workflowType=machine_learning"
         runs = opened(chromium, page, tmp_path / "first")
-        curves = opened(chromium, f"{url}/#{urlsplit(tracked['url_hint']).fragment}", tmp_path / "second")
-    finally:
-        server.stop()
+        curves = opened(chromium, f"{server.url}/#{urlsplit(tracked['url_hint']).fragment}", tmp_path / "second")
     assert all(f">{name}<" in runs for name in ("teacher", "ctm", "analytic", "report"))
     assert "A small study" in runs and "8 matching runs" in re.sub("<[^>]*>", "", runs)
     # The page that `track` prints: each student in a colour of its own, at four steps and one, two and three jumps.

@@ -1,6 +1,5 @@
 """A tracking server that is down, silent or restarted: a training does not notice, and nothing is lost."""
 
-import json
 import random
 import shutil
 import subprocess
@@ -14,9 +13,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from safetensors.numpy import load_file
 from tests.tracking.comparison import assert_complete, expected_points, ids, points_of, runs_of
 from tests.tracking.servers import (
+    PASSWORD,
     ROOT,
     TrackingServer,
     dead_server,
@@ -26,7 +25,7 @@ from tests.tracking.servers import (
     wait_until,
 )
 from tests.tracking.trainings import FOUR, finished_study, replayed
-from tests.workflow.checkout import UNREPEATABLE
+from tests.workflow.checkout import said
 
 from consistency.layout import Layout
 from consistency.stages.student import make_student
@@ -47,12 +46,9 @@ def quick(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(EVERY, "0.2")
 
 
-def result(layout: Layout) -> tuple[dict[str, bytes], list[dict[str, Any]]]:
-    """The student's weights and history, bit for bit, without what no run can repeat."""
-    folder = layout.student("analytic", 0)
-    weights = {name: value.tobytes() for name, value in load_file(folder / "student.safetensors").items()}
-    lines = [json.loads(line) for line in (folder / "history.jsonl").read_text().splitlines()]
-    return weights, [{k: v for k, v in line.items() if not k.startswith(UNREPEATABLE)} for line in lines]
+def result(layout: Layout) -> list[Any]:
+    """The student's weights and history, without what no run can repeat."""
+    return [said(layout.student("analytic", 0) / name) for name in ("student.safetensors", "history.jsonl")]
 
 
 def train_in(folder: Path, study: Study, results: Layout) -> Layout:
@@ -66,9 +62,7 @@ def train_in(folder: Path, study: Study, results: Layout) -> Layout:
 @pytest.fixture(scope="module")
 def undisturbed(tiny: Callable[..., Study], first_results: Layout, tmp_path_factory: pytest.TempPathFactory) -> Layout:
     """The student of a training that nobody follows."""
-    with pytest.MonkeyPatch.context() as off:
-        off.setenv(LIVE, "0")
-        return train_in(tmp_path_factory.mktemp("undisturbed"), tiny(), first_results)
+    return train_in(tmp_path_factory.mktemp("undisturbed"), tiny(), first_results)
 
 
 @pytest.mark.parametrize("server", [None, dead_server, silent_server, full_server])
@@ -99,7 +93,7 @@ def test_a_training_does_not_notice_its_server(
     monkeypatch.setattr(Follower, "start", start_and_wait)
     monkeypatch.setattr(Follower, "end", end_in_time)
     with server() if server else nullcontext("sqlite:///mlflow.db") as address:
-        monkeypatch.setenv("MLFLOW_TRACKING_URI", address)
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", address.replace("http://", f"http://me:{PASSWORD}@"))
         states = [random.getstate(), np.random.get_state()[1].tobytes()]  # noqa: NPY002
         capfd.readouterr()
         disturbed = train_in(tmp_path / "disturbed", tiny(), first_results)
@@ -107,14 +101,14 @@ def test_a_training_does_not_notice_its_server(
     assert result(disturbed) == result(undisturbed)
     assert not disturbed.training_state("analytic", 0).exists()
     assert waited[0] < GRACE + 1
-    said = [line for line in capfd.readouterr().err.splitlines() if "live tracking" in line]
+    lines = [line for line in capfd.readouterr().err.splitlines() if "live tracking" in line]
     if server:
-        (line,) = said
-        assert address in line and "`track` sends what is missing" in line
+        (line,) = lines
+        assert address in line and "`track` sends what is missing" in line and PASSWORD not in line
     else:
-        assert said == []
+        assert lines == []
         client = connect(f"sqlite:///{tmp_path}/mlflow.db")
-        (run,) = runs_of(client, tiny(), "seed")
+        (run,) = runs_of(client, "tiny", role="seed")
         assert run.info.status == "FINISHED"
         assert points_of(client, run) == expected_points(disturbed, "analytic", 0)
 
@@ -161,7 +155,7 @@ def test_a_server_that_comes_back_gets_what_is_missing(
     with replayed(study, layout, "ctm", 0) as training:
         training.write(10)
         wait_until(lambda: training.sent_up_to() == 100, "the first points")
-        (run,) = runs_of(client, study, "seed")
+        (run,) = runs_of(client, study.name, role="seed")
         assert run.info.status == "RUNNING"
         assert [point for point in expected_points(layout, "ctm", 0) if point[1] <= 100] == points_of(client, run)
         sqlite_server.stop()
@@ -170,8 +164,8 @@ def test_a_server_that_comes_back_gets_what_is_missing(
         sqlite_server.start()
         wait_until(lambda: training.sent_up_to() == 300, "what was missing")
         training.write(20)
-    wait_until(lambda: runs_of(client, study, "seed")[0].info.status == "FINISHED", "the end")
-    (run,) = runs_of(client, study, "seed")
+    wait_until(lambda: runs_of(client, study.name, role="seed")[0].info.status == "FINISHED", "the end")
+    (run,) = runs_of(client, study.name, role="seed")
     assert points_of(client, run) == expected_points(layout, "ctm", 0)
 
 
@@ -191,7 +185,7 @@ def test_track_completes_what_no_follower_could_send(
         alone.write(50)
     assert cut_off.follower.trouble and alone.follower.trouble
     sqlite_server.start()
-    (left,) = runs_of(client, study, "seed")
+    (left,) = runs_of(client, study.name, role="seed")
     assert left.info.status == "RUNNING"
     track_study(study, layout)
     assert ids(assert_complete(client, study, layout, "teacher", "report"))["ctm seed 0"] == left.info.run_id

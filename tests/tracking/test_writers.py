@@ -60,7 +60,7 @@ def test_eight_writers(
 def eight_writers(folder: Path, **variables: str) -> str:
     """Run them to their good end. Returns what they said."""
     done = subprocess.run(
-        [sys.executable, "-m", "tests.tracking.writers", "small.yaml"],
+        [sys.executable, "-m", "tests.tracking.writers"],
         cwd=folder,
         env=environment(PYTHONPATH=f"{ROOT / 'src'}:{ROOT}", **{EVERY: "0.2"}, **variables),
         stdin=subprocess.DEVNULL,

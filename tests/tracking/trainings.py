@@ -22,8 +22,7 @@ EIGHT = FOUR.replace("seeds: [0, 1]", "seeds: [0, 1, 2, 3]")
 
 
 def finished_study(folder: Path, text: str = EIGHT, name: str = "small") -> tuple[Study, Layout]:
-    """A study, in <name>.yaml, whose results lie there and whose trainings can be followed again: with an empty state,
-    and the training's identity in the card that it has left."""
+    """A study whose trainings can be followed again: their states are empty, and their cards know their identities."""
     study, layout = make_finished(folder, text, name)
     for run, seed in study.trainings:
         state, card = layout.training_state(run, seed), layout.card("student", run, seed)

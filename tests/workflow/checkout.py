@@ -4,20 +4,20 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
-from collections.abc import Sequence
-from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
+import psutil
 import yaml
-from safetensors.torch import load_file
+from safetensors.numpy import load_file
 from tests.conftest import put
+from tests.tracking.servers import ROOT, environment, start_in
 
-ROOT = Path(__file__).resolve().parents[2]
 COPIED = ["Snakefile", "Makefile", "environment.yml", "config", "profiles", "slurm", "workflow", "src"]
 #: keys of a history that no run can repeat begin so: times, speeds, memory
 UNREPEATABLE = ("seconds", "images_per_second", "time_", "peak_")
@@ -25,7 +25,6 @@ UNREPEATABLE = ("seconds", "images_per_second", "time_", "peak_")
 NUMBERS = ["dataset/*.npy", "**/*.safetensors", "**/*.npz", "**/*.csv", "samples/**/*.npy", "**/history.jsonl"]
 #: a student that trains long enough to be disturbed
 LONGER: dict[str, Any] = {"student.steps": 1000, "student.snapshot_every": 500, "student.log_every": 20}
-OUTSIDE = ("CONSISTENCY_", "SNAKEMAKE_", "MLFLOW_", "PYTEST_", "MAKE", "MFLAGS")
 
 
 @dataclass(frozen=True)
@@ -39,9 +38,8 @@ class Checkout:
     @property
     def environment(self) -> dict[str, str]:
         """The outside's, without what a surrounding workflow, make or MLflow would bring in."""
-        kept = {name: value for name, value in os.environ.items() if not name.startswith(OUTSIDE)}
-        quiet = {"OMP_NUM_THREADS": "1", "MLFLOW_DISABLE_TELEMETRY": "true", "CONSISTENCY_LIVE": "0"}
-        return kept | quiet | self.variables
+        # Snakemake asks an installed Slurm at every start; one that is not running answers after 9 seconds.
+        return environment(CONSISTENCY_LIVE="0", SLURM_CONF=os.devnull) | self.variables
 
     def start(self, *words: str) -> subprocess.Popen[str]:
         """Snakemake in a process group of its own, as a shell starts it; its output goes to output.txt."""
@@ -59,6 +57,13 @@ class Checkout:
     def output(self) -> str:
         return (self.path / "output.txt").read_text()
 
+    def interrupt(self, run: subprocess.Popen[str]) -> int:
+        """Press Ctrl-C if it is at work, and wait for its end, on a cluster for its next look at the jobs. Returns its
+        exit code."""
+        if run.poll() is None:
+            os.killpg(run.pid, signal.SIGINT)
+        return run.wait(600)
+
     def run(self, *words: str) -> int:
         """Run Snakemake to its end. Returns its exit code."""
         return self.start(*words).wait(timeout=600)
@@ -75,16 +80,15 @@ class Checkout:
         runs = [(name, re.search(r"run=([\w-]+)", text)) for name, text in blocks if name != "all"]
         return {f"{name} {run[1]}" if run else name for name, run in runs}
 
-    def change(self, changes: dict[str, Any], name: str = "tiny") -> "Checkout":
+    def change(self, changes: dict[str, Any], name: str = "tiny") -> Self:
         """Set dotted keys of the study, here or in a copy of another name."""
         file = self.path / f"config/studies/{self.study}.yaml"
         content = put(yaml.safe_load(file.read_text()), {"name": name, **changes})
         file.with_name(f"{name}.yaml").write_text(yaml.safe_dump(content, sort_keys=False))
-        return Checkout(self.path, name)
+        return replace(self, study=name)
 
-    def copy(self, path: Path) -> "Checkout":
-        shutil.copytree(self.path, path, symlinks=True)
-        return Checkout(path, self.study)
+    def copy(self, path: Path) -> Self:
+        return replace(self, path=shutil.copytree(self.path, path, symlinks=True))
 
     def step(self, run: str) -> int:
         """The last step in the history of a student's training at work; 0 before there is one."""
@@ -99,58 +103,38 @@ class Checkout:
         folders = [self.path / name for name in ("results", "state", "logs")]
         return [file for folder in folders for file in folder.rglob("*.tmp")]
 
-    def processes(self) -> list[int]:
+    def processes(self) -> list[psutil.Process]:
         """Processes at work in this copy."""
         return processes_in(self.path)
 
     def results(self, *patterns: str) -> dict[str, Any]:
         """What the result files of those patterns say, without what no run can repeat: times and speeds."""
         root = self.path / "results" / self.study
-        return {str(file.relative_to(root)): _said(file) for pattern in patterns for file in root.glob(pattern)}
+        return {str(file.relative_to(root)): said(file) for pattern in patterns for file in root.glob(pattern)}
 
 
-def _said(file: Path) -> Any:
-    if file.suffix == ".safetensors":
-        return {name: value.numpy().tobytes() for name, value in load_file(file).items()}
-    if file.suffix == ".npz":
-        with np.load(file) as arrays:
-            return {name: array.tobytes() for name, array in arrays.items()}
+def said(file: Path) -> Any:
+    """What a result file says, bit for bit, without what no run can repeat."""
+    if file.suffix in (".safetensors", ".npz"):
+        arrays = load_file(file) if file.suffix == ".safetensors" else np.load(file)
+        return {name: array.tobytes() for name, array in arrays.items()}
     if file.suffix == ".jsonl":
         lines = [json.loads(line) for line in file.read_text().splitlines()]
         return [{k: v for k, v in line.items() if not k.startswith(UNREPEATABLE)} for line in lines]
     return file.read_bytes()
 
 
-def start_in(folder: Path, words: Sequence[str], environment: dict[str, str], output: Path) -> subprocess.Popen[str]:
-    """A command in a process group of its own, as a shell starts it."""
-    with output.open("w") as file:
-        return subprocess.Popen(
-            words,
-            cwd=folder,
-            env=environment,
-            stdin=subprocess.DEVNULL,
-            stdout=file,
-            stderr=subprocess.STDOUT,
-            text=True,
-            start_new_session=True,
-        )
-
-
-def processes_in(folder: Path) -> list[int]:
+def processes_in(folder: Path) -> list[psutil.Process]:
     """Processes at work in a folder or below it."""
-    found = []
-    for process in Path("/proc").glob("[0-9]*"):
-        with suppress(OSError):
-            if (process / "cwd").readlink().is_relative_to(folder):
-                found.append(int(process.name))
-    return found
+    found = psutil.process_iter(["cwd", "cmdline"])
+    return [process for process in found if Path(process.info["cwd"] or "/").is_relative_to(folder)]
 
 
-def fresh(path: Path) -> Checkout:
-    """A copy of the files of this checkout that the workflow needs."""
-    path.mkdir(parents=True)
-    for name in COPIED:
+def fresh(path: Path, *more: str) -> Checkout:
+    """A copy of the files of this checkout that the workflow needs, and of more."""
+    for name in (*COPIED, *more):
         source = ROOT / name
+        (path / name).parent.mkdir(parents=True, exist_ok=True)
         if source.is_dir() and not source.is_symlink():
             shutil.copytree(source, path / name, symlinks=True)
         else:

@@ -1,14 +1,14 @@
 """One finished run of the tiny study is shared; tests copy it to change it."""
 
-import fcntl
 import os
 import shutil
-import signal
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
+import psutil
 import pytest
+from filelock import FileLock
 from tests.workflow.checkout import Checkout, fresh, processes_in
 from tests.workflow.miniatures import Site, serving
 
@@ -16,8 +16,8 @@ from tests.workflow.miniatures import Site, serving
 def end_all_in(folder: Path) -> None:
     """Kill what is still at work in a folder."""
     for process in processes_in(folder.resolve()):
-        with suppress(ProcessLookupError):
-            os.kill(process, signal.SIGKILL)
+        with suppress(psutil.NoSuchProcess):
+            process.kill()
 
 
 @pytest.fixture(autouse=True)
@@ -47,8 +47,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Checkout:
     base = tmp_path_factory.getbasetemp()
     base = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
     home, marker = base / "finished", base / "finished.done"
-    with (base / "finished.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with FileLock(base / "finished.lock"):
         if not marker.exists():
             shutil.rmtree(home, ignore_errors=True)
             fresh(home).done()
@@ -63,10 +62,8 @@ def copied(finished: Checkout, tmp_path: Path) -> Checkout:
 
 
 @pytest.fixture
-def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Site]:
+def site(tmp_path: Path) -> Iterator[Site]:
     """An empty folder whose files are published on the loopback."""
-    for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
-        monkeypatch.delenv(name, raising=False)
     (tmp_path / "site").mkdir()
     with serving(tmp_path / "site") as published:
         yield published

@@ -4,15 +4,15 @@ import hashlib
 import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import yaml
-from tests.workflow.checkout import ROOT, Checkout, fresh, start_in
+from tests.tracking.servers import start_in
+from tests.workflow.checkout import Checkout, fresh
 
 #: what a repository has beside what the workflow needs
 TRACKED = ["dvc.yaml", ".dvc/config", ".dvc/.gitignore", ".dvc/plots", ".dvcignore", ".gitattributes", ".gitignore"]
@@ -34,7 +34,6 @@ JOBS = {f"{stage}@tiny" for stage in ONCE} | {
 }
 #: those that do not, by what their names begin with
 BESIDE = ("plan@", "inputs@", "predictor@", "flow-inputs@")
-PATIENCE = 900  # seconds for any one command
 
 
 @dataclass(frozen=True)
@@ -46,32 +45,18 @@ class Repo:
 
     @property
     def checkout(self) -> Checkout:
-        return Checkout(self.path, variables={"SLURM_CONF": os.devnull})
+        return Checkout(self.path)
 
     @property
     def environment(self) -> dict[str, str]:
         private = self.path.parent / f"{self.path.name}-private"
-        return (
-            self.checkout.environment
-            | {
-                "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
-                "CORES": "1",
-                "SHELL": "/bin/bash",
-                # Snakemake asks an installed Slurm at every start; one that is not running answers after 9 seconds.
-                "SLURM_CONF": os.devnull,
-                "GIT_CONFIG_GLOBAL": os.devnull,
-                "GIT_CONFIG_SYSTEM": os.devnull,
-                "DVC_GLOBAL_CONFIG_DIR": str(private / "global"),
-                "DVC_SYSTEM_CONFIG_DIR": str(private / "system"),
-                "DVC_SITE_CACHE_DIR": str(private / "site"),
-            }
-            | {
-                f"GIT_{who}_{what}": "someone@example.org"
-                for who in ("AUTHOR", "COMMITTER")
-                for what in ("NAME", "EMAIL")
-            }
-            | self.variables
-        )
+        folders = {f"DVC_{name}_DIR": str(private / name) for name in ("GLOBAL_CONFIG", "SYSTEM_CONFIG", "SITE_CACHE")}
+        people = [f"GIT_{who}_{what}" for who in ("AUTHOR", "COMMITTER") for what in ("NAME", "EMAIL")]
+        git = dict.fromkeys(people, "someone@example.org")
+        git |= {"GIT_CONFIG_GLOBAL": os.devnull, "GIT_CONFIG_SYSTEM": os.devnull}
+        path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+        own = {"PATH": path, "CORES": "1", "SHELL": "/bin/bash"}
+        return self.checkout.environment | folders | git | own | self.variables
 
     def start(self, *words: str) -> subprocess.Popen[str]:
         """A command in a process group of its own, as a shell starts it; its output goes to output.txt."""
@@ -87,12 +72,7 @@ class Repo:
 
     def run(self, *words: str, code: int = 0) -> str:
         """Run a command to its end, which must have that exit code. Returns its output."""
-        process = self.start(*words)
-        try:
-            assert process.wait(timeout=PATIENCE) == code, self.output
-        finally:
-            if process.poll() is None:
-                os.killpg(process.pid, signal.SIGKILL)
+        assert self.start(*words).wait(timeout=900) == code, self.output
         return self.output
 
     def dvc(self, *words: str, code: int = 0) -> str:
@@ -126,13 +106,12 @@ class Repo:
         self.git("commit", "--quiet", "--message", message)
 
     def copy(self, path: Path) -> "Repo":
-        shutil.copytree(self.path, path, symlinks=True)
-        return Repo(path, self.variables)
+        return replace(self, path=shutil.copytree(self.path, path, symlinks=True))
 
     def clone(self, path: Path) -> "Repo":
         """What somebody else gets: what is committed, and nothing of DVC's."""
         self.git("clone", "--quiet", ".", str(path))
-        return Repo(path, self.variables)
+        return replace(self, path=path)
 
     def locked(self) -> dict[str, Any]:
         """The stages of dvc.lock."""
@@ -142,23 +121,13 @@ class Repo:
         """The files of the cache whose content is not what their name says."""
         files = [file for file in (self.path / ".dvc/cache/files/md5").rglob("*") if file.is_file()]
         assert files
-        return [file for file in files if _digest(file) != file.parent.name + file.name.removesuffix(".dir")]
-
-
-def _digest(file: Path) -> str:
-    return hashlib.md5(file.read_bytes()).hexdigest()
+        digests = {file: hashlib.md5(file.read_bytes()).hexdigest() for file in files}
+        return [file for file in files if digests[file] != file.parent.name + file.name.removesuffix(".dir")]
 
 
 def origin(path: Path) -> Repo:
     """A repository of this checkout's files, committed, whose study is the small one."""
-    repo = Repo(fresh(path).path)
-    for name in TRACKED:
-        source = ROOT / name
-        (path / name).parent.mkdir(exist_ok=True)
-        if source.is_dir():
-            shutil.copytree(source, path / name)
-        else:
-            shutil.copy2(source, path / name)
+    repo = Repo(fresh(path, *TRACKED).path)
     pipeline = path / "dvc.yaml"
     pipeline.write_text(pipeline.read_text().replace("config/studies/digits.yaml", "config/studies/tiny.yaml"))
     repo.set(SMALLER)

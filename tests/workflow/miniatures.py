@@ -5,16 +5,16 @@ Networks, images and numbers are tiny, and what is scored means nothing.
 
 import functools
 import hashlib
-import threading
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from http.server import SimpleHTTPRequestHandler
 from pathlib import Path
 from typing import Any
 
 import yaml
+from tests.tracking.servers import web_server
 from tests.workflow.checkout import Checkout
 
 from consistency.nets.denoiser import Denoiser, init_denoiser
@@ -87,13 +87,8 @@ def serving(folder: Path) -> Iterator[Site]:
         def log_message(self, *words: Any) -> None:
             asked[self.path.lstrip("/")] += 1
 
-    http = ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Handler, directory=str(folder)))
-    thread = threading.Thread(target=http.serve_forever, kwargs={"poll_interval": 0.01})
-    thread.start()
-    yield Site(folder, f"http://127.0.0.1:{http.server_port}", asked)
-    http.shutdown()
-    thread.join()
-    http.server_close()
+    with web_server(functools.partial(Handler, directory=str(folder))) as url:
+        yield Site(folder, url, asked)
 
 
 def teacher(**architecture: Any) -> Denoiser:

@@ -69,16 +69,6 @@ def test_what_nobody_reads_is_there_and_says_so(reproduced: Repo) -> None:
     assert "consistent" in reproduced.run("python", "-m", "consistency", "verify", "results/tiny")
 
 
-def test_dvc_takes_note_of_what_snakemake_made(reproduced: Repo, tmp_path: Path) -> None:
-    repo = reproduced.copy(tmp_path / "repo")
-    (repo.path / "dvc.lock").unlink()
-    for verb in ("plan", "inputs"):
-        repo.run("python", "-m", "consistency", verb, "--study", "config/studies/tiny.yaml")
-    repo.dvc("commit", "--force")
-    assert repo.changed() == set()
-    assert repo.locked() == reproduced.locked()
-
-
 def test_a_fresh_clone_pulls_and_trains_one_student_on_what_it_pulled(reproduced: Repo, tmp_path: Path) -> None:
     clone = reproduced.clone(tmp_path / "clone")
     clone.dvc("pull")

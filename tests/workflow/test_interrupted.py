@@ -19,8 +19,7 @@ def interrupt(checkout: Checkout, log: str, *targets: str) -> None:
     file = checkout.path / "logs/tiny" / log
     run = checkout.start(*targets)
     wait_until(file.exists, log)
-    os.killpg(run.pid, signal.SIGINT)
-    assert run.wait(timeout=600) != 0
+    assert checkout.interrupt(run) != 0
     assert checkout.litter() == []
     assert checkout.processes() == []
 

@@ -16,14 +16,11 @@ ANALYTIC = {"student analytic", "samples analytic", "scores analytic"}
 SCORED = {"calibration", "scores ctm", "scores analytic"}
 
 
-def test_makes_what_lies_in_its_folders(finished: Checkout) -> None:
+def test_makes_what_lies_in_its_folders_and_leaves_nothing_behind(finished: Checkout) -> None:
     """Snakemake itself misses every file that a rule names."""
     for folder in ("students/analytic/seed0/snapshots", "samples/analytic/seed0", "scores/extractor", "report/figures"):
         files = list((finished.path / "results/tiny" / folder).iterdir())
         assert len(files) > 1 and all(file.stat().st_size > 0 for file in files if file.suffix)
-
-
-def test_leaves_nothing_behind(finished: Checkout) -> None:
     assert finished.litter() == []
     assert [file for file in (finished.path / "state").rglob("*") if file.is_file()] == []
     assert finished.processes() == []

@@ -7,7 +7,6 @@ wrappers on PATH. SLURM_CONF alone would not do: the job step plugin of Snakemak
 import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
 import tempfile
@@ -16,14 +15,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import TracebackType
 
+import psutil
 from tests.tracking.debian import needs_debian
-from tests.tracking.servers import ROOT, environment, free_port, wait_until
+from tests.tracking.servers import ROOT, environment, free_port, start_in, wait_until
 
 NODES = ("one", "two")
-#: package: the programs of it that a cluster needs
-DAEMONS = {"munge": "munged", "slurmctld": "slurmctld", "slurmd": "slurmd"}
+#: the programs that a cluster needs, and the packages they are in
+DAEMONS = {"munged": "munge", "slurmctld": "slurmctld", "slurmd": "slurmd"}
 COMMANDS = ("sbatch", "srun", "scancel", "squeue", "scontrol", "sinfo", "sacct", "sacctmgr")
 #: a device file for each of a node's GPUs: Slurm drops a GPU without one
 GPUS = ("/dev/null", "/dev/zero", "/dev/full", "/dev/random")
@@ -74,7 +73,7 @@ class Cluster:
     """Two nodes with four GPUs each, and the partitions cpu, gpu and short (two minutes). Use it as a context."""
 
     folder: Path = field(default_factory=lambda: Path(tempfile.mkdtemp(prefix="consistency-slurm-", dir="/tmp")))
-    processes: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
+    processes: dict[str, subprocess.Popen[str]] = field(default_factory=dict)
     guard: subprocess.Popen[bytes] | None = None
 
     def __enter__(self) -> "Cluster":
@@ -93,7 +92,7 @@ class Cluster:
             raise
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     @property
@@ -190,37 +189,22 @@ class Cluster:
         return ["munged", "--foreground", "--force", f"--key-file={key}", *options]
 
     def _start(self, name: str, program: str, *words: str) -> None:
-        package = {daemon: package for package, daemon in DAEMONS.items()}[program]
-        self.processes[name] = subprocess.Popen(
-            [needs_debian(package, program), *words],
-            cwd=self.folder,
-            env=environment(SLURM_CONF=str(self.folder / "slurm.conf")),
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            start_new_session=True,  # a Ctrl-C at the tests is not meant for it: it is needed to end the jobs
-        )
+        # In a group of its own: a Ctrl-C at the tests is not meant for it, which is needed to end the jobs.
+        command = [needs_debian(DAEMONS[program], program), *words]
+        variables = environment(SLURM_CONF=str(self.folder / "slurm.conf"))
+        self.processes[name] = start_in(self.folder, command, variables, Path(os.devnull))
 
 
 def guard(folder: Path) -> None:
     """Wait for the end of the tests that started this, even by kill -9; then end what is left of their cluster, and
     remove its folder. Daemons, jobs and Snakemakes all have its path in their environment."""
     sys.stdin.read()
-    while left := _started_for(folder):
-        for pid in left:
-            with suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
+    while left := [each for each in psutil.process_iter(["environ"]) if f"{folder}/" in str(each.info["environ"])]:
+        for process in left:
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
         time.sleep(0.1)
     shutil.rmtree(folder)
-
-
-def _started_for(folder: Path) -> list[int]:
-    mark, found = f"{folder}/".encode(), []
-    for process in Path("/proc").glob("[0-9]*"):
-        with suppress(OSError):
-            if mark in (process / "environ").read_bytes():
-                found.append(int(process.name))
-    return found
 
 
 if __name__ == "__main__":

@@ -1,18 +1,19 @@
 """A checkout on the login node of a cluster: what its Snakemake submits, and what becomes of it there."""
 
 import os
-import signal
 import subprocess
 import sys
-from contextlib import suppress
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
+import psutil
 import torch
 import yaml
-from tests.tracking.servers import wait_until
-from tests.workflow.checkout import Checkout, start_in
+from tests.tracking.servers import start_in, wait_until
+from tests.workflow.checkout import Checkout
 from tests.workflow.slurm.cluster import Cluster
 
 from consistency.job import Job
@@ -28,71 +29,48 @@ SITE: dict[str, Any] = {
     "slurm-init-seconds-before-status-checks": 3,
     "latency-wait": 20,
 }
-ONE_GPU = "gpu:1"
 
 
 @dataclass(frozen=True)
-class LoginNode:
+class LoginNode(Checkout):
     """A checkout with a profile for the cluster of the tests."""
 
-    checkout: Checkout
-    cluster: Cluster
-
-    @property
-    def path(self) -> Path:
-        return self.checkout.path
-
-    @property
-    def environment(self) -> dict[str, str]:
-        return self.checkout.environment
-
-    @property
-    def output(self) -> str:
-        """What Snakemake has said."""
-        return self.checkout.output
+    cluster: Cluster = field(kw_only=True)
 
     def start(self, *words: str) -> subprocess.Popen[str]:
         """The literal command, for a study of the tests; its output goes to output.txt. words: options, then targets
         after --."""
-        command = ["snakemake", "--cores", "all", "--profile", "slurm", "--config", f"studies={self.checkout.study}"]
+        command = ["snakemake", "--cores", "all", "--profile", "slurm", "--config", f"studies={self.study}"]
         return start_in(self.path, [*command, *words], self.environment, self.path / "output.txt")
 
-    def run(self, *words: str, patience: float = 600) -> int:
-        """Run it to its end. Returns its exit code."""
+    @contextmanager
+    def running(self, *words: str) -> Iterator[subprocess.Popen[str]]:
+        """Start it; if it is still at work at the end of the block, it is interrupted."""
         run = self.start(*words)
         try:
-            return run.wait(patience)
+            yield run
         finally:
             self.interrupt(run)
 
-    def interrupt(self, run: subprocess.Popen[str]) -> int:
-        """Press Ctrl-C if it is at work, and wait for its end, that is, for its next look at the jobs. Returns its exit
-        code."""
-        if run.poll() is None:
-            os.killpg(run.pid, signal.SIGINT)
-        return run.wait(240)
+    def run(self, *words: str) -> int:
+        """Run it to its end. Returns its exit code."""
+        with self.running(*words) as run:
+            return run.wait(600)
 
-    def done(self, *words: str) -> str:
-        """Run it; it must end well. Returns its output."""
-        code = self.run(*words)
-        assert code == 0, self.output
-        return self.output
-
-    def site(self, settings: dict[str, Any] | None = None, **rules: dict[str, Any]) -> "LoginNode":
+    def site(self, settings: dict[str, Any] | None = None, **rules: dict[str, Any]) -> Self:
         """Edit the profile: its settings, and the resources of rules."""
         file = self.path / PROFILE
         content = yaml.safe_load(file.read_text()) | (settings or {})
         for resources in content["set-resources"].values():
             if "gres" in resources:
-                resources["gres"] = ONE_GPU
+                resources["gres"] = "gpu:1"
         for rule, resources in rules.items():
             content["set-resources"].setdefault(rule, {}).update(resources)
         file.write_text(yaml.safe_dump(content, sort_keys=False))
         return self
 
-    def with_variables(self, **variables: str) -> "LoginNode":
-        changed = replace(self.checkout, variables={**self.checkout.variables, **variables})
-        return LoginNode(changed, self.cluster)
+    def with_variables(self, **variables: str) -> Self:
+        return replace(self, variables=self.variables | variables)
 
     def jobs(self, name: str = "") -> list[dict[str, str]]:
         """What Slurm says of the jobs of this checkout whose rule and wildcards hold a name, oldest first."""
@@ -106,35 +84,28 @@ class LoginNode:
 
     def student(self, run: str) -> str:
         """The target that a student is."""
-        return f"results/{self.checkout.study}/students/{run}/seed0/student.safetensors"
+        return f"results/{self.study}/students/{run}/seed0/student.safetensors"
 
     def log(self, run: str) -> str:
         """What the last job of a student has said."""
-        return (self.path / f"logs/{self.checkout.study}/student/{run}-seed0.log").read_text()
+        return (self.path / f"logs/{self.study}/student/{run}-seed0.log").read_text()
 
-    def trainers(self, run: str) -> list[int]:
+    def trainers(self, run: str) -> list[psutil.Process]:
         """The processes that train a student."""
-        found = []
-        for process in self.checkout.processes():
-            try:
-                words = Path(f"/proc/{process}/cmdline").read_text().split("\0")
-            except OSError:
-                continue
-            if words[1:2] != ["-c"] and {"consistency", "student", run} <= set(words):
-                found.append(process)
-        return found
+        found = ((process, process.info["cmdline"] or []) for process in self.processes())
+        return [each for each, words in found if words[1:2] != ["-c"] and {"consistency", "student", run} <= set(words)]
 
-    def freeze(self, *runs: str, step: int = 100) -> dict[str, list[int]]:
+    def freeze(self, *runs: str, step: int = 100) -> dict[str, list[psutil.Process]]:
         """Stop the clock of each training once it has passed a step: it stands as before a slow disk, and what takes
         time can be waited for without training on. Returns their processes; thaw them."""
-        frozen: dict[str, list[int]] = {}
+        frozen: dict[str, list[psutil.Process]] = {}
 
         def freeze_next() -> bool:
             for run in set(runs) - set(frozen):
-                if self.checkout.step(run) >= step and (trainers := self.trainers(run)):
+                if self.step(run) >= step and (trainers := self.trainers(run)):
                     frozen[run] = trainers
                     for process in trainers:
-                        os.kill(process, signal.SIGSTOP)
+                        process.suspend()
             return len(frozen) == len(runs)
 
         wait_until(freeze_next, f"step {step} of {', '.join(runs)}", 300)
@@ -144,27 +115,27 @@ class LoginNode:
 def login(checkout: Checkout, cluster: Cluster) -> LoginNode:
     """A checkout as it is after the login on the cluster: the commands on PATH, the profile's block edited."""
     path = f"{Path(sys.executable).parent}{os.pathsep}{cluster.path}"
-    node = LoginNode(replace(checkout, variables={**checkout.variables, "PATH": path}), cluster)
+    node = LoginNode(checkout.path, checkout.study, checkout.variables | {"PATH": path}, cluster=cluster)
     return node.site(SITE)
 
 
-def thaw(trainers: list[int]) -> None:
+def thaw(trainers: list[psutil.Process]) -> None:
     for trainer in trainers:
         # Slurm may have killed it meanwhile.
-        with suppress(ProcessLookupError):
-            os.kill(trainer, signal.SIGCONT)
+        with suppress(psutil.NoSuchProcess):
+            trainer.resume()
 
 
-def thaw_when_called(trainers: list[int], signum: int) -> None:
+def thaw_when_called(trainers: list[psutil.Process], signum: int) -> None:
     """Wait until a signal waits for one of the frozen processes, and let them go on."""
     wait_until(lambda: any(_called(trainer, signum) for trainer in trainers), f"signal {signum}", 150)
     thaw(trainers)
 
 
-def _called(process: int, signum: int) -> bool:
+def _called(process: psutil.Process, signum: int) -> bool:
     """Whether a signal waits for a process, or the process is gone."""
     try:
-        status = Path(f"/proc/{process}/status").read_text()
+        status = Path(f"/proc/{process.pid}/status").read_text()
     except FileNotFoundError:
         return True
     pending = next(line for line in status.splitlines() if line.startswith("ShdPnd:"))

@@ -1,6 +1,5 @@
 """Trainings on a cluster that are disturbed in every way end with the same bits as one that is not."""
 
-import os
 import signal
 import time
 from collections.abc import Iterator
@@ -33,8 +32,7 @@ def disturbed(cluster: Cluster, finished: Checkout, tmp_path_factory: pytest.Tem
     resources = {"slurm_partition": f'"short" if {short} else "gpu"', "runtime": f"2 if {short} else 60"}
     node = login(checkout, cluster).site(student=resources).with_variables(CONSISTENCY_LIVE="1")
     cluster.ask("scontrol", "update", "PartitionName=gpu", "State=DOWN")
-    run = node.start("--", *map(node.student, STUDENTS))
-    try:
+    with node.running("--", *map(node.student, STUDENTS)) as run:
         # As where the site does not let jobs be started again.
         wait_until(lambda: node.jobs("_refused_") != [], "the job of refused", 60)
         cluster.ask("scontrol", "update", f"JobId={node.jobs('_refused_')[0]['JobId']}", "Requeue=0")
@@ -48,18 +46,16 @@ def disturbed(cluster: Cluster, finished: Checkout, tmp_path_factory: pytest.Tem
             cluster.start(name)
         wait_until(cluster.answers, "an answer of the controller", 60)
         for trainer in trainers["killed"]:
-            os.kill(trainer, signal.SIGKILL)
+            trainer.kill()
         thaw(trainers["ctm"] + trainers["cancelled"])
         cluster.ask("scancel", node.jobs("_cancelled_")[0]["JobId"])
         assert run.wait(600) == 0, node.output
         yield node
-    finally:
-        node.interrupt(run)
 
 
 @pytest.mark.parametrize("run", STUDENTS)
 def test_the_same_bits(disturbed: LoginNode, undisturbed: dict[str, Any], run: str) -> None:
-    assert differing(scored(disturbed.checkout, run), undisturbed) == []
+    assert differing(scored(disturbed, run), undisturbed) == []
 
 
 def ends(node: LoginNode, run: str) -> list[str]:
@@ -113,10 +109,9 @@ def test_where_slurm_does_not_start_it_again_snakemake_submits_it_again(disturbe
     assert any("student refused seed 0: continues from step" in log for log in logs[1:])
 
 
-def test_jobs_leave_a_database_on_a_shared_disk_alone(disturbed: LoginNode, finished: Checkout) -> None:
+def test_jobs_leave_a_database_on_a_shared_disk_alone_and_nothing_behind(
+    disturbed: LoginNode, finished: Checkout
+) -> None:
     assert (disturbed.path / "mlflow.db").read_bytes() == (finished.path / "mlflow.db").read_bytes()
-
-
-def test_they_leave_nothing_behind(disturbed: LoginNode) -> None:
-    assert disturbed.checkout.litter() == []
+    assert disturbed.litter() == []
     assert [file for file in (disturbed.path / "state").rglob("*") if file.is_file()] == []

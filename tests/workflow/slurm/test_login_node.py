@@ -30,7 +30,7 @@ def test_a_killed_and_an_interrupted_run_are_gone_on_with_on_another_node(
     cluster.ask("scancel", job["JobId"])
     wait_until(lambda: node.queued() == [], "the end of the job", 60)
     assert "student ctm seed 0: stopped at step" in node.log("ctm")
-    node.checkout.done("--unlock")
+    copied.done("--unlock")
 
     # Ctrl-C: Snakemake cancels its job, which saves.
     run = node.start("--", target)
@@ -41,7 +41,7 @@ def test_a_killed_and_an_interrupted_run_are_gone_on_with_on_another_node(
     wait_until(lambda: node.queued() == [], "the end of the job", 60)
     assert "student ctm seed 0: continues from step" in node.log("ctm")
     assert "student ctm seed 0: stopped at step" in node.log("ctm")
-    assert node.checkout.processes() == []
+    assert node.processes() == []
 
     (other,) = set(NODES) - {node.jobs()[-1]["NodeList"]}
     with cluster.drained(node.jobs()[-1]["NodeList"]):
@@ -49,4 +49,4 @@ def test_a_killed_and_an_interrupted_run_are_gone_on_with_on_another_node(
     assert node.jobs()[-1]["NodeList"] == other
     assert "student ctm seed 0: continues from step" in node.log("ctm")
     assert [job["JobState"] for job in node.jobs()] == ["CANCELLED", "CANCELLED", "COMPLETED"]
-    assert differing(scored(node.checkout, "ctm"), undisturbed) == []
+    assert differing(scored(node, "ctm"), undisturbed) == []

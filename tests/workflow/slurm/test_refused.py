@@ -28,9 +28,8 @@ def nowhere(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Login
 @pytest.fixture(scope="module", autouse=True)
 def run(nowhere: LoginNode) -> Iterator[subprocess.Popen[str]]:
     """A Snakemake that submits waits most of the time: it is started first, and looked at last."""
-    started = nowhere.start()
-    yield started
-    nowhere.interrupt(started)
+    with nowhere.running() as started:
+        yield started
 
 
 def refusal(node: LoginNode) -> str:

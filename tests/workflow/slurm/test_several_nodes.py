@@ -38,15 +38,12 @@ def wide(cluster: Cluster, finished: Checkout, tmp_path_factory: pytest.TempPath
     checkout = finished.copy(tmp_path_factory.mktemp("wide") / "copied")
     checkout.change({**SHORTER, "students": {name: {"preconditioning": "ctm"} for name in ("ctm", "narrowed")}})
     node = login(checkout, cluster).site(student=RESOURCES)
-    run = node.start("--", node.student("ctm"), node.student("narrowed"))
-    try:
+    with node.running("--", node.student("ctm"), node.student("narrowed")) as run:
         frozen = node.freeze("ctm", "narrowed")
         cluster.ask("scancel", node.jobs("_narrowed_")[0]["JobId"])
         thaw(frozen["narrowed"])
         thaw_when_called(frozen["ctm"], signal.SIGALRM)
         assert run.wait(600) == 0, node.output
-    finally:
-        node.interrupt(run)
     return node
 
 
@@ -55,7 +52,7 @@ def test_two_nodes_are_two_processes_whose_time_may_be_over(wide: LoginNode, two
     assert (job["NumNodes"], job["NumTasks"], job["TresPerNode"]) == ("2", "2", "gres:gpu:1")
     assert "student ctm seed 0: stopped at step" in Path(job["StdOut"]).read_text()
     assert int(job["Restarts"]) >= 1
-    assert differing(scored(wide.checkout, "ctm"), two_processes) == []
+    assert differing(scored(wide, "ctm"), two_processes) == []
 
 
 def test_it_goes_on_with_another_number_of_nodes(wide: LoginNode, two_processes: dict[str, Any]) -> None:
@@ -65,7 +62,7 @@ def test_it_goes_on_with_another_number_of_nodes(wide: LoginNode, two_processes:
     assert "student narrowed seed 0: continues from step" in wide.log("narrowed")
     # Another number of processes adds in another order, and hundreds of steps enlarge the last bit of the difference.
     weights = "students/seed0/student.safetensors"
-    found, expected = scored(wide.checkout, "narrowed")[weights], two_processes[weights]
+    found, expected = scored(wide, "narrowed")[weights], two_processes[weights]
     assert set(found) == set(expected)
     for name in found:
         a, b = np.frombuffer(found[name], np.float32), np.frombuffer(expected[name], np.float32)

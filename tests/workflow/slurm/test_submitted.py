@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.tracking.servers import PROXIES, TrackingServer, wait_until
+from tests.tracking.servers import PROXIES, TrackingServer, tracking_server, wait_until
 from tests.workflow.checkout import LONGER, NUMBERS, Checkout, fresh
 from tests.workflow.dvc_repo import origin
 from tests.workflow.slurm.cluster import Cluster
@@ -31,9 +31,8 @@ def node(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> LoginNod
 @pytest.fixture(scope="module", autouse=True)
 def run(node: LoginNode) -> Iterator[subprocess.Popen[str]]:
     """A Snakemake that submits waits most of the time: it is started first, and looked at last."""
-    started = node.start()
-    yield started
-    node.interrupt(started)
+    with node.running() as started:
+        yield started
 
 
 @pytest.fixture(scope="module")
@@ -48,11 +47,8 @@ def tracking(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Tracki
     """A server of MLflow, reached directly."""
     for name in PROXIES:
         monkeypatch.delenv(name, raising=False)
-    started = TrackingServer(tmp_path, "sqlite:///server.db")
-    try:
-        yield started.start()
-    finally:
-        started.stop()
+    with tracking_server(tmp_path, "sqlite:///server.db") as started:
+        yield started
 
 
 def seen(url: str) -> tuple[str, str, list[int]]:
@@ -72,13 +68,10 @@ def test_a_job_is_followed_by_a_server(cluster: Cluster, copied: Checkout, track
     live = {"CONSISTENCY_LIVE": "1", "CONSISTENCY_LIVE_EVERY": "0.2", "MLFLOW_TRACKING_URI": tracking.url}
     longer = LONGER | {"student.steps": 5000, "student.snapshot_every": 2500}
     followed = login(copied.change(longer), cluster).with_variables(**live)
-    training = followed.start("--", followed.student("ctm"))
-    try:
+    with followed.running("--", followed.student("ctm")) as training:
         wait_until(lambda: seen(tracking.url)[2] != [], "its points while it goes on", 300)
         assert seen(tracking.url)[:2] == ("RUNNING", followed.jobs()[0]["JobId"])
         assert training.wait(600) == 0, followed.output
-    finally:
-        followed.interrupt(training)
     wait_until(lambda: seen(tracking.url)[0] == "FINISHED", "its end", 60)
     assert seen(tracking.url)[2] == list(range(20, 5001, 20))
     assert (followed.path / "mlflow.db").read_bytes() == database
@@ -95,7 +88,7 @@ def test_a_stage_of_dvc_goes_through_sbatch(cluster: Cluster, tmp_path: Path) ->
 
 
 def test_the_same_bits(submitted: LoginNode, finished: Checkout) -> None:
-    found, expected = submitted.checkout.results(*NUMBERS), finished.results(*NUMBERS)
+    found, expected = submitted.results(*NUMBERS), finished.results(*NUMBERS)
     assert len(found) > 30
     assert differing(found, expected) == []
 
