@@ -14,8 +14,7 @@ import pytest
 from consistency import __main__ as cli
 from consistency import __version__
 from consistency.errors import UserError
-from consistency.layout import Layout
-from consistency.study import Study
+from consistency.job import Job
 
 pytestmark = pytest.mark.usefixtures("handlers")
 
@@ -61,7 +60,7 @@ def test_every_verb_has_what_its_function_asks_for(verb: cli.Verb) -> None:
     module, name = verb.function.split(":")
     function = getattr(importlib.import_module(f"consistency.{module}"), name)
     given = {str(option.settings.get("dest", option.flags[0])).lstrip("-").replace("-", "_") for option in verb.options}
-    given |= {"layout", "study_file"} if cli.STUDY in verb.options else set()
+    given |= {"job", "study_file"} if cli.STUDY in verb.options else set()
     given |= {"machine", "ranks"} if verb.computes else set()
     assert set(inspect.signature(function).parameters) <= given
 
@@ -108,12 +107,12 @@ def test_check_prints_every_default_and_every_student(capsys: pytest.CaptureFixt
 
 
 def test_a_verb_gets_the_study_and_where_its_files_lie(monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: list[tuple[Study, Layout, int]] = []
-    words = replaced(monkeypatch, lambda study, layout, workers: seen.append((study, layout, workers)))
+    seen: list[tuple[Job, int]] = []
+    words = replaced(monkeypatch, lambda job, workers: seen.append((job, workers)))
     assert cli.main([*words, "--results", "there", "--state", "here", "--threads", "3"]) == 0
-    ((study, layout, threads),) = seen
-    assert (study.name, layout.dataset, threads) == ("tiny", Path("there/tiny/dataset"), 3)
-    assert layout.training_state("ctm", 0) == Path("here/tiny/ctm/seed0")
+    ((job, threads),) = seen
+    assert (job.study.name, job.paths.dataset, threads) == ("tiny", Path("there/tiny/dataset"), 3)
+    assert job.of("ctm", 0).state == Path("here/tiny/ctm/seed0")
 
 
 class Stopped(Exception):

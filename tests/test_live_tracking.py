@@ -11,6 +11,7 @@ from tests.tracking.comparison import by_name, ids, planned_points, points_of, r
 from tests.tracking.trainings import history_of
 
 from consistency.errors import UserError
+from consistency.job import Job
 from consistency.layout import Layout
 from consistency.study import Study
 from consistency.tracking import live
@@ -27,15 +28,17 @@ LAYOUT = Layout("small")
 
 def write(study: Study, lines: list[Line], run: str = "ctm", seed: int = 0) -> Path:
     """The state of a training that has come so far. Returns its folder."""
-    state = LAYOUT.training_state(run, seed)
-    files._identify(state, study.key("student", run, seed), "test")
+    job = Job(study, LAYOUT, run, seed)
+    state = job.state
+    files.prepare(state, job.key("student"), "test")
     (state / "history.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     return state
 
 
 def follow(study: Study, run: str = "ctm", seed: int = 0) -> live.Follower:
     """What follows a training, to be called by hand."""
-    return live.Follower(study, LAYOUT, LAYOUT.training_state(run, seed), run, seed, every=1.0)
+    job = Job(study, LAYOUT, run, seed)
+    return live.Follower(job, job.state, every=1.0)
 
 
 def attempt(follower: live.Follower, ended: str = "") -> str:
@@ -59,7 +62,7 @@ def as_losses(lines: list[Line]) -> list[tuple[int, float]]:
 
 
 def test_new_lines_arrive_once(small_project: Study, client: Any) -> None:
-    lines = history_of(LAYOUT, "ctm", 0)
+    lines = history_of(Job(small_project, LAYOUT, "ctm", 0))
     state = write(small_project, lines[:2])
     follower = follow(small_project)
     assert not attempt(follower)
@@ -95,33 +98,34 @@ def test_a_live_run_says_what_it_is(small_project: Study, client: Any) -> None:
 
 
 def test_track_completes_the_live_runs_and_makes_no_second_ones(small_project: Study, client: Any) -> None:
-    for run, seed in small_project.trainings:
-        identity = files.read_identity(write(small_project, history_of(LAYOUT, run, seed), run, seed))
+    for job in Job(small_project, LAYOUT).trainings:
+        run, seed = str(job.run), int(job.seed or 0)
+        identity = files.read_identity(write(small_project, history_of(job), run, seed))
         assert not attempt(follow(small_project, run, seed), "FINISHED")
         # The training ends: its card says which it was, and its state goes.
-        edit_card(LAYOUT.card("student", run, seed), lambda card, made=identity: card.update(training=made))
-        shutil.rmtree(LAYOUT.training_state(run, seed))
+        edit_card(job.card("student"), lambda card, made=identity: card.update(training=made))
+        shutil.rmtree(job.state)
     before = by_name(runs_of(client))
     assert set(before) == {"ctm", "analytic", *(f"{run} seed {seed}" for run in ("ctm", "analytic") for seed in (0, 1))}
     assert before["ctm seed 0"].info.status == "FINISHED"
-    track_study(small_project, LAYOUT)
+    track_study(Job(small_project, LAYOUT))
     after = by_name(runs_of(client))
     assert ids(before).items() <= ids(after).items()
     assert len(after) == 8
     assert {run.info.status for run in after.values()} == {"FINISHED"}
     assert {run.data.tags["state"] for run in after.values()} == {"current"}
-    for upload in plan(small_project, LAYOUT):
+    for upload in plan(Job(small_project, LAYOUT)):
         run = after[upload.name]
         assert points_of(client, run) == planned_points(upload)
         assert run.data.params == upload.params
         assert (run.info.start_time, run.info.end_time) == (upload.started, upload.ended)
-    track_study(small_project, LAYOUT)
+    track_study(Job(small_project, LAYOUT))
     assert ids(by_name(runs_of(client))) == ids(after)
 
 
 def test_what_is_trained_again_after_a_kill_stands_there_once(small_project: Study, client: Any) -> None:
     """The follower had sent lines that the saved state did not have; their times differ the second time."""
-    lines = history_of(LAYOUT, "ctm", 0)
+    lines = history_of(Job(small_project, LAYOUT, "ctm", 0))
     write(small_project, lines[:4])
     assert not attempt(follow(small_project), "KILLED")
     assert by_name(runs_of(client))["ctm seed 0"].info.status == "KILLED"
@@ -141,7 +145,7 @@ def test_other_settings_are_another_run(small_project: Study, client: Any) -> No
     write(small_project, [])
     assert not attempt(follow(small_project), "KILLED")
     first = files.read_identity(LAYOUT.training_state("ctm", 0))
-    files._identify(LAYOUT.training_state("ctm", 0), "another key", "test")
+    files.prepare(LAYOUT.training_state("ctm", 0), "another key", "test")
     assert files.read_identity(LAYOUT.training_state("ctm", 0))["id"] != first["id"]
     assert not attempt(follow(small_project), "KILLED")
     assert sum(run.info.run_name == "ctm seed 0" for run in runs_of(client)) == 2
@@ -152,7 +156,9 @@ def test_the_state_may_be_gone_before_it_was_looked_at(small_project: Study, cli
     follower = follow(small_project)
     shutil.rmtree(LAYOUT.training_state("ctm", 0))
     assert not attempt(follower, "FINISHED")
-    assert losses(client, by_name(runs_of(client))["ctm seed 0"]) == as_losses(history_of(LAYOUT, "ctm", 0))
+    assert losses(client, by_name(runs_of(client))["ctm seed 0"]) == as_losses(
+        history_of(Job(small_project, LAYOUT, "ctm", 0))
+    )
 
 
 # --- the machine
@@ -198,7 +204,7 @@ def test_a_request_that_fails_half_way_doubles_nothing(
     from mlflow import MlflowClient
     from mlflow.exceptions import MlflowException
 
-    lines = history_of(LAYOUT, "ctm", 0)
+    lines = history_of(Job(small_project, LAYOUT, "ctm", 0))
     write(small_project, lines)
     original = getattr(MlflowClient, method)
 
@@ -233,9 +239,9 @@ def test_mlflow_hears_how_the_training_ended(
 ) -> None:
     monkeypatch.setenv(live.LIVE, "1")
     monkeypatch.setattr(live, "GRACE", 60.0)
-    state = write(small_project, history_of(LAYOUT, "ctm", 0))
+    state = write(small_project, history_of(Job(small_project, LAYOUT, "ctm", 0)))
     try:
-        with live.followed(small_project, LAYOUT, state, "ctm", 0) as start:
+        with live.followed(Job(small_project, LAYOUT, "ctm", 0), state) as start:
             start()
             if error is not None:
                 raise error
@@ -243,7 +249,7 @@ def test_mlflow_hears_how_the_training_ended(
         assert raised is error
     run = by_name(runs_of(client))["ctm seed 0"]
     assert run.info.status == status
-    assert losses(client, run) == as_losses(history_of(LAYOUT, "ctm", 0))
+    assert losses(client, run) == as_losses(history_of(Job(small_project, LAYOUT, "ctm", 0)))
 
 
 @pytest.mark.parametrize(
@@ -260,7 +266,7 @@ def test_a_job_of_a_cluster_speaks_to_a_server_alone(
     started: list[live.Follower] = []
     monkeypatch.setattr(live.Follower, "start", lambda self: started.append(self))
     monkeypatch.setattr(live.Follower, "end", lambda self, status: None)
-    with live.followed(small_project, LAYOUT, write(small_project, []), "ctm", 0) as start:
+    with live.followed(Job(small_project, LAYOUT, "ctm", 0), write(small_project, [])) as start:
         start()
     assert len(started) == count
 
@@ -270,6 +276,6 @@ def test_a_senseless_pace_is_one_line(small_project: Study, monkeypatch: pytest.
     monkeypatch.setenv(live.EVERY, every)
     with (
         pytest.raises(UserError, match="CONSISTENCY_LIVE_EVERY must be a positive number of seconds"),
-        live.followed(small_project, LAYOUT, Path("state")),
+        live.followed(Job(small_project, LAYOUT), Path("state")),
     ):
         pass

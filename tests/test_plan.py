@@ -13,6 +13,7 @@ from tests.conftest import ABSENT
 
 from consistency.errors import UserError
 from consistency.files import write_bytes
+from consistency.job import Job
 from consistency.layout import Layout
 from consistency.plan import write_inputs, write_plan
 from consistency.study import Study, load_study
@@ -40,7 +41,7 @@ def frozen(couplings: dict[str, Any]) -> dict[str, Any]:
 def plan(study: Study) -> dict[str, Any]:
     """What is written, by job."""
     layout = Layout(study.name)
-    write_plan(study, layout)
+    write_plan(Job(study, layout))
     root = layout.root / "plan"
     return {str(path.relative_to(root).with_suffix("")): json.loads(path.read_text()) for path in root.rglob("*.json")}
 
@@ -129,11 +130,11 @@ def test_what_is_made_from_no_other_student_is_not_said_to_be(
         plan(tiny())
 
 
-def inputs(study: Study, *of: Any) -> dict[str, Any]:
-    """What stands in inputs/ afterwards, by file."""
-    layout = Layout("tiny")
-    write_inputs(study, layout, *of)
-    root = layout.root / "inputs"
+def inputs(study: Study, of: str | None = None, *student: Any) -> dict[str, Any]:
+    """What stands in inputs/ afterwards, by file. student: the only one that is asked for."""
+    job = Job(study, Layout("tiny"), *student)
+    write_inputs(job, of)
+    root = job.paths.root / "inputs"
     return {str(path.relative_to(root)): json.loads(path.read_text()) for path in root.rglob("*.json")}
 
 

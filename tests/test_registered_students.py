@@ -12,6 +12,7 @@ import torch
 from tests.fake_results import edit_card
 
 from consistency.errors import UserError
+from consistency.job import Job
 from consistency.layout import Layout, sampler_name
 from consistency.stages.samples import make_samples
 from consistency.stages.student import make_student
@@ -33,9 +34,9 @@ def trained(
     layout = Layout(study.name, folder / "results", folder / "state")
     shutil.copytree(first_results.results, layout.results)
     shutil.copy(empty_database, folder)
-    for run in study.students:
-        make_student(study, layout, run, SEED, Machine(CPU))
-        make_samples(study, layout, run, SEED, CPU)
+    for job in Job(study, layout).trainings:
+        make_student(job, Machine(CPU))
+        make_samples(job, CPU)
     return layout
 
 
@@ -59,7 +60,7 @@ def register(client: Any, study: Study, layout: Layout) -> dict[str, str]:
     experiment = server.open_experiment(client, study.name, study.title)
     run = client.create_run(experiment)
     runs = {f"{name} seed {SEED}": run.info.run_id for name in study.students}
-    return registry.register_students(client, study, layout, runs)
+    return registry.register_students(client, Job(study, layout), runs)
 
 
 def load(address: str) -> Any:
@@ -90,7 +91,7 @@ def test_a_model_holds_the_checkpoint_and_no_code(tiny: Tiny, client: Any, layou
     held = {"student.safetensors", "coefficients.npz", "card.json"}
     described = {"MLmodel", "conda.yaml", "python_env.yaml", "requirements.txt"}
     assert {path.name for path in kept} == held | described
-    assert layout.student_file("ctm", SEED).read_bytes() in [path.read_bytes() for path in kept]
+    assert (layout.root / "students/ctm/seed0/student.safetensors").read_bytes() in [path.read_bytes() for path in kept]
 
 
 def test_a_content_has_one_version(tiny: Tiny, client: Any, layout: Layout) -> None:
@@ -101,7 +102,7 @@ def test_a_content_has_one_version(tiny: Tiny, client: Any, layout: Layout) -> N
     shutil.copytree(layout.results, moved.results)
     assert register(client, study, moved) == first
     assert register(client, tiny({"report.bootstrap": 51}), layout) == first
-    card = layout.card("student", "ctm", SEED)
+    card = layout.root / "students/ctm/seed0/card.json"
     edit_card(card, lambda content: content["outputs"].update({"student.safetensors": 64 * "0"}))
     assert register(client, study, layout) == first | {"ctm": "models:/tiny-ctm/2"}
     version = client.get_model_version("tiny-ctm", "2")
@@ -127,13 +128,13 @@ def test_a_label_can_be_chosen(tiny: Tiny, client: Any, layout: Layout) -> None:
 
 
 def test_a_missing_checkpoint_is_one_line(tiny: Tiny, client: Any, layout: Layout) -> None:
-    layout.student_file("ctm", SEED).unlink()
+    (layout.root / "students/ctm/seed0/student.safetensors").unlink()
     with pytest.raises(UserError, match=r"student.safetensors is missing, .*: run `dvc pull`, or its stage again"):
         register(client, tiny(), layout)
 
 
 def test_another_versions_study_is_one_line(tiny: Tiny, client: Any, layout: Layout) -> None:
-    card = layout.card("student", "analytic", SEED)
+    card = layout.root / "students/analytic/seed0/card.json"
     edit_card(card, lambda content: content["resolved"]["student"].update(stepz=1))
     addresses = register(client, tiny(), layout)
     with pytest.raises(UserError, match=r"study is of another version of this project: .*stepz"):

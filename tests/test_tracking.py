@@ -20,6 +20,7 @@ from tests.tracking.trainings import history_of
 
 from consistency.errors import UserError
 from consistency.files import read_json
+from consistency.job import Job
 from consistency.layout import Layout
 from consistency.stages.inputs import write_table
 from consistency.stages.scores import COLUMNS
@@ -39,7 +40,7 @@ LAYOUT = Layout("small")
 
 def track(study: Study, layout: Layout = LAYOUT) -> dict[str, Any]:
     """Upload a study. Returns what tracked.json says."""
-    track_study(study, layout)
+    track_study(Job(study, layout))
     return read_json(layout.track / "tracked.json", "track")
 
 
@@ -53,8 +54,8 @@ def everything(client: Any) -> dict[str, Any]:
 
 def planned(folder: Path, text: str) -> tuple[Layout, dict[str, Record]]:
     """A finished study of that text, and what would be uploaded of it, by name."""
-    study, layout = make_finished(folder, text)
-    return layout, {record.name: record for record in plan(study, layout)}
+    job = make_finished(folder, text)
+    return job.paths, {record.name: record for record in plan(job)}
 
 
 @contextmanager
@@ -105,11 +106,11 @@ def test_params_tags_and_data_say_what_a_run_is(small_project: Study, client: An
     assert both.items() <= seed.data.tags.items() and params.items() <= seed.data.params.items()
     assert runs["analytic"].data.params["seeds"] == "0, 1"
     assert {"network.kind": "mlp", "dataset.kind": "digits"}.items() <= runs["teacher"].data.params.items()
-    card = read_json(LAYOUT.card("student", "analytic", 1), "student")
+    card = read_json(LAYOUT.root / "students/analytic/seed1/card.json", "student")
     assert seed.data.tags["study_hash"] == small_project.key("report")
     assert seed.data.tags["host"] == card["hardware"]["host"]
     # Those in which the students differ come first.
-    assert next(iter(plan(small_project, LAYOUT)[2].params)) == "preconditioning"
+    assert next(iter(plan(Job(small_project, LAYOUT))[2].params)) == "preconditioning"
     facts, data = read_json(LAYOUT.dataset / "dataset.json", "dataset"), seed.inputs.dataset_inputs[0].dataset
     assert (data.name, data.digest) == ("digits", facts["sha256"][:32])
     assert json.loads(data.source) == {"uri": str((LAYOUT.dataset / "images.npy").resolve())}
@@ -134,12 +135,12 @@ def test_students_may_differ_in_sections_of_other_kinds(tmp_path: Path) -> None:
 def test_metrics_are_the_results(small_project: Study, client: Any) -> None:
     ids = track(small_project)["runs"]
     runs = by_name(runs_of(client))
-    history = history_of(LAYOUT, "ctm", 0)
+    history = history_of(Job(small_project, LAYOUT, "ctm", 0))
     losses = client.get_metric_history(runs["ctm seed 0"].info.run_id, "training/dsm")
     assert [(m.step, m.value) for m in losses] == [(line["step"], line["dsm"]) for line in history]
     started = runs["ctm seed 0"].info.start_time
     assert [m.timestamp - started for m in losses] == [round(1000 * line["seconds"]) for line in history]
-    rows = read_scores(LAYOUT.scores("ctm", 0))
+    rows = read_scores(LAYOUT.root / "scores/ctm/seed0.csv")
     curve = client.get_metric_history(runs["ctm seed 0"].info.run_id, "fd/nfe2")
     expected = [(int(r["step"]), float(r["fd"])) for r in rows if r["kind"] == "curve" and r["nfe"] == "2"]
     assert [(m.step, m.value) for m in curve] == expected
@@ -204,7 +205,7 @@ def test_a_killed_upload_is_completed_without_doubles(
     assert {run.info.run_id for run in left} <= {run.info.run_id for run in runs}
     assert sorted(run.info.run_name for run in runs) == sorted(NAMES)
     assert {run.info.status for run in runs} == {"FINISHED"}
-    for upload in plan(small_project, LAYOUT):
+    for upload in plan(Job(small_project, LAYOUT)):
         run = next(run for run in runs if run.info.run_name == upload.name)
         assert points_of(client, run) == planned_points(upload)
         assert {path.name for path, _ in upload.files if path.is_file()} <= {
@@ -216,7 +217,7 @@ def test_changed_results_make_new_runs_keep_the_old_and_may_come_back(small_proj
     shutil.copytree(LAYOUT.results, "aside")
     old = track(small_project)["runs"]
     kept = {name: points_of(client, client.get_run(old[name])) for name in ("ctm", "ctm seed 1")}
-    make_student(small_project, LAYOUT, "ctm", 1, level=0.5)
+    make_student(Job(small_project, LAYOUT, "ctm", 1), level=0.5)
     new = track(small_project)["runs"]
     assert {name for name in NAMES if new[name] != old[name]} == {"ctm", "ctm seed 1"}
     assert client.get_run(new["ctm seed 0"]).data.tags["mlflow.parentRunId"] == new["ctm"]
@@ -238,7 +239,7 @@ def test_changed_results_make_new_runs_keep_the_old_and_may_come_back(small_proj
 def test_a_killed_upload_of_older_results_does_not_run_for_ever(small_project: Study, client: Any) -> None:
     with killed("log_artifact", 1):
         track(small_project)
-    edit_card(LAYOUT.card("teacher"), lambda card: card["outputs"].update({"teacher.safetensors": "another"}))
+    edit_card(LAYOUT.teacher / "card.json", lambda card: card["outputs"].update({"teacher.safetensors": "another"}))
     track(small_project)
     assert {run.info.status for run in runs_of(client)} == {"FINISHED", "KILLED"}
 
@@ -254,7 +255,7 @@ def test_results_of_another_folder_are_left_alone(small_project: Study, client: 
 
 
 def test_values_that_are_not_finite_are_left_out(small_project: Study, client: Any) -> None:
-    path = LAYOUT.scores("ctm", 0)
+    path = LAYOUT.root / "scores/ctm/seed0.csv"
     rows: list[dict[str, Any]] = list(read_scores(path))
     rows[0]["fd"], rows[1]["kid"] = "inf", "nan"
     write_table(path, rows, COLUMNS)

@@ -48,7 +48,8 @@ def test_a_finished_study_is_consistent(root: Path) -> None:
 
 
 def test_flows_are_judged_like_everything_else(tmp_path: Path) -> None:
-    study, layout = make_finished(tmp_path, f"{UNTAUGHT}flows: {{}}\n")
+    job = make_finished(tmp_path, f"{UNTAUGHT}flows: {{}}\n")
+    study, layout = job.study, job.paths
     assert faults(layout.root, study) == {}
     finer = make_study(tmp_path / "finer", text=f"{UNTAUGHT}flows: {{times: 30}}\n")
     found = faults(layout.root, finer)
@@ -162,10 +163,11 @@ def test_what_was_made_from_an_older_parent_is_stale(root: Path) -> None:
 
 def test_a_student_made_from_an_older_student_is_stale(tmp_path: Path) -> None:
     text = UNTAUGHT.replace("varies: [coupling, mu]", "varies: [coupling, mu, predictor]")
-    study, layout = make_finished(tmp_path, text.replace("gc, mu: 0.5}", "gc, predictor: {run: ic, step: 20}}"))
-    assert faults(layout.root, study) == {}
-    made_again(layout.student("ic", 1) / "card.json", "snapshots/step-000020.safetensors")
-    assert "students/ic/seed1/snapshots" in faults(layout.root, study)["student gc seed 1"]
+    job = make_finished(tmp_path, text.replace("gc, mu: 0.5}", "gc, predictor: {run: ic, step: 20}}"))
+    root = job.paths.root
+    assert faults(root, job.study) == {}
+    made_again(root / "students/ic/seed1/card.json", "snapshots/step-000020.safetensors")
+    assert "students/ic/seed1/snapshots" in faults(root, job.study)["student gc seed 1"]
 
 
 def test_a_missing_card_is_named_and_nothing_vouches_for_its_files(root: Path) -> None:

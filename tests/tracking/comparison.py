@@ -5,20 +5,19 @@ from typing import Any
 from tests.tracking.trainings import history_of
 
 from consistency.files import read_json
-from consistency.layout import Layout
-from consistency.study import Study
+from consistency.job import Job
 from consistency.tracking.plan import Record
 from consistency.tracking.server import find_runs
 
 Points = list[tuple[str, int, int, float]]
 
 
-def expected_points(layout: Layout, run: str, seed: int) -> Points:
+def expected_points(job: Job) -> Points:
     """The training's curves as its history says them: metric, step, time, value."""
-    started = read_json(layout.card("student", run, seed), "student")["training"]["started"]
+    started = read_json(job.card("student"), "student")["training"]["started"]
     return sorted(
         (f"training/{name}", line["step"], started + round(1000 * line["seconds"]), value)
-        for line in history_of(layout, run, seed)
+        for line in history_of(job)
         for name, value in line.items()
         if name not in ("step", "seconds")
     )
@@ -48,16 +47,16 @@ def points_of(client: Any, run: Any) -> Points:
     return sorted((m.key, m.step, m.timestamp, m.value) for history in histories for m in history)
 
 
-def assert_complete(client: Any, study: Study, layout: Layout, *others: str) -> dict[str, Any]:
+def assert_complete(client: Any, study: Job, *others: str) -> dict[str, Any]:
     """One parent a student, one run a training, and exactly the points of its history. Returns the runs by name."""
-    runs = by_name(runs_of(client, study.name))
-    trainings = {f"{run} seed {seed}": (run, seed) for run, seed in study.trainings}
-    assert runs.keys() == {*study.students, *trainings, *others}
-    for name, (run, seed) in trainings.items():
-        assert runs[name].info.status == "FINISHED"
-        assert runs[name].data.tags["mlflow.parentRunId"] == runs[run].info.run_id
-        curves = [point for point in points_of(client, runs[name]) if point[0].startswith("training/")]
-        assert curves == expected_points(layout, run, seed)
+    runs = by_name(runs_of(client, study.study.name))
+    assert runs.keys() == {*study.study.students, *(job.label for job in study.trainings), *others}
+    for job in study.trainings:
+        run = runs[job.label]
+        assert run.info.status == "FINISHED"
+        assert run.data.tags["mlflow.parentRunId"] == runs[str(job.run)].info.run_id
+        curves = [point for point in points_of(client, run) if point[0].startswith("training/")]
+        assert curves == expected_points(job)
     return runs
 
 

@@ -11,6 +11,7 @@ from tests.tracking.debian import needs_debian
 from tests.tracking.servers import tracking_server
 
 from consistency.files import read_json
+from consistency.job import Job
 from consistency.layout import Layout
 from consistency.stages.report import make_report
 from consistency.tracking.upload import track_study
@@ -40,12 +41,12 @@ def opened(chromium: str, address: str, profile: Path) -> str:
 @pytest.mark.timeout(600)
 def test_runs_curves_and_figures_are_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     chromium = needs_debian("chromium", "chromium")
-    study, layout = make_study(tmp_path / "studies"), Layout("small", tmp_path / "results")
-    make_results(study, layout)
-    make_report(study, layout)
+    job = Job(make_study(tmp_path / "studies"), Layout("small", tmp_path / "results"))
+    make_results(job)
+    make_report(job)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
-    track_study(study, layout)
-    tracked = read_json(layout.track / "tracked.json", "track")
+    track_study(job)
+    tracked = read_json(job.paths.track / "tracked.json", "track")
     with tracking_server(tmp_path, "sqlite:///mlflow.db") as server:
         page = f"{server.url}/#/experiments/{tracked['experiment_id']}/runs?workflowType=machine_learning"
         runs = opened(chromium, page, tmp_path / "first")
@@ -54,13 +55,13 @@ def test_runs_curves_and_figures_are_there(tmp_path: Path, monkeypatch: pytest.M
     assert "A small study" in runs and "8 matching runs" in re.sub("<[^>]*>", "", runs)
     # The page that `track` prints: each student in a colour of its own, at four steps and one, two and three jumps.
     lines = re.findall(r'class="js-line" d="([^"]+)" style="[^"]*stroke: (rgb[^;]+);', curves)
-    assert all(f"{run} (alignment/nfe{nfe})" in curves for run in study.students for nfe in (1, 2, 3))
+    assert all(f"{run} (alignment/nfe{nfe})" in curves for run in job.study.students for nfe in (1, 2, 3))
     assert len(lines) >= 6 and len({colour for _, colour in lines}) == 2
     assert all(path.count("L") == 3 for path, _ in lines)
     assert ">teacher<" not in curves
 
-    report = layout.report / "report.html"
+    report = job.paths.report / "report.html"
     report.write_text(report.read_text().replace("</body>", f"{MEASURE}</body>"))
     shown = opened(chromium, report.as_uri(), tmp_path / "third")
     widths = [int(width) for width in shown.partition("<title>")[2].partition("</title>")[0].split(",")]
-    assert len(widths) == len(list((layout.report / "figures").glob("*.png"))) and min(widths) > 300
+    assert len(widths) == len(list((job.paths.report / "figures").glob("*.png"))) and min(widths) > 300

@@ -27,6 +27,7 @@ from tests.tracking.servers import (
 from tests.tracking.trainings import FOUR, finished_study, replayed
 from tests.workflow.checkout import said
 
+from consistency.job import Job
 from consistency.layout import Layout
 from consistency.stages.student import make_student
 from consistency.stages.trainer import Machine
@@ -46,21 +47,22 @@ def quick(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(EVERY, "0.2")
 
 
-def result(layout: Layout) -> list[Any]:
+def result(job: Job) -> list[Any]:
     """The student's weights and history, without what no run can repeat."""
-    return [said(layout.student("analytic", 0) / name) for name in ("student.safetensors", "history.jsonl")]
+    return [said(job.folder / name) for name in ("student.safetensors", "history.jsonl")]
 
 
-def train_in(folder: Path, study: Study, results: Layout) -> Layout:
+def train_in(folder: Path, study: Study, results: Layout) -> Job:
     """A student of the tiny study, trained there."""
     layout = Layout("tiny", folder / "results", folder / "state")
     shutil.copytree(results.root, layout.root)
-    make_student(study, layout, "analytic", 0, Machine(torch.device("cpu")))
-    return layout
+    job = Job(study, layout, "analytic", 0)
+    make_student(job, Machine(torch.device("cpu")))
+    return job
 
 
 @pytest.fixture(scope="module")
-def undisturbed(tiny: Callable[..., Study], first_results: Layout, tmp_path_factory: pytest.TempPathFactory) -> Layout:
+def undisturbed(tiny: Callable[..., Study], first_results: Layout, tmp_path_factory: pytest.TempPathFactory) -> Job:
     """The student of a training that nobody follows."""
     return train_in(tmp_path_factory.mktemp("undisturbed"), tiny(), first_results)
 
@@ -71,7 +73,7 @@ def test_a_training_does_not_notice_its_server(
     tmp_path: Path,
     tiny: Callable[..., Study],
     first_results: Layout,
-    undisturbed: Layout,
+    undisturbed: Job,
     empty_database: Path,
     monkeypatch: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture[str],
@@ -120,8 +122,8 @@ from pathlib import Path
 from tests.tracking.trainings import FOUR, finished_study, replayed
 from consistency.tracking import live
 live.GRACE = 0.2
-study, layout = finished_study(Path("."), FOUR)
-with replayed(study, layout, "ctm", 0):
+study = finished_study(Path("."), FOUR)
+with replayed(study.of("ctm", 0)):
     while sys.argv[1] not in sys.modules:
         time.sleep(0.01)
     time.sleep(0.3)
@@ -150,23 +152,23 @@ def test_a_server_that_comes_back_gets_what_is_missing(
     tmp_path: Path, sqlite_server: TrackingServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", sqlite_server.url)
-    study, layout = finished_study(tmp_path, FOUR, "restarted")
+    study = finished_study(tmp_path, FOUR, "restarted")
     client = connect(sqlite_server.url)
-    with replayed(study, layout, "ctm", 0) as training:
+    with replayed(study.of("ctm", 0)) as training:
         training.write(10)
         wait_until(lambda: training.sent_up_to() == 100, "the first points")
-        (run,) = runs_of(client, study.name, role="seed")
+        (run,) = runs_of(client, study.study.name, role="seed")
         assert run.info.status == "RUNNING"
-        assert [point for point in expected_points(layout, "ctm", 0) if point[1] <= 100] == points_of(client, run)
+        assert [point for point in expected_points(study.of("ctm", 0)) if point[1] <= 100] == points_of(client, run)
         sqlite_server.stop()
         training.write(20)
         wait_until(lambda: training.follower.trouble, "the thread's complaint")
         sqlite_server.start()
         wait_until(lambda: training.sent_up_to() == 300, "what was missing")
         training.write(20)
-    wait_until(lambda: runs_of(client, study.name, role="seed")[0].info.status == "FINISHED", "the end")
-    (run,) = runs_of(client, study.name, role="seed")
-    assert points_of(client, run) == expected_points(layout, "ctm", 0)
+    wait_until(lambda: runs_of(client, study.study.name, role="seed")[0].info.status == "FINISHED", "the end")
+    (run,) = runs_of(client, study.study.name, role="seed")
+    assert points_of(client, run) == expected_points(study.of("ctm", 0))
 
 
 def test_track_completes_what_no_follower_could_send(
@@ -174,18 +176,18 @@ def test_track_completes_what_no_follower_could_send(
 ) -> None:
     """One training had the server to its middle, one never had it, two were not followed."""
     monkeypatch.setenv("MLFLOW_TRACKING_URI", sqlite_server.url)
-    study, layout = finished_study(tmp_path, FOUR, "away")
+    study = finished_study(tmp_path, FOUR, "away")
     client = connect(sqlite_server.url)
-    with replayed(study, layout, "ctm", 0) as cut_off:
+    with replayed(study.of("ctm", 0)) as cut_off:
         cut_off.write(25)
         wait_until(lambda: cut_off.sent_up_to() == 250, "the first points")
         sqlite_server.stop()
         cut_off.write(25)
-    with replayed(study, layout, "ctm", 1) as alone:
+    with replayed(study.of("ctm", 1)) as alone:
         alone.write(50)
     assert cut_off.follower.trouble and alone.follower.trouble
     sqlite_server.start()
-    (left,) = runs_of(client, study.name, role="seed")
+    (left,) = runs_of(client, study.study.name, role="seed")
     assert left.info.status == "RUNNING"
-    track_study(study, layout)
-    assert ids(assert_complete(client, study, layout, "teacher", "report"))["ctm seed 0"] == left.info.run_id
+    track_study(study)
+    assert ids(assert_complete(client, study, "teacher", "report"))["ctm seed 0"] == left.info.run_id

@@ -35,19 +35,19 @@ def test_eight_writers(
     if store != "file":
         server: TrackingServer = request.getfixturevalue(store)
         uri = server.url.replace("http://", f"http://me:{PASSWORD}@")
-    study, layout = finished_study(tmp_path, EIGHT)
+    study = finished_study(tmp_path, EIGHT)
     monkeypatch.chdir(tmp_path)
     given = {"URI": uri, "USERNAME": "me", "PASSWORD": PASSWORD}
     for name, value in given.items():
         monkeypatch.setenv(f"MLFLOW_TRACKING_{name}", value)
     said = eight_writers(tmp_path, **{f"MLFLOW_TRACKING_{name}": value for name, value in given.items()})
     client = connect(server.url if server else uri)
-    live = ids(assert_complete(client, study, layout))
-    track_study(study, layout)
+    live = ids(assert_complete(client, study))
+    track_study(study)
     # MLflow keeps a point once that is sent again, as a retried request does.
-    (record,) = (record for record in plan(study, layout) if record.name == "ctm seed 0")
+    (record,) = (record for record in plan(study) if record.name == "ctm seed 0")
     send_points(client, live[record.name], record.points, set())
-    assert live.items() <= ids(assert_complete(client, study, layout, "teacher", "report")).items()
+    assert live.items() <= ids(assert_complete(client, study, "teacher", "report")).items()
     output = capfd.readouterr()
     assert "live tracking" not in said and PASSWORD not in said + output.out + output.err
     assert holding(tmp_path, PASSWORD) == []

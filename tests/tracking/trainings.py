@@ -1,6 +1,5 @@
 """Trainings that cost nothing: a finished history is written again, while the real thread sends its lines."""
 
-import json
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -8,11 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tests.fake_results import SMALL, make_finished
+from tests.fake_results import SMALL, edit_card, make_finished
 
-from consistency.files import read_json, write_json
-from consistency.layout import Layout
-from consistency.study import Study
+from consistency.files import read_history
+from consistency.job import Job
 from consistency.tracking.live import Follower, followed
 from consistency.training.folder import append, prepare, read_identity
 
@@ -21,29 +19,27 @@ FOUR = SMALL.replace("steps: 60, ", "steps: 500, ")
 EIGHT = FOUR.replace("seeds: [0, 1]", "seeds: [0, 1, 2, 3]")
 
 
-def finished_study(folder: Path, text: str = EIGHT, name: str = "small") -> tuple[Study, Layout]:
+def finished_study(folder: Path, text: str = EIGHT, name: str = "small") -> Job:
     """A study whose trainings can be followed again: their states are empty, and their cards know their identities."""
-    study, layout = make_finished(folder, text, name)
-    for run, seed in study.trainings:
-        state, card = layout.training_state(run, seed), layout.card("student", run, seed)
-        state.mkdir(parents=True)
-        prepare(state, study.key("student", run, seed), f"{run} seed {seed}")
-        write_json(card, read_json(card, "student") | {"training": read_identity(state)})
-    return study, layout
+    study = make_finished(folder, text, name)
+    for job in study.trainings:
+        job.state.mkdir(parents=True)
+        prepare(job.state, job.key("student"), job.label)
+        made = {"training": read_identity(job.state)}
+        edit_card(job.card("student"), lambda card, made=made: card.update(made))
+    return study
 
 
-def history_of(layout: Layout, run: str, seed: int) -> list[dict[str, Any]]:
+def history_of(job: Job) -> list[dict[str, Any]]:
     """The lines that the training leaves."""
-    return [json.loads(line) for line in (layout.student(run, seed) / "history.jsonl").read_text().splitlines()]
+    return read_history(job.folder / "history.jsonl", "student")
 
 
 @dataclass
 class Replay:
     """A training under way, and the thread that sends what it writes."""
 
-    layout: Layout
-    run: str
-    seed: int
+    job: Job
     follower: Follower
     written: int = 0
 
@@ -54,15 +50,15 @@ class Replay:
 
     def write(self, count: int) -> None:
         """Add the next lines to the history; 50 are all."""
-        for line in history_of(self.layout, self.run, self.seed)[self.written :][:count]:
-            append(self.layout.training_state(self.run, self.seed), line)
+        for line in history_of(self.job)[self.written :][:count]:
+            append(self.job.state, line)
             self.written += 1
 
 
 @contextmanager
-def replayed(study: Study, layout: Layout, run: str, seed: int) -> Iterator[Replay]:
+def replayed(job: Job) -> Iterator[Replay]:
     """A training whose lines the caller writes, followed as the stages do it."""
-    with followed(study, layout, layout.training_state(run, seed), run, seed) as start:
+    with followed(job, job.state) as start:
         start()
         (follower,) = (thread for thread in threading.enumerate() if isinstance(thread, Follower) and not thread.status)
-        yield Replay(layout, run, seed, follower)
+        yield Replay(job, follower)

@@ -13,8 +13,9 @@ import mlflow.store.tracking.sqlalchemy_store
 import mlflow.system_metrics.system_metrics_monitor  # noqa: F401
 from tests.tracking.trainings import replayed
 
+from consistency.job import Job
 from consistency.layout import Layout
-from consistency.study import Study, load_study
+from consistency.study import load_study
 from consistency.tracking import live
 
 PIECES = 10  # in which a history is written
@@ -23,17 +24,17 @@ PIECES = 10  # in which a history is written
 def main() -> int:
     """Replay all trainings of a finished study at once. Returns how many failed."""
     live.GRACE = 200.0  # eight share a busy machine
-    study = load_study("small.yaml")
-    pids = [_fork(study, run, seed) for run, seed in study.trainings]
+    study = Job(load_study("small.yaml"), Layout("small"))
+    pids = [_fork(job) for job in study.trainings]
     return sum(os.waitpid(pid, 0)[1] != 0 for pid in pids)
 
 
-def _fork(study: Study, run: str, seed: int) -> int:
+def _fork(job: Job) -> int:
     pid = os.fork()
     if pid == 0:
         code = 1
         try:
-            with replayed(study, Layout(study.name), run, seed) as training:
+            with replayed(job) as training:
                 for _ in range(PIECES):
                     training.write(50 // PIECES)
                     time.sleep(0.1)
