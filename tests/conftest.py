@@ -12,11 +12,11 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from tests.draws import SEED, seeded
+from tests.draws import SEED
 
 from consistency.files import sha256
 from consistency.layout import Layout
-from consistency.nets.denoiser import Denoiser, init_denoiser
+from consistency.nets.denoiser import init_denoiser
 from consistency.resources import REGISTRY
 from consistency.study import Study
 
@@ -127,23 +127,6 @@ def write_study(tmp_path: Path) -> Callable[..., Path]:
         return path
 
     return write
-
-
-@pytest.fixture(scope="session")
-def make_denoiser() -> Callable[..., Denoiser]:
-    """make_denoiser(seed, **architecture): a small perceptron whose output is not near zero."""
-
-    def make(seed: int = 0, **architecture: Any) -> Denoiser:
-        small = {"img_resolution": 4, "img_channels": 1, "width": 16, "depth": 1, "embedding": 8}
-        denoiser = init_denoiser({"network": "mlp", **small, **architecture}, SEED + seed)
-        generator = seeded(seed)
-        with torch.no_grad():
-            for name, weight in denoiser.named_parameters():
-                if "linear_out" in name or "_s." in name:
-                    weight.copy_(0.3 * torch.randn(weight.shape, generator=generator))
-        return denoiser
-
-    return make
 
 
 @pytest.fixture(scope="session")

@@ -10,6 +10,7 @@ import yaml
 from tests.conftest import changed
 
 from consistency.__main__ import main
+from consistency.progress import Progress
 
 pytestmark = pytest.mark.usefixtures("handlers")
 
@@ -191,12 +192,10 @@ def test_a_training_that_diverges_says_at_which_step(project: Project) -> None:
 def test_ctrl_c_leaves_no_litter_and_the_old_results(
     project: Project, words: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from consistency.progress import Progress
-
     def pressed(self: Progress, steps: int = 1) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(Progress, "advance", pressed)
+    monkeypatch.setattr(Progress, "update", pressed)
     before = project.kept()
     assert project.run(*words) == 130
     assert project.kept() == before

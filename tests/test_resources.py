@@ -2,7 +2,6 @@
 
 import hashlib
 import os
-import resource
 import socket
 import struct
 import subprocess
@@ -15,6 +14,7 @@ from typing import Any
 
 import pytest
 import yaml
+from tests.dangers import file_size_limit
 from tests.loopback import CONTENT, Server
 from tests.workflow.checkout import fresh
 
@@ -245,12 +245,8 @@ def test_a_password_in_an_address_is_not_told(server: Server, capsys: pytest.Cap
 
 def test_a_full_disk_is_not_the_networks_fault(server: Server) -> None:
     register(weights_pt={"url": server.url, "sha256": DIGEST})
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (150_000, before[1]))
-    try:
+    with file_size_limit(150_000):
         message = refused(server)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert message.startswith(f"cannot write {PATH}: File too large. ")
     assert "make room" in message
     assert len(server.requests) == 1

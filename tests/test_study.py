@@ -9,7 +9,7 @@ import yaml
 from tests.conftest import ABSENT
 
 from consistency.errors import UserError
-from consistency.reference import REFERENCE, reference_text, write_reference
+from consistency.reference import REFERENCE, write_reference
 from consistency.study import Student, Study, load_study
 
 ROOT = Path(__file__).parents[1]
@@ -480,9 +480,3 @@ def test_the_reference_is_in_step_with_the_classes(tmp_path: Path, monkeypatch: 
     monkeypatch.chdir(tmp_path)
     write_reference()
     assert (tmp_path / REFERENCE).read_text() == (ROOT / REFERENCE).read_text()
-
-
-def test_every_field_has_a_line_in_the_reference() -> None:
-    text = reference_text()
-    sections = Study.model_json_schema()["$defs"].values()
-    assert [name for part in sections for name in part["properties"] if f"| `{name}` |" not in text] == []

@@ -69,5 +69,4 @@ class Layout:
 
     def sampling_state(self, run: str | None, seed: int | None) -> Path:
         """The resumable state of a sampling: parts and progress.json; the teacher's without a run."""
-        folder = self.state / self.study / "samples"
-        return folder / "teacher" if run is None else folder / run / f"seed{seed}"
+        return self.state / self.samples(run, seed).relative_to(self.results)

@@ -115,10 +115,9 @@ def check_order(study: Study) -> None:
         raise UserError(f"no {PIPELINE} here: run this in the project's folder") from None
     items: list[Any] = (content.get("vars") if isinstance(content, dict) else None) or []
     said = [item["frozen"] for item in items if isinstance(item, dict) and "frozen" in item]
-    pairs = {run: student.frozen.run for run, student in study.students.items() if student.frozen}
-    order = [{"run": run, "predictor": predictor} for run, predictor in pairs.items()]
+    order = [{"run": run, "predictor": s.frozen.run} for run, s in study.students.items() if s.frozen]
     if said != [order]:
-        text = ", ".join(f"{{run: {run}, predictor: {predictor}}}" for run, predictor in pairs.items())
+        text = ", ".join(f"{{run: {pair['run']}, predictor: {pair['predictor']}}}" for pair in order)
         raise UserError(
             f"{PIPELINE} must say which students of {study.name} are made from which: "
             f"under vars, write `- frozen: [{text}]`"

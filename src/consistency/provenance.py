@@ -56,8 +56,7 @@ def write_card(
     card = layout.card(stage, run, seed)
 
     def digests(paths: Iterable[Path], folder: Path) -> dict[str, str]:
-        known_or_read = {path: (known or {}).get(path) or digest_of(path, layout) for path in paths}
-        return {path.relative_to(folder).as_posix(): digest for path, digest in known_or_read.items()}
+        return {p.relative_to(folder).as_posix(): (known or {}).get(p) or digest_of(p, layout) for p in paths}
 
     write_json(
         card,

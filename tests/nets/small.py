@@ -69,3 +69,15 @@ def batch(denoiser: Denoiser, n: int = 3) -> tuple[torch.Tensor, torch.Tensor]:
     t = 10 ** (torch.rand(n, generator=generator) * 4 - 2.5)
     x = torch.randn(n, denoiser.img_channels, side, side, generator=generator)
     return x * (1 + t[:, None, None, None]), t
+
+
+def make_denoiser(seed: int = 0, **architecture: Any) -> Denoiser:
+    """Build a small perceptron whose output is not near zero."""
+    small = {"img_resolution": 4, "img_channels": 1, "width": 16, "depth": 1, "embedding": 8}
+    denoiser = init_denoiser({"network": "mlp", **small, **architecture}, SEED + seed)
+    generator = seeded(seed)
+    with torch.no_grad():
+        for name, weight in denoiser.named_parameters():
+            if "linear_out" in name or "_s." in name:
+                weight.copy_(0.3 * torch.randn(weight.shape, generator=generator))
+    return denoiser

@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 from PIL import Image
 from tests.conftest import vouch_for
+from tests.dangers import Call
 from tests.image_sources import (
     CELEBA_SPLITS,
     CIFAR10_CLASSES,
@@ -138,20 +139,10 @@ def test_a_cifar10_archive_or_folder_of_ones_own(tmp_path: Path, known: Files) -
         assert opened.classes == CIFAR10_CLASSES
 
 
-class Bomb:
-    """A pickle that leaves a mark when it is opened."""
-
-    def __init__(self, mark: Path) -> None:
-        self.mark = mark
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return os.mkdir, (str(self.mark),)
-
-
 @pytest.mark.parametrize("name", ["data_batch_1", "test_batch", "batches.meta"])
 def test_a_cifar10_pickle_of_another_digest_is_not_opened(project: Path, known: Files, name: str) -> None:
     mark = project / "exploded"
-    files = known | {name: pickle.dumps(Bomb(mark))}
+    files = known | {name: pickle.dumps(Call(os.mkdir, str(mark)))}
     staged, given = project / "resources/cifar-10-python.tar.gz", project / "given.tar.gz"
     cifar10_archive(staged, files)
     assert "has sha256" in mistake("cifar10", None, 32)

@@ -4,7 +4,6 @@ import json
 import math
 import multiprocessing
 import os
-import resource
 import signal
 import subprocess
 import sys
@@ -17,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tests.dangers import file_size_limit
 from tests.image_sources import imagenet_files, imagenet_tar
 
 from consistency.errors import UserError
@@ -298,16 +298,10 @@ def test_a_full_disk_is_one_line_and_leaves_what_was_there(
     big: Path, prepare: Prepare, make: Make, tmp_path: Path, workers: int
 ) -> None:
     expected = prepare()
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    message = r"images\.npy: File too large\. What was there before is untouched; make room"
     # 100 rows and a half: the limit of a file's size stands in for the disk's.
-    resource.setrlimit(resource.RLIMIT_FSIZE, (128 + 100 * 192 + 96, hard))
-    try:
-        with pytest.raises(
-            UserError, match=r"images\.npy: File too large\. What was there before is untouched; make room"
-        ):
-            make(workers)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    with file_size_limit(128 + 100 * 192 + 96), pytest.raises(UserError, match=message):
+        make(workers)
     assert contents(tmp_path / "results/tiny/dataset") == expected
 
 

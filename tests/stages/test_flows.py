@@ -7,10 +7,10 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from tests.nets.small import make_denoiser
 
 from consistency import figures
 from consistency.layout import Layout
-from consistency.nets.denoiser import Denoiser
 from consistency.provenance import read_card
 from consistency.stages.discrepancy import ImagePairs, by_teacher
 from consistency.stages.flows import make_flows
@@ -50,9 +50,7 @@ def test_a_study_with_a_teacher_sets_it_beside_its_couplings(
 
 @pytest.mark.parametrize("batch", [3, 64])
 @pytest.mark.parametrize("labelled", [True, False])
-def test_the_teachers_discrepancy_is_its_denoising_error(
-    make_denoiser: Callable[..., Denoiser], batch: int, labelled: bool
-) -> None:
+def test_the_teachers_discrepancy_is_its_denoising_error(batch: int, labelled: bool) -> None:
     """A network that is zero: D = c_skip x_t, and R_t is ||x - c_skip (x + t z)||^2 / t^2."""
     teacher = make_denoiser(0, label_dim=10 if labelled else 0)
     with torch.no_grad():

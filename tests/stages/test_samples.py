@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from tests.nets.small import make_denoiser
 from tests.stages.conftest import save_students
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -87,9 +88,7 @@ CHURN = {"s_churn": 3.0, "s_min": 0.05, "s_max": 50.0, "s_noise": 1.003}
 
 @pytest.mark.parametrize("name", SAMPLERS)
 @pytest.mark.parametrize("label_dim", [0, 10])
-def test_images_do_not_depend_on_the_batch_nor_on_the_count(
-    tiny: Tiny, make_denoiser: Callable[..., Denoiser], name: str, label_dim: int
-) -> None:
+def test_images_do_not_depend_on_the_batch_nor_on_the_count(tiny: Tiny, name: str, label_dim: int) -> None:
     model = make_denoiser(0, label_dim=label_dim).eval()
     if name not in ("heun", "churn"):
         model = student_from_teacher(model).eval()
@@ -123,7 +122,7 @@ class NoNumberRead(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("name", SAMPLERS)
-def test_no_sampler_reads_a_number_back(tiny: Tiny, make_denoiser: Callable[..., Denoiser], name: str) -> None:
+def test_no_sampler_reads_a_number_back(tiny: Tiny, name: str) -> None:
     model = make_denoiser().eval()
     study = tiny({"calibration.churn": CHURN} if name == "churn" else {})
     sampler = SAMPLERS[name](study, model if name in ("heun", "churn") else student_from_teacher(model).eval())
@@ -134,7 +133,7 @@ def test_no_sampler_reads_a_number_back(tiny: Tiny, make_denoiser: Callable[...,
             bool((noise.latents == 0).all())
 
 
-def test_a_label_changes_the_image(tiny: Tiny, make_denoiser: Callable[..., Denoiser]) -> None:
+def test_a_label_changes_the_image(tiny: Tiny) -> None:
     model = make_denoiser(0, label_dim=10).eval()
     noise = ImageNoise(range(4), (1, 4, 4), 10)
     sampler = heun_sampler(tiny(), model)
@@ -144,7 +143,7 @@ def test_a_label_changes_the_image(tiny: Tiny, make_denoiser: Callable[..., Deno
     assert not torch.equal(first, sampler(noise))
 
 
-def test_the_teachers_sampler_ends_with_the_denoiser_at_eps(tiny: Tiny, make_denoiser: Callable[..., Denoiser]) -> None:
+def test_the_teachers_sampler_ends_with_the_denoiser_at_eps(tiny: Tiny) -> None:
     """The endpoint of the ODE at eps and the sampler differ by that last evaluation alone."""
     study, model = tiny({"calibration.steps": 6}), make_denoiser().eval()
     noise = ImageNoise(range(4), (1, 4, 4))
@@ -153,7 +152,7 @@ def test_the_teachers_sampler_ends_with_the_denoiser_at_eps(tiny: Tiny, make_den
         torch.testing.assert_close(heun_sampler(study, model)(noise), model(endpoint, 0.002))
 
 
-def test_one_jump_is_the_consistency_function(tiny: Tiny, make_denoiser: Callable[..., Denoiser]) -> None:
+def test_one_jump_is_the_consistency_function(tiny: Tiny) -> None:
     model = student_from_teacher(make_denoiser()).eval()
     noise = ImageNoise(range(4), (1, 4, 4))
     t, s = (torch.full((4,), v, dtype=torch.float64) for v in (80.0, 0.002))
@@ -162,25 +161,21 @@ def test_one_jump_is_the_consistency_function(tiny: Tiny, make_denoiser: Callabl
         assert torch.equal(jump_sampler(tiny(), "ctm", model, CTM, 1)(noise), expected)
 
 
-def test_churn_changes_the_images_but_not_the_endpoints_of_the_ode(
-    tiny: Tiny, make_denoiser: Callable[..., Denoiser]
-) -> None:
+def test_churn_changes_the_images_but_not_the_endpoints_of_the_ode(tiny: Tiny) -> None:
     model, noise = make_denoiser().eval(), lambda: ImageNoise(range(4), (1, 4, 4))
     plain, churned = tiny(), tiny({"calibration.churn": CHURN})
     assert not torch.equal(heun_sampler(plain, model)(noise()), heun_sampler(churned, model)(noise()))
     assert torch.equal(heun_sampler(plain, model, 6)(noise()), heun_sampler(churned, model, 6)(noise()))
 
 
-def test_with_churn_the_state_is_float64_and_the_network_is_not(
-    tiny: Tiny, make_denoiser: Callable[..., Denoiser]
-) -> None:
+def test_with_churn_the_state_is_float64_and_the_network_is_not(tiny: Tiny) -> None:
     model, seen = make_denoiser().eval(), []
     model.model.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].dtype))
     end = heun_sampler(tiny({"calibration.churn": CHURN}), model)(ImageNoise(range(4), (1, 4, 4)))
     assert (end.dtype, set(seen)) == (torch.float64, {torch.float32})
 
 
-def test_the_precision_is_the_networks_alone(tiny: Tiny, make_denoiser: Callable[..., Denoiser]) -> None:
+def test_the_precision_is_the_networks_alone(tiny: Tiny) -> None:
     noise = ImageNoise(range(16), (1, 4, 4))
     exact, coarse = (
         heun_sampler(study, prepared(study, make_denoiser().eval()))(noise)

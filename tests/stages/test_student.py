@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from tests.nets.small import make_denoiser
 from tests.stages.conftest import OWN
 
 from consistency.errors import UserError
@@ -26,7 +27,6 @@ from consistency.training.loop import Interrupted, Training, train
 from consistency.training.objectives import Term
 
 Tiny = Callable[..., Study]
-MakeDenoiser = Callable[..., Denoiser]
 Changes = dict[str, Any]
 CPU = Machine(torch.device("cpu"))
 
@@ -106,12 +106,7 @@ def test_another_seed_is_another_order_and_other_second_time_weights(
 
 @pytest.mark.parametrize("conditional", [True, False])
 def test_labels_are_given_to_conditional_students_alone(
-    tiny: Tiny,
-    first_results: Layout,
-    seen: list[Seen],
-    make_denoiser: Callable[..., Denoiser],
-    monkeypatch: pytest.MonkeyPatch,
-    conditional: bool,
+    tiny: Tiny, first_results: Layout, seen: list[Seen], monkeypatch: pytest.MonkeyPatch, conditional: bool
 ) -> None:
     teacher = make_denoiser(0, img_resolution=8, label_dim=10 * conditional)
     monkeypatch.setattr(stage, "read_teacher", lambda *_: teacher)
@@ -178,7 +173,7 @@ def test_the_arms_of_a_seed_share_weights_images_levels_and_noise(
 
 
 def test_the_first_weights_are_the_seeds_and_no_teachers(
-    tiny: Tiny, couplings: Changes, first_results: Layout, make_denoiser: MakeDenoiser, monkeypatch: pytest.MonkeyPatch
+    tiny: Tiny, couplings: Changes, first_results: Layout, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     study = tiny(couplings | {"seeds": [0, 1]})
     drawn = [weights(training(study, first_results, "gc", seed).update.model) for seed in (0, 1)]

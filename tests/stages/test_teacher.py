@@ -10,6 +10,7 @@ import torch
 import yaml
 from tests.conftest import vouch_for
 from tests.edm_writer import write_edm_pickle
+from tests.nets.small import make_denoiser
 
 from consistency.errors import UserError
 from consistency.layout import Layout
@@ -106,7 +107,7 @@ def test_an_official_teachers_key_does_not_depend_on_the_data(tiny: Tiny) -> Non
 
 
 def test_classes_of_data_and_teacher_must_agree(
-    tiny: Tiny, first_results: Layout, make_denoiser: Callable[..., Denoiser], monkeypatch: pytest.MonkeyPatch
+    tiny: Tiny, first_results: Layout, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     teacher = make_denoiser(0, img_resolution=8, label_dim=1000)
     monkeypatch.setattr(student, "read_teacher", lambda *_: teacher)

@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tests.dangers import Call, file_size_limit
+from tests.nets.small import make_denoiser
 
 from consistency.errors import UserError
 from consistency.nets.denoiser import Denoiser
@@ -23,11 +24,9 @@ from consistency.training.checkpoint import (
     save_state,
 )
 
-MakeDenoiser = Callable[..., Denoiser]
-
 
 @pytest.fixture
-def saved(tmp_path: Path, make_denoiser: MakeDenoiser) -> Path:
+def saved(tmp_path: Path) -> Path:
     path = tmp_path / "model.safetensors"
     save_denoiser(path, make_denoiser(), {"key": "abc", "study": "tiny", "step": 7})
     return path
@@ -44,9 +43,7 @@ def refused(path: Path, match: str, key: str | None = None) -> None:
 
 
 @pytest.mark.parametrize("options", [{}, {"second_time": True}, {"label_dim": 3, "sigma_data": 0.3, "dropout": 0.1}])
-def test_a_round_trip_keeps_every_bit_and_freezes(
-    tmp_path: Path, make_denoiser: MakeDenoiser, options: dict[str, Any]
-) -> None:
+def test_a_round_trip_keeps_every_bit_and_freezes(tmp_path: Path, options: dict[str, Any]) -> None:
     denoiser = make_denoiser(1, **options)
     path = tmp_path / "deep" / "er" / "model.safetensors"
     save_denoiser(path, denoiser, {"key": "abc", "parents": {"images.npy": "123"}, "git": {"dirty": None}})
@@ -61,7 +58,7 @@ def test_a_round_trip_keeps_every_bit_and_freezes(
     assert torch.equal(loaded(x, t), denoiser.eval()(x, t))
 
 
-def test_the_same_weights_make_the_same_file(saved: Path, make_denoiser: MakeDenoiser) -> None:
+def test_the_same_weights_make_the_same_file(saved: Path) -> None:
     """To the last byte, names in other alphabets included: digests of checkpoints are compared."""
     for metadata in (
         {"key": "abc", "study": "tiny", "step": 7},
@@ -76,7 +73,7 @@ def test_the_same_weights_make_the_same_file(saved: Path, make_denoiser: MakeDen
         assert metadata.items() <= load_denoiser(path)[1].items()
 
 
-def test_weights_in_another_memory_layout_are_saved(tmp_path: Path, make_denoiser: MakeDenoiser) -> None:
+def test_weights_in_another_memory_layout_are_saved(tmp_path: Path) -> None:
     denoiser = make_denoiser()
     with torch.no_grad():
         for p in denoiser.parameters():
@@ -183,9 +180,7 @@ def test_weights_that_are_not_finite_are_refused(saved: Path, value: float) -> N
     [lambda path, model: save_denoiser(path, model, {}), lambda path, model: save_state(path, model.state_dict())],
     ids=["denoiser", "state"],
 )
-def test_a_limit_on_file_sizes_leaves_the_old_file(
-    tmp_path: Path, make_denoiser: MakeDenoiser, write: Callable[[Path, Denoiser], None]
-) -> None:
+def test_a_limit_on_file_sizes_leaves_the_old_file(tmp_path: Path, write: Callable[[Path, Denoiser], None]) -> None:
     """A quota looks like this. torch says nothing of the cause, and is taken to mean a full disk."""
     path, small = tmp_path / "folder" / "file", make_denoiser()
     write(path, small)

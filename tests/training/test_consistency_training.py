@@ -1,12 +1,12 @@
 """Consistency training against its formula, what it draws, and where its gradients go."""
 
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from tests.draws import numpy_draws, seeded
+from tests.nets.small import make_denoiser
 from tests.training.losses import EPS, fitted, passes
 from torch import Tensor
 
@@ -21,28 +21,21 @@ from consistency.training.consistency_training import ConsistencyTraining, Coupl
 from consistency.training.ema import Ema
 from consistency.training.update import Update
 
-MakeDenoiser = Callable[..., Denoiser]
-Make = Callable[..., ConsistencyTraining]
 BATCH = 8
 
 
-@pytest.fixture
-def make(make_denoiser: MakeDenoiser) -> Make:
+def make(
+    *, kind: type[ConsistencyTraining] = ConsistencyTraining, preconditioning: str = "cm", **changes: Any
+) -> ConsistencyTraining:
     """make(mu=0.5, ...): iCT's loss on two small networks, the second the predictor."""
-
-    def build(
-        *, kind: type[ConsistencyTraining] = ConsistencyTraining, preconditioning: str = "cm", **changes: Any
-    ) -> Any:
-        settings: dict[str, Any] = {
-            "student": make_denoiser(1),
-            "predictor": make_denoiser(2).eval().requires_grad_(False),
-            "preconditioning": build_preconditioning(preconditioning, 0.5, fitted()),
-            "distance": squared_l2,
-            "schedule": DoublingCurriculum(steps=80),
-        }
-        return kind(**{**settings, **changes})
-
-    return build
+    settings: dict[str, Any] = {
+        "student": make_denoiser(1),
+        "predictor": make_denoiser(2).eval().requires_grad_(False),
+        "preconditioning": build_preconditioning(preconditioning, 0.5, fitted()),
+        "distance": squared_l2,
+        "schedule": DoublingCurriculum(steps=80),
+    }
+    return kind(**{**settings, **changes})
 
 
 def drawn(objective: ConsistencyTraining, step: int = 0, seed: int = 0, count: int = BATCH) -> CoupledPairs:
@@ -68,7 +61,7 @@ def cm_endpoint(model: Denoiser, x: Tensor, t: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("mu", [0.0, 0.4, 1.0])
-def test_the_loss_is_the_formula_written_out(make: Make, mu: float) -> None:
+def test_the_loss_is_the_formula_written_out(mu: float) -> None:
     objective = make(mu=mu, distance=pseudo_huber)
     images, draws = batch(), drawn(objective, seed=5)
     predictor = objective.predictor
@@ -85,7 +78,7 @@ def test_the_loss_is_the_formula_written_out(make: Make, mu: float) -> None:
 
 
 @pytest.mark.parametrize("preconditioning", ["cm", "ctm", "bcm", "analytic"])
-def test_at_the_lowest_level_the_target_is_the_data_with_eps_of_noise(make: Make, preconditioning: str) -> None:
+def test_at_the_lowest_level_the_target_is_the_data_with_eps_of_noise(preconditioning: str) -> None:
     """The boundary condition: f(x, eps, eps) = x, whatever the network."""
     objective = make(preconditioning=preconditioning)
     x = batch()
@@ -93,7 +86,7 @@ def test_at_the_lowest_level_the_target_is_the_data_with_eps_of_noise(make: Make
     assert torch.equal(objective.endpoint(objective.student, x, end, None), x)
 
 
-def test_a_consistent_function_has_no_loss(make: Make) -> None:
+def test_a_consistent_function_has_no_loss() -> None:
     """Data at one point: every pair (x + t z, x + u z) lies on one trajectory, whose end is x + eps z exactly."""
 
     class Exact:
@@ -113,7 +106,7 @@ def test_a_consistent_function_has_no_loss(make: Make) -> None:
             assert loss(objective, images, draws) < 1e-24
 
 
-def test_ect_has_a_finite_gradient_where_both_sides_are_equal(make: Make) -> None:
+def test_ect_has_a_finite_gradient_where_both_sides_are_equal() -> None:
     objective = make(distance=euclidean, schedule=ShrinkingCurriculum(double_every=10))
     draws = drawn(objective)
     low = torch.full((BATCH,), EPS, dtype=torch.float64)
@@ -121,7 +114,7 @@ def test_ect_has_a_finite_gradient_where_both_sides_are_equal(make: Make) -> Non
     assert all(p.grad is None or bool(torch.isfinite(p.grad).all()) for p in objective.student.parameters())
 
 
-def test_labels_reach_student_and_predictor(make: Make, make_denoiser: MakeDenoiser) -> None:
+def test_labels_reach_student_and_predictor() -> None:
     labelled = {"student": make_denoiser(1, label_dim=3), "predictor": make_denoiser(2, label_dim=3)}
     for mu in (0.0, 1.0):
         objective = make(mu=mu, **labelled)
@@ -136,7 +129,7 @@ def test_labels_reach_student_and_predictor(make: Make, make_denoiser: MakeDenoi
 
 
 @pytest.mark.statistical
-def test_the_levels_follow_the_step(make: Make) -> None:
+def test_the_levels_follow_the_step() -> None:
     objective = make()
     gaps = [(lambda d: d.t - d.u)(drawn(objective, step, count=512)).mean() for step in (0, 79)]
     assert gaps[0] > 20 * gaps[1]
@@ -145,7 +138,7 @@ def test_the_levels_follow_the_step(make: Make) -> None:
 # --- gradients, masks, cost
 
 
-def test_gradients_reach_the_student_alone_and_through_the_upper_level_alone(make: Make) -> None:
+def test_gradients_reach_the_student_alone_and_through_the_upper_level_alone() -> None:
     objective = make(mu=0.5)
     objective.student.double()
     assert objective.predictor is not None
@@ -181,9 +174,7 @@ class Watched:
         monkeypatch.setattr(torch.nn.functional, "dropout", dropout)
 
 
-def test_both_sides_have_the_same_dropout_masks(
-    make: Make, make_denoiser: MakeDenoiser, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_both_sides_have_the_same_dropout_masks(monkeypatch: pytest.MonkeyPatch) -> None:
     watched = Watched(monkeypatch)
     objective = make(student=make_denoiser(1, dropout=0.5, depth=2).train())
     draws = drawn(objective)
@@ -199,9 +190,7 @@ def test_both_sides_have_the_same_dropout_masks(
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_both_sides_have_the_same_dropout_masks_on_a_gpu(
-    make: Make, make_denoiser: MakeDenoiser, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_both_sides_have_the_same_dropout_masks_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     watched = Watched(monkeypatch)
     objective = make(student=make_denoiser(1, dropout=0.5).cuda().train())
     device = torch.Generator("cuda").manual_seed(0)
@@ -212,9 +201,7 @@ def test_both_sides_have_the_same_dropout_masks_on_a_gpu(
 @pytest.mark.filterwarnings("ignore:Full backward hook is firing")
 @pytest.mark.parametrize("mu", [0.0, 0.5])
 @pytest.mark.parametrize("dsm_weight", [0.0, 0.5])
-def test_evaluations_are_the_passes_really_made(
-    make: Make, make_denoiser: MakeDenoiser, mu: float, dsm_weight: float
-) -> None:
+def test_evaluations_are_the_passes_really_made(mu: float, dsm_weight: float) -> None:
     networks = {"student": make_denoiser(1, second_time=True), "predictor": make_denoiser(2, second_time=True)}
     objective = make(mu=mu, dsm_weight=dsm_weight, **networks)
     claimed = []
@@ -235,7 +222,7 @@ def test_evaluations_are_the_passes_really_made(
         ({"dsm_weight": 1.0}, "second time"),
     ],
 )
-def test_contradictions_are_refused(make: Make, changes: dict[str, Any], message: str) -> None:
+def test_contradictions_are_refused(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make(**changes)
 
@@ -256,7 +243,7 @@ def make_update(objective: ConsistencyTraining, part: int = BATCH, labels: bool 
 @pytest.mark.parametrize(
     ("kind", "mu"), [(ConsistencyTraining, 0.0), (ConsistencyTraining, 0.5), (TransportTraining, 0.0)]
 )
-def test_a_batch_in_parts_is_the_whole_batch(make: Make, kind: type[ConsistencyTraining], mu: float, part: int) -> None:
+def test_a_batch_in_parts_is_the_whole_batch(kind: type[ConsistencyTraining], mu: float, part: int) -> None:
     weights = []
     for size in (BATCH, part):
         update = make_update(make(kind=kind, mu=mu), size)
@@ -266,7 +253,7 @@ def test_a_batch_in_parts_is_the_whole_batch(make: Make, kind: type[ConsistencyT
     torch.testing.assert_close(*weights, rtol=1e-6, atol=1e-6)
 
 
-def test_ot_pairs_the_whole_batch_within_its_classes(make: Make) -> None:
+def test_ot_pairs_the_whole_batch_within_its_classes() -> None:
     objective = make(kind=TransportTraining)
     images, draws = batch(), drawn(objective)
     for labels in (None, torch.arange(BATCH) % 3):
@@ -276,7 +263,7 @@ def test_ot_pairs_the_whole_batch_within_its_classes(make: Make) -> None:
         assert torch.equal(paired.t, draws.t)
 
 
-def test_ot_really_reaches_the_step(make: Make) -> None:
+def test_ot_really_reaches_the_step() -> None:
     values = [make_update(make(kind=kind)).step(0)[0]["loss"] for kind in (ConsistencyTraining, TransportTraining)]
     assert not torch.equal(*values)
 
@@ -285,7 +272,7 @@ def test_ot_really_reaches_the_step(make: Make) -> None:
 
 
 @pytest.mark.statistical
-def test_training_brings_down_the_distance_between_neighbours(make: Make, make_denoiser: MakeDenoiser) -> None:
+def test_training_brings_down_the_distance_between_neighbours() -> None:
     student = make_denoiser(1, width=32)
     average = Ema(student, 0.99, warm_up=2 / 3)
     objective = make(
@@ -320,7 +307,7 @@ def rows_of(draws: CoupledPairs, rows: Tensor) -> CoupledPairs:
 
 
 @pytest.mark.parametrize("seed", range(10))
-def test_at_mu_0_gc_is_ic_bit_for_bit(make: Make, seed: int) -> None:
+def test_at_mu_0_gc_is_ic_bit_for_bit(seed: int) -> None:
     """Loss, gradient, and what is left of the random state for the next step."""
     images, step, _ = some_batch(seed)
     found = []
@@ -336,7 +323,7 @@ def test_at_mu_0_gc_is_ic_bit_for_bit(make: Make, seed: int) -> None:
 
 @pytest.mark.parametrize("kind", [ConsistencyTraining, TransportTraining])
 @pytest.mark.parametrize("seed", range(8))
-def test_neither_parts_nor_order_of_a_batch_matter(make: Make, kind: type[ConsistencyTraining], seed: int) -> None:
+def test_neither_parts_nor_order_of_a_batch_matter(kind: type[ConsistencyTraining], seed: int) -> None:
     images, step, mu = some_batch(seed)
     objective = make(kind=kind, mu=mu)
     draws = objective.draw(images.shape, step, seeded(seed), seeded(seed))

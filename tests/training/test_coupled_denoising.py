@@ -1,15 +1,14 @@
 """The denoiser of a coupling: what its loss is, and that its error is the velocity discrepancy in closed form."""
 
-from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from tests.draws import seeded
+from tests.nets.small import make_denoiser
 from torch import Tensor
 
-from consistency.nets.denoiser import Denoiser
 from consistency.theory.coupling import assignment
 from consistency.theory.curriculum import DoublingCurriculum
 from consistency.theory.distance import squared_l2
@@ -19,7 +18,6 @@ from consistency.training.consistency_training import ConsistencyTraining, Trans
 from consistency.training.coupled_denoising import CoupledDenoising, TransportDenoising
 from consistency.training.update import Update
 
-MakeDenoiser = Callable[..., Denoiser]
 # Gaussian data of these variances, one a pixel, shape [1, 1, 2, 2].
 C = torch.tensor([0.1, 0.4, 1.0, 2.5], dtype=torch.float64).reshape(1, 1, 2, 2)
 
@@ -69,7 +67,7 @@ def test_the_error_of_the_exact_denoiser_is_the_discrepancy_in_closed_form(t: fl
         assert worse > found
 
 
-def test_the_loss_is_edms_on_the_coupled_images(make_denoiser: MakeDenoiser) -> None:
+def test_the_loss_is_edms_on_the_coupled_images() -> None:
     model = make_denoiser(0, img_resolution=2)
     objective = build(CoupledDenoising, Exact, model, mu=0.5)
     images = torch.randn(64, 1, 2, 2, generator=seeded(1))
@@ -86,7 +84,7 @@ def test_the_loss_is_edms_on_the_coupled_images(make_denoiser: MakeDenoiser) -> 
     assert draws.t.min() >= 0.002 and draws.t.max() <= 80
 
 
-def test_ot_exchanges_the_noise_of_the_whole_batch(make_denoiser: MakeDenoiser) -> None:
+def test_ot_exchanges_the_noise_of_the_whole_batch() -> None:
     model = make_denoiser(0)
     seen = []
 

@@ -1,15 +1,13 @@
 """The average of the weights against its closed forms."""
 
-from collections.abc import Callable
-
 import pytest
 import torch
+from tests.nets.small import make_denoiser
 
-from consistency.nets.denoiser import Denoiser
 from consistency.training.ema import Ema, half_life_rate, warmed_up
 
 
-def test_the_average_of_constant_weights_is_a_geometric_series(make_denoiser: Callable[..., Denoiser]) -> None:
+def test_the_average_of_constant_weights_is_a_geometric_series() -> None:
     model = make_denoiser(0).double()
     average = Ema(model, 0.9)
     start = [p.clone() for p in model.parameters()]
@@ -22,7 +20,7 @@ def test_the_average_of_constant_weights_is_a_geometric_series(make_denoiser: Ca
         torch.testing.assert_close(p, first + 1 - 0.9**10, rtol=1e-12, atol=1e-14)
 
 
-def test_a_rate_of_0_copies_the_model_and_the_model_is_left_alone(make_denoiser: Callable[..., Denoiser]) -> None:
+def test_a_rate_of_0_copies_the_model_and_the_model_is_left_alone() -> None:
     model = make_denoiser(0)
     average = Ema(model, lambda step: 0.5 - step / 2)
     before = [p.clone() for p in model.parameters()]
@@ -51,7 +49,7 @@ def test_after_a_half_life_of_images_half_of_the_old_weights_are_left() -> None:
     assert rate ** (50_000 / 100) == pytest.approx(0.5)
 
 
-def test_warm_up_forgets_the_first_weights_and_ends_at_the_rate(make_denoiser: Callable[..., Denoiser]) -> None:
+def test_warm_up_forgets_the_first_weights_and_ends_at_the_rate() -> None:
     model = make_denoiser(0).double()
     average = Ema(model, 0.999, warm_up=1.0)
     assert average.constant == 0.999

@@ -8,6 +8,7 @@ import pytest
 import torch
 from scipy.stats import chisquare
 from tests.draws import seeded
+from tests.nets.small import make_denoiser
 from tests.training.losses import EPS, T, fitted, passes
 from torch import Tensor
 
@@ -20,7 +21,6 @@ from consistency.theory.solver import expand
 from consistency.training.objectives import Denoising, Endpoint, Objective, Trajectory
 
 GRID = rho_grid(18, EPS, T)
-MakeDenoiser = Callable[..., Denoiser]
 Networks = tuple[Denoiser, Denoiser, Denoiser]
 
 
@@ -252,7 +252,7 @@ def test_labels_reach_every_network() -> None:
 
 
 @pytest.fixture
-def networks(make_denoiser: MakeDenoiser) -> Networks:
+def networks() -> Networks:
     """Student, average and teacher with weights of their own; only the student's ask for a gradient."""
     teacher = make_denoiser(0).eval().requires_grad_(False)
     student = make_denoiser(1, second_time=True).requires_grad_(True)
@@ -376,7 +376,7 @@ def test_endpoint_is_AP_5_written_out_for_a_gaussian() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:Full backward hook is firing")
-def test_denoising_is_EDMs_formula(make_denoiser: MakeDenoiser) -> None:
+def test_denoising_is_EDMs_formula() -> None:
     """Against E || F(c_in x, c_noise) - (x_0 - c_skip x) / c_out ||^2, EDM (8), with the draws made again."""
     model = make_denoiser(sigma_data=0.4)
     images = torch.randn(32, 1, 4, 4, generator=seeded())

@@ -7,10 +7,11 @@ import numpy as np
 import pytest
 import torch
 from tests.draws import numpy_draws, seeded
+from tests.nets.small import make_denoiser
 from torch import Tensor
 
 from consistency.errors import UserError
-from consistency.nets.denoiser import Denoiser, init_denoiser
+from consistency.nets.denoiser import Denoiser
 from consistency.theory.derivative_free import fit_without_derivatives
 from consistency.theory.generalized_ode import GeneralizedODE
 from consistency.theory.noise import log_grid
@@ -31,9 +32,8 @@ def gaussian_fit(scale: float = 1.0) -> Tensor:
     return torch.stack([TIMES, l, s])
 
 
-def network(second_time: bool = True, seed: int = 0) -> Denoiser:
-    architecture = {"network": "mlp", "img_resolution": 2, "img_channels": 1, "width": 16, "depth": 1, "embedding": 8}
-    return init_denoiser(architecture | {"second_time": second_time}, seed).eval().requires_grad_(False)
+def network() -> Denoiser:
+    return make_denoiser(img_resolution=2, second_time=True).eval().requires_grad_(False)
 
 
 class Exact(Denoiser):

@@ -1,16 +1,15 @@
 """One optimiser step: the same in however many parts, the balance of its two terms, and lower precision."""
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from tests.draws import SEED
-from tests.nets.small import ARCHITECTURES
+from tests.nets.small import ARCHITECTURES, make_denoiser
 from torch import Tensor
 
 from consistency.errors import UserError
-from consistency.nets.denoiser import Denoiser, init_denoiser, student_from_teacher
+from consistency.nets.denoiser import init_denoiser, student_from_teacher
 from consistency.seeding import generator
 from consistency.theory.distance import squared_l2
 from consistency.theory.noise import rho_grid
@@ -20,47 +19,36 @@ from consistency.training.ema import Ema
 from consistency.training.objectives import Jumps, Trajectory
 from consistency.training.update import Update, last_layer, share_of
 
-MakeDenoiser = Callable[..., Denoiser]
-MakeUpdate = Callable[..., Update]
 BATCH = 8
 
 
-@pytest.fixture
-def teacher(make_denoiser: MakeDenoiser) -> Denoiser:
-    return make_denoiser(0).eval().requires_grad_(False)
-
-
-@pytest.fixture
-def update(teacher: Denoiser) -> MakeUpdate:
+def update(*, dsm_weight: float = 0.7, precision: str = "float32", **changes: Any) -> Update:
     """update(part=4, adaptive=True, ...): CTM's step for a student of a small teacher; gradients are large at once."""
+    teacher = make_denoiser(0).eval().requires_grad_(False)
+    student = student_from_teacher(teacher, dropout=0.0).train().requires_grad_(True)
+    average = Ema(student, 0.9)
+    for model in (student, average.model, teacher):
+        model.compute_in(precision)
+    objective = Trajectory(
+        *(student, average.model, teacher, build_preconditioning("ctm", 0.5), squared_l2, rho_grid(6, 0.002, 80.0)),
+        target="online",
+        max_steps=5,
+        dsm_weight=dsm_weight,
+    )
 
-    def make(*, dsm_weight: float = 0.7, precision: str = "float32", **changes: Any) -> Update:
-        student = student_from_teacher(teacher, dropout=0.0).train().requires_grad_(True)
-        average = Ema(student, 0.9)
-        for model in (student, average.model, teacher):
-            model.compute_in(precision)
-        objective = Trajectory(
-            *(student, average.model, teacher, build_preconditioning("ctm", 0.5), squared_l2, rho_grid(6, 0.002, 80.0)),
-            target="online",
-            max_steps=5,
-            dsm_weight=dsm_weight,
-        )
+    def batches(step: int) -> tuple[Tensor, None]:
+        return torch.randn(BATCH, 1, 4, 4, generator=generator(SEED, "images", step)), None
 
-        def batches(step: int) -> tuple[Tensor, None]:
-            return torch.randn(BATCH, 1, 4, 4, generator=generator(SEED, "images", step)), None
-
-        scaler = torch.amp.GradScaler("cpu", init_scale=256.0, enabled=precision == "float16")
-        settings: dict[str, Any] = {"part": BATCH, "seed": 0, "purpose": "test", "scaler": scaler}
-        optimizer = torch.optim.SGD(student.parameters(), lr=1e-3)
-        return Update(student, optimizer, objective, batches, BATCH, **{**settings, **changes})
-
-    return make
+    scaler = torch.amp.GradScaler("cpu", init_scale=256.0, enabled=precision == "float16")
+    settings: dict[str, Any] = {"part": BATCH, "seed": 0, "purpose": "test", "scaler": scaler}
+    optimizer = torch.optim.SGD(student.parameters(), lr=1e-3)
+    return Update(student, optimizer, objective, batches, BATCH, **{**settings, **changes})
 
 
-def trained(update: Update, steps: int = 5) -> tuple[list[Tensor], list[dict[str, float]]]:
+def trained(one: Update, steps: int = 5) -> tuple[list[Tensor], list[dict[str, float]]]:
     """The weights after some steps, and the terms of each."""
-    terms = [{k: v.item() for k, v in update.step(step)[0].items()} for step in range(steps)]
-    return [weight.detach() for weight in update.model.parameters()], terms
+    terms = [{k: v.item() for k, v in one.step(step)[0].items()} for step in range(steps)]
+    return [weight.detach() for weight in one.model.parameters()], terms
 
 
 # --- accumulation
@@ -68,14 +56,14 @@ def trained(update: Update, steps: int = 5) -> tuple[list[Tensor], list[dict[str
 
 @pytest.mark.parametrize("adaptive", [False, True])
 @pytest.mark.parametrize("part", [4, 2, 1])
-def test_a_batch_in_parts_is_the_whole_batch(update: MakeUpdate, part: int, adaptive: bool) -> None:
+def test_a_batch_in_parts_is_the_whole_batch(part: int, adaptive: bool) -> None:
     whole, terms = trained(update(adaptive=adaptive))
     parts, same_terms = trained(update(adaptive=adaptive, part=part))
     torch.testing.assert_close(parts, whole, rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(same_terms, terms, rtol=1e-5, atol=0)
 
 
-def test_the_parts_count_every_evaluation_once(update: MakeUpdate) -> None:
+def test_the_parts_count_every_evaluation_once() -> None:
     assert update(part=2).step(0)[1] == update().step(0)[1]
 
 
@@ -103,21 +91,19 @@ def test_the_shares_of_all_processes_make_the_batch() -> None:
 # --- the balance of the two terms
 
 
-def by_hand(update: Update, step: int = 0) -> tuple[dict[str, list[Tensor]], dict[str, Tensor]]:
+def by_hand(one: Update, step: int = 0) -> tuple[dict[str, list[Tensor]], dict[str, Tensor]]:
     """Gradient and value of each term of a step, by autograd."""
-    images, labels = update.batches(step)
+    images, labels = one.batches(step)
     host, device = generator(0, "test", step), generator(0, "test noise", step)
-    draws: Jumps = update.objective.draw(images.shape, step, host, device)  # type: ignore[arg-type]
-    terms = {term.name: term.value for term in update.objective.terms(images, labels, draws)}
-    weights = list(update.model.parameters())
+    draws: Jumps = one.objective.draw(images.shape, step, host, device)  # type: ignore[arg-type]
+    terms = {term.name: term.value for term in one.objective.terms(images, labels, draws)}
+    weights = list(one.model.parameters())
     found = {name: list(torch.autograd.grad(value, weights, materialize_grads=True)) for name, value in terms.items()}
     return found, terms
 
 
 @pytest.mark.parametrize("adaptive", [False, True])
-def test_the_balance_is_the_weight_or_adaptive_the_ratio_of_gradient_norms_at_the_last_layer(
-    update: MakeUpdate, adaptive: bool
-) -> None:
+def test_the_balance_is_the_weight_or_adaptive_the_ratio_of_gradient_norms_at_the_last_layer(adaptive: bool) -> None:
     one = update(adaptive=adaptive)
     gradients, values = by_hand(one)
     last = [weight is last_layer(one.model) for weight in one.model.parameters()].index(True)
@@ -132,7 +118,7 @@ def test_the_balance_is_the_weight_or_adaptive_the_ratio_of_gradient_norms_at_th
         torch.testing.assert_close(weight.grad, a + weighted * b, rtol=1e-5, atol=1e-7)
 
 
-def test_the_balance_is_bounded(update: MakeUpdate) -> None:
+def test_the_balance_is_bounded() -> None:
     """Where the DSM term has no gradient at all, its weight stays finite."""
     one = update(adaptive=True, dsm_weight=1e-30)
     with torch.no_grad():
@@ -158,7 +144,7 @@ def test_the_last_layer_is_the_one_that_gives_the_output(network: str, name: str
 @pytest.mark.statistical
 @pytest.mark.parametrize("adaptive", [False, True])
 @pytest.mark.parametrize("precision", ["bfloat16", "float16"])
-def test_lower_precision_gives_nearly_the_same_step(update: MakeUpdate, precision: str, adaptive: bool) -> None:
+def test_lower_precision_gives_nearly_the_same_step(precision: str, adaptive: bool) -> None:
     _, terms = trained(update(adaptive=adaptive), 3)
     _, low = trained(update(adaptive=adaptive, precision=precision), 3)
     for a, b in zip(low, terms, strict=True):
@@ -168,7 +154,7 @@ def test_lower_precision_gives_nearly_the_same_step(update: MakeUpdate, precisio
 
 
 @pytest.mark.parametrize("adaptive", [False, True])
-def test_an_overflow_of_float16_leaves_the_step_out_and_lowers_the_scale(update: MakeUpdate, adaptive: bool) -> None:
+def test_an_overflow_of_float16_leaves_the_step_out_and_lowers_the_scale(adaptive: bool) -> None:
     """Of both terms, whose ratio does not exist then: no bad loss, and the training goes on."""
     one = update(precision="float16", adaptive=adaptive)
     before = [weight.detach().clone() for weight in one.model.parameters()]

@@ -87,7 +87,6 @@ def student_of(wildcards) -> Student:
 def made_by(stage: str, verb: str | None = None) -> dict:
     """The parameters of a rule: the words of its command, and two that change, and make its jobs run again, exactly when
     a setting or code does that the stage depends on."""
-
     return {
         "key": lambda w: study_of(w).key(stage, w.get("run"), int(w.seed) if "seed" in w.keys() else None),
         "code": lambda w: code_digest(stage),
@@ -126,8 +125,8 @@ def predictor_if_frozen(wildcards) -> list[str]:
     frozen = student_of(wildcards).frozen
     if frozen is None:
         return []
-    folder = f"results/{wildcards.study}/students/{frozen.run}/seed{wildcards.seed}"
-    return [f"{folder}/student.safetensors" if frozen.step is None else f"{folder}/snapshots"]
+    made = rules.student.output[0 if frozen.step is None else 3]
+    return expand(made, study=wildcards.study, run=frozen.run, seed=wildcards.seed)
 
 
 def every_coupled_student(wildcards) -> list[str]:

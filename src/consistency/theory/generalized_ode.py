@@ -58,16 +58,6 @@ class GeneralizedODE:
         pairs = [form(self.times[first], self.times[second]) for form in (self.backward, self.forward)]
         return all(bool(torch.isfinite(f).all() and torch.isfinite(g).all() and (g >= 0).all()) for f, g in pairs)
 
-    def l_t(self, t: Tensor) -> Tensor:
-        """l at times t, in the shape of t."""
-        cell, offset = self._locate(t)
-        return self._nodes["l"][cell] + self._nodes["l_slope"][cell] * offset
-
-    def s_t(self, t: Tensor) -> Tensor:
-        """s at times t, in the shape of t."""
-        cell, offset = self._locate(t)
-        return self._nodes["s"][cell] + self._nodes["s_slope"][cell] * offset
-
     def backward(self, t: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
         """f(t,s), g(t,s) of the backward Euler step, the form the paper trains with. t >= s, same shape."""
         here, there = self._state(t), self._state(s)

@@ -44,7 +44,10 @@ def followed(
     threads: list[Follower] = []
 
     def start() -> None:
-        if os.environ.get(LIVE, "") != "0" and _reachable():
+        # A SQLite file on a network disk breaks under writers on several machines: from a cluster's job the head node's
+        # `track` sends everything there.
+        wanted = os.environ.get(LIVE, "") != "0"
+        if wanted and not (slurm_job.in_job() and server.tracking_uri().startswith("sqlite:")):
             server.be_quiet()
             thread = Follower(study, layout, state, run, seed, every)
             with suppress(RuntimeError):  # no more threads: `track` sends all
@@ -63,12 +66,6 @@ def followed(
     finally:
         for thread in threads:
             thread.end(status)
-
-
-def _reachable() -> bool:
-    """Whether this machine may speak to MLflow: in a job of a cluster to a server only. A SQLite file on a
-    network disk breaks under writers on several machines: there the head node's `track` sends everything."""
-    return not slurm_job.in_job() or not server.tracking_uri().startswith("sqlite:")
 
 
 def _every() -> float:
