@@ -12,26 +12,28 @@ from pathlib import Path
 
 import pytest
 
+from consistency import locks
 from consistency.errors import UserError
 from consistency.locks import held, only_one
 
 
 def test_a_second_process_waits_and_then_is_told_whose_the_folder_is_until_that_one_is_killed(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = tmp_path / "state"
+    monkeypatch.setattr(locks, "PATIENCE", 0.2)
     code = (
         "import sys, time; from pathlib import Path; from consistency.locks import only_one\n"
-        "with only_one(Path(sys.argv[1]), 'is working', 0.0): print(flush=True); time.sleep(60)"
+        "with only_one(Path(sys.argv[1]), 'is working'): print(flush=True); time.sleep(60)"
     )
     with subprocess.Popen([sys.executable, "-c", code, folder], stdout=subprocess.PIPE) as other:
         assert other.stdout is not None and other.stdout.readline()
         whose = rf"another process \(pid {other.pid} on \S+\) is working in {folder}: wait for it or stop it"
-        with pytest.raises(UserError, match=whose), only_one(folder, "is working", 0.2):
+        with pytest.raises(UserError, match=whose), only_one(folder, "is working"):
             pass
         other.send_signal(signal.SIGKILL)
     assert capsys.readouterr().out.count(f"is working in {folder}: waiting for it\n") == 1
-    with only_one(folder, "is working", 0.0):
+    with only_one(folder, "is working"):
         assert (folder / "lock").read_text().startswith(f"pid {os.getpid()} on ")
     assert not folder.exists()
 
@@ -40,7 +42,7 @@ def test_many_take_turns_in_a_folder_that_each_removes(tmp_path: Path) -> None:
     inside, most = [0], [0]
 
     def work() -> None:
-        with only_one(tmp_path / "state", "is working", 60.0):
+        with only_one(tmp_path / "state", "is working"):
             inside[0] += 1
             most[0] = max(most[0], inside[0])
             time.sleep(0.01)
@@ -62,7 +64,7 @@ def test_a_disk_without_locks_is_one_line(tmp_path: Path, monkeypatch: pytest.Mo
 
     monkeypatch.setattr(fcntl, "flock", refuse)
     message = r"has no file locks \(Function not implemented\), .*: have it mounted with them"
-    with pytest.raises(UserError, match=message), only_one(tmp_path / "state", "is working", 0.0):
+    with pytest.raises(UserError, match=message), only_one(tmp_path / "state", "is working"):
         pass
 
 

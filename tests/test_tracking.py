@@ -248,7 +248,7 @@ def test_results_of_another_folder_are_left_alone(small_project: Study, client: 
     first = track(small_project)["runs"]
     other = Layout(small_project.name, Path("elsewhere"))
     shutil.copytree(LAYOUT.results, other.results)
-    make_student(small_project, other, "ctm", 1, level=0.5)
+    make_student(Job(small_project, other, "ctm", 1), level=0.5)
     second = track(small_project, other)["runs"]
     assert second["ctm seed 1"] != first["ctm seed 1"]
     assert client.get_run(first["ctm seed 1"]).data.tags["state"] == "current"
@@ -283,7 +283,9 @@ def test_further_ema_rates_are_metrics_with_a_suffix(tmp_path: Path) -> None:
         (p.key, p.step): p.value for p in without["ctm seed 0"].points if not p.key.startswith(("training/", "cost/"))
     }
     assert {key: values[key] for key in scores} == scores
-    rows = [row for row in read_scores(layout.scores("ctm", 0)) if row["ema"] == "0.9999" and row["nfe"] == "2"]
+    rows = [
+        row for row in read_scores(layout.root / "scores/ctm/seed0.csv") if row["ema"] == "0.9999" and row["nfe"] == "2"
+    ]
     assert values["final/fd/nfe2-ema0.9999", 0] == float(next(r["fd"] for r in rows if r["kind"] == "final"))
     assert values["fd/nfe2-ema0.9999", 20] == float(next(r["fd"] for r in rows if r["step"] == "20"))
     assert not any("gamma" in key and "ema" in key for key, _ in values)

@@ -831,13 +831,13 @@ def print_study(study: Study) -> None:
         print(f"# {run}: {student.model_dump(mode='json')}")
 
 
-def explain(error: ValidationError, model: type[BaseModel], prefix: str = "", content: Any = None) -> str:
+def explain(error: ValidationError, model: type[BaseModel], content: Any = None) -> str:
     """The most telling problem of a validation, in one line; content: the study's file."""
     problems = error.errors()
     # An unknown key explains a missing one. Of a union, the member that fits best has the longest location.
     unknown = [each for each in problems if each["type"] == "extra_forbidden"]
     first = [each for each in problems if each["loc"][:1] == problems[0]["loc"][:1]]
-    problem = max(unknown or first, key=lambda each: len(each["loc"]))
+    problem, prefix = max(unknown or first, key=lambda each: len(each["loc"])), ""
     location = [str(part) for part in problem["loc"]]
     student = location[:1] == ["students"]
     if problem["type"] == "value_error":

@@ -19,10 +19,10 @@ from PIL import Image
 from tests.dangers import file_size_limit
 from tests.image_sources import imagenet_files, imagenet_tar
 
+from consistency import locks
 from consistency.errors import UserError
 from consistency.job import Job
 from consistency.layout import Layout
-from consistency.locks import only_one
 from consistency.stages import dataset as stage
 from consistency.stages.dataset import make_dataset
 from consistency.study import Study, load_study
@@ -361,10 +361,9 @@ def test_the_first_of_several_images_that_cannot_be_read_is_named(big: Path, wor
 def test_a_second_preparation_of_a_study_is_refused(
     big: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mistake: Mistake
 ) -> None:
-    assert stage.LOCK_PATIENCE == 60
-    monkeypatch.setattr(stage, "LOCK_PATIENCE", 0.0)
+    monkeypatch.setattr(locks, "PATIENCE", 0.0)
     folder = tmp_path / "state/tiny/dataset"
-    with only_one(folder, "is working", 0.0):
+    with locks.only_one(folder, "is working"):
         message = mistake()
     assert message.startswith(f"another process (pid {os.getpid()} on ")
     assert f"prepares the dataset in {folder}: wait for it or stop it" in message

@@ -33,12 +33,12 @@ def test_every_official_checkpoint_has_its_published_size(name: str) -> None:
 
 def test_a_students_operations_are_the_evaluations_it_counts(tiny: Tiny) -> None:
     """n has mean 5/3 up to 2: 2 n Heun evaluations, 3 for the student, 3 and 2 for the outer jumps, 3 for DSM."""
-    student = tiny().students["ctm"]
-    assert training_operations(student, 1.0) == pytest.approx(6 * 16 * (2 * 5 / 3 + 11))
+    study = tiny()
+    assert training_operations(study, study.students["ctm"], 1.0) == pytest.approx(6 * 16 * (2 * 5 / 3 + 11))
     endpoint = tiny(
         {"students": {"cm": {}}, "student.objective": "endpoint", "student.preconditioning": "cm", "report": {}}
     )
-    assert training_operations(endpoint.students["cm"], 1.0) == 6 * 16 * 6
+    assert training_operations(endpoint, endpoint.students["cm"], 1.0) == 6 * 16 * 6
 
 
 def test_the_fit_is_a_small_part_of_a_full_size_training(capsys: pytest.CaptureFixture[str]) -> None:

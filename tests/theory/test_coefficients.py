@@ -8,12 +8,11 @@ import torch
 from tests.draws import SEED, seeded
 from torch import Tensor
 
-from consistency.theory.derivative_free import fit_without_derivatives
+from consistency.theory.derivative_free import fit_without_derivatives, gaussian_coefficients
 from consistency.theory.estimators import CoefficientFit, fit_coefficients
 from consistency.theory.noise import log_grid
 from consistency.theory.oracles import MIXTURE_1D, GaussianTeacher, MixtureTeacher, gaussian_fit, mixture_coefficients
 from consistency.theory.solver import DenoiserFn
-from consistency.theory.teacher_free import gaussian_coefficients
 
 VARIANCES = torch.tensor([0.01, 0.1, 0.25, 1.0, 2.0], dtype=torch.float64)
 GAUSSIAN = GaussianTeacher(VARIANCES)

@@ -1,7 +1,6 @@
 """Checkpoints: what was saved comes back, what is damaged or foreign is refused, a full disk costs nothing."""
 
 import json
-import os
 import pickle
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +15,6 @@ from tests.nets.small import make_denoiser
 from consistency.errors import UserError
 from consistency.nets.denoiser import Denoiser
 from consistency.training.checkpoint import (
-    copy_file,
     load_denoiser,
     load_state,
     read_metadata,
@@ -190,13 +188,3 @@ def test_a_limit_on_file_sizes_leaves_the_old_file(tmp_path: Path, write: Callab
     assert path.read_bytes() == before
     assert [entry.name for entry in path.parent.iterdir()] == [path.name]
     write(path, small)
-
-
-def test_a_copy_is_whole_or_absent(tmp_path: Path) -> None:
-    source, target = tmp_path / "source", tmp_path / "deep" / "target"
-    source.write_bytes(os.urandom(200_000))
-    with file_size_limit(100_000), pytest.raises(UserError, match="cannot write"):
-        copy_file(source, target)
-    assert list(target.parent.iterdir()) == []
-    copy_file(source, target)
-    assert target.read_bytes() == source.read_bytes()

@@ -17,6 +17,7 @@ import pytest
 import torch
 from tests.nets.small import make_denoiser
 
+from consistency import locks
 from consistency.errors import UserError
 from consistency.nets.denoiser import Denoiser
 from consistency.seeding import generator
@@ -317,7 +318,7 @@ def test_a_stop_does_not_save_a_bad_state(job: Job, tmp_path: Path) -> None:
 
 
 def test_a_second_trainer_in_the_folder_is_refused(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(files, "LOCK_PATIENCE", 0.0)
+    monkeypatch.setattr(locks, "PATIENCE", 0.0)
 
     def intrude() -> None:
         with pytest.raises(UserError, match=rf"another process \(pid {os.getpid()} on .*\) is working"):
@@ -327,7 +328,7 @@ def test_a_second_trainer_in_the_folder_is_refused(job: Job, monkeypatch: pytest
 
 
 def test_the_folder_is_free_again_after_an_error(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(files, "LOCK_PATIENCE", 0.0)
+    monkeypatch.setattr(locks, "PATIENCE", 0.0)
 
     def fail() -> None:
         raise RuntimeError("out of memory")

@@ -12,11 +12,10 @@ from torch import Tensor
 
 from consistency.errors import UserError
 from consistency.nets.denoiser import Denoiser
-from consistency.theory.derivative_free import fit_without_derivatives
+from consistency.theory.derivative_free import fit_without_derivatives, gaussian_coefficients
 from consistency.theory.generalized_ode import GeneralizedODE
 from consistency.theory.noise import log_grid
 from consistency.theory.oracles import GaussianTeacher
-from consistency.theory.teacher_free import gaussian_coefficients
 from consistency.training import own_fit
 from consistency.training.checkpoint import load_denoiser, save_denoiser
 from consistency.training.data import ImageData

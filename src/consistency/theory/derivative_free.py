@@ -11,7 +11,7 @@ of its largest error), where AP (15) and (17) take at least three, two of them w
 the exact denoiser, its l_t is still that of AP (15) and its s_t only near that of AP (17).
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -28,7 +28,6 @@ def fit_without_derivatives(
     noise: Tensor,
     times: Tensor,
     batch: int,
-    progress: Callable[[Iterable[int]], Iterable[int]] = lambda steps: steps,
 ) -> CoefficientFit:
     """Fit l_t and s_t at each time with two evaluations an image; arguments as for `fit_coefficients`.
 
@@ -37,7 +36,7 @@ def fit_without_derivatives(
     """
     moments = np.empty((len(times), 5, len(images)))
     rows = [slice(i, min(i + batch, len(images))) for i in range(0, len(images), batch)]
-    for k in progress(range(len(times))):
+    for k in range(len(times)):
         for part in rows:
             moments[k, :, part] = move_moments(denoiser(part), images[part], noise[part], times[k].item())
     require_finite(times, moments)
