@@ -262,7 +262,7 @@ def test_initial_weights_depend_on_the_seed_alone(architecture: dict[str, Any]) 
     ("architecture", "message"),
     [
         (TINY_MLP | {"network": "songnet"}, "unknown network 'songnet'; did you mean 'songunet'"),
-        (TINY_MLP | {"network": "transformer"}, "choose one of adm, mlp, songunet"),
+        (TINY_MLP | {"network": "transformer"}, "there are songunet, adm, mlp"),
         (TINY_MLP | {"widht": 8}, "unknown key 'widht' in a mlp architecture; did you mean 'width'"),
         (TINY_MLP | {"sigma": 0.5}, "did you mean 'sigma_data'"),
         ({"network": "mlp"}, "lacks img_resolution, img_channels"),

@@ -64,12 +64,6 @@ def test_drawn_levels_are_neighbours_with_these_probabilities_and_weights() -> N
     assert chisquare(torch.bincount(upper, minlength=20), 100_000 * level_probabilities(grid)).pvalue > 1e-6
 
 
-@pytest.mark.parametrize(("first", "last"), [(0, 10), (20, 10)])
-def test_an_impossible_curriculum_is_refused(first: int, last: int) -> None:
-    with pytest.raises(ValueError, match="1 <= first <= last"):
-        DoublingCurriculum(100, first=first, last=last)
-
-
 def test_ect_shrinks_by_the_published_formula() -> None:
     for stage, t in [(0, 3.0), (2, 0.7), (5, 0.01), (7, 50.0)]:
         ratio = 1 - 2.0 ** -(stage + 1) * (1 + 8 / (1 + math.exp(t)))

@@ -214,19 +214,6 @@ def test_evaluations_are_the_passes_really_made(mu: float, dsm_weight: float) ->
     assert BATCH * passes(networks.values(), run) == sum(claimed)
 
 
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"mu": 1.5}, "in \\[0, 1\\]"),
-        ({"mu": 0.5, "predictor": None}, "need a predictor"),
-        ({"dsm_weight": 1.0}, "second time"),
-    ],
-)
-def test_contradictions_are_refused(changes: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        make(**changes)
-
-
 # --- optimal transport over the whole batch, and the step in parts
 
 
