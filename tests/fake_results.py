@@ -16,12 +16,12 @@ import pandas as pd
 import torch
 from safetensors.torch import save_file
 
-from consistency.files import atomic, sha256, write_array, write_arrays, write_bytes, write_json
+from consistency.arrays import write_array, write_arrays, write_table
+from consistency.files import atomic, sha256, write_bytes, write_json
 from consistency.job import Job
 from consistency.layout import Layout
 from consistency.provenance import Card
 from consistency.stages.flows import FILES
-from consistency.stages.inputs import write_table
 from consistency.stages.samples import student_samplers
 from consistency.stages.scores import CALIBRATION_COLUMNS, COLUMNS
 from consistency.study import OfficialTeacher, Student, Study, Teacher, load_study

@@ -127,7 +127,7 @@ def test_outside_a_project_it_is_said_where_to_run() -> None:
 
 def test_an_unknown_name_gets_the_nearest() -> None:
     register(weights_pt={})
-    assert mistake(lambda: find("weigths.pt")).endswith("did you mean weights.pt?")
+    assert mistake(lambda: find("weigths.pt")).endswith("did you mean 'weights.pt'?")
     assert mistake(lambda: find("x")).endswith("there are weights.pt")
 
 
@@ -370,7 +370,7 @@ def test_the_verb_fetches_nothing_when_a_name_is_wrong(server: Server, capsys: p
     register(weights_pt={"url": server.url})
     assert cli.main(["fetch", NAME, "wieghts.pt"]) == 2
     assert capsys.readouterr().err == (
-        "error: there is no resource 'wieghts.pt' in config/resources.yaml; did you mean weights.pt?\n"
+        "error: there is no resource 'wieghts.pt' in config/resources.yaml; did you mean 'weights.pt'?\n"
     )
     assert server.requests == []
     assert cli.main(["fetch", NAME]) == 0

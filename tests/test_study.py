@@ -321,6 +321,8 @@ def test_fields_without_a_say_are_fields_and_do_not_include_the_objectives_own()
 
 
 def test_a_student_that_is_not_there_is_named_with_those_that_are(tiny: Tiny) -> None:
+    with pytest.raises(UserError, match=r"study tiny has no seed 7; its seeds are \[0\]"):
+        tiny().require("ctm", 7)
     with pytest.raises(UserError, match="study tiny has no student 'ctn'; it has ctm, analytic"):
         tiny().require("ctn", 0)
 
@@ -381,7 +383,7 @@ def test_a_file_that_cannot_be_read_says_why(tmp_path: Path) -> None:
 def test_a_missing_file_is_named_with_the_nearest_there_is(write_study: WriteStudy) -> None:
     path = write_study()
     message = mistake(path.with_name("tinny.yaml"))
-    assert message == f"no study file {path.with_name('tinny.yaml')}; did you mean {path}?"
+    assert message == f"no study file {path.with_name('tinny.yaml')}; did you mean {path.name!r}?"
     assert "did you mean" not in mistake(path.parent / "nowhere" / "tiny.yaml")
 
 

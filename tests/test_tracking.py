@@ -18,11 +18,11 @@ from tests.tracking.comparison import by_name, planned_points, points_of, runs_o
 from tests.tracking.servers import free_port
 from tests.tracking.trainings import history_of
 
+from consistency.arrays import write_table
 from consistency.errors import UserError
 from consistency.files import read_json
 from consistency.job import Job
 from consistency.layout import Layout
-from consistency.stages.inputs import write_table
 from consistency.stages.scores import COLUMNS
 from consistency.study import Study
 from consistency.tracking import server as tracking
@@ -321,7 +321,7 @@ def test_missing_results_name_the_verb(small_project: Study, missing: str, verb:
 def test_stale_results_are_refused(small_project: Study) -> None:
     longer = make_study(Path("studies"), "small", SMALL.replace("batch: 16", "batch: 8"))
     with pytest.raises(UserError, match=r"student\.batch: there 16, here 8"):
-        track_study(longer, LAYOUT)
+        track(longer)
 
 
 def test_a_deleted_experiment_is_not_revived_silently(small_project: Study, client: Any) -> None:

@@ -6,12 +6,10 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from consistency.errors import UserError
 
@@ -49,18 +47,6 @@ def write_bytes(path: Path, content: bytes) -> None:
 def write_json(path: Path, content: Any) -> None:
     """Write JSON atomically, readable and with sorted keys."""
     write_bytes(path, (json.dumps(content, indent=2, sort_keys=True) + "\n").encode())
-
-
-def write_array(path: Path, array: np.ndarray[Any, Any]) -> None:
-    """Write a .npy file atomically."""
-    with atomic(path) as temporary, temporary.open("wb") as file:  # np.save would append .npy to a temporary name
-        np.save(file, array)
-
-
-def write_arrays(path: Path, arrays: Mapping[str, np.ndarray[Any, Any]]) -> None:
-    """Write a .npz file atomically."""
-    with atomic(path) as temporary, temporary.open("wb") as file:
-        np.savez(file, **arrays)  # type: ignore[arg-type]
 
 
 def made(path: Path, verb: str) -> Path:

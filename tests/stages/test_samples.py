@@ -342,7 +342,7 @@ def count(module, _):
 
 torch.nn.modules.module.register_module_forward_pre_hook(count)
 study = load_study(folder / "tiny.yaml")
-make_samples(study, Layout("tiny", folder / "results", folder / "state"), None, None, torch.device("cpu"), ranks)
+make_samples(Job(study, Layout("tiny", folder / "results", folder / "state")), torch.device("cpu"), ranks)
 leave()
 print("evaluations", seen)
 """
@@ -374,4 +374,4 @@ def test_a_killed_sampling_and_a_shared_one_have_the_same_bits(
     # 8 batches are left: 4 a process.
     assert said == ["evaluations 28\n"] * 2
     assert drawn(results) == expected
-    read_card(Job(study, results).samples, study, "samples")
+    read_card(Job(study, results), "samples")

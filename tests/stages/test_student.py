@@ -117,11 +117,6 @@ def test_labels_are_given_to_conditional_students_alone(
     assert labels is None or labels.shape == (16,)
 
 
-def test_a_seed_the_study_has_not_is_refused(tiny: Tiny, first_results: Layout) -> None:
-    with pytest.raises(UserError, match=r"study tiny has no seed 7; its seeds are \[0\]"):
-        stage.make_student(Job(tiny(), first_results, "ctm", 7), CPU)
-
-
 def test_coefficients_of_other_settings_are_refused(tiny: Tiny, first_results: Layout) -> None:
     study = tiny({"coefficients.times": 17})
     with pytest.raises(UserError, match=r"made by study 'tiny' with other settings \(coefficients.times: there 16"):

@@ -101,7 +101,7 @@ def test_a_training_does_not_notice_its_server(
         disturbed = train_in(tmp_path / "disturbed", tiny(), first_results)
         assert states == [random.getstate(), np.random.get_state()[1].tobytes()]  # noqa: NPY002
     assert result(disturbed) == result(undisturbed)
-    assert not disturbed.training_state("analytic", 0).exists()
+    assert not disturbed.state.exists()
     assert waited[0] < GRACE + 1
     lines = [line for line in capfd.readouterr().err.splitlines() if "live tracking" in line]
     if server:

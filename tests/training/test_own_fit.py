@@ -135,7 +135,7 @@ def test_the_fit_of_an_exact_denoiser_is_the_closed_form() -> None:
 def refits(student: Denoiser, average: Denoiser) -> Refits:
     images, noise = draws(256)
     fitted = {"images": images, "labels": None, "noise": noise, "times": TIMES, "batch": 100}
-    return Refits(lambda step: step // 10, student, [average], **fitted, precision=torch.float64, ranks=Ranks())
+    return Refits(lambda step: step // 10, student, [average], **fitted, ranks=Ranks())
 
 
 def test_it_is_fitted_again_where_a_stage_begins_and_nowhere_else() -> None:

@@ -6,8 +6,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from consistency.arrays import write_arrays
 from consistency.errors import UserError
-from consistency.files import write_arrays
 from consistency.job import Job
 from consistency.progress import track
 from consistency.provenance import Card

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
-from consistency.files import atomic, sha256, write_array, write_json
+from consistency.arrays import write_array
+from consistency.files import atomic, sha256, write_json
 from consistency.job import Job
 from consistency.locks import only_one
 from consistency.progress import Progress

@@ -5,16 +5,17 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from consistency.arrays import read_array, read_arrays, write_array, write_arrays
 from consistency.errors import UserError
 from consistency.features import Extractor, Statistics, classifier_extractor, inception_extractor
-from consistency.files import made, write_array, write_arrays, write_with
+from consistency.files import made, write_with
 from consistency.job import Job
 from consistency.nets.classifier import Classifier
 from consistency.progress import Progress
 from consistency.provenance import Card, read_card
 from consistency.resources import INCEPTION, downloads, open_resource
 from consistency.seeding import derived_seed, generator
-from consistency.stages.inputs import read_array, read_arrays, read_dataset
+from consistency.stages.inputs import read_dataset
 from consistency.study import Study
 from consistency.training.data import ImageData
 

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from consistency.files import write_arrays
+from consistency.arrays import write_arrays, write_table
 from consistency.job import Job
 from consistency.progress import Progress
 from consistency.provenance import Card
@@ -23,7 +23,6 @@ from consistency.stages.inputs import (
     read_student,
     read_teacher,
     time_grid,
-    write_table,
 )
 from consistency.stages.samples import prepared
 from consistency.stages.trainer import Machine

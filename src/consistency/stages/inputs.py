@@ -2,13 +2,13 @@
 
 from pathlib import Path
 from typing import Any
-from zipfile import BadZipFile
 
 import numpy as np
 import torch
 
+from consistency.arrays import read_arrays
 from consistency.errors import UserError
-from consistency.files import atomic, made
+from consistency.files import made
 from consistency.job import Job
 from consistency.nets.denoiser import Denoiser
 from consistency.provenance import read_card
@@ -70,37 +70,6 @@ def read_student(job: Job, device: torch.device, rate: float | None = None, step
     """A student (EMA weights; rate: a further EMA rate; step: a snapshot, None for the end of training), frozen."""
     path = made(job.weights(rate, step), f"student{job.options}")
     return load_denoiser(path, job.key("student"))[0].to(device)
-
-
-def read_array(path: Path, verb: str) -> np.ndarray[Any, Any]:
-    """A memory-mapped .npy file. Raises UserError, naming the verb that makes it, when it is missing or damaged."""
-    try:
-        array: np.ndarray[Any, Any] = np.load(made(path, verb), mmap_mode="r")
-    except (OSError, ValueError, EOFError) as error:
-        raise UserError(f"{path} is damaged ({error}): run `{verb}` again") from None
-    return array
-
-
-def write_table(path: Path, rows: list[dict[str, Any]], columns: list[str]) -> None:
-    """Write rows as CSV atomically; a value that a row has not is an empty cell."""
-    import pandas as pd  # most stages write no table
-
-    table = pd.DataFrame(rows, columns=columns)
-    table = table.astype({"seed": "Int64"}) if "seed" in columns else table
-    with atomic(path) as temporary:
-        table.to_csv(temporary, index=False)
-
-
-def read_arrays(path: Path, verb: str, *names: str) -> dict[str, np.ndarray[Any, Any]]:
-    """The arrays of a .npz file, those of these names among them. Raises UserError as `read_array` does."""
-    try:
-        with np.load(made(path, verb)) as arrays:
-            found = dict(arrays)
-        if missing := set(names) - found.keys():
-            raise ValueError(f"it has no array {min(missing)}")
-    except (OSError, ValueError, EOFError, BadZipFile) as error:
-        raise UserError(f"{path} is damaged ({error}): run `{verb}` again") from None
-    return found
 
 
 def read_coefficients(job: Job) -> dict[str, np.ndarray[Any, Any]]:

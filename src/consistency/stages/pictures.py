@@ -9,11 +9,12 @@ import torch
 from matplotlib.figure import Figure
 
 from consistency import figures
+from consistency.arrays import read_array, read_arrays
 from consistency.files import made
 from consistency.job import Job
 from consistency.layout import sampler_name
 from consistency.stages.flows import PLANE_BATCH, TOYS
-from consistency.stages.inputs import read_array, read_arrays, read_coefficients, read_dataset
+from consistency.stages.inputs import read_coefficients, read_dataset
 from consistency.stages.results import Results
 from consistency.study import Flows, Study
 from consistency.theory.generalized_ode import GeneralizedODE

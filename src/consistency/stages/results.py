@@ -55,8 +55,12 @@ class Results:
 
 
 def read_results(job: Job) -> Results:
-    """Raises UserError when a score table is missing or belongs to other settings."""
-    study, scores = job.study, read_scores(job)
+    """Read all score tables of the study, the calibration first.
+
+    Raises UserError, naming the verb, for one that is missing, damaged or of other settings.
+    """
+    study = job.study
+    scores = pd.concat([_table(each) for each in (job.of(), *job.trainings)], ignore_index=True)
     main = of_main_rate(scores, {run: student.ema_rate for run, student in study.students.items()})
     against, nfes = baselines(study), study.scores.curve_nfe
     found = speed_ups(main, against, nfes, study.report.bootstrap)
@@ -66,14 +70,6 @@ def read_results(job: Job) -> Results:
 def records(table: pd.DataFrame) -> list[dict[str, Any]]:
     """A table's rows."""
     return [{str(name): value for name, value in row.items()} for row in table.to_dict("records")]
-
-
-def read_scores(job: Job) -> pd.DataFrame:
-    """All score tables of the study, the calibration first.
-
-    Raises UserError, naming the verb, for one that is missing, damaged or of other settings.
-    """
-    return pd.concat([_table(each) for each in (job.of(), *job.trainings)], ignore_index=True)
 
 
 def _table(job: Job) -> pd.DataFrame:

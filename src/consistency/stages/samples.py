@@ -12,8 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from consistency.arrays import write_array
 from consistency.errors import UserError
-from consistency.files import link_file, made, sha256, write_array
+from consistency.files import link_file, made, sha256
 from consistency.job import Job
 from consistency.layout import sampler_name
 from consistency.locks import only_one

@@ -8,9 +8,10 @@ from typing import Any
 import numpy as np
 import torch
 
+from consistency.arrays import read_array, write_array, write_table
 from consistency.errors import UserError
 from consistency.features import Statistics, frechet_distance, kernel_distance
-from consistency.files import write_array, write_json
+from consistency.files import write_json
 from consistency.job import Job
 from consistency.nets.denoiser import Denoiser
 from consistency.progress import Progress
@@ -18,15 +19,7 @@ from consistency.provenance import Card, read_card
 from consistency.resources import downloads
 from consistency.seeding import generator
 from consistency.stages.extractor import open_extractor, read_data_statistics
-from consistency.stages.inputs import (
-    preconditioning_of,
-    read_array,
-    read_dataset,
-    read_ode,
-    read_student,
-    read_teacher,
-    write_table,
-)
+from consistency.stages.inputs import preconditioning_of, read_dataset, read_ode, read_student, read_teacher
 from consistency.stages.samples import StudentSampler, draw, heun_sampler, jump_sampler, prepared, student_samplers
 from consistency.study import Study
 from consistency.theory.generalized_ode import GeneralizedODE
