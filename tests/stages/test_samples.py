@@ -320,6 +320,7 @@ PROCESS = """
 import os, signal, sys
 from pathlib import Path
 import torch, torch.distributed as dist
+from consistency.job import Job
 from consistency.layout import Layout
 from consistency.stages import parts
 from consistency.stages.samples import make_samples
