@@ -18,6 +18,8 @@ from itertools import count
 import torch
 from torch import Tensor
 
+from consistency.job import Job
+from consistency.layout import Layout
 from consistency.nets.denoiser import Denoiser, init_denoiser, student_from_teacher
 from consistency.nets.official import official_architecture
 from consistency.provenance import hardware
@@ -105,11 +107,12 @@ def main() -> None:
 
     student = student_from_teacher(teacher, dropout=0.0, seed=0).to(device).eval().requires_grad_(False)
     name = next(run for run, student in study.students.items() if student.objective == "trajectory")
+    job = Job(study, Layout(study.name), name)
     noise = ImageNoise(range(batch), tuple(x.shape[1:]), teacher.label_dim)
     preconditioning = build_preconditioning("ctm", teacher.sigma_data)
     with torch.inference_mode():
         for nfe in (1, 2, 5):
-            sampler = jump_sampler(study, name, student, preconditioning, nfe)
+            sampler = jump_sampler(job, student, preconditioning, nfe)
             rows.append(
                 (f"sampling, student, NFE {nfe}", batch, seconds(lambda s=sampler: s(noise), args.repeat, device))
             )
