@@ -61,6 +61,19 @@ def test_comments_docstrings_and_layout_change_nothing(package: Path, here: dict
     assert digests(package) == here
 
 
+def test_a_definition_may_move_to_another_module_and_may_not_change(package: Path, here: dict[str, str]) -> None:
+    ema, noise, teacher = (package / name for name in ("training/ema.py", "theory/noise.py", "stages/teacher.py"))
+    before, rate, after = re.split(r"(?ms)^(def half_life_rate.*?)(?=^def )", ema.read_text())
+    ema.write_text(before + after)
+    noise.write_text(noise.read_text() + "\n\n" + rate)
+    old, new = "import Ema, half_life_rate\n", "import Ema\nfrom consistency.theory.noise import half_life_rate\n"
+    assert old in teacher.read_text()
+    teacher.write_text(teacher.read_text().replace(old, new))
+    assert digests(package) == here
+    noise.write_text(noise.read_text().replace("0.5 ** (batch", "0.25 ** (batch"))
+    assert {stage for stage, digest in digests(package).items() if digest != here[stage]} == {"teacher"}
+
+
 @pytest.mark.parametrize(
     ("name", "old", "new", "expected"),
     [

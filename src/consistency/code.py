@@ -68,10 +68,10 @@ def code_digest(stage: str, source: Path = SOURCE) -> str:
 
     Raises KeyError for another word.
     """
-    digest, definitions = hashlib.sha256(), reached(stage, source)
-    for module, name in sorted(definitions):
-        for statement in parse(source, module).defined[name]:
-            digest.update(f"{module} {name} {_text(statement)}\n".encode())
+    definitions = reached(stage, source)
+    # Without the modules' names: a definition that moves to another module is the same code.
+    texts = sorted(_text(each) for module, name in definitions for each in parse(source, module).defined[name])
+    digest = hashlib.sha256("\n".join(texts).encode())
     patterns = [pattern for module, pattern in TEMPLATES.items() if (module, "") in definitions]
     for path in sorted(path for pattern in patterns for path in source.glob(pattern)):
         digest.update(f"{path.name} {hashlib.sha256(path.read_bytes()).hexdigest()}\n".encode())
@@ -176,5 +176,7 @@ _text = cache(_said)
 
 
 def _is_remark(node: Any) -> bool:
-    """Whether it is a constant that nobody reads, such as a docstring."""
+    """Whether it says nothing of what is computed: a docstring, or where a definition of this package stands."""
+    if isinstance(node, ast.ImportFrom):
+        return (node.module or "").split(".")[0] == PACKAGE
     return isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
