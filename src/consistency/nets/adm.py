@@ -91,7 +91,7 @@ class DhariwalUNet(ConditionedNetwork):
         if augment is not None:
             emb = emb + self.map_augment(augment.to(emb.dtype))
         emb = layer1(F.silu(layer0(emb)))
-        return F.silu(emb if labels is None else emb + self.map_label(labels))
+        return F.silu(emb if labels is None else emb + labels)
 
     def body(self, x: Tensor, emb: Tensor, emb_s: Tensor | None) -> Tensor:
         skips: list[Tensor] = []

@@ -300,15 +300,18 @@ class ConditionedNetwork(nn.Module):
     """What all networks share: the conditions are embedded for the time t and, with second_time, through layers of its
     own, for s; then `body` maps the image. A subclass builds map_noise, map_layer0, ... and joins them."""
 
+    map_label: nn.Module
     map_layer0: nn.Module
     map_layer1: nn.Module
     map_layer0_s: nn.Module
     map_layer1_s: nn.Module
 
-    def __init__(self, label_dim: int, augment_dim: int, label_dropout: float, second_time: bool) -> None:
+    def __init__(
+        self, label_dim: int, augment_dim: int, label_dropout: float, second_time: bool, label_scale: float = 1.0
+    ) -> None:
         super().__init__()
         self.label_dim, self.augment_dim, self.second_time = label_dim, augment_dim, second_time
-        self.label_dropout = label_dropout
+        self.label_dropout, self.label_scale = label_dropout, label_scale
 
     def forward(
         self,
@@ -318,12 +321,11 @@ class ConditionedNetwork(nn.Module):
         augment_labels: Tensor | None = None,
         second_noise_labels: Tensor | None = None,
     ) -> Tensor:
-        labels = self._labels(class_labels, noise_labels) if self.label_dim else None
+        vectors = self._labels(class_labels, noise_labels) * self.label_scale
+        labels = self.map_label(vectors) if self.label_dim else None  # once, for t and s
         emb = self.embed(noise_labels, labels, augment_labels, self.map_layer0, self.map_layer1)
-        emb_s = None
-        if self.second_time:
-            second = noise_labels if second_noise_labels is None else second_noise_labels
-            emb_s = self.embed(second, labels, None, self.map_layer0_s, self.map_layer1_s)
+        second = noise_labels if second_noise_labels is None else second_noise_labels
+        emb_s = self.embed(second, labels, None, self.map_layer0_s, self.map_layer1_s) if self.second_time else None
         return self.body(x, emb, emb_s)
 
     def _labels(self, class_labels: Tensor | None, like: Tensor) -> Tensor:
@@ -335,7 +337,7 @@ class ConditionedNetwork(nn.Module):
     def embed(
         self, noise: Tensor, labels: Tensor | None, augment: Tensor | None, layer0: nn.Module, layer1: nn.Module
     ) -> Tensor:
-        """The embedding [N or 1, emb_channels] of a time and the conditions."""
+        """The embedding [N or 1, emb_channels] of a time, the labels' embedding and the augmentation."""
         raise NotImplementedError
 
     def body(self, x: Tensor, emb: Tensor, emb_s: Tensor | None) -> Tensor:

@@ -41,7 +41,7 @@ class MLP(ConditionedNetwork):
         dropout: float = 0.0,
         second_time: bool = False,
     ) -> None:
-        super().__init__(label_dim, 0, 0.0, second_time)
+        super().__init__(label_dim, 0, 0.0, second_time, math.sqrt(label_dim))
         pixels, emb_channels = img_resolution**2, 2 * embedding
         self.depth, self.num_freqs = depth, half_channels(embedding)
 
@@ -66,8 +66,7 @@ class MLP(ConditionedNetwork):
         freqs = _LOWEST_FREQUENCY * (_HIGHEST_FREQUENCY / _LOWEST_FREQUENCY) ** (index / (self.num_freqs - 1))
         phase = torch.outer(noise, freqs)
         emb = torch.cat([phase.sin(), phase.cos()], dim=1)
-        if labels is not None:
-            emb = emb + self.map_label(labels * math.sqrt(self.label_dim))
+        emb = emb if labels is None else emb + labels
         return F.silu(layer1(F.silu(layer0(emb))))
 
     def body(self, x: Tensor, emb: Tensor, emb_s: Tensor | None) -> Tensor:

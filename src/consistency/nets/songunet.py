@@ -73,7 +73,7 @@ class SongUNet(ConditionedNetwork):
         resample_filter: Sequence[float] = (1, 1),
         second_time: bool = False,
     ) -> None:
-        super().__init__(label_dim, augment_dim, label_dropout, second_time)
+        super().__init__(label_dim, augment_dim, label_dropout, second_time, math.sqrt(label_dim))
         _check_choices(embedding_type=embedding_type, encoder_type=encoder_type, decoder_type=decoder_type)
         levels = levels_of(img_resolution, model_channels, channel_mult, attn_resolutions, num_blocks, dropout)
         emb_channels = model_channels * channel_mult_emb
@@ -117,8 +117,7 @@ class SongUNet(ConditionedNetwork):
     ) -> Tensor:
         cos, sin = self.map_noise(noise).chunk(2, dim=1)
         emb = torch.cat([sin, cos], dim=1)  # the published weights expect sines first
-        if labels is not None:
-            emb = emb + self.map_label(labels * math.sqrt(self.label_dim))
+        emb = emb if labels is None else emb + labels
         if augment is not None:
             emb = emb + self.map_augment(augment.to(emb.dtype))
         return F.silu(layer1(F.silu(layer0(emb))))
