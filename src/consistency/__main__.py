@@ -30,8 +30,8 @@ class Option:
 
 @dataclass(frozen=True)
 class Verb:
-    """A command. function: "module:name", imported when it runs (--help must not wait for torch); it is called with the
-    parsed arguments that its parameters name, and may return an exit code."""
+    """A command. function: "module:name", imported when it runs, so that --help does not wait for torch. It is called
+    with the parsed arguments that its parameters name and may return an exit code."""
 
     help: str
     function: str
@@ -39,7 +39,7 @@ class Verb:
 
     @property
     def computes(self) -> bool:
-        """Whether it uses the device."""
+        """True if the verb uses the device."""
         return DEVICE in self.options
 
     def run(self, args: Arguments) -> int:
@@ -146,7 +146,7 @@ VERBS = {
     "reference": Verb("write the field reference of a study", "reference:write_reference"),
 }
 
-# The exit code of a verb whose time was over and whose state is saved.
+# Exit code of a verb that reached its time limit and saved its state.
 _OUT_OF_TIME = 128 + signal.SIGALRM
 
 
@@ -182,12 +182,12 @@ def main(words: list[str] | None = None) -> int:
 
 
 def _job_minutes(args: Arguments) -> float | None:
-    """The time limit of the Slurm job, for a verb that can go on later."""
+    """Return the Slurm job's time limit in minutes for a resumable verb, else None."""
     return getattr(args, "job_minutes", None) if slurm_job.in_job() else None
 
 
 def _ask_for_more(code: int) -> None:
-    # Slurm ends this process too, while it leaves by itself.
+    # Slurm signals this process too, which is exiting already.
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     refused = slurm_job.requeue()
     if refused:
@@ -197,8 +197,8 @@ def _ask_for_more(code: int) -> None:
 
 
 def _as_worker(args: Arguments) -> int:
-    """The verb in one of several processes. One that fails ends at once: leaving the group would wait for the others,
-    which wait for it; torchrun then stops them."""
+    """Run the verb in one of several processes. A failing process exits at once: leaving the group would wait for the
+    others, which wait for it. torchrun then stops them."""
     code: int | str | None = 1
     try:
         code = _run(args)
@@ -217,7 +217,7 @@ def _as_worker(args: Arguments) -> int:
 
 
 def _run(args: Arguments) -> int:
-    """Run the verb; every error that is foreseen becomes one line and an exit code."""
+    """Run the verb. Every expected error becomes one line and an exit code."""
     try:
         verb = VERBS[args.verb]
         if STUDY in verb.options:
@@ -227,7 +227,7 @@ def _run(args: Arguments) -> int:
             processes, nodes = _shares(args)
             if nodes > 1 and not launch.is_task():
                 return launch.run_on_nodes(nodes, args.words)
-            if args.device in ("auto", "cuda") and not launch.is_worker():  # whose GPUs its node has taken
+            if args.device in ("auto", "cuda") and not launch.is_worker():  # its node has claimed the GPUs
                 launch.claim_gpus(processes)
             if (processes > 1 or nodes > 1) and not launch.is_worker():
                 return launch.run_processes(processes, args.words)
@@ -243,7 +243,7 @@ def _run(args: Arguments) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except Exception as error:
-        # Interrupted lives beside torch, which is not imported for the error of a verb that never used it.
+        # Interrupted is defined beside torch, which is not imported for the error of a verb without it.
         signum = getattr(error, "signum", None)
         if signum is None:
             raise
@@ -252,7 +252,7 @@ def _run(args: Arguments) -> int:
 
 
 def _job_of(args: Arguments) -> Any:
-    """The Job of the study, and of the student of --run and --seed, which go together and are the study's."""
+    """Return the study's Job; --run and --seed, given together, name one of its students."""
     from consistency.job import Job
     from consistency.layout import Layout
     from consistency.study import load_study
@@ -266,18 +266,18 @@ def _job_of(args: Arguments) -> Any:
 
 
 def _terminated(signum: int, frame: FrameType | None) -> None:
-    """SIGTERM unwinds like any error, so that temporary files are removed; a training saves its state instead."""
+    """Exit on SIGTERM as on any error, so that temporary files are removed; a training saves its state instead."""
     sys.exit(128 + signum)
 
 
 def _too_late(signum: int, frame: FrameType | None) -> None:
-    """The time is over and there is nothing to save: yet, or at all in a verb that does not train or draw."""
+    """Exit at the time limit if there is no state to save: not yet, or never for verbs that do not train or draw."""
     print("error: the time was over before there was anything to go on from: give the job more", file=sys.stderr)
     sys.exit(2)
 
 
 def _shares(args: Arguments) -> tuple[int, int]:
-    """Check the options of computing verbs. Returns the processes of a node, and the nodes."""
+    """Check the options of computing verbs. Returns the processes per node and the number of nodes."""
     for option in ("threads", "time_limit", "nodes", "job_minutes"):
         if getattr(args, option, None) is not None and getattr(args, option) <= 0:
             raise UserError(f"--{option.replace('_', '-')} must be positive, got {getattr(args, option):g}")
@@ -289,7 +289,7 @@ def _shares(args: Arguments) -> tuple[int, int]:
 
 
 def _prepare(args: Arguments) -> None:
-    """Device and threads. One thread by default: the number of threads is part of what decides the last bit."""
+    """Set up device and threads. The default is one thread: the number of threads affects the last bit of a result."""
     limits = [args.time_limit, None if _job_minutes(args) is None else slurm_job.working_minutes(args.job_minutes)]
     if minutes := min((limit for limit in limits if limit is not None), default=None):
         signal.setitimer(signal.ITIMER_REAL, 60 * minutes)
@@ -303,7 +303,7 @@ def _prepare(args: Arguments) -> None:
     torch.set_num_threads(args.threads)
     torch.backends.cuda.matmul.allow_tf32 = False
     torch.backends.cudnn.benchmark = True
-    # float32 means float32, but for LPIPS beside networks in lower precision, where TF32 is a third of the step's time.
+    # float32 excludes TF32, except for LPIPS beside lower-precision networks, where it is a third of the step's time.
     low = args.verb == "student" and args.job.student.precision != "float32"
     torch.backends.cudnn.allow_tf32 = low
     if launch.is_worker() and args.device in ("auto", "cuda") and torch.cuda.is_available():

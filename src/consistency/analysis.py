@@ -1,7 +1,7 @@
-"""Numbers of the report from score tables: means with intervals over seeds, and speed-ups. No file, no figure.
+"""Numbers of the report from score tables: means with intervals over seeds, and speed-ups. No files, no figures.
 
 A score table has the columns study, kind, run, seed, ema, step, sampler, nfe, fd, kid, alignment, images, extractor.
-All comparisons are of one EMA rate a student, the main one.
+All comparisons use one EMA rate per student, the main one.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,7 +14,7 @@ from scipy import stats
 Array = np.ndarray
 
 MEASURES = ("fd", "kid", "alignment")
-#: what a student is meant to be sampled with; others are named gamma=...
+#: students' own samplers; others are named gamma=...
 OWN_SAMPLERS = ("jumps", "multistep")
 
 
@@ -28,12 +28,12 @@ def mean_interval(values: Array, level: float = 0.95) -> tuple[float, float]:
 
 
 def of_main_rate(scores: pd.DataFrame, rates: Mapping[str, float]) -> pd.DataFrame:
-    """The rows of each student's main EMA rate (run -> rate), and those that are no student's."""
+    """Return the rows of each student's main EMA rate (run -> rate) and the rows without a student."""
     return scores[scores.ema.isna() | (scores.ema == scores.run.map(rates))]
 
 
 def ema_table(scores: pd.DataFrame) -> pd.DataFrame:
-    """One row a student, number of jumps and EMA rate at the end of training, as in `final_table`; its own sampler."""
+    """Return one row per student, number of jumps and final EMA rate, as in `final_table`; own samplers only."""
     own = scores[scores.sampler.isin(OWN_SAMPLERS) & (scores.kind == "final")]
     tables = [final_table(rows).assign(ema=rate) for rate, rows in own.groupby("ema", sort=False)]
     order = {run: k for k, run in enumerate(dict.fromkeys(own.run))}
@@ -42,7 +42,7 @@ def ema_table(scores: pd.DataFrame) -> pd.DataFrame:
 
 
 def final_table(scores: pd.DataFrame) -> pd.DataFrame:
-    """One row a student and sampler at the end of training: mean, half-width and number of seeds of each measure."""
+    """Return one row per student and sampler at the end of training: mean, half-width and seed count per measure."""
     rows = []
     final = scores[scores.kind == "final"]
     for (run, sampler, nfe), group in final.groupby(["run", "sampler", "nfe"], sort=False):
@@ -62,9 +62,9 @@ def final_table(scores: pd.DataFrame) -> pd.DataFrame:
 
 
 def step_costs(histories: Mapping[str, Sequence[pd.DataFrame]]) -> pd.DataFrame:
-    """One row a student: seconds a step in each timed part, mean over its trainings, and the largest peak memory, MiB.
+    """Return one row per student: seconds per step in each timed part, mean over its trainings, and largest peak MiB.
 
-    Empty where no training was timed.
+    Empty if no training was timed.
     """
     rows = []
     for run, tables in histories.items():
@@ -87,7 +87,7 @@ class Curves:
 
 
 def curves_of(scores: pd.DataFrame, run: str, nfe: int, measure: str) -> Curves | None:
-    """The curves of a student at a number of jumps, or None where the measure was not taken."""
+    """Return the curves of a student at a number of jumps, or None if the measure was not taken."""
     rows = scores[(scores.kind == "curve") & (scores.run == run) & (scores.nfe == nfe)]
     wide = rows.pivot(index="seed", columns="step", values=measure).dropna()
     if wide.empty:
@@ -97,16 +97,16 @@ def curves_of(scores: pd.DataFrame, run: str, nfe: int, measure: str) -> Curves 
 
 @dataclass(frozen=True)
 class Reached:
-    """Iterations to a score. bound: '' where they are known, '<' before the first snapshot, '>' never."""
+    """Iterations to a score. bound: '' if they are known, '<' before the first snapshot, '>' never."""
 
     steps: float
     bound: str
 
 
 def iterations_to(steps: Array, values: Array, target: float) -> Reached:
-    """When the best value so far of a curve first is at most target, linear between snapshots.
+    """Return the first iteration at which the best value so far is at most target, linear between snapshots.
 
-    steps, values: [P]. A curve that has it before training counts as the first snapshot after that, bound '<'.
+    steps, values: [P]. A target reached before training counts as reached at the next snapshot, bound '<'.
     """
     best = np.minimum.accumulate(values)
     there = np.flatnonzero(best <= target)
@@ -121,10 +121,10 @@ def iterations_to(steps: Array, values: Array, target: float) -> Reached:
 
 @dataclass(frozen=True)
 class SpeedUp:
-    """How many times fewer iterations than the baseline. bound: '' known, '>' at least, '<' at most this, '?' none.
+    """Baseline's iterations over the student's. bound: '' known, '>' at least, '<' at most, '?' undefined.
 
-    low, high: 95 % bootstrap interval over seeds; NaN with one seed. low is 0 where a resample does not reach the
-    target, high is infinite where one has it before training.
+    low, high: 95 % bootstrap interval over seeds; NaN with one seed. low is 0 if a resample does not reach the target,
+    high is infinite if one has reached it before training.
     """
 
     run: str
@@ -142,35 +142,34 @@ class SpeedUp:
 
 
 def speed_up(baseline: Curves, student: Curves) -> tuple[float, str, float, float, float]:
-    """(speed-up, bound, target, the baseline's iterations, the student's).
+    """Return (speed-up, bound, target, the baseline's iterations, the student's).
 
-    The target is the last point of the baseline's mean curve over seeds. Its minimum would be the luckiest of many
-    noisy points: two equal students would then miss it more often than not. Both sides' iterations are those to the
-    target on the best-so-far of their mean curves, so a baseline that improves has exactly 1 against itself.
+    The target is the last point of the baseline's mean curve over seeds. The minimum would be the luckiest of many
+    noisy points, which an equal student would miss more often than not. Iterations are counted on the best-so-far of
+    the mean curves, so an improving baseline has exactly 1 against itself.
     """
     mean_baseline, mean_student = baseline.values.mean(0), student.values.mean(0)
     target = float(mean_baseline[-1])
     own = iterations_to(baseline.steps, mean_baseline, target)
     other = iterations_to(student.steps, mean_student, target)
-    # A baseline that has its final score before training did not improve: there is nothing to be faster at.
+    # A baseline that has its final score before training did not improve: the speed-up is undefined.
     bound = "?" if own.bound else {"": "", "<": ">", ">": "<"}[other.bound]
     value = float("nan") if bound == "?" else own.steps / other.steps
     return value, bound, target, own.steps, other.steps
 
 
 def _of_shared_seeds(baseline: Curves, student: Curves) -> tuple[Curves, Curves]:
-    """Reduce both to the seeds that they share, in the order of the baseline's."""
+    """Restrict both to their shared seeds, in the order of the baseline's."""
     shared = [seed for seed in baseline.seeds if seed in student.seeds]
     first, second = (Curves(c.steps, c.values[[c.seeds.index(s) for s in shared]], shared) for c in (baseline, student))
     return first, second
 
 
 def bootstrap(baseline: Curves, student: Curves, resamples: int) -> tuple[float, float]:
-    """95 % percentile interval of the speed-up over resampled seeds; NaN with one seed.
+    """Return the 95 % percentile interval of the speed-up over resampled seeds; NaN with one seed.
 
-    Seeds are paired, because students of one seed see the same images, noise and times. A resample with a bound
-    counts as all that the bound leaves open: from 0 where the target is not reached, to infinity where it is there
-    before training.
+    Seeds are paired, because students of one seed see the same images, noise and times. A resample with a bound counts
+    with its whole range: from 0 if the target is not reached, to infinity if it is reached before training.
     """
     first, second = _of_shared_seeds(baseline, student)
     count = len(first.seeds)
@@ -183,13 +182,13 @@ def bootstrap(baseline: Curves, student: Curves, resamples: int) -> tuple[float,
         value, bound, *_ = speed_up(*(replace(curves, values=curves.values[picked]) for curves in (first, second)))
         lows.append(value if bound in ("", ">") else 0.0)
         highs.append(value if bound in ("", "<") else float("inf"))
-    # Not linear between two resamples: half-way to infinity is no number.
+    # No interpolation between resamples: half-way to infinity is undefined.
     low, high = np.percentile(lows, 2.5, method="lower"), np.percentile(highs, 97.5, method="higher")
     return float(low), float(high)
 
 
 def speed_ups(scores: pd.DataFrame, baseline_of: dict[str, str], nfes: list[int], resamples: int) -> list[SpeedUp]:
-    """Every student against its baseline, as in `compared`."""
+    """Return the speed-up of every student over its baseline, as in `compared`."""
     found = []
     for place, reference, own in compared(scores, baseline_of, nfes):
         value, bound, target, reference_steps, steps = speed_up(reference, own)
@@ -201,8 +200,8 @@ def speed_ups(scores: pd.DataFrame, baseline_of: dict[str, str], nfes: list[int]
 def compared(
     scores: pd.DataFrame, baseline_of: dict[str, str], nfes: list[int]
 ) -> Iterator[tuple[tuple[str, str, str, int], Curves, Curves]]:
-    """Yield (student, baseline, measure, jumps), the baseline's curves and the student's, for FD and for the alignment
-    error, where that was measured. baseline_of: student -> baseline."""
+    """Yield (student, baseline, measure, jumps), the baseline's curves and the student's, for FD and, if measured, the
+    alignment error. baseline_of: student -> baseline."""
     for measure in ("fd", "alignment"):
         for nfe in nfes:
             for run, baseline in baseline_of.items():
@@ -213,7 +212,7 @@ def compared(
 
 @dataclass(frozen=True)
 class Paired:
-    """A student's score over its baseline's, seed by seed: the geometric mean over the second half of training.
+    """Ratio of a student's score to its baseline's, seed by seed: geometric mean over the second half of training.
 
     ratio: below 1 is better than the baseline; low, high: its 95 % t interval over seeds, NaN with one seed.
     """
@@ -229,10 +228,10 @@ class Paired:
 
 
 def paired_ratio(baseline: Curves, student: Curves) -> tuple[float, float, float, int]:
-    """(ratio, low, high, seeds) of `Paired`.
+    """Return (ratio, low, high, seeds) of `Paired`.
 
-    Students of one seed see the same images, noise and times, so most of what moves their curves is common to both and
-    leaves the ratio: it shows differences that are far below the noise of either curve.
+    Students of one seed see the same images, noise and times, so most of the variation is common to both curves and
+    cancels in the ratio. It shows differences far below the noise of either curve.
     """
     first, second = _of_shared_seeds(baseline, student)
     late = baseline.steps > baseline.steps[-1] / 2
@@ -242,5 +241,5 @@ def paired_ratio(baseline: Curves, student: Curves) -> tuple[float, float, float
 
 
 def paired_ratios(scores: pd.DataFrame, baseline_of: dict[str, str], nfes: list[int]) -> list[Paired]:
-    """Every student against its baseline, as in `compared`."""
+    """Return the paired ratio of every student and its baseline, as in `compared`."""
     return [Paired(*place, *paired_ratio(first, own)) for place, first, own in compared(scores, baseline_of, nfes)]

@@ -8,16 +8,15 @@ from consistency.files import atomic, sha256
 from consistency.job import Job
 from consistency.verification import SUMS, require_consistent, result_files, stays_out
 
-# Beside the results and the study file: the environment, and the terms of the code and of official networks.
+# Added to the results and the study file: the environment, and the licences of the code and of official networks.
 _FROM_ROOT = ("requirements.lock", "LICENSE", "NOTICE")
 
 
 def make_archive(job: Job, study_file: Path, archives: Path, snapshots: bool = False) -> None:
-    """Write archives/NAME-KEY.zip and print its sha256. Arrays of images and features stay out, and so do the students'
-    snapshots unless they are wanted.
+    """Write archives/NAME-KEY.zip and print its sha256. It leaves out arrays of images and features and, by default,
+    the students' snapshots.
 
-    Raises UserError when `verify` finds anything wrong, when this is not the project's root, and when the archive
-    cannot be written.
+    Raises UserError if `verify` finds a fault, outside the project's root, and if the archive cannot be written.
     """
     study, root = job.study, job.paths.root
     members = {f"config/studies/{study.name}.yaml": study_file, **{name: Path(name) for name in _FROM_ROOT}}

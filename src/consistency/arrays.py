@@ -1,4 +1,4 @@
-"""Arrays and tables as files: written whole or not at all, read with one clear error."""
+"""Arrays and tables as files: written completely or not at all, read with one clear error."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,7 +12,7 @@ from consistency.files import atomic, made
 
 
 def read_array(path: Path, verb: str) -> np.ndarray[Any, Any]:
-    """A memory-mapped .npy file. Raises UserError, naming the verb that makes it, when it is missing or damaged."""
+    """Open a memory-mapped .npy file. Raises UserError, naming the verb that makes it, if it is missing or damaged."""
     try:
         array: np.ndarray[Any, Any] = np.load(made(path, verb), mmap_mode="r")
     except (OSError, ValueError, EOFError) as error:
@@ -21,7 +21,7 @@ def read_array(path: Path, verb: str) -> np.ndarray[Any, Any]:
 
 
 def write_table(path: Path, rows: list[dict[str, Any]], columns: list[str]) -> None:
-    """Write rows as CSV atomically; a value that a row has not is an empty cell."""
+    """Write rows as CSV atomically; a missing value is an empty cell."""
     import pandas as pd  # most stages write no table
 
     table = pd.DataFrame(rows, columns=columns)
@@ -31,7 +31,7 @@ def write_table(path: Path, rows: list[dict[str, Any]], columns: list[str]) -> N
 
 
 def read_arrays(path: Path, verb: str, *names: str) -> dict[str, np.ndarray[Any, Any]]:
-    """The arrays of a .npz file, those of these names among them. Raises UserError as `read_array` does."""
+    """Read the arrays of a .npz file, which must include these names. Raises UserError as `read_array` does."""
     try:
         with np.load(made(path, verb)) as arrays:
             found = dict(arrays)

@@ -1,8 +1,8 @@
-"""What code a stage's result depends on: a digest that changes with that code, and not with comments or wording.
+"""Digest of the code behind each stage.
 
-From a stage's entry points, every function, class and constant that it can reach by name, here or in another module of
-the package, counts; what it says in comments, docstrings and layout does not. Imported packages are not followed:
-their versions are the environment's, and stand in the cards.
+It covers every function, class and constant reachable by name from the stage's entry points within this package.
+Comments, docstrings and formatting do not change it. Imported packages are not followed: their versions belong to the
+environment and are in the cards.
 """
 
 import ast
@@ -16,7 +16,7 @@ from typing import Any
 PACKAGE = "consistency"
 SOURCE = Path(__file__).parent
 
-#: where each stage of Study.key begins; what __main__ sets for all of them decides bits too
+#: entry points of each stage of Study.key; what __main__ sets for all of them affects bits too
 ENTRIES = {
     "dataset": ["stages.dataset:make_dataset"],
     "teacher": ["stages.teacher:make_teacher", "__main__:_prepare"],
@@ -29,7 +29,7 @@ ENTRIES = {
     "report": ["stages.report:make_report"],
 }
 
-#: modules and packages that cannot change a number: how a run is started, stopped, watched, stored and recorded
+#: modules and packages that cannot change a number: starting, stopping, watching, storing and recording a run
 INERT = {
     "__init__",
     "errors",
@@ -40,23 +40,23 @@ INERT = {
     "locks",
     "progress",
     "provenance",
-    "resources",  # a file has its digest, however it came
-    "study",  # its settings are the stage's key, which is compared beside this
+    "resources",  # files are identified by their digests
+    "study",  # settings are in the stage's key, which is compared separately
     "supervision",
     "tracking",
     "training.stopwatch",
 }
 
-#: files that are code too, by the module that reads them
+#: templates that count as code, by the module that reads them
 TEMPLATES = {"stages.page": "templates/*.j2"}
 
-# A function, class or constant: (module, name). An empty name is what a module does when it is imported.
+# A function, class or constant: (module, name). An empty name stands for the effects of importing the module.
 Definition = tuple[str, str]
 
 
 @dataclass
 class Module:
-    """A module taken apart. imported: what a name of another module means here, with an empty name for the module."""
+    """A parsed module. imported: local name -> definition of another module, with an empty name for a whole module."""
 
     defined: dict[str, list[ast.stmt]] = field(default_factory=dict)
     imported: dict[str, Definition] = field(default_factory=dict)
@@ -64,12 +64,12 @@ class Module:
 
 @cache
 def code_digest(stage: str, source: Path = SOURCE) -> str:
-    """16 hex digits that name the code of a stage of Study.key; source: the package's folder.
+    """Return 16 hex digits that identify the code of a stage of Study.key; source: the package's folder.
 
-    Raises KeyError for another word.
+    Raises KeyError for an unknown stage.
     """
     definitions = reached(stage, source)
-    # Without the modules' names: a definition that moves to another module is the same code.
+    # Module names are left out: a definition that moves to another module is the same code.
     texts = sorted(_text(each) for module, name in definitions for each in parse(source, module).defined[name])
     digest = hashlib.sha256("\n".join(texts).encode())
     patterns = [pattern for module, pattern in TEMPLATES.items() if (module, "") in definitions]
@@ -80,7 +80,7 @@ def code_digest(stage: str, source: Path = SOURCE) -> str:
 
 @cache
 def reached(stage: str, source: Path = SOURCE) -> frozenset[Definition]:
-    """Every definition that a stage can reach. Raises KeyError for another word than a stage of Study.key."""
+    """Return every definition that a stage of Study.key can reach. Raises KeyError for an unknown stage."""
     found: set[Definition] = set()
     waiting: list[Definition] = [(module, name) for module, name in (entry.split(":") for entry in ENTRIES[stage])]
     while waiting:
@@ -92,13 +92,13 @@ def reached(stage: str, source: Path = SOURCE) -> frozenset[Definition]:
 
 
 def is_inert(module: str) -> bool:
-    """Whether it, or the package that it is in, cannot change a number."""
+    """Tell whether a module, or the package that contains it, cannot change a number."""
     return module in INERT or module.partition(".")[0] in INERT
 
 
 @cache
 def parse(source: Path, name: str) -> Module:
-    """The module of that dotted name within the package."""
+    """Parse the module of that dotted name within the package."""
     module = Module({"": []})
     for statement in ast.parse(_path(source, name).read_bytes()).body:
         if isinstance(statement, ast.Import | ast.ImportFrom):
@@ -118,20 +118,20 @@ def _path(source: Path, module: str) -> Path:
 
 
 def _defines(statement: ast.stmt) -> list[str]:
-    """The names that a statement of a module gives a meaning; none when it is done for its effect."""
+    """Return the names that a module's statement defines; none if it is executed for its effect."""
     if isinstance(statement, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
         return [statement.name]
     if not isinstance(statement, ast.Assign | ast.AnnAssign):
         return []
     targets = statement.targets if isinstance(statement, ast.Assign) else [statement.target]
     names = [node for target in targets for node in ast.walk(target)]
-    # An assignment to a part of something, x.y = ... or x[y] = ..., is an effect.
+    # An assignment to an attribute or item, x.y = ... or x[y] = ..., is an effect.
     plain = all(isinstance(node, ast.Name | ast.Tuple | ast.List | ast.expr_context) for node in names)
     return [node.id for node in names if isinstance(node, ast.Name)] if plain else []
 
 
 def _imports(source: Path, statement: ast.stmt) -> Iterator[tuple[str, Definition]]:
-    """(name here, definition) of what an import takes from this package."""
+    """Yield (local name, definition) for each import from this package."""
     if isinstance(statement, ast.ImportFrom) and (statement.module or "").split(".")[0] == PACKAGE:
         module = (statement.module or "").removeprefix(PACKAGE).removeprefix(".")
         for alias in statement.names:
@@ -142,7 +142,7 @@ def _imports(source: Path, statement: ast.stmt) -> Iterator[tuple[str, Definitio
 
 @cache
 def _mentioned(source: Path, name: str, definition: str) -> frozenset[Definition]:
-    """The definitions of this package that a definition of a module names."""
+    """Return the definitions of this package that a definition of a module refers to."""
     module = parse(source, name)
     nodes = [node for statement in module.defined[definition] for node in ast.walk(statement)]
     imported = dict(module.imported)
@@ -155,14 +155,15 @@ def _mentioned(source: Path, name: str, definition: str) -> frozenset[Definition
 
 
 def _whole(source: Path, module: str, name: str) -> set[Definition]:
-    """A definition, or all of a module that is named itself."""
+    """Return a definition, or all definitions of a module that is referred to as a whole."""
     if name or is_inert(module):
         return {(module, name)}
     return {(module, each) for each in parse(source, module).defined}
 
 
 def _said(node: Any) -> str:
-    """A syntax tree as text: without positions, docstrings, and what Python versions leave out or write as empty."""
+    """Return a syntax tree as text, without positions, docstrings and fields that are empty or absent by Python
+    version."""
     if isinstance(node, list):
         return f"[{','.join(_said(each) for each in node if not _is_remark(each))}]"
     if not isinstance(node, ast.AST):
@@ -171,12 +172,12 @@ def _said(node: Any) -> str:
     return f"{type(node).__name__}({','.join(f'{name}={_said(value)}' for name, value in parts)})"
 
 
-# Stages share most of what they reach.
+# Cached, because stages share most definitions.
 _text = cache(_said)
 
 
 def _is_remark(node: Any) -> bool:
-    """Whether it says nothing of what is computed: a docstring, or where a definition of this package stands."""
+    """Tell whether a node computes nothing: a docstring, or an import from this package."""
     if isinstance(node, ast.ImportFrom):
         return (node.module or "").split(".")[0] == PACKAGE
     return isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)

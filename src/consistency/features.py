@@ -16,24 +16,23 @@ Array = np.ndarray
 
 @dataclass(frozen=True)
 class Extractor:
-    """name: as the score files carry it; batch: uint8 [n, H, W, C] -> float32 [n, d]."""
+    """A feature extractor. name: as in the score files; batch: uint8 [n, H, W, C] -> float32 [n, d]."""
 
     name: str
     batch: Callable[[Array], Array]
     batch_size: int = 256
 
     def __call__(self, images: Array) -> Array:
-        """Features float32 [N, d] of uint8 images [N, H, W, C]."""
+        """Return features float32 [N, d] of uint8 images [N, H, W, C]."""
         return np.concatenate(list(self.pieces([images])))
 
     def pieces(self, chunks: Iterable[Array]) -> Iterator[Array]:
-        """Features of images that come in chunks [n, H, W, C], a batch at a time."""
+        """Yield the features of images in chunks [n, H, W, C], batch by batch."""
         return map(self.batch, regrouped(chunks, self.batch_size))
 
 
 def regrouped(chunks: Iterable[Array], size: int) -> Iterator[Array]:
-    """The rows of all chunks in copies of `size` rows, the last one shorter: what is computed of them does not depend
-    on how they came."""
+    """Yield the rows of all chunks as copies of `size` rows, the last one shorter, whatever the size of the chunks."""
     waiting: list[Array] = []
     rows = 0
     for chunk in chunks:
@@ -49,7 +48,7 @@ def regrouped(chunks: Iterable[Array], size: int) -> Iterator[Array]:
 
 
 def classifier_extractor(model: Classifier, device: torch.device) -> Extractor:
-    """The features of a trained classifier."""
+    """Return the extractor of a trained classifier's features."""
     model = model.to(device).eval()
 
     @torch.inference_mode()
@@ -60,7 +59,7 @@ def classifier_extractor(model: Classifier, device: torch.device) -> Extractor:
 
 
 def inception_extractor(weights: Path, mode: str, device: torch.device) -> Extractor:
-    """clean-fid's Inception in mode legacy_tensorflow or clean. weights: named as clean-fid has it, INCEPTION."""
+    """Return clean-fid's Inception in mode legacy_tensorflow or clean. weights: under clean-fid's name, INCEPTION."""
     from cleanfid.inception_torchscript import InceptionV3W
     from cleanfid.resize import build_resizer
 
@@ -79,7 +78,7 @@ def inception_extractor(weights: Path, mode: str, device: torch.device) -> Extra
 
 @dataclass(frozen=True)
 class Statistics:
-    """Mean [d] and covariance [d, d] in float64 of all features, and some of the features themselves [n, d] for KID."""
+    """Mean [d] and covariance [d, d] in float64 of all features, and a subset of the features [n, d] for KID."""
 
     mean: Array
     covariance: Array
@@ -87,16 +86,16 @@ class Statistics:
 
     @classmethod
     def of(cls, features: Array) -> "Statistics":
-        """Statistics of features [N, d], all of which are kept."""
+        """Return the statistics of features [N, d] and keep all of them."""
         return cls.gather([features], len(features), len(features))
 
     @classmethod
     def gather(cls, pieces: Iterable[Array], total: int, keep: int) -> "Statistics":
-        """Statistics of features that come in pieces [n, d], `total` rows in all; `keep` of them, evenly spread, are
-        kept. Memory depends on `keep` and d alone.
+        """Return the statistics of features that come in pieces [n, d], `total` rows in all, and keep `keep` evenly
+        spread rows. Memory depends on `keep` and d alone.
 
-        Sums are taken about the mean of the first rows, in float64: as good as two passes. Raises ValueError for fewer
-        than two rows, or if there are not `total`.
+        Sums are taken about the mean of the first rows, in float64: as accurate as two passes. Raises ValueError for
+        fewer than two rows, or a number of rows other than `total`.
         """
         wanted = np.arange(min(keep, total), dtype=np.int64) * total // min(keep, total)
         kept: list[Array] = []
@@ -118,11 +117,11 @@ class Statistics:
         return cls(center + first / seen, covariance, np.concatenate(kept))
 
 
-_PIECE = 1024  # rows that are multiplied at once
+_PIECE = 1024  # rows multiplied at once
 
 
 class _Rows:
-    """Features whose rows are read, and made float64, only when they are asked for."""
+    """Features whose rows are read and converted to float64 on access."""
 
     def __init__(self, features: Array) -> None:
         self._features, self.shape = features, features.shape
@@ -132,7 +131,7 @@ class _Rows:
 
 
 def frechet_distance(a: Statistics, b: Statistics) -> float:
-    """Frechet distance of two feature distributions (FID where the features are Inception's), by clean-fid."""
+    """Return the Frechet distance of two feature distributions (FID if the features are Inception's), by clean-fid."""
     from cleanfid.fid import frechet_distance
 
     with warnings.catch_warnings():
@@ -142,7 +141,7 @@ def frechet_distance(a: Statistics, b: Statistics) -> float:
 
 
 def kernel_distance(a: Statistics, b: Statistics, subsets: int, subset_size: int) -> float:
-    """KID of two feature sets (cubic kernel), by clean-fid; its subsets are the same at each call."""
+    """Return the KID of two feature sets (cubic kernel), by clean-fid; every call draws the same subsets."""
     from cleanfid.fid import kernel_distance
 
     before = np.random.get_state()  # noqa: NPY002 (clean-fid draws from numpy's global generator)

@@ -1,4 +1,4 @@
-"""The report's figures, one function each, from arrays to a matplotlib figure. Files are the report stage's matter."""
+"""The report's figures: one function each, from arrays to a matplotlib figure. The report stage writes the files."""
 
 import io
 from collections.abc import Mapping, Sequence
@@ -39,7 +39,7 @@ _LABELS = {"alignment": "alignment error (mean squared, per pixel)", "kid": "KID
 
 
 def drawn(figure: Figure, suffix: str) -> bytes:
-    """The figure as a png or svg file. It carries no date, so the same results give the same file."""
+    """Render the figure as a png or svg file. It carries no date, so equal results give equal files."""
     buffer = io.BytesIO()
     metadata = {"Date": None} if suffix == "svg" else {"Software": None}
     figure.savefig(buffer, format=suffix, metadata=metadata, dpi=130, bbox_inches="tight")
@@ -52,14 +52,14 @@ def close(figure: Figure) -> None:
 
 
 def measure_label(measure: str, extractor: str) -> str:
-    """The axis label of a measure; FD is called FID only where the features are Inception's."""
+    """Return the axis label of a measure; FD is called FID only if the features are Inception's."""
     if measure == "fd":
         return "FID" if extractor.startswith("inception") else "FD, classifier features (not FID)"
     return _LABELS[measure]
 
 
 def sample_grid(rows: Sequence[tuple[str, Array]], columns: int = 16) -> Figure:
-    """Images side by side. rows: (label, uint8 [N, H, W, C]); one column is one noise."""
+    """Draw images side by side. rows: (label, uint8 [N, H, W, C]); each column shares one noise."""
     figure, axis = plt.subplots(figsize=(0.55 * columns + 2.2, 0.58 * len(rows) + 0.2))
     columns = min(columns, *(len(images) for _, images in rows))
     shown = torch.from_numpy(np.concatenate([images[:columns] for _, images in rows])).permute(0, 3, 1, 2)
@@ -117,8 +117,8 @@ def preconditioning(ode: GeneralizedODE, forward: bool) -> Figure:
 
 
 def own_fits(fits: Mapping[str, Mapping[int, Array]], teacher: Array | None) -> Figure:
-    """l_t, s_t and g(t, eps) minus ctm's against t, a row a student. fits: student -> step -> [3, N] (times, l_t, s_t);
-    teacher: the same of the teacher's fit, if there is one."""
+    """Plot l_t, s_t and g(t, eps) minus ctm's against t, one row per student. fits: student -> step -> [3, N] (times,
+    l_t, s_t); teacher: the same of the teacher's fit, if there is one."""
     titles = ("$l_t$", "$s_t$", r"g(t, $\epsilon$) - (1 - $\epsilon$/t)")
     figure, axes = plt.subplots(len(fits), 3, figsize=(11, 3.1 * len(fits)), squeeze=False)
     for row, (run, by_step) in zip(axes, fits.items(), strict=True):
@@ -136,7 +136,7 @@ def own_fits(fits: Mapping[str, Mapping[int, Array]], teacher: Array | None) -> 
 
 
 def _to_the_end(fit: Array) -> tuple[Array, Array, Array]:
-    """l_t, s_t and g(t, eps) minus ctm's at the times of a fit [3, N]."""
+    """Return l_t, s_t and g(t, eps) minus ctm's at the times of a fit [3, N]."""
     times, l, s = (torch.from_numpy(row) for row in fit)
     end = times.min().expand(len(times))
     g = GeneralizedODE(times, l, s).backward(times, end)[1]
@@ -146,14 +146,14 @@ def _to_the_end(fit: Array) -> tuple[Array, Array, Array]:
 def learning_curves(
     scores: pd.DataFrame, runs: Sequence[str], nfes: Sequence[int], measure: str, extractor: str
 ) -> Figure:
-    """A measure against iterations, one panel a number of jumps: mean over seeds, and their range as a band."""
+    """Plot a measure against iterations, one panel per number of jumps: mean over seeds, and their range as a band."""
     figure, axes = plt.subplots(1, len(nfes), figsize=(3.6 * len(nfes) + 0.4, 3.8), squeeze=False)
     for axis, nfe in zip(axes[0], nfes, strict=True):
         for run in runs:
             curves = curves_of(scores, run, nfe, measure)
             if curves is None:
                 continue
-            shown = curves.steps > 0  # before training the scores are off the scale of everything after
+            shown = curves.steps > 0  # scores before training are off the scale of all later ones
             steps, values = curves.steps[shown], curves.values[:, shown]
             _mean_and_range(axis, steps, values, run, line_of(runs, run))
         if measure == "fd":
@@ -170,13 +170,13 @@ def learning_curves(
 
 
 def _mean_and_range(axis: Axes, x: Array, values: Array, label: str, style: Any) -> None:
-    """Draw the mean over seeds of values [seeds, N] as a line, and from the lowest to the highest a band."""
+    """Draw the mean over seeds of values [seeds, N] as a line, and their range as a band."""
     axis.plot(x, values.mean(0), label=label, **style)
     axis.fill_between(x, values.min(0), values.max(0), color=style["color"], alpha=0.18, lw=0)
 
 
 def _logarithmic(axis: Axes) -> None:
-    """A logarithmic y axis with plain numbers at 1, 2, 5, or at more of them; linear over less than a factor of 2."""
+    """Set a logarithmic y axis with plain numbers at 1, 2, 5, or more; linear for a range below a factor of 2."""
     low, high = axis.dataLim.intervaly
     if not 0 < 2 * low < high:
         return
@@ -250,7 +250,7 @@ def mu_sweep(
     nfes: Sequence[int],
     extractor: str,
 ) -> Figure:
-    """FD and KID at the end of training against mu: a point a seed, a line through the means, a row a number of jumps.
+    """Plot final FD and KID against mu: one point per seed, a line through the means, one row per number of jumps.
 
     mu: run -> its mu, rising; others: runs without one, drawn as horizontal lines at their means; runs: the study's.
     """
@@ -273,7 +273,7 @@ def mu_sweep(
 
 
 def transport_cost(table: pd.DataFrame, runs: Sequence[str]) -> Figure:
-    """The rows of transport.csv: cost against t, mean over seeds with their range, and that of the pairs themselves."""
+    """Plot transport.csv: cost against t, mean and range over seeds, and the cost of the pairs themselves."""
     figure, axis = plt.subplots(figsize=(7, 4))
     for run in runs:
         rows = table[(table.kind == "student") & (table.run == run)]
@@ -288,7 +288,7 @@ def transport_cost(table: pd.DataFrame, runs: Sequence[str]) -> Figure:
 
 
 def toy(arrays: Mapping[str, Array], couplings: Sequence[str]) -> Figure:
-    """The toy of the plane: the paths x_t of the first seed from t = 1 on, its samples, and the cost against t."""
+    """Plot the toy of the plane: the first seed's paths x_t from t = 1 on, its samples, and the cost against t."""
     figure, axes = plt.subplots(1, len(couplings) + 1, figsize=(4 * (len(couplings) + 1), 4))
     times = arrays["times"]
     for axis, coupling in zip(axes, couplings, strict=False):
@@ -307,12 +307,12 @@ def toy(arrays: Mapping[str, Array], couplings: Sequence[str]) -> Figure:
     return figure
 
 
-#: up to this time the toy's paths are drawn; later ones are straight in every coupling
+#: largest time of the toy's drawn paths; beyond it they are straight in every coupling
 _TOY_SHOWN = 1.0
 
 
 def discrepancy(table: pd.DataFrame, runs: Sequence[str]) -> Figure:
-    """The rows of discrepancy.csv: R_t of the couplings against t, +-2 standard errors; runs: the study's."""
+    """Plot discrepancy.csv: R_t of the couplings against t, +-2 standard errors; runs: the study's."""
     figure, axis = plt.subplots(figsize=(7, 4))
     for run in dict.fromkeys(table.run):
         rows = table[table.run == run]
@@ -328,7 +328,7 @@ def discrepancy(table: pd.DataFrame, runs: Sequence[str]) -> Figure:
 
 
 def plane(table: pd.DataFrame) -> Figure:
-    """The rows of plane.csv: velocity discrepancy and transport cost of couplings against t, +-2 standard errors."""
+    """Plot plane.csv: velocity discrepancy and transport cost of couplings against t, +-2 standard errors."""
     couplings = list(dict.fromkeys(table.coupling))
     figure, axes = plt.subplots(1, 2, figsize=(10, 3.8))
     labels = ("$R_t = E||z - v_t(x_t)||^2$", "transport cost $E||x - z||^2$")
@@ -344,7 +344,7 @@ def plane(table: pd.DataFrame) -> Figure:
 
 
 def loss_limits(table: pd.DataFrame) -> Figure:
-    """The rows of limit.csv: N^2 times the two losses and their difference against N; dashed: the limits."""
+    """Plot limit.csv: N^2 times the two losses and their difference against N; dashed: the limits."""
     figure, axis = plt.subplots(figsize=(7, 4))
     squared = table.intervals**2
     lines = {

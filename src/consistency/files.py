@@ -1,4 +1,4 @@
-"""Files that are whole or absent: atomic writes, digests, and one clear error when a disk is full."""
+"""Files that are complete or absent: atomic writes, digests, and one clear error when a disk is full."""
 
 import errno
 import hashlib
@@ -16,9 +16,9 @@ from consistency.errors import UserError
 
 @contextmanager
 def atomic(path: Path) -> Iterator[Path]:
-    """A temporary path beside `path`, moved onto it when the block ends well and removed when it does not.
+    """Yield a temporary path beside `path`. It is moved onto `path` if the block succeeds, else removed.
 
-    Raises UserError when the file cannot be written (a full disk, no permission): the old file is still whole.
+    Raises UserError if the file cannot be written (a full disk, no permission); the old file stays intact.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -33,7 +33,7 @@ def atomic(path: Path) -> Iterator[Path]:
             "make room (or mend the permission) and run the same command again"
         ) from None
     finally:
-        # Whatever hinders it hindered the writing too, and that is what the user must hear of.
+        # Whatever prevents this also made the write fail, and the user must see that error.
         with suppress(OSError):
             temporary.unlink()
 
@@ -50,7 +50,7 @@ def write_json(path: Path, content: Any) -> None:
 
 
 def made(path: Path, verb: str) -> Path:
-    """The path of a stage's output. Raises UserError, naming the verb that makes it, when it is missing."""
+    """Return the path of a stage's output. Raises UserError, naming the verb that makes it, if it is missing."""
     if not path.exists():
         raise UserError(f"{path} is missing: run `python -m consistency {verb}` first")
     return path
@@ -65,7 +65,7 @@ def read_json(path: Path, made_by: str) -> Any:
 
 
 def read_lines(path: Path, made_by: str) -> list[str]:
-    """The lines of a text. made_by names the verb that writes it, for the error."""
+    """Read the lines of a text file. made_by names the verb that writes it, for the error."""
     try:
         return path.read_text().splitlines()
     except OSError as error:
@@ -73,8 +73,7 @@ def read_lines(path: Path, made_by: str) -> list[str]:
 
 
 def read_history(path: Path, made_by: str) -> list[dict[str, Any]]:
-    """What a training wrote about itself every few steps: nothing for a teacher that was not trained here. made_by
-    names the verb, for the error."""
+    """Read a training's history.jsonl; empty for a teacher not trained here. made_by names the verb, for the error."""
     try:
         return [json.loads(line) for line in read_lines(path, made_by)]
     except ValueError as error:
@@ -82,13 +81,13 @@ def read_history(path: Path, made_by: str) -> list[dict[str, Any]]:
 
 
 def sha256(path: Path) -> str:
-    """Hex digest of a file, read in pieces."""
+    """Return the hex digest of a file, read in pieces."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def write_with(path: Path, writer: Callable[[Path], None]) -> None:
-    """Write a file atomically by a function that takes its path."""
+    """Write a file atomically with a function that takes its path."""
     with atomic(path) as temporary:
         try:
             writer(temporary)
@@ -105,9 +104,9 @@ def write_with(path: Path, writer: Callable[[Path], None]) -> None:
 
 
 def link_file(source: Path, target: Path) -> None:
-    """Give a finished file of the state its place among the results: a second name, or a copy on another disk.
+    """Place a finished file of the state among the results: a hard link, or a copy on another disk.
 
-    It stays in the state too, so that nothing is lost if Snakemake deletes what an interrupted job had written.
+    The state keeps it too, so that nothing is lost if Snakemake deletes the output of an interrupted job.
     """
     with atomic(target) as temporary:
         try:

@@ -1,4 +1,4 @@
-"""One job of a study: the study, where its files lie, and whose artifact it makes."""
+"""One job of a study: the study, its paths, and the student whose artifact is made."""
 
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -9,8 +9,8 @@ from consistency.study import Student, Study
 
 @dataclass(frozen=True)
 class Job:
-    """A study and its files and, for what is made of one student, its name (run) and seed. Without a student, samples
-    are the teacher's and scores the calibration."""
+    """A study, its paths and, for artifacts of one student, its name (run) and seed. Without a student, samples are the
+    teacher's and scores the calibration."""
 
     study: Study
     paths: Layout
@@ -18,7 +18,7 @@ class Job:
     seed: int | None = None
 
     def of(self, run: str | None = None, seed: int | None = None) -> "Job":
-        """The same for another student, or for none."""
+        """Return the same job for another student, or for none."""
         return replace(self, run=run, seed=seed)
 
     @property
@@ -33,47 +33,47 @@ class Job:
 
     @property
     def predictor(self) -> Path | None:
-        """The weights of the frozen student, of the same seed, that makes gc's endpoints, if one does."""
+        """Weights of the frozen student, of the same seed, that makes gc's endpoints; None without one."""
         frozen = self.student.frozen
         return self.of(frozen.run, self.seed).weights(step=frozen.step) if frozen else None
 
     @property
     def options(self) -> str:
-        """The options of its verb, such as ' --run ctm --seed 0'; none without a student."""
+        """Options of the job's verb, such as ' --run ctm --seed 0'; none without a student."""
         return "" if self.run is None else f" --run {self.run} --seed {self.seed}"
 
     @property
     def label(self) -> str:
-        """Name it in progress and messages: 'ctm seed 0', or the study."""
+        """Name in progress and messages: 'ctm seed 0', or the study's."""
         return self.study.name if self.run is None else f"{self.run} seed {self.seed}"
 
     def key(self, stage: str) -> str:
-        """16 hex digits that name the settings (and seed) of what the stage makes."""
+        """Return 16 hex digits that identify the settings (and seed) of a stage's artifact."""
         return self.study.key(stage, self.run, self.seed)
 
     @property
     def folder(self) -> Path:
-        """student.safetensors and those of further EMA rates, history.jsonl, snapshots/, card.json."""
+        """Folder of student.safetensors and further EMA rates, history.jsonl, snapshots/ and card.json."""
         return self._below(self.paths.root / "students")
 
     def weights(self, rate: float | None = None, step: int | None = None) -> Path:
-        """The student's checkpoint; rate: a further EMA rate; step: a snapshot, None for the end of training."""
+        """Return the student's checkpoint; rate: a further EMA rate; step: a snapshot, None for the end of training."""
         name = f"student{ema_suffix(rate)}.safetensors" if step is None else f"snapshots/{snapshot_name(step, rate)}"
         return self.folder / name
 
     @property
     def samples(self) -> Path:
-        """One .npy a sampler, card.json."""
+        """Folder of one .npy per sampler and card.json."""
         return self._below(self.paths.root / "samples")
 
     @property
     def scores(self) -> Path:
-        """The score table; its card lies beside it."""
+        """Path of the score table; its card lies beside it."""
         folder = self.paths.root / "scores"
         return folder / "calibration.csv" if self.run is None else folder / self.run / f"seed{self.seed}.csv"
 
     def card(self, stage: str) -> Path:
-        """The card of what a stage makes."""
+        """Return the path of the card of a stage's artifact."""
         if stage == "scores":
             return self.scores.with_suffix(".card.json")
         own = {"student": self.folder, "samples": self.samples, "extractor": self.paths.extractor}

@@ -1,5 +1,4 @@
-"""How a verb gets its GPUs: free ones of this machine, and a process for each where there are several, on one node of a
-cluster or on more."""
+"""GPUs and processes of a verb: free GPUs of this machine, and a process for each, on one or more nodes."""
 
 import fcntl
 import logging
@@ -20,43 +19,43 @@ from typing import IO
 from consistency import slurm_job
 from consistency.errors import UserError
 
-#: set for the task of each node to "nodes host:port": how many there are and where their processes meet
+#: set for the task of each node to "nodes host:port": the number of nodes and the rendezvous address
 _RENDEZVOUS = "CONSISTENCY_RENDEZVOUS"
 #: seconds that torchrun gives its processes to save before it kills them
 _TO_SAVE = 600
 _POLL = 1.0  # seconds
-# The locks of this process's GPUs: they are held as long as it, or a process it has become or started, lives.
+# Locks of this process's GPUs, held while it, or a process that it became or started, is alive.
 _held: list[IO[str]] = []
 
 
 def is_worker() -> bool:
-    """Whether torchrun started this process."""
+    """Tell whether torchrun started this process."""
     return "TORCHELASTIC_RUN_ID" in os.environ
 
 
 def is_task() -> bool:
-    """Whether this process is a node's part of a job of several nodes."""
+    """Tell whether this process is one node's task of a multi-node job."""
     return _RENDEZVOUS in os.environ
 
 
 def gpus_of_gres(gres: str) -> int:
-    """The GPUs of a node that a request such as gpu:4 or gpu:a100:4 names; 0 if it names none."""
+    """Return the GPUs per node that a request such as gpu:4 or gpu:a100:4 names; 0 if it names none."""
     found = re.fullmatch(r"gpu(?::[A-Za-z]\w*)?(?::(\d+))?", gres)
     return int(found[1] or 1) if found else 0
 
 
 def whose() -> str:
-    """' (process k)' in the messages of all processes of a training but the first, nothing elsewhere."""
+    """Return ' (process k)' for the messages of every process of a training but the first, else ''."""
     rank = os.environ.get("RANK", "0") if is_worker() else "0"
     return "" if rank == "0" else f" (process {rank})"
 
 
 def claim_gpus(count: int) -> None:
-    """Take so many GPUs that no other job of ours on this machine holds, waiting for them if need be, and let CUDA
+    """Claim that many GPUs that no other job of ours on this machine holds, waiting for them if need be, and let CUDA
     see only those.
 
-    Does nothing on a machine without GPUs. Under Slurm the GPUs of CUDA_VISIBLE_DEVICES are the job's own already.
-    Raises UserError when there are fewer than count.
+    Does nothing on a machine without GPUs. Under Slurm the GPUs of CUDA_VISIBLE_DEVICES already belong to the job.
+    Raises UserError if there are fewer than count.
     """
     gpus = visible_gpus()
     if not gpus:
@@ -68,8 +67,8 @@ def claim_gpus(count: int) -> None:
 
 
 def visible_gpus() -> list[str]:
-    """The names CUDA knows the GPUs by: those of CUDA_VISIBLE_DEVICES, else all of the machine, found without
-    starting CUDA, which would fix what this process sees."""
+    """Return CUDA's names of the GPUs: those in CUDA_VISIBLE_DEVICES, else all of the machine. CUDA is not started,
+    which would fix the devices that this process sees."""
     given = os.environ.get("CUDA_VISIBLE_DEVICES")
     if given is not None:
         return [name.strip() for name in given.split(",") if name.strip() not in ("", "-1", "NoDevFiles")]
@@ -77,7 +76,7 @@ def visible_gpus() -> list[str]:
 
 
 def _free(gpus: Sequence[str], count: int) -> list[str]:
-    """Lock count of the GPUs, in order; waits until so many are free."""
+    """Lock count of the GPUs, in order; wait until that many are free."""
     folder = Path(tempfile.gettempdir()) / f"consistency-gpus-{os.getuid()}"
     folder.mkdir(mode=0o700, exist_ok=True)
     told = False
@@ -89,7 +88,7 @@ def _free(gpus: Sequence[str], count: int) -> list[str]:
                 os.set_inheritable(lock.fileno(), True)
             _held.extend(locks.values())
             return list(locks)
-        # Holding some while waiting for others could stop two jobs for ever.
+        # Holding some while waiting for others could deadlock two jobs.
         for lock in locks.values():
             lock.close()
         if not told:
@@ -109,17 +108,17 @@ def _try_lock(path: Path) -> IO[str] | None:
 
 
 def run_on_nodes(nodes: int, words: Sequence[str]) -> int:
-    """Run the same verb once on each node of this Slurm job, by srun, and return its exit code. Signals that ask for
-    saving and leaving are passed on, and the end of that is waited for."""
+    """Run the same verb once on each node of this Slurm job with srun, and return its exit code. Signals that ask to
+    save and exit are forwarded, and srun is waited for."""
     if not slurm_job.in_job():
         raise UserError(f"--nodes {nodes} needs a Slurm job of {nodes} nodes")
-    # All tasks leave together, with one exit code; one whose others have left is ended, but not while it may be saving.
+    # All tasks exit together with one code; a task left alone is killed, but only after the time needed to save.
     patience = ["--kill-on-bad-exit=0", f"--wait={_TO_SAVE}"]
     command = ["srun", f"--nodes={nodes}", f"--ntasks={nodes}", "--ntasks-per-node=1", *patience]
     command += ["--export=ALL", sys.executable, "-m", "consistency", *words]
     with socket.create_server(("", 0)) as unused:
         port = unused.getsockname()[1]
-    # The first node's process has to be reachable under that name from the others.
+    # The other nodes must be able to reach the first node's process under this name.
     meeting = {_RENDEZVOUS: f"{nodes} {platform.node()}:{port}"}
     try:
         process = subprocess.Popen(command, stdin=subprocess.DEVNULL, env={**os.environ, **meeting})
@@ -131,26 +130,26 @@ def run_on_nodes(nodes: int, words: Sequence[str]) -> int:
 
 
 def run_processes(processes: int, words: Sequence[str]) -> int:
-    """Run the same verb in so many processes on this node, by torchrun, and return the exit code of the first that
-    failed. The processes of all nodes of a job are one group. torchrun passes on the signals that ask for saving and
-    leaving, and waits while that is done."""
+    """Run the same verb in that many processes on this node with torchrun, and return the exit code of the first
+    failure. The processes of all nodes of a job form one group. torchrun forwards signals that ask to save and exit,
+    and waits for the processes."""
     import torch.distributed.run as torchrun
     from torch.distributed.elastic.multiprocessing import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    # The processes say themselves what is wrong; torchrun would add its own traceback.
+    # The processes report their own errors; torchrun would add a traceback.
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     meeting = ["--standalone"]
     if is_task():
-        # Where the processes of all nodes find each other.
+        # The rendezvous of the processes of all nodes.
         nodes, endpoint = os.environ[_RENDEZVOUS].split()
         meeting = [f"--nnodes={nodes}", "--rdzv-backend=c10d", f"--rdzv-endpoint={endpoint}"]
         meeting += [f"--rdzv-id={slurm_job.number()}"]
     options = [*meeting, f"--nproc-per-node={processes}", f"--shutdown-timeout={_TO_SAVE}"]
     options += ["--signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGUSR1"]
     try:
-        # After the dashes our own options are not taken for torchrun's.
+        # After the dashes torchrun does not parse our options.
         torchrun.main([*options, "-m", "--", "consistency", *words])
     except SignalException as error:
         return 128 + int(error.sigval)

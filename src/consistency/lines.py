@@ -1,16 +1,16 @@
-"""How a student is drawn: the same colour and line in every figure of the report, and in MLflow."""
+"""Line styles of students: the same colour and line in every figure of the report, and in MLflow."""
 
 from collections.abc import Sequence
 
 # Okabe and Ito's colours, told apart by colour-blind readers; the line style separates curves that coincide.
 _COLOURS = ("#444444", "#D55E00", "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9")
 _LINES = ("-", "-", "--", "-", "-", "-.", "--")
-# The usual students look the same in every study; others take what is left, in order.
+# Common students look the same in every study; others take the remaining styles in order.
 _USUAL = ("ctm", "analytic", "bcm", "analytic-forward", "cm", "analytic-endpoint")
 
 
 def line_of(runs: Sequence[str], run: str) -> dict[str, str]:
-    """Colour and line style of a student, the same in every figure of a study."""
+    """Return the colour and line style of a student, the same in every figure of a study."""
     left = [i for i in range(len(_COLOURS)) if i >= len(_USUAL) or _USUAL[i] not in runs]
     others = [name for name in runs if name not in _USUAL]
     if run in _USUAL:

@@ -1,4 +1,4 @@
-"""One process at a time: in a folder, or at what a file stands for."""
+"""File locks that admit one process at a time."""
 
 import math
 import os
@@ -12,21 +12,20 @@ from filelock import FileLock, Timeout
 
 from consistency.errors import UserError
 
-PATIENCE = 60.0  # seconds for a process whose workflow was killed to notice and leave
+PATIENCE = 60.0  # seconds for a process whose workflow was killed to notice and exit
 
 
 @contextmanager
 def held(path: Path, doing: str, patience: float = math.inf, advice: str = "", quiet: bool = False) -> Iterator[None]:
-    """Hold a file's lock, which ends with its process, however that ends; the file stays.
+    """Hold a file's lock, which is released however its process ends; the file stays.
 
-    doing: what another process does, such as 'is working in FOLDER', for what is said while it is waited for; patience:
-    seconds to wait for that one; advice: the end of the error when the file cannot be written; quiet: wait without
-    a word. Raises UserError.
+    doing: the other process's activity, such as 'is working in FOLDER', for the messages; patience: seconds to wait for
+    it; advice: the end of the error if the file cannot be written; quiet: wait without a message. Raises UserError.
     """
     lock, deadline, told = FileLock(path, fallback_to_soft=False), time.monotonic() + patience, False
     try:
         while True:
-            # No such file: whoever had the lock has just removed it, or the folder.
+            # No such file: the previous holder has just removed the lock or the folder.
             with suppress(Timeout, FileNotFoundError):
                 lock.acquire(blocking=False)
                 break
@@ -45,7 +44,7 @@ def held(path: Path, doing: str, patience: float = math.inf, advice: str = "", q
             "have it mounted with them (Lustre: -o flock), or work on another disk"
         ) from None
     try:
-        with suppress(OSError):  # A full disk is the error of what the block writes.
+        with suppress(OSError):  # A full disk is reported by the block's own writes.
             path.write_text(f"pid {os.getpid()} on {platform.node()}")
         yield
     finally:
@@ -54,15 +53,15 @@ def held(path: Path, doing: str, patience: float = math.inf, advice: str = "", q
 
 @contextmanager
 def only_one(folder: Path, doing: str) -> Iterator[None]:
-    """Hold the folder's lock, so that two runs cannot write into it; the lock goes when the block ends, and the folder
-    too if nothing is left in it. The rest is as in `held`."""
+    """Hold the folder's lock, so that two runs cannot write into it. The end of the block removes the lock, and the
+    folder too if it is empty. Otherwise as `held`."""
     path = folder / "lock"
     with held(path, f"{doing} in {folder}", PATIENCE, "; mend the permission or choose another --state"):
         try:
             yield
         finally:
             path.unlink(missing_ok=True)
-            # Not empty: there is a state to go on with, or the next process is here already.
+            # Not empty: it holds a state to resume from, or the next process has arrived.
             with suppress(OSError):
                 folder.rmdir()
 

@@ -1,8 +1,8 @@
-"""What DVC compares before it runs a stage: for each job of a study a small file that changes exactly when its
-settings, its code or the downloads it opens do.
+"""Files that DVC compares before it runs a stage: one small file per job, which changes exactly when the job's
+settings, its code or its downloads change.
 
-A study file says more than a job depends on (a title, a batch that only takes memory, the other students), and so does
-a folder of code. The stages of dvc.yaml therefore depend on these files, which one cheap stage writes.
+A study file holds more than one job depends on (a title, a batch that affects only memory, the other students), and so
+does a source folder. The stages of dvc.yaml therefore depend on these files, which one cheap stage writes.
 """
 
 import shutil
@@ -23,11 +23,11 @@ _NAMED = ("noise", "coefficients", "report")
 
 
 def write_plan(job: Job) -> None:
-    """Write results/<study>/plan/: a JSON file a job with the key of its settings, the digest of its code, and the
+    """Write results/<study>/plan/: one JSON file per job with the key of its settings, the digest of its code, and the
     sha256 of its downloads.
 
-    Raises UserError when the study leaves out a section that dvc.yaml names, or dvc.yaml does not say which students
-    are made from which.
+    Raises UserError if the study leaves out a section that dvc.yaml names, or dvc.yaml does not say which students are
+    made from which.
     """
     study, folder = job.study, job.paths.root / "plan"
     check_order(study)
@@ -47,12 +47,12 @@ def write_plan(job: Job) -> None:
 
 
 def write_inputs(job: Job, of: str | None = None) -> None:
-    """Write results/<study>/inputs/: the sha256 of what a job reads of other results, null where it reads nothing, and
-    so is not run again when they change.
+    """Write results/<study>/inputs/: the sha256 of a job's inputs among the results, null for a job that reads none and
+    is not run again when they change.
 
     of: `coefficients` and `predictor` of a student (the latter for one made from another), files of these names in
-    <run>/seed<k>/, or `flows`, one file; without: all. job: of all students, or of one. Raises UserError when something
-    that is read is missing.
+    <run>/seed<k>/, or `flows`, one file; None: all. job: of all students, or of one. Raises UserError if an input is
+    missing.
     """
     folder = job.paths.root / "inputs"
     if of is None:
@@ -62,7 +62,7 @@ def write_inputs(job: Job, of: str | None = None) -> None:
         if of in (None, "coefficients"):
             write_json(place / "coefficients.json", _digests(job, _coefficients(each)))
         if not each.student.frozen:
-            # DVC leaves there what a stage made that is no more.
+            # DVC keeps the output of a stage that no longer exists.
             (place / "predictor.json").unlink(missing_ok=True)
         elif of in (None, "predictor"):
             write_json(place / "predictor.json", _digests(job, _predictor(each)))
@@ -71,19 +71,19 @@ def write_inputs(job: Job, of: str | None = None) -> None:
 
 
 def _coefficients(job: Job) -> dict[Path, str]:
-    """The file, if a student reads it, and the verb that makes it."""
+    """Return the fitted coefficients, if a student reads them, and the verb that makes them."""
     read = job.student.needs_coefficients
     return {job.paths.coefficients / "coefficients.npz": "coefficients"} if read else {}
 
 
 def _predictor(job: Job) -> dict[Path, str]:
-    """The weights that make a student's endpoints, if another student's do, and the verb that makes them."""
+    """Return the weights that make a student's endpoints, if another student's do, and the verb that makes them."""
     frozen, path = job.student.frozen, job.predictor
     return {path: f"student{job.of(frozen.run, job.seed).options}"} if frozen and path else {}
 
 
 def _measured(job: Job) -> dict[Path, str]:
-    """What the stage flows reads, and the verbs that make it."""
+    """Return the inputs of the stage flows, and the verbs that make them."""
     # dataset.json holds the digest of the images, which may be 16 GB.
     found = {job.paths.dataset / name: "dataset" for name in ("dataset.json", "labels.npy")}
     found |= {job.paths.teacher / "teacher.safetensors": "teacher"}
@@ -93,14 +93,14 @@ def _measured(job: Job) -> dict[Path, str]:
 
 
 def _digests(job: Job, files: dict[Path, str]) -> dict[str, str] | None:
-    """The sha256 of files by name, below the study's folder; null without any. Raises UserError, naming the verb that
-    makes it, when one is missing."""
+    """Return the sha256 of files by name, below the study's folder; None without any. Raises UserError, naming the
+    verb, if one is missing."""
     root = job.paths.root
     return {path.relative_to(root).as_posix(): sha256(made(path, verb)) for path, verb in files.items()} or None
 
 
 def check_order(study: Study) -> None:
-    """Raises UserError unless `frozen`, under `vars` in dvc.yaml, says which students are made from which."""
+    """Raise UserError unless `frozen`, under `vars` in dvc.yaml, says which students are made from which."""
     try:
         content = parse_yaml(PIPELINE.read_text(), PIPELINE)
     except FileNotFoundError:

@@ -1,4 +1,4 @@
-"""Progress with rate and ETA: a bar on a terminal of one's own, readable lines everywhere else."""
+"""Progress with rate and ETA: a bar on a terminal that no other job shares, readable lines elsewhere."""
 
 import os
 import sys
@@ -20,12 +20,12 @@ LINE_EVERY = 5.0
 
 
 class Progress(tqdm):
-    """A counter from `initial` to `total` that shows itself, unless it is one of several that are the same.
+    """A counter from `initial` to `total`; shown: False for all but one of several equal counters.
 
     note: a callable whose text is appended to a line; more: tqdm's options.
     """
 
-    monitor_interval = 0  # no thread of tqdm's beside a training
+    monitor_interval = 0  # no monitoring thread of tqdm beside a training
 
     def __init__(
         self, label: str, total: int, initial: int = 0, note: Callable[[], str] = str, shown: bool = True, **more: Any
@@ -37,38 +37,38 @@ class Progress(tqdm):
         super().__init__(desc=label, total=total, initial=initial, **{"unit": "step"} | more)
 
     def counted(self, pieces: Iterable[Rows]) -> Iterator[Rows]:
-        """Pass on pieces of many rows, counting the rows of each when the next is asked for."""
+        """Pass on pieces of many rows, and count the rows of each when the next is requested."""
         for piece in pieces:
             yield piece
             self.update(len(piece))
 
     def close(self) -> None:
-        """Show the final state, also of what was too short for a line."""
+        """Show the final state, even of work too short for a line."""
         if self.n > self.initial:
             self.delay = 0
         super().close()
 
     def reset(self, total: float | None = None) -> None:
-        """Count anew, as pooch does at the end of a download, with the clock going on."""
+        """Restart the count but not the clock, as pooch does at the end of a download."""
         self.n = 0
 
     def __bool__(self) -> bool:
         return True
 
     def __del__(self) -> None:
-        """Leave the last word to the error that ended what was counted."""
+        """Print nothing, so that the error that ended the work comes last."""
 
 
 def _write_line(note: Callable[[], str], shown: bool, text: str) -> None:
-    """Write what tqdm would draw as a line of its own, with a note behind it."""
-    # The reader of a pipe may be gone while a training still has to save: a line less is no reason to fail.
+    """Write tqdm's text as a separate line, followed by a note."""
+    # The reader of a pipe may be gone while a training still has to save: do not fail for a lost line.
     with suppress(BrokenPipeError):
         if shown and text.strip():
             print(f"{text.strip()} {note()}".rstrip(), file=sys.stderr, flush=True)
 
 
 def track(label: str) -> Callable[[Iterable[T]], Iterator[T]]:
-    """A wrapper of a sized iterable that shows its progress."""
+    """Return a wrapper of a sized iterable that shows its progress."""
 
     def wrap(steps: Iterable[T]) -> Iterator[T]:
         items = list(steps)

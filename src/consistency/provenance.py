@@ -1,4 +1,4 @@
-"""Cards: what made an artifact, from what, where, and how long it took."""
+"""Cards: records of how an artifact was made, from which inputs, where, and in what time."""
 
 import os
 import platform
@@ -22,10 +22,10 @@ from consistency.layout import Layout
 from consistency.resources import known_sha256
 from consistency.study import Teacher
 
-#: what the cards and the checkpoints of this project call themselves
+#: formats of this project's cards and checkpoints
 CARD, CHECKPOINT = "consistency-card-2", "consistency-denoiser-1"
 
-#: what a stage makes for a student, or without one
+#: the stage that makes an artifact, and its job
 Artifact = tuple[str, Job]
 
 _PACKAGES = (
@@ -35,7 +35,7 @@ _PACKAGES = (
 
 
 class Card:
-    """The card of what a stage makes, begun with the stage."""
+    """The card of a stage's artifact, created when the stage begins."""
 
     def __init__(self, job: Job, stage: str) -> None:
         self.job, self.stage, self.started = job, stage, time.time()
@@ -51,9 +51,9 @@ class Card:
         source: str | None = None,
         training: dict[str, Any] | None = None,
     ) -> None:
-        """Write it. measured: figures such as evaluations; known: digests of files that need not be read again;
-        downloads: resources that were opened; source: a digest of what else was read outside of the results; training:
-        its id and when it began. Inputs are named from the study's folder on, outputs from the card's."""
+        """Write the card. measured: figures such as evaluations; known: digests that are already computed; downloads:
+        resources that were opened; source: a digest of input from outside the results; training: its id and start.
+        Input paths are relative to the study's folder, output paths to the card's."""
         job, stage = self.job, self.stage
         path = job.card(stage)
 
@@ -87,14 +87,14 @@ class Card:
 
 
 def digest_of(path: Path, layout: Layout) -> str:
-    """The sha256 of a file; of the images what dataset.json says, since 16 GB take half a minute to read."""
+    """Return the sha256 of a file; for the images that in dataset.json, since 16 GB take half a minute to read."""
     if path == layout.dataset / "images.npy":
         return str(read_json(path.with_name("dataset.json"), "dataset")["sha256"])
     return sha256(path)
 
 
 def seeds_of(job: Job, stage: str) -> dict[str, Any]:
-    """The seeds that a stage itself draws from; those of its inputs stand in their cards."""
+    """Return the seeds that a stage itself draws from; those of its inputs are in their cards."""
     study, images = job.study, f"0 to {job.study.sampling.count - 1}"
     seeds: dict[str, dict[str, Any]] = {
         "teacher": {"teacher": study.teacher.seed} if isinstance(study.teacher, Teacher) else {},
@@ -110,7 +110,7 @@ def seeds_of(job: Job, stage: str) -> dict[str, Any]:
 
 
 def artifacts(job: Job, also: Collection[str] = ()) -> dict[str, Artifact]:
-    """List what a study makes, by what it is called, parents first. also: stages that count even if not needed."""
+    """List the study's artifacts by name, parents first. also: stages that count even if not needed."""
     unneeded = {"coefficients": not job.study.needs_coefficients, "flows": not job.study.flows}
     found: dict[str, Artifact] = {}
     for stage in ("dataset", "teacher", "extractor", "coefficients", "student", "samples", "scores", "flows", "report"):
@@ -123,7 +123,7 @@ def artifacts(job: Job, also: Collection[str] = ()) -> dict[str, Artifact]:
 
 
 def read_card(job: Job, stage: str) -> dict[str, Any]:
-    """The card of what a stage made. Raises UserError if it is missing, or another study or other settings made it."""
+    """Read the card of an artifact. Raises UserError if it is missing or of another study or other settings."""
     job = job if stage in ("student", "samples", "scores") else job.of()
     made_by = ("calibration" if stage == "scores" and job.run is None else stage) + job.options
     path = job.card(stage)
@@ -139,7 +139,7 @@ def read_card(job: Job, stage: str) -> dict[str, Any]:
 
 
 def first_difference(old: Any, new: Any, path: str = "") -> str:
-    """' (key: there old, here new)' for the first key in which two settings differ."""
+    """Return ' (key: there old, here new)' for the first key in which two settings differ."""
     if isinstance(old, dict) and isinstance(new, dict):
         for key in sorted(old.keys() | new.keys()):
             found = first_difference(old.get(key), new.get(key), f"{path}.{key}" if path else key)

@@ -25,7 +25,7 @@ two compared students differ in nothing else. Each kind of section has a table b
 
 
 def write_reference() -> None:
-    """Write the field reference, relative to the project's root: a table for the study and one for each section."""
+    """Write the field reference, relative to the project's root: one table for the study and one per section."""
     schema = Study.model_json_schema()
     tables = [_table(name, section) for name, section in schema["$defs"].items()]
     write_bytes(REFERENCE, "\n".join([_HEAD, _table("Study", schema), *tables]).encode())
@@ -42,7 +42,7 @@ def _table(title: str, section: dict[str, Any]) -> str:
 
 
 def _type(field: dict[str, Any]) -> str:
-    """A field's type and range in words."""
+    """Describe a field's type and range in words."""
     if options := field.get("anyOf") or field.get("oneOf"):
         return " or ".join(dict.fromkeys(_type(option) for option in options))
     if "enum" in field:

@@ -1,6 +1,6 @@
-"""What is downloaded: a registry of files with where they come from, and the digest each has before it is used.
+"""Downloads: a registry of files with their sources and digests. Each digest is checked before use.
 
-Digests are checked at every use and not remembered: sha256 reads 1 GB/s, and no file here is larger than about that.
+Digests are checked at every use and not cached: sha256 reads 1 GB/s, and no file here is larger than about that.
 """
 
 import re
@@ -22,7 +22,7 @@ from consistency.study import OfficialTeacher, Section, explain, parse_yaml
 REGISTRY = Path("config/resources.yaml")
 RECORDED = Path("config/resources.lock")
 FOLDER = Path("resources")
-# What the stages open, beside official teachers.
+# Opened by the stages, beside official teachers.
 CIFAR10_ARCHIVE, INCEPTION, VGG16 = "cifar-10-python.tar.gz", "inception-2015-12-05.pt", "vgg16-397923af.pth"
 
 Text = Annotated[str, Field(min_length=1)]
@@ -39,7 +39,7 @@ _PASSING = (408, 429, 500, 502, 503, 504)
 
 
 class Resource(Section):
-    """One file: where it comes from, on whose terms, and how it is known."""
+    """A file: its source, licence and digest."""
 
     url: Annotated[str, Field(pattern=r"^https?://\S+$")]
     about: Text
@@ -50,7 +50,7 @@ class Resource(Section):
 
 
 def registry() -> dict[str, Resource]:
-    """The resources by file name. Raises UserError with the file and the key when the registry is not valid."""
+    """Return the resources by file name. Raises UserError with the file and the key if the registry is not valid."""
     try:
         content = parse_yaml(REGISTRY.read_text(), REGISTRY)
         return TypeAdapter(dict[FileName, Resource]).validate_python(content)
@@ -61,7 +61,7 @@ def registry() -> dict[str, Resource]:
 
 
 def find(name: str) -> Resource:
-    """The resource of that file name. Raises UserError with the nearest name when there is none."""
+    """Return the resource of that file name. Raises UserError with the nearest name if there is none."""
     known = registry()
     if name not in known:
         raise UserError(f"there is no resource {name!r} in {REGISTRY}{suggestion(name, known)}")
@@ -69,7 +69,7 @@ def find(name: str) -> Resource:
 
 
 def downloads(job: Job, stage: str) -> list[str]:
-    """The resources that a job of a stage opens first."""
+    """Return the resources that a job of a stage opens."""
     dataset, teacher = job.study.dataset, job.study.teacher
     opened = {
         "dataset": CIFAR10_ARCHIVE if dataset.kind == "cifar10" and dataset.path is None else None,
@@ -82,15 +82,15 @@ def downloads(job: Job, stage: str) -> list[str]:
 
 
 def resource_path(name: str) -> Path:
-    """Where a resource lies, whether it is there or not."""
+    """Return the path of a resource, present or not."""
     return FOLDER / name
 
 
 def fetch(name: str) -> Path:
-    """Download a resource unless it is there with the right digest. Another process that fetches it is waited for.
+    """Download a resource unless it is there with the right digest. Waits for another process that fetches it.
 
-    Where no sha256 is published, that of the first file is recorded in config/resources.lock. Raises UserError when the
-    file cannot be had or is not the right one.
+    Without a published sha256, that of the first download is recorded in config/resources.lock. Raises UserError if the
+    file cannot be downloaded or is not the right one.
     """
     resource, path = find(name), resource_path(name)
     with held(path.with_name(f".{name}.lock"), f"is fetching {name}"):
@@ -100,7 +100,7 @@ def fetch(name: str) -> Path:
                 print(f"{path} is there already", flush=True)
                 return path
             print(f"{path} {fault}: fetching it again", flush=True)
-        for stale in FOLDER.glob(f".{name}.*.tmp"):  # of a process that was killed
+        for stale in FOLDER.glob(f".{name}.*.tmp"):  # left by a killed process
             stale.unlink()
         with atomic(path) as part:
             _download(name, resource, part)
@@ -111,10 +111,10 @@ def fetch(name: str) -> Path:
 
 
 def open_resource(name: str) -> Path:
-    """The path of a resource whose digest was just checked; nothing is downloaded.
+    """Check the digest of a resource and return its path; nothing is downloaded.
 
-    A file put there by hand whose digest nobody publishes is recorded like a first download. Raises UserError that says
-    how to get the file when it is missing or not the right one.
+    A file placed by hand and without a published digest is recorded like a first download. Raises UserError that says
+    how to get the file if it is missing or not the right one.
     """
     resource, path = find(name), resource_path(name)
     if fault := _fault(name, resource, path) if path.is_file() else "is missing":
@@ -124,7 +124,7 @@ def open_resource(name: str) -> Path:
 
 
 def fetch_all(names: list[str]) -> None:
-    """Download those resources, each once all names are known; without a name, print which are there."""
+    """Download those resources once all names are known; without a name, print which are there."""
     for name in names:
         find(name)
     for name in names:
@@ -134,7 +134,7 @@ def fetch_all(names: list[str]) -> None:
 
 
 def print_states() -> None:
-    """Print of each resource whether it is there, missing or damaged."""
+    """Print for each resource whether it is there, missing or damaged."""
     resources = registry()
     for name, resource in resources.items():
         path, state = resource_path(name), "missing"
@@ -145,11 +145,11 @@ def print_states() -> None:
 
 
 def _download(name: str, resource: Resource, part: Path) -> None:
-    """Fetch the file in a few attempts. Raises UserError when there is no network, or the server has no such file."""
+    """Download the file in a few attempts. Raises UserError without a network, or if the server has no such file."""
     from pooch import HTTPDownloader
     from requests import RequestException
 
-    # A file that is unpacked on the way has another digest.
+    # A file that is decompressed in transit has another digest.
     options = {"timeout": _TIMEOUT, "headers": {"Accept-Encoding": "identity"}}
     for pause in (*_PAUSES, None):
         try:
@@ -165,18 +165,18 @@ def _download(name: str, resource: Resource, part: Path) -> None:
 
 
 def _reason(error: Exception) -> tuple[str, bool]:
-    """One line, and whether another attempt may succeed."""
+    """Return the reason in one line, and whether another attempt may succeed."""
     response = getattr(error, "response", None)
     if response is not None:
         return f"HTTP {response.status_code} {response.reason}", response.status_code in _PASSING
     cause = error.args[0] if error.args else error
-    # Where no connection could be made, what urllib3 raised has a reason: no network, or no such server.
+    # Without a connection, urllib3's error has a reason: no network, or no such server.
     reason = getattr(cause, "reason", None)
     return " ".join(str(reason or cause).split()), reason is None and not isinstance(error, ValueError)
 
 
 def _error(name: str, resource: Resource, problem: str) -> UserError:
-    """The error of a file that is not there, without user and password in an address."""
+    """Build the error of a missing file, without the user and password of its address."""
     known = _known(name, resource)
     digest = f"sha256 {known}" if known else f"its sha256 is not published: the first one's goes to {RECORDED}"
     message = f"{problem} put the file ({digest}) at {resource_path(name)} by hand"
@@ -187,17 +187,17 @@ def _error(name: str, resource: Resource, problem: str) -> UserError:
 
 
 def _known(name: str, resource: Resource) -> str | None:
-    """The digest that the file must have, published or recorded."""
+    """Return the digest that the file must have, published or recorded."""
     return resource.sha256 or recorded().get(name)
 
 
 def known_sha256(name: str) -> str:
-    """The sha256 of a resource that was opened: the one it was checked against, or its own where there is none."""
+    """Return the sha256 of a resource that was opened: the one it was checked against, or its own if there is none."""
     return _known(name, find(name)) or sha256(resource_path(name))
 
 
 def _fault(name: str, resource: Resource, path: Path, record: bool = True) -> str | None:
-    """What speaks against a file, or None; record: keep the digest of a good one that nobody publishes a digest for."""
+    """Return the fault of a file, or None; record: keep the digest of a good one that has no published digest."""
     with path.open("rb") as file:
         start = file.read(100).lstrip().lower()
     if not start or start.startswith((b"<!doctype html", b"<html")):
@@ -213,7 +213,7 @@ def _fault(name: str, resource: Resource, path: Path, record: bool = True) -> st
 
 
 def recorded() -> dict[str, str]:
-    """The digests of first downloads, by file name. Raises UserError when the lock file is damaged."""
+    """Read the digests of first downloads, by file name. Raises UserError if the lock file is damaged."""
     text = RECORDED.read_text(errors="replace") if RECORDED.exists() else ""
     digests: dict[str, str] = {}
     for number, line in enumerate(text.splitlines(), 1):
@@ -226,7 +226,7 @@ def recorded() -> dict[str, str]:
 
 
 def _record(name: str, digest: str | None) -> None:
-    """Record a first digest; None: take it back."""
+    """Record a first digest; None removes it."""
     with held(FOLDER / ".recorded.lock", f"is writing {RECORDED}"):
         digests = recorded()
         if digest:
@@ -240,6 +240,6 @@ def _record(name: str, digest: str | None) -> None:
 
 
 def forget(name: str) -> None:
-    """Take back the digest of a file that proved to be no such thing: the right file must not be refused for it."""
+    """Remove the digest of a wrong file, so that the right one is not refused."""
     if name in recorded():
         _record(name, None)

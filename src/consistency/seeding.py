@@ -1,4 +1,4 @@
-"""Randomness as a function of what it is for, so that a resumed run needs no generator's state."""
+"""Randomness as a function of its purpose, so that a resumed run needs no generator state."""
 
 import hashlib
 from collections.abc import Sequence
@@ -8,13 +8,13 @@ from torch import Tensor
 
 
 def derived_seed(seed: int, purpose: str, index: int = 0) -> int:
-    """A 63-bit seed for one purpose and index (a step, an image), unrelated to its neighbours."""
+    """Return a 63-bit seed for one purpose and index (a step, an image), unrelated to its neighbours."""
     digest = hashlib.blake2b(f"{seed}/{purpose}/{index}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") >> 1
 
 
 def generator(seed: int, purpose: str, index: int = 0, device: torch.device | str = "cpu") -> torch.Generator:
-    """A generator seeded with `derived_seed`."""
+    """Return a generator seeded with `derived_seed`."""
     return torch.Generator(device).manual_seed(derived_seed(seed, purpose, index))
 
 
@@ -33,5 +33,5 @@ class ImageNoise:
             self.labels = torch.cat([torch.randint(label_dim, (1,), generator=g) for g in self._generators])
 
     def fresh(self) -> Tensor:
-        """The next standard normal noise of every image, float32 [N, C, H, W]."""
+        """Draw the next standard normal noise of every image, float32 [N, C, H, W]."""
         return torch.stack([torch.randn(self.shape, generator=g) for g in self._generators])

@@ -1,4 +1,4 @@
-"""The Slurm job that this process runs in: how long it may work, and how it asks to go on later."""
+"""The Slurm job of this process: its time limit and its requeueing."""
 
 import os
 import subprocess
@@ -10,24 +10,24 @@ _PATIENCE = 60  # seconds for the controller
 
 
 def number() -> str | None:
-    """The job's; None for a process that Slurm did not start."""
+    """Return the job's id; None if Slurm did not start this process."""
     return os.environ.get(_JOB)
 
 
 def in_job() -> bool:
-    """Whether Slurm started this process."""
+    """Tell whether Slurm started this process."""
     return number() is not None
 
 
 def working_minutes(minutes: float) -> float:
-    """After how many minutes a job that ends after so many has to save and leave: Slurm kills without mercy, and what
-    went on before the verb began, and the last step and saving, take their time too."""
+    """Return the minutes after which a job with that time limit has to save and exit. Slurm kills it at the limit, and
+    the start before the verb, the last step and saving take time too."""
     return minutes - max(min(_MARGIN, minutes / 10), _LEAST)
 
 
 def requeue() -> str:
-    """Put this job back into the queue under its own number, so that Snakemake goes on waiting for it and no retry is
-    used up. Slurm then ends all processes of the job. Returns what it says against that, nothing if it agrees."""
+    """Requeue this job under its own number, so that Snakemake keeps waiting for it and uses up no retry. Slurm then
+    ends all processes of the job. Returns Slurm's objection, '' if there is none."""
     words = ["scontrol", "requeue", os.environ[_JOB]]
     try:
         done = subprocess.run(words, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=_PATIENCE)

@@ -27,7 +27,7 @@ Precision = Literal["float32", "bfloat16", "float16"]
 Blocks = Count | list[Count]
 Dropout = Fraction | list[Fraction]
 
-# Which preconditionings read the fitted coefficients, and where each may be used.
+# Preconditionings that read the fitted coefficients, and where each may be used.
 FITTED = ("analytic", "analytic-forward")
 
 
@@ -38,7 +38,7 @@ class Section(BaseModel):
 
 
 class Dataset(Section):
-    """Where the images come from, and the shape they are brought to."""
+    """Source of the images, and the shape they are brought to."""
 
     kind: Literal["digits", "image_folder", "cifar10", "ffhq", "imagenet", "celeba", "edm_zip"] = Field(
         description="`digits`: the 1,797 UCI 8x8 images that come with scikit-learn; "
@@ -116,7 +116,7 @@ class SongUNet(Section):
         return self
 
     def require_levels(self, key: str, value: float | list[int] | list[float]) -> None:
-        """Raises ValueError, which names the key, for a list that is not as long as channel_mult."""
+        """Raise ValueError, naming the key, for a list that is not as long as channel_mult."""
         if isinstance(value, list) and len(value) != len(self.channel_mult):
             levels = len(self.channel_mult)
             raise ValueError(f"{key} lists {len(value)} levels, teacher.network.channel_mult {levels}: give as many")
@@ -159,7 +159,7 @@ class OfficialTeacher(Section):
 
 
 class Doubling(Section):
-    """iCT's levels: neighbours of a grid whose intervals double as training goes on."""
+    """iCT's levels: neighbours of a grid whose intervals double during training."""
 
     kind: Literal["doubling"] = "doubling"
     first: Count = Field(10, description="Intervals of the first grid.")
@@ -175,7 +175,7 @@ class Doubling(Section):
 
 
 class Shrinking(Section):
-    """ECT's levels: ln t is normal, and the second level nears t as training goes on."""
+    """ECT's levels: ln t is normal, and the second level approaches t during training."""
 
     kind: Literal["shrinking"] = "shrinking"
     double_every: Count = Field(description="Steps until the next stage; the ratio of the levels nears 1 by q.")
@@ -187,14 +187,14 @@ class Shrinking(Section):
 
 
 class Frozen(Section):
-    """gc's endpoints from a student that was trained before, of the same seed, instead of the student's own average."""
+    """gc's endpoints from a previously trained student of the same seed, instead of the student's own average."""
 
     run: Name = Field(description="The name of that student.")
     step: Count | None = Field(None, description="Its snapshot at that step; without: its final weights.")
 
 
 class NoTeacher(Section):
-    """No teacher: the network that students of consistency training begin with. Nothing is measured by one."""
+    """No teacher: only the network of the students of consistency training. No measurement uses a teacher."""
 
     kind: Literal["none"] = "none"
     network: SongUNet | MLP = Field(discriminator="kind", description="The network inside the students.")
@@ -215,8 +215,8 @@ class Coefficients(Section):
 
 
 class Student(Section):
-    """One student. The study's `student` section gives the values that all share; an entry of `students` may
-    replace only the keys listed in `varies`."""
+    """One student. The study's `student` section gives the values that all share. An entry of `students` may replace
+    only the keys listed in `varies`."""
 
     objective: Literal["trajectory", "endpoint", "consistency"] = Field(
         "trajectory",
@@ -287,7 +287,7 @@ class Student(Section):
     @model_validator(mode="before")
     @classmethod
     def _without_dsm(cls, given: Any) -> Any:
-        """Consistency training has a DSM term only where it is asked for: the papers have none."""
+        """Turn off the DSM term in consistency training unless it is asked for: the papers have none."""
         consistency = isinstance(given, dict) and given.get("objective") == "consistency"
         return {"dsm_weight": 0.0, **given} if consistency else given
 
@@ -330,32 +330,32 @@ class Student(Section):
 
     @property
     def needs_coefficients(self) -> bool:
-        """Whether it reads the coefficients that are fitted from the teacher."""
+        """True if the student reads the coefficients fitted from the teacher."""
         return self.preconditioning in FITTED and self.fit == "teacher"
 
     @property
     def carries_fit(self) -> bool:
-        """Whether l_t and s_t are fitted without the teacher and kept beside its weights."""
+        """True if l_t and s_t are fitted without the teacher and kept beside the student's weights."""
         return self.preconditioning in FITTED and self.fit != "teacher"
 
     @property
     def frozen(self) -> Frozen | None:
-        """The student before it that makes gc's endpoints, if one does."""
+        """The earlier student that makes gc's endpoints, None without one."""
         return self.predictor if isinstance(self.predictor, Frozen) else None
 
     @property
     def rates(self) -> tuple[float | None, ...]:
-        """The EMA rates that are kept and scored, as the names of files have them: None for the main one."""
+        """EMA rates that are kept and scored, as in file names: None for the main one."""
         return (None, *self.evaluation_ema)
 
     @property
     def snapshots(self) -> range:
-        """The steps of its snapshots, that of the start included."""
+        """Steps of the snapshots, the start included."""
         return range(0, self.steps + 1, self.snapshot_every)
 
     @property
     def idle(self) -> set[str]:
-        """The fields that have no say in this student, whatever they are."""
+        """Fields that have no effect on this student."""
         fit = set() if self.preconditioning in FITTED else {"fit"}
         coupled = {"coupling", "mu", "predictor", "curriculum", "start"}
         if self.objective == "trajectory":
@@ -368,17 +368,17 @@ class Student(Section):
 
     @property
     def from_teacher(self) -> bool:
-        """Whether its first weights are the teacher's."""
+        """True if the student begins from the teacher's weights."""
         return self.objective != "consistency" or self.start == "teacher"
 
     @property
     def second_time(self) -> bool:
-        """Whether its network is told s; in consistency training the DSM term alone tells one other than eps."""
+        """True if the network takes s. In consistency training only the DSM term passes an s other than eps."""
         return self.from_teacher or self.dsm_weight > 0
 
     @property
     def to_the_end(self) -> bool:
-        """Whether its function only jumps to eps, so that more jumps than one need fresh noise between them."""
+        """True if the student only jumps to eps, so that further jumps need fresh noise between them."""
         return self.objective != "trajectory"
 
 
@@ -393,7 +393,7 @@ class Churn(Section):
 
 
 class Sampling(Section):
-    """Samples that are kept and scored at the end. Image i always comes from seed i."""
+    """Samples kept and scored at the end of training. Image i always comes from seed i."""
 
     count: Count = Field(description="Images a sampler, from seeds 0 to count-1.")
     nfe: list[Count] = Field([1, 2, 3, 5, 8], min_length=1, description="Numbers of jumps.")
@@ -429,7 +429,7 @@ class Classifier(Section):
 
 
 class Scores(Section):
-    """What is measured on samples."""
+    """Measurements on samples."""
 
     extractor: Literal["classifier", "inception"] = Field(
         "inception",
@@ -449,7 +449,7 @@ class Scores(Section):
 
 
 class Flows(Section):
-    """What is measured of the couplings of consistency training (GC): transport cost, the toy, the theorem."""
+    """Measurements on the couplings of consistency training (GC): transport cost, the toy, the theorem."""
 
     images: Annotated[int, Field(ge=2)] = Field(2048, description="Images of the transport cost, at most the data's.")
     times: Annotated[int, Field(ge=2)] = Field(24, description="Times of the transport cost, a rho grid.")
@@ -469,7 +469,7 @@ class Flows(Section):
 
 
 class Report(Section):
-    """What the report compares."""
+    """Comparisons in the report."""
 
     baseline: dict[Literal["trajectory", "endpoint", "consistency"], Name] = Field(
         {}, description="The student against which each objective's speed-up is measured."
@@ -482,8 +482,8 @@ class Report(Section):
 
 
 class Compute(Section):
-    """How the machine is used. Nothing here is part of a result's key: it may change in the middle of a training,
-    and then alters the last bits of what follows, no more."""
+    """Use of the machine. Nothing here is part of a result's key: it may change during a training and then alters only
+    the last bits of what follows."""
 
     batch_per_device: Count | None = Field(
         None, description="Images a device at once; the study's batch is kept by accumulation. Without: all at once."
@@ -516,12 +516,12 @@ class Study(Section):
     flows: Flows | None = Field(None, description="What is measured of the couplings; without: nothing is.")
     report: Report = Field(default_factory=Report)
     compute: Compute = Field(default_factory=Compute)
-    _own: dict[str, dict[str, Any]] = {}  # what each student has for its own, as the file says it
+    _own: dict[str, dict[str, Any]] = {}  # each student's own keys, as in the file
 
     @model_validator(mode="wrap")
     @classmethod
     def _whole(cls, given: Any, build: Callable[[Any], Self]) -> Self:
-        """Type each student: the values that all share, and its own in their place."""
+        """Type each student, merging the shared values with its own."""
         if isinstance(given, cls):
             return given
         match given:
@@ -542,11 +542,11 @@ class Study(Section):
 
     @property
     def taught(self) -> bool:
-        """Whether there is a teacher."""
+        """True if there is a teacher."""
         return not isinstance(self.teacher, NoTeacher)
 
     def require(self, run: str, seed: int) -> None:
-        """Raises UserError if the study has no such student or seed."""
+        """Raise UserError if the study has no such student or seed."""
         if run not in self.students:
             raise UserError(f"study {self.name} has no student {run!r}; it has {', '.join(self.students)}")
         if seed not in self.seeds:
@@ -569,7 +569,7 @@ class Study(Section):
 
     @property
     def mu_sweep(self) -> dict[str, float]:
-        """The students that differ in mu alone, with their own averages, and their mu in rising order; ic is mu 0.
+        """Students that differ in mu alone and use their own averages, with their mu in rising order; ic has mu 0.
         Empty with fewer than three values."""
         alike: dict[str, dict[str, float]] = {}
         for run, student in self.coupled.items():
@@ -581,11 +581,11 @@ class Study(Section):
 
     @property
     def needs_coefficients(self) -> bool:
-        """Whether any student reads the coefficients fitted from the teacher."""
+        """True if a student reads the coefficients fitted from the teacher."""
         return any(student.needs_coefficients for student in self.students.values())
 
     def settings(self, stage: str, run: str | None = None) -> dict[str, Any]:
-        """Every key that a stage's result depends on, those of the stages before it included.
+        """Return every key that a stage's result depends on, including those of earlier stages.
 
         stage: dataset, teacher, extractor, coefficients, student, samples, scores, flows, report. run names the student
         for student, samples and scores; samples and scores without one are the teacher's.
@@ -627,18 +627,18 @@ class Study(Section):
         return settings
 
     def key(self, stage: str, run: str | None = None, seed: int | None = None) -> str:
-        """16 hex digits that name exactly these settings (and seed): what a file made by the stage is marked with."""
+        """Return 16 hex digits that identify exactly these settings (and seed) and mark the files of the stage."""
         return settings_key(stage, seed, self.settings(stage, run))
 
 
 def _names_are_free(study: Study) -> Iterator[str]:
-    """Yield the students whose folders are the workflow's own."""
+    """Yield the students whose names are taken by folders of the workflow."""
     for run in sorted({"teacher", "report", "extractor", "dataset", "samples"} & study.students.keys()):
         yield f"students.{run}: that name is taken by the workflow; choose another"
 
 
 def _students_differ_as_declared(study: Study) -> Iterator[str]:
-    """Yield what students have for their own but is not in `varies`."""
+    """Yield keys that students set themselves but `varies` does not list."""
     for key in study.varies:
         if key not in Student.model_fields:
             yield f"varies names {key!r}, not a student's field{_suggest(key, Student)}"
@@ -651,7 +651,7 @@ def _students_differ_as_declared(study: Study) -> Iterator[str]:
 
 
 def _teacher_fits_the_images(study: Study) -> Iterator[str]:
-    """Yield why the teacher cannot be one of these images."""
+    """Yield reasons why the teacher cannot be one of these images."""
     if isinstance(study.teacher, OfficialTeacher):
         if study.noise.sigma_data == "measured":
             yield "noise.sigma_data cannot be measured: an EDM teacher has its own, 0.5"
@@ -665,7 +665,7 @@ def _teacher_fits_the_images(study: Study) -> Iterator[str]:
 
 
 def _there_is_a_teacher(study: Study) -> Iterator[str]:
-    """Yield what needs a teacher in a study without one."""
+    """Yield settings that need a teacher, in a study without one."""
     for run, student in study.students.items() if not study.taught else ():
         if student.from_teacher or student.needs_coefficients:
             yield (
@@ -677,7 +677,7 @@ def _there_is_a_teacher(study: Study) -> Iterator[str]:
 
 
 def _dropout_has_its_levels(study: Study) -> Iterator[str]:
-    """Yield dropouts by level where the study does not say which levels there are."""
+    """Yield dropouts by level for networks without levels."""
     network = None if isinstance(study.teacher, OfficialTeacher) else study.teacher.network
     for run, student in study.students.items():
         if isinstance(network, SongUNet):
@@ -687,7 +687,7 @@ def _dropout_has_its_levels(study: Study) -> Iterator[str]:
 
 
 def _predictor_comes_first(study: Study) -> Iterator[str]:
-    """Yield students made from one that is not there, not alike, or made from them."""
+    """Yield students made from one that is missing, not alike, or made from them."""
     for run, student in study.students.items():
         frozen, where = student.frozen, f"students.{run}: predictor"
         if frozen is None:
@@ -725,7 +725,7 @@ def _levels_can_be_drawn(study: Study) -> Iterator[str]:
 
 
 def _compared_students_are_alike(study: Study) -> Iterator[str]:
-    """Yield comparisons of students that are not there or not alike."""
+    """Yield comparisons of students that are missing or not alike."""
     students = study.students
     if len({student.snapshot_every for student in students.values()}) > 1:
         yield "students must share snapshot_every, or their learning curves cannot be compared"
@@ -743,7 +743,7 @@ def _compared_students_are_alike(study: Study) -> Iterator[str]:
 
 
 def _flows_are_of_couplings(study: Study) -> Iterator[str]:
-    """Yield what the section flows cannot measure."""
+    """Yield measurements of the section flows that are impossible."""
     if study.flows is None:
         return
     if not study.coupled:
@@ -756,7 +756,7 @@ def _flows_are_of_couplings(study: Study) -> Iterator[str]:
 
 
 def _scores_can_be_measured(study: Study) -> Iterator[str]:
-    """Yield numbers that leave a score without a meaning."""
+    """Yield numbers that make a score meaningless."""
     scores, sampling = study.scores, study.sampling
     if len(set(study.seeds)) < len(study.seeds):
         yield "seeds lists a seed twice"
@@ -787,13 +787,13 @@ RULES: tuple[Callable[[Study], Iterator[str]], ...] = (
 
 
 def settings_key(stage: str, seed: int | None, settings: dict[str, Any]) -> str:
-    """The 16 hex digits that name a stage's settings and seed."""
+    """Return the 16 hex digits that identify a stage's settings and seed."""
     content = {"stage": stage, "seed": seed, "settings": settings}
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def parse_yaml(text: str, path: Path) -> Any:
-    """What the text of a file says. Raises UserError with the file's name when it is not YAML or has a key twice."""
+    """Parse the text of a file. Raises UserError with the file's name if it is not YAML or has a key twice."""
     try:
         return YAML(typ="safe", pure=True).load(text)
     except YAMLError as error:
@@ -832,7 +832,7 @@ def print_study(study: Study) -> None:
 
 
 def explain(error: ValidationError, model: type[BaseModel], content: Any = None) -> str:
-    """The most telling problem of a validation, in one line; content: the study's file."""
+    """Return the most informative problem of a validation in one line; content: the study's file."""
     problems = error.errors()
     # An unknown key explains a missing one. Of a union, the member that fits best has the longest location.
     unknown = [each for each in problems if each["type"] == "extra_forbidden"]
@@ -855,9 +855,9 @@ def explain(error: ValidationError, model: type[BaseModel], content: Any = None)
     return f"key '{key}': {problem['msg'][0].lower() + problem['msg'][1:]}, got {problem['input']!r}"
 
 
-# What pydantic adds to a location besides keys: the member of a union, and that it is the key which is wrong.
+# Parts that pydantic adds to a location besides keys: the member of a union, and a mark that the key is wrong.
 _UNION_MEMBER = re.compile(r"^(constrained-\w+|(literal|list)\[.*\]|\[key\])$")
-# The members of the unions that are sections, by the word that tells them apart.
+# The unions' members that are sections, by their discriminator.
 _MEMBERS: dict[str, type[Section]] = {
     cls.model_fields["kind"].default: cls
     for cls in (SongUNet, MLP, Teacher, OfficialTeacher, NoTeacher, Doubling, Shrinking)
@@ -865,10 +865,10 @@ _MEMBERS: dict[str, type[Section]] = {
 
 
 def _owner(location: list[str], model: type[BaseModel]) -> type[BaseModel] | None:
-    """The section that a location leads to."""
+    """Return the section that a location leads to."""
     for part in location:
         field = model.model_fields.get(part)
-        # Of a section that may be left out, the other option is None.
+        # The other option of an optional section is None.
         options = [each for each in get_args(field.annotation) if each is not type(None)] if field else []
         section = options[0] if len(options) == 1 else field.annotation if field else _MEMBERS.get(part)
         if isinstance(section, type) and issubclass(section, BaseModel):
@@ -877,5 +877,5 @@ def _owner(location: list[str], model: type[BaseModel]) -> type[BaseModel] | Non
 
 
 def _suggest(key: str, model: type[BaseModel] | None) -> str:
-    """The nearest field of a section, or all of them."""
+    """Return the nearest field of a section, or all of them."""
     return suggestion(key, model.model_fields if model else [])

@@ -1,4 +1,4 @@
-"""A job whose Snakemake is gone must not work on beside the next run."""
+"""Watchdog of a job: it ends with its Snakemake, so that it does not work beside the next run."""
 
 import os
 import platform
@@ -13,9 +13,9 @@ _POLL = 0.5  # seconds
 
 
 def watch_supervisor() -> None:
-    """Send this process SIGTERM when its Snakemake is killed (a kill -9 leaves its jobs behind).
+    """Send this process SIGTERM when its Snakemake is killed (a kill -9 leaves its jobs running).
 
-    Does nothing without a supervisor, or under one on another machine.
+    Does nothing without a supervisor, or with one on another machine.
     """
     host, _, pid = os.environ.get(SUPERVISOR, "").rpartition(":")
     if host == platform.node() and pid.isdigit():
@@ -23,7 +23,7 @@ def watch_supervisor() -> None:
 
 
 def watch(pid: int, then: Callable[[], None]) -> None:
-    """Call a function, in a thread of its own, when a process of this machine has ended."""
+    """Call a function, in a thread of its own, once a process of this machine has ended."""
 
     def wait() -> None:
         while _alive(pid):
@@ -34,7 +34,7 @@ def watch(pid: int, then: Callable[[], None]) -> None:
 
 
 def _alive(pid: int) -> bool:
-    """Tell whether it is at work: one that only waits for its parent's notice, as without an init, is not."""
+    """Tell whether a process is running. A zombie, which stays where there is no init, is not."""
     import psutil  # a fifth of the time of --help, which watches nobody
 
     try:

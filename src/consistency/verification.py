@@ -16,12 +16,12 @@ from consistency.study import Study, explain, load_study, settings_key
 
 #: the digests of an archive's files, in the folder that holds its results/
 SUMS = "SHA256SUMS"
-# Receipts of uploads, and what DVC compares: they are no results, and no card names them.
+# Receipts of uploads, and files for DVC to compare: they are not results, and no card names them.
 _RECEIPTS = ("track", "plan", "inputs")
 
 
 class Finding(NamedTuple):
-    """The faults of an artifact, none if it is consistent. left_out: files of it that its archive does not hold."""
+    """Faults of an artifact, none if it is consistent. left_out: its files that its archive does not hold."""
 
     artifact: str
     faults: list[str]
@@ -64,7 +64,7 @@ def verify(root: Path, study: Study) -> list[Finding]:
 
 
 def print_verified(root: Path, study_file: Path | None) -> None:
-    """Print what verify finds; without a study file, against the one in the same checkout or unzipped archive.
+    """Print the findings of verify; without a study file, against the one in the same checkout or unzipped archive.
 
     Raises UserError unless everything is consistent, and when there is no study file.
     """
@@ -75,7 +75,7 @@ def print_verified(root: Path, study_file: Path | None) -> None:
 
 
 def require_consistent(root: Path, study: Study) -> None:
-    """Print what verify finds. Raises UserError unless everything is consistent."""
+    """Print the findings of verify. Raises UserError unless everything is consistent."""
     findings = verify(root, study)
     width = max(len(finding.artifact) for finding in findings)
     for finding in findings:
@@ -88,7 +88,7 @@ def require_consistent(root: Path, study: Study) -> None:
 
 
 def result_files(root: Path) -> list[str]:
-    """List the results and cards in a study's folder by their paths in it; hidden files are neither."""
+    """List the results and cards in a study's folder by relative path; hidden files are neither."""
     paths = [path.relative_to(root) for path in sorted(root.rglob("*")) if path.is_file()]
     return [path.as_posix() for path in paths if path.parts[0] not in _RECEIPTS and not path.name.startswith(".")]
 
@@ -99,7 +99,7 @@ def stays_out(name: str, snapshots: bool = False) -> bool:
 
 
 def _hash(root: Path) -> dict[str, str]:
-    """Take the sha256 of each result and card; in its place stands the reason why one cannot be read."""
+    """Return the sha256 of each result and card, or the reason why it cannot be read."""
 
     def digest(name: str) -> str:
         try:
@@ -113,7 +113,7 @@ def _hash(root: Path) -> dict[str, str]:
 
 
 def _read(root: Path, place: Path) -> _Card | str:
-    """Read a card and name its outputs from the study's folder on, like its inputs. Returns the fault of a bad one."""
+    """Read a card, its outputs named relative to the study's folder like its inputs. Returns the fault of a bad one."""
     try:
         card = _Card.model_validate_json((root / place).read_bytes())
     except OSError as error:

@@ -1,4 +1,4 @@
-"""The report's numbers in words. No file, no figure."""
+"""The report's numbers in words. No files, no figures."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -10,13 +10,13 @@ from consistency.study import NoTeacher, OfficialTeacher, Study
 
 
 def coarse(study: Study) -> str:
-    """What an interval over very few seeds is worth."""
+    """Return a caution on intervals over few seeds."""
     count = len(study.seeds)
     return "" if count > 4 else " (one seed: no interval)" if count == 1 else f" ({count} seeds: coarse)"
 
 
 def teacher_line(row: Mapping[str, Any] | None, study: Study) -> str:
-    """The teacher's score, the first line of a report. row: the calibration's, None without a teacher."""
+    """Return the teacher's score, the first line of a report. row: the calibration's, None without a teacher."""
     if row is None:
         return "No teacher: students are measured against the data alone"
     count, published = int(row["images"]), row.get("published")
@@ -29,7 +29,7 @@ def teacher_line(row: Mapping[str, Any] | None, study: Study) -> str:
 
 
 def teacher_made(study: Study, parameters: int) -> str:
-    """Where the teacher comes from."""
+    """Describe the teacher's origin."""
     teacher = study.teacher
     if isinstance(teacher, NoTeacher):
         return f"none; the students' network is {teacher.network.kind}, {parameters:,} parameters"
@@ -40,31 +40,31 @@ def teacher_made(study: Study, parameters: int) -> str:
 
 
 def plus_minus(mean: float, half: float) -> str:
-    """A mean and its half-width, as far as they are known."""
+    """Format a mean and its half-width, as far as they are known."""
     if np.isnan(mean):
         return ""
     return f"{mean:.4g}" if np.isnan(half) else f"{mean:.4g} ± {half:.2g}"
 
 
 def speed(item: SpeedUp) -> str:
-    """The value with its bound and interval."""
+    """Format the value with its bound and interval."""
     value = "not defined" if item.bound == "?" else f"{item.bound and item.bound + ' '}{item.value:.2f}"
     return value if np.isnan(item.low) else f"{value} ({_interval(item)})"
 
 
 def _interval(item: SpeedUp) -> str:
-    """Its ends; 0 where resamples do not reach the score, ∞ where they have it before training."""
+    """Format the interval: 0 if resamples do not reach the score, ∞ if some have it before training."""
     low = f"{item.low:.2f}" if item.low else "0"
     return f"{low} to {item.high:.2f}" if np.isfinite(item.high) else f"{low} to ∞"
 
 
 def what_of(measure: str, extractor: str) -> str:
-    """A measure in a sentence."""
+    """Name a measure in a sentence."""
     return "alignment error" if measure == "alignment" else "FID" if extractor.startswith("inception") else "FD"
 
 
 def sentence(item: SpeedUp, extractor: str) -> str:
-    """One speed-up in words, saying so when its interval does not exclude 1."""
+    """Describe one speed-up, and say so if its interval does not exclude 1."""
     final = f"{item.baseline}'s final {what_of(item.measure, extractor)}"
     times = f"{item.value:.2f} times fewer" if item.value >= 1 else f"{1 / item.value:.2f} times as many"
     reached = {
@@ -81,13 +81,13 @@ def sentence(item: SpeedUp, extractor: str) -> str:
 
 
 def ratio(item: Paired) -> str:
-    """The difference in percent, with its interval."""
+    """Format the difference in percent, with its interval."""
     text = f"{100 * (item.ratio - 1):+.1f} %"
     return text if np.isnan(item.low) else f"{text} ({100 * (item.low - 1):+.1f} to {100 * (item.high - 1):+.1f})"
 
 
 def paired_sentence(item: Paired, extractor: str) -> str:
-    """A paired difference in words."""
+    """Describe a paired difference."""
     what = f"{what_of(item.measure, extractor)} over the second half of training"
     if np.isnan(item.low):
         return f"At NFE {item.nfe}, {item.run}'s {what} differs from {item.baseline}'s by {ratio(item)}; one seed."
@@ -99,14 +99,14 @@ def paired_sentence(item: Paired, extractor: str) -> str:
 
 
 def differs_in(study: Study, run: str) -> str:
-    """In what a student differs, as the study declares it; what has no say in it is left out."""
+    """List the settings in which a student differs, as the study declares; settings without effect are left out."""
     student = study.students[run]
     settings = student.model_dump(mode="json")
     return ", ".join(f"{key}: {_value(settings[key])}" for key in study.varies if key not in student.idle)
 
 
 def _value(value: Any) -> str:
-    """A setting in a sentence; a section by its kind, with those of its fields that are set in brackets."""
+    """Format a setting for a sentence; a section by its kind, with its set fields in brackets."""
     if not isinstance(value, dict):
         return str(value)
     said = {name: each for name, each in value.items() if name != "kind" and each is not None}
@@ -115,7 +115,7 @@ def _value(value: Any) -> str:
 
 
 def beginning(study: Study) -> str:
-    """What students start from, and in what alone they differ."""
+    """Describe the initial weights of the students, and the only keys in which they differ."""
     taught = [run for run, student in study.students.items() if student.from_teacher]
     drawn = [run for run in study.students if run not in taught]
     random = "random weights, the same for all of one seed,"
@@ -127,7 +127,7 @@ def beginning(study: Study) -> str:
 
 
 def claims(study: Study) -> list[str]:
-    """What the papers say of students like this study's, a sentence a paper."""
+    """Return the papers' claims about students like this study's, one sentence per paper."""
     objectives = {student.objective for student in study.students.values()}
     said = []
     if objectives - {"consistency"}:
@@ -145,5 +145,5 @@ def claims(study: Study) -> list[str]:
 
 
 def commit(state: dict[str, Any]) -> str:
-    """A commit, and whether the tree differed from it."""
+    """Format a commit, and mark a tree with uncommitted changes."""
     return f"{state['commit'] or 'unknown'}{' (dirty)' if state['dirty'] else ''}"

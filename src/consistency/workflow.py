@@ -1,7 +1,7 @@
-"""Snakemake as `make demo` and DVC start it: alone in this directory, and going on after a run that was killed.
+"""Snakemake as started by `make demo` and DVC: alone in this directory, and resuming after a killed run.
 
-Snakemake's own lock keeps two runs apart, but it outlives a `kill -9`. AT_WORK tells which of the two it is: the
-operating system takes it from a Snakemake that ends, however that ends.
+Snakemake's own lock keeps two runs apart, but it outlives a `kill -9`. AT_WORK tells a live run from a killed one: the
+operating system releases it when Snakemake ends, however that happens.
 """
 
 import fcntl
@@ -23,19 +23,19 @@ from consistency.supervision import watch
 
 LOCKS = Path(".snakemake/locks")
 AT_WORK = Path(".snakemake/at-work.lock")
-PATIENCE = 60.0  # seconds for a run whose caller was killed to notice, save and leave
+PATIENCE = 60.0  # seconds for a run whose caller was killed to notice, save and exit
 _POLL = 0.5
 #: set for Snakemake: the process that it ends with; set for `snakemake --unlock`, which is called with the lock held
 _CALLER, _UNLOCKING = "CONSISTENCY_CALLER", "CONSISTENCY_UNLOCKING"
 
 
 def reproduce(study: Study, rules: list[str] | None, targets: list[str], run: str | None) -> NoReturn:
-    """Become Snakemake, which makes the targets by those rules alone, or the whole study where none are named.
+    """Become Snakemake, which makes the targets by those rules alone, or the whole study if none are named.
 
-    It takes $CORES cores (default: all), and is interrupted when whoever called is gone. Others' results are taken as
-    they are, and so are other students' than `run`'s, where one is named. Raises UserError when another run is at work
-    in this directory and does not leave in PATIENCE seconds, when a run on a cluster was killed, and when DVC does not
-    know what that student is made from.
+    It uses $CORES cores (default: all), and is interrupted when its caller is gone. Results of other rules are taken as
+    they are; if `run` is named, so are those of other students. Raises UserError if another run works in this directory
+    and does not exit within PATIENCE seconds, if a run on a cluster was killed, and if DVC does not know what that
+    student is made from.
     """
     if run is not None:
         check_order(study)
@@ -59,7 +59,7 @@ def reproduce(study: Study, rules: list[str] | None, targets: list[str], run: st
 
 
 def join_run() -> None:
-    """Note, until this process ends, that a Snakemake is at work here; end it when its caller is gone."""
+    """Record, until this process ends, that a Snakemake is at work here; end it when its caller is gone."""
     if caller := os.environ.pop(_CALLER, ""):
         signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's `&` has had ignored
         watch(int(caller), _interrupt)
@@ -97,7 +97,7 @@ def _alone() -> int:
 
 
 def _interrupt() -> None:
-    """Do what Ctrl-C does: send SIGINT to this process and to all that it has started."""
+    """Act like Ctrl-C: send SIGINT to this process and to all that it has started."""
     process = psutil.Process()
     for each in [*process.children(recursive=True), process]:
         with suppress(psutil.NoSuchProcess):

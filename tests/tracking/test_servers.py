@@ -112,7 +112,7 @@ def test_a_training_does_not_notice_its_server(
         client = connect(f"sqlite:///{tmp_path}/mlflow.db")
         (run,) = runs_of(client, "tiny", role="seed")
         assert run.info.status == "FINISHED"
-        assert points_of(client, run) == expected_points(disturbed, "analytic", 0)
+        assert points_of(client, run) == expected_points(disturbed)
 
 
 #: a training that ends, while its thread imports MLflow or waits for an answer

@@ -88,7 +88,7 @@ def test_a_misspelt_key_stops_before_any_job(checkout: Checkout) -> None:
 
 def test_an_unknown_study_stops_before_any_job(checkout: Checkout) -> None:
     line = says_one_line(Checkout(checkout.path, "tinny"))
-    assert line == "error: no study file config/studies/tinny.yaml; did you mean config/studies/tiny.yaml?"
+    assert line == "error: no study file config/studies/tinny.yaml; did you mean 'tiny.yaml'?"
 
 
 def test_an_unknown_configuration_key_stops_before_any_job(checkout: Checkout) -> None:

@@ -33,8 +33,8 @@ class DhariwalUNet(ConditionedNetwork):
     one head per 64 channels, rounded down: below 64 channels there is none. label_dropout is the probability of
     zeroing a label during training. With second_time the network also takes the end time s of a jump, embedded
     like t but through its own map_layer0_s and map_layer1_s, and added in every block by affine_s, which starts
-    at zero. The label's embedding, which ADM adds after the two layers, is added there to t's and to s's alike,
-    through the one map_label: as in SongUNet, s is embedded as t is, the label included.
+    at zero. The label's embedding, which ADM adds after the two layers, is added there to both t's and s's
+    embedding through the one map_label. As in SongUNet, s is embedded like t, the label included.
 
     Shapes: x [N,in_channels,R,R] -> [N,out_channels,R,R]; noise_labels and second_noise_labels [N] or [1],
     ln(t)/4 and ln(s)/4; class_labels [N or 1, label_dim], one-hot; augment_labels [N or 1, augment_dim].

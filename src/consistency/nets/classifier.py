@@ -26,7 +26,7 @@ class Classifier(nn.Module):
         self.register_buffer("scale", torch.ones(()))
 
     def features(self, x: Tensor) -> Tensor:
-        """What FD and KID are measured on, [N, features], with mean square 1 over the data (KID's kernel is cubic)."""
+        """Return features [N, features] for FD and KID, with mean square 1 over the data (KID's kernel is cubic)."""
         return self._embedding(x) * self.scale
 
     def forward(self, x: Tensor) -> Tensor:

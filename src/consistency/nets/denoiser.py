@@ -36,7 +36,7 @@ class Denoiser(nn.Module):
     A student (`second_time`) is D(x,t,s) with F(c_in(t) x, ln(t)/4, ln(s)/4). `architecture` is a JSON-able
     dictionary from which `build_denoiser` makes the same network again; it also gives the attributes
     `sigma_data`, `label_dim`, `img_channels` and `img_resolution`. own_fit: N where the network
-    carries l_t and s_t [N] of its own (`carry`); other architectures have not that key.
+    carries l_t and s_t [N] of its own (`carry`); other architectures lack that key.
 
     x: [N,C,H,W]; t, s: number, scalar tensor or [N], > 0; labels: None (on a conditional network, a label of
     all zeros), class indices int64 [N], or one-hot float [N,label_dim]; augment_labels: [N,augment_dim].
@@ -56,27 +56,27 @@ class Denoiser(nn.Module):
         self.label_dim = int(self.architecture["label_dim"])
         self.img_channels = int(self.architecture["img_channels"])
         self.img_resolution = int(self.architecture["img_resolution"])
-        #: what the network computes in by autocast; None: the precision of x
+        #: autocast precision of the network; None: the precision of x
         self.precision: torch.dtype | None = None
         if "own_fit" in self.architecture:
             self.carry(torch.zeros(3, self.architecture["own_fit"], dtype=torch.float64))
 
     @property
     def second_time(self) -> bool:
-        """Whether this is a student's denoiser D(x,t,s)."""
+        """True for a student's denoiser D(x,t,s)."""
         return bool(self.architecture["second_time"])
 
     def carry(self, fit: Tensor) -> None:
-        """Keep times, l_t and s_t, float64 [3, N], as the buffer `fit`: what keeps the weights keeps it with them."""
+        """Store times, l_t and s_t, float64 [3, N], in the buffer `fit`, which is saved with the weights."""
         if "fit" not in self._buffers:
             self.architecture["own_fit"] = fit.shape[1]
             self.register_buffer("fit", fit.clone())
         self.fit.copy_(fit)
 
     def compute_in(self, precision: str) -> Denoiser:
-        """Let the network, not the preconditioning around it, compute in bfloat16 or float16 by autocast.
+        """Run the network, but not the preconditioning around it, in bfloat16 or float16 by autocast.
 
-        precision: float32 (that of x), bfloat16 or float16. Returns self. Raises KeyError for another.
+        precision: float32 (that of x), bfloat16 or float16. Returns self. Raises KeyError for any other value.
         """
         self.precision = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}[precision]
         return self
@@ -151,7 +151,7 @@ _NETWORKS: dict[str, type[nn.Module]] = {"songunet": SongUNet, "adm": DhariwalUN
 
 
 def _options(network: str) -> dict[str, Any]:
-    """The keyword arguments of a network that are left to the architecture, with their defaults."""
+    """Return the keyword arguments of a network that the architecture may set, with their defaults."""
     parameters = inspect.signature(_NETWORKS[network]).parameters.values()
     return {p.name: p.default for p in parameters if p.default is not inspect.Parameter.empty}
 

@@ -1,7 +1,7 @@
-"""Official EDM checkpoints, read as data: nothing that the file carries is imported, called or executed.
+"""Official EDM checkpoints, read as data: nothing in the file is imported, called or executed.
 
-A name that the file asks for becomes a stand-in from a table of this module, and a name that is not in the table
-refuses the file. The unpickler is the standard library's, in Python. The one in C cannot be kept from a memo as long as
+Names in the file are replaced by stand-ins from a table of this module; a name outside the table makes it refuse the
+file. The unpickler is the standard library's, in Python. The C version cannot be kept from allocating a memo as long as
 an index says, or from hashing nested tuples until the stack overflows.
 """
 
@@ -28,7 +28,7 @@ from consistency.errors import UserError
 from consistency.nets.denoiser import Denoiser, build_denoiser
 from consistency.nets.layers import Conv2d
 
-#: ten times what an imitation of the largest official file takes (51,000): bounds the memory for empty lists and marks
+#: ten times the count of an imitation of the largest official file (51,000); bounds memory for empty lists and marks
 _MAX_INSTRUCTIONS = 500_000
 #: EDMPrecond, U-Net, encoder, block and convolution are five
 _MAX_DEPTH = 8
@@ -36,7 +36,7 @@ _MAX_NAME = 64
 _MAX_ARGUMENTS = 8  # of a call; a tensor has 6
 _NETWORKS = {"SongUNet": "songunet", "DhariwalUNet": "adm"}
 
-# What senseless instructions and impossible networks raise.
+# Errors raised by malformed streams and impossible networks.
 _DAMAGED = (
     *(ArithmeticError, AttributeError, LookupError, MemoryError, RuntimeError, TypeError, ValueError),
     *(pickle.UnpicklingError, struct.error),
@@ -44,17 +44,17 @@ _DAMAGED = (
 
 
 class _Refused(Exception):
-    """Why the file is not taken, in a few words."""
+    """Refusal of the file. The message is a short reason."""
 
 
 def read_edm_pickle(path: Path) -> Denoiser:
     """Read an official EDM checkpoint (edm-*.pkl): the denoiser of its EMA weights, in eval mode, frozen, float32.
 
     Networks: SongUNet (DDPM++ in the -vp files, NCSN++ in -ve) and DhariwalUNet (-adm), inside an EDMPrecond, whose
-    sigma_data becomes the architecture's. Raises UserError for a file that is missing, damaged, hostile or another.
+    sigma_data becomes the architecture's. Raises UserError for a file that is missing, damaged, hostile or foreign.
     """
     try:
-        # A map gives no more bytes than there are; a file makes room for as many as it is asked for.
+        # A memory map returns no more bytes than there are; a file allocates as many as are asked for.
         with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
             return _denoiser(_Unpickler(content).load(), len(content))
     except FileNotFoundError:
@@ -70,12 +70,12 @@ def read_edm_pickle(path: Path) -> Denoiser:
     raise UserError(f"{path} is not an official EDM checkpoint ({reason}): download it again, or use another edm-*.pkl")
 
 
-# --- the unpickler, and what a file may ask it for -------------------------------------------------------
+# --- the unpickler and its stand-ins ---------------------------------------------------------------------
 
 
 @dataclass(slots=True, eq=False)
 class _Object:
-    """What stands for an object of a class: the name of the class and the attributes."""
+    """Stand-in for an instance of a class: the class's name and the attributes."""
 
     class_name: object
     state: dict[Any, Any]
@@ -90,7 +90,7 @@ def _persistent(meta: object) -> _Object:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Tensor:
-    """A tensor as the file describes it: the stream that torch wrote of its storage; offset and strides in elements."""
+    """A tensor as the file describes it: torch's stream of its storage; offset and strides in elements."""
 
     stream: bytes | str
     offset: int
@@ -98,7 +98,7 @@ class _Tensor:
     strides: tuple[int, ...]
 
     def read(self) -> Tensor:
-        """The values, float32, in memory of their own."""
+        """Return the values as float32 in memory of their own."""
         values = _read_storage(self.stream)
         if math.prod(self.shape) > len(values):
             raise _Refused("a tensor larger than its storage")
@@ -114,18 +114,18 @@ def _tensor(stream: object, offset: object, shape: object, strides: object, *_: 
 
 
 def _counts(values: object) -> tuple[int, ...]:
-    """Sizes, strides or an offset: few whole numbers."""
+    """Read sizes, strides or an offset: a few integers."""
     if not isinstance(values, tuple) or len(values) > 8 or any(type(v) is not int or v >> 48 for v in values):
         raise _Refused("a tensor with an impossible shape, stride or offset")
     return values
 
 
 def _empty_dict() -> dict[Any, Any]:
-    # Not dict itself, which would make one of whatever it is given.
+    # Not dict itself, which would convert any argument.
     return {}
 
 
-#: what stands for each name. A call may not copy: the file could ask for the copy of one value a million times.
+#: stand-ins by name. A call may not copy: the file could ask for a million copies of one value.
 _STAND_INS: Mapping[str, Callable[..., object]] = {
     **dict.fromkeys(("collections.OrderedDict", "dnnlib.util.EasyDict"), _empty_dict),
     "torch.nn.modules.container.ModuleDict": lambda: _Object("ModuleDict", {}),
@@ -147,9 +147,9 @@ _INSTRUCTIONS = """
 
 
 class _Unpickler(pickle._Unpickler):
-    """Python's unpickler, without the instructions that no EDM checkpoint has.
+    """Python's unpickler, limited to the instructions found in EDM checkpoints.
 
-    `load` raises _Refused for what is not allowed and EOFError or one of _DAMAGED for what makes no sense.
+    `load` raises _Refused for a forbidden stream and EOFError or one of _DAMAGED for a malformed one.
     """
 
     stack: list[Any]
@@ -176,11 +176,11 @@ _KNOWN: Mapping[int, Any] = pickle._Unpickler.dispatch
 
 
 def _with_plain_keys(code: int, keys: slice) -> Callable[[_Unpickler], None]:
-    """An instruction that fills a dictionary; keys: where on the stack it finds them."""
+    """Return the loader of an instruction that fills a dictionary; keys: their slice of the stack."""
 
     def load(self: _Unpickler) -> None:
         for key in self.stack[keys]:
-            # Hashing a tuple of tuples of tuples would take for ever, or overflow the C stack; large numbers collide.
+            # Hashing deeply nested tuples would take for ever or overflow the C stack; large numbers collide.
             if type(key) is not str and (type(key) is not int or key >> 31):
                 raise _Refused(f"it uses a value {_shown(key)} as a key")
         _KNOWN[code](self)
@@ -189,7 +189,7 @@ def _with_plain_keys(code: int, keys: slice) -> Callable[[_Unpickler], None]:
 
 
 def _call(self: _Unpickler) -> None:
-    """A call of a stand-in with the few arguments that one takes: of a text, every character would be one."""
+    """Call a stand-in with a short tuple of arguments; a text would be expanded to one argument per character."""
     arguments = self.stack[-1]
     if type(arguments) is not tuple or len(arguments) > _MAX_ARGUMENTS:
         raise _Refused("it calls something with what are no arguments")
@@ -206,7 +206,7 @@ _LOADERS = {code: _KNOWN[code] for code in (getattr(pickle, name)[0] for name in
 
 
 class _Dispatch(dict[int, Any]):
-    """The function of each instruction, by its code; gives out no more than the limit."""
+    """The loader of each instruction, by its code; hands out at most _MAX_INSTRUCTIONS."""
 
     left = _MAX_INSTRUCTIONS
 
@@ -221,10 +221,10 @@ class _Dispatch(dict[int, Any]):
 
 
 def _read_storage(content: bytes | str) -> Tensor:
-    """The elements of a storage from torch's own stream of before zip files: five small pickles, then the bytes."""
+    """Read the elements of a storage from torch's pre-zip stream: five small pickles, then the bytes."""
     content = content.encode("latin1") if isinstance(content, str) else content
     stream = io.BytesIO(content)
-    for _ in range(5):  # taken apart to find the end, and not read
+    for _ in range(5):  # parsed only to find the end
         deque(pickletools.genops(stream), maxlen=0)
     if b"ctorch\nFloatStorage\n" not in content[: stream.tell()]:
         raise _Refused("a tensor storage of other than float32 values")
@@ -235,7 +235,7 @@ def _read_storage(content: bytes | str) -> Tensor:
 
 
 def _shown(value: object) -> str:
-    """A short form, on one line, of whatever the file holds."""
+    """Return a short one-line form of any value in the file."""
     return ascii(value[:_MAX_NAME]) if isinstance(value, str) else f"of type {type(value).__name__}"
 
 
@@ -248,7 +248,7 @@ _Word = Annotated[str, Field(max_length=_MAX_NAME)]
 
 
 class _Precond(BaseModel, strict=True):
-    """The attributes of an EDMPrecond. use_fp16 is not read: the weights are float32 all the same."""
+    """Attributes of an EDMPrecond. use_fp16 is ignored: the weights are float32 in any case."""
 
     img_resolution: _Whole
     img_channels: _Whole
@@ -257,7 +257,7 @@ class _Precond(BaseModel, strict=True):
 
 
 class _UNet(BaseModel, strict=True, extra="forbid"):
-    """The arguments that a U-Net was made with. One that is left out has the official default."""
+    """Constructor arguments of a U-Net. A missing one has the official default."""
 
     # These four follow from the EDMPrecond.
     img_resolution: object = Field(None, exclude=True)
@@ -290,7 +290,7 @@ def _denoiser(content: object, size: int) -> Denoiser:
     # Each tensor of a true file has a storage of its own.
     if sum(len(tensor.stream) for tensor in tensors.values()) > size:
         raise _Refused("its tensors are larger than the file")
-    with torch.device("meta"):  # without memory for weights, whatever the numbers in the description
+    with torch.device("meta"):  # allocates no weights, whatever the description asks for
         denoiser = build_denoiser(_architecture(precond))
     _check_shapes(denoiser, tensors)
     denoiser.load_state_dict({name: tensor.read() for name, tensor in tensors.items()}, assign=True)
@@ -299,7 +299,7 @@ def _denoiser(content: object, size: int) -> Denoiser:
 
 
 def _tensors(module: object, prefix: str, depth: int, seen: set[int]) -> Iterator[tuple[str, _Tensor]]:
-    """The parameters and buffers of a module and of those inside, under the names of its state_dict."""
+    """Yield the parameters and buffers of a module and its submodules under the names of its state_dict."""
     if not isinstance(module, _Object) or depth > _MAX_DEPTH:
         raise _Refused("its modules are no tree of modules")
     for section in ("_parameters", "_buffers", "_modules"):
@@ -321,7 +321,7 @@ def _tensors(module: object, prefix: str, depth: int, seen: set[int]) -> Iterato
 
 
 def _architecture(precond: _Object) -> dict[str, Any]:
-    """The architecture for the arguments that the network inside was made with, every number within reason."""
+    """Return the architecture for the inner network's constructor arguments, every number within bounds."""
     unet = precond.state["_modules"].get("model")
     kind = unet.class_name if isinstance(unet, _Object) else unet
     if not isinstance(kind, str) or kind not in _NETWORKS:
@@ -334,7 +334,7 @@ def _checked(kind: type[BaseModel], values: object) -> dict[str, Any]:
     try:
         return kind.model_validate(values).model_dump(exclude_unset=True)
     except ValidationError as error:
-        # The error's own text would show the values, however many.
+        # The error's own text would quote all values, however many.
         first = error.errors(include_url=False, include_context=False, include_input=False)[0]
         raise _Refused(f"{_shown(first['loc'][0]) if first['loc'] else 'network'}: {first['msg']}") from None
 

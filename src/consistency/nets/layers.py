@@ -26,7 +26,7 @@ _INIT_RULES: dict[str, tuple[Callable[[int, int], float], Callable[[Sequence[int
 
 @dataclass(frozen=True)
 class Init:
-    """How a layer's parameters start: a rule, and the gains applied to the weight and to the bias.
+    """Initial values of a layer's parameters: a rule, and the gains applied to the weight and to the bias.
 
     Rules: xavier_uniform, kaiming_uniform, kaiming_normal. A gain of 0 gives exact zeros.
     """
@@ -155,9 +155,9 @@ class GroupNorm(nn.Module):
 def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Softmax attention of every query position over all key positions.
 
-    Shapes: q, k, v and the result are [B, C, P] with P positions. The weights softmax(q.k / sqrt(C)) are
-    computed in at least float32. Made of plain operations where forward mode is on, because fused kernels lack its
-    rules; on a GPU otherwise fused, or the weights of all graphs of a step would lie in its memory.
+    Shapes: q, k, v and the result are [B, C, P] with P positions. The weights softmax(q.k / sqrt(C)) are computed in at
+    least float32. Forward mode needs plain operations, because fused kernels lack its rules. Otherwise a GPU uses the
+    fused kernels: the weights of all graphs of a step would fill its memory.
     """
     dtype = torch.promote_types(q.dtype, torch.float32)
     if q.is_cuda and fwAD.unpack_dual(q).tangent is None:
@@ -169,14 +169,14 @@ def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def fused_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """The same by PyTorch's fused kernels, which keep no weights. Shapes as in `attention`."""
+    """Compute the same with PyTorch's fused kernels, which store no weights. Shapes as in `attention`."""
     q, k, v = (a.transpose(1, 2).unsqueeze(1).contiguous() for a in (q, k, v))
     return F.scaled_dot_product_attention(q, k, v).squeeze(1).transpose(1, 2)
 
 
 def _no_autocast(x: Tensor) -> torch.autocast:
-    """A block in which the ambient autocast is off."""
-    # The meta device, on which shapes and operations are only counted, has none of its own.
+    """Return a block in which the ambient autocast is off."""
+    # The meta device, used to count shapes and operations, has no autocast.
     return torch.autocast("cpu" if x.is_meta else x.device.type, enabled=False)
 
 
@@ -297,8 +297,8 @@ class FourierEmbedding(nn.Module):
 
 
 class ConditionedNetwork(nn.Module):
-    """What all networks share: the conditions are embedded for the time t and, with second_time, through layers of its
-    own, for s; then `body` maps the image. A subclass builds map_noise, map_layer0, ... and joins them."""
+    """Base of all networks. It embeds the conditions for the time t and, with second_time, through separate layers for
+    s; then `body` maps the image. A subclass builds map_noise, map_layer0, ... and joins them."""
 
     map_label: nn.Module
     map_layer0: nn.Module
@@ -329,7 +329,7 @@ class ConditionedNetwork(nn.Module):
         return self.body(x, emb, emb_s)
 
     def _labels(self, class_labels: Tensor | None, like: Tensor) -> Tensor:
-        """One-hot labels [N or 1, label_dim] in the dtype of `like`, zeros for None; some are dropped in training."""
+        """Return one-hot labels [N or 1, label_dim] in the dtype of `like`, zeros for None; training drops some."""
         labels = like.new_zeros(1, self.label_dim) if class_labels is None else class_labels.to(like.dtype)
         dropout = self.label_dropout if self.training else 0.0
         return labels * (torch.rand_like(labels[:, :1]) >= dropout) if dropout else labels
@@ -337,11 +337,11 @@ class ConditionedNetwork(nn.Module):
     def embed(
         self, noise: Tensor, labels: Tensor | None, augment: Tensor | None, layer0: nn.Module, layer1: nn.Module
     ) -> Tensor:
-        """The embedding [N or 1, emb_channels] of a time, the labels' embedding and the augmentation."""
+        """Return the embedding [N or 1, emb_channels] of a time, the labels' embedding and the augmentation."""
         raise NotImplementedError
 
     def body(self, x: Tensor, emb: Tensor, emb_s: Tensor | None) -> Tensor:
-        """The network proper."""
+        """Map the image, given the embeddings."""
         raise NotImplementedError
 
 

@@ -1,4 +1,4 @@
-"""The architectures of EDM's official checkpoints, known before a checkpoint is there: for estimates and benchmarks."""
+"""The architectures of EDM's official checkpoints, available without the files: for estimates and benchmarks."""
 
 import re
 from typing import Any
@@ -32,9 +32,9 @@ _DATASETS = {"cifar10-32x32": _CIFAR10, "ffhq-64x64": _FFHQ, "imagenet-64x64": _
 
 
 def official_architecture(checkpoint: str) -> dict[str, Any]:
-    """What `build_denoiser` needs to make the network of edm-<dataset>-<resolution>-<condition>-<variant>.pkl.
+    """Return the `build_denoiser` architecture of edm-<dataset>-<resolution>-<condition>-<variant>.pkl.
 
-    Karras et al. 2022, table 7 and appendix F. Raises UserError for a name that is not one of these.
+    Karras et al. 2022, table 7 and appendix F. Raises UserError for an unknown name.
     """
     match = re.fullmatch(r"edm-(cifar10-32x32|ffhq-64x64|imagenet-64x64)-(uncond|cond)-(vp|ve|adm)\.pkl", checkpoint)
     if match is None:

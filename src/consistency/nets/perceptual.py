@@ -1,4 +1,4 @@
-"""LPIPS, the distance of CTM: differences of VGG16's features, weighted by what people find similar."""
+"""LPIPS, the distance of CTM: differences of VGG16's features, weighted by human judgements of similarity."""
 
 from pathlib import Path
 
@@ -9,47 +9,47 @@ from torchmetrics.functional.image.lpips import _LPIPS, _normalize_tensor
 
 from consistency.errors import UserError
 
-# CTM's image sizes: what is smaller than 256 pixels is resized to VGG's 224.
+# CTM's image sizes: images smaller than 256 pixels are resized to VGG's 224.
 _SMALL, _SIZE = 256, 224
 
 
 class PerceptualDistance(nn.Module):
-    """LPIPS (v0.1, VGG16 with average pooling) of images in [-1, 1], one number an image; nothing is downloaded.
+    """LPIPS (v0.1, VGG16 with average pooling) of images in [-1, 1], one number per image; nothing is downloaded.
 
-    weights: torchvision's VGG16, of which the convolutions are read. Takes images [N, 1 or 3, H, W] and gives [N].
-    Frozen: gradients reach the images, the weights have none. Raises UserError when the file is not a VGG16. Zhang et
-    al. 2018; Gatys et al. 2016 for the pooling.
+    weights: torchvision's VGG16, of which only the convolutions are read. Maps images [N, 1 or 3, H, W] to [N]. The
+    weights are frozen; gradients reach the images. Raises UserError if the file is not a VGG16. Zhang et al. 2018;
+    Gatys et al. 2016 for the pooling.
     """
 
     def __init__(self, weights: Path) -> None:
         super().__init__()
-        # The parts, and not torchmetrics' public class: that one would download the backbone. Its random numbers, which
-        # the file's replace, must not move the training's.
+        # Built from parts: torchmetrics' public class would download the backbone. Its random initial weights, which
+        # the file's replace, must not advance the training's generator.
         with torch.random.fork_rng(devices=[]):
             lpips = _LPIPS(net="vgg", pnet_rand=True)
         self.scaling, self.slices = lpips.scaling_layer, nn.ModuleList(lpips.net.children())
-        # Without the layers' dropout, which is for fitting them.
+        # The layers' dropout is left out: it is for fitting them.
         self.linear = nn.ModuleList(layer.model[-1] for layer in lpips.lins)
         _read_convolutions(self.slices, weights)
         _average_pooling(self.slices)
         self.requires_grad_(False)
 
     def forward(self, a: Tensor, b: Tensor) -> Tensor:
-        """Distances [N] of images a and b; VGG runs in the autocast that is on, all else in the weights' type."""
+        """Return distances [N] of images a and b. VGG runs in the ambient autocast, all else in the weights' dtype."""
         images = self._prepared(a), self._prepared(b)
         features = zip(self._features(images[0]), self._features(images[1]), strict=True)
         with torch.autocast(a.device.type, enabled=False):
             return torch.stack([self._layer(k, u, v) for k, (u, v) in enumerate(features)]).sum(0)
 
     def _prepared(self, images: Tensor) -> Tensor:
-        """Three channels, VGG's size, ImageNet's mean and deviation."""
+        """Convert to three channels, VGG's size, and ImageNet's mean and deviation."""
         images = images.to(self.scaling.shift.dtype).expand(-1, 3, -1, -1)
         if images.shape[-1] < _SMALL:
             images = interpolate(images, size=(_SIZE, _SIZE), mode="bilinear", align_corners=False)
         return self.scaling(images)
 
     def _features(self, x: Tensor) -> list[Tensor]:
-        """relu1_2, relu2_2, relu3_3, relu4_3, relu5_3."""
+        """Return the activations relu1_2, relu2_2, relu3_3, relu4_3, relu5_3."""
         features = []
         for layers in self.slices:
             x = layers(x)
@@ -57,7 +57,7 @@ class PerceptualDistance(nn.Module):
         return features
 
     def _layer(self, k: int, u: Tensor, v: Tensor) -> Tensor:
-        """Weighted squared difference of unit-length features, mean over the pixels: [N]."""
+        """Return the weighted squared difference of unit-length features, a mean over the pixels: [N]."""
         dtype = self.scaling.shift.dtype
         difference = _normalize_tensor(u.to(dtype)) - _normalize_tensor(v.to(dtype))
         return self.linear[k](difference.square()).mean((1, 2, 3))
@@ -74,7 +74,7 @@ def _read_convolutions(slices: nn.ModuleList, path: Path) -> None:
     """Fill the convolutions from torchvision's state dict, where they are features.<layer>.weight and .bias."""
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # what a file that is not one can make the unpickler raise has no common class
+    except Exception as error:  # errors of unpickling a foreign file have no common class
         raise UserError(f"{path} is not a file of VGG16 weights ({' '.join(str(error).split())[:200]})") from None
     if not isinstance(content, dict):
         raise UserError(f"{path} is not a file of VGG16 weights: it holds no state dict")

@@ -160,8 +160,8 @@ class SongUNet(ConditionedNetwork):
 
 
 class Level(NamedTuple):
-    """One resolution of a U-Net: its side in pixels, its channels, the heads of its attention (0: none), its blocks
-    in the encoder (the decoder has one more), and the dropout of all of them."""
+    """One resolution of a U-Net: its side in pixels, its channels, its attention heads (0: none), its blocks in the
+    encoder (the decoder has one more), and the dropout of all of them."""
 
     size: int
     width: int
@@ -192,7 +192,7 @@ def levels_of(
     dropout: float | Sequence[float],
     channels_per_head: int | None = None,
 ) -> list[Level]:
-    """The levels from full resolution down. channels_per_head: of attention, rounded down; None for one head.
+    """Return the levels from full resolution down. channels_per_head: for attention, rounded down; None for one head.
 
     Raises ValueError if the resolution cannot be halved between all levels, or a list is not as long as channel_mult.
     """

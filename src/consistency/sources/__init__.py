@@ -1,1 +1,1 @@
-"""Where images come from: folders and archives, and the datasets in them."""
+"""Image sources: folders and archives, and the datasets in them."""

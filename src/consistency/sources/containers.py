@@ -1,5 +1,5 @@
-"""Files by number, in a folder, a zip or a tar of tars: an index of flat arrays, and reading at random from it, by any
-number of threads."""
+"""Containers of numbered files: a folder, a zip or a tar of tars. Each has an index of flat arrays and can be read at
+random by any number of threads."""
 
 import hashlib
 import os
@@ -20,12 +20,12 @@ from consistency.progress import track
 Array = np.ndarray
 
 SUFFIXES = (b".png", b".jpg", b".jpeg")
-_LARGEST = 1 << 28  # bytes of a file in an archive; what claims to be larger is no image
+_LARGEST = 1 << 28  # bytes of a file in an archive; anything larger is no image
 
 
 @dataclass(frozen=True)
 class Container(ABC):
-    """Files by number. path: of the folder or archive; members: structured [N], `name` and what the kind needs."""
+    """Numbered files. path: of the folder or archive; members: structured [N], `name` and the fields of its kind."""
 
     path: Path
     members: Array
@@ -42,19 +42,19 @@ class Container(ABC):
         return hashlib.sha256(self.members.tobytes()).digest()
 
     def pick(self, rows: Array) -> Self:
-        """The container of only those files."""
+        """Return a container of only those files."""
         return replace(self, members=self.members[rows])
 
     def images(self) -> Self:
-        """The container of only those files whose names end as an image's do."""
+        """Return a container of only the files with an image's suffix."""
         return self.pick(np.flatnonzero([is_image(name) for name in self.names.tolist()]))
 
     @abstractmethod
     def read(self, row: int) -> bytes:
-        """The content of a file. Raises UserError when it cannot be read or is damaged."""
+        """Read the content of a file. Raises UserError if it cannot be read or is damaged."""
 
     def where(self, row: int) -> str:
-        """How to call a file in a message."""
+        """Return the name of a file for a message."""
         return f"{shown(self.names[row])} in {self.path}"
 
 
@@ -87,7 +87,7 @@ class Zip(Container):
             if size > _LARGEST:
                 raise ValueError(f"it has {size} bytes")
             with self.archive.open(name.decode()) as file:
-                # No more than is promised, so that a bomb is found and not unpacked.
+                # No more than the declared size, so that a zip bomb is detected, not unpacked.
                 return file.read(size)
         except (OSError, ValueError, RuntimeError, EOFError, zipfile.BadZipFile, zlib.error) as error:
             raise UserError(f"{self.where(row)} is damaged ({error}): get the zip again, or make it again") from None
@@ -111,23 +111,23 @@ class Tar(Container):
 
 
 def shown(name: bytes | str) -> str:
-    """A file name as it may stand in a message of one line."""
+    """Return a file name as shown in a one-line message."""
     text = os.fsdecode(bytes(name)) if isinstance(name, bytes) else name
     return "".join(letter if letter.isprintable() else "?" for letter in text)
 
 
 def is_image(name: bytes) -> bool:
-    """Whether a name ends as an image's does."""
+    """Tell whether a name has an image's suffix."""
     return name.lower().endswith(SUFFIXES)
 
 
 def open_folder(root: Path, names: Iterable[bytes]) -> Folder:
-    """Those files of a folder, in the given order."""
+    """Open those files of a folder, in the given order."""
     return Folder(root, _table([(name,) for name in names], []))
 
 
 def images_below(folder: Path) -> list[bytes]:
-    """Paths, relative to a folder, of the images in it and in its subfolders, in no order. Raises UserError."""
+    """List the images in a folder and its subfolders by their relative paths, in no order. Raises UserError."""
     root, found = os.fsencode(folder), []
 
     def fail(error: OSError) -> None:
@@ -140,7 +140,7 @@ def images_below(folder: Path) -> list[bytes]:
 
 
 def open_zip(path: Path) -> Zip:
-    """All files of a zip, sorted by name. Raises UserError for one that is damaged."""
+    """Open all files of a zip, sorted by name. Raises UserError if it is damaged."""
     try:
         archive = zipfile.ZipFile(path)
         files = [info for info in archive.infolist() if not info.is_dir()]
@@ -156,9 +156,9 @@ def open_zip(path: Path) -> Zip:
 
 
 def open_tar_of_tars(path: Path, label: str) -> Tar:
-    """The images in the tars inside a tar, as <name of the inner tar>/<name in it>, sorted.
+    """Open the images in the tars inside a tar, sorted and named <name of the inner tar>/<name in it>.
 
-    One pass over the headers, no content is read. Raises UserError for a tar that is cut off or compressed.
+    Makes one pass over the headers and reads no content. Raises UserError for a truncated or compressed tar.
     """
     tables = []
     try:
@@ -177,7 +177,7 @@ _PLACE = [("offset", np.int64), ("size", np.int64)]
 
 
 def _inner(outer: tarfile.TarFile, part: tarfile.TarInfo) -> Array:
-    """The images of an inner tar, placed in the outer one."""
+    """Return the images of an inner tar with their offsets in the outer one."""
     folder, start, rows = Path(part.name).stem, part.offset_data, []
     with tarfile.open(fileobj=outer.extractfile(part), mode="r:") as inner:
         for member in inner:
@@ -188,6 +188,6 @@ def _inner(outer: tarfile.TarFile, part: tarfile.TarInfo) -> Array:
 
 
 def _table(rows: list[tuple[Any, ...]], numbers: list[tuple[str, Any]]) -> Array:
-    """A structured array whose first field is as wide as the longest name."""
+    """Return a structured array whose first field is as wide as the longest name."""
     width = max((len(row[0]) for row in rows), default=1)
     return np.array(rows, [("name", f"S{max(width, 1)}"), *numbers])

@@ -1,4 +1,4 @@
-"""The datasets a study can name: which images, in which order, of which classes."""
+"""The datasets of a study: their images, order and classes."""
 
 import hashlib
 import json
@@ -54,7 +54,7 @@ class Source:
 
 
 def open_source(settings: Dataset) -> Source:
-    """The images a study names; with a limit, the first so many of each class. Raises UserError."""
+    """Open the images that a study names; with a limit, the first so many of each class. Raises UserError."""
     opened = _KINDS[settings.kind](settings)
     if settings.limit is None:
         return opened
@@ -71,7 +71,7 @@ def open_source(settings: Dataset) -> Source:
 
 
 def _arrays(images: Array, labels: Array, classes: Iterable[str]) -> Source:
-    """Images that are in memory."""
+    """Return a source of images in memory."""
     labels, digest = np.asarray(labels, np.int64), hashlib.sha256()
     for array in (images, labels):
         digest.update(np.ascontiguousarray(array).tobytes())
@@ -79,7 +79,7 @@ def _arrays(images: Array, labels: Array, classes: Iterable[str]) -> Source:
 
 
 def _files(container: Container, labels: Array, classes: list[str], fit: Fit, settings: Dataset) -> Source:
-    """Images that are decoded when they are read."""
+    """Return a source of images that are decoded when they are read."""
 
     def read(row: int) -> Array:
         where = container.where(row)
@@ -92,7 +92,7 @@ def _files(container: Container, labels: Array, classes: list[str], fit: Fit, se
 
 
 def _digits(settings: Dataset) -> Source:
-    """The UCI optical digits: 17 grey levels, 0..16, spread over 0..255."""
+    """Load the UCI optical digits: 17 grey levels, 0..16, spread over 0..255."""
     from sklearn.datasets import load_digits
 
     digits = load_digits()
@@ -101,7 +101,7 @@ def _digits(settings: Dataset) -> Source:
 
 
 def _cifar10(settings: Dataset) -> Source:
-    """CIFAR-10 from its python archive or folder, the training batches in their order."""
+    """Open CIFAR-10 from its python archive or folder, the training batches in their order."""
     path = None if settings.path is None else Path(settings.path)
     if path is not None and path.is_dir():
         batches = path if (path / "data_batch_1").exists() else path / _CIFAR10_FOLDER
@@ -113,13 +113,13 @@ def _cifar10(settings: Dataset) -> Source:
         )
     archive = path or open_resource(CIFAR10_ARCHIVE)
     with TemporaryDirectory(prefix="cifar10-") as folder:
-        # A staged archive was held against its sha256; any other has torchvision's md5 of each file.
+        # A staged archive was checked against its sha256; any other is checked by torchvision's md5 of each file.
         _unpack_cifar10(archive, Path(folder))
         return _read_cifar10(Path(folder) / _CIFAR10_FOLDER, settings, archive, vouched=path is None)
 
 
 def _unpack_cifar10(archive: Path, folder: Path) -> None:
-    """The files that torchvision reads, and no others: nothing else of the archive is looked at, and no link."""
+    """Unpack only the regular files that torchvision reads; all else in the archive, links included, is skipped."""
     from torchvision.datasets import CIFAR10
 
     files = [*(name for name, _ in CIFAR10.train_list + CIFAR10.test_list), CIFAR10.meta["filename"]]
@@ -133,7 +133,7 @@ def _unpack_cifar10(archive: Path, folder: Path) -> None:
 
 
 def _read_cifar10(batches: Path, settings: Dataset, given: Path, vouched: bool) -> Source:
-    """Through torchvision, which unpickles: only files of the md5 it knows, or those that are vouched for."""
+    """Read through torchvision, which unpickles: only files with its known md5, unless they are vouched for."""
     from torchvision.datasets import CIFAR10
 
     attributes: dict[str, Any] = {"base_folder": batches.name}
@@ -156,7 +156,7 @@ def _read_cifar10(batches: Path, settings: Dataset, given: Path, vouched: bool) 
 
 
 def _image_folder(settings: Dataset) -> Source:
-    """A tree <path>/<split>/<class>/<image>, in sorted order."""
+    """Open a tree <path>/<split>/<class>/<image>, in sorted order."""
     root = Path(settings.path or "") / settings.split
     if not root.is_dir():
         raise UserError(
@@ -168,7 +168,7 @@ def _image_folder(settings: Dataset) -> Source:
 
 
 def _imagenet(settings: Dataset) -> Source:
-    """ILSVRC2012's training images, from the tree nXXXXXXXX/*.JPEG or from the tar of tars, with the same result."""
+    """Open ILSVRC2012's training images: the tree nXXXXXXXX/*.JPEG or the tar of tars, with the same result."""
     path = Path(settings.path or "")
     if path.is_dir():
         classes = sorted(entry.name for entry in path.iterdir() if entry.is_dir() and _SYNSET.fullmatch(entry.name))
@@ -188,12 +188,12 @@ def _imagenet(settings: Dataset) -> Source:
 
 
 def _class_folders(root: Path, classes: list[str], settings: Dataset, empty: str) -> Source:
-    """The images in a folder a class: classes in the given order, images as their paths sort."""
+    """Open images in one folder per class: classes in the given order, images sorted by path."""
     names: list[bytes] = []
     counts = []
     for name in classes:
         below = sorted(images_below(root / name), key=lambda path: path.split(b"/"))
-        # The limit is applied here already, so that no more is listed than needed.
+        # The limit is applied here, so that no more files are listed than needed.
         names += [os.path.join(os.fsencode(name), path) for path in below[: settings.limit]]
         counts.append(len(below[: settings.limit]))
     if not names:
@@ -203,7 +203,7 @@ def _class_folders(root: Path, classes: list[str], settings: Dataset, empty: str
 
 
 def _ffhq(settings: Dataset) -> Source:
-    """FFHQ's aligned images, of one class, from the folder or a zip of it, with the same result."""
+    """Open FFHQ's aligned images, of one class: the folder or a zip of it, with the same result."""
     path = Path(settings.path or "")
     container = _folder_or_zip(
         path, "FFHQ's images1024x1024 there (the folder, or a zip of it; https://github.com/NVlabs/ffhq-dataset)"
@@ -214,7 +214,7 @@ def _ffhq(settings: Dataset) -> Source:
 
 
 def _celeba(settings: Dataset) -> Source:
-    """CelebA's aligned images of a split, of one class, in the order of the partition: a folder of them or a zip."""
+    """Open CelebA's aligned images of a split, of one class, in the partition's order: a folder of them or a zip."""
     path = Path(settings.path or "")
     container = _folder_or_zip(path, f"CelebA's img_align_celeba there (the folder, or its zip; {_CELEBA_PAGE})")
     partition = _celeba_partition(path)
@@ -231,7 +231,7 @@ def _celeba(settings: Dataset) -> Source:
 
 
 def _celeba_partition(images: Path) -> Path:
-    """The partition in the folder of the images, beside it or its zip, or where the original's tree has it."""
+    """Find the partition: in the folder of the images, beside it or its zip, or at its place in the original tree."""
     places = [images, images.parent, images.parent.parent / "Eval"]
     for place in places:
         if (place / _CELEBA_PARTITION).is_file():
@@ -243,7 +243,7 @@ def _celeba_partition(images: Path) -> Path:
 
 
 def _celeba_names(partition: Path, split: str) -> list[bytes]:
-    """The images of a split as the partition's lines `000001.jpg 0` list them."""
+    """Return the images of a split from the partition's lines `000001.jpg 0`."""
     import pandas as pd
 
     try:
@@ -263,7 +263,7 @@ def _celeba_names(partition: Path, split: str) -> list[bytes]:
 
 
 def _folder_or_zip(path: Path, what: str) -> Container:
-    """The images below a folder or in a zip, sorted. what: to put there. Raises UserError where there are none."""
+    """Open the images below a folder or in a zip, sorted. what: to put there. Raises UserError if there are none."""
     if path.is_dir():
         container: Container = open_folder(path, sorted(images_below(path)))
     elif path.is_file():
@@ -276,7 +276,7 @@ def _folder_or_zip(path: Path, what: str) -> Container:
 
 
 def _rows_by_name(container: Container, instead: str) -> dict[bytes, int]:
-    """The row of each file name. Raises UserError for one in two folders; instead: what dataset.path should be."""
+    """Return the row of each file name. Raises UserError for one in two folders; instead: a better dataset.path."""
     rows: dict[bytes, int] = {}
     for row, path in enumerate(container.names.tolist()):
         name = path.rpartition(b"/")[2]
@@ -286,7 +286,7 @@ def _rows_by_name(container: Container, instead: str) -> dict[bytes, int]:
 
 
 def _edm_zip(settings: Dataset) -> Source:
-    """What EDM's dataset tool wrote, in the order and with the labels that EDM reads."""
+    """Open the output of EDM's dataset tool, in the order and with the labels that EDM reads."""
     path = Path(settings.path or "")
     if not path.is_file():
         raise UserError(f"dataset.path: there is no file {path}: put the zip that EDM's dataset_tool.py wrote there")
@@ -302,7 +302,7 @@ def _edm_zip(settings: Dataset) -> Source:
 
 
 def _edm_labels(content: bytes, names: Array, path: Path) -> Array:
-    """dataset.json's class of each image; all 0 where it has none."""
+    """Return the class of each image from dataset.json; all 0 if it has none."""
     try:
         pairs = json.loads(content)["labels"]
         if pairs is None:

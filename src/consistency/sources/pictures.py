@@ -1,4 +1,4 @@
-"""One image: decoded by Pillow, brought to the study's size as EDM's dataset tool does; CelebA's as GC's code does."""
+"""Decoding of one image by Pillow and conversion to the study's size, as in EDM's dataset tool; CelebA's as in GC."""
 
 from io import BytesIO
 
@@ -10,19 +10,19 @@ from consistency.study import Dataset
 
 Array = np.ndarray
 
-# Whatever a file is named, Pillow looks into it; some of its other formats start a program to read it.
+# Pillow detects the format whatever the file's name; for some other formats it starts a program.
 _FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
 _BIT_DEPTH = 24  # where a PNG has it
 _ALIGNED_CELEBA = (178, 218)
 
 
 def decode(content: bytes, where: str) -> Image.Image:
-    """The picture in a file of at most 8 bits a channel. Raises UserError, which names the file by `where`."""
+    """Decode a picture of at most 8 bits per channel. Raises UserError, which names the file by `where`."""
     try:
         picture = Image.open(BytesIO(content), formats=_FORMATS)
         picture.load()
     except Exception as error:
-        # The decoders meet arbitrary bytes here, and raise whatever they stumble upon.
+        # The decoders meet arbitrary bytes here and may raise anything.
         reason = " ".join(str(error).split())
         raise UserError(f"{where} is not a readable image ({reason}): mend or remove it") from None
     if picture.mode.startswith(("I", "F")) or (picture.format == "PNG" and content[_BIT_DEPTH] == 16):
@@ -32,7 +32,7 @@ def decode(content: bytes, where: str) -> Image.Image:
 
 
 def crop_and_resize(picture: Image.Image, where: str, settings: Dataset) -> Array:
-    """The centred square of the shorter side, resized by Lanczos on uint8 (EDM's center-crop). [R, R, C]."""
+    """Crop the centred square and resize it by Lanczos on uint8 (EDM's center-crop). Returns [R, R, C]."""
     picture = _coloured(picture, settings)
     side = min(picture.size)
     left, top = (picture.width - side) // 2, (picture.height - side) // 2
@@ -40,7 +40,7 @@ def crop_and_resize(picture: Image.Image, where: str, settings: Dataset) -> Arra
 
 
 def resize(picture: Image.Image, where: str, settings: Dataset) -> Array:
-    """A square picture, resized by Lanczos on uint8. [R, R, C]. Raises UserError for one that is not square."""
+    """Resize a square picture by Lanczos on uint8. Returns [R, R, C]. Raises UserError if it is not square."""
     if picture.width != picture.height:
         raise UserError(
             f"{where} has {picture.width}x{picture.height} pixels, and FFHQ's aligned images are square: "
@@ -50,9 +50,9 @@ def resize(picture: Image.Image, where: str, settings: Dataset) -> Array:
 
 
 def shrink_and_crop(picture: Image.Image, where: str, settings: Dataset) -> Array:
-    """An aligned image of CelebA, its shorter side brought to the study's size by Lanczos on uint8, then the centred
-    square of it: what GC does, and not `crop_and_resize`, for the longer side is rounded down to whole pixels first.
-    [R, R, C]. Raises UserError for one of another size."""
+    """Resize an aligned image of CelebA by Lanczos on uint8 until its shorter side has the study's size, then crop the
+    centred square. This is GC's procedure; unlike `crop_and_resize` it rounds the longer side down to whole pixels
+    first. Returns [R, R, C]. Raises UserError for an image of another size."""
     if picture.size != _ALIGNED_CELEBA:
         raise UserError(
             f"{where} has {picture.width}x{picture.height} pixels, and CelebA's aligned images 178x218: set "
@@ -65,7 +65,7 @@ def shrink_and_crop(picture: Image.Image, where: str, settings: Dataset) -> Arra
 
 
 def keep(picture: Image.Image, where: str, settings: Dataset) -> Array:
-    """A picture that has the study's size and channels already. [R, R, C]. Raises UserError for another."""
+    """Return a picture that already has the study's size and channels, [R, R, C]. Raises UserError otherwise."""
     found, size = (picture.mode, *picture.size), settings.resolution
     mode = "RGB" if settings.channels == 3 else "L"
     if found != (mode, size, size):

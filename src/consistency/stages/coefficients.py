@@ -22,7 +22,7 @@ from consistency.training.objectives import with_labels
 
 
 def make_coefficients(job: Job, device: torch.device) -> None:
-    """Write coefficients.npz (times, l, l_se, s, s_se, determined) and card.json; arrays without rows if no student of
+    """Write coefficients.npz (times, l, l_se, s, s_se, determined) and card.json; the arrays are empty if no student of
     the study reads them.
 
     Raises UserError if the teacher returns NaN or the fit gives a singular jump.
@@ -70,11 +70,11 @@ def fitted_times(study: Study) -> Tensor:
 
 
 def fitted_images(study: Study, data: ImageData, device: torch.device) -> tuple[Tensor, Tensor | None, Tensor]:
-    """The images [K, C, H, W] and noise, in the precision of the study's fits, that they are made with, and the labels
-    [K] for a conditional network."""
+    """Return the images [K, C, H, W] and noise of the study's fits, in the precision of the fits, and the labels [K]
+    for a conditional network."""
     settings = study.coefficients
     draws = generator(settings.seed, "coefficients")
-    # Every image serves equally often, as far as the numbers allow: a permutation, repeated.
+    # A repeated permutation uses every image equally often, as far as the numbers allow.
     rows = torch.cat([torch.randperm(len(data), generator=draws) for _ in range(-(-settings.samples // len(data)))])
     images, labels = data.take(rows[: settings.samples])
     noise = torch.randn(images.shape, generator=draws)

@@ -1,4 +1,4 @@
-"""Stage dataset: images of any source to one memory-mapped uint8 array."""
+"""Stage dataset: images of any source, converted to one memory-mapped uint8 array."""
 
 import math
 import warnings
@@ -18,15 +18,15 @@ from consistency.resources import downloads
 from consistency.sources.datasets import Source, open_source
 from consistency.study import Study
 
-_BATCH = 64  # images, at most, that a thread reads at once
+_BATCH = 64  # most images that a thread reads at once
 _BATCH_BYTES = 1 << 20
 
 
 def make_dataset(job: Job, workers: int = 1) -> None:
     """Write images.npy (uint8 NHWC), labels.npy (int64), dataset.json and card.json.
 
-    workers: threads that read; any number makes the same bytes. An interrupted run starts over. Raises UserError for a
-    source that is missing or not of its form, and for a file that is not an image.
+    workers: number of reading threads, which does not change a byte. An interrupted run starts over. Raises UserError
+    for a source that is missing or malformed, and for a file that is not an image.
     """
     card, study, folder = Card(job, "dataset"), job.study, job.paths.dataset
     with only_one(job.paths.state / study.name / "dataset", "prepares the dataset"):
@@ -56,14 +56,14 @@ def make_dataset(job: Job, workers: int = 1) -> None:
 
 
 def _write_images(study: Study, source: Source, path: Path, workers: int) -> tuple[int, int]:
-    """Write the array. Returns the sums of all values and of their squares: exact, so that no order changes them."""
+    """Write the array. Returns the sums of all values and of their squares, exact and so independent of their order."""
     settings = study.dataset
     shape = (settings.resolution, settings.resolution, settings.channels)
     start = np.lib.format.open_memmap(path, "w+", np.uint8, (len(source), *shape)).offset
 
     def write(rows: range) -> tuple[int, int]:
         images = np.stack([source.read(row) for row in rows])
-        # Written, not mapped: where a disk is full, a write raises an error and a map kills the process.
+        # Written, not mapped: on a full disk a write raises an error, but a map kills the process.
         with path.open("r+b") as file:
             file.seek(start + rows[0] * images[0].nbytes)
             file.write(images.tobytes())
@@ -73,9 +73,9 @@ def _write_images(study: Study, source: Source, path: Path, workers: int) -> tup
     batches = [range(first, min(first + size, len(source))) for first in range(0, len(source), size)]
     progress = Progress(f"dataset {study.name}", len(source))
     values = squares = 0
-    # Broken EXIF, which ImageNet has, is no concern: it is not looked at. The filter holds for all threads.
+    # Broken EXIF, as in ImageNet, does not matter: it is not read. The filter applies to all threads.
     with warnings.catch_warnings(action="ignore"):
-        # Pillow and zlib work beside each other in threads: they let go of the interpreter's lock.
+        # Pillow and zlib run in parallel threads: they release the interpreter's lock.
         pool = ThreadPoolExecutor(max(workers, 1))
         try:
             for rows, (more, more_squares) in zip(batches, pool.map(write, batches), strict=True):

@@ -1,4 +1,4 @@
-"""R_t on the images: for each coupling a denoiser of its own, which is trained here and then let go of (GC)."""
+"""R_t on the images: each coupling has a denoiser of its own, which is trained here and then discarded (GC)."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -24,7 +24,7 @@ from consistency.training.loop import Training
 
 @dataclass(frozen=True)
 class ImagePairs:
-    """Images [K, C, H, W], their labels if students are conditional, and noise. batch: of an evaluation, at most."""
+    """Images [K, C, H, W], their labels if students are conditional, and noise. batch: most images in an evaluation."""
 
     images: Tensor
     labels: Tensor | None
@@ -32,7 +32,7 @@ class ImagePairs:
     batch: int
 
     def transported(self, size: int) -> "ImagePairs":
-        """Paired as ot does in training, size images at a time; fewer than the last such batch needs are left out."""
+        """Return the pairs of ot as in training, size images at a time; an incomplete last batch is left out."""
         size = min(size, len(self.images))
         parts = [slice(first, first + size) for first in range(0, len(self.images) - size + 1, size)]
         moved = [self.noise[p][assignment(self.images[p], self.noise[p], _part(self.labels, p))] for p in parts]
@@ -40,7 +40,7 @@ class ImagePairs:
         return ImagePairs(self.images[kept], _part(self.labels, kept), torch.cat(moved), self.batch)
 
     def each(self, device: torch.device, measure: Callable[[int, Tensor, Tensor | None, Tensor], Tensor]) -> Tensor:
-        """measure(first row, images, labels, noise) of all, on the CPU, a batch at a time."""
+        """Return measure(first row, images, labels, noise) of all images, on the CPU, evaluated batch by batch."""
         found = []
         for first in range(0, len(self.images), self.batch):
             part = slice(first, first + self.batch)
@@ -55,9 +55,9 @@ def _part(labels: Tensor | None, rows: slice) -> Tensor | None:
 
 @dataclass(frozen=True)
 class Discrepancy:
-    """The coupling of a student, as its training met it at its end, and the denoiser of that coupling.
+    """The coupling of a student, as at the end of its training, and the denoiser of that coupling.
 
-    training: the denoiser's; seed: of what is generated; inputs: the files that it depends on.
+    training: the denoiser's; seed: of the generated images; inputs: the files that it depends on.
     """
 
     training: Training
@@ -66,7 +66,7 @@ class Discrepancy:
     inputs: list[Path]
 
     def at(self, pairs: ImagePairs, t: float) -> np.ndarray:
-        """||z - v_t(x_t)||^2 of each pair, [K], a sum over pixels."""
+        """Return ||z - v_t(x_t)||^2 of each pair, [K], a sum over pixels."""
         denoiser = self.training.averages[0].model
         device = next(denoiser.parameters()).device
 
@@ -79,14 +79,14 @@ class Discrepancy:
 
 @torch.no_grad()
 def by_teacher(teacher: Denoiser, pairs: ImagePairs, t: float) -> np.ndarray:
-    """The same of independent noise by the teacher, [K]; its mean is d (1 - l_t) for an exact one (AP (15))."""
+    """Return the same of independent noise by the teacher, [K]; its mean is d (1 - l_t) for an exact one (AP (15))."""
     device = next(teacher.parameters()).device
     return np.asarray(pairs.each(device, lambda _, x, labels, z: missed(teacher, x, labels, z, t)))
 
 
 def discrepancy_of(job: Job, settings: Flows, data: ImageData, machine: Machine) -> Discrepancy:
-    """What measures a student's coupling. All couplings' denoisers begin with the same weights and see the same images,
-    levels and noise. Raises UserError when the student is missing."""
+    """Build the Discrepancy of a student's coupling. All couplings' denoisers begin with the same weights and see the
+    same images, levels and noise. Raises UserError if the student is missing."""
     study = job.study
     average = place(study, read_student(job, machine.device), machine.device)
     predictor = frozen_predictor(job, machine.device) or average

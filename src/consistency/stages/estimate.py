@@ -1,4 +1,4 @@
-"""The verb estimate: what a study costs: operations counted on its networks, GPU-hours, disk."""
+"""The verb estimate: a study's cost in operations (counted on its networks), GPU-hours and disk."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +15,7 @@ from consistency.stages.teacher import architecture_of
 from consistency.study import Flows, OfficialTeacher, Student, Study, Teacher
 from consistency.training.data import load_images
 
-#: images and classes of the known datasets' training sets, for a study whose data is not there yet
+#: images and classes of the known datasets' training sets, for a study whose data is not prepared yet
 _KNOWN = {
     "digits": (1_797, 10),
     "cifar10": (50_000, 10),
@@ -30,9 +30,9 @@ _BYTES = 4  # of a float32
 
 @dataclass(frozen=True)
 class Estimate:
-    """Costs of a study. operations: floating-point, an addition and a multiplication each one, by stage; disk: bytes
-    at the end, by stage; snapshots: bytes of those that serve the learning curves alone; state: bytes of a training
-    under way, beside its snapshots."""
+    """Costs of a study. operations: floating-point operations by stage, additions and multiplications counted as one
+    each; disk: bytes at the end, by stage; snapshots: bytes used for the learning curves alone; state: bytes of a
+    running training, beside its snapshots."""
 
     operations: dict[str, float]
     disk: dict[str, float]
@@ -42,7 +42,8 @@ class Estimate:
 
 @dataclass(frozen=True)
 class _Size:
-    """images: of the dataset; pixels, forward, extractor: values and operations an image; weights: bytes a network."""
+    """Sizes in a study. images: of the dataset; pixels, forward, extractor: values and operations per image; weights:
+    bytes per network."""
 
     images: int
     pixels: int
@@ -52,10 +53,10 @@ class _Size:
 
 
 def estimate(job: Job) -> Estimate:
-    """What the whole study costs, all students and seeds together.
+    """Return the cost of the whole study, all students and seeds together.
 
     Network operations are counted on the study's own architectures (a JVP counts as 2 evaluations, a backward pass as
-    2); everything else is small beside them. Raises UserError for an unknown official checkpoint.
+    2); everything else is negligible. Raises UserError for an unknown official checkpoint.
     """
     study = job.study
     images, classes = _size_of(job)
@@ -84,11 +85,11 @@ def estimate(job: Job) -> Estimate:
 
 
 def _operations(study: Study, jobs: list[Job], size: _Size) -> dict[str, float]:
-    """Floating-point operations of each stage, in the order of the workflow; jobs: one a student."""
+    """Return the floating-point operations of each stage, in the order of the workflow; jobs: one per student."""
     forward, fit, sampling, scores = size.forward, study.coefficients, study.sampling, study.scores
     runs, seeds = list(study.students.values()), len(study.seeds)
     probes = size.pixels if fit.probes == "exact" else fit.probes
-    # Without a teacher nothing is drawn from it, and nothing held against its trajectories.
+    # Without a teacher there are no samples of it and no comparison with its trajectories.
     aligned = scores.alignment_count * (2 * scores.alignment_nodes - 2) * forward
     training = sum(training_operations(study, run, forward) for run in runs)
     teacher = study.teacher.steps * study.teacher.batch if isinstance(study.teacher, Teacher) else 0
@@ -108,14 +109,13 @@ def _operations(study: Study, jobs: list[Job], size: _Size) -> dict[str, float]:
 
 
 def _flows_operations(study: Study, flows: Flows, forward: float) -> float:
-    """Operations of the transport costs, and of the trainings of a denoiser for a coupling."""
+    """Return the operations of the transport costs and of training a denoiser for each coupling."""
     transported = len(study.seeds) * flows.images * flows.times * len(study.coupled)
     return (transported + 4 * len(flows.discrepancy) * flows.denoiser_steps * flows.denoiser_batch) * forward
 
 
 def training_operations(study: Study, student: Student, forward: float) -> float:
-    """Operations of a student's training, the fits that it makes of itself included. forward: those of one evaluation
-    of one image."""
+    """Return the operations of a student's training, its own fits included. forward: of one evaluation of one image."""
     if student.objective == "endpoint":
         evaluations = 2.0 + 3 + 1
     elif student.objective == "consistency":
@@ -135,7 +135,7 @@ def training_operations(study: Study, student: Student, forward: float) -> float
 
 
 def _scoring_operations(job: Job, size: _Size) -> float:
-    """Operations of the scores of a student: the points of its learning curve, and the features of its samples."""
+    """Return the operations of a student's scores: points of its learning curve, and features of its samples."""
     student, scores = job.student, job.study.scores
     point = scores.curve_count * (sum(scores.curve_nfe) * size.forward + len(scores.curve_nfe) * size.extractor)
     samples = len(student_samplers(job)) * job.study.sampling.count
@@ -143,8 +143,7 @@ def _scoring_operations(job: Job, size: _Size) -> float:
 
 
 def print_estimate(job: Job, tflops: float) -> None:
-    """Print the table. tflops: the sustained 10^12 operations a second of one GPU, as benchmarks/distill_step.py
-    measures them."""
+    """Print the table. tflops: sustained 10^12 operations per second of one GPU, from benchmarks/distill_step.py."""
     study, found = job.study, estimate(job)
     hour = tflops * 1e12 * 3600
     print(f"{study.name}: {len(study.students)} students, {len(study.seeds)} seeds, at {tflops:g} TFLOP/s sustained")
@@ -163,7 +162,7 @@ def print_estimate(job: Job, tflops: float) -> None:
 
 
 def _size_of(job: Job) -> tuple[int, int]:
-    """Images and classes of the data: what is there, else what is known of it, else an assumption that is printed."""
+    """Return images and classes of the data: of the prepared dataset, else known values, else a printed assumption."""
     study, folder = job.study, job.paths.dataset
     if (folder / "dataset.json").exists():
         data = load_images(folder)
@@ -175,12 +174,12 @@ def _size_of(job: Job) -> tuple[int, int]:
 
 
 def _network(study: Study, classes: int) -> tuple[float, int]:
-    """Operations of one evaluation of one image, and the parameters, of the student."""
+    """Return the operations of one evaluation of one image by the student, and its parameters."""
     if isinstance(study.teacher, OfficialTeacher):
         architecture = official_architecture(study.teacher.checkpoint) | {"augment_dim": 0}
     else:
         architecture = architecture_of(study, study.teacher, classes, 0.5)
-    # A student that begins at random is its teacher's network as it is.
+    # A student with random initial weights has its teacher's architecture.
     architecture = {**architecture, "second_time": any(student.second_time for student in study.students.values())}
     with torch.device("meta"):
         parameters = sum(p.numel() for p in build_denoiser(architecture).parameters())
@@ -188,7 +187,7 @@ def _network(study: Study, classes: int) -> tuple[float, int]:
 
 
 def forward_operations(architecture: dict[str, Any]) -> float:
-    """Operations of one evaluation of one image, an addition and a multiplication each one. Nothing is computed."""
+    """Count the operations of one evaluation of one image, additions and multiplications as one each, without data."""
     with torch.device("meta"):
         denoiser = build_denoiser(architecture).eval()
         x = torch.zeros(1, denoiser.img_channels, denoiser.img_resolution, denoiser.img_resolution)

@@ -1,4 +1,4 @@
-"""Stage extractor: what the scores measure with, and the statistics of the data's features."""
+"""Stage extractor: the feature extractor of the scores, and the statistics of the data's features."""
 
 import numpy as np
 import torch
@@ -19,7 +19,7 @@ from consistency.stages.inputs import read_dataset
 from consistency.study import Study
 from consistency.training.data import ImageData
 
-_HELD_OUT = 5  # every fifth image is kept from the classifier, to measure its accuracy
+_HELD_OUT = 5  # every fifth image is held out to measure the classifier's accuracy
 
 
 def make_extractor(job: Job, device: torch.device) -> None:
@@ -48,7 +48,7 @@ def make_extractor(job: Job, device: torch.device) -> None:
 
 
 def open_extractor(job: Job, data: ImageData, device: torch.device) -> Extractor:
-    """The study's feature extractor."""
+    """Open the study's feature extractor."""
     scores = job.study.scores
     if scores.extractor == "inception":
         return inception_extractor(open_resource(INCEPTION), scores.mode, device)
@@ -63,7 +63,7 @@ def open_extractor(job: Job, data: ImageData, device: torch.device) -> Extractor
 
 
 def read_data_statistics(job: Job) -> Statistics:
-    """Statistics of the data's features; of the kept ones, only the rows that are used are read."""
+    """Read the statistics of the data's features; of the kept features, only the rows in use are read."""
     read_card(job, "extractor")
     folder = job.paths.extractor
     found = read_arrays(folder / "statistics.npz", "extractor", "mean", "covariance")
@@ -98,8 +98,7 @@ def _train_classifier(study: Study, data: ImageData, device: torch.device) -> tu
 def _scaled_accuracy(
     model: Classifier, data: ImageData, train: np.ndarray, held_out: np.ndarray, device: torch.device
 ) -> float:
-    """Scale the features to mean square 1 over (at most 2,000 of) the data, and return the accuracy on what was held
-    out."""
+    """Scale the features to mean square 1 over (at most 2,000 of) the data; return the accuracy on held-out images."""
     model.scale = model.features(data.take(train[:2000])[0].to(device)).square().mean().rsqrt().clone()
     right = 0
     for start in range(0, len(held_out), 512):

@@ -1,4 +1,4 @@
-"""Stage flows: what a coupling does to the flow, on the study's images, in the plane and in closed form (GC)."""
+"""Stage flows: the effect of a coupling on the flow, on the study's images, in the plane and in closed form (GC)."""
 
 import shutil
 from collections.abc import Callable
@@ -50,7 +50,7 @@ COLUMNS = {
     "limit.csv": ["intervals", "ct", "cd", "ct_limit", "cd_limit"],
 }
 FILES = (*COLUMNS, "toy.npz")
-#: the toy's couplings, and what of each is kept, with the seeds as first axis
+#: the toy's couplings, and the arrays kept of each, with the seeds as first axis
 TOYS: tuple[Coupling, ...] = ("ic", "gc")
 _KEPT = ("paths", "samples", "cost", "cost_se")
 #: times of plane.csv, and the images among which its ot assigns
@@ -59,14 +59,14 @@ Row = dict[str, Any]
 
 
 def make_flows(job: Job, machine: Machine) -> None:
-    """Write FILES and card.json; tables without rows if the study asks for no flows.
+    """Write FILES and card.json; the tables are empty if the study asks for no flows.
 
     transport.csv: E ||f(x + t z, t, eps) - z||^2 of every student's average (kind student), and E ||x - z||^2 of the
-    pairs themselves, the same at all t (kind pairs); discrepancy.csv: R_t of the couplings that the study names, each
-    as its student's training met it at its end, and of independent noise by the teacher; toy.npz: `train_toy` for each
-    of TOYS; plane.csv: R_t and E ||x - z||^2 of each coupling on the toy's data, with the exact endpoint as gc's
-    generator; limit.csv: L_CT and L_CD of the mixture on grids, and the limits of N^2 L. Raises UserError when a
-    student is missing or has other settings, Interrupted when asked to stop while a denoiser is trained.
+    pairs themselves, the same at all t (kind pairs). discrepancy.csv: R_t of the couplings that the study names, each
+    as at the end of its student's training, and of independent noise by the teacher. toy.npz: `train_toy` for each of
+    TOYS. plane.csv: R_t and E ||x - z||^2 of each coupling on the toy's data, with the exact endpoint as gc's
+    generator. limit.csv: L_CT and L_CD of the mixture on grids, and the limits of N^2 L. Raises UserError if a student
+    is missing or has other settings, Interrupted when asked to stop while a denoiser is trained.
     """
     card, study, settings = Card(job, "flows"), job.study, job.study.flows
     tables: dict[str, list[Row]] = {name: [] for name in COLUMNS}
@@ -99,7 +99,7 @@ def make_flows(job: Job, machine: Machine) -> None:
 
 
 def _pairs(study: Study, settings: Flows, data: ImageData) -> ImagePairs:
-    """Images with independent noise."""
+    """Return images with independent noise."""
     draws = generator(settings.seed, "flows")
     images, classes = data.take(torch.randperm(len(data), generator=draws)[: settings.images])
     noise = torch.randn(images.shape, generator=draws)
@@ -108,7 +108,7 @@ def _pairs(study: Study, settings: Flows, data: ImageData) -> ImagePairs:
 
 @dataclass(frozen=True)
 class _Images:
-    """Measures on the study's images. pairs: of independent noise."""
+    """Measurements on the study's images. pairs: of independent noise."""
 
     job: Job
     settings: Flows
@@ -117,11 +117,11 @@ class _Images:
 
     @property
     def times(self) -> list[float]:
-        """Ascending."""
+        """Times of the measurements, ascending."""
         return time_grid(self.job.study, self.settings.times, torch.device("cpu")).flip(0).tolist()
 
     def transport(self) -> tuple[list[Row], list[Path]]:
-        """The rows of transport.csv, and the files they were made from."""
+        """Return the rows of transport.csv, and the files they were made from."""
         study, pairs = self.job.study, self.pairs
         rows = [_row("pairs", "ic", None, None, _costs(pairs.images, pairs.noise))]
         for run, student in study.coupled.items():
@@ -143,7 +143,7 @@ class _Images:
         return rows, inputs
 
     def _endpoint(self, job: Job) -> Callable[[float], Tensor]:
-        """f(x + t z, t, eps) of a student's average, a function of t."""
+        """Return f(x + t z, t, eps) of a student's average, as a function of t."""
         pairs, eps = self.pairs, job.study.noise.sigma_min
         model = prepared(job.study, read_student(job, self.device))
         preconditioning = read_preconditioning(job, model)
@@ -158,13 +158,12 @@ class _Images:
         return ends
 
     def by_teacher(self) -> list[Row]:
-        """The rows of discrepancy.csv that hold the teacher against independent noise: how far ic's denoiser is
-        trained."""
+        """Return discrepancy.csv's rows of the teacher on independent noise, a check of ic's denoiser's training."""
         teacher = prepared(self.job.study, read_teacher(self.job, self.device))
         return self._discrepancies("teacher", None, lambda t: by_teacher(teacher, self.pairs, t))
 
     def discrepancy(self, job: Job, measure: Discrepancy) -> list[Row]:
-        """The rows of discrepancy.csv of one coupling: its denoiser is trained, if it is not yet."""
+        """Return the rows of discrepancy.csv for one coupling; train its denoiser if needed."""
         pairs = self.pairs.transported(job.student.batch) if job.student.coupling == "ot" else self.pairs
         train(measure.training)
         return self._discrepancies(str(job.run), job.seed, lambda t: measure.at(pairs, t))
@@ -197,7 +196,7 @@ def _mean(values: np.ndarray) -> tuple[float, float]:
 
 
 def _toys(study: Study, settings: Flows) -> dict[str, np.ndarray]:
-    """What is kept of the toys as `<coupling>_<name>` [seeds, ...], their times [T] and the modes' centres [2, 2]."""
+    """Return the toys' arrays `<coupling>_<name>` [seeds, ...], their times [T] and the modes' centres [2, 2]."""
     progress = Progress(f"flows {study.name}, toys", len(TOYS) * len(settings.toy_seeds))
     arrays: dict[str, np.ndarray] = {}
     for coupling in TOYS:
@@ -212,7 +211,7 @@ def _toys(study: Study, settings: Flows) -> dict[str, np.ndarray]:
 
 
 def _plane(settings: Flows) -> list[Row]:
-    """R_t and transport cost of ic, ot and gc (mu 1) on the toy's two Gaussians: nothing is trained."""
+    """Compute R_t and transport cost of ic, ot and gc (mu 1) on the toy's two Gaussians, without training."""
     data = TWO_GAUSSIANS
     exact = MixtureTeacher(data.weights.double(), data.means.double(), data.variances.double())
     rows: list[Row] = []
@@ -233,7 +232,7 @@ def _plane(settings: Flows) -> list[Row]:
 
 
 def _limits(settings: Flows) -> list[Row]:
-    """L_CT and L_CD, alpha = 2, of the mixture's ctm jump with the exact denoiser, on grids of doubling intervals."""
+    """Compute L_CT and L_CD, alpha = 2, of the mixture's ctm jump with the exact denoiser, on doubling grids."""
     pairs, eps = quadrature_pairs(MIXTURE_1D, 40), 0.002
 
     def jump(x: Tensor, t: Tensor) -> Tensor:

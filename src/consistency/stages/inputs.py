@@ -1,4 +1,4 @@
-"""Inputs of several stages, checked against the study: dataset, teacher, coefficients, students; and tables."""
+"""Inputs of several stages, checked against the study: dataset, teacher, coefficients and students."""
 
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from consistency.training.own_fit import own_preconditioning
 
 
 def pick_device(name: str) -> torch.device:
-    """'auto' is the GPU where there is one. Raises UserError for a device that is not there."""
+    """Return the device; 'auto' is the GPU if there is one. Raises UserError if the device does not exist."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -34,31 +34,31 @@ def pick_device(name: str) -> torch.device:
 
 
 def read_dataset(job: Job) -> ImageData:
-    """The study's images."""
+    """Open the study's images."""
     read_card(job, "dataset")
     return load_images(job.paths.dataset)
 
 
 def data_files(job: Job) -> list[Path]:
-    """Name what a network learns from: the images, and their labels if it is conditional."""
+    """Return the files a network learns from: the images, and their labels if it is conditional."""
     names = ["images", *(["labels"] if job.study.teacher.conditional else [])]
     return [job.paths.dataset / f"{name}.npy" for name in names]
 
 
 def sigma_data(study: Study, data: ImageData) -> float:
-    """The standard deviation of the data that the study uses."""
+    """Return the standard deviation of the data that the study uses."""
     value = study.noise.sigma_data
     return float(data.facts["sigma_data"]) if isinstance(value, str) else value
 
 
 def read_teacher(job: Job, device: torch.device) -> Denoiser:
-    """The study's teacher, frozen."""
+    """Read the study's teacher, frozen."""
     path = made(job.paths.teacher / "teacher.safetensors", "teacher")
     return load_denoiser(path, job.study.key("teacher"))[0].to(device)
 
 
 def require_classes(study: Study, data: ImageData, teacher: Denoiser) -> None:
-    """Raises UserError when a conditional teacher knows another number of classes than the data has."""
+    """Raise UserError if a conditional teacher has another number of classes than the data."""
     if study.teacher.conditional and teacher.label_dim != data.classes:
         raise UserError(
             f"the teacher is conditioned on {teacher.label_dim} classes, the dataset has {data.classes}: "
@@ -67,18 +67,18 @@ def require_classes(study: Study, data: ImageData, teacher: Denoiser) -> None:
 
 
 def read_student(job: Job, device: torch.device, rate: float | None = None, step: int | None = None) -> Denoiser:
-    """A student (EMA weights; rate: a further EMA rate; step: a snapshot, None for the end of training), frozen."""
+    """Read a frozen student (EMA weights; rate: a further EMA rate; step: a snapshot, None for the end of training)."""
     path = made(job.weights(rate, step), f"student{job.options}")
     return load_denoiser(path, job.key("student"))[0].to(device)
 
 
 def read_coefficients(job: Job) -> dict[str, np.ndarray[Any, Any]]:
-    """The arrays of coefficients.npz."""
+    """Read the arrays of coefficients.npz."""
     return read_arrays(job.paths.coefficients / "coefficients.npz", "coefficients", "times", "l", "s")
 
 
 def read_ode(job: Job, device: torch.device) -> GeneralizedODE | None:
-    """The ODE of the coefficients fitted from the teacher, for a student that reads them."""
+    """Read the ODE of the coefficients fitted from the teacher, for a student that uses them."""
     if not job.student.needs_coefficients:
         return None
     read_card(job, "coefficients")
@@ -88,18 +88,18 @@ def read_ode(job: Job, device: torch.device) -> GeneralizedODE | None:
 
 
 def preconditioning_of(settings: Student, model: Denoiser, ode: GeneralizedODE | None) -> Preconditioning:
-    """The preconditioning of a student's network, with these coefficients or those that the network carries."""
+    """Return the preconditioning of a student's network, with these coefficients or the network's own."""
     if settings.carries_fit:
         return own_preconditioning(settings.preconditioning, model)
     return build_preconditioning(settings.preconditioning, model.sigma_data, ode)
 
 
 def read_preconditioning(job: Job, model: Denoiser) -> Preconditioning:
-    """The preconditioning of a student, given its network."""
+    """Read the preconditioning of a student, given its network."""
     return preconditioning_of(job.student, model, read_ode(job, next(model.parameters()).device))
 
 
 def time_grid(study: Study, nodes: int, device: torch.device) -> torch.Tensor:
-    """The study's rho grid of so many nodes, descending, float64."""
+    """Return the study's rho grid of that many nodes, descending, float64."""
     noise = study.noise
     return rho_grid(nodes, noise.sigma_min, noise.sigma_max, noise.rho).to(device)

@@ -37,7 +37,7 @@ from consistency.wording import (
 def write_page(
     job: Job, results: Results, cards: Cards, histories: dict[str, list[pd.DataFrame]], pictures: list[Picture]
 ) -> str:
-    """The page as text. Raises UserError when the dataset's facts are missing."""
+    """Render the page as text. Raises UserError if the dataset's facts are missing."""
     study, extractor = job.study, results.extractor
     template = files("consistency").joinpath("templates/report.html.j2").read_text()
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
@@ -77,9 +77,8 @@ def write_page(
 
 
 def _verdicts(study: Study, results: Results) -> list[str]:
-    """In words only what a paper claims, the rest in the tables: of distillation the form that is trained with, its
-    speed-up at the NFE with one (2) and without (1), and its alignment; of consistency training every arm's FD at
-    NFE 1."""
+    """Put into words only what a paper claims; the tables hold the rest. Distillation: the trained form's speed-up at
+    the NFE with one (2) and without (1), and its alignment. Consistency training: every arm's FD at NFE 1."""
     coupled = study.coupled
     distilled = {run for run in study.students if study.students[run].preconditioning == "analytic"} - coupled.keys()
     at = {1, 2} & set(study.scores.curve_nfe) or set(study.scores.curve_nfe)
@@ -94,7 +93,7 @@ def _verdicts(study: Study, results: Results) -> list[str]:
 
 
 def _table_rows(table: pd.DataFrame) -> list[dict[str, Any]]:
-    """The rows with each measure as text."""
+    """Return the rows with each measure as text."""
     return [
         row | {measure: plus_minus(row[measure], row[f"{measure}_half_width"]) for measure in MEASURES}
         for row in records(table)
@@ -102,7 +101,7 @@ def _table_rows(table: pd.DataFrame) -> list[dict[str, Any]]:
 
 
 def _step_table(histories: dict[str, list[pd.DataFrame]]) -> dict[str, Any] | None:
-    """Milliseconds of a training step by part, and peak memory, as rows of text."""
+    """Return milliseconds per training step by part, and peak memory, as rows of text."""
     costs = step_costs(histories)
     if costs.empty:
         return None
@@ -116,7 +115,7 @@ def _step_table(histories: dict[str, list[pd.DataFrame]]) -> dict[str, Any] | No
 
 
 def _cost(job: Job, cards: Cards) -> dict[str, Any] | None:
-    """The coefficient fit against one student's training and against all."""
+    """Compare the coefficient fit with one student's training and with all."""
     if "coefficients" not in cards:
         return None
     fit = cards["coefficients"]["measured"]
@@ -133,11 +132,11 @@ def _cost(job: Job, cards: Cards) -> dict[str, Any] | None:
 
 
 def _times(cards: Cards, taught: bool) -> list[tuple[str, float]]:
-    """Wall time of each stage, the students together; what stands in the place of a teacher took none."""
+    """Return the wall time of each stage, the students together; placeholders of a missing teacher do not count."""
     times: dict[str, float] = {}
     counted = [card for name, card in cards.items() if taught or name not in ("teacher", "samples of the teacher")]
     for card in counted:
-        # A training that was interrupted has its whole time only in `measured`.
+        # Only `measured` has the whole time of an interrupted training.
         seconds = card["measured"].get("seconds", card["seconds"])
         times[card["stage"]] = times.get(card["stage"], 0.0) + seconds
     counts = Counter(card["stage"] for card in counted)

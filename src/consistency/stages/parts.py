@@ -1,4 +1,4 @@
-"""Arrays that take hours to fill: parts in the state folder, and how many of their first rows are done."""
+"""Arrays that take hours to fill: partial arrays in the state folder, and the number of their finished rows."""
 
 import os
 import time
@@ -10,12 +10,12 @@ import numpy as np
 from consistency.files import atomic, read_json, write_json
 from consistency.training.distributed import Ranks
 
-RECORD_EVERY = 10.0  # seconds between two notes of what is done, at least
+RECORD_EVERY = 10.0  # seconds between two records of progress, at least
 
 
 class Parts:
-    """uint8 arrays of one shape in a folder. made_from: what their content depends on; parts of other origin are
-    removed. Several processes may fill them together; the first makes the files and notes what is done."""
+    """uint8 arrays of one shape in a folder. made_from: identifies their inputs; parts made from others are removed.
+    Several processes may fill them together; the first makes the files and records progress."""
 
     def __init__(
         self, folder: Path, made_from: dict[str, str], shape: tuple[int, ...], ranks: Ranks, made_by: str
@@ -28,32 +28,32 @@ class Parts:
             found = read_json(self._note, made_by)
             if self._content | {"done": found.get("done")} == found:
                 self._content = found
-        ranks.wait()  # nobody writes before all have read
+        ranks.wait()  # no process writes before all have read
         if ranks.first and not self._content["done"]:
             for stale in (self._note, *folder.glob("*.npy"), *folder.glob(".*.tmp")):
                 stale.unlink(missing_ok=True)
 
     def done(self, name: str) -> int:
-        """How many rows of an array are done; 0 where there is none."""
+        """Return the number of finished first rows of an array; 0 if there is none."""
         return int(self._content["done"].get(name, 0)) if self.path(name).exists() else 0
 
     def path(self, name: str) -> Path:
-        """Where an array lies."""
+        """Return the path of an array."""
         return self.folder / f"{name}.npy"
 
     def open(self, name: str) -> np.memmap[Any, Any]:
-        """The array, memory-mapped for writing; made if there is none. Raises UserError when the disk is too small."""
+        """Open or create an array, memory-mapped for writing. Raises UserError if the disk is too small."""
         if self.ranks.first and not self.path(name).exists():
             with atomic(self.path(name)) as temporary:
                 np.lib.format.open_memmap(temporary, mode="w+", dtype=np.uint8, shape=self.shape)
                 with temporary.open("r+b") as file:
-                    # A full disk would be noticed only by SIGBUS, in the middle of the sampling.
+                    # A full disk would otherwise show only as SIGBUS, in the middle of the sampling.
                     os.posix_fallocate(file.fileno(), 0, temporary.stat().st_size)
         self.ranks.wait()
         return np.lib.format.open_memmap(self.path(name), mode="r+")
 
     def record(self, name: str, rows: int, images: np.memmap[Any, Any], now: bool = False) -> None:
-        """Note that the first rows of an array are done; on disk only every few seconds, unless now."""
+        """Record that the first rows of an array are done; on disk only every few seconds, unless now."""
         self._content["done"][name] = rows
         if self.ranks.first and (now or time.monotonic() - self._recorded > RECORD_EVERY):
             images.flush()

@@ -24,7 +24,7 @@ from consistency.wording import coarse, what_of
 
 @dataclass(frozen=True)
 class Picture:
-    """A figure of the report: its file name, the chapter it stands in, its caption, its two files."""
+    """A figure of the report: its file name, its chapter, its caption, its two files."""
 
     name: str
     chapter: str
@@ -34,14 +34,14 @@ class Picture:
 
     @classmethod
     def of(cls, name: str, chapter: str, caption: str, figure: Figure) -> "Picture":
-        """Draw a figure, and let go of it."""
+        """Render a figure and free it."""
         picture = cls(name, chapter, caption, figures.drawn(figure, "png"), figures.drawn(figure, "svg"))
         figures.close(figure)
         return picture
 
 
 def draw_pictures(job: Job, results: Results, histories: dict[str, list[pd.DataFrame]]) -> list[Picture]:
-    """Every figure of the report, with N and seeds in its caption."""
+    """Draw every figure of the report, with N and seeds in its caption."""
     study, extractor, scores, found = job.study, results.extractor, results.main, results.found
     runs = list(study.students)
     seeds = f"{len(study.seeds)} seed{'s' if len(study.seeds) > 1 else ''} ({', '.join(map(str, study.seeds))})"
@@ -83,7 +83,7 @@ def draw_pictures(job: Job, results: Results, histories: dict[str, list[pd.DataF
 
 
 def carried(job: Job) -> dict[str, dict[int, Path]]:
-    """The snapshots whose coefficients a report shows, of the first seed: student -> step -> file."""
+    """Return the first seed's snapshots whose coefficients a report shows: student -> step -> file."""
     students = [job.of(run, job.study.seeds[0]) for run in job.study.carrying]
     return {
         str(each.run): {

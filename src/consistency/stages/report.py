@@ -1,4 +1,4 @@
-"""Stage report: tables, figures and one self-contained page from everything the study made."""
+"""Stage report: tables, figures and one self-contained page from all results of the study."""
 
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -23,9 +23,9 @@ from consistency.wording import coarse, plus_minus, ratio, speed, teacher_line
 
 def make_report(job: Job) -> None:
     """Write report.html, figures/, scores.csv, table.csv, speedup.csv, paired.csv, summary.json and card.json; ema.csv
-    where a student has several EMA rates.
+    if a student has several EMA rates.
 
-    Raises UserError when a stage's results are missing or belong to another study.
+    Raises UserError if a stage's results are missing or belong to another study.
     """
     card, folder = Card(job, "report"), job.paths.report
     results, cards, histories = read_results(job), read_cards(job), read_histories(job)
@@ -55,7 +55,7 @@ def make_report(job: Job) -> None:
 
 
 def _inputs(job: Job) -> list[Path]:
-    """What a report is made from."""
+    """Return the files that a report is made from."""
     study, paths, students = job.study, job.paths, job.trainings
     shown = [f"{sampler_name(nfe)}.npy" for nfe in study.report.grid_nfe]
     return [
@@ -71,7 +71,7 @@ def _inputs(job: Job) -> list[Path]:
 
 
 def print_summary(job: Job) -> None:
-    """Print the teacher's score, the students', the speed-ups, and where the report and the MLflow page are."""
+    """Print the teacher's score, the students', the speed-ups, and the places of the report and the MLflow page."""
     study, results = job.study, read_results(job)
     label = measure_label("fd", results.extractor)
     print(f"\n{teacher_line(results.teacher, study)}")
@@ -101,7 +101,7 @@ def print_summary(job: Job) -> None:
 
 
 def _summary(results: Results) -> dict[str, Any]:
-    """The numbers of the report for machines; what was not measured is absent, since JSON has no NaN."""
+    """Return the numbers of the report for machines; unmeasured ones are absent, since JSON has no NaN."""
     measures = [name for measure in MEASURES for name in (measure, f"{measure}_half_width")]
     interval = ("low", "high")
     tables: list[tuple[str, list[dict[str, Any]], str, Sequence[str]]] = [
@@ -120,6 +120,6 @@ def _summary(results: Results) -> dict[str, Any]:
 
 
 def _known(row: dict[str, Any], names: Sequence[str]) -> dict[str, Any]:
-    """Those of the values that are words, or numbers that are there and finite."""
+    """Return those of the values that are words or finite numbers."""
     found = {name: row.get(name, np.nan) for name in names}
     return {name: value for name, value in found.items() if isinstance(value, str) or np.isfinite(value)}

@@ -1,4 +1,4 @@
-"""What the report reads: score tables, cards and histories of a finished study."""
+"""Inputs of the report: score tables, cards and histories of a finished study."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -17,7 +17,7 @@ Cards = dict[str, dict[str, Any]]
 
 @dataclass(frozen=True)
 class Results:
-    """The numbers of a study. scores: every EMA rate's; main: the main rate's, from which all else is made.
+    """Numbers of a study. scores: every EMA rate's; main: the main rate's, the source of all else.
 
     table: at the end of training; found, paired: students against their baselines.
     """
@@ -30,22 +30,22 @@ class Results:
 
     @property
     def extractor(self) -> str:
-        """The features' name, as the score files carry it."""
+        """Name of the features in the score files."""
         return str(self.scores.extractor.iloc[0])
 
     @property
     def several_rates(self) -> bool:
-        """Whether a student was scored at more than one EMA rate."""
+        """True if a student was scored at more than one EMA rate."""
         return len(self.main) < len(self.scores)
 
     @property
     def aligned(self) -> bool:
-        """Whether any student was held against a teacher's endpoints."""
+        """True if a student was compared with a teacher's endpoints."""
         return bool(self.scores.alignment.notna().any())
 
     @property
     def calibration(self) -> list[dict[str, Any]]:
-        """What was scored before any student."""
+        """Rows that were scored before any student."""
         return records(self.scores[self.scores.kind == "calibration"])
 
     @property
@@ -57,7 +57,7 @@ class Results:
 def read_results(job: Job) -> Results:
     """Read all score tables of the study, the calibration first.
 
-    Raises UserError, naming the verb, for one that is missing, damaged or of other settings.
+    Raises UserError, naming the verb, if one is missing, damaged or of other settings.
     """
     study = job.study
     scores = pd.concat([_table(each) for each in (job.of(), *job.trainings)], ignore_index=True)
@@ -68,7 +68,7 @@ def read_results(job: Job) -> Results:
 
 
 def records(table: pd.DataFrame) -> list[dict[str, Any]]:
-    """A table's rows."""
+    """Return a table's rows as dictionaries."""
     return [{str(name): value for name, value in row.items()} for row in table.to_dict("records")]
 
 
@@ -81,14 +81,14 @@ def _table(job: Job) -> pd.DataFrame:
 
 
 def baselines(study: Study) -> dict[str, str]:
-    """The student that each is measured against, where it or its objective has one."""
+    """Return the baseline of each student, if it or its objective has one."""
     pairs = {run: study.report.baseline.get(student.objective) for run, student in study.students.items()}
     pairs |= study.report.against
     return {run: baseline for run, baseline in pairs.items() if baseline is not None}
 
 
 def read_histories(job: Job) -> dict[str, list[pd.DataFrame]]:
-    """The histories of each student's trainings, a table a seed."""
+    """Read the histories of each student's trainings, one table per seed."""
     histories: dict[str, list[pd.DataFrame]] = {run: [] for run in job.study.students}
     for each in job.trainings:
         lines = read_history(each.folder / "history.jsonl", f"student{each.options}")
@@ -97,6 +97,6 @@ def read_histories(job: Job) -> dict[str, list[pd.DataFrame]]:
 
 
 def read_cards(job: Job) -> Cards:
-    """The card of everything but the scores, which are read with theirs, by what it is a card of."""
+    """Read the cards of all artifacts by name, except those of the scores, which are read with the tables."""
     found = artifacts(job).items()
     return {name: read_card(each, stage) for name, (stage, each) in found if stage not in ("scores", "report")}

@@ -34,14 +34,14 @@ from consistency.training.distributed import Ranks
 from consistency.training.loop import Interrupted, stop_requests
 from consistency.training.objectives import with_labels
 
-# From the noise of a batch of images to their endpoints, float [N, C, H, W].
+# Maps the noise of a batch of images to their endpoints, float [N, C, H, W].
 Sampler = Callable[[ImageNoise], Tensor]
 _ALONE = Ranks()
 
 
 @dataclass(frozen=True)
 class StudentSampler:
-    """A way of drawing a student's images. gamma: None for its own sampler; rate: a further EMA rate."""
+    """A sampler of a student. gamma: None for its own sampler; rate: a further EMA rate."""
 
     nfe: int
     gamma: float | None = None
@@ -49,14 +49,14 @@ class StudentSampler:
 
     @property
     def name(self) -> str:
-        """Its file's, without .npy."""
+        """Name of its file, without .npy."""
         return sampler_name(self.nfe, self.gamma, self.rate)
 
 
 def student_samplers(job: Job) -> list[StudentSampler]:
-    """Every sampler of a student, in the order of their names.
+    """Return every sampler of a student, in the order of their names.
 
-    Students that jump to the end know no s between: CM's multistep only. Further EMA rates are drawn without gamma.
+    Students that jump only to eps have CM's multistep sampler alone. Further EMA rates are drawn without gamma.
     """
     settings, sampling = job.student, job.study.sampling
     chosen = [StudentSampler(nfe, None, rate) for rate in settings.rates for nfe in sampling.nfe]
@@ -66,10 +66,10 @@ def student_samplers(job: Job) -> list[StudentSampler]:
 
 
 def make_samples(job: Job, device: torch.device, ranks: Ranks = _ALONE) -> None:
-    """Write one uint8 array [count, H, W, C] a sampler, and card.json. Without a student: the teacher's.
+    """Write one uint8 array [count, H, W, C] per sampler, and card.json. Without a student: the teacher's.
 
-    Goes on where an earlier sampling stopped; several processes (ranks) share the batches. Raises Interrupted when a
-    signal asks to stop; what was drawn is kept in the state folder.
+    Resumes an interrupted sampling; several processes (ranks) share the batches. Raises Interrupted when a signal asks
+    to stop; finished rows stay in the state folder.
     """
     card, study, size = Card(job, "samples"), job.study, job.study.dataset.resolution
     if job.run is None and not study.taught:
@@ -100,7 +100,7 @@ def make_samples(job: Job, device: torch.device, ranks: Ranks = _ALONE) -> None:
 
 
 def _inputs(job: Job) -> dict[Path, str]:
-    """The files that the images depend on, and the verbs that make them."""
+    """Return the files that the images depend on, and the verbs that make them."""
     if job.run is None:
         return {job.paths.teacher / "teacher.safetensors": "teacher"}
     verbs = {job.weights(rate): f"student{job.options}" for rate in job.student.rates}
@@ -110,7 +110,7 @@ def _inputs(job: Job) -> dict[Path, str]:
 
 
 def _samplers(job: Job, device: torch.device) -> Iterator[tuple[str, Denoiser, Sampler]]:
-    """(name, model, sampler) of all that is drawn, one model at a time."""
+    """Yield (name, model, sampler) of everything to draw, one model at a time."""
     study = job.study
     if job.run is None:
         teacher = prepared(study, read_teacher(job, device))
@@ -124,14 +124,14 @@ def _samplers(job: Job, device: torch.device) -> Iterator[tuple[str, Denoiser, S
 
 
 def prepared(study: Study, model: Denoiser) -> Denoiser:
-    """A model in the precision and the memory layout that the study samples with."""
+    """Return a model in the precision and the memory layout of the study's sampling."""
     device = next(model.parameters()).device
     return place(study, model, device).compute_in(study.sampling.precision)
 
 
 @dataclass
 class _Work:
-    """What the samplers of a stage share."""
+    """State that the samplers of a stage share."""
 
     study: Study
     label: str
@@ -141,7 +141,7 @@ class _Work:
     progress: Progress
 
     def draw(self, name: str, model: Denoiser, sampler: Sampler) -> None:
-        """Draw what an array lacks. Raises Interrupted when asked to stop."""
+        """Draw the missing rows of an array. Raises Interrupted when asked to stop."""
         count, done = self.study.sampling.count, self.parts.done(name)
         if done == count:
             return
@@ -151,9 +151,9 @@ class _Work:
         try:
             while done < count:
                 batch = next(batches, None)
-                if batch is not None:  # in the last round a process may have none left
+                if batch is not None:  # none is left for some processes in the last round
                     images[batch[0]] = to_bytes(batch[1])
-                # All processes have come here before their rows count as done, and stop at the same round.
+                # Rows count as done once all processes are here; all stop at the same round.
                 stop = self.ranks.largest(self.requests())
                 before, done = done, min(done + self.study.sampling.batch * self.ranks.world, count)
                 self.parts.record(name, done, images)
@@ -165,7 +165,7 @@ class _Work:
             self.parts.record(name, done, images, now=True)
 
     def _leave(self, *_: Any) -> None:
-        """Before each evaluation: a batch of a large teacher may take minutes. Only one process alone may leave so."""
+        """Stop before an evaluation, if asked to: a batch of a large teacher may take minutes. Single process only."""
         if self.ranks.world == 1 and self.requests():
             raise self._interrupted(self.requests())
 
@@ -182,7 +182,7 @@ class _Work:
 def draw(
     study: Study, model: Denoiser, sampler: Sampler, count: int, start: int = 0, ranks: Ranks = _ALONE
 ) -> Iterator[tuple[slice, Tensor]]:
-    """Images of seeds start to count-1 in batches: (rows, float [n, C, H, W]). Of several processes, this one's."""
+    """Yield this process's images of seeds start to count-1 in batches: (rows, float [n, C, H, W])."""
     shape = (model.img_channels, model.img_resolution, model.img_resolution)
     size = study.sampling.batch
     for first in range(start + ranks.rank * size, count, ranks.world * size):
@@ -192,7 +192,7 @@ def draw(
 
 
 def heun_sampler(study: Study, teacher: Denoiser, nodes: int | None = None) -> Sampler:
-    """EDM's sampler as the study sets it; with nodes, the ODE's endpoint at eps through so many nodes instead."""
+    """Return EDM's sampler with the study's settings; with nodes, the ODE's endpoint at eps through that many nodes."""
     device = next(teacher.parameters()).device
     times = _times(study, nodes or study.calibration.steps) + ([0.0] if nodes is None else [])
     settings = study.calibration.churn if nodes is None else None
@@ -205,7 +205,7 @@ def heun_sampler(study: Study, teacher: Denoiser, nodes: int | None = None) -> S
         added = Churn(settings.s_churn, settings.s_min, settings.s_max, settings.s_noise)
 
         def in_float32(x: Tensor, t: Tensor) -> Tensor:
-            """The network, on a float64 state: over hundreds of steps, the roundings of the state would add up."""
+            """Evaluate the network on a float64 state, whose rounding does not add up over hundreds of steps."""
             return denoiser(x.float(), t).double()
 
         return stochastic_heun(in_float32, x.double(), times, added, _fresh(noise, device))
@@ -214,7 +214,7 @@ def heun_sampler(study: Study, teacher: Denoiser, nodes: int | None = None) -> S
 
 
 def jump_sampler(job: Job, model: Denoiser, preconditioning: Preconditioning, nfe: int, gamma: float = 0.0) -> Sampler:
-    """nfe jumps along the rho grid from sigma_max to sigma_min."""
+    """Return a sampler of nfe jumps along the rho grid from sigma_max to sigma_min."""
     device = next(model.parameters()).device
     times = _times(job.study, nfe + 1)
     gamma = 1.0 if job.student.to_the_end else gamma
@@ -231,7 +231,7 @@ def jump_sampler(job: Job, model: Denoiser, preconditioning: Preconditioning, nf
 
 
 def _times(study: Study, nodes: int) -> list[float]:
-    """The study's rho grid as numbers: read back from a GPU, each would stall it."""
+    """Return the study's rho grid as numbers: reading each back from a GPU would stall it."""
     return time_grid(study, nodes, torch.device("cpu")).tolist()
 
 
@@ -244,5 +244,5 @@ def _fresh(noise: ImageNoise, device: torch.device) -> Fresh:
 
 
 def _to(tensor: Tensor, device: torch.device) -> Tensor:
-    """On the device; only from pinned memory does a copy to a GPU not wait for what the GPU still has to do."""
+    """Copy to the device. Only copies from pinned memory do not wait for a GPU's queue."""
     return tensor if device.type == "cpu" else tensor.pin_memory().to(device, non_blocking=True)

@@ -27,17 +27,17 @@ from consistency.training.data import to_bytes
 
 COLUMNS = ["study", "kind", "run", "seed", "ema", "step", "sampler", "nfe"]
 COLUMNS += ["fd", "kid", "alignment", "images", "extractor"]
-#: the calibration's; the last two are empty where the study names no published FID
+#: columns of the calibration; the last two are empty if the study names no published FID
 CALIBRATION_COLUMNS = [*COLUMNS, "published", "tolerance"]
 Array = np.ndarray
 Row = dict[str, Any]
 
 
 def make_calibration(job: Job, device: torch.device) -> None:
-    """Write calibration.csv (data halves; teacher), endpoints.npy, the teacher's ODE endpoints, none without a teacher,
-    and their card.
+    """Write calibration.csv (data halves; teacher), endpoints.npy (the teacher's ODE endpoints, none without a
+    teacher), and their card.
 
-    Raises UserError, and leaves no calibration.csv, when the teacher's FID is not the published one.
+    Raises UserError, and leaves no calibration.csv, if the teacher's FID is not the published one.
     """
     read_card(job, "samples")
     study, samples = job.study, job.samples / "heun.npy"
@@ -59,8 +59,8 @@ def make_calibration(job: Job, device: torch.device) -> None:
 
 
 def make_scores(job: Job, device: torch.device) -> None:
-    """Write the score table of one student, for each of its EMA rates, and its card: its samples, and its learning
-    curve from the snapshots."""
+    """Write the score table of one student at each of its EMA rates, and its card: the final samples and, from the
+    snapshots, the learning curve."""
     read_card(job, "student")
     read_card(job, "samples")
     study, settings, scores, samplers = job.study, job.student, job.study.scores, student_samplers(job)
@@ -88,7 +88,7 @@ def _endpoint_file(job: Job) -> Path:
 
 
 class _Scorer:
-    """The extractor, the data's statistics, and how rows are made of them: a student's, or the calibration's. label,
+    """Maker of score rows, a student's or the calibration's: the extractor, the data's statistics and the card. label,
     total: name and images of the progress."""
 
     def __init__(self, job: Job, device: torch.device, label: str, total: int) -> None:
@@ -98,26 +98,26 @@ class _Scorer:
         self.progress = Progress(label, total)
 
     def row(self, kind: str, run: str, sampler: str, nfe: int, step: int = 0, rate: float | None = None) -> Row:
-        """What a row says before anything is measured."""
+        """Return the part of a row that is known before the measurement."""
         place = {"study": self.study.name, "kind": kind, "run": run, "seed": self.job.seed, "ema": rate, "step": step}
         return place | {"sampler": sampler, "nfe": nfe, "extractor": self.extractor.name}
 
     def distances(self, a: Statistics, b: Statistics) -> dict[str, float]:
-        """Frechet and kernel distance."""
+        """Return Frechet and kernel distance."""
         scores = self.study.scores
         kid = kernel_distance(a, b, scores.kid_subsets, scores.kid_subset_size)
         return {"fd": frechet_distance(a, b), "kid": kid}
 
     def against_data(self, chunks: Iterable[Array], count: int) -> dict[str, float]:
-        """The distances of `count` uint8 images, which come in chunks [n, H, W, C], to the data."""
+        """Measure the distances of `count` uint8 images, which come in chunks [n, H, W, C], to the data."""
         pieces = self.progress.counted(self.extractor.pieces(chunks))
         images = Statistics.gather(pieces, count, self.study.scores.kid_images)
         return self.distances(images, self.data) | {"images": count}
 
     def halves(self) -> Row:
-        """One half of the data's kept features against the other."""
+        """Compare one half of the data's kept features with the other."""
         features = self.data.features
-        # Which half an image falls into must not follow the dataset's order.
+        # The halves must not depend on the dataset's order.
         order = torch.randperm(len(features), generator=generator(0, "halves")).numpy()
         half = len(order) // 2
         first, second = (Statistics.of(features[part]) for part in (order[:half], order[half:]))
@@ -125,7 +125,7 @@ class _Scorer:
         return row | self.distances(second, first) | {"images": half}
 
     def warn_of_singular(self, samples: int) -> None:
-        """Say so where there are too few images for the covariance of the features."""
+        """Warn if there are too few images for the covariance of the features."""
         features, half = len(self.data.mean), len(self.data.features) // 2
         counts = {"sampling.count": samples, "scores.curve_count": self.study.scores.curve_count, "data halves": half}
         few = ", ".join(f"{name} {count:,}" for name, count in counts.items() if count <= features)
@@ -137,7 +137,7 @@ class _Scorer:
             )
 
     def write(self, rows: list[Row], columns: list[str], inputs: list[Path], others: Sequence[Path] = ()) -> None:
-        """The table, and its card; others: what was written beside it. All are measured with the extractor's files."""
+        """Write the table and its card; others: files written beside it. The extractor's files are always inputs."""
         self.progress.close()
         write_table(self.job.scores, rows, columns)
         inception = self.study.scores.extractor == "inception"
@@ -159,7 +159,7 @@ class _Student:
         self.job, self.settings = self.scorer.job, self.scorer.job.student
 
     def final_row(self, model: Denoiser, sampler: StudentSampler) -> Row:
-        """One sampler's samples at the end of training."""
+        """Score one sampler's samples at the end of training."""
         images = read_array(self.job.samples / f"{sampler.name}.npy", f"samples{self.job.options}")
         row = self._row("final", self.settings.steps, sampler.nfe, sampler.gamma)
         row |= self.scorer.against_data([images], len(images))
@@ -171,7 +171,7 @@ class _Student:
         return row
 
     def curve_row(self, model: Denoiser, step: int, nfe: int) -> Row:
-        """One snapshot at one number of jumps; every image is let go of once it is measured."""
+        """Score one snapshot at one number of jumps; images are discarded once they are measured."""
         error, count = _AlignmentError(self.endpoints), self.job.study.scores.curve_count
 
         def chunks() -> Iterator[Array]:
@@ -188,7 +188,7 @@ class _Student:
         return self.scorer.row(kind, str(self.job.run), sampler, nfe, step, rate)
 
     def _aligned(self, nfe: int) -> bool:
-        """Whether the samples come from their first noise alone, as the teacher's endpoints do, if there are any."""
+        """Tell whether the samples depend on their first noise alone, as do the teacher's endpoints, if any."""
         return len(self.endpoints) > 0 and (nfe == 1 or not self.settings.to_the_end)
 
     def _drawn(self, model: Denoiser, nfe: int, count: int) -> Iterator[tuple[slice, torch.Tensor]]:
@@ -203,19 +203,19 @@ class _AlignmentError:
         self._endpoints, self._sum = endpoints, 0.0
 
     def add(self, rows: slice, images: torch.Tensor) -> None:
-        """Count the images of those rows, as far as there are endpoints."""
+        """Add the images of those rows, as far as there are endpoints."""
         there = self._endpoints[rows.start : rows.stop]
         if len(there):
             self._sum += float(np.square(images[: len(there)].double().cpu().numpy() - there).sum())
 
     @property
     def mean(self) -> float:
-        """The error, once all have been added."""
+        """The error, once all images have been added."""
         return self._sum / self._endpoints.size
 
 
 def _require_published(job: Job, row: Row) -> None:
-    """Note in the row what the study says was published. Raises UserError if the teacher's FID is not that."""
+    """Add the published FID and its tolerance to the row. Raises UserError if the teacher's FID is not within it."""
     published, tolerance = job.study.calibration.published_fid, job.study.calibration.tolerance
     if published is None:
         return
@@ -236,7 +236,7 @@ def _require_published(job: Job, row: Row) -> None:
 
 
 def _endpoints(study: Study, teacher: Denoiser) -> Array:
-    """The teacher's ODE endpoints at eps of the first alignment_count seeds, float32 [n, C, H, W]."""
+    """Draw the teacher's ODE endpoints at eps of the first alignment_count seeds, float32 [n, C, H, W]."""
     sampler = heun_sampler(study, teacher, study.scores.alignment_nodes)
     batches = draw(study, teacher, sampler, study.scores.alignment_count)
     return torch.cat([batch.cpu() for _, batch in batches]).numpy()

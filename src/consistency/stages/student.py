@@ -1,4 +1,4 @@
-"""Stage student: distil the teacher, or train without one; two students differ in what the study says, nothing else."""
+"""Stage student: distil the teacher, or train without one. Students differ only in the keys that the study declares."""
 
 import shutil
 from pathlib import Path
@@ -52,7 +52,7 @@ def make_student(job: Job, machine: Machine) -> None:
 
 
 def _publish(card: Card, training: Training, measured: dict[str, float]) -> None:
-    """The outputs of a finished training, and its card."""
+    """Write the outputs of a finished training, and its card."""
     job = card.job
     digests = {path: digest_of(path, job.paths) for path in _inputs(job)}
     metadata = {"study": job.study.name, "stage": "student", "run": job.run, "seed": job.seed, "key": training.key}
@@ -72,7 +72,7 @@ def _publish(card: Card, training: Training, measured: dict[str, float]) -> None
 
 
 def _inputs(job: Job) -> list[Path]:
-    """What a student is made from."""
+    """Return the files that a student is made from."""
     inputs = [job.paths.teacher / "teacher.safetensors", *data_files(job)]
     if job.student.needs_coefficients:
         inputs.append(job.paths.coefficients / "coefficients.npz")
@@ -120,20 +120,20 @@ def _training(job: Job, data: ImageData, machine: Machine) -> Training:
 
 
 def frozen_predictor(job: Job, device: torch.device) -> Denoiser | None:
-    """The student that makes gc's endpoints in the place of the average, if one does."""
+    """Return the student that makes gc's endpoints instead of the average, None without one."""
     frozen = job.student.frozen
     return read_student(job.of(frozen.run, job.seed), device, step=frozen.step) if frozen else None
 
 
 def _begun(job: Job, teacher: Denoiser, data: ImageData) -> Denoiser:
-    """A student before its training. Weights, data order and noise depend on the seed alone, so that students of one
-    seed differ in nothing else."""
+    """Return a student before its training. Weights, data order and noise depend on the seed alone, so that students of
+    one seed differ in nothing else."""
     assert job.seed is not None
     settings, drawn = job.student, derived_seed(job.seed, "student")
     if settings.from_teacher:
         student = student_from_teacher(teacher, dropout=settings.dropout, seed=drawn)
     else:
-        # The network of the teacher, not its weights.
+        # The teacher's architecture, not its weights.
         architecture = {**teacher.architecture, "dropout": settings.dropout}
         if "augment_dim" in architecture:
             architecture["augment_dim"] = 0
@@ -145,7 +145,7 @@ def _begun(job: Job, teacher: Denoiser, data: ImageData) -> Denoiser:
 
 
 def _refits(job: Job, data: ImageData, machine: Machine, student: Denoiser, averages: list[Denoiser]) -> Refits | None:
-    """What fits a student's coefficients again in the middle of its training, if anything does."""
+    """Return the refits of a student's coefficients during its training, None if there are none."""
     if job.student.fit != "average":
         return None
     images, labels, noise = fitted_images(job.study, data, machine.device)
@@ -165,7 +165,7 @@ def _refits(job: Job, data: ImageData, machine: Machine, student: Denoiser, aver
 def _objective(
     job: Job, machine: Machine, models: tuple[Denoiser, Denoiser, Denoiser], stopwatch: Stopwatch
 ) -> Objective:
-    """The loss of a student; models: student, its average or the frozen predictor in its place, teacher."""
+    """Build the loss of a student; models: student, its average or the frozen predictor in its place, teacher."""
     settings = job.student
     if settings.objective == "consistency":
         return consistency_objective(job, models[:2], machine)
@@ -180,7 +180,7 @@ def _objective(
 
 
 def consistency_objective(job: Job, models: tuple[Denoiser, Denoiser], machine: Machine) -> ConsistencyTraining:
-    """The loss of a student of consistency training; models: student, its average or the frozen predictor."""
+    """Build the loss of consistency training; models: student, its average or the frozen predictor."""
     settings, noise = job.student, job.study.noise
     training = TransportTraining if settings.coupling == "ot" else ConsistencyTraining
     return training(
@@ -196,7 +196,7 @@ def consistency_objective(job: Job, models: tuple[Denoiser, Denoiser], machine: 
 
 
 def schedule_of(study: Study, settings: Student) -> Schedule:
-    """The levels of consistency training."""
+    """Return the schedule of the levels of consistency training."""
     noise, levels = study.noise, settings.curriculum
     given = levels.model_dump(exclude={"kind", "p_mean", "p_std"})
     given |= {"sigma_min": noise.sigma_min, "sigma_max": noise.sigma_max, "mean": levels.p_mean, "std": levels.p_std}

@@ -29,7 +29,7 @@ from consistency.training.objectives import Denoising
 def make_teacher(job: Job, machine: Machine) -> None:
     """Write teacher.safetensors (EMA weights), history.jsonl and card.json.
 
-    Resumes an interrupted training; raises Interrupted when asked to stop, UserError when it diverges, or when an
+    Resumes an interrupted training; raises Interrupted when asked to stop, UserError when it diverges, or if an
     official checkpoint is missing, damaged or not the one that the study describes.
     """
     card, settings = Card(job, "teacher"), job.study.teacher
@@ -45,7 +45,7 @@ def make_teacher(job: Job, machine: Machine) -> None:
     elif isinstance(settings, OfficialTeacher):
         _write(card, _converted(job.study, settings), downloads=[settings.checkpoint])
     else:
-        # The network of the students, its weights at zero, so that nobody takes them for anything.
+        # A placeholder: the students' network with all weights zero.
         network = init_denoiser(architecture(job.study, settings, read_dataset(job)), 0)
         with torch.no_grad():
             for weight in network.parameters():
@@ -54,7 +54,7 @@ def make_teacher(job: Job, machine: Machine) -> None:
 
 
 def _converted(study: Study, settings: OfficialTeacher) -> Denoiser:
-    """An official EDM checkpoint."""
+    """Read an official EDM checkpoint."""
     source = open_resource(settings.checkpoint)
     try:
         teacher = read_edm_pickle(source)
@@ -66,7 +66,7 @@ def _converted(study: Study, settings: OfficialTeacher) -> Denoiser:
 
 
 def _require_described(study: Study, settings: OfficialTeacher, teacher: Denoiser) -> None:
-    """Raises UserError when the file is not what the study says."""
+    """Raise UserError if the checkpoint does not match the study."""
     described: list[tuple[str, Any, Any]] = [
         ("teacher.conditional", settings.conditional, teacher.label_dim > 0),
         ("dataset.resolution", study.dataset.resolution, teacher.img_resolution),
@@ -88,8 +88,8 @@ def _write(
     measured: dict[str, float] | None = None,
     downloads: Sequence[str] = (),
 ) -> None:
-    """The teacher, its history, empty if it was not trained here, and their card. downloads: what it is made from; the
-    data, if nothing."""
+    """Write the teacher, its history (empty if it was not trained here) and their card. downloads: what it is made
+    from; if empty, from the data."""
     study, paths = card.job.study, card.job.paths
     path, history = paths.teacher / "teacher.safetensors", paths.teacher / "history.jsonl"
     inputs = [] if downloads else [paths.dataset / name for name in ("images.npy", "labels.npy", "dataset.json")]
@@ -121,7 +121,7 @@ def _training(study: Study, settings: Teacher, paths: Layout, data: ImageData, m
     compile_networks(study, model)
 
     def learning_rate(step: int) -> float:
-        """A linear ramp over the first learning_rate_ramp images."""
+        """Return the rate of a linear ramp over the first learning_rate_ramp images."""
         return settings.learning_rate * min((step + 1) * settings.batch / max(settings.learning_rate_ramp, 1), 1)
 
     objective, optimizer = Denoising(model, settings.p_mean, settings.p_std), ("adam", settings.learning_rate)
@@ -140,12 +140,12 @@ def _training(study: Study, settings: Teacher, paths: Layout, data: ImageData, m
 
 
 def architecture(study: Study, settings: Teacher | NoTeacher, data: ImageData) -> dict[str, Any]:
-    """The denoiser's description, as build_denoiser takes it."""
+    """Return the denoiser's description, as build_denoiser takes it."""
     return architecture_of(study, settings, data.classes, sigma_data(study, data))
 
 
 def architecture_of(study: Study, settings: Teacher | NoTeacher, classes: int, data_std: float) -> dict[str, Any]:
-    """The same from what is known of the data: its classes and its standard deviation."""
+    """Return the same from known facts about the data: its classes and its standard deviation."""
     network = settings.network
     common = {
         "img_resolution": study.dataset.resolution,

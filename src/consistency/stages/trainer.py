@@ -1,4 +1,4 @@
-"""What the trainings of teacher and students share: how the machine is used, and what they leave behind."""
+"""Parts that the trainings of teacher and students share: the machine, the random stream and the optimiser step."""
 
 from dataclasses import dataclass, field
 
@@ -18,7 +18,7 @@ _OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {"radam": torch.optim.RAda
 
 @dataclass(frozen=True)
 class Machine:
-    """Where a training runs: the device of this process, and its place among the processes."""
+    """The machine of a training: the device of this process, and its rank among the processes."""
 
     device: torch.device
     ranks: Ranks = field(default_factory=Ranks)
@@ -26,7 +26,7 @@ class Machine:
 
 @dataclass(frozen=True)
 class Stream:
-    """Images a step, and what the draws of a step depend on beside its number."""
+    """Images per step, and the seed and purpose of a step's draws."""
 
     batch: int
     seed: int
@@ -46,8 +46,8 @@ def build_update(
     adaptive: bool = False,
     stopwatch: Stopwatch | None = None,
 ) -> Update:
-    """The optimiser step of a training. optimizer: its name and learning rate. Raises UserError when the batch cannot
-    be divided over the devices."""
+    """Build the optimiser step of a training. optimizer: its name and learning rate. Raises UserError if the batch
+    cannot be divided over the devices."""
     batch, seed, purpose = stream.batch, stream.seed, stream.purpose
     share, part = share_of(batch, study.compute.batch_per_device, machine.ranks)
     flip, on_device = study.dataset.horizontal_flip, study.compute.data_on_device
@@ -77,7 +77,7 @@ def build_update(
 
 
 def build_optimizer(name: str, learning_rate: float, model: Denoiser) -> torch.optim.Optimizer:
-    """RAdam, Adam or Lion, in the fastest form that the device and PyTorch have: fused Adam on a GPU, else foreach."""
+    """Build RAdam, Adam or Lion in the fastest form of the device and PyTorch: fused Adam on a GPU, else foreach."""
     parameters = list(model.parameters())
     if name == "lion":
         from lion_pytorch import Lion
@@ -86,12 +86,12 @@ def build_optimizer(name: str, learning_rate: float, model: Denoiser) -> torch.o
     on_gpu = parameters[0].device.type == "cuda"
     if name == "adam" and on_gpu:
         return torch.optim.Adam(parameters, lr=learning_rate, fused=True)
-    # PyTorch has no fused RAdam. Without foreach, a GPU would be fed one small kernel a parameter.
+    # PyTorch has no fused RAdam. Without foreach, a GPU would run one small kernel per parameter.
     return _OPTIMIZERS[name](parameters, lr=learning_rate, foreach=on_gpu or None)  # type: ignore[call-arg]
 
 
 def place(study: Study, model: Denoiser, device: torch.device) -> Denoiser:
-    """The model on its device, in the memory layout of the study's compute settings."""
+    """Move the model to its device, in the memory layout of the study's compute settings."""
     model = model.to(device)
     return model.to(memory_format=torch.channels_last) if study.compute.channels_last else model  # type: ignore[call-overload]
 

@@ -15,7 +15,7 @@ def validate() -> None:
         cells = []
         for steps, value in row.items():
             like = MIXTURE_TABLE[name][steps]
-            # One printed cell (ctm, 3 steps: 0.745) was rounded twice; the converged value is 0.74447.
+            # One printed value (ctm, 3 steps: 0.745) was rounded twice; the converged value is 0.74447.
             if abs(value - float(like)) > 0.55 * 10 ** -len(like.split(".")[1]):
                 wrong.append(f"{name} at {steps} steps")
             cells.append(f"{steps}: {value:.5f} / {like}")

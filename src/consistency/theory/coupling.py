@@ -1,7 +1,7 @@
 """Couplings of data and noise in consistency training: independent, by optimal transport, by a generator.
 
 ic, the independent coupling, pairs each image with the noise drawn for it and needs no function here. Issenhuth et al.
-2025 (GC), with REFERENCE D on its released code.
+2025 (GC) and its released code.
 """
 
 from collections.abc import Callable
@@ -18,16 +18,16 @@ Predictor = Callable[[Tensor, Tensor], Tensor]
 
 
 def assignment(images: Tensor, noise: Tensor, labels: Tensor | None = None) -> Tensor:
-    """ot: which noise each image takes, int64 [N], so that sum_i ||x_i - z_assignment(i)||^2 is least, exactly.
+    """Return ot's noise index of each image, int64 [N]: the exact minimum of sum_i ||x_i - z_assignment(i)||^2.
 
     images, noise: [N, ...]; labels: int64 [N] of a conditional model, None otherwise. With labels, noise is exchanged
-    within a class only: images of a class then still meet noise that is exactly standard normal, which is what the
-    sampler draws for that class. An assignment over all classes would tie noise to class and leave the sampler with
-    another distribution than training had. The price is a weaker coupling, none at all with one image a class.
-    The cost is computed in float64 on the images' device, the assignment on the CPU, where a GPU must be waited for.
+    within a class only: the images of a class then still meet exactly standard normal noise, as the sampler draws it
+    for that class. An assignment over all classes would tie noise to class, and the sampler's distribution would differ
+    from that of training. The price is a weaker coupling, none at all with one image per class. The cost is computed in
+    float64 on the images' device, the assignment on the CPU, which has to wait for a GPU.
     """
     if labels is None:
-        # Up to what no assignment changes, ||x - z||^2 is -2 x . z.
+        # Up to terms that no assignment changes, ||x - z||^2 is -2 x . z.
         gain = images.flatten(1).double() @ noise.flatten(1).double().T
         return torch.from_numpy(linear_sum_assignment(gain.cpu().numpy(), maximize=True)[1]).to(images.device)
     chosen = torch.empty(len(images), dtype=torch.int64, device=images.device)
@@ -39,7 +39,7 @@ def assignment(images: Tensor, noise: Tensor, labels: Tensor | None = None) -> T
 
 
 def generator_mask(count: int, mu: float, generator: torch.Generator) -> Tensor:
-    """Which images are replaced by generated ones, bool [count]: each with probability mu.
+    """Draw the mask of images to replace by generated ones, bool [count]: each is True with probability mu.
 
     mu is the paper's: the probability of gc. The released code's mix_gen_induced_traj is the probability of ic, 1 - mu
     (its README says otherwise; at 0.5 both agree).
@@ -48,7 +48,7 @@ def generator_mask(count: int, mu: float, generator: torch.Generator) -> Tensor:
 
 
 def generated(predictor: Predictor, images: Tensor, noise: Tensor, u: Tensor, mask: Tensor) -> Tensor:
-    """gc: x_hat = f(x* + u z, u) where mask [N] says so, the image elsewhere, without gradient. GC (13).
+    """Apply gc: x_hat = f(x* + u z, u) where mask [N] is True, the image elsewhere, without gradient. GC (13).
 
     u [N]: the lower of the two levels; both levels then use x_hat and the same noise. The predictor sees all images:
     a batch whose size changes from step to step would be slower on a GPU than the evaluations it saves.

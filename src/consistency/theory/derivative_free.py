@@ -1,4 +1,4 @@
-"""l_t and s_t without Jacobians, from where a denoiser moves its noised images (ours).
+"""l_t and s_t without Jacobians, from a denoiser's displacements of its noised images (ours).
 
 Gaussian integration by parts over the noise of x_t = x_0 + t z gives AP (15) for any denoiser,
     l_t = 1 - E tr(dD/dx) / d = 1 - E[z . D(x_t, t)] / (d t).
@@ -29,7 +29,7 @@ def fit_without_derivatives(
     times: Tensor,
     batch: int,
 ) -> CoefficientFit:
-    """Fit l_t and s_t at each time with two evaluations an image; arguments as for `fit_coefficients`.
+    """Fit l_t and s_t at each time with two evaluations per image; arguments as for `fit_coefficients`.
 
     The same images and noise serve every time, so that the curves are smooth in t and can be differentiated. Raises
     ValueError if the denoiser returns NaN or infinity.
@@ -45,7 +45,7 @@ def fit_without_derivatives(
 
 @torch.no_grad()
 def move_moments(denoiser: DenoiserFn, images: Tensor, noise: Tensor, time: float) -> Array:
-    """Per image: r.r, r.x, x.x, z.r, z.z with x = x_0 + t z and r = D - x, means over z and -z. [5, K], float64."""
+    """Return per image r.r, r.x, x.x, z.r, z.z with x = x_0 + t z, r = D - x, means over z and -z. [5, K], float64."""
     total = np.zeros((5, len(images)))
     for z in (noise, -noise):
         x = images + time * z
@@ -61,7 +61,7 @@ def solve_moves(times: Array, moments: Array, dimension: int) -> CoefficientFit:
     rr, rx, xx, zr, zz = moments.transpose(1, 0, 2)
     count, lam, scale = rr.shape[1], -np.log(times), dimension * times[:, None]
     # z . z / d - 1 has mean 0: with it the estimate is sharp at large t, without it at small t. They change over where
-    # t^2 is E ||x_0||^2 / d, which is read at the smallest time: only the error depends on it.
+    # t^2 is E ||x_0||^2 / d, estimated at the smallest time: only the error depends on it.
     blend = (times**2 / (times**2 + xx[np.argmin(times)].mean() / dimension))[:, None]
     each = -zr / scale + blend * (1 - zz / dimension)
     l = each.mean(1)

@@ -13,8 +13,8 @@ from consistency.theory.solver import DenoiserFn
 
 Array = np.ndarray
 
-# s_t runs from about -2 (small t) to 2 (large t) in every closed form we know; an estimate whose standard error is
-# this large says nothing.
+# s_t runs from about -2 (small t) to 2 (large t) in every closed form we know; an estimate with a standard error this
+# large is meaningless.
 _S_RANGE = 2.0
 
 
@@ -118,8 +118,8 @@ def solve_moments(times: Array, moments: Array, dimension: int) -> CoefficientFi
 
 
 def settled(times: Array, l: tuple[Array, Array], s: tuple[Array, Array], known: Array) -> CoefficientFit:
-    """The fit with s interpolated where it says nothing; l, s: values and standard errors; known: where ||h|| is more
-    than rounding. All [N]."""
+    """Return the fit with s interpolated at undetermined times; l, s: values and standard errors; known: True at times
+    with ||h|| above rounding. All [N]."""
     lam = -np.log(times)
     value, error = s
     determined = known & (error < _S_RANGE)

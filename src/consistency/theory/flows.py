@@ -1,8 +1,8 @@
-"""What a coupling of data and noise does to consistency training, measured where the denoiser is known exactly.
+"""The effect of a coupling of data and noise on consistency training, measured where the denoiser is known exactly.
 
 Every coupling moves x_t = x + t z along its own noise, dx_t/dt = z; the velocity of its flow is v_t(x) =
-E[z | x_t = x]. Training meets z where distillation meets v_t: the velocity discrepancy R_t = E ||z - v_t(x_t)||^2 is
-what one sample of the velocity misses, and the limit of N^alpha (L_CT - L_CD) is what that does to the loss (GC).
+E[z | x_t = x]. Consistency training uses z where distillation uses v_t: the velocity discrepancy R_t =
+E ||z - v_t(x_t)||^2 is the error of one sample, the limit of N^alpha (L_CT - L_CD) its effect on the loss (GC).
 Norms are sums over dimensions; nothing is divided by d.
 """
 
@@ -29,30 +29,30 @@ Coupling = Literal["ic", "ot", "gc"]
 
 @dataclass(frozen=True)
 class Pairs:
-    """Data and noise that belong together, [K, d] each, and the weight of each pair [K]; the weights sum to 1."""
+    """Paired data and noise, [K, d] each, and the weight of each pair [K]; the weights sum to 1."""
 
     data: Tensor
     noise: Tensor
     weight: Tensor
 
     def at(self, t: float) -> Tensor:
-        """x_t = x + t z, [K, d]."""
+        """Return x_t = x + t z, [K, d]."""
         return self.data + t * self.noise
 
     def mean(self, values: Tensor) -> float:
-        """The weighted mean of a number a pair, [K]."""
+        """Return the weighted mean of one number per pair, [K]."""
         return float((self.weight * values).sum())
 
 
 def drawn_pairs(data: Tensor, generator: torch.Generator) -> Pairs:
-    """Data [K, d] with independent noise, equally weighted."""
+    """Draw data [K, d] with independent noise, equally weighted."""
     noise = torch.randn(data.shape, generator=generator, dtype=data.dtype)
     return Pairs(data, noise, torch.full((len(data),), 1 / len(data), dtype=data.dtype))
 
 
 def quadrature_pairs(mixture: MixtureTeacher, points: int = 64) -> Pairs:
-    """The independent pairs of a one-dimensional mixture as Gauss-Hermite nodes: means over them are expectations,
-    exact for polynomials of degree 2 points - 1 in data and noise of a component."""
+    """Return the independent pairs of a one-dimensional mixture as Gauss-Hermite nodes: means over them are
+    expectations, exact for polynomials of degree 2 points - 1 in data and noise of a component."""
     node, mass = (torch.from_numpy(v) for v in np.polynomial.hermite_e.hermegauss(points))
     mass = mass / mass.sum()
     data = mixture.means[:, :1] + torch.sqrt(mixture.variances)[:, None] * node  # [M, P]
@@ -74,7 +74,7 @@ def exact_predictor(teacher: DenoiserFn, sigma_min: float = 0.002) -> Predictor:
 def coupled(
     coupling: Coupling, pairs: Pairs, t: float, predictor: Predictor | None = None, batch: int | None = None
 ) -> Pairs:
-    """The pairs of a coupling at time t, made from independent ones.
+    """Return the pairs of a coupling at time t, made from independent ones.
 
     ot: noise re-paired by exact assignment within consecutive batches of that size (None: all at once). gc: the data
     replaced by predictor(x_t, t). Raises ValueError for gc without a predictor.
@@ -94,16 +94,16 @@ def coupled(
 
 
 def transport_cost(pairs: Pairs) -> float:
-    """E ||x - z||^2, the cost of moving the noise to the data it is paired with."""
+    """Return E ||x - z||^2, the cost of moving the noise to its paired data."""
     return pairs.mean((pairs.data - pairs.noise).square().sum(1))
 
 
 def discrepancy_by_neighbours(pairs: Pairs, t: float) -> float:
-    """R_t of any coupling of drawn pairs, without its denoiser: E ||z - z'||^2 / 2 over nearest neighbours x_t, x_t'.
+    """Estimate R_t of any coupling from drawn pairs alone: E ||z - z'||^2 / 2 over nearest neighbours x_t, x_t'.
 
     Two pairs at the same x_t have independent noise, so half their squared difference is the noise's conditional
-    variance. The bias is half of E ||v(x_t) - v(x_t')||^2, so the best linear v is taken out before; what is left of it
-    falls as the squared distance of neighbours, K^(-2/d): meant for one and two dimensions. Devroye et al. 2013.
+    variance. The bias is half of E ||v(x_t) - v(x_t')||^2, so the best linear v is removed first; the rest of the bias
+    falls as the squared distance of neighbours, K^(-2/d): for one and two dimensions. Devroye et al. 2013.
     """
     x = pairs.at(t)
     linear = torch.cat([x, torch.ones_like(x[:, :1])], 1)
@@ -135,7 +135,7 @@ def flow_curves(
     count: int = 20_480,
     repetitions: int = 4,
 ) -> FlowCurves:
-    """Both measures by Monte Carlo on count pairs, repeated with fresh ones; the same pairs serve every time.
+    """Estimate both measures by Monte Carlo on count pairs, repeated with fresh ones; the same pairs serve every time.
 
     sample(count, generator) gives data [count, d]. Couplings of one seed are compared on the same data and noise.
     """
@@ -143,7 +143,7 @@ def flow_curves(
     values = np.empty((2, repetitions, len(times)))
     for repetition in range(repetitions):
         pairs = drawn_pairs(sample(count, generator), generator)
-        # The assignment knows no time: it is made once.
+        # The assignment does not depend on time: it is made once.
         pairs = coupled("ot", pairs, 0.0, batch=batch) if coupling == "ot" else pairs
         for k, t in enumerate(times.tolist()):
             here = coupled("gc", pairs, t, predictor) if coupling == "gc" else pairs
@@ -180,7 +180,7 @@ class ConsistencyLosses:
     rho: float = 7.0
 
     def on_grid(self, intervals: int) -> tuple[float, float]:
-        """(L_CT, L_CD) on the grid of so many intervals."""
+        """Return (L_CT, L_CD) on the grid of that many intervals."""
         grid = rho_grid(intervals + 1, self.sigma_min, self.sigma_max, self.rho).tolist()
         ct = cd = 0.0
         for t, u in itertools.pairwise(grid):
@@ -193,7 +193,7 @@ class ConsistencyLosses:
         return ct, cd
 
     def limits(self, nodes: int = 64) -> tuple[float, float]:
-        """(lim N^alpha L_CT, lim N^alpha L_CD), by Gauss-Legendre quadrature over r on so many nodes."""
+        """Return (lim N^alpha L_CT, lim N^alpha L_CD), by Gauss-Legendre quadrature over r on that many nodes."""
         point, mass = np.polynomial.legendre.leggauss(nodes)
         low, high = self.sigma_min ** (1 / self.rho), self.sigma_max ** (1 / self.rho)
         ct = cd = 0.0

@@ -43,7 +43,7 @@ class GeneralizedODE:
             "log_L": _cumulative(l, width)[:-1],
             "log_S": _cumulative(s, width)[:-1],
             "log_Q": torch.zeros(len(width), dtype=torch.float64),
-            # Beside the nodes, so that no step copies them to the device again.
+            # On the nodes' device, so that no step copies them there again.
             "points": _POINTS,
             "weights": _WEIGHTS,
         }
@@ -53,7 +53,7 @@ class GeneralizedODE:
         self._nodes = {name: value.to(device) for name, value in nodes.items()}
 
     def is_regular(self) -> bool:
-        """Whether every jump from node to node has finite coefficients, and g >= 0, in both forms."""
+        """Tell whether every jump from node to node has finite coefficients, and g >= 0, in both forms."""
         first, second = torch.triu_indices(len(self.times), len(self.times))
         pairs = [form(self.times[first], self.times[second]) for form in (self.backward, self.forward)]
         return all(bool(torch.isfinite(f).all() and torch.isfinite(g).all() and (g >= 0).all()) for f, g in pairs)
@@ -75,7 +75,7 @@ class GeneralizedODE:
         return _boundary(t, s, f, g)
 
     def _locate(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        """The node at or above each time (index) and the offset from it in lambda."""
+        """Return the node at or above each time (index) and the offset from it in lambda."""
         t = torch.as_tensor(t, dtype=torch.float64)
         slack = 1e-6  # times that went through float32 may miss the end nodes by rounding
         low, high = self.sigma_min * (1 - slack), self.sigma_max * (1 + slack)
@@ -91,7 +91,7 @@ class GeneralizedODE:
         return cell, lam - start[cell]
 
     def _state(self, t: Tensor) -> dict[str, Tensor]:
-        """l, log L, log S and log Q at times t."""
+        """Return l, log L, log S and log Q at times t."""
         cell, offset = self._locate(t)
         nodes = self._nodes
         return {
@@ -102,7 +102,7 @@ class GeneralizedODE:
         }
 
     def _log_Q(self, cell: Tensor, offset: Tensor) -> Tensor:
-        """log Q at an offset from a node: what the node carries, damped, plus the integral over the offset."""
+        """Return log Q at an offset from a node: the node's value, damped, plus the integral over the offset."""
         nodes = self._nodes
         rate = (nodes["l"] + nodes["s"])[cell].unsqueeze(-1)
         curve = (nodes["l_slope"] + nodes["s_slope"])[cell].unsqueeze(-1)
@@ -132,6 +132,6 @@ def _q(here: dict[str, Tensor], there: dict[str, Tensor]) -> Tensor:
 
 
 def _boundary(t: Tensor, s: Tensor, f: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
-    """f(t,t) = 1 and g(t,t) = 0 exactly, whatever the rounding of vectorised exponentials."""
+    """Set f(t,t) = 1 and g(t,t) = 0 exactly, whatever the rounding of vectorised exponentials."""
     same = t == s
     return torch.where(same, torch.ones_like(f), f), torch.where(same, torch.zeros_like(g), g)

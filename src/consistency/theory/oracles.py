@@ -1,4 +1,4 @@
-"""Teachers in closed form, and what the method must give on them (METHOD section 4).
+"""Teachers in closed form, and the method's exact results for them.
 
 They are denoisers like any other, (x [N, d], t [N]) -> [N, d], so the code that runs on a network runs on them.
 """
@@ -30,16 +30,16 @@ class GaussianTeacher:
         return self.variances / (self.variances + t[:, None] ** 2) * x
 
     def sample(self, count: int, generator: torch.Generator) -> Tensor:
-        """count samples of the data, [count, d]."""
+        """Draw count samples of the data, [count, d]."""
         shape = (count, len(self.variances))
         return torch.sqrt(self.variances) * torch.randn(shape, generator=generator, dtype=self.variances.dtype)
 
     def flow(self, x: Tensor, t: float, s: float) -> Tensor:
-        """The exact solution at time s of the PF-ODE through x at time t."""
+        """Return the exact solution at time s of the PF-ODE through x at time t."""
         return torch.sqrt((self.variances + s**2) / (self.variances + t**2)) * x
 
     def coefficients(self, times: Tensor) -> tuple[Tensor, Tensor]:
-        """l_t and s_t in closed form, each [N]. s_t is NaN where all variances are equal (there h = 0)."""
+        """Return l_t and s_t in closed form, each [N]. s_t is NaN if all variances are equal (then h = 0)."""
         c, t = self.variances.double(), times.double()[:, None]
         gain = c / (c + t**2)
         mean = gain.mean(1, keepdim=True)
@@ -68,7 +68,7 @@ class MixtureTeacher:
         return (torch.softmax(log_density, 1)[..., None] * posterior).sum(1)
 
     def sample(self, count: int, generator: torch.Generator) -> Tensor:
-        """count samples of the data, [count, d]."""
+        """Draw count samples of the data, [count, d]."""
         which = torch.multinomial(self.weights, count, replacement=True, generator=generator)
         z = torch.randn(count, self.means.shape[1], generator=generator, dtype=self.means.dtype)
         return self.means[which] + torch.sqrt(self.variances[which])[:, None] * z
@@ -80,7 +80,7 @@ class MixtureTeacher:
         return (w * np.exp(-((x[:, None] - m) ** 2) / (2 * total)) / np.sqrt(2 * np.pi * total)).sum(1)
 
 
-#: the 1-D mixture of METHOD section 4
+#: the 1-D mixture of the oracle checks
 MIXTURE_1D = MixtureTeacher(
     torch.tensor([1 / 3, 2 / 3], dtype=torch.float64),
     torch.tensor([[-2.0], [1.0]], dtype=torch.float64),
@@ -152,7 +152,7 @@ def exact_endpoint(
 
 
 def mixture_table(nodes: int = 4000) -> dict[str, dict[int, float]]:
-    """Our own fifteen numbers of METHOD's mixture table, {preconditioning: {steps: error}}."""
+    """Compute our fifteen numbers of the 1-D mixture's table, {preconditioning: {steps: error}}."""
     fit = mixture_coefficients(log_grid(nodes, SIGMA_MIN, SIGMA_MAX))
     ode = GeneralizedODE(torch.from_numpy(fit.times), torch.from_numpy(fit.l), torch.from_numpy(fit.s))
     table = {}
@@ -170,7 +170,7 @@ def mixture_table(nodes: int = 4000) -> dict[str, dict[int, float]]:
 def gaussian_fit(
     variances: Sequence[float], times: Tensor, samples: int, probes: int | None, seed: int
 ) -> CoefficientFit:
-    """The fit of the estimators on an anisotropic Gaussian, to hold against its closed form."""
+    """Fit an anisotropic Gaussian with the estimators, for comparison with its closed form."""
     generator = torch.Generator().manual_seed(seed)
     teacher = GaussianTeacher(torch.tensor(variances, dtype=torch.float64))
     draws = torch.randn(2, samples, len(variances), generator=generator, dtype=torch.float64)

@@ -18,7 +18,7 @@ Coefficients = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 class StudentDenoiser(Protocol):
-    """What a consistency function needs of its network."""
+    """Interface of the network in a consistency function."""
 
     def __call__(self, x: Tensor, t: Tensor, s: Tensor, labels: Tensor | None = None) -> Tensor:
         """D_theta(x, t, s)."""
@@ -29,7 +29,7 @@ class StudentDenoiser(Protocol):
 
 @dataclass(frozen=True)
 class Preconditioning:
-    """A pair of coefficients f(t,s), g(t,s) and what g multiplies: the denoiser D or its bare network F."""
+    """Coefficients f(t,s), g(t,s), and the function that g multiplies: the denoiser D or its bare network F."""
 
     name: str
     acts_on: Literal["D", "F"]
@@ -65,7 +65,7 @@ def cm(t: Tensor, s: Tensor, sigma_data: float) -> tuple[Tensor, Tensor]:
 def build_preconditioning(
     name: str, sigma_data: float, generalized_ode: GeneralizedODE | None = None
 ) -> Preconditioning:
-    """The preconditioning of that name; the analytic ones read their coefficients from generalized_ode.
+    """Return the preconditioning of that name; the analytic ones read their coefficients from generalized_ode.
 
     Raises ValueError for an unknown name, or an analytic one without fitted coefficients.
     """

@@ -1,6 +1,6 @@
 """Samplers: jumps and gamma-sampling of a consistency function, EDM's stochastic sampler of a denoiser.
 
-Their times are numbers, not tensors: a GPU's queue is never waited for on the way.
+Their times are numbers, not tensors, so that a sampler never waits for a GPU's queue.
 """
 
 import itertools
@@ -23,7 +23,7 @@ def multistep(
     gamma: float = 0.0,
     fresh: Fresh | None = None,
 ) -> Tensor:
-    """len(times) - 1 jumps along descending times, from x = x_T to the last time.
+    """Make len(times) - 1 jumps along descending times, from x = x_T to the last time.
 
     jump(x [N, ...], t [N], s [N]) is the consistency function. gamma = 0 jumps straight from time to time; otherwise a
     jump goes to s = sqrt(1 - gamma^2) (t_next - eps) + eps and noise from fresh() brings it back up to t_next, with
@@ -40,7 +40,7 @@ def multistep(
 
 @dataclass(frozen=True)
 class Churn:
-    """How much noise EDM's stochastic sampler adds: S_churn in all, while S_min <= t <= S_max, of deviation S_noise."""
+    """Noise of EDM's stochastic sampler: S_churn in all, added while S_min <= t <= S_max, with deviation S_noise."""
 
     amount: float
     t_min: float
@@ -48,16 +48,16 @@ class Churn:
     deviation: float
 
     def raised(self, t: float, steps: int) -> float:
-        """The time t (1 + gamma) to which noise is added before the step from t, of so many steps."""
+        """Return the time t (1 + gamma) to which noise is added before the step from t, of so many steps."""
         gamma = min(self.amount / steps, math.sqrt(2) - 1) if self.t_min <= t <= self.t_max else 0.0
         return t * (1 + gamma)
 
 
 def stochastic_heun(denoiser: DenoiserFn, x: Tensor, times: Sequence[float], churn: Churn, fresh: Fresh) -> Tensor:
-    """Heun's method with noise added before its steps, from x at times[0] to times[-1]; a last time of 0 is reached by
-    an Euler step.
+    """Integrate by Heun's method with noise added before its steps, from x at times[0] to times[-1]; a last time of 0
+    is reached by an Euler step.
 
-    x: [N, ...], the result is in its precision; fresh() is asked only where noise is added. Without any it is
+    x: [N, ...], the result has its precision; fresh() is called only where noise is added. Without any it is
     heun_solve. Karras et al. 2022, algorithm 2.
     """
     for t, u in itertools.pairwise(times):

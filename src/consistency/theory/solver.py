@@ -11,17 +11,17 @@ DenoiserFn = Callable[[Tensor, Tensor], Tensor]
 
 
 def expand(t: Tensor, x: Tensor) -> Tensor:
-    """Times [N] shaped to multiply x [N, ...], in the dtype of x."""
+    """Reshape times [N] to multiply x [N, ...], in the dtype of x."""
     return t.to(x.dtype).reshape(-1, *[1] * (x.dim() - 1))
 
 
 def every(time: float, x: Tensor) -> Tensor:
-    """One time for all of x [N, ...]: float64 [N], made on its device."""
+    """Return one time for all of x [N, ...]: float64 [N], created on its device."""
     return torch.full((len(x),), time, dtype=torch.float64, device=x.device)
 
 
 def heun_step(denoiser: DenoiserFn, x: Tensor, t: Tensor, u: Tensor) -> Tensor:
-    """One step of Heun's second-order method from time t to time u > 0 (2 evaluations).
+    """Take one step of Heun's second-order method from time t to time u > 0 (2 evaluations).
 
     x: [N, ...]; t, u: [N]; returns [N, ...]. Karras et al. 2022, algorithm 1 without churn.
     """

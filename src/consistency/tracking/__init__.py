@@ -1,1 +1,1 @@
-"""MLflow: what of a study is shown there, live and afterwards. The results on disk stay the truth."""
+"""MLflow: a study's runs and models, live and afterwards. The results on disk remain authoritative."""

@@ -1,6 +1,6 @@
 """Live tracking: a thread of the training's first process sends new lines of history.jsonl and the machine's figures.
 
-The training neither waits for it, but for GRACE seconds at its end, nor hears of its failures before. What cannot be
+The training waits for it only at its end, for GRACE seconds, and hears of its failures only then. Whatever cannot be
 sent now is sent later: by this thread, by that of the resumed training, or by track.
 """
 
@@ -31,18 +31,18 @@ GRACE = 5.0  # seconds that a training waits, at its end, for the rest to be sen
 
 @contextmanager
 def followed(job: Job, state: Path) -> Iterator[Callable[[], None]]:
-    """Within the block, calling what is given starts to follow the training whose state folder that is; at the end of
-    the block MLflow hears how the training ended.
+    """Yield a function that starts the MLflow follower of the training in that state folder. On exit MLflow is told how
+    the training ended.
 
-    Without a student: the teacher's training. In a Slurm job nothing is sent unless MLflow is a server.
-    Raises UserError for a CONSISTENCY_LIVE_EVERY that is no positive number.
+    Without a student: the teacher's training. In a Slurm job nothing is sent unless MLflow is a server. Raises
+    UserError if CONSISTENCY_LIVE_EVERY is not a positive number.
     """
     every = _every()
     threads: list[Follower] = []
 
     def start() -> None:
-        # A SQLite file on a network disk breaks under writers on several machines: from a cluster's job the head node's
-        # `track` sends everything there.
+        # A SQLite file on a network disk breaks under writers on several machines. For cluster jobs the head node's
+        # `track` sends everything.
         wanted = os.environ.get(LIVE, "") != "0"
         if wanted and not (slurm_job.in_job() and server.tracking_uri().startswith("sqlite:")):
             server.be_quiet()
@@ -74,8 +74,8 @@ def _every() -> float:
 
 
 class Follower(threading.Thread):
-    """Brings an MLflow run to the state of a training, in attempts that may fail. It prints no trouble itself: a
-    thread that holds a stream's lock when Python ends makes it crash. trouble: what the last attempt failed of."""
+    """A thread that keeps an MLflow run up to date with a training, in attempts that may fail. It prints no errors
+    itself: holding a stream's lock when Python exits would crash it. trouble: the last attempt's failure."""
 
     def __init__(self, job: Job, state: Path, every: float) -> None:
         super().__init__(name="live tracking", daemon=True)
@@ -85,7 +85,7 @@ class Follower(threading.Thread):
         self.records = plan_live(job, made)
         self.own = self.records[-1]
         published = job.paths.teacher if job.run is None else job.folder
-        # When the state is gone, its history has been published.
+        # Once the state is gone, its history has been published.
         self.histories = [folder / "history.jsonl" for folder in (state, published)]
         self.read = 0  # bytes of the history
         self.points: list[Point] = []
@@ -98,26 +98,26 @@ class Follower(threading.Thread):
         self.trouble = ""
 
     def run(self) -> None:
-        """Send what is new at once, every few seconds, and when the training is over."""
+        """Send new points now, every few seconds, and when the training is over."""
         self.attempt()
         while not self.over.wait(self.every):
             self.attempt()
         self.attempt()
 
     def end(self, status: str) -> None:
-        """Say how the training ended, and wait for at most GRACE seconds; print what could not be done."""
+        """Report how the training ended and wait at most GRACE seconds; print what could not be done."""
         self.status = status
         self.over.set()
         self.join(GRACE)
         late = f"the tracking server did not take everything within {GRACE:g} s. `track` sends what is missing"
         trouble = self.trouble or (late if self.is_alive() else "")
         if trouble:
-            # The reader of a pipe may be gone: a line less is no reason to fail.
+            # The reader of a pipe may be gone: do not fail for a lost line.
             with suppress(BrokenPipeError):
                 print(f"live tracking: {trouble}", file=sys.stderr, flush=True)
 
     def attempt(self) -> None:
-        """Send what is new; end the run if the training is over."""
+        """Send new points; end the run if the training is over."""
         uri = ""
         try:
             self._read_history()
@@ -136,24 +136,23 @@ class Follower(threading.Thread):
                     self.monitor.mlflow_logger.flush()
             self.trouble = ""
         except Exception as error:
-            self.client = None  # all that was known of the server may be wrong now
+            self.client = None  # reconnect: the server may have changed
             self.trouble = server.without_secrets(str(error), uri) or type(error).__name__
 
     def _read_history(self) -> None:
-        """Read the lines that were added since the last call."""
+        """Read the lines added since the last call."""
         for path in self.histories:
             with suppress(FileNotFoundError), path.open("rb") as file:
                 file.seek(self.read)
                 text = file.read()
-                whole = text[: text.rfind(b"\n") + 1]  # a line that is being written comes with the next
+                whole = text[: text.rfind(b"\n") + 1]  # an incomplete line is read next time
                 lines = [json.loads(line) for line in whole.splitlines()]
                 self.points += history_points(lines, self.own.started)
                 self.read += len(whole)
                 return
 
     def _open(self, uri: str) -> None:
-        """Make the runs, or find them again: a student's parent, which has its own curves only with `track`, and the
-        training's."""
+        """Create or find the runs: the training's, and a student's parent, which gets its curves only by `track`."""
         with server.one_at_a_time(uri, self.job.paths.track, quiet=True):
             client = server.connect(uri)
             experiment = server.open_experiment(client, self.job.study.name, self.job.study.title)
@@ -171,13 +170,13 @@ class Follower(threading.Thread):
         self.client = client
 
     def _monitors(self, uri: str) -> Any:
-        """MLflow's monitors of CPU, memory, disk, network and GPUs, called by this thread: their own one ends with the
-        first failure, and is waited for without limit."""
+        """Return MLflow's monitors of CPU, memory, disk, network and GPUs, to be called by this thread. MLflow's own
+        thread ends with the first failure and is waited for without limit."""
         import psutil
         from mlflow.environment_variables import MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING as ENABLED
         from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 
         if ENABLED.is_set() and not ENABLED.get():
             return None
-        psutil.cpu_percent()  # the first figure of a processor says nothing
+        psutil.cpu_percent()  # the first CPU figure is meaningless
         return SystemMetricsMonitor(self.run_id, resume_logging=True, tracking_uri=uri)

@@ -30,7 +30,7 @@ class RegisteredStudent:
     preconditioning: Preconditioning
 
     def predict(self, rows: Any) -> np.ndarray[Any, Any]:
-        """Sample each row of a table with count and nfe, and if wanted seed and label. Returns uint8 [N, H, W, C]."""
+        """Sample each row of a table with count and nfe and, optionally, seed and label. Returns uint8 [N, H, W, C]."""
         wanted = (
             {name: int(value) for name, value in row.items() if value is not None and value == value}
             for row in rows.to_dict("records")
@@ -52,7 +52,7 @@ class RegisteredStudent:
         sampler = jump_sampler(self.job, self.model, self.preconditioning, nfe)
         sampler = sampler if label is None else _labelled(sampler, label)
         threads = torch.get_num_threads()
-        torch.set_num_threads(1)  # as the stages by default: on a CPU their number decides the last bit
+        torch.set_num_threads(1)  # the stages' default: on a CPU their number affects the last bit
         try:
             batches = draw(self.job.study, self.model, sampler, seed + count, seed)
             return np.concatenate([to_bytes(images) for _, images in batches])
@@ -61,7 +61,7 @@ class RegisteredStudent:
 
 
 def _load_pyfunc(path: str) -> RegisteredStudent:
-    """Open the student of a model. MLflow calls this, by its name, with the folder that the registry has filled.
+    """Open the student of a model. MLflow calls this by its name, with the folder that the registry has filled.
 
     Raises UserError for a study that this version of the project does not know.
     """

@@ -1,4 +1,4 @@
-"""What of a study goes to MLflow, read from its results without MLflow: its runs, params, points, files."""
+"""A study's content in MLflow, read from its results without MLflow: runs, params, points and files."""
 
 import csv
 import hashlib
@@ -17,7 +17,7 @@ from consistency.lines import line_of
 from consistency.provenance import read_card
 
 MEASURES = ("fd", "kid", "alignment")
-#: the tag by which a run is found again that was made while its training went on
+#: tag that identifies a run created during its training
 TRAINING = "consistency.training"
 
 _TEACHER_NOTE = "The EDM teacher. `final/*/heun-*`: its samples; `calibration/*/data-halves`: real against real."
@@ -35,9 +35,9 @@ class Point(NamedTuple):
 
 @dataclass
 class Record:
-    """One MLflow run as it shall stand there. started, ended: milliseconds since 1970; data: MLflow's description of
-    the images; first: tags that are written once, since a person may change them; digest: of its results,
-    empty while it trains; files: file or folder, if it is there, and the artifact folder it goes to."""
+    """The intended state of one MLflow run. started, ended: milliseconds since 1970; data: MLflow's description of the
+    images; first: tags written only once, since a person may change them; digest: of its results, empty while it
+    trains; files: file or folder, if it is there, and its artifact folder."""
 
     name: str
     role: str
@@ -54,7 +54,7 @@ class Record:
 
 
 def plan(job: Job) -> list[Record]:
-    """Every run of the study, a parent before its children. Raises UserError when results are missing or stale."""
+    """Return every run of the study, parents before children. Raises UserError if results are missing or stale."""
     records = [_teacher(job)]
     for run in job.study.students:
         seeds = [_seed(job.of(run, seed)) for seed in job.study.seeds]
@@ -63,9 +63,9 @@ def plan(job: Job) -> list[Record]:
 
 
 def plan_live(job: Job, made: dict[str, Any]) -> list[Record]:
-    """The runs of a training that begins: a student's parent and its own; the teacher's without a run.
+    """Return the runs of a training that begins: a student's parent and its own; without a student, the teacher's.
 
-    made: what its card will say of command, git, hardware and training.
+    made: the command, git, hardware and training entries of its future card.
     """
     if job.run is None:
         return [_begun_teacher(job, made)]
@@ -95,7 +95,7 @@ def _teacher(job: Job) -> Record:
     record = _begun_teacher(job, card)
     _finish(record, job, card)
     for row in csv.DictReader(read_lines(job.scores, "calibration")):
-        # The teacher's score stands beside the students'; real against real is what no sampler can beat.
+        # The teacher's score is shown beside the students'; no sampler can beat the data's halves.
         own = row["run"] == "teacher"
         name = f"heun-nfe{row['nfe']}" if own else f"{row['run']}-{row['sampler']}"
         record.points += _measured(row, "final/" if own else "calibration/", name, record.ended, 0)
@@ -154,7 +154,7 @@ def _begun_student(job: Job, started: int) -> Record:
 
 
 def _student(job: Job, seeds: list[Record]) -> Record:
-    """The mean over the seeds, at the points that all of them have."""
+    """Return the mean over the seeds, at the points that all of them have."""
     record = _begun_student(job, min(seed.started for seed in seeds))
     record.params |= _sections(job.study.settings("scores", job.run), "sampling", "scores")
     record.ended = record.started + round(fmean(seed.ended - seed.started for seed in seeds))
@@ -172,14 +172,14 @@ def _student(job: Job, seeds: list[Record]) -> Record:
 
 
 def _first(job: Job, what: str) -> dict[str, str]:
-    """Description, and the colour of the report's figures."""
+    """Return the description and the colour of the report's figures, as tags that are written once."""
     colour = line_of(list(job.study.students), str(job.run))["color"]
     return {"mlflow.note.content": f"Student `{job.run}`, {what}.", "mlflow.runColor": colour}
 
 
 def _settings(job: Job) -> tuple[dict[str, str], dict[str, str]]:
-    """The keys in which the study's students differ, as this one has them, and all of its keys, those first: a run's
-    page shows them in this order."""
+    """Return the keys in which the study's students differ, with this one's values, and all of its keys, those first: a
+    run's page shows them in this order."""
     flat = {name: _flat(student.model_dump(mode="json")) for name, student in job.study.students.items()}
     own = flat[str(job.run)]
     keys = dict.fromkeys(key for student in flat.values() for key in student)
@@ -216,7 +216,7 @@ def _report(job: Job) -> Record:
 
 
 def _finish(record: Record, job: Job, card: dict[str, Any]) -> list[dict[str, Any]]:
-    """Add what a finished training left: its end, curves, cost and files. Returns its history."""
+    """Add the results of a finished training: its end, curves, cost and files. Returns its history."""
     trained = job.card(card["stage"])
     lines = trained.with_name("history.jsonl")
     history, scores = read_history(lines, card["stage"] + job.options), read_card(job, "scores")
@@ -229,12 +229,12 @@ def _finish(record: Record, job: Job, card: dict[str, Any]) -> list[dict[str, An
 
 
 def _digest(content: Any) -> str:
-    """Name plain data, whatever the order of its keys."""
+    """Return a digest of plain data that does not depend on the order of keys."""
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def _origin(card: dict[str, Any]) -> dict[str, str]:
-    """Tags of where, from which commit, by which command and in which training an artifact was made."""
+    """Return an artifact's origin as tags: machine, commit, command and training."""
     git, hardware = card["git"], card["hardware"]
     tags = {
         "mlflow.source.type": "LOCAL",
@@ -251,7 +251,7 @@ def _origin(card: dict[str, Any]) -> dict[str, str]:
 
 
 def _data(job: Job) -> dict[str, str]:
-    """The dataset, described from what is known of it: nobody reads 16 GB for that."""
+    """Describe the dataset from known facts, without reading its 16 GB."""
     facts = read_json(job.paths.dataset / "dataset.json", "dataset")
     shape = [facts["count"], facts["resolution"], facts["resolution"], facts["channels"]]
     profile = {"num_rows": facts["count"], "features_shape": shape, "dtype": "uint8", "sha256": facts["sha256"]}
@@ -265,20 +265,20 @@ def _data(job: Job) -> dict[str, str]:
 
 
 def _milliseconds(card: dict[str, Any]) -> int:
-    """When a stage ended."""
+    """Return the time at which a stage ended, in milliseconds since 1970."""
     return round(1000 * datetime.fromisoformat(card["created"]).timestamp())
 
 
 def _training_time(card: dict[str, Any]) -> tuple[int, int]:
-    """Start and end of a training as if it had not been interrupted (so far, its start); of a teacher that was only
-    converted, of that."""
+    """Return start and end of a training as if it had not been interrupted (so far, its start); for a teacher that was
+    only converted, those of the conversion."""
     seconds = round(1000 * card.get("measured", {}).get("seconds", card.get("seconds", 0)))
     started = card["training"]["started"] if card.get("training") else _milliseconds(card) - seconds
     return started, started + seconds
 
 
 def history_points(history: list[dict[str, Any]], started: int) -> list[Point]:
-    """The curves of a training; the seconds are their time, counted from its start (milliseconds since 1970)."""
+    """Return the curves of a training; times are its seconds, counted from its start (milliseconds since 1970)."""
     return [
         Point(f"training/{name}", float(value), started + round(1000 * line["seconds"]), line["step"])
         for line in history
@@ -288,25 +288,25 @@ def history_points(history: list[dict[str, Any]], started: int) -> list[Point]:
 
 
 def _sampler(row: dict[str, str], main: float) -> str:
-    """nfe2 for the student's own sampler, gamma1-nfe2 for another, nfe2-ema0.9999 for an EMA rate that is not the main
-    one; MLflow's names may not hold an '='."""
+    """Return nfe2 for the student's own sampler, gamma1-nfe2 for another, nfe2-ema0.9999 for a further EMA rate;
+    MLflow's names may not hold an '='."""
     own = row["sampler"] in ("jumps", "multistep")
     rate = "" if float(row["ema"]) == main else f"-ema{row['ema']}"
     return ("" if own else re.sub(r"[^\w.-]", "", row["sampler"]) + "-") + f"nfe{row['nfe']}{rate}"
 
 
 def _measured(row: dict[str, str], prefix: str, sampler: str, time: int, step: int) -> list[Point]:
-    """The scores of a row, as `<prefix>fd/<sampler>`; an empty cell was not measured."""
+    """Return the scores of a row as `<prefix>fd/<sampler>`; an empty cell was not measured."""
     return [Point(f"{prefix}{name}/{sampler}", float(row[name]), time, step) for name in MEASURES if row[name]]
 
 
 def _sections(settings: dict[str, Any], *names: str) -> dict[str, str]:
-    """Sections of the settings as params."""
+    """Return sections of the settings as params."""
     return _flat({name: settings[name] for name in names})
 
 
 def _flat(settings: dict[str, Any], prefix: str = "") -> dict[str, str]:
-    """Nested settings as dotted names; values as YAML would show them."""
+    """Flatten nested settings to dotted names; values as YAML would show them."""
     flat: dict[str, str] = {}
     for name, value in settings.items():
         if isinstance(value, dict):

@@ -17,8 +17,8 @@ _PACKAGES = ("torch", "numpy", "safetensors")
 
 
 def register_students(client: Any, job: Job, runs: dict[str, str]) -> dict[str, str]:
-    """Register the study's first seed of each student as the model `<study>-<student>`; the first, so that nobody has
-    chosen it. A content that was registered keeps its version. runs: the ids of the runs by name.
+    """Register the study's first seed of each student as the model `<study>-<student>`; always the first, so that none
+    is selected. Registered content keeps its version. runs: the ids of the runs by name.
 
     Returns the address of each student's model, such as models:/digits-analytic/1. Raises UserError when a checkpoint
     is missing.
@@ -47,8 +47,8 @@ def _register(client: Any, job: Job, run_id: str) -> str:
             raise
     with TemporaryDirectory() as folder:
         _save(job, Path(folder), list(files))
-        # Not mlflow.pyfunc.log_model: it goes to the active run alone, and a finished run that is made active again
-        # gets another end. Named by the content: what a killed upload left is written again, not twice.
+        # Not mlflow.pyfunc.log_model: it writes to the active run alone, and reactivating a finished run changes its
+        # end. Named by content, so that the rest of a killed upload is overwritten, not duplicated.
         client.log_artifacts(run_id, f"{folder}/model", f"model-{digest}")
     tags = {DIGEST: digest, "seed": str(job.seed), "sha256": files[job.weights()]}
     which = (
@@ -60,7 +60,7 @@ def _register(client: Any, job: Job, run_id: str) -> str:
 
 
 def _files(job: Job) -> dict[Path, str]:
-    """Return the files that the student's images depend on, and the sha256 that their cards say."""
+    """Return the files that the student's images depend on, and the sha256 in their cards."""
     cards = {job.weights(): read_card(job, "student")}
     if job.student.needs_coefficients:
         cards[job.paths.coefficients / "coefficients.npz"] = read_card(job, "coefficients")
@@ -68,7 +68,7 @@ def _files(job: Job) -> dict[Path, str]:
 
 
 def _save(job: Job, folder: Path, files: list[Path]) -> None:
-    """Write folder/model in MLflow's form: the files and their cards, placed as in the folder of results; no code."""
+    """Write folder/model in MLflow's form: the files and their cards, placed as in the results folder; no code."""
     import mlflow.pyfunc
     import numpy as np
     from mlflow.models import ModelSignature

@@ -1,4 +1,4 @@
-"""Where MLflow is and how it is spoken to: address, client, experiment, runs, one upload at a time, readable errors."""
+"""Access to MLflow: address, client, experiment, runs, one upload at a time, readable errors."""
 
 import logging
 import math
@@ -16,11 +16,11 @@ from consistency.locks import held
 from consistency.tracking.plan import Point, Record
 
 BATCH = 1000  # metrics that MLflow takes in a call
-# The tags of what a whole run holds, of the folder its results lie in, and of whether it is live (not tracked yet),
-# current or superseded.
+# Tags: the digest of a run's content, the folder of its results, and its state: live (not tracked yet), current or
+# superseded.
 DIGEST, FOLDER, STATE = "consistency.digest", "consistency.folder", "state"
 
-# Nothing phones home, no address (it may hold a password) is printed, and an absent server is given up soon.
+# No telemetry, no printed address (it may hold a password), and short timeouts for an absent server.
 _ENVIRONMENT = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "DO_NOT_TRACK": "true",
@@ -32,7 +32,7 @@ _ENVIRONMENT = {
 
 
 def tracking_uri() -> str:
-    """MLFLOW_TRACKING_URI, or mlflow.db in the working directory; a SQLite path is made absolute."""
+    """Return MLFLOW_TRACKING_URI, or mlflow.db in the working directory; a SQLite path is made absolute."""
     uri = os.environ.get("MLFLOW_TRACKING_URI", "").strip() or "sqlite:///mlflow.db"
     if not uri.startswith("sqlite:"):
         return uri
@@ -43,13 +43,13 @@ def tracking_uri() -> str:
 
 
 def without_credentials(uri: str) -> str:
-    """The URI without user, password and query."""
+    """Return the URI without user, password and query."""
     return uri if uri.startswith("sqlite:") else re.sub(r"://.*@", "://", uri).partition("?")[0]
 
 
 def without_secrets(text: str, uri: str) -> str:
-    """The text without what stands between '://' and '@' in the URI, and without its query; nor the password or token
-    that MLflow takes from the environment."""
+    """Remove from the text whatever stands between '://' and '@' in the URI, its query, and the password or token that
+    MLflow takes from the environment."""
     secrets = [os.environ.get(f"MLFLOW_TRACKING_{name}", "") for name in ("PASSWORD", "TOKEN")]
     if not uri.startswith("sqlite:"):
         login = uri.partition("://")[2].rpartition("@")[0]
@@ -61,19 +61,19 @@ def without_secrets(text: str, uri: str) -> str:
 
 
 def be_quiet() -> None:
-    """Set MLflow's variables, where the environment does not. Call it before MLflow is imported."""
+    """Set MLflow's variables unless the environment sets them. Call it before MLflow is imported."""
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
 
 
 def connect(uri: str) -> Any:
-    """An MlflowClient that is quiet about itself; it makes the schema of a fresh database."""
+    """Return an MlflowClient that logs nothing about itself; it creates the schema of a fresh database."""
     be_quiet()
     from mlflow import MlflowClient
     from mlflow.telemetry import set_telemetry_client
 
-    set_telemetry_client()  # ends it where mlflow had been imported before
-    for name in ("mlflow", "alembic", "urllib3"):  # what is wrong comes as an exception
+    set_telemetry_client()  # ends it if mlflow was imported before
+    for name in ("mlflow", "alembic", "urllib3"):  # errors arrive as exceptions
         logging.getLogger(name).setLevel(logging.CRITICAL)
     if uri.startswith("sqlite:"):
         _sqlite_file(uri).parent.mkdir(parents=True, exist_ok=True)
@@ -87,7 +87,7 @@ def connect(uri: str) -> Any:
 
 
 def open_experiment(client: Any, name: str, title: str) -> str:
-    """The id of a study's experiment, made if there is none. Raises UserError for one that a person deleted."""
+    """Return the id of a study's experiment, created if there is none. Raises UserError if a person deleted it."""
     found = client.get_experiment_by_name(name)
     if found is None:
         made = str(client.create_experiment(name, tags={"mlflow.experimentKind": "custom_model_development"}))
@@ -103,8 +103,8 @@ def open_experiment(client: Any, name: str, title: str) -> str:
 
 
 def charts(experiment: str, live: bool = False) -> str:
-    """The page, from the server's address on, that draws the students' curves side by side; live: those of the seeds
-    that train, before their means are there. Without its first word MLflow 3 opens its page for language models."""
+    """Return the address, relative to the server's, of the page with the students' curves side by side; live: those of
+    seeds in training, before their means exist. Without workflowType MLflow 3 opens its page for language models."""
     shown = "tags.role = 'seed' AND tags.state = 'live'" if live else "tags.role = 'student' AND tags.state = 'current'"
     page = "workflowType=machine_learning&compareRunsMode=CHART"
     return f"#/experiments/{experiment}/runs?{page}&searchFilter={quote(shown)}"
@@ -114,33 +114,33 @@ def charts(experiment: str, live: bool = False) -> str:
 
 
 def find_runs(client: Any, experiment: str, **tags: str) -> list[Any]:
-    """The runs of an experiment that nobody deleted, the newest first; with tags, those that carry them."""
+    """Return the undeleted runs of an experiment, newest first; with tags, only runs that carry them."""
     wanted = " and ".join(f"tags.`{name}` = '{value}'" for name, value in tags.items())
     return list(client.search_runs([experiment], wanted, max_results=50_000))  # MLflow's limit
 
 
 def tags_of(record: Record, job: Job, parent: str | None, state: str) -> dict[str, str]:
-    """All tags of a run of the study. parent: the id of the run that it is nested in."""
+    """Return all tags of a run of the study. parent: the id of the run that it is nested in."""
     place = {FOLDER: str(job.paths.root.resolve()), STATE: state, "role": record.role}
     place["study_hash"] = job.study.key("report")
     return record.tags | place | ({"mlflow.parentRunId": parent} if parent else {})
 
 
 def create_run(client: Any, experiment: str, record: Record, tags: dict[str, str]) -> Any:
-    """A run with its name and tags; those that a person may change are written only here."""
+    """Create a run with its name and tags; tags that a person may change are written only here."""
     first = record.first | {"mlflow.user": os.environ.get("USER", "unknown")}
     return client.create_run(experiment, record.started, tags | first, record.name)
 
 
 def set_tags(client: Any, run: Any, tags: dict[str, str]) -> None:
-    """Set the tags that are not as they should be."""
+    """Set the tags that differ."""
     for name, value in tags.items():
         if run.data.tags.get(name) != value:
             client.set_tag(run.info.run_id, name, value)
 
 
 def describe(client: Any, run: Any, record: Record) -> None:
-    """Give a run its dataset, and the params that it lacks, in their order: MLflow never changes a param."""
+    """Add a run's dataset and the params that it lacks, in their order: MLflow never changes a param."""
     from mlflow.entities import Dataset, DatasetInput, InputTag, Param
 
     run_id = run.info.run_id
@@ -151,13 +151,13 @@ def describe(client: Any, run: Any, record: Record) -> None:
 
 
 def points_there(client: Any, run: Any) -> set[tuple[str, int]]:
-    """The metrics and steps that a run has. A resumed training repeats steps at other times."""
+    """Return the metrics and steps that a run has. A resumed training repeats steps at other times."""
     keys = [key for key in run.data.metrics if not key.startswith("system/")]
     return {(m.key, m.step) for key in keys for m in client.get_metric_history(run.info.run_id, key)}
 
 
 def send_points(client: Any, run_id: str, points: Iterable[Point], there: set[tuple[str, int]]) -> None:
-    """Send the points that are not there. Those that are not finite cannot be drawn, and stay in the files."""
+    """Send the missing points. Values that are not finite cannot be drawn, and stay in the files."""
     from mlflow.entities import Metric
 
     new = [Metric(*p) for p in points if (p.key, p.step) not in there and math.isfinite(p.value)]
@@ -173,8 +173,8 @@ def _sqlite_file(uri: str) -> Path:
 
 
 def one_at_a_time(uri: str, folder: Path, patience: float = 600.0, quiet: bool = False) -> AbstractContextManager[None]:
-    """Hold a lock beside a SQLite file, whose schema two processes must not make at once; else in the study's folder.
-    Raises UserError if another upload holds it for longer than patience (seconds), or it cannot be made."""
+    """Hold a lock beside a SQLite file, whose schema two processes must not create at once, or in the study's folder.
+    Raises UserError if another upload holds it for longer than patience (seconds), or if it cannot be created."""
     database = _sqlite_file(uri)
     path = database.with_name(f"{database.name}-lock") if uri.startswith("sqlite:") else folder / ".lock"
     return held(path, f"uploads to MLflow and holds {path}", patience, "; mend that or set MLFLOW_TRACKING_URI", quiet)
@@ -185,7 +185,7 @@ def one_at_a_time(uri: str, folder: Path, patience: float = 600.0, quiet: bool =
 
 @contextmanager
 def readable_errors(uri: str) -> Iterator[None]:
-    """One line, a UserError, for whatever MLflow, its database or the network raises; without the URI's password."""
+    """Turn any error of MLflow, its database or the network into a one-line UserError, without the URI's password."""
     try:
         yield
     except UserError:

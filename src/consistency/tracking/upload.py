@@ -1,8 +1,8 @@
-"""A finished study as runs in MLflow, for browsing. The files under results/ stay the truth.
+"""A finished study as runs in MLflow, for browsing. The files under results/ remain authoritative.
 
-One experiment a study: a run `teacher`, one run a student (the mean over its seeds) with a nested run a seed, and a
-run `report`. A run is named by the digests in its results' cards, so the same results are sent once, however often and
-from wherever this runs. A run that was there while its training went on is completed, not made again.
+One experiment per study: a run `teacher`, one run per student (the mean over its seeds) with a nested run per seed, and
+a run `report`. The digests in its results' cards identify a run, so the same results are sent once, however often and
+from wherever this is called. A run created during its training is completed, not created again.
 """
 
 from typing import Any
@@ -18,7 +18,7 @@ def track_study(job: Job) -> None:
     """Upload the finished study to MLFLOW_TRACKING_URI (default: mlflow.db here), register its students as models, and
     write tracked.json.
 
-    Run again it uploads only what is new, and completes what was interrupted; runs of older results are kept and
+    A repeated call uploads only new results, and completes interrupted uploads; runs of older results are kept and
     marked superseded. Raises UserError when results are missing or stale, or the server cannot be used.
     """
     study, paths, records = job.study, job.paths, plan(job)
@@ -47,13 +47,13 @@ def track_study(job: Job) -> None:
 
 
 def _send(client: Any, experiment: str, known: list[Any], record: Record, tags: dict[str, str]) -> tuple[str, bool]:
-    """Bring one run to its record. Returns its id and whether there was anything to send but tags."""
+    """Bring one run up to its record. Returns its id, and whether anything but tags had to be sent."""
     run = _find(known, tags) or server.create_run(client, experiment, record, tags)
     run_id: str = run.info.run_id
     if run.info.status == "FINISHED" and run.data.tags[server.STATE] != "live":
         server.set_tags(client, run, tags)
         return run_id, False
-    client.update_run(run_id, status="RUNNING")  # whatever its training had said
+    client.update_run(run_id, status="RUNNING")  # whatever its training reported
     server.set_tags(client, run, tags)
     server.describe(client, run, record)
     server.send_points(client, run_id, record.points, server.points_there(client, run))
@@ -67,7 +67,7 @@ def _send(client: Any, experiment: str, known: list[Any], record: Record, tags: 
 
 
 def _find(known: list[Any], tags: dict[str, str]) -> Any | None:
-    """The run that holds these results, in whole or in part; else the one that was there while they were trained."""
+    """Return the run that holds these results, in whole or in part, else the one created during their training."""
     trained = {server.STATE: "live", TRAINING: tags.get(TRAINING)}
     for wanted in ({server.DIGEST: tags[server.DIGEST]}, trained):
         for run in known:
@@ -77,7 +77,7 @@ def _find(known: list[Any], tags: dict[str, str]) -> Any | None:
 
 
 def _supersede(client: Any, known: list[Any], current: set[str], folder: str) -> None:
-    """Mark this folder's runs of older results: they are a person's, so they are kept."""
+    """Mark this folder's runs of older results as superseded. They are the user's, so they are kept."""
     for run in known:
         run_id, tags = run.info.run_id, run.data.tags
         if tags.get(server.FOLDER) != folder or run_id in current or tags.get(server.STATE) == "superseded":

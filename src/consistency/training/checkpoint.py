@@ -14,12 +14,12 @@ from consistency.files import write_with
 from consistency.nets.denoiser import Denoiser, build_denoiser
 from consistency.provenance import CHECKPOINT
 
-# What torch.load raises on files cut short, overwritten or made by something else.
+# Errors of torch.load on files that are truncated, overwritten or foreign.
 _DAMAGED = (OSError, RuntimeError, EOFError, ValueError, LookupError, TypeError, pickle.UnpicklingError)
 
 
 def save_denoiser(path: Path, denoiser: Denoiser, metadata: dict[str, Any]) -> None:
-    """Write weights and what they are: architecture, and the metadata given (key, study, step, git commit, parents)."""
+    """Write weights with their architecture and the metadata given (key, study, step, git commit, parents)."""
     described = {"format": CHECKPOINT, "architecture": denoiser.architecture, **metadata}
     texts = {name: json.dumps(value, sort_keys=True) for name, value in described.items()}
     # A copy on the CPU, contiguous: safetensors refuses views, and EMA weights may be channels-last.
@@ -43,7 +43,7 @@ def _sort_metadata(path: Path) -> None:
 
 
 def read_metadata(path: Path) -> dict[str, Any]:
-    """What a checkpoint says of itself. Raises UserError for a missing, truncated or foreign file."""
+    """Read a checkpoint's metadata. Raises UserError for a missing, truncated or foreign file."""
     try:
         with safe_open(path, "pt") as file:
             texts = file.metadata() or {}
@@ -63,10 +63,10 @@ def read_metadata(path: Path) -> dict[str, Any]:
 
 
 def load_denoiser(path: Path, key: str | None = None) -> tuple[Denoiser, dict[str, Any]]:
-    """Build the denoiser of a checkpoint, in eval mode, and its metadata.
+    """Build the denoiser of a checkpoint, in eval mode, and return it with its metadata.
 
-    key: what the study expects of the file. Raises UserError for a missing, truncated or foreign file, one of other
-    settings, or one whose tensors do not fit its architecture.
+    key: the settings key that the file must have. Raises UserError for a missing, truncated or foreign file, one of
+    other settings, or one whose tensors do not fit its architecture.
     """
     metadata = read_metadata(path)
     if key is not None and metadata.get("key") != key:

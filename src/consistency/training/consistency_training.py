@@ -1,4 +1,4 @@
-"""Consistency training: a consistency function learnt from the data alone, without a teacher (METHOD section 5)."""
+"""Consistency training: a consistency function learnt from the data alone, without a teacher (iCT, ECT, GC)."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -18,8 +18,9 @@ from consistency.training.objectives import Draws, Shape, Term, normal, weighted
 
 @dataclass(frozen=True)
 class CoupledPairs(Draws):
-    """t, u, weight [N]: the two levels and the weight of their comparison; z: the noise of both; generated [N]:
-    whether the image is replaced by a generated one; sigma, z_dsm: of the DSM term, if there is one."""
+    """Draws of consistency training. t, u, weight [N]: the two levels and the weight of their comparison; z: the noise
+    of both; generated [N]: True for images to replace by generated ones; sigma, z_dsm: of the DSM term, if there is
+    one."""
 
     t: Tensor
     u: Tensor
@@ -52,12 +53,12 @@ class ConsistencyTraining:
     dsm_weight: float = 0.0
 
     def endpoint(self, model: Denoiser, x: Tensor, t: Tensor, labels: Tensor | None) -> Tensor:
-        """f(x, t, eps) of the given weights. x: [N, C, H, W]; t: [N]."""
+        """Return f(x, t, eps) of the given weights. x: [N, C, H, W]; t: [N]."""
         end = torch.full_like(t, self.ends[0])
         return self.preconditioning.jump(model, x, t, end, labels)
 
     def draw(self, shape: Shape, step: int, host: torch.Generator, device: torch.Generator) -> CoupledPairs:
-        """Levels of the step's stage, noise, and which images are replaced: the same draws whatever mu."""
+        """Draw levels of the step's stage, noise, and the images to replace: the same draws whatever mu."""
         t, u, weight = self.schedule.levels(step, shape[0], device)
         z, mask = normal(shape, device), generator_mask(shape[0], self.mu, device)
         if not self.dsm_weight:
@@ -66,7 +67,7 @@ class ConsistencyTraining:
         return CoupledPairs(t, u, weight, z, mask, sigma, normal(shape, device))
 
     def terms(self, images: Tensor, labels: Tensor | None, draws: CoupledPairs) -> Iterator[Term]:
-        """The consistency term, then the DSM term if it has a weight."""
+        """Yield the consistency term, then the DSM term if it has a weight."""
         evaluations = 3 + 1 + (1 if self.mu else 0)
         yield Term("consistency", self.consistency(images, labels, draws), 1.0, evaluations * len(images))
         if draws.sigma is not None and draws.z_dsm is not None:
@@ -76,9 +77,9 @@ class ConsistencyTraining:
             yield Term("dsm", value, self.dsm_weight, 3 * len(images))
 
     def consistency(self, images: Tensor, labels: Tensor | None, draws: CoupledPairs) -> Tensor:
-        """The weighted distance of the two sides, a mean over images."""
+        """Return the weighted distance of the two sides, a mean over images."""
         data = self.coupled(images, labels, draws)
-        # Leaving fork_rng brings the random state back, so that the student's pass meets the target's dropout masks.
+        # Leaving fork_rng restores the random state, so that the student's pass has the target's dropout masks.
         with torch.no_grad(), torch.random.fork_rng([images.get_device()] if images.is_cuda else []):
             x_u = data + expand(draws.u, data) * draws.z
             target = self.endpoint(self.student, x_u, draws.u, labels)
@@ -87,7 +88,7 @@ class ConsistencyTraining:
         return (draws.weight.to(estimate.dtype) * self.distance(estimate, target)).mean()
 
     def coupled(self, images: Tensor, labels: Tensor | None, draws: CoupledPairs) -> Tensor:
-        """The images, those that are drawn replaced by gc's endpoints."""
+        """Return the images, with the drawn ones replaced by gc's endpoints."""
         if self.predictor is None or not self.mu:
             return images
         predictor = self.predictor
@@ -100,5 +101,5 @@ class TransportTraining(ConsistencyTraining):
     by exact assignment (`assignment`; within classes if the model is conditional)."""
 
     def pair(self, images: Tensor, labels: Tensor | None, draws: CoupledPairs) -> CoupledPairs:
-        """The draws with their noise exchanged among the images of the batch."""
+        """Return the draws with their noise exchanged among the images of the batch."""
         return replace(draws, z=draws.z[assignment(images, draws.z, labels)])

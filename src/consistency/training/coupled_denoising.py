@@ -1,4 +1,4 @@
-"""The denoiser of a coupling's own flow, from which its velocity discrepancy is measured (GC; theory/flows.py)."""
+"""The denoiser of a coupling's own flow, for measuring its velocity discrepancy (GC; theory/flows.py)."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ from consistency.training.objectives import Shape, Term, normal, weighted_denois
 
 
 def missed(denoiser: Denoiser, data: Tensor, labels: Tensor | None, z: Tensor, t: float) -> Tensor:
-    """||z - (x_t - D) / t||^2 = ||x - D||^2 / t^2 of x_t = x + t z, [N]: a sum over pixels."""
+    """Return ||z - (x_t - D) / t||^2 = ||x - D||^2 / t^2 of x_t = x + t z, [N]: a sum over pixels."""
     times = every(t, data)
     error = denoiser(data + expand(times, data) * z, times, labels=labels) - data
     return (error.double() / t).square().flatten(1).sum(1)
@@ -23,10 +23,10 @@ def missed(denoiser: Denoiser, data: Tensor, labels: Tensor | None, z: Tensor, t
 
 @dataclass(frozen=True)
 class CoupledDenoising:
-    """EDM's loss on the coupled images: D(x_t, t) of x_t = x_hat + t z nears E[x_hat | x_t], so that (x_t - D) / t
-    nears the flow's velocity E[z | x_t].
+    """EDM's loss on the coupled images: D(x_t, t) of x_t = x_hat + t z approaches E[x_hat | x_t], so that (x_t - D) / t
+    approaches the flow's velocity E[z | x_t].
 
-    coupling: what makes x_hat of images and noise; it is not trained. ln t ~ N(p_mean, p_std^2), kept to its ends.
+    coupling: makes x_hat from images and noise; it is not trained. ln t ~ N(p_mean, p_std^2), t clamped to its ends.
     """
 
     model: Denoiser
@@ -35,17 +35,17 @@ class CoupledDenoising:
     p_std: float = 1.2
 
     def draw(self, shape: Shape, step: int, host: torch.Generator, device: torch.Generator) -> CoupledPairs:
-        """A level, noise, and whether it is generated, for every image."""
+        """Draw a level, noise and the mask of generated images."""
         t = lognormal_sigma(shape[0], self.p_mean, self.p_std, device).clamp(*self.coupling.ends)
         return self.pairs(t, normal(shape, device), device)
 
     def pairs(self, t: Tensor, z: Tensor, generator: torch.Generator) -> CoupledPairs:
-        """The draws of images with that noise [N, C, H, W] at levels t [N]; generator: decides which are generated."""
+        """Return the draws of images with noise z [N, C, H, W] at levels t [N]; generator: draws the generated ones."""
         mask = generator_mask(len(z), self.coupling.mu, generator)
         return CoupledPairs(t, t, torch.ones_like(t), z, mask, None, None)
 
     def terms(self, images: Tensor, labels: Tensor | None, draws: CoupledPairs) -> Iterator[Term]:
-        """The weighted denoising error of the coupled images."""
+        """Yield the weighted denoising error of the coupled images."""
         data = self.coupling.coupled(images, labels, draws)
         denoise = with_labels(self.model, labels)
         value = weighted_denoising_error(denoise, data, draws.t, self.model.sigma_data, draws.z)
@@ -55,7 +55,7 @@ class CoupledDenoising:
     def discrepancy(
         self, denoiser: Denoiser, images: Tensor, labels: Tensor | None, z: Tensor, t: float, generator: torch.Generator
     ) -> Tensor:
-        """||z - (x_t - D) / t||^2 of each coupled image, [N]."""
+        """Return ||z - (x_t - D) / t||^2 of each coupled image, [N]."""
         data = self.coupling.coupled(images, labels, self.pairs(every(t, images), z, generator))
         return missed(denoiser, data, labels, z, t)
 
@@ -67,5 +67,5 @@ class TransportDenoising(CoupledDenoising):
     coupling: TransportTraining
 
     def pair(self, images: Tensor, labels: Tensor | None, draws: CoupledPairs) -> CoupledPairs:
-        """The draws with their noise exchanged."""
+        """Return the draws with their noise exchanged."""
         return self.coupling.pair(images, labels, draws)

@@ -38,7 +38,7 @@ class ImageData:
         return len(self.images)
 
     def take(self, rows: np.ndarray | Tensor) -> tuple[Tensor, Tensor]:
-        """Images float32 [n, C, H, W] in [-1, 1] and labels int64 [n] of those rows."""
+        """Return images float32 [n, C, H, W] in [-1, 1] and labels int64 [n] of those rows."""
         rows = np.asarray(rows)
         return to_signed(torch.from_numpy(self.images[rows])), torch.from_numpy(self.labels[rows])
 
@@ -75,7 +75,7 @@ class Batches:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="batches")
 
     def __call__(self, step: int) -> tuple[Tensor, Tensor]:
-        """This process's share of the step's batch: float32 [n, C, H, W] in [-1, 1] and labels int64 [n]."""
+        """Return this process's share of the step's batch: float32 [n, C, H, W] in [-1, 1] and labels int64 [n]."""
         for ahead in range(step, step + 1 + _AHEAD):
             if ahead not in self._ahead:
                 self._ahead[ahead] = self._thread.submit(self._gather, ahead)
@@ -87,7 +87,7 @@ class Batches:
         return images, labels
 
     def _gather(self, step: int) -> "_Gathered":
-        """(images uint8 or their rows, labels, which to mirror) on the CPU."""
+        """Gather (images uint8 or their rows, labels, mask of mirrored images) on the CPU."""
         draws = generator(self._seed, f"{self._purpose} batch", step)
         rows = torch.randint(len(self.data), (self.count,), generator=draws)[self.share]
         mirror = (torch.rand(self.count, generator=draws) < 0.5)[self.share]
@@ -95,16 +95,16 @@ class Batches:
         labels = torch.from_numpy(self.data.labels[rows.numpy()])
         if self.device.type == "cpu":
             return source, labels, mirror
-        # Only from pinned memory can a copy to the GPU go on beside its work.
+        # Only copies from pinned memory overlap with the GPU's work.
         return source.pin_memory(), labels.pin_memory(), mirror.pin_memory()
 
 
-_AHEAD = 2  # batches gathered before they are asked for
+_AHEAD = 2  # batches gathered in advance
 _Gathered = tuple[Tensor, Tensor, Tensor]
 
 
 def _copied(images: np.ndarray, device: torch.device) -> Tensor:
-    """All images on the device, in pieces: the host never holds more than one."""
+    """Copy all images to the device, in pieces: the host never holds more than one."""
     copy = torch.empty(images.shape, dtype=torch.uint8, device=device)
     for start in range(0, len(images), 8192):
         copy[start : start + 8192] = torch.from_numpy(np.array(images[start : start + 8192])).to(device)
@@ -112,12 +112,12 @@ def _copied(images: np.ndarray, device: torch.device) -> Tensor:
 
 
 def to_signed(images: Tensor) -> Tensor:
-    """uint8 NHWC in [0, 255] to float32 NCHW in [-1, 1]."""
+    """Convert uint8 NHWC in [0, 255] to float32 NCHW in [-1, 1]."""
     return images.permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
 def to_bytes(images: Tensor) -> np.ndarray:
-    """float NCHW in [-1, 1] to uint8 NHWC, EDM's rounding (x 127.5 + 128, truncated)."""
+    """Convert float NCHW in [-1, 1] to uint8 NHWC with EDM's rounding (x 127.5 + 128, truncated)."""
     return (images * 127.5 + 128).clip(0, 255).to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
 
 
@@ -127,7 +127,7 @@ def load_images(folder: Path) -> ImageData:
     try:
         images = np.load(folder / "images.npy", mmap_mode="r")
         labels = np.load(folder / "labels.npy")
-        # Rows are drawn at random: reading ahead (megabytes, on some machines) would fill the memory with others.
+        # Rows are drawn at random: read-ahead (megabytes, on some machines) would fill the memory with unused ones.
         images.base.madvise(mmap.MADV_RANDOM)
     except (OSError, ValueError, EOFError) as error:
         raise UserError(f"the dataset in {folder} is damaged ({error}): run `dataset` again") from None

@@ -1,4 +1,4 @@
-"""The processes of one training: torchrun starts them, and here they agree on gradients, figures and when to stop."""
+"""The processes of one training, started by torchrun: shared gradients, figures and stop requests."""
 
 import os
 from collections.abc import Sequence
@@ -18,7 +18,7 @@ class Ranks:
 
     @property
     def first(self) -> bool:
-        """Whether this is the process that writes files and shows progress."""
+        """True for the process that writes files and shows progress."""
         return self.rank == 0
 
     def mean_(self, tensors: Sequence[Tensor]) -> None:
@@ -36,7 +36,7 @@ class Ranks:
             tensor.copy_(part.view(tensor.shape))
 
     def gathered(self, tensor: Tensor) -> Tensor:
-        """The rows of all processes, in the order of their ranks; every process must have equally many."""
+        """Return the rows of all processes, in rank order; every process must have equally many."""
         if self.world == 1:
             return tensor
         here = tensor.contiguous()
@@ -45,7 +45,7 @@ class Ranks:
         return torch.cat(rows)
 
     def largest(self, value: int) -> int:
-        """The largest of a number over all processes. It travels through the CPU: a GPU's queue is not waited for."""
+        """Return the largest of a number over all processes, through the CPU, so that no GPU's queue is waited for."""
         if self.world == 1:
             return value
         tensor = torch.tensor(value)
@@ -53,12 +53,12 @@ class Ranks:
         return int(tensor)
 
     def wait(self) -> None:
-        """Go on when all processes have come here."""
+        """Wait until all processes are here."""
         self.largest(0)
 
 
 def join(device: torch.device) -> tuple[Ranks, torch.device]:
-    """Join the processes that torchrun started, and take the GPU of this one; alone without torchrun.
+    """Join the processes that torchrun started, and take the GPU of this one; a single process without torchrun.
 
     Returns the ranks and the device (cuda:<local rank> if it was cuda).
     """
@@ -72,6 +72,6 @@ def join(device: torch.device) -> tuple[Ranks, torch.device]:
 
 
 def leave() -> None:
-    """Leave the group, when all processes do; nothing without one."""
+    """Leave the group once all processes do; does nothing without a group."""
     if dist.is_initialized():
         dist.destroy_process_group()

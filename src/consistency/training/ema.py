@@ -32,17 +32,17 @@ class Ema:
 
     @torch.no_grad()
     def update(self, step: int) -> None:
-        """Follow the model after that step."""
+        """Update the copy after that step of the model."""
         torch._foreach_lerp_(self._average, self._source, 1 - self.rate(step))
 
 
 def half_life_rate(batch: int, images_seen: int, half_life: float, ramp_up: float) -> float:
-    """EDM's rate: 0.5^(batch / half-life), the half-life in images and at most ramp_up times the images seen."""
+    """Return EDM's rate: 0.5^(batch / half-life), the half-life in images and at most ramp_up times the images seen."""
     return 0.5 ** (batch / max(min(half_life, images_seen * ramp_up), 1e-8))
 
 
 def warmed_up(rate: float, step: int, exponent: float = 2 / 3) -> float:
-    """min(rate, 1 - step^-exponent): 0 at step 1, so that the first weights leave no trace.
+    """Return min(rate, 1 - step^-exponent): 0 at step 1, so that the first weights leave no trace.
 
     The average then reaches back over about step^exponent steps, until the rate is reached: after 1.0e6 steps for
     0.9999 and the exponent 2/3, the default of the library that the released GC code averages with; 3/4 suits shorter

@@ -15,9 +15,9 @@ STATE, _IDENTITY = "state.pt", "training.json"
 
 
 def prepare(folder: Path, key: str, label: str) -> dict[str, Any] | None:
-    """Make the folder ready for going on, or for a start: a state of other settings is set aside, the history is cut
-    back to the saved step, what a killed process had half written is removed, a new training gets its identity. Returns
-    the state to go on from. Raises UserError for a damaged one."""
+    """Prepare the folder for a start or a resumption. A state of other settings is set aside, the history is truncated
+    to the saved step, partial files of a killed process are removed, and a new training gets its identity. Returns the
+    state to resume from, None to start. Raises UserError for a damaged one."""
     for stale in (*folder.glob(".*.tmp"), *folder.glob("snapshots/.*.tmp")):
         stale.unlink(missing_ok=True)
     state = load_state(folder / STATE)
@@ -44,14 +44,14 @@ def prepare(folder: Path, key: str, label: str) -> dict[str, Any] | None:
 
 
 def read_identity(folder: Path) -> dict[str, Any]:
-    """The training's id, random, by which MLflow's run is found again, and when it was begun: started, milliseconds
-    since 1970. They stay the same however often it is interrupted."""
+    """Read the training's random id, by which MLflow's run is found again, and its start: started, milliseconds since
+    1970. Both stay the same however often it is interrupted."""
     found = read_json(folder / _IDENTITY, "the training")
     return {"id": found["id"], "started": found["started"]}
 
 
 def publish_training(state: Path, folder: Path) -> list[Path]:
-    """Put history.jsonl and the snapshots of a finished training beside its checkpoint; returns their places."""
+    """Place history.jsonl and the snapshots of a finished training beside its checkpoint; return their paths."""
     snapshots = sorted((state / "snapshots").glob("step-*.safetensors"))
     outputs = [folder / "history.jsonl", *(folder / "snapshots" / path.name for path in snapshots)]
     for stale in set((folder / "snapshots").glob("*")) - set(outputs):
@@ -68,7 +68,7 @@ def append(folder: Path, line: dict[str, float]) -> None:
 
 
 def _line_step(line: str) -> float:
-    """The step of a history line; a line cut off by a kill comes after everything."""
+    """Return the step of a history line; a line truncated by a kill sorts last."""
     try:
         return float(json.loads(line)["step"])
     except (ValueError, KeyError):

@@ -1,4 +1,4 @@
-"""The training loop: one screen, resumable at any step; on a CPU with the same bits however often it is interrupted."""
+"""The training loop. A run can be resumed at any step; on a CPU, interruptions do not change a bit of the result."""
 
 import contextlib
 import math
@@ -25,12 +25,12 @@ from consistency.training.ema import Ema
 from consistency.training.update import Update
 
 SAVE_EVERY = 20.0  # seconds between two saved states, at least
-SAVE_SHARE = 0.02  # of the time, at most, goes into saving
+SAVE_SHARE = 0.02  # largest share of the time spent on saving
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP, signal.SIGALRM)
 
 
 class Interrupted(Exception):
-    """The training was asked to stop; its state is saved. signum says by what."""
+    """A training was asked to stop and its state is saved. signum: the signal."""
 
     def __init__(self, message: str, signum: int) -> None:
         super().__init__(message)
@@ -39,10 +39,10 @@ class Interrupted(Exception):
 
 @dataclass
 class Training:
-    """What is trained and how long. averages: the first is the one that snapshots and results are named after;
-    learning_rate(step): None keeps the optimiser's own. snapshot_every: None for no snapshots. on_start is called,
-    in the first process, when the folder is this training's and its history is cut back to where it goes on.
-    before_step is called before every step (from 0), in all processes, and returns the evaluations that it made."""
+    """A training run: model, length, schedule and folder. averages: EMA copies; the first names snapshots and results;
+    learning_rate: maps a step to a rate, None keeps the optimiser's. snapshot_every: None for no snapshots. on_start:
+    called on rank 0 once the state is restored and the history truncated to the restored step. before_step: called
+    before every step (from 0) on all ranks; returns the evaluations that it made."""
 
     label: str
     key: str
@@ -59,14 +59,14 @@ class Training:
 
 @dataclass
 class _Window:
-    """Means since the last line of the history; they are part of the state, so that a resumed line is the same."""
+    """Means since the last line of the history; part of the state, so that a resumed line is the same."""
 
     sums: dict[str, Tensor] = field(default_factory=dict)
     steps: int = 0
     seconds: float = 0.0
 
     def add(self, terms: dict[str, Tensor], overflows: bool) -> None:
-        """overflows: a gradient norm may be infinite without harm (float16), and then counts as 0."""
+        """Add a step. overflows: a gradient norm may be infinite without harm (float16) and then counts as 0."""
         for name, value in terms.items():
             added = value.detach().double()
             added = torch.where(torch.isfinite(added), added, 0.0) if overflows else added
@@ -76,7 +76,7 @@ class _Window:
 
 @dataclass
 class _Clock:
-    """Where the training stands."""
+    """Position of a training: step, time and evaluations."""
 
     step: int = 0
     seconds: float = 0.0
@@ -85,16 +85,16 @@ class _Clock:
     loss: float | None = None  # of the last line of the history: reading a newer one would stall a GPU
 
     def note(self) -> str:
-        """Say beside the step of the progress what the loss is."""
+        """Return the loss as text beside the progress."""
         return "" if self.loss is None else f"loss {self.loss:.4g}"
 
 
 def train(job: Training) -> dict[str, float]:
     """Train from the saved state, or from the start, to the last step.
 
-    Leaves history.jsonl and snapshots/ in job.folder and the trained weights in the model and the averages. Returns
-    what it cost: seconds, network_evaluations, images. Raises Interrupted after saving when a signal asks any of the
-    processes to stop, and UserError when a loss is not finite or another process trains in the folder.
+    Leaves history.jsonl and snapshots/ in job.folder and the trained weights in the model and the averages. Returns the
+    cost: seconds, network_evaluations, images. Raises Interrupted after saving when a signal asks any of the processes
+    to stop, and UserError when a loss is not finite or another process trains in the folder.
     """
     ranks = job.update.ranks
     with only_one(job.folder, "is working") if ranks.first else contextlib.nullcontext(), stop_requests() as requests:
@@ -135,7 +135,7 @@ def train(job: Training) -> dict[str, float]:
 
 
 def _step(job: Training, clock: _Clock) -> dict[str, Tensor]:
-    """One optimiser step and what follows it. Returns its terms and the gradient norm."""
+    """Take one optimiser step and update the averages and the clock. Returns its terms and the gradient norm."""
     if job.learning_rate is not None:
         for group in job.update.optimizer.param_groups:
             group["lr"] = job.learning_rate(clock.step)
@@ -147,8 +147,8 @@ def _step(job: Training, clock: _Clock) -> dict[str, Tensor]:
         for average in job.averages:
             average.update(clock.step)
     clock.evaluations += evaluations * job.update.ranks.world
-    # Noticed at every step, read only at log points: reading it here would stall a GPU. With float16, an infinite
-    # gradient only says that the scale of the loss was too large: that step was left out.
+    # Checked at every step, read only at log points: reading it here would stall a GPU. With float16, an infinite
+    # gradient only means that the loss scale was too large: that step was skipped.
     watched = terms["loss"] if job.update.scaler.is_enabled() else terms["grad_norm"] + terms["loss"]
     here = torch.where(torch.isfinite(watched), math.inf, float(clock.step))
     clock.first_bad = torch.minimum(clock.first_bad.to(here.device), here)
@@ -158,7 +158,7 @@ def _step(job: Training, clock: _Clock) -> dict[str, Tensor]:
 def _require_finite(job: Training, clock: _Clock) -> None:
     """Raise UserError if a loss or gradient was not finite, in any process."""
     first = clock.first_bad.item()
-    # Where float16's loss scale has fallen so far, no gradient can be at fault alone.
+    # If float16's loss scale has fallen this far, no single gradient is at fault.
     hopeless = job.update.scaler.is_enabled() and job.update.scaler.get_scale() < 1e-3
     if not job.update.ranks.largest(int(not math.isinf(first) or hopeless)):
         return
@@ -185,7 +185,7 @@ def _log(job: Training, clock: _Clock, window: _Window) -> None:
     clock.loss = line["loss"]
     timed = job.update.stopwatch.read()
     line |= {f"time_{name}": round(seconds / window.steps, 6) for name, seconds in timed.items()}
-    # On a GPU what PyTorch has held of it at most, else this process.
+    # On a GPU the peak of PyTorch's allocations, else that of this process.
     device, resident = next(job.update.model.parameters()).device, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     peak = torch.cuda.max_memory_allocated(device) / 2**20 if device.type == "cuda" else resident / 2**10
     line["peak_memory_mib"] = round(peak, 1)
@@ -242,7 +242,7 @@ def _resume(job: Training) -> tuple[_Clock, _Window]:
 
 @contextmanager
 def stop_requests() -> Iterator[Callable[[], int]]:
-    """A function that returns the signal that asked to stop, or 0."""
+    """Yield a function that returns the signal that asked to stop, or 0."""
     received: list[int] = []
 
     def note(signum: int, frame: FrameType | None) -> None:

@@ -1,9 +1,8 @@
 """The losses: EDM's for the teacher, trajectory (CTM) and endpoint (CM) distillation for students.
 
-An objective first draws the randomness of a whole optimiser step, then gives the terms of any part of the batch: so
-the step is the same in however many parts, and on however many devices, it is computed (without dropout, whose masks
-belong to the part). Evaluations count a forward
-pass as 1 an image and a backward pass as 2.
+An objective first draws the randomness of a whole optimiser step, then gives the terms of any part of the batch. The
+step is therefore the same in any number of parts and on any number of devices (without dropout, whose masks belong to
+the part). Evaluations count a forward pass as 1 per image and a backward pass as 2.
 """
 
 from collections.abc import Callable, Iterator
@@ -37,24 +36,24 @@ class Term:
 
 @dataclass(frozen=True)
 class Draws:
-    """The random numbers of one step; every tensor has a row an image of the batch."""
+    """Random numbers of one step; every tensor has one row per image of the batch."""
 
     def part(self, rows: slice) -> Self:
-        """Those of some images."""
+        """Return the draws of some images."""
         tensors = {f.name: getattr(self, f.name) for f in fields(self)}
         return replace(self, **{name: value[rows] for name, value in tensors.items() if isinstance(value, Tensor)})
 
 
 class Objective(Protocol):
-    """What the training asks of a loss."""
+    """Interface that the training expects of a loss."""
 
     def draw(self, shape: Shape, step: int, host: torch.Generator, device: torch.Generator) -> Any:
-        """The randomness of a step (from 0) for a batch of that shape. Only what Python must know comes from the
-        host's generator: reading a number back from a GPU would stall it."""
+        """Draw the randomness of a step (from 0) for a batch of that shape. Only numbers that Python needs come from
+        the host's generator: reading one back from a GPU would stall it."""
 
     def terms(self, images: Tensor, labels: Tensor | None, draws: Any) -> Iterator[Term]:
-        """The terms, one after the other, so that each may be differentiated before the next is computed.
-        images: float [N, C, H, W] in [-1, 1]; labels: int64 [N] or None; draws: of those images."""
+        """Yield the terms one by one, so that each may be differentiated before the next is computed. images: float [N,
+        C, H, W] in [-1, 1]; labels: int64 [N] or None; draws: of those images."""
 
 
 @runtime_checkable
@@ -62,18 +61,18 @@ class WholeBatch(Protocol):
     """An objective whose draws also depend on the images of the whole batch, over all processes."""
 
     def pair(self, images: Tensor, labels: Tensor | None, draws: Any) -> Any:
-        """The draws of the batch, given all its images [N, C, H, W] and labels [N]."""
+        """Return the draws of the batch, given all its images [N, C, H, W] and labels [N]."""
 
 
 def with_labels(denoiser: Denoiser, labels: Tensor | None) -> DenoiserFn:
-    """The teacher D(x, t) of images with those labels."""
+    """Return the denoiser D(x, t) of images with those labels."""
     return lambda x, t: denoiser(x, t, labels=labels)
 
 
 def weighted_denoising_error(
     denoise: Callable[[Tensor, Tensor], Tensor], images: Tensor, sigma: Tensor, sigma_data: float, z: Tensor
 ) -> Tensor:
-    """Mean of (sigma^2 + sd^2)/(sigma sd)^2 ||D(x_0 + sigma z, sigma) - x_0||^2 over images and pixels."""
+    """Return the mean of (sigma^2 + sd^2)/(sigma sd)^2 ||D(x_0 + sigma z, sigma) - x_0||^2 over images and pixels."""
     error = denoise(images + expand(sigma, images) * z, sigma) - images
     return (expand(edm_weight(sigma, sigma_data), images) * error.square()).mean()
 
@@ -95,11 +94,11 @@ class Denoising:
     p_std: float
 
     def draw(self, shape: Shape, step: int, host: torch.Generator, device: torch.Generator) -> Noising:
-        """A noise level and noise for every image."""
+        """Draw a noise level and noise for every image."""
         return Noising(lognormal_sigma(shape[0], self.p_mean, self.p_std, device), normal(shape, device))
 
     def terms(self, images: Tensor, labels: Tensor | None, draws: Noising) -> Iterator[Term]:
-        """The weighted denoising error."""
+        """Yield the weighted denoising error."""
         denoise = with_labels(self.model, labels)
         value = weighted_denoising_error(denoise, images, draws.sigma, self.model.sigma_data, draws.z)
         yield Term("denoising", value, 1.0, 3 * len(images))
@@ -107,7 +106,7 @@ class Denoising:
 
 @dataclass(frozen=True)
 class _Distillation:
-    """What both distillations share. grid: descending float64 times [N] from sigma_max to sigma_min."""
+    """Base of both distillations. grid: descending float64 times [N] from sigma_max to sigma_min."""
 
     student: Denoiser
     average: Denoiser
@@ -120,16 +119,16 @@ class _Distillation:
 
     @property
     def inner(self) -> Denoiser:
-        """The weights of the target's inner jump."""
+        """Network of the target's inner jump."""
         return self.average if self.target == "ema" else self.student
 
     def jump(self, model: Denoiser, x: Tensor, t: Tensor, s: Tensor, labels: Tensor | None) -> Tensor:
-        """f_theta(x, t, s) of the given weights."""
+        """Return f_theta(x, t, s) of the given weights."""
         return self.preconditioning.jump(model, x, t, s, labels)
 
     @torch.no_grad()
     def teacher_steps(self, x: Tensor, first: Tensor, steps: int, labels: Tensor | None) -> Tensor:
-        """x after that many Heun steps along the grid, from node first [N] on, the whole batch at once."""
+        """Take that many Heun steps from x along the grid, from node first [N] on, the whole batch at once."""
         denoiser = with_labels(self.teacher, labels)
         with self.stopwatch.part("teacher"):
             for k in range(steps):
@@ -142,14 +141,14 @@ class _Distillation:
         return self.grid[-1].item(), self.grid[0].item()
 
     def end(self, like: Tensor) -> Tensor:
-        """eps for every image of a batch."""
+        """Return eps for every image of a batch."""
         return self.grid[-1].expand(len(like))
 
 
 @dataclass(frozen=True)
 class Jumps(Draws):
-    """steps: the number n of teacher steps, for all images; first [N], to [N]: the nodes of t and s; z: noise of x_t;
-    sigma, z_dsm: noise levels and noise of the DSM term, if there is one."""
+    """Draws of `Trajectory`. steps: the number n of teacher steps, for all images; first [N], to [N]: the nodes of t
+    and s; z: noise of x_t; sigma, z_dsm: noise levels and noise of the DSM term, if there is one."""
 
     steps: int
     first: Tensor
@@ -167,7 +166,7 @@ class Trajectory(_Distillation):
     dsm_weight: float
 
     def draw(self, shape: Shape, step: int, host: torch.Generator, device: torch.Generator) -> Jumps:
-        """n teacher steps a batch, P(n) ~ n; t, u = t + n nodes and s <= u of each image are uniform."""
+        """Draw n teacher steps per batch, P(n) ~ n; t, u = t + n nodes and s <= u of each image are uniform."""
         steps = int(torch.multinomial(torch.arange(1.0, self.max_steps + 1), 1, generator=host)) + 1
         uniform = torch.rand(2, shape[0], generator=device, device=device.device)
         first = (uniform[0] * (len(self.grid) - steps)).long()
@@ -179,7 +178,7 @@ class Trajectory(_Distillation):
         return Jumps(steps, first, to, z, ctm_dsm_sigma(shape[0], *self.ends, device), normal(shape, device))
 
     def terms(self, images: Tensor, labels: Tensor | None, draws: Jumps) -> Iterator[Term]:
-        """The distillation term, then the DSM term if it has a weight."""
+        """Yield the distillation term, then the DSM term if it has a weight."""
         evaluations = 2 * draws.steps + 3 + 3 + 2
         yield Term("distillation", self.distillation(images, labels, draws), 1.0, evaluations * len(images))
         if draws.sigma is not None and draws.z_dsm is not None:
@@ -187,7 +186,7 @@ class Trajectory(_Distillation):
             yield Term("dsm", value, self.dsm_weight, 3 * len(images))
 
     def distillation(self, images: Tensor, labels: Tensor | None, draws: Jumps) -> Tensor:
-        """Both sides are compared where the trajectory ends, after a jump with the frozen average."""
+        """Compare both sides at the end of the trajectory, after a jump with the frozen average."""
         t, u, s = self.grid[draws.first], self.grid[draws.first + draws.steps], self.grid[draws.to]
         x_t = images + expand(t, images) * draws.z
         estimate = self.jump(self.student, x_t, t, s, labels)
@@ -199,14 +198,14 @@ class Trajectory(_Distillation):
         return self.distance(estimate, target).mean()
 
     def denoising(self, images: Tensor, labels: Tensor | None, sigma: Tensor, z: Tensor) -> Tensor:
-        """DSM: the student's D_theta(x_t, t, t) against x_0, with noise of its own."""
+        """Return the DSM term: the student's D_theta(x_t, t, t) against x_0, with noise of its own."""
         sigma_data = self.student.sigma_data
         return weighted_denoising_error(lambda x, t: self.student(x, t, t, labels), images, sigma, sigma_data, z)
 
 
 @dataclass(frozen=True)
 class Pairs(Draws):
-    """first [N]: the node of t; z: noise of x_t."""
+    """Draws of `Endpoint`. first [N]: the node of t; z: noise of x_t."""
 
     first: Tensor
     z: Tensor
@@ -217,12 +216,12 @@ class Endpoint(_Distillation):
     """Endpoint distillation, AP (5): neighbouring grid times t > u, both jumps to eps."""
 
     def draw(self, shape: Shape, step: int, host: torch.Generator, device: torch.Generator) -> Pairs:
-        """A uniform node for every image."""
+        """Draw a uniform node for every image."""
         first = torch.randint(len(self.grid) - 1, shape[:1], generator=device, device=device.device)
         return Pairs(first, normal(shape, device))
 
     def terms(self, images: Tensor, labels: Tensor | None, draws: Pairs) -> Iterator[Term]:
-        """One teacher step apart, both sides end at eps."""
+        """Yield the distance at eps of two sides that start one teacher step apart."""
         t, u = self.grid[draws.first], self.grid[draws.first + 1]
         x_t = images + expand(t, images) * draws.z
         estimate = self.jump(self.student, x_t, t, self.end(images), labels)
@@ -233,5 +232,5 @@ class Endpoint(_Distillation):
 
 
 def normal(shape: Shape, generator: torch.Generator) -> Tensor:
-    """Standard normal noise, float32, on the generator's device."""
+    """Draw standard normal noise, float32, on the generator's device."""
     return torch.randn(shape, generator=generator, device=generator.device)

@@ -21,21 +21,20 @@ from consistency.theory.solver import DenoiserFn
 from consistency.training.data import ImageData
 from consistency.training.distributed import Ranks
 
-#: images, at most, that the data's mean and covariance are taken from
+#: most images from which the data's mean and covariance are computed
 IMAGES = 50_000
 _ROWS = 4096  # images at once
 
 
 def own_preconditioning(name: str, model: Denoiser) -> Preconditioning:
-    """The analytic preconditioning of that name with the l_t and s_t that the model carries, whatever they are when it
-    is used."""
+    """Return the analytic preconditioning of that name with the model's own l_t and s_t at the time of use."""
     own = _OwnODE(model)
     form = {"analytic": GeneralizedODE.backward, "analytic-forward": GeneralizedODE.forward}[name]
     return Preconditioning(name, "D", lambda t, s: form(own.now(), t, s))
 
 
 class _OwnODE:
-    """The ODE of a model's buffer `fit`, made again when that has changed."""
+    """The ODE of a model's buffer `fit`, rebuilt when the buffer changes."""
 
     def __init__(self, model: Denoiser) -> None:
         self._fit = model.fit
@@ -43,8 +42,8 @@ class _OwnODE:
         self._ode: GeneralizedODE | None = None
 
     def now(self) -> GeneralizedODE:
-        """That of the buffer as it is."""
-        # PyTorch counts what is written into a tensor: so a state that is loaded is noticed too.
+        """Return the ODE of the buffer's present values."""
+        # PyTorch counts writes to a tensor, so a loaded state is noticed too.
         if self._ode is None or self._version != self._fit._version:
             self._ode, self._version = _ode(self._fit), self._fit._version
         return self._ode
@@ -56,8 +55,8 @@ def _ode(fit: Tensor) -> GeneralizedODE:
 
 
 def covariance_fit(data: ImageData, times: Tensor) -> Tensor:
-    """times, l_t and s_t, float64 [3, N], of the Gaussian with the data's mean and covariance (of 50,000 images spread
-    evenly over it, where it has more)."""
+    """Return times, l_t and s_t, float64 [3, N], of the Gaussian with the data's mean and covariance (of at most 50,000
+    images, evenly spread)."""
     rows = np.unique(np.linspace(0, len(data) - 1, min(len(data), IMAGES)).round().astype(np.int64))
     pixels = int(np.prod(data.shape))
     total, products = torch.zeros(pixels, dtype=torch.float64), torch.zeros(pixels, pixels, dtype=torch.float64)
@@ -73,11 +72,11 @@ def covariance_fit(data: ImageData, times: Tensor) -> Tensor:
 def diagonal_fit(
     average: Denoiser, images: Tensor, labels: Tensor | None, noise: Tensor, times: Tensor, batch: int
 ) -> Tensor:
-    """times, l_t and s_t, float64 [3, N], of the denoiser D(x, t, t) of a student's average, from two evaluations an
-    image and time.
+    """Return times, l_t and s_t, float64 [3, N], of the denoiser D(x, t, t) of a student's average, from two
+    evaluations per image and time.
 
-    images, noise: [K, C, H, W]; labels: [K] or None; times: [N]; batch: images an evaluation. Raises ValueError if
-    the average returns NaN, or a jump of the fit is singular.
+    images, noise: [K, C, H, W]; labels: [K] or None; times: [N]; batch: images per evaluation. Raises ValueError if the
+    average returns NaN, or a jump of the fit is singular.
     """
 
     def own(rows: slice) -> DenoiserFn:
@@ -93,10 +92,10 @@ def diagonal_fit(
 
 @dataclass(frozen=True)
 class Refits:
-    """Fits l_t and s_t again whenever a training enters a new stage, before that step.
+    """Refits of l_t and s_t, one before the first step of each new stage of a training.
 
-    stage: that of a step; student, averages: who carry the fit, which is made from the first average; images, noise:
-    [K, C, H, W], in the precision of the fit, labels: [K] or None, times: [N], batch: as for `diagonal_fit`.
+    stage: maps a step to its stage; student, averages: carry the fit, which is made from the first average; images,
+    noise: [K, C, H, W], in the precision of the fit, labels: [K] or None, times: [N], batch: as for `diagonal_fit`.
     """
 
     stage: Callable[[int], int]
@@ -110,10 +109,10 @@ class Refits:
     ranks: Ranks
 
     def __call__(self, step: int) -> int:
-        """Called before every step (from 0). Returns the evaluations made; raises UserError for a fit that is none."""
+        """Refit if this step (from 0) begins a stage. Returns the evaluations made; raises UserError for a bad fit."""
         if not step or self.stage(step) == self.stage(step - 1):
             return 0
-        # A copy: whatever the training computes in, the fit has its own precision.
+        # A copy, because the fit has its own precision whatever that of the training.
         average = copy.deepcopy(self.averages[0]).to(self.images.dtype).compute_in("float32")
         try:
             fit = diagonal_fit(average, self.images, self.labels, self.noise, self.times, self.batch)
@@ -122,7 +121,7 @@ class Refits:
                 f"refit of the coefficients at step {step}: {error}; raise dsm_weight or coefficients.samples, or use "
                 "fit: data"
             ) from None
-        # All processes have computed it; that of the first is the one, to the bit.
+        # All processes have computed it; the first one's is used, to the bit.
         here = self.ranks.gathered(fit.to(next(self.student.parameters()).device))[:3]
         for model in (self.student, *self.averages):
             model.carry(here)

@@ -1,4 +1,4 @@
-"""Where the time of a step goes, without stopping a GPU to find out."""
+"""Timing of the parts of a step, without stalling a GPU."""
 
 import itertools
 import time
@@ -11,7 +11,7 @@ import torch
 
 
 class Stopwatch:
-    """Seconds spent in named parts of a step; a part inside another is counted to the inner one alone.
+    """Seconds spent in named parts of a step; a nested part counts as the inner one alone.
 
     On a GPU, marks are put into its queue and read only when `read` is called.
     """
@@ -23,7 +23,7 @@ class Stopwatch:
 
     @contextmanager
     def part(self, name: str) -> Iterator[None]:
-        """Count the block to the part of that name."""
+        """Count the block as the part of that name."""
         outer, self._part = self._part, name
         self._mark(outer)
         try:
@@ -33,7 +33,7 @@ class Stopwatch:
             self._part = outer
 
     def _mark(self, ended: str) -> None:
-        """The part `ended` ran until now."""
+        """Mark the end of the part `ended`."""
         if not self._on_gpu:
             self._marks.append((ended, time.perf_counter()))
             return
@@ -42,12 +42,12 @@ class Stopwatch:
         self._marks.append((ended, event))
 
     def read(self) -> dict[str, float]:
-        """Seconds of each part since the last reading. Waits for the GPU."""
+        """Return the seconds of each part since the last reading. Waits for the GPU."""
         seconds: dict[str, float] = defaultdict(float)
         if self._on_gpu and self._marks:
             torch.cuda.synchronize()
         for (_, before), (name, after) in itertools.pairwise(self._marks):
             seconds[name] += before.elapsed_time(after) / 1e3 if self._on_gpu else after - before
         self._marks.clear()
-        seconds.pop("", None)  # what lies between the parts
+        seconds.pop("", None)  # time between the parts
         return dict(seconds)

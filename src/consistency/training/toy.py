@@ -1,4 +1,4 @@
-"""The paper's toy in the plane: two tight Gaussians learnt from nothing by consistency training (REFERENCE D6)."""
+"""The paper's toy in the plane: two tight Gaussians learnt by consistency training (GC and its released notebook)."""
 
 from dataclasses import dataclass
 
@@ -99,7 +99,7 @@ def train_toy(
 def _follow(
     generates: bool, objective: ConsistencyTraining, average: Ema, losses: Tensor, pairs: Pairs, followed: int
 ) -> Toy:
-    """Fresh pairs through the trained toy, at the times of its last grid."""
+    """Follow fresh pairs through the trained toy, at the times of its last grid."""
     data, noise = pairs.data[:, :, None, None], pairs.noise[:, :, None, None]
     times = rho_grid(101, SIGMA_MIN, SIGMA_MAX).flip(0)
 

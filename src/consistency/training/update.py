@@ -19,9 +19,9 @@ BALANCED = "dsm"
 
 
 def share_of(batch: int, batch_per_device: int | None, ranks: Ranks) -> tuple[slice, int]:
-    """This process's rows of the batch, and how many go through the device at once.
+    """Return this process's rows of the batch, and the number of rows that go through the device at once.
 
-    Raises UserError when the batch cannot be divided so.
+    Raises UserError if the batch cannot be divided like that.
     """
     share, rest = divmod(batch, ranks.world)
     if rest:
@@ -39,7 +39,7 @@ def share_of(batch: int, batch_per_device: int | None, ranks: Ranks) -> tuple[sl
 
 @dataclass
 class Update:
-    """What one step of a training does to a model.
+    """One optimiser step of a training.
 
     batch: images of a step; part: images at once; draws of step k depend on (seed, purpose, k) alone. adaptive: the
     DSM term is scaled by ||grad distillation|| / (||grad dsm|| + 1e-4) at the last layer, at most 1e4, as in CTM's
@@ -62,11 +62,11 @@ class Update:
     def __post_init__(self) -> None:
         self._parameters = list(self.model.parameters())
         self._aside: list[Tensor | None] = [None] * len(self._parameters)
-        # The layer that gives the output.
+        # The output layer.
         self._last = [k for k, weight in enumerate(self._parameters) if weight.ndim > 1][-1]
 
     def step(self, step: int) -> tuple[dict[str, Tensor], int]:
-        """One optimiser step. Returns its terms, "loss" and "grad_norm" among them, and this process's evaluations.
+        """Take one optimiser step. Returns its terms, with "loss" and "grad_norm", and this process's evaluations.
 
         The terms are this process's means; the gradient, its norm and the balance are those of the whole batch.
         """
@@ -85,7 +85,7 @@ class Update:
             balance = self._gather_gradients(weights)
             loss = sum((means[name] * weights[name] for name in means if name != BALANCED), torch.zeros(()))
             if BALANCED in means:
-                # Where float16 has overflowed in both terms there is no ratio; the step is left out anyway.
+                # If float16 overflowed in both terms there is no ratio; the step is skipped anyway.
                 balance = torch.where(torch.isfinite(balance), balance, 0.0) if self.scaler.is_enabled() else balance
                 loss = loss + means[BALANCED] * weights[BALANCED] * balance
                 means |= {"dsm_balance": balance} if self.adaptive else {}
@@ -98,11 +98,11 @@ class Update:
 
     @property
     def _portion(self) -> float:
-        """A part's images among this process's."""
+        """Fraction of this process's images in a part."""
         return self.part / self._share
 
     def _terms(self, step: int) -> Iterator[Term]:
-        """The terms of all parts of this process's share, part by part."""
+        """Yield the terms of all parts of this process's share, part by part."""
         with self.stopwatch.part("data"):
             images, labels = self.batches(step)
             shape: Shape = (self.batch, images.shape[1], images.shape[2], images.shape[3])
@@ -125,7 +125,7 @@ class Update:
                 yield term
 
     def _backward(self, term: Term) -> None:
-        """Add the term's gradients: to those of the model, or, of a term yet to be balanced, to a set of their own."""
+        """Add the term's gradients to the model's or, for a term yet to be balanced, to a separate set."""
         apart = self.adaptive and term.name == BALANCED
         weight = self._portion if apart else self._portion * term.weight
         with self._gradients_aside() if apart else contextlib.nullcontext():
@@ -133,7 +133,7 @@ class Update:
 
     @contextlib.contextmanager
     def _gradients_aside(self) -> Iterator[None]:
-        """Within, the parameters' gradients are the set of the balanced term."""
+        """Swap the balanced term's set in as the parameters' gradients within the block."""
         main = [parameter.grad for parameter in self._parameters]
         self._set_gradients(self._aside)
         yield
@@ -145,7 +145,7 @@ class Update:
             parameter.grad = gradient
 
     def _gather_gradients(self, weights: dict[str, float]) -> Tensor:
-        """Means over the processes; then the balanced term joins. Returns its balance (1 if that is fixed)."""
+        """Average over the processes, then add the balanced term. Returns its balance (1 if that is fixed)."""
         main = [parameter.grad for parameter in self._parameters if parameter.grad is not None]
         apart = [gradient for gradient in self._aside if gradient is not None]
         self.ranks.mean_([*main, *apart])
@@ -153,7 +153,7 @@ class Update:
             return main[0].new_ones(())
         distillation, dsm = self._parameters[self._last].grad, self._aside[self._last]
         assert distillation is not None and dsm is not None
-        # Both are scaled alike for float16, so their ratio is not; the small number is, to stay what it is.
+        # float16's loss scale cancels in the ratio; the small number is scaled with it to keep its effect.
         small = 1e-4 * self.scaler.scale(distillation.new_ones(()))
         balance = (distillation.norm() / (dsm.norm() + small)).clamp(max=1e4)
         for parameter, gradient in zip(self._parameters, self._aside, strict=True):
@@ -164,7 +164,7 @@ class Update:
         return balance
 
     def _apply(self) -> Tensor:
-        """The optimiser's step. Returns the gradient norm."""
+        """Apply the optimiser's step. Returns the gradient norm."""
         self.scaler.unscale_(self.optimizer)
         norm = torch.nn.utils.get_total_norm([p.grad for p in self._parameters if p.grad is not None])
         self.scaler.step(self.optimizer)
