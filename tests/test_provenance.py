@@ -47,7 +47,7 @@ def write(study: Study, layout: Layout) -> Write:
     return written
 
 
-def test_a_card_says_what_the_issue_asks_for(write: Write, study: Study) -> None:
+def test_a_card_says_what_made_it_from_what_and_where(write: Write, study: Study) -> None:
     card = write()
     assert card["command"].startswith("python -m consistency")
     assert card["git"].keys() == {"commit", "dirty"}

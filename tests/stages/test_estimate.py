@@ -25,7 +25,7 @@ def test_operations_are_those_of_the_layers() -> None:
 
 @pytest.mark.parametrize("name", [name for name in registry() if name.startswith("edm-")])
 def test_every_official_checkpoint_has_its_published_size(name: str) -> None:
-    """REFERENCE A5: parameters of the official networks."""
+    """The parameters of NVIDIA's networks."""
     with torch.device("meta"):
         parameters = sum(p.numel() for p in build_denoiser(official_architecture(name)).parameters())
     assert parameters in {55_733_891, 55_735_299, 56_397_827, 56_400_643, 61_805_571, 62_761_091, 295_899_267}
@@ -75,7 +75,7 @@ def test_the_second_papers_studies_are_counted_without_data(
 
 
 def test_a_student_that_starts_from_its_teacher_has_a_second_time() -> None:
-    """REFERENCE B1: CTM's student, 60,395,267 parameters."""
+    """CTM's released student has 60,395,267 parameters."""
     name = "cifar10-ect"
     assert estimate(Job(load_study(f"config/studies/{name}.yaml"), Layout(name))).disk["teacher"] == 4 * 60_395_267
 

@@ -1,4 +1,4 @@
-"""The closed forms of METHOD section 4: what the method must give, to the printed digits."""
+"""The closed forms that the method must give, to the printed digits (docs/method.md, Oracles)."""
 
 import numpy as np
 import pytest

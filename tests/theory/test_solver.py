@@ -165,7 +165,7 @@ def test_edm_weight_and_ctm_s_levels() -> None:
     sigma = ctm_dsm_sigma(4001, 0.002, 80.0, seeded())
     assert len(sigma) == 4001
     large = sigma[2000:]
-    # U(0, 0.7) of the rho grid ends at 0.3183 (REFERENCE B4).
+    # U(0, 0.7) of the rho grid ends at 0.3183 (CTM's code).
     assert large.min() > 0.318
     assert large.max() <= 80
     assert abs(sigma[:2000].log().mean() + 1.2) < 0.15  # 5 standard errors

@@ -13,7 +13,7 @@ from consistency.study import NoTeacher, load_study
 #: downloads and trainings
 FIRST_PAPER = {"cifar10-uncond": (4, 15), "cifar10-cond": (4, 15), "ffhq64": (3, 15), "imagenet64": (3, 15)}
 SECOND_PAPER = {"cifar10-gc": (2, 27), "imagenet32-gc": (1, 12), "celeba64-gc": (1, 12), "cifar10-ect": (3, 12)}
-#: REFERENCE D2: rate, batch, steps, blocks, attention, baseline's dropout
+#: of the released GC and ECT configurations: rate, batch, steps, blocks, attention, baseline's dropout
 RELEASED = {
     "cifar10-gc": (1e-4, 512, 100_000, 3, [], 0.3),
     "imagenet32-gc": (8e-5, 512, 150_000, [3, 5, 7], [16], [0.0, 0.2, 0.2]),

@@ -10,7 +10,7 @@ from consistency.theory.oracles import MIXTURE_TABLE, GaussianTeacher, gaussian_
 def validate() -> None:
     """Print measured against known values. Raises UserError when one is off."""
     wrong = []
-    print("mean squared error of the n-step endpoint, 1-D mixture (ours / METHOD's printed digits)")
+    print("mean squared error of the n-step endpoint, 1-D mixture (ours / known, as printed)")
     for name, row in mixture_table().items():
         cells = []
         for steps, value in row.items():
