@@ -156,6 +156,7 @@ MISTAKES: list[tuple[dict[str, Any], str]] = [
     ),
     ({"students": {"teacher": {}}, "report": {}}, "students.teacher: that name is taken"),
     ({"students": {"extractor": {}}, "report": {}}, "students.extractor: that name is taken"),
+    ({"students": {"flows": {}}, "report": {}}, "students.flows: that name is taken"),
     ({"flows": {}}, "flows measures students of consistency training, and there is none: remove the section"),
     (
         {"student.objective": "endpoint", "student.preconditioning": "ctm", "varies": ["objective"]}

@@ -36,5 +36,5 @@ class Layout:
         self.measured_calibration = state / study / "calibration.json"
 
     def training_state(self, run: str, seed: int) -> Path:
-        """Return the path of a training's resumable state; run is 'teacher' or a student. Never a declared output."""
+        """Return a training's resumable state; run: teacher, a student or flows/<student>. Never a declared output."""
         return self.state / self.study / run / f"seed{seed}"

@@ -633,7 +633,7 @@ class Study(Section):
 
 def _names_are_free(study: Study) -> Iterator[str]:
     """Yield the students whose names are taken by folders of the workflow."""
-    for run in sorted({"teacher", "report", "extractor", "dataset", "samples"} & study.students.keys()):
+    for run in sorted({"teacher", "report", "extractor", "dataset", "samples", "flows"} & study.students.keys()):
         yield f"students.{run}: that name is taken by the workflow; choose another"
 
 

@@ -107,6 +107,6 @@ def discrepancy_of(job: Job, settings: Flows, data: ImageData, machine: Machine)
         averages=[Ema(model, 0.999, warm_up=0.75)],
         steps=settings.denoiser_steps,
         log_every=100,
-        folder=job.paths.training_state(f"flows-{job.run}", settings.seed),
+        folder=job.paths.training_state(f"flows/{job.run}", settings.seed),
     )
     return Discrepancy(training, objective, study.seeds[0], [job.weights(), *filter(None, [job.predictor])])
