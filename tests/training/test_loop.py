@@ -104,10 +104,10 @@ def job(tmp_path: Path) -> Callable[..., Training]:
 Job = Callable[..., Training]
 
 
-def interrupted(training: Training) -> Interrupted:
+def interrupted(training: Training, on_start: Callable[[], None] = lambda: None) -> Interrupted:
     """Train until the training's hook asks it to stop."""
     with pytest.raises(Interrupted) as stopped:
-        train(training)
+        train(training, on_start)
     return stopped.value
 
 
@@ -170,11 +170,11 @@ def test_a_training_keeps_its_identity_and_says_when_it_goes_on(job: Job, tmp_pa
     def on_start() -> None:
         said.append((files.read_identity(tmp_path / "seed0")["id"], len(history(tmp_path / "seed0"))))
 
-    interrupted(job(hook=at(3, signal_self), on_start=on_start))
+    interrupted(job(hook=at(3, signal_self)), on_start)
     with (tmp_path / "seed0/history.jsonl").open("a") as file:
         file.write('{"step": 5, "loss": 1.0}\n')
-    train(job(on_start=on_start))
-    train(job(on_start=on_start, key="other"))
+    train(job(), on_start)
+    train(job(key="other"), on_start)
     assert said[0] == (said[1][0], 0) and said[1][1] == 1
     assert said[2][0] != said[0][0] and said[2][1] == 0
 

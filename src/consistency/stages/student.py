@@ -44,8 +44,8 @@ def make_student(job: Job, machine: Machine) -> None:
     """
     card = Card(job, "student")
     training = _training(job, read_dataset(job), machine)
-    with followed(job, training.folder) as training.on_start:
-        measured = train(training)
+    with followed(job, training.folder) as start:
+        measured = train(training, start)
         if machine.ranks.first:
             _publish(card, training, measured)
             shutil.rmtree(training.folder)

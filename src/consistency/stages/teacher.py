@@ -35,8 +35,8 @@ def make_teacher(job: Job, machine: Machine) -> None:
     card, settings = Card(job, "teacher"), job.study.teacher
     if isinstance(settings, Teacher):
         training = _training(job.study, settings, job.paths, read_dataset(job), machine)
-        with followed(job, training.folder) as training.on_start:
-            measured = train(training)
+        with followed(job, training.folder) as start:
+            measured = train(training, start)
             if machine.ranks.first:
                 _write(card, training.averages[0].model, training, measured)
                 shutil.rmtree(training.folder)

@@ -40,9 +40,8 @@ class Interrupted(Exception):
 @dataclass
 class Training:
     """A training run: model, length, schedule and folder. averages: EMA copies; the first names snapshots and results;
-    learning_rate: maps a step to a rate, None keeps the optimiser's. snapshot_every: None for no snapshots. on_start:
-    called on rank 0 once the state is restored and the history truncated to the restored step. before_step: called
-    before every step (from 0) on all ranks; returns the evaluations that it made."""
+    learning_rate: maps a step to a rate, None keeps the optimiser's. snapshot_every: None for no snapshots. before_step:
+    called before every step (from 0) on all ranks; returns the evaluations that it made."""
 
     label: str
     key: str
@@ -53,7 +52,6 @@ class Training:
     folder: Path
     learning_rate: Callable[[int], float] | None = None
     snapshot_every: int | None = None
-    on_start: Callable[[], None] | None = None
     before_step: Callable[[int], int] | None = None
 
 
@@ -89,8 +87,9 @@ class _Clock:
         return "" if self.loss is None else f"loss {self.loss:.4g}"
 
 
-def train(job: Training) -> dict[str, float]:
-    """Train from the saved state, or from the start, to the last step.
+def train(job: Training, on_start: Callable[[], None] = lambda: None) -> dict[str, float]:
+    """Train from the saved state, or from the start, to the last step. on_start: called on rank 0 once the state is
+    restored and the history truncated to the restored step.
 
     Leaves history.jsonl and snapshots/ in job.folder and the trained weights in the model and the averages. Returns the
     cost: seconds, network_evaluations, images. Raises Interrupted after saving when a signal asks any of the processes
@@ -99,8 +98,8 @@ def train(job: Training) -> dict[str, float]:
     ranks = job.update.ranks
     with only_one(job.folder, "is working") if ranks.first else contextlib.nullcontext(), stop_requests() as requests:
         clock, window = _resume(job)
-        if job.on_start and ranks.first:
-            job.on_start()
+        if ranks.first:
+            on_start()
         if job.snapshot_every and clock.step == 0:
             _snapshot(job, 0)
         progress = Progress(job.label, job.steps, clock.step, clock.note, shown=ranks.first)
