@@ -172,11 +172,11 @@ def _objective(
     preconditioning = read_preconditioning(job, models[0])
     distance = _distance(settings, machine)
     grid = time_grid(job.study, settings.nodes, machine.device)
-    endpoint = Endpoint(*models, preconditioning, distance, grid, settings.target, stopwatch=stopwatch)
+    shared = (*models, preconditioning, distance, grid, settings.target)
     if settings.objective == "endpoint":
-        return endpoint
+        return Endpoint(*shared, stopwatch=stopwatch)
     max_steps = settings.max_heun_steps or settings.nodes - 1
-    return Trajectory(**vars(endpoint), max_steps=max_steps, dsm_weight=settings.dsm_weight)
+    return Trajectory(*shared, max_steps, settings.dsm_weight, stopwatch=stopwatch)
 
 
 def consistency_objective(job: Job, models: tuple[Denoiser, Denoiser], machine: Machine) -> ConsistencyTraining:

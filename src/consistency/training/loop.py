@@ -40,8 +40,8 @@ class Interrupted(Exception):
 @dataclass
 class Training:
     """A training run: model, length, schedule and folder. averages: EMA copies; the first names snapshots and results;
-    learning_rate: maps a step to a rate, None keeps the optimiser's. snapshot_every: None for no snapshots. before_step:
-    called before every step (from 0) on all ranks; returns the evaluations that it made."""
+    learning_rate: maps a step to a rate, None keeps the optimiser's. snapshot_every: None for no snapshots.
+    before_step: called before every step (from 0) on all ranks; returns the evaluations that it made."""
 
     label: str
     key: str
