@@ -6,7 +6,9 @@ rule report:
         coefficients_if_read,
         lambda w: expand(rules.flows.output[:5], study=w.study) if job_of(w).study.flows else [],
         # The snapshots whose own coefficients it shows.
-        lambda w: expand(rules.student.output[3], study=w.study, run=job_of(w).study.carrying, seed=job_of(w).study.seeds[0]),
+        lambda w: expand(
+            rules.student.output[3], study=w.study, run=job_of(w).study.carrying, seed=job_of(w).study.seeds[0]
+        ),
     output:
         report(
             "results/{study}/report/report.html",
