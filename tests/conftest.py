@@ -20,7 +20,7 @@ from consistency.layout import Layout
 from consistency.nets.denoiser import init_denoiser
 from consistency.provenance import Card
 from consistency.resources import REGISTRY
-from consistency.study import Study
+from consistency.study import Study, build_study
 
 # The number of threads decides the last bits of a sum, and tests compare them; what they start inherits it.
 os.environ["OMP_NUM_THREADS"] = "1"
@@ -114,7 +114,7 @@ def tiny() -> Callable[..., Study]:
     """tiny({"student.steps": 9}): the tiny study with changes."""
 
     def make(changes: Changes | None = None) -> Study:
-        return Study.model_validate(changed(changes or {}))
+        return build_study(changed(changes or {}))
 
     return make
 
@@ -186,7 +186,9 @@ def first_results(tmp_path_factory: pytest.TempPathFactory, tiny: Callable[..., 
     layout = Layout(study.name, folder / "results", folder / "state")
     make_dataset(Job(study, layout))
     teacher = init_denoiser(architecture(study, study.teacher, load_images(layout.dataset)), 0)
-    save_denoiser(layout.teacher / "teacher.safetensors", teacher, {"key": study.key("teacher"), "study": "tiny"})
+    save_denoiser(
+        layout.teacher / "teacher.safetensors", teacher, {"key": Job(study, layout).key("teacher"), "study": "tiny"}
+    )
     times = log_grid(16, study.noise.sigma_min, study.noise.sigma_max).numpy()
     layout.coefficients.mkdir()
     l = 1 / (1 + 1 / times)

@@ -170,7 +170,7 @@ def _teacher(job: Job) -> None:
         write_bytes(folder / "history.jsonl", b"")
     if isinstance(settings, OfficialTeacher):
         inputs, measured = [], {"parameters": 55_733_891}
-    _weights(folder / "teacher.safetensors", job.study.key("teacher"), steps)
+    _weights(folder / "teacher.safetensors", job.key("teacher"), steps)
     _card(job, "teacher", inputs, **measured)
 
 

@@ -17,6 +17,7 @@ from consistency.errors import UserError
 from consistency.files import sha256
 from consistency.job import Job
 from consistency.layout import Layout
+from consistency.study import key_of
 from consistency.verification import verify
 
 ROOT = Path(__file__).parents[1]
@@ -36,7 +37,7 @@ def home(finished_small: Path, tmp_path: Path) -> Path:
 def pack(home: Path, **options: Any) -> Path:
     study = make_study(home)
     make_archive(Job(study, Layout("small", home / "results")), home / "small.yaml", home / "archives", **options)
-    return home / f"archives/small-{study.key('report')[:8]}.zip"
+    return home / f"archives/small-{key_of(study, 'report')[:8]}.zip"
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ from tests.tracking.trainings import history_of
 from consistency.errors import UserError
 from consistency.job import Job
 from consistency.layout import Layout
-from consistency.study import Study
+from consistency.study import Study, key_of
 from consistency.tracking import live
 from consistency.tracking.plan import plan
 from consistency.tracking.upload import track_study
@@ -88,7 +88,7 @@ def test_a_live_run_says_what_it_is(small_project: Study, client: Any) -> None:
     assert next(iter(run.data.params)) == "preconditioning"
     assert run.data.params["preconditioning"] == run.data.tags["preconditioning"] == "analytic"
     assert run.data.tags["mlflow.parentRunId"] == parent.info.run_id
-    assert run.data.tags["study_hash"] == small_project.key("report")
+    assert run.data.tags["study_hash"] == key_of(small_project, "report")
     assert (run.data.tags["role"], run.data.tags["state"]) == ("seed", "live")
     assert run.data.tags["mlflow.runColor"] == parent.data.tags["mlflow.runColor"] == "#D55E00"
     assert {"git_commit", "host", "consistency.training"} <= run.data.tags.keys()

@@ -8,8 +8,7 @@ from contextlib import suppress
 import pytest
 
 from consistency import progress
-from consistency.progress import Progress, track
-from consistency.supervision import SUPERVISOR
+from consistency.progress import SUPERVISOR, Progress, track
 
 
 @pytest.fixture(autouse=True)

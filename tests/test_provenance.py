@@ -14,7 +14,7 @@ from consistency.job import Job
 from consistency.layout import Layout
 from consistency.provenance import Card, read_card
 from consistency.resources import registry
-from consistency.study import Study, settings_key
+from consistency.study import Study, build_study, key_of, settings_key
 
 
 @pytest.fixture
@@ -51,8 +51,8 @@ def test_a_card_says_what_made_it_from_what_and_where(write: Write, study: Study
     card = write()
     assert card["command"].startswith("python -m consistency")
     assert card["git"].keys() == {"commit", "dirty"}
-    assert Study.model_validate(card["resolved"]) == study
-    assert card["key"] == study.key("student", "ctm", 1) == settings_key("student", 1, card["settings"])
+    assert build_study(card["resolved"]) == study
+    assert card["key"] == key_of(study, "student", "ctm", 1) == settings_key("student", 1, card["settings"])
     assert card["seeds"] == {"student": 1}
     assert {"python", "torch", "numpy"} <= card["versions"].keys()
     assert {"host", "processor", "gpus"} <= card["hardware"].keys()

@@ -10,7 +10,7 @@ from tests.conftest import ABSENT
 
 from consistency.errors import UserError
 from consistency.reference import REFERENCE, write_reference
-from consistency.study import Student, Study, load_study
+from consistency.study import Student, Study, key_of, load_study
 
 ROOT = Path(__file__).parents[1]
 STUDIES = sorted((ROOT / "config/studies").glob("*.yaml"))
@@ -293,9 +293,9 @@ def test_a_student_s_own_fit_asks_for_no_teacher_and_is_part_of_its_key(
     assert not study.needs_coefficients
     assert study.students["ic"].dsm_weight == 0
     finer = load_study(write_study(settings | {"coefficients.times": 99}))
-    changed = {run for run in students if study.key("student", run, 0) != finer.key("student", run, 0)}
+    changed = {run for run in students if key_of(study, "student", run, 0) != key_of(finer, "student", run, 0)}
     assert changed == {"own", "self"}
-    assert len({study.key("student", run, 0) for run in students}) == 3
+    assert len({key_of(study, "student", run, 0) for run in students}) == 3
 
 
 def test_students_may_differ_in_what_the_study_says_varies(write_study: WriteStudy) -> None:
@@ -400,10 +400,10 @@ SCORES = {"scores", "scores ctm", "scores analytic"}
 
 def keys(study: Study) -> dict[str, str]:
     """The key of every stage."""
-    found = {stage: study.key(stage) for stage in (*sorted(UPSTREAM), "samples", "scores", "report")}
+    found = {stage: key_of(study, stage) for stage in (*sorted(UPSTREAM), "samples", "scores", "report")}
     for run in study.students:
         for stage in ("student", "samples", "scores"):
-            found[f"{stage} {run}"] = study.key(stage, run, 0)
+            found[f"{stage} {run}"] = key_of(study, stage, run, 0)
     return found
 
 
@@ -462,7 +462,7 @@ def test_writing_out_a_default_changes_no_key_but_the_reports(tiny: Tiny) -> Non
 
 def test_a_key_names_the_stage_the_student_and_the_seed(tiny: Tiny) -> None:
     study = tiny({"seeds": [0, 1]})
-    found = [*keys(study).values(), study.key("student", "ctm", 1)]
+    found = [*keys(study).values(), key_of(study, "student", "ctm", 1)]
     assert len(set(found)) == len(found)
     assert all(len(key) == 16 and int(key, 16) >= 0 for key in found)
 

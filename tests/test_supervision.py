@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from consistency.supervision import SUPERVISOR
+from consistency.progress import SUPERVISOR
 
 SOURCE = str(Path(__file__).parents[1] / "src")
 # Says when it is watched, then works on; ends by itself well before the tests' patience does.

@@ -24,7 +24,7 @@ from consistency.files import read_json
 from consistency.job import Job
 from consistency.layout import Layout
 from consistency.stages.scores import COLUMNS
-from consistency.study import Study
+from consistency.study import Study, key_of
 from consistency.tracking import server as tracking
 from consistency.tracking.plan import Record, plan
 from consistency.tracking.server import tracking_uri, without_credentials
@@ -107,7 +107,7 @@ def test_params_tags_and_data_say_what_a_run_is(small_project: Study, client: An
     assert runs["analytic"].data.params["seeds"] == "0, 1"
     assert {"network.kind": "mlp", "dataset.kind": "digits"}.items() <= runs["teacher"].data.params.items()
     card = read_json(LAYOUT.root / "students/analytic/seed1/card.json", "student")
-    assert seed.data.tags["study_hash"] == small_project.key("report")
+    assert seed.data.tags["study_hash"] == key_of(small_project, "report")
     assert seed.data.tags["host"] == card["hardware"]["host"]
     # Those in which the students differ come first.
     assert next(iter(plan(Job(small_project, LAYOUT))[2].params)) == "preconditioning"

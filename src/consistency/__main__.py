@@ -16,7 +16,8 @@ from typing import Any
 
 from consistency import __version__, launch, slurm_job
 from consistency.errors import UserError
-from consistency.supervision import SUPERVISOR, watch_supervisor
+from consistency.progress import SUPERVISOR
+from consistency.supervision import watch_supervisor
 
 Arguments = argparse.Namespace
 

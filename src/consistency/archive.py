@@ -27,7 +27,7 @@ def make_archive(job: Job, study_file: Path, archives: Path, snapshots: bool = F
     for name in result_files(root):
         if not stays_out(name, snapshots):
             members[f"results/{study.name}/{name}"] = root / name
-    path = archives / f"{study.name}-{study.key('report')[:8]}.zip"
+    path = archives / f"{study.name}-{job.key('report')[:8]}.zip"
     with atomic(path) as temporary, ZipFile(temporary, "w", ZIP_DEFLATED, strict_timestamps=False) as archive:
         for name, source in members.items():
             archive.write(source, name)

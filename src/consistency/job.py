@@ -2,9 +2,13 @@
 
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from consistency.layout import Layout, ema_suffix, snapshot_name
-from consistency.study import Student, Study
+from consistency.study import Student, Study, key_of, settings_of
+
+#: stages with an artifact for each student and seed; samples and scores have one of the teacher as well
+PER_STUDENT = ("student", "samples", "scores")
 
 
 @dataclass(frozen=True)
@@ -47,9 +51,19 @@ class Job:
         """Name in progress and messages: 'ctm seed 0', or the study's."""
         return self.study.name if self.run is None else f"{self.run} seed {self.seed}"
 
+    def at(self, stage: str) -> "Job":
+        """Return the job of a stage: this one, or that of the whole study for a stage that makes one artifact for all
+        students."""
+        return self if stage in PER_STUDENT else self.of()
+
     def key(self, stage: str) -> str:
         """Return 16 hex digits that identify the settings (and seed) of a stage's artifact."""
-        return self.study.key(stage, self.run, self.seed)
+        job = self.at(stage)
+        return key_of(self.study, stage, job.run, job.seed)
+
+    def settings(self, stage: str) -> dict[str, Any]:
+        """Return every key that a stage's artifact depends on."""
+        return settings_of(self.study, stage, self.at(stage).run)
 
     @property
     def folder(self) -> Path:

@@ -10,11 +10,11 @@ from typing import Any, TypeVar
 
 from tqdm import tqdm
 
-from consistency.supervision import SUPERVISOR
-
 T = TypeVar("T")
 Rows = TypeVar("Rows", bound=Sized)
 
+#: set by the workflow to "host:pid" of the Snakemake that starts the jobs
+SUPERVISOR = "CONSISTENCY_SUPERVISOR"
 #: seconds between two lines where no bar can be drawn (a log file, or a terminal shared with other jobs)
 LINE_EVERY = 5.0
 

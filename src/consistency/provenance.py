@@ -22,8 +22,8 @@ from consistency.layout import Layout
 from consistency.resources import known_sha256
 from consistency.study import Teacher
 
-#: formats of this project's cards and checkpoints
-CARD, CHECKPOINT = "consistency-card-2", "consistency-denoiser-1"
+#: format of this project's cards
+CARD = "consistency-card-2"
 
 #: the stage that makes an artifact, and its job
 Artifact = tuple[str, Job]
@@ -69,7 +69,7 @@ class Card:
             "seed": job.seed,
             "seeds": seeds_of(job, stage),
             "key": job.key(stage),
-            "settings": job.study.settings(stage, job.run),
+            "settings": job.settings(stage),
             "resolved": job.study.model_dump(mode="json"),
             "command": shlex.join(["python", "-m", "consistency", *sys.argv[1:]]),
             "created": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -124,7 +124,7 @@ def artifacts(job: Job, also: Collection[str] = ()) -> dict[str, Artifact]:
 
 def read_card(job: Job, stage: str) -> dict[str, Any]:
     """Read the card of an artifact. Raises UserError if it is missing or of another study or other settings."""
-    job = job if stage in ("student", "samples", "scores") else job.of()
+    job = job.at(stage)
     made_by = ("calibration" if stage == "scores" and job.run is None else stage) + job.options
     path = job.card(stage)
     card: dict[str, Any] = read_json(path, made_by)
@@ -132,7 +132,7 @@ def read_card(job: Job, stage: str) -> dict[str, Any]:
         made = job.scores if stage == "scores" else path.parent
         raise UserError(
             f"{made} was made by study {card.get('study')!r} with other settings"
-            f"{first_difference(card.get('settings', {}), job.study.settings(stage, job.run))}: "
+            f"{first_difference(card.get('settings', {}), job.settings(stage))}: "
             f"run `{made_by}` again, or give this study another --results folder"
         )
     return card

@@ -112,14 +112,15 @@ class SongUNet(Section):
     @model_validator(mode="after")
     def _possible(self) -> Self:
         for key in ("num_blocks", "dropout"):
-            self.require_levels(f"teacher.network.{key}", getattr(self, key))
+            for problem in self.wrong_levels(f"teacher.network.{key}", getattr(self, key)):
+                raise ValueError(problem)
         return self
 
-    def require_levels(self, key: str, value: float | list[int] | list[float]) -> None:
-        """Raise ValueError, naming the key, for a list that is not as long as channel_mult."""
+    def wrong_levels(self, key: str, value: float | list[int] | list[float]) -> Iterator[str]:
+        """Yield a message that names the key, if its list is not as long as channel_mult."""
         if isinstance(value, list) and len(value) != len(self.channel_mult):
             levels = len(self.channel_mult)
-            raise ValueError(f"{key} lists {len(value)} levels, teacher.network.channel_mult {levels}: give as many")
+            yield f"{key} lists {len(value)} levels, teacher.network.channel_mult {levels}: give as many"
 
 
 class MLP(Section):
@@ -529,12 +530,13 @@ class Study(Section):
                 whole = {run: {**shared, **own} if isinstance(own, dict) else own for run, own in students.items()}
                 study = build({**given, "students": whole})
                 study._own = students
-            case _:
-                study = build(given)
-        for rule in RULES:
-            for problem in rule(study):
-                raise ValueError(problem)
-        return study
+                return study
+        return build(given)
+
+    @property
+    def overrides(self) -> dict[str, dict[str, Any]]:
+        """The keys that each student sets itself."""
+        return self._own
 
     @field_serializer("students")
     def _as_in_the_file(self, _: dict[str, Student]) -> dict[str, dict[str, Any]]:
@@ -584,52 +586,6 @@ class Study(Section):
         """True if a student reads the coefficients fitted from the teacher."""
         return any(student.needs_coefficients for student in self.students.values())
 
-    def settings(self, stage: str, run: str | None = None) -> dict[str, Any]:
-        """Return every key that a stage's result depends on, including those of earlier stages.
-
-        stage: dataset, teacher, extractor, coefficients, student, samples, scores, flows, report. run names the student
-        for student, samples and scores; samples and scores without one are the teacher's.
-        """
-        dump = self.model_dump(mode="json", exclude={"compute": True, "sampling": {"batch"}})
-        images = {key: value for key, value in dump["dataset"].items() if key != "horizontal_flip"}
-        base = {part: dump[part] for part in ("dataset", "noise", "teacher")}
-        match stage:
-            case "report":
-                return dump
-            case "dataset":
-                return {"dataset": images}
-            case "extractor":
-                measured_by = ("extractor", "classifier", "mode", "kid_images")
-                return {"dataset": images} | {key: dump["scores"][key] for key in measured_by}
-            case "teacher":
-                return {"teacher": dump["teacher"]} if isinstance(self.teacher, OfficialTeacher) else base
-            case "coefficients":
-                return base | {"coefficients": dump[stage]} if self.needs_coefficients else {"coefficients": None}
-            case "flows" if self.flows is None:
-                return {"flows": None}
-            case "flows":
-                students = {run: self.settings("student", run) for run in self.coupled}
-                precision = dump["sampling"]["precision"]
-                return {"flows": dump[stage], "seeds": self.seeds, "measured": students, "precision": precision}
-        settings = base
-        if run is None:
-            gate = set() if stage == "scores" else {"published_fid", "tolerance"}
-            settings["calibration"] = {key: value for key, value in dump["calibration"].items() if key not in gate}
-        else:
-            student = self.students[run]
-            settings["student"] = student.model_dump(mode="json")
-            if student.preconditioning in FITTED:
-                settings["coefficients"] = dump["coefficients"]
-            if student.frozen:
-                settings["predictor"] = self.settings("student", student.frozen.run)
-        for part in {"samples": ["sampling"], "scores": ["sampling", "scores"]}.get(stage, []):
-            settings[part] = dump[part]
-        return settings
-
-    def key(self, stage: str, run: str | None = None, seed: int | None = None) -> str:
-        """Return 16 hex digits that identify exactly these settings (and seed) and mark the files of the stage."""
-        return settings_key(stage, seed, self.settings(stage, run))
-
 
 def _names_are_free(study: Study) -> Iterator[str]:
     """Yield the students whose names are taken by folders of the workflow."""
@@ -642,7 +598,7 @@ def _students_differ_as_declared(study: Study) -> Iterator[str]:
     for key in study.varies:
         if key not in Student.model_fields:
             yield f"varies names {key!r}, not a student's field{_suggest(key, Student)}"
-    for run, own in study._own.items():
+    for run, own in study.overrides.items():
         for key in sorted(own.keys() - set(study.varies)):
             yield (
                 f"students.{run} changes {key!r}, but the study says its students differ only in "
@@ -681,7 +637,7 @@ def _dropout_has_its_levels(study: Study) -> Iterator[str]:
     network = None if isinstance(study.teacher, OfficialTeacher) else study.teacher.network
     for run, student in study.students.items():
         if isinstance(network, SongUNet):
-            network.require_levels(f"students.{run}: dropout", student.dropout)
+            yield from network.wrong_levels(f"students.{run}: dropout", student.dropout)
         elif isinstance(student.dropout, list):
             yield f"students.{run}: dropout lists levels, which only teacher.network.kind songunet has: give one number"
 
@@ -786,6 +742,54 @@ RULES: tuple[Callable[[Study], Iterator[str]], ...] = (
 )
 
 
+def settings_of(study: Study, stage: str, run: str | None = None) -> dict[str, Any]:
+    """Return every key that a stage's result depends on, including those of earlier stages.
+
+    stage: dataset, teacher, extractor, coefficients, student, samples, scores, flows, report; run: name of the student
+    for student, samples and scores; samples and scores without one are the teacher's.
+    """
+    dump = study.model_dump(mode="json", exclude={"compute": True, "sampling": {"batch"}})
+    images = {key: value for key, value in dump["dataset"].items() if key != "horizontal_flip"}
+    base = {part: dump[part] for part in ("dataset", "noise", "teacher")}
+    match stage:
+        case "report":
+            return dump
+        case "dataset":
+            return {"dataset": images}
+        case "extractor":
+            measured_by = ("extractor", "classifier", "mode", "kid_images")
+            return {"dataset": images} | {key: dump["scores"][key] for key in measured_by}
+        case "teacher":
+            return {"teacher": dump["teacher"]} if isinstance(study.teacher, OfficialTeacher) else base
+        case "coefficients":
+            return base | {"coefficients": dump[stage]} if study.needs_coefficients else {"coefficients": None}
+        case "flows" if study.flows is None:
+            return {"flows": None}
+        case "flows":
+            students = {run: settings_of(study, "student", run) for run in study.coupled}
+            precision = dump["sampling"]["precision"]
+            return {"flows": dump[stage], "seeds": study.seeds, "measured": students, "precision": precision}
+    settings = base
+    if run is None:
+        gate = set() if stage == "scores" else {"published_fid", "tolerance"}
+        settings["calibration"] = {key: value for key, value in dump["calibration"].items() if key not in gate}
+    else:
+        student = study.students[run]
+        settings["student"] = student.model_dump(mode="json")
+        if student.preconditioning in FITTED:
+            settings["coefficients"] = dump["coefficients"]
+        if student.frozen:
+            settings["predictor"] = settings_of(study, "student", student.frozen.run)
+    for part in {"samples": ["sampling"], "scores": ["sampling", "scores"]}.get(stage, []):
+        settings[part] = dump[part]
+    return settings
+
+
+def key_of(study: Study, stage: str, run: str | None = None, seed: int | None = None) -> str:
+    """Return 16 hex digits that identify exactly these settings (and seed) and mark the files of the stage."""
+    return settings_key(stage, seed, settings_of(study, stage, run))
+
+
 def settings_key(stage: str, seed: int | None, settings: dict[str, Any]) -> str:
     """Return the 16 hex digits that identify a stage's settings and seed."""
     content = {"stage": stage, "seed": seed, "settings": settings}
@@ -816,11 +820,23 @@ def load_study(path: str | Path) -> Study:
     if not isinstance(content, dict):
         raise UserError(f"{path} must hold keys and values, such as `name: {path.stem}`")
     try:
-        study = Study.model_validate(content)
-    except ValidationError as error:
-        raise UserError(f"{path}: {explain(error, Study, content=content)}") from None
+        study = build_study(content)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
     if study.name != path.stem:
         raise UserError(f"{path}: the study is named {study.name!r}; its file must be {study.name}.yaml")
+    return study
+
+
+def build_study(content: Any) -> Study:
+    """Type and check a study given as plain data. Raises UserError with the first thing that is wrong."""
+    try:
+        study = Study.model_validate(content)
+    except ValidationError as error:
+        raise UserError(explain(error, Study, content=content)) from None
+    for rule in RULES:
+        for problem in rule(study):
+            raise UserError(problem)
     return study
 
 

@@ -7,8 +7,8 @@ import threading
 import time
 from collections.abc import Callable
 
-#: set by the workflow to "host:pid" of the Snakemake that starts the jobs
-SUPERVISOR = "CONSISTENCY_SUPERVISOR"
+from consistency.progress import SUPERVISOR
+
 _POLL = 0.5  # seconds
 
 

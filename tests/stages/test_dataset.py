@@ -25,7 +25,7 @@ from consistency.job import Job
 from consistency.layout import Layout
 from consistency.stages import dataset as stage
 from consistency.stages.dataset import make_dataset
-from consistency.study import Study, load_study
+from consistency.study import Study, key_of, load_study
 from consistency.training.data import ImageData, load_images
 
 Tiny = Callable[..., Study]
@@ -94,7 +94,7 @@ def test_the_same_study_makes_the_same_bytes(first_results: Layout, tiny: Tiny, 
     for name in ("images.npy", "labels.npy", "dataset.json"):
         assert (layout.dataset / name).read_bytes() == (first_results.dataset / name).read_bytes()
     card = json.loads((layout.dataset / "card.json").read_text())
-    assert card["key"] == tiny().key("dataset")
+    assert card["key"] == key_of(tiny(), "dataset")
     assert card["outputs"]["images.npy"] == json.loads((layout.dataset / "dataset.json").read_text())["sha256"]
 
 

@@ -20,7 +20,7 @@ from consistency.layout import Layout, snapshot_name
 from consistency.nets.denoiser import Denoiser
 from consistency.stages import student as stage
 from consistency.stages.trainer import Machine
-from consistency.study import Study
+from consistency.study import Study, key_of
 from consistency.training.checkpoint import load_denoiser
 from consistency.training.consistency_training import ConsistencyTraining
 from consistency.training.data import load_images
@@ -316,7 +316,7 @@ def test_compute_settings_change_the_last_bits_at_most(
     jobs = []
     for settings in ({}, compute):
         study = tiny({"compute": settings})
-        assert study.key("student", "ctm", 0) == tiny().key("student", "ctm", 0)
+        assert key_of(study, "student", "ctm", 0) == key_of(tiny(), "student", "ctm", 0)
         layout = Layout("tiny", first_results.results, tmp_path / str(len(jobs)))
         jobs.append(training(study, layout, "ctm"))
         train(jobs[-1])

@@ -20,7 +20,7 @@ from consistency.provenance import read_card
 from consistency.stages import student
 from consistency.stages.teacher import make_teacher
 from consistency.stages.trainer import Machine
-from consistency.study import Study
+from consistency.study import Study, key_of
 from consistency.training.checkpoint import load_denoiser
 from consistency.training.data import load_images
 
@@ -55,7 +55,7 @@ def study_of(tiny: Tiny, **changes: Any) -> Study:
 def test_a_checkpoint_is_converted_with_its_provenance(tiny: Tiny, project: Path, official: Denoiser) -> None:
     study, layout = study_of(tiny), Layout("tiny")
     make_teacher(Job(study, layout), CPU)
-    found, metadata = load_denoiser(layout.teacher / "teacher.safetensors", study.key("teacher"))
+    found, metadata = load_denoiser(layout.teacher / "teacher.safetensors", key_of(study, "teacher"))
     torch.testing.assert_close(found.state_dict(), official.state_dict(), rtol=0, atol=0)
     x = torch.randn(2, 1, 8, 8)
     assert torch.equal(found(x, 3.0), official(x, 3.0))
@@ -101,8 +101,8 @@ def test_a_file_that_is_no_checkpoint_does_not_keep_the_right_one_out(tiny: Tiny
 
 
 def test_an_official_teachers_key_does_not_depend_on_the_data(tiny: Tiny) -> None:
-    assert study_of(tiny).key("teacher") == study_of(tiny, **{"dataset.limit": 7}).key("teacher")
-    assert study_of(tiny).key("coefficients") != study_of(tiny, **{"dataset.limit": 7}).key("coefficients")
+    assert key_of(study_of(tiny), "teacher") == key_of(study_of(tiny, **{"dataset.limit": 7}), "teacher")
+    assert key_of(study_of(tiny), "coefficients") != key_of(study_of(tiny, **{"dataset.limit": 7}), "coefficients")
 
 
 def test_classes_of_data_and_teacher_must_agree(

@@ -30,7 +30,7 @@ from consistency.stages.scores import make_calibration, make_scores
 from consistency.stages.student import make_student
 from consistency.stages.teacher import make_teacher
 from consistency.stages.trainer import Machine
-from consistency.study import Study
+from consistency.study import Study, key_of
 from consistency.training.checkpoint import load_denoiser
 from consistency.training.data import load_images
 from consistency.training.own_fit import covariance_fit
@@ -69,7 +69,7 @@ def layout(study: Study, tmp_path_factory: pytest.TempPathFactory) -> Layout:
 
 
 def test_in_the_teachers_place_is_a_network_that_nobody_takes_for_one(study: Study, layout: Layout) -> None:
-    network, _ = load_denoiser(layout.teacher / "teacher.safetensors", study.key("teacher"))
+    network, _ = load_denoiser(layout.teacher / "teacher.safetensors", key_of(study, "teacher"))
     assert not any(weight.any() for weight in network.parameters())
     student, _ = load_denoiser(Job(study, layout, "gc", 0).weights())
     assert student.architecture == network.architecture | {"dropout": 0.0}

@@ -102,7 +102,7 @@ def discrepancy_of(job: Job, settings: Flows, data: ImageData, machine: Machine)
     update = build_update(study, data, machine, objective, model, optimizer, stream)
     training = Training(
         label=f"flows {job.run}",
-        key=f"{study.key('flows')} {job.run}",
+        key=f"{job.key('flows')} {job.run}",
         update=update,
         averages=[Ema(model, 0.999, warm_up=0.75)],
         steps=settings.denoiser_steps,

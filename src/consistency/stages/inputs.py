@@ -54,7 +54,7 @@ def sigma_data(study: Study, data: ImageData) -> float:
 def read_teacher(job: Job, device: torch.device) -> Denoiser:
     """Read the study's teacher, frozen."""
     path = made(job.paths.teacher / "teacher.safetensors", "teacher")
-    return load_denoiser(path, job.study.key("teacher"))[0].to(device)
+    return load_denoiser(path, job.key("teacher"))[0].to(device)
 
 
 def require_classes(study: Study, data: ImageData, teacher: Denoiser) -> None:

@@ -70,7 +70,7 @@ def write_page(
         pictures=chapters,
         card=cards["teacher"],
         commits=sorted({commit(state) for state in (git_state(), *(card["git"] for card in cards.values()))}),
-        key=study.key("report"),
+        key=job.key("report"),
         commands=sorted({card["command"] for card in cards.values()}),
         resolved=yaml.safe_dump(study.model_dump(mode="json"), sort_keys=False),
     )

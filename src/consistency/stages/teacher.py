@@ -9,7 +9,6 @@ import torch
 from consistency.errors import UserError
 from consistency.files import write_bytes
 from consistency.job import Job
-from consistency.layout import Layout
 from consistency.nets.denoiser import Denoiser, init_denoiser
 from consistency.nets.edm_pickle import read_edm_pickle
 from consistency.provenance import Card, digest_of, git_state
@@ -34,7 +33,7 @@ def make_teacher(job: Job, machine: Machine) -> None:
     """
     card, settings = Card(job, "teacher"), job.study.teacher
     if isinstance(settings, Teacher):
-        training = _training(job.study, settings, job.paths, read_dataset(job), machine)
+        training = _training(job, settings, read_dataset(job), machine)
         with followed(job, training.folder) as start:
             measured = train(training, start)
             if machine.ranks.first:
@@ -94,7 +93,7 @@ def _write(
     path, history = paths.teacher / "teacher.safetensors", paths.teacher / "history.jsonl"
     inputs = [] if downloads else [paths.dataset / name for name in ("images.npy", "labels.npy", "dataset.json")]
     parents = {name: known_sha256(name) for name in downloads} or {"images.npy": digest_of(inputs[0], paths)}
-    metadata = {"study": study.name, "stage": "teacher", "key": study.key("teacher"), "git": git_state()}
+    metadata = {"study": study.name, "stage": "teacher", "key": card.job.key("teacher"), "git": git_state()}
     save_denoiser(path, teacher, metadata | {"parents": parents} | ({"step": training.steps} if training else {}))
     if training:
         publish_training(training.folder, paths.teacher)
@@ -109,7 +108,8 @@ def _write(
     )
 
 
-def _training(study: Study, settings: Teacher, paths: Layout, data: ImageData, machine: Machine) -> Training:
+def _training(job: Job, settings: Teacher, data: ImageData, machine: Machine) -> Training:
+    study = job.study
     model = init_denoiser(architecture(study, settings, data), settings.seed)
     model = place(study, model, machine.device).train()
     average = Ema(
@@ -129,13 +129,13 @@ def _training(study: Study, settings: Teacher, paths: Layout, data: ImageData, m
     update = build_update(study, data, machine, objective, model, optimizer, stream)
     return Training(
         label=f"teacher {study.name}",
-        key=study.key("teacher"),
+        key=job.key("teacher"),
         update=update,
         averages=[average],
         learning_rate=learning_rate,
         steps=settings.steps,
         log_every=settings.log_every,
-        folder=paths.training_state("teacher", settings.seed),
+        folder=job.paths.training_state("teacher", settings.seed),
     )
 
 

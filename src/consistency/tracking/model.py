@@ -6,7 +6,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from pydantic import ValidationError
 
 from consistency.errors import UserError
 from consistency.files import read_json
@@ -16,7 +15,7 @@ from consistency.nets.denoiser import Denoiser
 from consistency.seeding import ImageNoise
 from consistency.stages.inputs import pick_device, read_preconditioning, read_student
 from consistency.stages.samples import Sampler, draw, jump_sampler, prepared
-from consistency.study import Study, explain
+from consistency.study import build_study
 from consistency.theory.preconditioning import Preconditioning
 from consistency.training.data import to_bytes
 
@@ -68,9 +67,9 @@ def _load_pyfunc(path: str) -> RegisteredStudent:
     (card_file,) = Path(path).glob("*/students/*/*/card.json")
     card = read_json(card_file, "track")
     try:
-        study = Study.model_validate(card["resolved"])
-    except ValidationError as error:
-        raise UserError(f"this model's study is of another version of this project: {explain(error, Study)}") from None
+        study = build_study(card["resolved"])
+    except UserError as error:
+        raise UserError(f"this model's study is of another version of this project: {error}") from None
     job = Job(study, Layout(study.name, Path(path)), card["run"], card["seed"])
     model = prepared(study, read_student(job, pick_device("auto")))
     return RegisteredStudent(job, model, read_preconditioning(job, model))

@@ -78,7 +78,7 @@ def plan_live(job: Job, made: dict[str, Any]) -> list[Record]:
 
 def _begun_teacher(job: Job, made: dict[str, Any]) -> Record:
     # Its params are those of its samples: an official checkpoint depends on neither noise nor dataset.
-    settings = job.study.settings("samples")
+    settings = job.of().settings("samples")
     return Record(
         "teacher",
         "teacher",
@@ -123,7 +123,7 @@ def _begun_seed(job: Job, made: dict[str, Any]) -> Record:
 def _seed(job: Job) -> Record:
     card = read_card(job, "student")
     record = _begun_seed(job, card)
-    record.params |= _sections(job.study.settings("scores", job.run), "sampling", "scores")
+    record.params |= _sections(job.settings("scores"), "sampling", "scores")
     history = _finish(record, job, card)
     seconds = {line["step"]: line["seconds"] for line in history} | {0: 0.0}
     main = job.student.ema_rate
@@ -156,7 +156,7 @@ def _begun_student(job: Job, started: int) -> Record:
 def _student(job: Job, seeds: list[Record]) -> Record:
     """Return the mean over the seeds, at the points that all of them have."""
     record = _begun_student(job, min(seed.started for seed in seeds))
-    record.params |= _sections(job.study.settings("scores", job.run), "sampling", "scores")
+    record.params |= _sections(job.settings("scores"), "sampling", "scores")
     record.ended = record.started + round(fmean(seed.ended - seed.started for seed in seeds))
     record.digest = _digest([seed.digest for seed in seeds])
     values: dict[tuple[str, int], list[Point]] = defaultdict(list)

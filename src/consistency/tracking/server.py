@@ -122,7 +122,7 @@ def find_runs(client: Any, experiment: str, **tags: str) -> list[Any]:
 def tags_of(record: Record, job: Job, parent: str | None, state: str) -> dict[str, str]:
     """Return all tags of a run of the study. parent: the id of the run that it is nested in."""
     place = {FOLDER: str(job.paths.root.resolve()), STATE: state, "role": record.role}
-    place["study_hash"] = job.study.key("report")
+    place["study_hash"] = job.key("report")
     return record.tags | place | ({"mlflow.parentRunId": parent} if parent else {})
 
 

@@ -12,8 +12,9 @@ from safetensors.torch import save_file
 from consistency.errors import UserError
 from consistency.files import write_with
 from consistency.nets.denoiser import Denoiser, build_denoiser
-from consistency.provenance import CHECKPOINT
 
+#: format of this project's checkpoints
+CHECKPOINT = "consistency-denoiser-1"
 # Errors of torch.load on files that are truncated, overwritten or foreign.
 _DAMAGED = (OSError, RuntimeError, EOFError, ValueError, LookupError, TypeError, pickle.UnpicklingError)
 
