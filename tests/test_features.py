@@ -26,7 +26,7 @@ from consistency.job import Job
 from consistency.layout import Layout
 from consistency.nets.classifier import Classifier
 from consistency.resources import INCEPTION
-from consistency.stages.extractor import _train_classifier, make_extractor, open_extractor, read_data_statistics
+from consistency.stages.extractor import train_classifier, make_extractor, open_extractor, read_data_statistics
 from consistency.study import Study
 from consistency.training.data import load_images
 
@@ -176,7 +176,7 @@ def test_features_do_not_depend_on_the_batch() -> None:
 @pytest.mark.statistical
 def test_the_trained_classifiers_features_have_mean_square_1(tiny: Callable[..., Study], first_results: Layout) -> None:
     data = load_images(first_results.dataset)
-    model, accuracy = _train_classifier(tiny({"scores.classifier.steps": 60}), data, CPU)
+    model, accuracy = train_classifier(tiny({"scores.classifier.steps": 60}), data, CPU)
     rows = np.arange(len(data)) % 5 > 0
     features = classifier_extractor(model, CPU)(np.array(data.images[rows]))
     assert np.square(features).mean() == pytest.approx(1, rel=1e-4)

@@ -597,7 +597,7 @@ def _students_differ_as_declared(study: Study) -> Iterator[str]:
     """Yield keys that students set themselves but `varies` does not list."""
     for key in study.varies:
         if key not in Student.model_fields:
-            yield f"varies names {key!r}, not a student's field{_suggest(key, Student)}"
+            yield f"varies names {key!r}, not a student's field{suggest_field(key, Student)}"
     for run, own in study.overrides.items():
         for key in sorted(own.keys() - set(study.varies)):
             yield (
@@ -865,7 +865,7 @@ def explain(error: ValidationError, model: type[BaseModel], content: Any = None)
     # The member of a union is a step of pydantic's location that the file does not have.
     key = prefix + ".".join(part for part in location if part not in _MEMBERS and not _UNION_MEMBER.search(part))
     if problem["type"] == "extra_forbidden":
-        return f"unknown key '{key}'{_suggest(location[-1], _owner(location[:-1], model))}"
+        return f"unknown key '{key}'{suggest_field(location[-1], _owner(location[:-1], model))}"
     if problem["type"] == "missing":
         return f"key '{key}' is missing"
     return f"key '{key}': {problem['msg'][0].lower() + problem['msg'][1:]}, got {problem['input']!r}"
@@ -892,6 +892,6 @@ def _owner(location: list[str], model: type[BaseModel]) -> type[BaseModel] | Non
     return model
 
 
-def _suggest(key: str, model: type[BaseModel] | None) -> str:
+def suggest_field(key: str, model: type[BaseModel] | None) -> str:
     """Return the nearest field of a section, or all of them."""
     return suggestion(key, model.model_fields if model else [])

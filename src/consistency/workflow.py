@@ -17,7 +17,6 @@ from typing import NoReturn
 import psutil
 
 from consistency.errors import UserError
-from consistency.plan import check_order
 from consistency.study import Study
 from consistency.supervision import watch
 
@@ -34,11 +33,8 @@ def reproduce(study: Study, rules: list[str] | None, targets: list[str], run: st
 
     It uses $CORES cores (default: all), and is interrupted when its caller is gone. Results of other rules are taken as
     they are; if `run` is named, so are those of other students. Raises UserError if another run works in this directory
-    and does not exit within PATIENCE seconds, if a run on a cluster was killed, and if DVC does not know what that
-    student is made from.
+    and does not exit within PATIENCE seconds, and if a run on a cluster was killed.
     """
-    if run is not None:
-        check_order(study)
     lock = _alone()
     snakemake, config = [sys.executable, "-m", "snakemake"], ["--config", f"studies={study.name}"]
     if LOCKS.is_dir() and any(LOCKS.iterdir()):

@@ -33,7 +33,7 @@ CPU = Machine(torch.device("cpu"))
 
 
 def training(study: Study, layout: Layout, run: str, seed: int = 0) -> Training:
-    return stage._training(Job(study, layout, run, seed), load_images(layout.dataset), CPU)
+    return stage.student_training(Job(study, layout, run, seed), load_images(layout.dataset), CPU)
 
 
 def weights(*models: torch.nn.Module) -> torch.Tensor:

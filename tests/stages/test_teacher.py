@@ -112,4 +112,4 @@ def test_classes_of_data_and_teacher_must_agree(
     monkeypatch.setattr(student, "read_teacher", lambda *_: teacher)
     data = load_images(first_results.dataset)
     with pytest.raises(UserError, match="conditioned on 1000 classes, the dataset has 10"):
-        student._training(Job(tiny(), first_results, "ctm", 0), data, CPU)
+        student.student_training(Job(tiny(), first_results, "ctm", 0), data, CPU)

@@ -19,7 +19,7 @@ from consistency.stages.inputs import read_dataset
 from consistency.study import Study
 from consistency.training.data import ImageData
 
-_HELD_OUT = 5  # every fifth image is held out to measure the classifier's accuracy
+HELD_OUT = 5  # every fifth image is held out to measure the classifier's accuracy
 
 
 def make_extractor(job: Job, device: torch.device) -> None:
@@ -32,11 +32,11 @@ def make_extractor(job: Job, device: torch.device) -> None:
     outputs, measured = [folder / "features.npy", folder / "statistics.npz"], {}
     if study.scores.extractor == "classifier":
         path = folder / "classifier.safetensors"
-        model, accuracy = _train_classifier(study, data, device)
+        model, accuracy = train_classifier(study, data, device)
         write_with(path, lambda temporary: save_file(model.cpu().state_dict(), temporary))
         measured["held_out_accuracy"] = accuracy
         outputs.append(path)
-        print(f"classifier: accuracy {accuracy:.3f} on every {_HELD_OUT}th image, held out", flush=True)
+        print(f"classifier: accuracy {accuracy:.3f} on every {HELD_OUT}th image, held out", flush=True)
     progress = Progress(f"features {study.name}", len(data))
     pieces = progress.counted(open_extractor(job, data, device).pieces([data.images]))
     found = Statistics.gather(pieces, len(data), study.scores.kid_images)
@@ -70,7 +70,7 @@ def read_data_statistics(job: Job) -> Statistics:
     return Statistics(found["mean"], found["covariance"], read_array(folder / "features.npy", "extractor"))
 
 
-def _train_classifier(study: Study, data: ImageData, device: torch.device) -> tuple[Classifier, float]:
+def train_classifier(study: Study, data: ImageData, device: torch.device) -> tuple[Classifier, float]:
     settings = study.scores.classifier
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derived_seed(settings.seed, "classifier"))
@@ -78,7 +78,7 @@ def _train_classifier(study: Study, data: ImageData, device: torch.device) -> tu
     optimizer = torch.optim.Adam(model.parameters(), lr=settings.learning_rate)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, settings.learning_rate, total_steps=settings.steps)
     everything = np.arange(len(data))
-    train, held_out = everything[everything % _HELD_OUT > 0], everything[everything % _HELD_OUT == 0]
+    train, held_out = everything[everything % HELD_OUT > 0], everything[everything % HELD_OUT == 0]
     progress = Progress("classifier", settings.steps)
     for step in range(settings.steps):
         draws = generator(settings.seed, "classifier", step)

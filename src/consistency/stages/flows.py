@@ -75,7 +75,7 @@ def make_flows(job: Job, machine: Machine) -> None:
     states: list[Path] = []
     if settings is not None:
         data = read_dataset(job)
-        images = _Images(job, settings, machine.device, _pairs(study, settings, data))
+        images = ImageMeasurements(job, settings, machine.device, independent_pairs(study, settings, data))
         tables["transport.csv"], inputs = images.transport()
         if settings.discrepancy and study.taught:
             tables["discrepancy.csv"] += images.by_teacher()
@@ -86,7 +86,11 @@ def make_flows(job: Job, machine: Machine) -> None:
             tables["discrepancy.csv"] += images.discrepancy(student, measure)
             inputs += [path for path in measure.inputs if path not in inputs]
             states.append(measure.training.folder)
-        toys, tables["plane.csv"], tables["limit.csv"] = _toys(study, settings), _plane(settings), _limits(settings)
+        toys, tables["plane.csv"], tables["limit.csv"] = (
+            train_toys(study, settings),
+            plane_rows(settings),
+            limit_rows(settings),
+        )
     for name, rows in tables.items():
         write_table(job.paths.flows / name, rows, COLUMNS[name])
     write_arrays(job.paths.flows / "toy.npz", toys)
@@ -98,7 +102,7 @@ def make_flows(job: Job, machine: Machine) -> None:
 # --- transport cost and discrepancy on the images
 
 
-def _pairs(study: Study, settings: Flows, data: ImageData) -> ImagePairs:
+def independent_pairs(study: Study, settings: Flows, data: ImageData) -> ImagePairs:
     """Return images with independent noise."""
     draws = generator(settings.seed, "flows")
     images, classes = data.take(torch.randperm(len(data), generator=draws)[: settings.images])
@@ -107,7 +111,7 @@ def _pairs(study: Study, settings: Flows, data: ImageData) -> ImagePairs:
 
 
 @dataclass(frozen=True)
-class _Images:
+class ImageMeasurements:
     """Measurements on the study's images. pairs: of independent noise."""
 
     job: Job
@@ -195,7 +199,7 @@ def _mean(values: np.ndarray) -> tuple[float, float]:
 # --- the toy, and the theorem on the mixture
 
 
-def _toys(study: Study, settings: Flows) -> dict[str, np.ndarray]:
+def train_toys(study: Study, settings: Flows) -> dict[str, np.ndarray]:
     """Return the toys' arrays `<coupling>_<name>` [seeds, ...], their times [T] and the modes' centres [2, 2]."""
     progress = Progress(f"flows {study.name}, toys", len(TOYS) * len(settings.toy_seeds))
     arrays: dict[str, np.ndarray] = {}
@@ -210,7 +214,7 @@ def _toys(study: Study, settings: Flows) -> dict[str, np.ndarray]:
     return arrays | {"modes": TWO_GAUSSIANS.means.numpy()}
 
 
-def _plane(settings: Flows) -> list[Row]:
+def plane_rows(settings: Flows) -> list[Row]:
     """Compute R_t and transport cost of ic, ot and gc (mu 1) on the toy's two Gaussians, without training."""
     data = TWO_GAUSSIANS
     exact = MixtureTeacher(data.weights.double(), data.means.double(), data.variances.double())
@@ -231,7 +235,7 @@ def _plane(settings: Flows) -> list[Row]:
     return rows
 
 
-def _limits(settings: Flows) -> list[Row]:
+def limit_rows(settings: Flows) -> list[Row]:
     """Compute L_CT and L_CD, alpha = 2, of the mixture's ctm jump with the exact denoiser, on doubling grids."""
     pairs, eps = quadrature_pairs(MIXTURE_1D, 40), 0.002
 

@@ -49,7 +49,7 @@ def make_report(job: Job) -> None:
         write_bytes(folder / "figures" / f"{picture.name}.svg", picture.svg)
     for name, text in texts.items():
         write_bytes(folder / name, text.encode())
-    write_json(folder / "summary.json", _summary(results))
+    write_json(folder / "summary.json", summary_of(results))
     figures = [f"figures/{picture.name}.{kind}" for picture in pictures for kind in ("png", "svg")]
     card.write(_inputs(job), [folder / name for name in (*texts, "summary.json", *figures)])
 
@@ -100,7 +100,7 @@ def print_summary(job: Job) -> None:
         print(f"MLflow: {read_json(tracked, 'track')['url_hint']}")
 
 
-def _summary(results: Results) -> dict[str, Any]:
+def summary_of(results: Results) -> dict[str, Any]:
     """Return the numbers of the report for machines; unmeasured ones are absent, since JSON has no NaN."""
     measures = [name for measure in MEASURES for name in (measure, f"{measure}_half_width")]
     interval = ("low", "high")

@@ -30,13 +30,12 @@ from consistency.theory.preconditioning import Preconditioning
 from consistency.theory.sampler import Churn, Fresh, multistep, stochastic_heun
 from consistency.theory.solver import heun_solve
 from consistency.training.data import to_bytes
-from consistency.training.distributed import Ranks
+from consistency.training.distributed import ALONE, Ranks
 from consistency.training.loop import Interrupted, stop_requests
 from consistency.training.objectives import with_labels
 
 # Maps the noise of a batch of images to their endpoints, float [N, C, H, W].
 Sampler = Callable[[ImageNoise], Tensor]
-_ALONE = Ranks()
 
 
 @dataclass(frozen=True)
@@ -65,7 +64,7 @@ def student_samplers(job: Job) -> list[StudentSampler]:
     return sorted(chosen, key=lambda sampler: sampler.name)
 
 
-def make_samples(job: Job, device: torch.device, ranks: Ranks = _ALONE) -> None:
+def make_samples(job: Job, device: torch.device, ranks: Ranks = ALONE) -> None:
     """Write one uint8 array [count, H, W, C] per sampler, and card.json. Without a student: the teacher's.
 
     Resumes an interrupted sampling; several processes (ranks) share the batches. Raises Interrupted when a signal asks
@@ -180,7 +179,7 @@ class _Work:
 
 @torch.inference_mode()
 def draw(
-    study: Study, model: Denoiser, sampler: Sampler, count: int, start: int = 0, ranks: Ranks = _ALONE
+    study: Study, model: Denoiser, sampler: Sampler, count: int, start: int = 0, ranks: Ranks = ALONE
 ) -> Iterator[tuple[slice, Tensor]]:
     """Yield this process's images of seeds start to count-1 in batches: (rows, float [n, C, H, W])."""
     shape = (model.img_channels, model.img_resolution, model.img_resolution)

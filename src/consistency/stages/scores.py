@@ -42,7 +42,7 @@ def make_calibration(job: Job, device: torch.device) -> None:
     read_card(job, "samples")
     study, samples = job.study, job.samples / "heun.npy"
     images = read_array(samples, "samples")
-    scorer = _Scorer(job, device, f"calibration {study.name}", len(images))
+    scorer = Scorer(job, device, f"calibration {study.name}", len(images))
     scorer.warn_of_singular(study.sampling.count)
     rows = [scorer.halves()]
     ends = np.zeros((0, study.dataset.channels, *[study.dataset.resolution] * 2), np.float32)
@@ -51,10 +51,10 @@ def make_calibration(job: Job, device: torch.device) -> None:
         row = scorer.row("calibration", "teacher", "heun", 2 * study.calibration.steps - 1)
         rows.append(row | scorer.against_data([images], len(images)))
         _require_published(job, rows[-1])
-        ends = _endpoints(study, teacher)
-    write_array(_endpoint_file(job), ends)
+        ends = teacher_endpoints(study, teacher)
+    write_array(endpoint_file(job), ends)
     inputs = [job.paths.teacher / "teacher.safetensors", samples]
-    scorer.write(rows, CALIBRATION_COLUMNS, inputs, [_endpoint_file(job)])
+    scorer.write(rows, CALIBRATION_COLUMNS, inputs, [endpoint_file(job)])
     job.paths.measured_calibration.unlink(missing_ok=True)
 
 
@@ -65,12 +65,12 @@ def make_scores(job: Job, device: torch.device) -> None:
     read_card(job, "samples")
     study, settings, scores, samplers = job.study, job.student, job.study.scores, student_samplers(job)
     curve_images = len(settings.rates) * len(settings.snapshots) * len(scores.curve_nfe) * scores.curve_count
-    scorer = _Scorer(job, device, f"scores {job.label}", len(samplers) * study.sampling.count + curve_images)
-    endpoints, ode = read_array(_endpoint_file(job), "calibration"), read_ode(job, device)
-    rows, inputs = [], [_endpoint_file(job)]
+    scorer = Scorer(job, device, f"scores {job.label}", len(samplers) * study.sampling.count + curve_images)
+    endpoints, ode = read_array(endpoint_file(job), "calibration"), read_ode(job, device)
+    rows, inputs = [], [endpoint_file(job)]
     for rate in settings.rates:
         student = prepared(study, read_student(job, device, rate))
-        scored = _Student(scorer, rate, endpoints, ode)
+        scored = StudentScorer(scorer, rate, endpoints, ode)
         own = [sampler for sampler in samplers if sampler.rate == rate]
         rows += [scored.final_row(student, sampler) for sampler in own]
         inputs += [job.weights(rate), *(job.samples / f"{sampler.name}.npy" for sampler in own)]
@@ -83,11 +83,11 @@ def make_scores(job: Job, device: torch.device) -> None:
     scorer.write(rows, COLUMNS, inputs)
 
 
-def _endpoint_file(job: Job) -> Path:
+def endpoint_file(job: Job) -> Path:
     return job.of().scores.with_name("endpoints.npy")
 
 
-class _Scorer:
+class Scorer:
     """Maker of score rows, a student's or the calibration's: the extractor, the data's statistics and the card. label,
     total: name and images of the progress."""
 
@@ -147,10 +147,10 @@ class _Scorer:
 
 
 @dataclass
-class _Student:
+class StudentScorer:
     """A student's rows at one EMA rate (None: the main one)."""
 
-    scorer: _Scorer
+    scorer: Scorer
     rate: float | None
     endpoints: Array
     ode: GeneralizedODE | None
@@ -200,18 +200,18 @@ class _AlignmentError:
     """Mean squared error to the teacher's ODE endpoints from the same noise, per pixel in [-1, 1] units."""
 
     def __init__(self, endpoints: Array) -> None:
-        self._endpoints, self._sum = endpoints, 0.0
+        self.teacher_endpoints, self._sum = endpoints, 0.0
 
     def add(self, rows: slice, images: torch.Tensor) -> None:
         """Add the images of those rows, as far as there are endpoints."""
-        there = self._endpoints[rows.start : rows.stop]
+        there = self.teacher_endpoints[rows.start : rows.stop]
         if len(there):
             self._sum += float(np.square(images[: len(there)].double().cpu().numpy() - there).sum())
 
     @property
     def mean(self) -> float:
         """The error, once all images have been added."""
-        return self._sum / self._endpoints.size
+        return self._sum / self.teacher_endpoints.size
 
 
 def _require_published(job: Job, row: Row) -> None:
@@ -235,7 +235,7 @@ def _require_published(job: Job, row: Row) -> None:
     )
 
 
-def _endpoints(study: Study, teacher: Denoiser) -> Array:
+def teacher_endpoints(study: Study, teacher: Denoiser) -> Array:
     """Draw the teacher's ODE endpoints at eps of the first alignment_count seeds, float32 [n, C, H, W]."""
     sampler = heun_sampler(study, teacher, study.scores.alignment_nodes)
     batches = draw(study, teacher, sampler, study.scores.alignment_count)

@@ -43,7 +43,7 @@ def make_student(job: Job, machine: Machine) -> None:
     Resumes an interrupted training; raises Interrupted when asked to stop, UserError when it diverges.
     """
     card = Card(job, "student")
-    training = _training(job, read_dataset(job), machine)
+    training = student_training(job, read_dataset(job), machine)
     with followed(job, training.folder) as start:
         measured = train(training, start)
         if machine.ranks.first:
@@ -79,7 +79,7 @@ def _inputs(job: Job) -> list[Path]:
     return [*inputs, job.predictor] if job.predictor else inputs
 
 
-def _training(job: Job, data: ImageData, machine: Machine) -> Training:
+def student_training(job: Job, data: ImageData, machine: Machine) -> Training:
     assert job.seed is not None
     study, settings, device = job.study, job.student, machine.device
     teacher = place(study, read_teacher(job, device), device)

@@ -33,7 +33,7 @@ def make_teacher(job: Job, machine: Machine) -> None:
     """
     card, settings = Card(job, "teacher"), job.study.teacher
     if isinstance(settings, Teacher):
-        training = _training(job, settings, read_dataset(job), machine)
+        training = teacher_training(job, settings, read_dataset(job), machine)
         with followed(job, training.folder) as start:
             measured = train(training, start)
             if machine.ranks.first:
@@ -108,7 +108,7 @@ def _write(
     )
 
 
-def _training(job: Job, settings: Teacher, data: ImageData, machine: Machine) -> Training:
+def teacher_training(job: Job, settings: Teacher, data: ImageData, machine: Machine) -> Training:
     study = job.study
     model = init_denoiser(architecture(study, settings, data), settings.seed)
     model = place(study, model, machine.device).train()

@@ -57,6 +57,10 @@ class Ranks:
         self.largest(0)
 
 
+#: a single process
+ALONE = Ranks()
+
+
 def join(device: torch.device) -> tuple[Ranks, torch.device]:
     """Join the processes that torchrun started, and take the GPU of this one; a single process without torchrun.
 

@@ -105,7 +105,7 @@ class Denoising:
 
 
 @dataclass(frozen=True)
-class _Distillation:
+class Distillation:
     """Base of both distillations. grid: descending float64 times [N] from sigma_max to sigma_min."""
 
     student: Denoiser
@@ -159,7 +159,7 @@ class Jumps(Draws):
 
 
 @dataclass(frozen=True)
-class Trajectory(_Distillation):
+class Trajectory(Distillation):
     """Trajectory distillation, AP (7): CTM's objective and its denoising score matching term."""
 
     max_steps: int
@@ -212,7 +212,7 @@ class Pairs(Draws):
 
 
 @dataclass(frozen=True)
-class Endpoint(_Distillation):
+class Endpoint(Distillation):
     """Endpoint distillation, AP (5): neighbouring grid times t > u, both jumps to eps."""
 
     def draw(self, shape: Shape, step: int, host: torch.Generator, device: torch.Generator) -> Pairs:

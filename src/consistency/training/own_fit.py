@@ -45,11 +45,11 @@ class _OwnODE:
         """Return the ODE of the buffer's present values."""
         # PyTorch counts writes to a tensor, so a loaded state is noticed too.
         if self._ode is None or self._version != self._fit._version:
-            self._ode, self._version = _ode(self._fit), self._fit._version
+            self._ode, self._version = ode_of(self._fit), self._fit._version
         return self._ode
 
 
-def _ode(fit: Tensor) -> GeneralizedODE:
+def ode_of(fit: Tensor) -> GeneralizedODE:
     times, l, s = fit
     return GeneralizedODE(times, l, s, fit.device)
 
@@ -85,7 +85,7 @@ def diagonal_fit(
 
     found = fit_without_derivatives(own, images, noise, times, batch)
     fit = torch.from_numpy(np.stack([found.times, found.l, found.s]))
-    if not _ode(fit).is_regular():
+    if not ode_of(fit).is_regular():
         raise ValueError("the fitted l_t, s_t give a singular jump")
     return fit
 
