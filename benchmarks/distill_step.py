@@ -20,17 +20,18 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from consistency.base.seeding import generator
+from consistency.evaluation.estimate import VGG16_OPERATIONS, forward_operations
 from consistency.nets.denoiser import Denoiser, init_denoiser, student_from_teacher
 from consistency.nets.official import official_architecture
-from consistency.provenance import hardware
-from consistency.seeding import generator
-from consistency.stages.estimate import VGG16_OPERATIONS, forward_operations
+from consistency.provenance.environment import hardware
 from consistency.theory.distance import DISTANCES, Distance
 from consistency.theory.noise import rho_grid
 from consistency.theory.preconditioning import build_preconditioning
 from consistency.training.ema import Ema
-from consistency.training.objectives import Jumps, Shape, Trajectory
+from consistency.training.objective import Shape
 from consistency.training.stopwatch import Stopwatch
+from consistency.training.trajectory import Jumps, Trajectory
 from consistency.training.update import Update
 
 RUNGS = {

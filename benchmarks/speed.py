@@ -18,22 +18,24 @@ from itertools import count
 import torch
 from torch import Tensor
 
-from consistency.job import Job
-from consistency.layout import Layout
+from consistency.base.seeding import ImageNoise
+from consistency.config.job import Job
+from consistency.config.networks import Teacher
+from consistency.config.paths import Layout
+from consistency.config.reading import load_study
+from consistency.config.study import Study
+from consistency.evaluation.samplers import heun_sampler, jump_sampler
 from consistency.nets.denoiser import Denoiser, init_denoiser, student_from_teacher
 from consistency.nets.official import official_architecture
-from consistency.provenance import hardware
-from consistency.seeding import ImageNoise
-from consistency.stages.samples import heun_sampler, jump_sampler
-from consistency.stages.teacher import architecture_of
-from consistency.study import Study, Teacher, load_study
+from consistency.provenance.environment import hardware
 from consistency.theory.curriculum import DoublingCurriculum
 from consistency.theory.distance import pseudo_huber
 from consistency.theory.estimators import image_moments
 from consistency.theory.preconditioning import build_preconditioning
 from consistency.training.consistency_training import ConsistencyTraining, TransportTraining
 from consistency.training.ema import Ema
-from consistency.training.objectives import with_labels
+from consistency.training.objective import with_labels
+from consistency.training.teachers import architecture_of
 from consistency.training.update import Update
 
 

@@ -14,13 +14,14 @@ import torch
 import yaml
 from tests.draws import SEED
 
-from consistency.files import sha256
-from consistency.job import Job
-from consistency.layout import Layout
+from consistency.base.files import sha256
+from consistency.config.job import Job
+from consistency.config.paths import Layout
+from consistency.config.reading import build_study
+from consistency.config.study import Study
+from consistency.data.resources import REGISTRY
 from consistency.nets.denoiser import init_denoiser
-from consistency.provenance import Card
-from consistency.resources import REGISTRY
-from consistency.study import Study, build_study
+from consistency.provenance.card import Card
 
 # The number of threads decides the last bits of a sum, and tests compare them; what they start inherits it.
 os.environ["OMP_NUM_THREADS"] = "1"
@@ -176,11 +177,11 @@ def first_results(tmp_path_factory: pytest.TempPathFactory, tiny: Callable[..., 
     """Dataset, an untrained teacher and made-up coefficients of the tiny study."""
     import numpy as np
 
+    from consistency.data.prepared import load_images
+    from consistency.nets.checkpoint import save_denoiser
     from consistency.stages.dataset import make_dataset
-    from consistency.stages.teacher import architecture
     from consistency.theory.noise import log_grid
-    from consistency.training.checkpoint import save_denoiser
-    from consistency.training.data import load_images
+    from consistency.training.teachers import architecture
 
     study, folder = tiny(), tmp_path_factory.mktemp("tiny")
     layout = Layout(study.name, folder / "results", folder / "state")

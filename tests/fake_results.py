@@ -16,15 +16,18 @@ import pandas as pd
 import torch
 from safetensors.torch import save_file
 
-from consistency.arrays import write_array, write_arrays, write_table
-from consistency.files import atomic, sha256, write_bytes, write_json
-from consistency.job import Job
-from consistency.layout import Layout
-from consistency.provenance import Card
-from consistency.stages.flows import FILES
-from consistency.stages.samples import student_samplers
-from consistency.stages.scores import CALIBRATION_COLUMNS, COLUMNS
-from consistency.study import OfficialTeacher, Student, Study, Teacher, load_study
+from consistency.base.arrays import write_array, write_arrays, write_table
+from consistency.base.files import atomic, sha256, write_bytes, write_json
+from consistency.config.job import Job
+from consistency.config.networks import OfficialTeacher, Teacher
+from consistency.config.paths import Layout
+from consistency.config.reading import load_study
+from consistency.config.student import Student
+from consistency.config.study import Study
+from consistency.evaluation.flows import FILES
+from consistency.evaluation.samplers import student_samplers
+from consistency.evaluation.scores import CALIBRATION_COLUMNS, COLUMNS
+from consistency.provenance.card import Card
 from consistency.theory.noise import log_grid
 from consistency.theory.oracles import GaussianTeacher
 

@@ -10,7 +10,7 @@ import yaml
 from tests.conftest import changed
 
 from consistency.__main__ import main
-from consistency.progress import Progress
+from consistency.base.progress import Progress
 
 pytestmark = pytest.mark.usefixtures("handlers")
 

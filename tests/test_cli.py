@@ -13,8 +13,8 @@ import pytest
 
 from consistency import __main__ as cli
 from consistency import __version__
-from consistency.errors import UserError
-from consistency.job import Job
+from consistency.base.errors import UserError
+from consistency.config.job import Job
 
 pytestmark = pytest.mark.usefixtures("handlers")
 
@@ -157,7 +157,7 @@ def test_only_a_slurm_job_whose_time_is_over_asks_to_go_on(
 
     if job:
         monkeypatch.setenv("SLURM_JOB_ID", job)
-    monkeypatch.setattr("consistency.slurm_job.requeue", lambda: refusal)
+    monkeypatch.setattr("consistency.runtime.slurm_job.requeue", lambda: refusal)
     monkeypatch.setattr("consistency.stages.samples.make_samples", stop)
     assert cli.main([*SAMPLES, "--job-minutes", "60"]) == 128 + signum
     signal.setitimer(signal.ITIMER_REAL, 0)
@@ -174,7 +174,7 @@ def test_a_bug_is_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_sigterm_unwinds_like_an_error_and_is_143(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    from consistency.files import atomic
+    from consistency.base.files import atomic
 
     def stopped() -> None:
         with atomic(tmp_path / "file") as temporary:

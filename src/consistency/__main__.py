@@ -14,10 +14,11 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from consistency import __version__, launch, slurm_job
-from consistency.errors import UserError
-from consistency.progress import SUPERVISOR
-from consistency.supervision import watch_supervisor
+from consistency import __version__
+from consistency.base.errors import UserError
+from consistency.base.progress import SUPERVISOR
+from consistency.runtime import launch, slurm_job
+from consistency.runtime.supervision import watch_supervisor
 
 Arguments = argparse.Namespace
 
@@ -78,10 +79,10 @@ RESUMES = (*COMPUTES, JOB_MINUTES)
 SHARED = (*RESUMES, PROCESSES, NODES, GRES)
 
 VERBS = {
-    "check": Verb("check a study and print it with every default written out", "study:print_study", HERE),
+    "check": Verb("check a study and print it with every default written out", "config.reading:print_study", HERE),
     "estimate": Verb(
         "what the whole study costs: operations, GPU-hours, disk",
-        "stages.estimate:print_estimate",
+        "evaluation.estimate:print_estimate",
         (*HERE, Option("--tflops", type=float, default=100.0, help="sustained TFLOP/s a GPU (default: 100)")),
     ),
     "dataset": Verb("images to one memory-mapped array", "stages.dataset:make_dataset", (*HERE, READERS)),
@@ -107,29 +108,29 @@ VERBS = {
     ),
     "report": Verb("tables, figures and report.html", "stages.report:make_report", HERE),
     "track": Verb("upload the results to MLflow (idempotent)", "tracking.upload:track_study", HERE),
-    "summary": Verb("print the score table and where the report is", "stages.report:print_summary", HERE),
+    "summary": Verb("print the score table and where the report is", "report.summary:print_summary", HERE),
     "archive": Verb(
         "pack a finished study into one zip with SHA256SUMS",
-        "archive:make_archive",
+        "provenance.archive:make_archive",
         (*HERE, ARCHIVES, Option("--snapshots", action="store_true", help="with the snapshots of the students too")),
     ),
     "verify": Verb(
         "check a study's results against their cards, their parents and the study file, file by file",
-        "verification:print_verified",
+        "provenance.verification:print_verified",
         (
             Option("root", type=Path, metavar="FOLDER", help="results/NAME, of a checkout or an unzipped archive"),
             Option("--study", dest="study_file", type=Path, metavar="FILE", help="default: config/studies/NAME.yaml"),
         ),
     ),
-    "plan": Verb("write what DVC compares before it runs a stage", "plan:write_plan", HERE),
+    "plan": Verb("write what DVC compares before it runs a stage", "provenance.dvc_plan:write_plan", HERE),
     "inputs": Verb(
         "write what students and flows read of other results, for DVC",
-        "plan:write_inputs",
+        "provenance.dvc_plan:write_inputs",
         (*HERE, Option("--of", choices=["coefficients", "predictor", "flows"], help="default: all"), ANY_RUN, ANY_SEED),
     ),
     "reproduce": Verb(
         "let Snakemake make a study, or some files of it by some rules (goes on after a killed run)",
-        "workflow:reproduce",
+        "runtime.snakemake:reproduce",
         (
             *HERE,
             Option("--rules", nargs="+", metavar="RULE", help="of workflow/rules (default: all)"),
@@ -140,11 +141,11 @@ VERBS = {
     ),
     "fetch": Verb(
         "download files into resources/ and check their sha256; without a name, list which are there",
-        "resources:fetch_all",
+        "data.resources:fetch_all",
         (Option("names", nargs="*", metavar="NAME", help="a file of config/resources.yaml"),),
     ),
-    "validate": Verb("hold this machine against the closed-form oracles of the method", "stages.validate:validate"),
-    "reference": Verb("write the field reference of a study", "reference:write_reference"),
+    "validate": Verb("hold this machine against the closed-form oracles of the method", "evaluation.validate:validate"),
+    "reference": Verb("write the field reference of a study", "config.reference:write_reference"),
 }
 
 # Exit code of a verb that reached its time limit and saved its state.
@@ -208,7 +209,7 @@ def _as_worker(args: Arguments) -> int:
     except Exception:
         traceback.print_exc()
     if code == 0:
-        from consistency.training.distributed import leave
+        from consistency.runtime.distributed import leave
 
         leave()
         return 0
@@ -254,9 +255,9 @@ def _run(args: Arguments) -> int:
 
 def _job_of(args: Arguments) -> Any:
     """Return the study's Job; --run and --seed, given together, name one of its students."""
-    from consistency.job import Job
-    from consistency.layout import Layout
-    from consistency.study import load_study
+    from consistency.config.job import Job
+    from consistency.config.paths import Layout
+    from consistency.config.reading import load_study
 
     study, run, seed = load_study(args.study), getattr(args, "run", None), getattr(args, "seed", None)
     if run is not None and seed is not None:
@@ -297,9 +298,8 @@ def _prepare(args: Arguments) -> None:
 
     import torch
 
-    from consistency.stages.inputs import pick_device
-    from consistency.stages.trainer import Machine
-    from consistency.training.distributed import join
+    from consistency.runtime.distributed import join
+    from consistency.runtime.machine import Machine, pick_device
 
     torch.set_num_threads(args.threads)
     torch.backends.cuda.matmul.allow_tf32 = False

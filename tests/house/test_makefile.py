@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from tests.tracking.servers import ROOT, environment, start_in, wait_until
 
-from consistency.workflow import AT_WORK
+from consistency.runtime.snakemake import AT_WORK
 
 SYSTEM_PATH = "/usr/bin:/bin"
 RUN_STUDY = "python -m consistency reproduce --study config/studies/{}.yaml"

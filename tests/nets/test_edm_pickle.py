@@ -24,7 +24,7 @@ from tests.edm_writer import SOURCE, Persistent, edm_pickle, foreign_modules, wr
 from tests.nets.small import ARCHITECTURES, batch, make
 from torch import nn
 
-from consistency.errors import UserError
+from consistency.base.errors import UserError
 from consistency.nets.denoiser import Denoiser, init_denoiser
 from consistency.nets.edm_pickle import read_edm_pickle
 

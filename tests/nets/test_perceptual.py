@@ -12,7 +12,7 @@ from tests.dangers import Call
 from tests.draws import seeded
 from torch import Tensor, nn
 
-from consistency.errors import UserError
+from consistency.base.errors import UserError
 from consistency.nets import perceptual
 from consistency.nets.perceptual import PerceptualDistance, _read_convolutions
 from consistency.theory.distance import Distance

@@ -12,10 +12,10 @@ from tests.nets.official import OFFICIAL, count, golden, translate
 from tests.nets.small import ARCHITECTURES, batch, make
 
 from consistency.nets.adm import DhariwalUNet
+from consistency.nets.checkpoint import load_denoiser, save_denoiser
 from consistency.nets.denoiser import build_denoiser, init_denoiser, student_from_teacher
 from consistency.nets.layers import UNetBlock
 from consistency.nets.songunet import SongUNet
-from consistency.training.checkpoint import load_denoiser, save_denoiser
 
 SMALL = ARCHITECTURES["ddpmpp"]
 

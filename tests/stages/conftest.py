@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from consistency.job import Job
-from consistency.layout import Layout
+from consistency.config.job import Job
+from consistency.config.paths import Layout
+from consistency.nets.checkpoint import load_denoiser, save_denoiser
 from consistency.nets.denoiser import student_from_teacher
-from consistency.training.checkpoint import load_denoiser, save_denoiser
 
 #: students with coefficients of their own: of the data's moments, and of their average, refitted before steps 2 and 4
 OWN = {

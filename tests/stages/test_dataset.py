@@ -19,14 +19,16 @@ from PIL import Image
 from tests.dangers import file_size_limit
 from tests.image_sources import imagenet_files, imagenet_tar
 
-from consistency import locks
-from consistency.errors import UserError
-from consistency.job import Job
-from consistency.layout import Layout
+from consistency.base import locks
+from consistency.base.errors import UserError
+from consistency.config.job import Job
+from consistency.config.keys import key_of
+from consistency.config.paths import Layout
+from consistency.config.reading import load_study
+from consistency.config.study import Study
+from consistency.data.prepared import ImageData, load_images
 from consistency.stages import dataset as stage
 from consistency.stages.dataset import make_dataset
-from consistency.study import Study, key_of, load_study
-from consistency.training.data import ImageData, load_images
 
 Tiny = Callable[..., Study]
 Make = Callable[..., ImageData]

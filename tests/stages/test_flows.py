@@ -9,15 +9,15 @@ import pytest
 import torch
 from tests.nets.small import make_denoiser
 
-from consistency import figures
-from consistency.job import Job
-from consistency.layout import Layout
-from consistency.provenance import read_card
-from consistency.stages.discrepancy import ImagePairs, by_teacher
+from consistency.config.job import Job
+from consistency.config.paths import Layout
+from consistency.config.study import Study
+from consistency.provenance.card import read_card
+from consistency.report import figures
+from consistency.runtime.machine import Machine
 from consistency.stages.flows import make_flows
 from consistency.stages.student import make_student
-from consistency.stages.trainer import Machine
-from consistency.study import Study
+from consistency.training.discrepancy import ImagePairs, by_teacher
 
 Tiny = Callable[..., Study]
 CPU = Machine(torch.device("cpu"))

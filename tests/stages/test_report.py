@@ -10,15 +10,16 @@ import pandas as pd
 import pytest
 from tests.fake_results import SMALL, SWEEP, UNTAUGHT, make_results, make_study
 
-from consistency import figures
-from consistency.analysis import SpeedUp
-from consistency.job import Job
-from consistency.layout import Layout
-from consistency.stages.page import _verdicts, write_page
-from consistency.stages.report import _summary, make_report, print_summary
-from consistency.stages.results import read_cards, read_histories, read_results
-from consistency.study import Study
-from consistency.wording import differs_in, sentence, teacher_line
+from consistency.config.job import Job
+from consistency.config.paths import Layout
+from consistency.config.study import Study
+from consistency.evaluation.analysis import SpeedUp
+from consistency.report import figures
+from consistency.report.page import _verdicts, write_page
+from consistency.report.results import read_cards, read_histories, read_results
+from consistency.report.summary import print_summary, summary_of
+from consistency.report.wording import differs_in, sentence, teacher_line
+from consistency.stages.report import make_report
 
 ONE_SEED = SMALL.replace("seeds: [0, 1]", "seeds: [3]")
 PLAIN = SMALL.replace("  analytic: {preconditioning: analytic}", "  bcm: {preconditioning: bcm}")
@@ -178,7 +179,7 @@ def test_a_frozen_predictor_is_said_by_its_student_and_is_in_no_sweep(tmp_path: 
 
 def test_the_tables_are_numbers_for_machines(tmp_path: Path) -> None:
     study, layout = made(tmp_path, LARGE)
-    summary = _summary(read_results(Job(study, layout)))
+    summary = summary_of(read_results(Job(study, layout)))
     assert set(summary["final"]) == set(study.students)
     assert set(summary["speed_up"]) == set(study.students) - {"ctm", "cm"}
     # Endpoint students know no s between: their alignment is measured at one jump only.
@@ -217,7 +218,7 @@ def test_an_official_teacher_and_its_published_score_come_first(tmp_path: Path) 
     assert page.split("A small study", 2)[2].strip().startswith(line)
     assert "Teacher: official EDM checkpoint edm-cifar10-32x32-uncond-vp.pkl, 55,733,891 parameters." in page
     assert "not FID" not in page
-    calibration = _summary(read_results(Job(study, layout)))["calibration"]
+    calibration = summary_of(read_results(Job(study, layout)))["calibration"]
     assert calibration["teacher heun"] == {"fd": 1.1, "kid": 0.0008, "published": 1.05}
 
 

@@ -18,27 +18,20 @@ from tests.nets.small import make_denoiser
 from tests.stages.conftest import save_students
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from consistency.errors import UserError
-from consistency.job import Job
-from consistency.layout import Layout
+from consistency.base.errors import UserError
+from consistency.base.seeding import ImageNoise
+from consistency.config.job import Job
+from consistency.config.paths import Layout
+from consistency.config.study import Study
+from consistency.data.prepared import to_bytes
+from consistency.evaluation.samplers import Sampler, draw, heun_sampler, jump_sampler, prepared, student_samplers
+from consistency.nets.checkpoint import load_denoiser, save_denoiser
 from consistency.nets.denoiser import Denoiser, student_from_teacher
 from consistency.nets.mlp import MLP
-from consistency.provenance import read_card
-from consistency.seeding import ImageNoise
-from consistency.stages.samples import (
-    Sampler,
-    draw,
-    heun_sampler,
-    jump_sampler,
-    make_samples,
-    prepared,
-    student_samplers,
-)
-from consistency.study import Study
+from consistency.provenance.card import read_card
+from consistency.runtime.stopping import Interrupted
+from consistency.stages.samples import make_samples
 from consistency.theory.preconditioning import build_preconditioning
-from consistency.training.checkpoint import load_denoiser, save_denoiser
-from consistency.training.data import to_bytes
-from consistency.training.loop import Interrupted
 
 Tiny = Callable[..., Study]
 CPU = torch.device("cpu")
@@ -320,12 +313,12 @@ PROCESS = """
 import os, signal, sys
 from pathlib import Path
 import torch, torch.distributed as dist
-from consistency.job import Job
-from consistency.layout import Layout
-from consistency.stages import parts
+from consistency.config.job import Job
+from consistency.config.paths import Layout
+from consistency.evaluation import parts
 from consistency.stages.samples import make_samples
-from consistency.study import load_study
-from consistency.training.distributed import Ranks, leave
+from consistency.config.reading import load_study
+from consistency.runtime.distributed import Ranks, leave
 
 folder, rank, world, kill_at = Path(sys.argv[1]), *map(int, sys.argv[2:])
 torch.set_num_threads(1)

@@ -13,18 +13,21 @@ import torch
 from tests.stages.conftest import save_students
 
 from consistency.__main__ import main
-from consistency.features import Extractor, Statistics, frechet_distance
-from consistency.job import Job
-from consistency.layout import Layout
-from consistency.provenance import Card
-from consistency.stages import extractor as extractor_stage
-from consistency.stages.extractor import make_extractor, open_extractor, read_data_statistics
-from consistency.stages.inputs import read_preconditioning
-from consistency.stages.samples import draw, jump_sampler, make_samples
-from consistency.stages.scores import CALIBRATION_COLUMNS, COLUMNS, make_calibration, make_scores
-from consistency.study import Study
-from consistency.training.checkpoint import load_denoiser
-from consistency.training.data import load_images, to_bytes
+from consistency.config.job import Job
+from consistency.config.paths import Layout
+from consistency.config.study import Study
+from consistency.data.prepared import load_images, to_bytes
+from consistency.evaluation import extractor
+from consistency.evaluation.extractor import open_extractor, read_data_statistics
+from consistency.evaluation.features import Extractor, Statistics, frechet_distance
+from consistency.evaluation.samplers import draw, jump_sampler
+from consistency.evaluation.scores import CALIBRATION_COLUMNS, COLUMNS
+from consistency.nets.checkpoint import load_denoiser
+from consistency.provenance.card import Card
+from consistency.provenance.inputs import read_preconditioning
+from consistency.stages.extractor import make_extractor
+from consistency.stages.samples import make_samples
+from consistency.stages.scores import make_calibration, make_scores
 
 Tiny = Callable[..., Study]
 CPU = torch.device("cpu")
@@ -116,9 +119,9 @@ def inception_played_by(features: int, monkeypatch: pytest.MonkeyPatch) -> None:
     def batch(images: np.ndarray) -> np.ndarray:
         return images.reshape(len(images), -1).astype(np.float32) / 255 @ matrix
 
-    monkeypatch.setattr(extractor_stage, "open_resource", lambda name: Path(name))
+    monkeypatch.setattr(extractor, "open_resource", lambda name: Path(name))
     made = Extractor("inception-legacy_tensorflow", batch)
-    monkeypatch.setattr(extractor_stage, "inception_extractor", lambda *_: made)
+    monkeypatch.setattr(extractor, "inception_extractor", lambda *_: made)
 
 
 @pytest.fixture

@@ -14,18 +14,23 @@ import torch
 from tests.nets.small import make_denoiser
 from tests.stages.conftest import OWN
 
-from consistency.errors import UserError
-from consistency.job import Job
-from consistency.layout import Layout, snapshot_name
+from consistency.base.errors import UserError
+from consistency.config.job import Job
+from consistency.config.keys import key_of
+from consistency.config.paths import Layout, snapshot_name
+from consistency.config.study import Study
+from consistency.data.prepared import load_images
+from consistency.nets.checkpoint import load_denoiser
 from consistency.nets.denoiser import Denoiser
-from consistency.stages import student as stage
-from consistency.stages.trainer import Machine
-from consistency.study import Study, key_of
-from consistency.training.checkpoint import load_denoiser
+from consistency.runtime.machine import Machine
+from consistency.runtime.stopping import Interrupted
+from consistency.stages.student import make_student
+from consistency.theory.distance import DISTANCES
+from consistency.training import students
 from consistency.training.consistency_training import ConsistencyTraining
-from consistency.training.data import load_images
-from consistency.training.loop import Interrupted, Training, train
-from consistency.training.objectives import Term
+from consistency.training.loop import Training, train
+from consistency.training.objective import Term
+from consistency.training.trajectory import Trajectory
 
 Tiny = Callable[..., Study]
 Changes = dict[str, Any]
@@ -33,7 +38,7 @@ CPU = Machine(torch.device("cpu"))
 
 
 def training(study: Study, layout: Layout, run: str, seed: int = 0) -> Training:
-    return stage.student_training(Job(study, layout, run, seed), load_images(layout.dataset), CPU)
+    return students.student_training(Job(study, layout, run, seed), load_images(layout.dataset), CPU)
 
 
 def weights(*models: torch.nn.Module) -> torch.Tensor:
@@ -64,7 +69,7 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> list[Seen]:
 
         monkeypatch.setattr(objective, "terms", note)
 
-    watch(stage.Trajectory)
+    watch(Trajectory)
     watch(ConsistencyTraining)
     return steps
 
@@ -110,7 +115,7 @@ def test_labels_are_given_to_conditional_students_alone(
     tiny: Tiny, first_results: Layout, seen: list[Seen], monkeypatch: pytest.MonkeyPatch, conditional: bool
 ) -> None:
     teacher = make_denoiser(0, img_resolution=8, label_dim=10 * conditional)
-    monkeypatch.setattr(stage, "read_teacher", lambda *_: teacher)
+    monkeypatch.setattr(students, "read_teacher", lambda *_: teacher)
     training(tiny({"teacher.conditional": conditional}), first_results, "ctm").update.step(0)
     labels = seen[0].labels
     assert (labels is not None) == conditional
@@ -174,7 +179,7 @@ def test_the_first_weights_are_the_seeds_and_no_teachers(
     study = tiny(couplings | {"seeds": [0, 1]})
     drawn = [weights(training(study, first_results, "gc", seed).update.model) for seed in (0, 1)]
     other = make_denoiser(5, img_resolution=8, label_dim=10, width=32, depth=1, embedding=16)
-    monkeypatch.setattr(stage, "read_teacher", lambda *_: other)
+    monkeypatch.setattr(students, "read_teacher", lambda *_: other)
     again = weights(training(study, first_results, "gc").update.model)
     assert torch.equal(again, drawn[0])
     assert not torch.equal(drawn[1], drawn[0])
@@ -236,7 +241,7 @@ def test_an_interrupted_arm_ends_with_the_bits_of_an_uninterrupted_one(
     study = tiny(couplings | changes)
     frozen = study.students[run].frozen
     if frozen:
-        stage.make_student(Job(study, results, "ic", 0), CPU)
+        make_student(Job(study, results, "ic", 0), CPU)
     whole, same = (at_the_end(study, results.results, tmp_path / f"{k}", run, k) for k in (False, True))
     assert torch.equal(weights(*same), weights(*whole))
     if run == "own":
@@ -263,7 +268,7 @@ def test_a_frozen_predictor_is_the_other_students_and_stays_what_it_is(
     study = tiny(changes)
     with pytest.raises(UserError, match="run `python -m consistency student --run ic --seed 0` first"):
         training(study, results, "full")
-    stage.make_student(Job(study, results, "ic", 0), CPU)
+    make_student(Job(study, results, "ic", 0), CPU)
     ended = weights(load_denoiser(Job(study, results, "ic", 0).weights())[0])
     halfway = weights(load_denoiser(Job(study, results, "ic", 0).weights(step=3))[0])
     trained = []
@@ -276,7 +281,7 @@ def test_a_frozen_predictor_is_the_other_students_and_stays_what_it_is(
         assert expected is None or torch.equal(weights(predictor), expected)
         assert (predictor is job.averages[0].model) == (expected is None)
     assert not torch.equal(trained[0], trained[1]) and not torch.equal(trained[0], trained[2])
-    stage.make_student(Job(study, results, "weak", 0), CPU)
+    make_student(Job(study, results, "weak", 0), CPU)
     card = json.loads((Job(study, results, "weak", 0).folder / "card.json").read_text())
     assert "students/ic/seed0/snapshots/step-000003.safetensors" in card["inputs"]
     with pytest.raises(UserError, match="made by study 'tiny' with other settings"):
@@ -344,7 +349,7 @@ def test_a_lower_precision_is_that_of_all_three_networks(
         compared.extend([a.dtype, b.dtype])
         return (a - b).square().flatten(1).mean(1)
 
-    monkeypatch.setitem(stage.DISTANCES, "l2", distance)
+    monkeypatch.setitem(DISTANCES, "l2", distance)
     job = training(tiny({"student.precision": "bfloat16", "student.distance": "l2"}), first_results, "ctm")
     objective: Any = job.update.objective
     outputs: list[torch.dtype] = []

@@ -11,18 +11,19 @@ from tests.conftest import vouch_for
 from tests.edm_writer import write_edm_pickle
 from tests.nets.small import make_denoiser
 
-from consistency.errors import UserError
-from consistency.files import sha256
-from consistency.job import Job
-from consistency.layout import Layout
+from consistency.base.errors import UserError
+from consistency.base.files import sha256
+from consistency.config.job import Job
+from consistency.config.keys import key_of
+from consistency.config.paths import Layout
+from consistency.config.study import Study
+from consistency.data.prepared import load_images
+from consistency.nets.checkpoint import load_denoiser
 from consistency.nets.denoiser import Denoiser, init_denoiser
-from consistency.provenance import read_card
-from consistency.stages import student
+from consistency.provenance.card import read_card
+from consistency.runtime.machine import Machine
 from consistency.stages.teacher import make_teacher
-from consistency.stages.trainer import Machine
-from consistency.study import Study, key_of
-from consistency.training.checkpoint import load_denoiser
-from consistency.training.data import load_images
+from consistency.training import students
 
 Tiny = Callable[..., Study]
 CPU = Machine(torch.device("cpu"))
@@ -109,7 +110,7 @@ def test_classes_of_data_and_teacher_must_agree(
     tiny: Tiny, first_results: Layout, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     teacher = make_denoiser(0, img_resolution=8, label_dim=1000)
-    monkeypatch.setattr(student, "read_teacher", lambda *_: teacher)
+    monkeypatch.setattr(students, "read_teacher", lambda *_: teacher)
     data = load_images(first_results.dataset)
     with pytest.raises(UserError, match="conditioned on 1000 classes, the dataset has 10"):
-        student.student_training(Job(tiny(), first_results, "ctm", 0), data, CPU)
+        students.student_training(Job(tiny(), first_results, "ctm", 0), data, CPU)

@@ -12,30 +12,31 @@ import pytest
 import torch
 from tests.stages.conftest import OWN
 
-from consistency.errors import UserError
-from consistency.job import Job
-from consistency.layout import Layout
-from consistency.provenance import read_card
-from consistency.seeding import generator
+from consistency.base.errors import UserError
+from consistency.base.seeding import generator
+from consistency.config.job import Job
+from consistency.config.keys import key_of
+from consistency.config.paths import Layout
+from consistency.config.study import Study
+from consistency.data.prepared import load_images
+from consistency.evaluation.estimate import estimate, training_operations
+from consistency.nets.checkpoint import load_denoiser
+from consistency.provenance.card import read_card
+from consistency.provenance.verification import verify
+from consistency.runtime.machine import Machine
 from consistency.stages.coefficients import make_coefficients
 from consistency.stages.dataset import make_dataset
-from consistency.stages.discrepancy import ImagePairs, discrepancy_of
-from consistency.stages.estimate import estimate, training_operations
 from consistency.stages.extractor import make_extractor
 from consistency.stages.flows import make_flows
-from consistency.stages.inputs import time_grid
 from consistency.stages.report import make_report
 from consistency.stages.samples import make_samples
 from consistency.stages.scores import make_calibration, make_scores
 from consistency.stages.student import make_student
 from consistency.stages.teacher import make_teacher
-from consistency.stages.trainer import Machine
-from consistency.study import Study, key_of
-from consistency.training.checkpoint import load_denoiser
-from consistency.training.data import load_images
+from consistency.training.discrepancy import ImagePairs, discrepancy_of
+from consistency.training.fits import time_grid
 from consistency.training.own_fit import covariance_fit
 from consistency.training.toy import train_toy
-from consistency.verification import verify
 
 Tiny = Callable[..., Study]
 CPU = torch.device("cpu")

@@ -7,7 +7,7 @@ import pytest
 import torch
 from tests.draws import seeded
 
-from consistency.study import Student
+from consistency.config.student import Student
 from consistency.theory.generalized_ode import GeneralizedODE
 from consistency.theory.noise import log_grid, rho_grid
 from consistency.theory.preconditioning import bcm, build_preconditioning, ctm

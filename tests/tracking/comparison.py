@@ -4,9 +4,9 @@ from typing import Any
 
 from tests.tracking.trainings import history_of
 
-from consistency.files import read_json
-from consistency.job import Job
-from consistency.tracking.plan import Record
+from consistency.base.files import read_json
+from consistency.config.job import Job
+from consistency.tracking.records import Record
 from consistency.tracking.server import find_runs
 
 Points = list[tuple[str, int, int, float]]

@@ -10,9 +10,9 @@ from tests.fake_results import make_results, make_study
 from tests.tracking.debian import needs_debian
 from tests.tracking.servers import tracking_server
 
-from consistency.files import read_json
-from consistency.job import Job
-from consistency.layout import Layout
+from consistency.base.files import read_json
+from consistency.config.job import Job
+from consistency.config.paths import Layout
 from consistency.stages.report import make_report
 from consistency.tracking.upload import track_study
 

@@ -27,11 +27,11 @@ from tests.tracking.servers import (
 from tests.tracking.trainings import FOUR, finished_study, replayed
 from tests.workflow.checkout import said
 
-from consistency.job import Job
-from consistency.layout import Layout
+from consistency.config.job import Job
+from consistency.config.paths import Layout
+from consistency.config.study import Study
+from consistency.runtime.machine import Machine
 from consistency.stages.student import make_student
-from consistency.stages.trainer import Machine
-from consistency.study import Study
 from consistency.tracking.live import EVERY, GRACE, LIVE, Follower
 from consistency.tracking.server import connect
 from consistency.tracking.upload import track_study

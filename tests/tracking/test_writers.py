@@ -10,7 +10,7 @@ from tests.tracking.servers import PASSWORD, ROOT, TrackingServer, environment
 from tests.tracking.trainings import EIGHT, finished_study
 
 from consistency.tracking.live import EVERY
-from consistency.tracking.plan import plan
+from consistency.tracking.records import plan
 from consistency.tracking.server import connect, send_points
 from consistency.tracking.upload import track_study
 

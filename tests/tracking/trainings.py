@@ -9,8 +9,8 @@ from typing import Any
 
 from tests.fake_results import SMALL, edit_card, make_finished
 
-from consistency.files import read_history
-from consistency.job import Job
+from consistency.base.files import read_history
+from consistency.config.job import Job
 from consistency.tracking.live import Follower, followed
 from consistency.training.folder import append, prepare, read_identity
 

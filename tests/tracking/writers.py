@@ -13,9 +13,9 @@ import mlflow.store.tracking.sqlalchemy_store
 import mlflow.system_metrics.system_metrics_monitor  # noqa: F401
 from tests.tracking.trainings import replayed
 
-from consistency.job import Job
-from consistency.layout import Layout
-from consistency.study import load_study
+from consistency.config.job import Job
+from consistency.config.paths import Layout
+from consistency.config.reading import load_study
 from consistency.tracking import live
 
 PIECES = 10  # in which a history is written

@@ -10,8 +10,8 @@ from tests.nets.small import make_denoiser
 from tests.training.losses import EPS, fitted, passes
 from torch import Tensor
 
+from consistency.base.seeding import generator
 from consistency.nets.denoiser import Denoiser
-from consistency.seeding import generator
 from consistency.theory.coupling import assignment
 from consistency.theory.curriculum import DoublingCurriculum, ShrinkingCurriculum
 from consistency.theory.distance import euclidean, pseudo_huber, squared_l2

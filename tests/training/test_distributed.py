@@ -17,7 +17,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from consistency.layout import Layout
+from consistency.config.paths import Layout
 
 ROOT = Path(__file__).parents[2]
 WriteStudy = Callable[..., Path]

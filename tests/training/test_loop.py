@@ -17,16 +17,18 @@ import pytest
 import torch
 from tests.nets.small import make_denoiser
 
-from consistency import locks
-from consistency.errors import UserError
+from consistency.base import locks
+from consistency.base.errors import UserError
+from consistency.base.seeding import generator
+from consistency.nets.checkpoint import load_denoiser
 from consistency.nets.denoiser import Denoiser
-from consistency.seeding import generator
+from consistency.runtime.stopping import Interrupted
 from consistency.training import folder as files
 from consistency.training import loop
-from consistency.training.checkpoint import load_denoiser, load_state
 from consistency.training.ema import Ema
-from consistency.training.loop import Interrupted, Training, train
-from consistency.training.objectives import Draws, Shape, Term
+from consistency.training.loop import Training, train
+from consistency.training.objective import Draws, Shape, Term
+from consistency.training.state import load_state
 from consistency.training.update import Update
 
 # hook(step) is called inside the loss of that step (from 0) and may return another loss.

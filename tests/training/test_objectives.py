@@ -18,7 +18,10 @@ from consistency.theory.noise import rho_grid
 from consistency.theory.oracles import GaussianTeacher
 from consistency.theory.preconditioning import Preconditioning, build_preconditioning
 from consistency.theory.solver import expand
-from consistency.training.objectives import Denoising, Endpoint, Objective, Trajectory
+from consistency.training.denoising import Denoising
+from consistency.training.endpoint import Endpoint
+from consistency.training.objective import Objective
+from consistency.training.trajectory import Trajectory
 
 GRID = rho_grid(18, EPS, T)
 Networks = tuple[Denoiser, Denoiser, Denoiser]

@@ -10,17 +10,18 @@ from tests.draws import numpy_draws, seeded
 from tests.nets.small import make_denoiser
 from torch import Tensor
 
-from consistency.errors import UserError
+from consistency.base.errors import UserError
+from consistency.data.prepared import ImageData
+from consistency.nets.checkpoint import load_denoiser, save_denoiser
 from consistency.nets.denoiser import Denoiser
+from consistency.nets.own_preconditioning import own_preconditioning
+from consistency.runtime.distributed import Ranks
 from consistency.theory.derivative_free import fit_without_derivatives, gaussian_coefficients
 from consistency.theory.generalized_ode import GeneralizedODE
 from consistency.theory.noise import log_grid
 from consistency.theory.oracles import GaussianTeacher
 from consistency.training import own_fit
-from consistency.training.checkpoint import load_denoiser, save_denoiser
-from consistency.training.data import ImageData
-from consistency.training.distributed import Ranks
-from consistency.training.own_fit import Refits, covariance_fit, diagonal_fit, own_preconditioning
+from consistency.training.own_fit import Refits, covariance_fit, diagonal_fit
 
 TIMES = log_grid(40, 0.002, 80.0)
 VARIANCES = torch.tensor([0.05, 0.3, 1.2, 0.6], dtype=torch.float64)

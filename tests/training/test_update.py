@@ -8,15 +8,15 @@ from tests.draws import SEED
 from tests.nets.small import ARCHITECTURES, make_denoiser
 from torch import Tensor
 
-from consistency.errors import UserError
+from consistency.base.errors import UserError
+from consistency.base.seeding import generator
 from consistency.nets.denoiser import init_denoiser, student_from_teacher
-from consistency.seeding import generator
+from consistency.runtime.distributed import Ranks
 from consistency.theory.distance import squared_l2
 from consistency.theory.noise import rho_grid
 from consistency.theory.preconditioning import build_preconditioning
-from consistency.training.distributed import Ranks
 from consistency.training.ema import Ema
-from consistency.training.objectives import Jumps, Trajectory
+from consistency.training.trajectory import Jumps, Trajectory
 from consistency.training.update import Update, share_of
 
 BATCH = 8

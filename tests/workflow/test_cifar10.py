@@ -8,12 +8,12 @@ import pytest
 import torch
 import torchvision
 from tests.edm_writer import write_edm_pickle
+from tests.evaluation.test_features import Inception
 from tests.image_sources import cifar10_archive, cifar10_files
-from tests.test_features import Inception
 from tests.workflow.checkout import Checkout
 from tests.workflow.miniatures import Site, miniature, teacher
 
-from consistency.training.checkpoint import load_denoiser
+from consistency.nets.checkpoint import load_denoiser
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ from tests.image_sources import cifar10_archive, cifar10_files
 from tests.workflow.checkout import Checkout
 from tests.workflow.miniatures import BY_CLASSIFIER, Site, miniature
 
-from consistency.training.checkpoint import load_denoiser
+from consistency.nets.checkpoint import load_denoiser
 
 RUNS = ["ic", "ot", "gc", "gc-weak"]
 #: the flows in seconds

@@ -17,7 +17,7 @@ from tests.tracking.servers import wait_until
 from tests.workflow.dvc_repo import JOBS, Repo, origin
 from tests.workflow.miniatures import Site
 
-from consistency.study import load_study
+from consistency.config.reading import load_study
 
 pytestmark = pytest.mark.slow
 
@@ -131,7 +131,7 @@ def test_a_comment_runs_nothing(repo: Repo) -> None:
 
 
 def test_a_change_of_the_students_training_runs_the_students(repo: Repo) -> None:
-    file = repo.path / "src/consistency/training/objectives.py"
+    file = repo.path / "src/consistency/training/trajectory.py"
     file.write_text(re.sub(r"class Trajectory\b.*:\n", r"\g<0>    changed = True\n", file.read_text()))
     assert repo.repro(PLAN) == {PLAN}
     assert repo.changed() == {"student@tiny-ctm-0", "student@tiny-analytic-0"}

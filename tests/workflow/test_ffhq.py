@@ -7,7 +7,7 @@ from tests.image_sources import ffhq_files, write_zip
 from tests.workflow.checkout import Checkout
 from tests.workflow.miniatures import BY_CLASSIFIER, Site, miniature, teacher
 
-from consistency.training.checkpoint import read_metadata
+from consistency.nets.checkpoint import read_metadata
 
 
 @pytest.mark.slow

@@ -8,7 +8,8 @@ import pytest
 import yaml
 from tests.workflow.checkout import Checkout
 
-from consistency.study import NoTeacher, load_study
+from consistency.config.networks import NoTeacher
+from consistency.config.reading import load_study
 
 #: downloads and trainings
 FIRST_PAPER = {"cifar10-uncond": (4, 15), "cifar10-cond": (4, 15), "ffhq64": (3, 15), "imagenet64": (3, 15)}

@@ -16,14 +16,17 @@ SUPERVISOR = f"{platform.node()}:{os.getpid()}"
 PATH = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
 os.environ.update(PYTHONPATH=SOURCE, PATH=PATH, CONSISTENCY_SUPERVISOR=SUPERVISOR)
 
-from consistency.cluster import require_cluster
-from consistency.code import code_digest
-from consistency.errors import UserError
-from consistency.job import Job
-from consistency.layout import Layout
-from consistency.resources import downloads, registry, resource_path
-from consistency.study import OfficialTeacher, Study, load_study
-from consistency.workflow import join_run
+from consistency.runtime.cluster import require_cluster
+from consistency.provenance.code_digest import code_digest
+from consistency.base.errors import UserError
+from consistency.config.job import Job
+from consistency.config.paths import Layout
+from consistency.provenance.graph import downloads
+from consistency.data.resources import registry, resource_path
+from consistency.config.networks import OfficialTeacher
+from consistency.config.study import Study
+from consistency.config.reading import load_study
+from consistency.runtime.snakemake import join_run
 
 join_run()
 

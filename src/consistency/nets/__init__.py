@@ -1,1 +1,1 @@
-"""Networks and the EDM-preconditioned denoiser around them."""
+"""Networks, the EDM denoiser around them, and their files. How they are trained belongs to training."""

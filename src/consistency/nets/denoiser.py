@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from consistency.errors import suggestion
+from consistency.base.errors import suggestion
 from consistency.nets.adm import DhariwalUNet
 from consistency.nets.mlp import MLP
 from consistency.nets.songunet import SongUNet

@@ -24,7 +24,7 @@ import torch
 from pydantic import BaseModel, Field, ValidationError
 from torch import Tensor
 
-from consistency.errors import UserError
+from consistency.base.errors import UserError
 from consistency.nets.denoiser import Denoiser, build_denoiser
 from consistency.nets.layers import Conv2d
 

@@ -3,7 +3,7 @@
 import re
 from typing import Any
 
-from consistency.errors import UserError
+from consistency.base.errors import UserError
 
 _SONGUNET = {"network": "songunet", "model_channels": 128, "num_blocks": 4, "attn_resolutions": [16], "augment_dim": 9}
 _CIFAR10 = {**_SONGUNET, "img_resolution": 32, "channel_mult": [2, 2, 2], "dropout": 0.13, "label_dim": 10}

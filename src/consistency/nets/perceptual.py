@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn.functional import interpolate
 from torchmetrics.functional.image.lpips import _LPIPS, _normalize_tensor
 
-from consistency.errors import UserError
+from consistency.base.errors import UserError
 
 # CTM's image sizes: images smaller than 256 pixels are resized to VGG's 224.
 _SMALL, _SIZE = 256, 224

@@ -1,1 +1,1 @@
-"""The stages of a study, in the order its data goes: each reads files, calls the layers below, writes files."""
+"""One module for each word of the pipeline: it reads files, calls the rooms below, and writes files and a card."""

@@ -4,21 +4,18 @@ import time
 
 import numpy as np
 import torch
-from torch import Tensor
 
-from consistency.arrays import write_arrays
-from consistency.errors import UserError
-from consistency.job import Job
-from consistency.progress import track
-from consistency.provenance import Card
-from consistency.seeding import generator
-from consistency.stages.inputs import data_files, read_dataset, read_teacher, require_classes
-from consistency.study import Study
+from consistency.base.arrays import write_arrays
+from consistency.base.errors import UserError
+from consistency.base.progress import track
+from consistency.base.seeding import generator
+from consistency.config.job import Job
+from consistency.provenance.card import Card
+from consistency.provenance.inputs import data_files, read_dataset, read_teacher, require_classes
 from consistency.theory.estimators import CoefficientFit, fit_coefficients
 from consistency.theory.generalized_ode import GeneralizedODE
-from consistency.theory.noise import log_grid
-from consistency.training.data import ImageData
-from consistency.training.objectives import with_labels
+from consistency.training.fits import fitted_images, fitted_times
+from consistency.training.objective import with_labels
 
 
 def make_coefficients(job: Job, device: torch.device) -> None:
@@ -62,21 +59,3 @@ def make_coefficients(job: Job, device: torch.device) -> None:
     passes = settings.times * settings.samples * (2 * ((probes or images[0].numel()) + 1) + 1)
     measured = {"network_evaluations": passes, "seconds": round(time.time() - card.started, 3)}
     card.write([job.paths.teacher / "teacher.safetensors", *data_files(job)], [path], measured=measured)
-
-
-def fitted_times(study: Study) -> Tensor:
-    """The times [N] of the study's fits."""
-    return log_grid(study.coefficients.times, study.noise.sigma_min, study.noise.sigma_max)
-
-
-def fitted_images(study: Study, data: ImageData, device: torch.device) -> tuple[Tensor, Tensor | None, Tensor]:
-    """Return the images [K, C, H, W] and noise of the study's fits, in the precision of the fits, and the labels [K]
-    for a conditional network."""
-    settings = study.coefficients
-    draws = generator(settings.seed, "coefficients")
-    # A repeated permutation uses every image equally often, as far as the numbers allow.
-    rows = torch.cat([torch.randperm(len(data), generator=draws) for _ in range(-(-settings.samples // len(data)))])
-    images, labels = data.take(rows[: settings.samples])
-    noise = torch.randn(images.shape, generator=draws)
-    dtype = torch.float64 if settings.precision == "float64" else torch.float32
-    return images.to(device, dtype), labels.to(device) if study.teacher.conditional else None, noise.to(device, dtype)

@@ -8,15 +8,15 @@ from pathlib import Path
 
 import numpy as np
 
-from consistency.arrays import write_array
-from consistency.files import atomic, sha256, write_json
-from consistency.job import Job
-from consistency.locks import only_one
-from consistency.progress import Progress
-from consistency.provenance import Card
-from consistency.resources import downloads
-from consistency.sources.datasets import Source, open_source
-from consistency.study import Study
+from consistency.base.arrays import write_array
+from consistency.base.files import atomic, sha256, write_json
+from consistency.base.locks import only_one
+from consistency.base.progress import Progress
+from consistency.config.job import Job
+from consistency.config.study import Study
+from consistency.data.sources import Source, open_source
+from consistency.provenance.card import Card
+from consistency.provenance.graph import downloads
 
 _BATCH = 64  # most images that a thread reads at once
 _BATCH_BYTES = 1 << 20

@@ -1,61 +1,26 @@
 """Stage flows: the effect of a coupling on the flow, on the study's images, in the plane and in closed form (GC)."""
 
 import shutil
-from collections.abc import Callable
-from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor
 
-from consistency.arrays import write_arrays, write_table
-from consistency.job import Job
-from consistency.progress import Progress
-from consistency.provenance import Card
-from consistency.seeding import generator
-from consistency.stages.discrepancy import Discrepancy, ImagePairs, by_teacher, discrepancy_of
-from consistency.stages.inputs import (
-    data_files,
-    read_dataset,
-    read_preconditioning,
-    read_student,
-    read_teacher,
-    time_grid,
+from consistency.base.arrays import write_arrays, write_table
+from consistency.config.job import Job
+from consistency.evaluation.flows import (
+    COLUMNS,
+    FILES,
+    ImageMeasurements,
+    Row,
+    independent_pairs,
+    limit_rows,
+    plane_rows,
+    train_toys,
 )
-from consistency.stages.samples import prepared
-from consistency.stages.trainer import Machine
-from consistency.study import Flows, Study
-from consistency.theory.flows import (
-    ConsistencyLosses,
-    Coupling,
-    exact_predictor,
-    flow_curves,
-    pf_ode_velocity,
-    quadrature_pairs,
-)
-from consistency.theory.noise import log_grid
-from consistency.theory.oracles import MIXTURE_1D, MixtureTeacher
-from consistency.theory.solver import every, expand
-from consistency.training.data import ImageData
-from consistency.training.loop import train
-from consistency.training.toy import SIGMA_MAX, SIGMA_MIN, TWO_GAUSSIANS, train_toy
-
-#: the tables
-COLUMNS = {
-    "transport.csv": ["kind", "run", "seed", "t", "cost", "cost_se"],
-    "discrepancy.csv": ["run", "seed", "t", "discrepancy", "discrepancy_se"],
-    "plane.csv": ["coupling", "t", "discrepancy", "discrepancy_se", "cost", "cost_se"],
-    "limit.csv": ["intervals", "ct", "cd", "ct_limit", "cd_limit"],
-}
-FILES = (*COLUMNS, "toy.npz")
-#: the toy's couplings, and the arrays kept of each, with the seeds as first axis
-TOYS: tuple[Coupling, ...] = ("ic", "gc")
-_KEPT = ("paths", "samples", "cost", "cost_se")
-#: times of plane.csv, and the images among which its ot assigns
-PLANE_TIMES, PLANE_BATCH = 16, 256
-Row = dict[str, Any]
+from consistency.provenance.card import Card
+from consistency.provenance.inputs import read_dataset
+from consistency.runtime.machine import Machine
+from consistency.training.discrepancy import discrepancy_of
 
 
 def make_flows(job: Job, machine: Machine) -> None:
@@ -97,158 +62,3 @@ def make_flows(job: Job, machine: Machine) -> None:
     card.write(inputs, [job.paths.flows / name for name in FILES])
     for state in states:
         shutil.rmtree(state)
-
-
-# --- transport cost and discrepancy on the images
-
-
-def independent_pairs(study: Study, settings: Flows, data: ImageData) -> ImagePairs:
-    """Return images with independent noise."""
-    draws = generator(settings.seed, "flows")
-    images, classes = data.take(torch.randperm(len(data), generator=draws)[: settings.images])
-    noise = torch.randn(images.shape, generator=draws)
-    return ImagePairs(images, classes if study.teacher.conditional else None, noise, study.sampling.batch)
-
-
-@dataclass(frozen=True)
-class ImageMeasurements:
-    """Measurements on the study's images. pairs: of independent noise."""
-
-    job: Job
-    settings: Flows
-    device: torch.device
-    pairs: ImagePairs
-
-    @property
-    def times(self) -> list[float]:
-        """Times of the measurements, ascending."""
-        return time_grid(self.job.study, self.settings.times, torch.device("cpu")).flip(0).tolist()
-
-    def transport(self) -> tuple[list[Row], list[Path]]:
-        """Return the rows of transport.csv, and the files they were made from."""
-        study, pairs = self.job.study, self.pairs
-        rows = [_row("pairs", "ic", None, None, _costs(pairs.images, pairs.noise))]
-        for run, student in study.coupled.items():
-            if student.coupling == "ot":
-                moved = pairs.transported(student.batch)
-                rows.append(_row("pairs", run, None, None, _costs(moved.images, moved.noise)))
-        inputs = data_files(self.job)
-        if any(student.needs_coefficients for student in study.coupled.values()):
-            inputs.append(self.job.paths.coefficients / "coefficients.npz")
-        students = [job for job in self.job.trainings if job.run in study.coupled]
-        progress = Progress(f"flows {study.name}", len(students) * len(self.times) * len(pairs.images))
-        for job in students:
-            ends = self._endpoint(job)
-            inputs.append(job.weights())
-            for t in self.times:
-                rows.append(_row("student", str(job.run), job.seed, t, _costs(ends(t), pairs.noise)))
-                progress.update(len(pairs.images))
-        progress.close()
-        return rows, inputs
-
-    def _endpoint(self, job: Job) -> Callable[[float], Tensor]:
-        """Return f(x + t z, t, eps) of a student's average, as a function of t."""
-        pairs, eps = self.pairs, job.study.noise.sigma_min
-        model = prepared(job.study, read_student(job, self.device))
-        preconditioning = read_preconditioning(job, model)
-
-        @torch.inference_mode()
-        def ends(t: float) -> Tensor:
-            def jump(_: int, x: Tensor, labels: Tensor | None, z: Tensor) -> Tensor:
-                return preconditioning.jump(model, x, every(t, x), every(eps, x), labels)
-
-            return replace(pairs, images=pairs.images + t * pairs.noise).each(self.device, jump)
-
-        return ends
-
-    def by_teacher(self) -> list[Row]:
-        """Return discrepancy.csv's rows of the teacher on independent noise, a check of ic's denoiser's training."""
-        teacher = prepared(self.job.study, read_teacher(self.job, self.device))
-        return self._discrepancies("teacher", None, lambda t: by_teacher(teacher, self.pairs, t))
-
-    def discrepancy(self, job: Job, measure: Discrepancy) -> list[Row]:
-        """Return the rows of discrepancy.csv for one coupling; train its denoiser if needed."""
-        pairs = self.pairs.transported(job.student.batch) if job.student.coupling == "ot" else self.pairs
-        train(measure.training)
-        return self._discrepancies(str(job.run), job.seed, lambda t: measure.at(pairs, t))
-
-    def _discrepancies(self, run: str, seed: int | None, measured: Callable[[float], np.ndarray]) -> list[Row]:
-        rows = []
-        for t in self.times:
-            mean, error = _mean(measured(t))
-            rows.append({"run": run, "seed": seed, "t": t, "discrepancy": mean, "discrepancy_se": error})
-        return rows
-
-
-def _costs(ends: Tensor, noise: Tensor) -> np.ndarray:
-    """||x - z||^2 of each pair, [K]: a sum over the pixels."""
-    difference = (ends.double() - noise.double()).square().flatten(1).sum(1)
-    return np.asarray(difference.numpy())
-
-
-def _row(kind: str, run: str, seed: int | None, t: float | None, costs: np.ndarray) -> Row:
-    mean, error = _mean(costs)
-    return {"kind": kind, "run": run, "seed": seed, "t": t, "cost": mean, "cost_se": error}
-
-
-def _mean(values: np.ndarray) -> tuple[float, float]:
-    """The mean over the images and its standard error."""
-    return float(values.mean()), float(values.std(ddof=1) / len(values) ** 0.5)
-
-
-# --- the toy, and the theorem on the mixture
-
-
-def train_toys(study: Study, settings: Flows) -> dict[str, np.ndarray]:
-    """Return the toys' arrays `<coupling>_<name>` [seeds, ...], their times [T] and the modes' centres [2, 2]."""
-    progress = Progress(f"flows {study.name}, toys", len(TOYS) * len(settings.toy_seeds))
-    arrays: dict[str, np.ndarray] = {}
-    for coupling in TOYS:
-        found = []
-        for seed in settings.toy_seeds:
-            found.append(train_toy(coupling, seed, steps=settings.toy_steps))
-            progress.update()
-        arrays |= {f"{coupling}_{name}": np.stack([getattr(toy, name) for toy in found]) for name in _KEPT}
-        arrays["times"] = found[0].times
-    progress.close()
-    return arrays | {"modes": TWO_GAUSSIANS.means.numpy()}
-
-
-def plane_rows(settings: Flows) -> list[Row]:
-    """Compute R_t and transport cost of ic, ot and gc (mu 1) on the toy's two Gaussians, without training."""
-    data = TWO_GAUSSIANS
-    exact = MixtureTeacher(data.weights.double(), data.means.double(), data.variances.double())
-    rows: list[Row] = []
-    couplings: tuple[Coupling, ...] = ("ic", "ot", "gc")
-    for coupling in couplings:
-        curves = flow_curves(
-            coupling,
-            exact.sample,
-            log_grid(PLANE_TIMES, 0.01, SIGMA_MAX),
-            settings.seed,
-            predictor=exact_predictor(exact, SIGMA_MIN),
-            batch=PLANE_BATCH,
-            count=settings.pairs,
-        )
-        points = zip(*(values.tolist() for values in vars(curves).values()), strict=True)
-        rows += [dict(zip(COLUMNS["plane.csv"], (coupling, *point), strict=True)) for point in points]
-    return rows
-
-
-def limit_rows(settings: Flows) -> list[Row]:
-    """Compute L_CT and L_CD, alpha = 2, of the mixture's ctm jump with the exact denoiser, on doubling grids."""
-    pairs, eps = quadrature_pairs(MIXTURE_1D, 40), 0.002
-
-    def jump(x: Tensor, t: Tensor) -> Tensor:
-        kept = eps / expand(t, x)
-        return kept * x + (1 - kept) * MIXTURE_1D(x, t)
-
-    losses = ConsistencyLosses(jump, pf_ode_velocity(MIXTURE_1D), lambda t: pairs, sigma_min=eps)
-    ct_limit, cd_limit = losses.limits()
-    rows = []
-    intervals = 10
-    while intervals <= settings.intervals:
-        ct, cd = losses.on_grid(intervals)
-        rows.append({"intervals": intervals, "ct": ct, "cd": cd, "ct_limit": ct_limit, "cd_limit": cd_limit})
-        intervals *= 2
-    return rows

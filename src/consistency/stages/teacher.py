@@ -6,23 +6,23 @@ from typing import Any
 
 import torch
 
-from consistency.errors import UserError
-from consistency.files import write_bytes
-from consistency.job import Job
+from consistency.base.errors import UserError
+from consistency.base.files import write_bytes
+from consistency.config.job import Job
+from consistency.config.networks import OfficialTeacher, Teacher
+from consistency.config.study import Study
+from consistency.data.resources import forget, known_sha256, open_resource
+from consistency.nets.checkpoint import save_denoiser
 from consistency.nets.denoiser import Denoiser, init_denoiser
 from consistency.nets.edm_pickle import read_edm_pickle
-from consistency.provenance import Card, digest_of, git_state
-from consistency.resources import forget, known_sha256, open_resource
-from consistency.stages.inputs import read_dataset, sigma_data
-from consistency.stages.trainer import Machine, Stream, build_update, compile_networks, place
-from consistency.study import NoTeacher, OfficialTeacher, SongUNet, Study, Teacher
+from consistency.provenance.card import Card, digest_of
+from consistency.provenance.environment import git_state
+from consistency.provenance.inputs import read_dataset
+from consistency.runtime.machine import Machine
 from consistency.tracking.live import followed
-from consistency.training.checkpoint import save_denoiser
-from consistency.training.data import ImageData
-from consistency.training.ema import Ema, half_life_rate
 from consistency.training.folder import publish_training, read_identity
 from consistency.training.loop import Training, train
-from consistency.training.objectives import Denoising
+from consistency.training.teachers import architecture, teacher_training
 
 
 def make_teacher(job: Job, machine: Machine) -> None:
@@ -106,69 +106,3 @@ def _write(
         measured=(measured or {}) | {"parameters": sum(p.numel() for p in teacher.parameters())},
         training=read_identity(training.folder) if training else None,
     )
-
-
-def teacher_training(job: Job, settings: Teacher, data: ImageData, machine: Machine) -> Training:
-    study = job.study
-    model = init_denoiser(architecture(study, settings, data), settings.seed)
-    model = place(study, model, machine.device).train()
-    average = Ema(
-        model,
-        lambda step: half_life_rate(
-            settings.batch, step * settings.batch, settings.ema_half_life, settings.ema_ramp_up
-        ),
-    )
-    compile_networks(study, model)
-
-    def learning_rate(step: int) -> float:
-        """Return the rate of a linear ramp over the first learning_rate_ramp images."""
-        return settings.learning_rate * min((step + 1) * settings.batch / max(settings.learning_rate_ramp, 1), 1)
-
-    objective, optimizer = Denoising(model, settings.p_mean, settings.p_std), ("adam", settings.learning_rate)
-    stream = Stream(settings.batch, settings.seed, "teacher")
-    update = build_update(study, data, machine, objective, model, optimizer, stream)
-    return Training(
-        label=f"teacher {study.name}",
-        key=job.key("teacher"),
-        update=update,
-        averages=[average],
-        learning_rate=learning_rate,
-        steps=settings.steps,
-        log_every=settings.log_every,
-        folder=job.paths.training_state("teacher", settings.seed),
-    )
-
-
-def architecture(study: Study, settings: Teacher | NoTeacher, data: ImageData) -> dict[str, Any]:
-    """Return the denoiser's description, as build_denoiser takes it."""
-    return architecture_of(study, settings, data.classes, sigma_data(study, data))
-
-
-def architecture_of(study: Study, settings: Teacher | NoTeacher, classes: int, data_std: float) -> dict[str, Any]:
-    """Return the same from known facts about the data: its classes and its standard deviation."""
-    network = settings.network
-    common = {
-        "img_resolution": study.dataset.resolution,
-        "img_channels": study.dataset.channels,
-        "label_dim": classes if settings.conditional else 0,
-        "sigma_data": data_std,
-        "second_time": False,
-    }
-    if not isinstance(network, SongUNet):
-        return {"network": "mlp", **common, **network.model_dump(exclude={"kind"})}
-    variants: dict[str, dict[str, Any]] = {
-        "ddpmpp": {
-            "embedding_type": "positional",
-            "encoder_type": "standard",
-            "channel_mult_noise": 1,
-            "resample_filter": [1, 1],
-        },
-        "ncsnpp": {
-            "embedding_type": "fourier",
-            "encoder_type": "residual",
-            "channel_mult_noise": 2,
-            "resample_filter": [1, 3, 3, 1],
-        },
-    }
-    options = network.model_dump(exclude={"kind", "variant"})
-    return {"network": "songunet", **common, **options, **variants[network.variant], "decoder_type": "standard"}

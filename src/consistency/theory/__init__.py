@@ -1,1 +1,1 @@
-"""The mathematics of the method: no file, no network module, no configuration."""
+"""The mathematics of both papers, on tensors. It opens no file and knows no network module and no study."""

@@ -1,1 +1,1 @@
-"""MLflow: a study's runs and models, live and afterwards. The results on disk remain authoritative."""
+"""MLflow: a study's runs and models, live and afterwards. The files under results/ remain authoritative."""

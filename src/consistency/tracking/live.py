@@ -14,12 +14,12 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from consistency import slurm_job
-from consistency.errors import UserError
-from consistency.job import Job
-from consistency.provenance import git_state, hardware
+from consistency.base.errors import UserError
+from consistency.config.job import Job
+from consistency.provenance.environment import git_state, hardware
+from consistency.runtime import slurm_job
 from consistency.tracking import server
-from consistency.tracking.plan import TRAINING, Point, history_points, plan_live
+from consistency.tracking.records import TRAINING, Point, history_points, plan_live
 from consistency.training.folder import read_identity
 
 #: 0 turns live tracking off

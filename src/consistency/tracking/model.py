@@ -7,17 +7,18 @@ from typing import Any
 import numpy as np
 import torch
 
-from consistency.errors import UserError
-from consistency.files import read_json
-from consistency.job import Job
-from consistency.layout import Layout
+from consistency.base.errors import UserError
+from consistency.base.files import read_json
+from consistency.base.seeding import ImageNoise
+from consistency.config.job import Job
+from consistency.config.paths import Layout
+from consistency.config.reading import build_study
+from consistency.data.prepared import to_bytes
+from consistency.evaluation.samplers import Sampler, draw, jump_sampler, prepared
 from consistency.nets.denoiser import Denoiser
-from consistency.seeding import ImageNoise
-from consistency.stages.inputs import pick_device, read_preconditioning, read_student
-from consistency.stages.samples import Sampler, draw, jump_sampler, prepared
-from consistency.study import build_study
+from consistency.provenance.inputs import read_preconditioning, read_student
+from consistency.runtime.machine import pick_device
 from consistency.theory.preconditioning import Preconditioning
-from consistency.training.data import to_bytes
 
 
 @dataclass(frozen=True)

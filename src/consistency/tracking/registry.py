@@ -7,9 +7,10 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from consistency.errors import UserError
-from consistency.job import Job
-from consistency.provenance import read_card, versions
+from consistency.base.errors import UserError
+from consistency.config.job import Job
+from consistency.provenance.card import read_card
+from consistency.provenance.environment import versions
 from consistency.tracking.server import DIGEST
 
 _LOADER = "consistency.tracking.model"

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote, unquote
 
-from consistency.errors import UserError
-from consistency.job import Job
-from consistency.locks import held
-from consistency.tracking.plan import Point, Record
+from consistency.base.errors import UserError
+from consistency.base.locks import held
+from consistency.config.job import Job
+from consistency.tracking.records import Point, Record
 
 BATCH = 1000  # metrics that MLflow takes in a call
 # Tags: the digest of a run's content, the folder of its results, and its state: live (not tracked yet), current or

@@ -7,10 +7,10 @@ from wherever this is called. A run created during its training is completed, no
 
 from typing import Any
 
-from consistency.files import write_json
-from consistency.job import Job
+from consistency.base.files import write_json
+from consistency.config.job import Job
 from consistency.tracking import server
-from consistency.tracking.plan import TRAINING, Record, plan
+from consistency.tracking.records import TRAINING, Record, plan
 from consistency.tracking.registry import register_students
 
 

@@ -1,1 +1,1 @@
-"""Training: objectives, the loop, weight averages, checkpoints, data."""
+"""Objectives, optimiser steps, the loop, and the builders of trainings. Finished weights are measured in evaluation."""

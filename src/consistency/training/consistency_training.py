@@ -13,7 +13,7 @@ from consistency.theory.distance import Distance
 from consistency.theory.noise import ctm_dsm_sigma
 from consistency.theory.preconditioning import Preconditioning
 from consistency.theory.solver import expand
-from consistency.training.objectives import Draws, Shape, Term, normal, weighted_denoising_error
+from consistency.training.objective import Draws, Shape, Term, normal, weighted_denoising_error
 
 
 @dataclass(frozen=True)

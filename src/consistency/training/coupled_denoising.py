@@ -11,7 +11,7 @@ from consistency.theory.coupling import generator_mask
 from consistency.theory.noise import lognormal_sigma
 from consistency.theory.solver import every, expand
 from consistency.training.consistency_training import ConsistencyTraining, CoupledPairs, TransportTraining
-from consistency.training.objectives import Shape, Term, normal, weighted_denoising_error, with_labels
+from consistency.training.objective import Shape, Term, normal, weighted_denoising_error, with_labels
 
 
 def missed(denoiser: Denoiser, data: Tensor, labels: Tensor | None, z: Tensor, t: float) -> Tensor:

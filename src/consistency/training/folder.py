@@ -1,4 +1,4 @@
-"""The folder of a training: its lock, its identity, its saved state, its history and snapshots."""
+"""The folder of a training: its identity, its saved state, its history and snapshots."""
 
 import json
 import math
@@ -8,8 +8,8 @@ import uuid
 from pathlib import Path
 from typing import Any
 
-from consistency.files import link_file, read_json, write_bytes, write_json
-from consistency.training.checkpoint import load_state
+from consistency.base.files import link_file, read_json, write_bytes, write_json
+from consistency.training.state import load_state
 
 STATE, _IDENTITY = "state.pt", "training.json"
 

@@ -3,38 +3,27 @@
 import contextlib
 import math
 import resource
-import signal
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import FrameType
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from consistency.errors import UserError
-from consistency.layout import snapshot_name
-from consistency.locks import only_one
-from consistency.progress import Progress
+from consistency.base.errors import UserError
+from consistency.base.locks import only_one
+from consistency.base.progress import Progress
+from consistency.config.paths import snapshot_name
+from consistency.nets.checkpoint import save_denoiser
+from consistency.runtime.stopping import Interrupted, stop_requests
 from consistency.training import folder as files
-from consistency.training.checkpoint import load_state, save_denoiser, save_state
 from consistency.training.ema import Ema
+from consistency.training.state import load_state, save_state
 from consistency.training.update import Update
 
 SAVE_EVERY = 20.0  # seconds between two saved states, at least
 SAVE_SHARE = 0.02  # largest share of the time spent on saving
-_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP, signal.SIGALRM)
-
-
-class Interrupted(Exception):
-    """A training was asked to stop and its state is saved. signum: the signal."""
-
-    def __init__(self, message: str, signum: int) -> None:
-        super().__init__(message)
-        self.signum = signum
 
 
 @dataclass
@@ -237,19 +226,3 @@ def _resume(job: Training) -> tuple[_Clock, _Window]:
     device = next(job.update.model.parameters()).device
     window.sums = {name: value.to(device) for name, value in window.sums.items()}
     return _Clock(**state["clock"]), window
-
-
-@contextmanager
-def stop_requests() -> Iterator[Callable[[], int]]:
-    """Yield a function that returns the signal that asked to stop, or 0."""
-    received: list[int] = []
-
-    def note(signum: int, frame: FrameType | None) -> None:
-        received.append(signum)
-
-    old: dict[int, Any] = {signum: signal.signal(signum, note) for signum in _SIGNALS}
-    try:
-        yield lambda: received[0] if received else 0
-    finally:
-        for signum, handler in old.items():
-            signal.signal(signum, handler)

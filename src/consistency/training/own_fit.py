@@ -1,4 +1,4 @@
-"""A student with l_t and s_t of its own (ours): fitted without a teacher, kept in the buffer `fit` beside its weights.
+"""Fits of l_t and s_t without a teacher (ours), which a student keeps in the buffer `fit` beside its weights.
 
 The first fit is that of the Gaussian with the data's mean and covariance. A student that has a DSM term also learns a
 denoiser, D_theta(x, t, t), and its average can be fitted again in the middle of the training.
@@ -12,46 +12,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from consistency.errors import UserError
+from consistency.base.errors import UserError
+from consistency.data.prepared import ImageData
 from consistency.nets.denoiser import Denoiser
+from consistency.nets.own_preconditioning import ode_of
+from consistency.runtime.distributed import Ranks
 from consistency.theory.derivative_free import fit_without_derivatives, gaussian_coefficients
-from consistency.theory.generalized_ode import GeneralizedODE
-from consistency.theory.preconditioning import Preconditioning
 from consistency.theory.solver import DenoiserFn
-from consistency.training.data import ImageData
-from consistency.training.distributed import Ranks
 
 #: most images from which the data's mean and covariance are computed
 IMAGES = 50_000
 _ROWS = 4096  # images at once
-
-
-def own_preconditioning(name: str, model: Denoiser) -> Preconditioning:
-    """Return the analytic preconditioning of that name with the model's own l_t and s_t at the time of use."""
-    own = _OwnODE(model)
-    form = {"analytic": GeneralizedODE.backward, "analytic-forward": GeneralizedODE.forward}[name]
-    return Preconditioning(name, "D", lambda t, s: form(own.now(), t, s))
-
-
-class _OwnODE:
-    """The ODE of a model's buffer `fit`, rebuilt when the buffer changes."""
-
-    def __init__(self, model: Denoiser) -> None:
-        self._fit = model.fit
-        self._version = -1
-        self._ode: GeneralizedODE | None = None
-
-    def now(self) -> GeneralizedODE:
-        """Return the ODE of the buffer's present values."""
-        # PyTorch counts writes to a tensor, so a loaded state is noticed too.
-        if self._ode is None or self._version != self._fit._version:
-            self._ode, self._version = ode_of(self._fit), self._fit._version
-        return self._ode
-
-
-def ode_of(fit: Tensor) -> GeneralizedODE:
-    times, l, s = fit
-    return GeneralizedODE(times, l, s, fit.device)
 
 
 def covariance_fit(data: ImageData, times: Tensor) -> Tensor:

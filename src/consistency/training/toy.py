@@ -6,8 +6,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from consistency.base.seeding import derived_seed, generator
 from consistency.nets.denoiser import init_denoiser
-from consistency.seeding import derived_seed, generator
 from consistency.theory.curriculum import DoublingCurriculum
 from consistency.theory.distance import squared_l2
 from consistency.theory.flows import Coupling, Pairs, coupled, drawn_pairs

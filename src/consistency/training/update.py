@@ -7,11 +7,11 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from consistency.errors import UserError
+from consistency.base.errors import UserError
+from consistency.base.seeding import derived_seed, generator
 from consistency.nets.denoiser import Denoiser
-from consistency.seeding import derived_seed, generator
-from consistency.training.distributed import Ranks
-from consistency.training.objectives import Objective, Shape, Term, WholeBatch
+from consistency.runtime.distributed import Ranks
+from consistency.training.objective import Objective, Shape, Term, WholeBatch
 from consistency.training.stopwatch import Stopwatch
 
 #: the term whose weight the adaptive balance scales

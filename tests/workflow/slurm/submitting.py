@@ -16,11 +16,11 @@ from tests.tracking.servers import start_in, wait_until
 from tests.workflow.checkout import Checkout
 from tests.workflow.slurm.cluster import Cluster
 
-from consistency.job import Job
-from consistency.layout import Layout
+from consistency.config.job import Job
+from consistency.config.paths import Layout
+from consistency.config.reading import load_study
 from consistency.stages.samples import make_samples
 from consistency.stages.scores import make_scores
-from consistency.study import load_study
 
 PROFILE = Path("workflow/profiles/slurm/config.yaml")
 #: what somebody edits in the profile for a cluster of two small nodes that keeps no accounts

@@ -1,0 +1,20 @@
+"""Section `report`."""
+
+from typing import Literal
+
+from pydantic import Field
+
+from consistency.config.fields import Count, Name, Section
+
+
+class Report(Section):
+    """Comparisons in the report."""
+
+    baseline: dict[Literal["trajectory", "endpoint", "consistency"], Name] = Field(
+        {}, description="The student against which each objective's speed-up is measured."
+    )
+    against: dict[Name, Name] = Field(
+        {}, description="Students measured against another one than their objective's baseline."
+    )
+    grid_nfe: list[Count] = Field([1, 2, 5], min_length=1, description="Numbers of jumps of the sample grids.")
+    bootstrap: Count = Field(2000, description="Resamples of the intervals.")

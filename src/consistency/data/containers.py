@@ -1,0 +1,193 @@
+"""Containers of numbered files: a folder, a zip or a tar of tars. Each has an index of flat arrays and can be read at
+random by any number of threads."""
+
+import hashlib
+import os
+import tarfile
+import zipfile
+import zlib
+from abc import ABC, abstractmethod
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+
+from consistency.base.errors import UserError
+from consistency.base.progress import track
+
+Array = np.ndarray
+
+SUFFIXES = (b".png", b".jpg", b".jpeg")
+_LARGEST = 1 << 28  # bytes of a file in an archive; anything larger is no image
+
+
+@dataclass(frozen=True)
+class Container(ABC):
+    """Numbered files. path: of the folder or archive; members: structured [N], `name` and the fields of its kind."""
+
+    path: Path
+    members: Array
+
+    @property
+    def names(self) -> Array:
+        """Path of each file inside the container, bytes [N]."""
+        return self.members["name"]
+
+    @property
+    def identity(self) -> bytes:
+        """A digest that changes when files come, go or (in an archive) change."""
+        # The whole width of a name is hashed, which another set of names may change: then their digest changes too.
+        return hashlib.sha256(self.members.tobytes()).digest()
+
+    def pick(self, rows: Array) -> Self:
+        """Return a container of only those files."""
+        return replace(self, members=self.members[rows])
+
+    def images(self) -> Self:
+        """Return a container of only the files with an image's suffix."""
+        return self.pick(np.flatnonzero([is_image(name) for name in self.names.tolist()]))
+
+    @abstractmethod
+    def read(self, row: int) -> bytes:
+        """Read the content of a file. Raises UserError if it cannot be read or is damaged."""
+
+    def where(self, row: int) -> str:
+        """Return the name of a file for a message."""
+        return f"{shown(self.names[row])} in {self.path}"
+
+
+@dataclass(frozen=True)
+class Folder(Container):
+    """Files below a folder. members: name."""
+
+    def where(self, row: int) -> str:
+        return shown(str(self._file(row)))
+
+    def read(self, row: int) -> bytes:
+        try:
+            return self._file(row).read_bytes()
+        except OSError as error:
+            raise UserError(f"cannot read {self.where(row)} ({error.strerror}): mend or remove it") from None
+
+    def _file(self, row: int) -> Path:
+        return self.path / os.fsdecode(bytes(self.names[row]))
+
+
+@dataclass(frozen=True)
+class Zip(Container):
+    """Members of a zip. members: name, size, crc."""
+
+    archive: zipfile.ZipFile
+
+    def read(self, row: int) -> bytes:
+        name, size, _ = self.members[row].tolist()
+        try:
+            if size > _LARGEST:
+                raise ValueError(f"it has {size} bytes")
+            with self.archive.open(name.decode()) as file:
+                # No more than the declared size, so that a zip bomb is detected, not unpacked.
+                return file.read(size)
+        except (OSError, ValueError, RuntimeError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+            raise UserError(f"{self.where(row)} is damaged ({error}): get the zip again, or make it again") from None
+
+
+@dataclass(frozen=True)
+class Tar(Container):
+    """Files in an uncompressed tar. members: name, offset of the content, size."""
+
+    file: int  # descriptor
+
+    def read(self, row: int) -> bytes:
+        _, offset, size = self.members[row].tolist()
+        try:
+            content = os.pread(self.file, min(size, _LARGEST), offset)
+        except OSError as error:
+            raise UserError(f"cannot read {self.where(row)}: {error.strerror}") from None
+        if len(content) != size:
+            raise UserError(f"{self.where(row)} is cut off: get the tar again")
+        return content
+
+
+def shown(name: bytes | str) -> str:
+    """Return a file name as shown in a one-line message."""
+    text = os.fsdecode(bytes(name)) if isinstance(name, bytes) else name
+    return "".join(letter if letter.isprintable() else "?" for letter in text)
+
+
+def is_image(name: bytes) -> bool:
+    """Tell whether a name has an image's suffix."""
+    return name.lower().endswith(SUFFIXES)
+
+
+def open_folder(root: Path, names: Iterable[bytes]) -> Folder:
+    """Open those files of a folder, in the given order."""
+    return Folder(root, _table([(name,) for name in names], []))
+
+
+def images_below(folder: Path) -> list[bytes]:
+    """List the images in a folder and its subfolders by their relative paths, in no order. Raises UserError."""
+    root, found = os.fsencode(folder), []
+
+    def fail(error: OSError) -> None:
+        raise UserError(f"cannot look into the folder {shown(error.filename)}: {error.strerror}")
+
+    for place, _, files in os.walk(root, onerror=fail):
+        below = os.path.relpath(place, root)
+        found += [name if below == b"." else os.path.join(below, name) for name in files if is_image(name)]
+    return found
+
+
+def open_zip(path: Path) -> Zip:
+    """Open all files of a zip, sorted by name. Raises UserError if it is damaged."""
+    try:
+        archive = zipfile.ZipFile(path)
+        files = [info for info in archive.infolist() if not info.is_dir()]
+        rows = [(info.filename.encode(), info.file_size, info.CRC) for info in files]
+        members = _table(rows, [("size", np.int64), ("crc", np.uint32)])
+    except (zipfile.BadZipFile, OSError, NotImplementedError, ValueError, OverflowError) as error:
+        raise UserError(f"{path} is not a whole zip file ({error}): get it again") from None
+    members.sort(order="name")
+    twice = np.flatnonzero(members["name"][1:] == members["name"][:-1])
+    if len(twice):
+        raise UserError(f"{path} has {shown(members['name'][twice[0]])} twice: make the zip again")
+    return Zip(path, members, archive)
+
+
+def open_tar_of_tars(path: Path, label: str) -> Tar:
+    """Open the images in the tars inside a tar, sorted and named <name of the inner tar>/<name in it>.
+
+    Makes one pass over the headers and reads no content. Raises UserError for a truncated or compressed tar.
+    """
+    tables = []
+    try:
+        with tarfile.open(path, "r:") as outer:
+            parts = [part for part in outer.getmembers() if part.isreg() and part.name.endswith(".tar")]
+            for part in track(label)(parts):
+                tables.append(_inner(outer, part))
+    except (tarfile.TarError, EOFError, OSError, ValueError, OverflowError) as error:
+        raise UserError(f"{path} is not a whole, uncompressed tar of tars ({error}): get it again") from None
+    members = np.concatenate([_table([], _PLACE), *tables])
+    members.sort(order="name")
+    return Tar(path, members, os.open(path, os.O_RDONLY | os.O_CLOEXEC))
+
+
+_PLACE = [("offset", np.int64), ("size", np.int64)]
+
+
+def _inner(outer: tarfile.TarFile, part: tarfile.TarInfo) -> Array:
+    """Return the images of an inner tar with their offsets in the outer one."""
+    folder, start, rows = Path(part.name).stem, part.offset_data, []
+    with tarfile.open(fileobj=outer.extractfile(part), mode="r:") as inner:
+        for member in inner:
+            name = f"{folder}/{member.name}".encode(errors="surrogateescape")
+            if member.isreg() and not member.issparse() and is_image(name):
+                rows.append((name, start + member.offset_data, member.size))
+    return _table(rows, _PLACE)
+
+
+def _table(rows: list[tuple[Any, ...]], numbers: list[tuple[str, Any]]) -> Array:
+    """Return a structured array whose first field is as wide as the longest name."""
+    width = max((len(row[0]) for row in rows), default=1)
+    return np.array(rows, [("name", f"S{max(width, 1)}"), *numbers])

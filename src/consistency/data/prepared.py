@@ -1,0 +1,66 @@
+"""The prepared dataset: a memory-mapped array that any number of processes read without copying it."""
+
+import mmap
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from consistency.base.errors import UserError
+from consistency.base.files import read_json
+
+
+@dataclass(frozen=True)
+class ImageData:
+    """The dataset stage's output. images: uint8 [N, H, W, C], memory-mapped; labels: int64 [N]."""
+
+    images: np.ndarray
+    labels: np.ndarray
+    facts: dict[str, Any]
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(C, H, W)."""
+        _, height, width, channels = self.images.shape
+        return channels, height, width
+
+    @property
+    def classes(self) -> int:
+        """Number of classes."""
+        return len(self.facts["classes"])
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def take(self, rows: np.ndarray | Tensor) -> tuple[Tensor, Tensor]:
+        """Return images float32 [n, C, H, W] in [-1, 1] and labels int64 [n] of those rows."""
+        rows = np.asarray(rows)
+        return to_signed(torch.from_numpy(self.images[rows])), torch.from_numpy(self.labels[rows])
+
+
+def to_signed(images: Tensor) -> Tensor:
+    """Convert uint8 NHWC in [0, 255] to float32 NCHW in [-1, 1]."""
+    return images.permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+def to_bytes(images: Tensor) -> np.ndarray:
+    """Convert float NCHW in [-1, 1] to uint8 NHWC with EDM's rounding (x 127.5 + 128, truncated)."""
+    return (images * 127.5 + 128).clip(0, 255).to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+
+
+def load_images(folder: Path) -> ImageData:
+    """Open the dataset in a folder. Raises UserError when a file is missing or damaged."""
+    facts = read_json(folder / "dataset.json", "dataset")
+    try:
+        images = np.load(folder / "images.npy", mmap_mode="r")
+        labels = np.load(folder / "labels.npy")
+        # Rows are drawn at random: read-ahead (megabytes, on some machines) would fill the memory with unused ones.
+        images.base.madvise(mmap.MADV_RANDOM)
+    except (OSError, ValueError, EOFError) as error:
+        raise UserError(f"the dataset in {folder} is damaged ({error}): run `dataset` again") from None
+    if images.dtype != np.uint8 or images.ndim != 4 or len(images) != facts.get("count") or len(labels) != len(images):
+        raise UserError(f"the dataset in {folder} does not match its dataset.json: run `dataset` again")
+    return ImageData(images, labels, facts)

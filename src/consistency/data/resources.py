@@ -1,0 +1,233 @@
+"""Downloads: a registry of files with their sources and digests. Each digest is checked before use.
+
+Digests are checked at every use and not cached: sha256 reads 1 GB/s, and no file here is larger than about that.
+"""
+
+import re
+import sys
+import time
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import Field, TypeAdapter, ValidationError
+
+from consistency.base.errors import UserError, suggestion
+from consistency.base.files import atomic, sha256, write_bytes
+from consistency.base.locks import held
+from consistency.base.progress import Progress
+from consistency.config.explain import explain
+from consistency.config.fields import Section
+from consistency.config.reading import parse_yaml
+
+# Relative to the project's root, where every command runs.
+REGISTRY = Path("config/resources.yaml")
+RECORDED = Path("config/resources.lock")
+FOLDER = Path("resources")
+# Opened by the stages, beside official teachers.
+CIFAR10_ARCHIVE, INCEPTION, VGG16 = "cifar-10-python.tar.gz", "inception-2015-12-05.pt", "vgg16-397923af.pth"
+
+Text = Annotated[str, Field(min_length=1)]
+FileName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+
+_HEADER = """\
+# The sha256 of what was downloaded and whose own digest nobody publishes (config/resources.yaml): that of the first
+# download, enforced ever after. Commit this file. A line goes away only by hand, when a file is known to have changed.
+"""
+_CHUNK = 1 << 20
+_TIMEOUT = 30.0  # seconds without a byte
+_PAUSES = (1.0, 4.0, 15.0)  # seconds before each further attempt
+_PASSING = (408, 429, 500, 502, 503, 504)
+
+
+class Resource(Section):
+    """A file: its source, licence and digest."""
+
+    url: Annotated[str, Field(pattern=r"^https?://\S+$")]
+    about: Text
+    licence: Text
+    digest_source: Text
+    sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")] | None
+    size: Annotated[int, Field(gt=0)] | None = None
+
+
+def registry() -> dict[str, Resource]:
+    """Return the resources by file name. Raises UserError with the file and the key if the registry is not valid."""
+    try:
+        content = parse_yaml(REGISTRY.read_text(), REGISTRY)
+        return TypeAdapter(dict[FileName, Resource]).validate_python(content)
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read {REGISTRY}: {error}; commands run in the project's root") from None
+    except ValidationError as error:
+        raise UserError(f"{REGISTRY}: {explain(error, Resource)}") from None
+
+
+def find(name: str) -> Resource:
+    """Return the resource of that file name. Raises UserError with the nearest name if there is none."""
+    known = registry()
+    if name not in known:
+        raise UserError(f"there is no resource {name!r} in {REGISTRY}{suggestion(name, known)}")
+    return known[name]
+
+
+def resource_path(name: str) -> Path:
+    """Return the path of a resource, present or not."""
+    return FOLDER / name
+
+
+def fetch(name: str) -> Path:
+    """Download a resource unless it is there with the right digest. Waits for another process that fetches it.
+
+    Without a published sha256, that of the first download is recorded in config/resources.lock. Raises UserError if the
+    file cannot be downloaded or is not the right one.
+    """
+    resource, path = find(name), resource_path(name)
+    with held(path.with_name(f".{name}.lock"), f"is fetching {name}"):
+        if path.exists():
+            fault = _fault(name, resource, path)
+            if fault is None:
+                print(f"{path} is there already", flush=True)
+                return path
+            print(f"{path} {fault}: fetching it again", flush=True)
+        for stale in FOLDER.glob(f".{name}.*.tmp"):  # left by a killed process
+            stale.unlink()
+        with atomic(path) as part:
+            _download(name, resource, part)
+            if fault := _fault(name, resource, part):
+                problem = f"{resource.url} gave a file that {fault}: it was removed. Do not use that source;"
+                raise _error(name, resource, problem)
+    return path
+
+
+def open_resource(name: str) -> Path:
+    """Check the digest of a resource and return its path; nothing is downloaded.
+
+    A file placed by hand and without a published digest is recorded like a first download. Raises UserError that says
+    how to get the file if it is missing or not the right one.
+    """
+    resource, path = find(name), resource_path(name)
+    if fault := _fault(name, resource, path) if path.is_file() else "is missing":
+        command = f"run `python -m consistency fetch {name}` where there is a network"
+        raise _error(name, resource, f"{path} {fault}: {command}, or get {resource.url} elsewhere and")
+    return path
+
+
+def fetch_all(names: list[str]) -> None:
+    """Download those resources once all names are known; without a name, print which are there."""
+    for name in names:
+        find(name)
+    for name in names:
+        fetch(name)
+    if not names:
+        print_states()
+
+
+def print_states() -> None:
+    """Print for each resource whether it is there, missing or damaged."""
+    resources = registry()
+    for name, resource in resources.items():
+        path, state = resource_path(name), "missing"
+        if path.is_file():
+            there = "there" if _known(name, resource) else "there; its digest is recorded at its first use"
+            state = f"damaged: {fault}" if (fault := _fault(name, resource, path, record=False)) else there
+        print(f"{name:{max(map(len, resources))}}  {state}")
+
+
+def _download(name: str, resource: Resource, part: Path) -> None:
+    """Download the file in a few attempts. Raises UserError without a network, or if the server has no such file."""
+    from pooch import HTTPDownloader
+    from requests import RequestException
+
+    # A file that is decompressed in transit has another digest.
+    options = {"timeout": _TIMEOUT, "headers": {"Accept-Encoding": "identity"}}
+    for pause in (*_PAUSES, None):
+        try:
+            with Progress(f"download {name}", resource.size or 0, unit="B", unit_scale=True) as progress:
+                return HTTPDownloader(progress, _CHUNK, **options)(resource.url, str(part), None)
+        except (RequestException, ValueError) as error:  # the second: no such address or header
+            reason, passing = _reason(error)
+        if pause is None or not passing:
+            problem = f"cannot download {resource.url} ({reason}). Run the same command again, or"
+            raise _error(name, resource, problem)
+        print(f"download {name}: {reason}; trying again in {pause:g} s", file=sys.stderr, flush=True)
+        time.sleep(pause)
+
+
+def _reason(error: Exception) -> tuple[str, bool]:
+    """Return the reason in one line, and whether another attempt may succeed."""
+    response = getattr(error, "response", None)
+    if response is not None:
+        return f"HTTP {response.status_code} {response.reason}", response.status_code in _PASSING
+    cause = error.args[0] if error.args else error
+    # Without a connection, urllib3's error has a reason: no network, or no such server.
+    reason = getattr(cause, "reason", None)
+    return " ".join(str(reason or cause).split()), reason is None and not isinstance(error, ValueError)
+
+
+def _error(name: str, resource: Resource, problem: str) -> UserError:
+    """Build the error of a missing file, without the user and password of its address."""
+    known = _known(name, resource)
+    digest = f"sha256 {known}" if known else f"its sha256 is not published: the first one's goes to {RECORDED}"
+    message = f"{problem} put the file ({digest}) at {resource_path(name)} by hand"
+    return UserError(re.sub(r"//[^/\s]*@", "//", message))
+
+
+# --- digests
+
+
+def _known(name: str, resource: Resource) -> str | None:
+    """Return the digest that the file must have, published or recorded."""
+    return resource.sha256 or recorded().get(name)
+
+
+def known_sha256(name: str) -> str:
+    """Return the sha256 of a resource that was opened: the one it was checked against, or its own if there is none."""
+    return _known(name, find(name)) or sha256(resource_path(name))
+
+
+def _fault(name: str, resource: Resource, path: Path, record: bool = True) -> str | None:
+    """Return the fault of a file, or None; record: keep the digest of a good one that has no published digest."""
+    with path.open("rb") as file:
+        start = file.read(100).lstrip().lower()
+    if not start or start.startswith((b"<!doctype html", b"<html")):
+        return "is empty or a web page (does the network ask for a login?)"
+    size, found, known = path.stat().st_size, sha256(path), _known(name, resource)
+    if resource.size not in (None, size):
+        return f"has {size} bytes, not {resource.size}"
+    if known and found != known:
+        return f"has sha256 {found}, not {known}"
+    if record and known is None:
+        _record(name, found)
+    return None
+
+
+def recorded() -> dict[str, str]:
+    """Read the digests of first downloads, by file name. Raises UserError if the lock file is damaged."""
+    text = RECORDED.read_text(errors="replace") if RECORDED.exists() else ""
+    digests: dict[str, str] = {}
+    for number, line in enumerate(text.splitlines(), 1):
+        entry = re.fullmatch(r"([0-9a-f]{64})  (\S+)|#.*|\s*", line)
+        if entry is None or entry[2] in digests:
+            raise UserError(f"{RECORDED}, line {number}: not one `<sha256>  <file name>` a file; mend or remove it")
+        if entry[2]:
+            digests[entry[2]] = entry[1]
+    return digests
+
+
+def _record(name: str, digest: str | None) -> None:
+    """Record a first digest; None removes it."""
+    with held(FOLDER / ".recorded.lock", f"is writing {RECORDED}"):
+        digests = recorded()
+        if digest:
+            digests.setdefault(name, digest)
+        else:
+            digests.pop(name, None)
+        lines = [f"{digests[known]}  {known}\n" for known in sorted(digests)]
+        write_bytes(RECORDED, (_HEADER + "".join(lines)).encode())
+    done = f"recorded sha256 {digest} of {name}, the first one seen; commit that file"
+    print(f"{RECORDED}: {done if digest else f'took back the sha256 of {name}'}", flush=True)
+
+
+def forget(name: str) -> None:
+    """Remove the digest of a wrong file, so that the right one is not refused."""
+    if name in recorded():
+        _record(name, None)

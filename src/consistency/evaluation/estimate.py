@@ -1,0 +1,199 @@
+"""The verb estimate: a study's cost in operations (counted on its networks), GPU-hours and disk."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from consistency.config.job import Job
+from consistency.config.measures import Flows
+from consistency.config.networks import OfficialTeacher, Teacher
+from consistency.config.student import Student
+from consistency.config.study import Study
+from consistency.data.prepared import load_images
+from consistency.evaluation.samplers import student_samplers
+from consistency.nets.denoiser import build_denoiser
+from consistency.nets.official import official_architecture
+from consistency.training.students import schedule_of
+from consistency.training.teachers import architecture_of
+
+#: images and classes of the known datasets' training sets, for a study whose data is not prepared yet
+_KNOWN = {
+    "digits": (1_797, 10),
+    "cifar10": (50_000, 10),
+    "ffhq": (70_000, 1),
+    "imagenet": (1_281_167, 1000),
+    "celeba": (162_770, 1),
+}
+#: operations of Inception-v3 at 299x299 and of VGG16's convolutions at 224x224, forward, an image
+_INCEPTION, VGG16_OPERATIONS = 11.4e9, 30.7e9
+_BYTES = 4  # of a float32
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Costs of a study. operations: floating-point operations by stage, additions and multiplications counted as one
+    each; disk: bytes at the end, by stage; snapshots: bytes used for the learning curves alone; state: bytes of a
+    running training, beside its snapshots."""
+
+    operations: dict[str, float]
+    disk: dict[str, float]
+    snapshots: float
+    state: float
+
+
+@dataclass(frozen=True)
+class _Size:
+    """Sizes in a study. images: of the dataset; pixels, forward, extractor: values and operations per image; weights:
+    bytes per network."""
+
+    images: int
+    pixels: int
+    forward: float
+    extractor: float
+    weights: float
+
+
+def estimate(job: Job) -> Estimate:
+    """Return the cost of the whole study, all students and seeds together.
+
+    Network operations are counted on the study's own architectures (a JVP counts as 2 evaluations, a backward pass as
+    2); everything else is negligible. Raises UserError for an unknown official checkpoint.
+    """
+    study = job.study
+    images, classes = _size_of(job)
+    forward, parameters = _network(study, classes)
+    pixels = study.dataset.resolution**2 * study.dataset.channels
+    extractor = _INCEPTION if study.scores.extractor == "inception" else 0.0
+    size = _Size(images, pixels, forward, extractor, parameters * _BYTES)
+
+    jobs = [job.of(run) for run in study.students]
+    runs = study.students.values()
+    seeds, count = len(study.seeds), study.sampling.count
+    finals = seeds * sum(len(run.rates) for run in runs) * size.weights
+    snapshots = seeds * sum(len(run.rates) * len(run.snapshots) for run in runs) * size.weights
+    disk = {
+        "dataset": float(images * pixels),
+        "extractor": min(images, study.scores.kid_images) * 2048.0 * _BYTES if extractor else 0.0,
+        "teacher": size.weights,
+        "teacher's samples": float(study.taught * count * pixels),
+        "calibration": float(study.taught * study.scores.alignment_count * pixels * _BYTES),
+        "students": finals + snapshots,
+        "samples": float(seeds * sum(len(student_samplers(each)) for each in jobs) * count * pixels),
+    }
+    # The student, its averages, and two moments of the optimiser.
+    state = max(1 + len(run.rates) + 2 for run in runs) * size.weights
+    return Estimate(_operations(study, jobs, size), disk, snapshots, state)
+
+
+def _operations(study: Study, jobs: list[Job], size: _Size) -> dict[str, float]:
+    """Return the floating-point operations of each stage, in the order of the workflow; jobs: one per student."""
+    forward, fit, sampling, scores = size.forward, study.coefficients, study.sampling, study.scores
+    runs, seeds = list(study.students.values()), len(study.seeds)
+    probes = size.pixels if fit.probes == "exact" else fit.probes
+    # Without a teacher there are no samples of it and no comparison with its trajectories.
+    aligned = scores.alignment_count * (2 * scores.alignment_nodes - 2) * forward
+    training = sum(training_operations(study, run, forward) for run in runs)
+    teacher = study.teacher.steps * study.teacher.batch if isinstance(study.teacher, Teacher) else 0
+    evaluations = sum(sampler.nfe for job in jobs for sampler in student_samplers(job))
+    operations = {
+        "dataset": 0.0,
+        "extractor": size.images * size.extractor,
+        "teacher": 3.0 * teacher * forward,
+        "teacher's samples": study.taught * sampling.count * (2 * study.calibration.steps - 1) * forward,
+        "calibration": study.taught * (aligned + sampling.count * size.extractor),
+        "coefficients": study.needs_coefficients * fit.times * fit.samples * (2 * (probes + 1) + 1) * forward,
+        "students": seeds * training,
+        "samples": seeds * sampling.count * evaluations * forward,
+        "scores": seeds * sum(_scoring_operations(job, size) for job in jobs),
+    }
+    return operations | ({"flows": _flows_operations(study, study.flows, forward)} if study.flows else {})
+
+
+def _flows_operations(study: Study, flows: Flows, forward: float) -> float:
+    """Return the operations of the transport costs and of training a denoiser for each coupling."""
+    transported = len(study.seeds) * flows.images * flows.times * len(study.coupled)
+    return (transported + 4 * len(flows.discrepancy) * flows.denoiser_steps * flows.denoiser_batch) * forward
+
+
+def training_operations(study: Study, student: Student, forward: float) -> float:
+    """Return the operations of a student's training, its own fits included. forward: of one evaluation of one image."""
+    if student.objective == "endpoint":
+        evaluations = 2.0 + 3 + 1
+    elif student.objective == "consistency":
+        evaluations = 3.0 + 1 + (1 if student.coupling == "gc" and student.mu else 0) + (3 if student.dsm_weight else 0)
+    else:
+        most = student.max_heun_steps or student.nodes - 1
+        mean_steps = (2 * most + 1) / 3  # P(n) is proportional to n
+        evaluations = 2 * mean_steps + 3 + 3 + 2 + (3 if student.dsm_weight else 0)
+    # LPIPS passes both images through VGG16, and back through one of them.
+    distance = 4 * VGG16_OPERATIONS if student.distance == "lpips" else 0.0
+    refits = 0.0
+    if student.fit == "average":
+        stage = schedule_of(study, student).stage
+        times = sum(stage(step) != stage(step - 1) for step in range(1, student.steps))
+        refits = 2.0 * times * study.coefficients.times * study.coefficients.samples
+    return student.steps * student.batch * (evaluations * forward + distance) + refits * forward
+
+
+def _scoring_operations(job: Job, size: _Size) -> float:
+    """Return the operations of a student's scores: points of its learning curve, and features of its samples."""
+    student, scores = job.student, job.study.scores
+    point = scores.curve_count * (sum(scores.curve_nfe) * size.forward + len(scores.curve_nfe) * size.extractor)
+    samples = len(student_samplers(job)) * job.study.sampling.count
+    return len(student.rates) * len(student.snapshots) * point + samples * size.extractor
+
+
+def print_estimate(job: Job, tflops: float) -> None:
+    """Print the table. tflops: sustained 10^12 operations per second of one GPU, from benchmarks/distill_step.py."""
+    study, found = job.study, estimate(job)
+    hour = tflops * 1e12 * 3600
+    print(f"{study.name}: {len(study.students)} students, {len(study.seeds)} seeds, at {tflops:g} TFLOP/s sustained")
+    print(f"{'stage':20}{'operations':>12}{'GPU-hours':>12}{'GB on disk':>12}")
+    rows = [(stage, operations, found.disk.get(stage, 0.0)) for stage, operations in found.operations.items()]
+    rows.append(("total", sum(row[1] for row in rows), sum(row[2] for row in rows)))
+    for stage, operations, size in rows:
+        print(f"{stage:20}{operations:12.2g}{operations / hour:12,.1f}{size / 1e9:12,.1f}")
+    print(f"Of the students' disk, {found.snapshots / 1e9:,.1f} GB are the snapshots of the learning curves.")
+    print(
+        f"While a training goes on, its state takes {found.state / 1e9:,.1f} GB more, twice that while it is written."
+    )
+    if study.needs_coefficients:
+        share = found.operations["coefficients"] / found.operations["students"] * len(study.trainings)
+        print(f"The coefficient fit is {share:.2%} of the mean training of one student, and is made once for all.")
+
+
+def _size_of(job: Job) -> tuple[int, int]:
+    """Return images and classes of the data: of the prepared dataset, else known values, else a printed assumption."""
+    study, folder = job.study, job.paths.dataset
+    if (folder / "dataset.json").exists():
+        data = load_images(folder)
+        return len(data), data.classes
+    if study.dataset.kind in _KNOWN:
+        return _KNOWN[study.dataset.kind]
+    print(f"{study.name}: the data is not there yet; taken as 50,000 images of 10 classes")
+    return 50_000, 10
+
+
+def _network(study: Study, classes: int) -> tuple[float, int]:
+    """Return the operations of one evaluation of one image by the student, and its parameters."""
+    if isinstance(study.teacher, OfficialTeacher):
+        architecture = official_architecture(study.teacher.checkpoint) | {"augment_dim": 0}
+    else:
+        architecture = architecture_of(study, study.teacher, classes, 0.5)
+    # A student with random initial weights has its teacher's architecture.
+    architecture = {**architecture, "second_time": any(student.second_time for student in study.students.values())}
+    with torch.device("meta"):
+        parameters = sum(p.numel() for p in build_denoiser(architecture).parameters())
+    return forward_operations(architecture), parameters
+
+
+def forward_operations(architecture: dict[str, Any]) -> float:
+    """Count the operations of one evaluation of one image, additions and multiplications as one each, without data."""
+    with torch.device("meta"):
+        denoiser = build_denoiser(architecture).eval()
+        x = torch.zeros(1, denoiser.img_channels, denoiser.img_resolution, denoiser.img_resolution)
+        with FlopCounterMode(display=False) as counter:
+            denoiser(x, torch.ones(1))
+    return float(counter.get_total_flops())

@@ -1,0 +1,169 @@
+"""Rows of the score tables: the calibration's and a student's."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from consistency.base.arrays import read_array, write_table
+from consistency.base.progress import Progress
+from consistency.base.seeding import generator
+from consistency.config.job import Job
+from consistency.config.study import Study
+from consistency.data.prepared import to_bytes
+from consistency.evaluation.extractor import open_extractor, read_data_statistics
+from consistency.evaluation.features import Statistics, frechet_distance, kernel_distance
+from consistency.evaluation.samplers import StudentSampler, draw, heun_sampler, jump_sampler
+from consistency.nets.denoiser import Denoiser
+from consistency.provenance.card import Card
+from consistency.provenance.graph import downloads
+from consistency.provenance.inputs import preconditioning_of, read_dataset
+from consistency.theory.generalized_ode import GeneralizedODE
+
+COLUMNS = ["study", "kind", "run", "seed", "ema", "step", "sampler", "nfe"]
+COLUMNS += ["fd", "kid", "alignment", "images", "extractor"]
+#: columns of the calibration; the last two are empty if the study names no published FID
+CALIBRATION_COLUMNS = [*COLUMNS, "published", "tolerance"]
+Array = np.ndarray
+Row = dict[str, Any]
+
+
+class Scorer:
+    """Maker of score rows, a student's or the calibration's: the extractor, the data's statistics and the card. label,
+    total: name and images of the progress."""
+
+    def __init__(self, job: Job, device: torch.device, label: str, total: int) -> None:
+        self.job, self.study, self.card = job, job.study, Card(job, "scores")
+        self.extractor = open_extractor(job, read_dataset(job), device)
+        self.data = read_data_statistics(job)
+        self.progress = Progress(label, total)
+
+    def row(self, kind: str, run: str, sampler: str, nfe: int, step: int = 0, rate: float | None = None) -> Row:
+        """Return the part of a row that is known before the measurement."""
+        place = {"study": self.study.name, "kind": kind, "run": run, "seed": self.job.seed, "ema": rate, "step": step}
+        return place | {"sampler": sampler, "nfe": nfe, "extractor": self.extractor.name}
+
+    def distances(self, a: Statistics, b: Statistics) -> dict[str, float]:
+        """Return Frechet and kernel distance."""
+        scores = self.study.scores
+        kid = kernel_distance(a, b, scores.kid_subsets, scores.kid_subset_size)
+        return {"fd": frechet_distance(a, b), "kid": kid}
+
+    def against_data(self, chunks: Iterable[Array], count: int) -> dict[str, float]:
+        """Measure the distances of `count` uint8 images, which come in chunks [n, H, W, C], to the data."""
+        pieces = self.progress.counted(self.extractor.pieces(chunks))
+        images = Statistics.gather(pieces, count, self.study.scores.kid_images)
+        return self.distances(images, self.data) | {"images": count}
+
+    def halves(self) -> Row:
+        """Compare one half of the data's kept features with the other."""
+        features = self.data.features
+        # The halves must not depend on the dataset's order.
+        order = torch.randperm(len(features), generator=generator(0, "halves")).numpy()
+        half = len(order) // 2
+        first, second = (Statistics.of(features[part]) for part in (order[:half], order[half:]))
+        row = self.row("calibration", "data", "halves", 0)
+        return row | self.distances(second, first) | {"images": half}
+
+    def warn_of_singular(self, samples: int) -> None:
+        """Warn if there are too few images for the covariance of the features."""
+        features, half = len(self.data.mean), len(self.data.features) // 2
+        counts = {"sampling.count": samples, "scores.curve_count": self.study.scores.curve_count, "data halves": half}
+        few = ", ".join(f"{name} {count:,}" for name, count in counts.items() if count <= features)
+        if few:
+            print(
+                f"warning: fewer images than the {features:,} features ({few}): their covariance is singular, and the "
+                "Frechet distance larger than that of more images; compare it at equal numbers only",
+                flush=True,
+            )
+
+    def write(self, rows: list[Row], columns: list[str], inputs: list[Path], others: Sequence[Path] = ()) -> None:
+        """Write the table and its card; others: files written beside it. The extractor's files are always inputs."""
+        self.progress.close()
+        write_table(self.job.scores, rows, columns)
+        inception = self.study.scores.extractor == "inception"
+        names = ["features.npy", "statistics.npz", *([] if inception else ["classifier.safetensors"])]
+        inputs = [*inputs, *(self.job.paths.extractor / name for name in names)]
+        self.card.write(inputs, [self.job.scores, *others], downloads=downloads(self.job, "extractor"))
+
+
+@dataclass
+class StudentScorer:
+    """A student's rows at one EMA rate (None: the main one)."""
+
+    scorer: Scorer
+    rate: float | None
+    endpoints: Array
+    ode: GeneralizedODE | None
+
+    def __post_init__(self) -> None:
+        self.job, self.settings = self.scorer.job, self.scorer.job.student
+
+    def final_row(self, model: Denoiser, sampler: StudentSampler) -> Row:
+        """Score one sampler's samples at the end of training."""
+        images = read_array(self.job.samples / f"{sampler.name}.npy", f"samples{self.job.options}")
+        row = self._row("final", self.settings.steps, sampler.nfe, sampler.gamma)
+        row |= self.scorer.against_data([images], len(images))
+        if sampler.gamma is None and self._aligned(sampler.nfe):
+            error = _AlignmentError(self.endpoints)
+            for rows, batch in self._drawn(model, sampler.nfe, len(self.endpoints)):
+                error.add(rows, batch)
+            row["alignment"] = error.mean
+        return row
+
+    def curve_row(self, model: Denoiser, step: int, nfe: int) -> Row:
+        """Score one snapshot at one number of jumps; images are discarded once they are measured."""
+        error, count = _AlignmentError(self.endpoints), self.job.study.scores.curve_count
+
+        def chunks() -> Iterator[Array]:
+            for rows, batch in self._drawn(model, nfe, count):
+                error.add(rows, batch)
+                yield to_bytes(batch)
+
+        row = self._row("curve", step, nfe, None) | self.scorer.against_data(chunks(), count)
+        return row | {"alignment": error.mean} if self._aligned(nfe) else row
+
+    def _row(self, kind: str, step: int, nfe: int, gamma: float | None) -> Row:
+        sampler = "multistep" if self.settings.to_the_end else "jumps" if gamma is None else f"gamma={gamma}"
+        rate = self.settings.ema_rate if self.rate is None else self.rate
+        return self.scorer.row(kind, str(self.job.run), sampler, nfe, step, rate)
+
+    def _aligned(self, nfe: int) -> bool:
+        """Tell whether the samples depend on their first noise alone, as do the teacher's endpoints, if any."""
+        return len(self.endpoints) > 0 and (nfe == 1 or not self.settings.to_the_end)
+
+    def _drawn(self, model: Denoiser, nfe: int, count: int) -> Iterator[tuple[slice, torch.Tensor]]:
+        jumps = jump_sampler(self.job, model, preconditioning_of(self.settings, model, self.ode), nfe)
+        return draw(self.job.study, model, jumps, count)
+
+
+class _AlignmentError:
+    """Mean squared error to the teacher's ODE endpoints from the same noise, per pixel in [-1, 1] units."""
+
+    def __init__(self, endpoints: Array) -> None:
+        self.teacher_endpoints, self._sum = endpoints, 0.0
+
+    def add(self, rows: slice, images: torch.Tensor) -> None:
+        """Add the images of those rows, as far as there are endpoints."""
+        there = self.teacher_endpoints[rows.start : rows.stop]
+        if len(there):
+            self._sum += float(np.square(images[: len(there)].double().cpu().numpy() - there).sum())
+
+    @property
+    def mean(self) -> float:
+        """The error, once all images have been added."""
+        return self._sum / self.teacher_endpoints.size
+
+
+def endpoint_file(job: Job) -> Path:
+    return job.of().scores.with_name("endpoints.npy")
+
+
+def teacher_endpoints(study: Study, teacher: Denoiser) -> Array:
+    """Draw the teacher's ODE endpoints at eps of the first alignment_count seeds, float32 [n, C, H, W]."""
+    sampler = heun_sampler(study, teacher, study.scores.alignment_nodes)
+    batches = draw(study, teacher, sampler, study.scores.alignment_count)
+    return torch.cat([batch.cpu() for _, batch in batches]).numpy()

@@ -1,0 +1,35 @@
+"""The preconditioning of a student whose l_t and s_t lie in the buffer `fit` beside its weights."""
+
+from torch import Tensor
+
+from consistency.nets.denoiser import Denoiser
+from consistency.theory.generalized_ode import GeneralizedODE
+from consistency.theory.preconditioning import Preconditioning
+
+
+def own_preconditioning(name: str, model: Denoiser) -> Preconditioning:
+    """Return the analytic preconditioning of that name with the model's own l_t and s_t at the time of use."""
+    own = _OwnODE(model)
+    form = {"analytic": GeneralizedODE.backward, "analytic-forward": GeneralizedODE.forward}[name]
+    return Preconditioning(name, "D", lambda t, s: form(own.now(), t, s))
+
+
+class _OwnODE:
+    """The ODE of a model's buffer `fit`, rebuilt when the buffer changes."""
+
+    def __init__(self, model: Denoiser) -> None:
+        self._fit = model.fit
+        self._version = -1
+        self._ode: GeneralizedODE | None = None
+
+    def now(self) -> GeneralizedODE:
+        """Return the ODE of the buffer's present values."""
+        # PyTorch counts writes to a tensor, so a loaded state is noticed too.
+        if self._ode is None or self._version != self._fit._version:
+            self._ode, self._version = ode_of(self._fit), self._fit._version
+        return self._ode
+
+
+def ode_of(fit: Tensor) -> GeneralizedODE:
+    times, l, s = fit
+    return GeneralizedODE(times, l, s, fit.device)

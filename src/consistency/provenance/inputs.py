@@ -1,0 +1,87 @@
+"""Readers of finished artifacts, which compare their keys first: dataset, teacher, coefficients, students."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from consistency.base.arrays import read_arrays
+from consistency.base.errors import UserError
+from consistency.base.files import made
+from consistency.config.job import Job
+from consistency.config.student import Student
+from consistency.config.study import Study
+from consistency.data.prepared import ImageData, load_images
+from consistency.nets.checkpoint import load_denoiser
+from consistency.nets.denoiser import Denoiser
+from consistency.nets.own_preconditioning import own_preconditioning
+from consistency.provenance.card import read_card
+from consistency.theory.generalized_ode import GeneralizedODE
+from consistency.theory.preconditioning import Preconditioning, build_preconditioning
+
+
+def read_dataset(job: Job) -> ImageData:
+    """Open the study's images."""
+    read_card(job, "dataset")
+    return load_images(job.paths.dataset)
+
+
+def data_files(job: Job) -> list[Path]:
+    """Return the files a network learns from: the images, and their labels if it is conditional."""
+    names = ["images", *(["labels"] if job.study.teacher.conditional else [])]
+    return [job.paths.dataset / f"{name}.npy" for name in names]
+
+
+def sigma_data(study: Study, data: ImageData) -> float:
+    """Return the standard deviation of the data that the study uses."""
+    value = study.noise.sigma_data
+    return float(data.facts["sigma_data"]) if isinstance(value, str) else value
+
+
+def read_teacher(job: Job, device: torch.device) -> Denoiser:
+    """Read the study's teacher, frozen."""
+    path = made(job.paths.teacher / "teacher.safetensors", "teacher")
+    return load_denoiser(path, job.key("teacher"))[0].to(device)
+
+
+def require_classes(study: Study, data: ImageData, teacher: Denoiser) -> None:
+    """Raise UserError if a conditional teacher has another number of classes than the data."""
+    if study.teacher.conditional and teacher.label_dim != data.classes:
+        raise UserError(
+            f"the teacher is conditioned on {teacher.label_dim} classes, the dataset has {data.classes}: "
+            "change dataset or teacher in the study (an unlabelled dataset needs an unconditional teacher)"
+        )
+
+
+def read_student(job: Job, device: torch.device, rate: float | None = None, step: int | None = None) -> Denoiser:
+    """Read a frozen student (EMA weights; rate: a further EMA rate; step: a snapshot, None for the end of training)."""
+    path = made(job.weights(rate, step), f"student{job.options}")
+    return load_denoiser(path, job.key("student"))[0].to(device)
+
+
+def read_coefficients(job: Job) -> dict[str, np.ndarray[Any, Any]]:
+    """Read the arrays of coefficients.npz."""
+    return read_arrays(job.paths.coefficients / "coefficients.npz", "coefficients", "times", "l", "s")
+
+
+def read_ode(job: Job, device: torch.device) -> GeneralizedODE | None:
+    """Read the ODE of the coefficients fitted from the teacher, for a student that uses them."""
+    if not job.student.needs_coefficients:
+        return None
+    read_card(job, "coefficients")
+    arrays = read_coefficients(job)
+    times, l, s = (torch.from_numpy(arrays[letter]) for letter in ("times", "l", "s"))
+    return GeneralizedODE(times, l, s, device)
+
+
+def preconditioning_of(settings: Student, model: Denoiser, ode: GeneralizedODE | None) -> Preconditioning:
+    """Return the preconditioning of a student's network, with these coefficients or the network's own."""
+    if settings.carries_fit:
+        return own_preconditioning(settings.preconditioning, model)
+    return build_preconditioning(settings.preconditioning, model.sigma_data, ode)
+
+
+def read_preconditioning(job: Job, model: Denoiser) -> Preconditioning:
+    """Read the preconditioning of a student, given its network."""
+    return preconditioning_of(job.student, model, read_ode(job, next(model.parameters()).device))

@@ -1,0 +1,162 @@
+"""Check of a study's results against their cards, against one another and against the study file."""
+
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from pydantic import BaseModel, ValidationError
+
+from consistency.base.errors import UserError
+from consistency.base.files import sha256
+from consistency.config.explain import explain
+from consistency.config.job import Job
+from consistency.config.keys import settings_key
+from consistency.config.paths import Layout
+from consistency.config.reading import load_study
+from consistency.config.study import Study
+from consistency.provenance.card import first_difference
+from consistency.provenance.graph import artifacts
+
+#: the digests of an archive's files, in the folder that holds its results/
+SUMS = "SHA256SUMS"
+# Receipts of uploads, and files for DVC to compare: they are not results, and no card names them.
+_RECEIPTS = ("track", "plan", "inputs")
+
+
+class Finding(NamedTuple):
+    """Faults of an artifact, none if it is consistent. left_out: its files that its archive does not hold."""
+
+    artifact: str
+    faults: list[str]
+    left_out: int = 0
+
+
+class _Card(BaseModel):
+    """The part of a card that is checked."""
+
+    study: str
+    key: str
+    settings: dict[str, Any]
+    inputs: dict[str, str]
+    outputs: dict[str, str]
+
+
+def verify(root: Path, study: Study) -> list[Finding]:
+    """Check every artifact of the study in its folder of results. A file that no card names is a finding too.
+
+    Raises UserError when root is no folder.
+    """
+    if not root.is_dir():
+        raise UserError(f"{root} is not a folder: give a study's results, such as results/digits (unzip an archive)")
+    files = _hash(root)
+    # DVC makes coefficients and flows for studies that need none, too.
+    expected = artifacts(Job(study, Layout(root.name, root.parent)), also=[path.name for path in root.iterdir()])
+    places = {name: job.card(stage).relative_to(root) for name, (stage, job) in expected.items()}
+    cards = {name: _read(root, place) for name, place in places.items()}
+    made = {name: digest for card in cards.values() if isinstance(card, _Card) for name, digest in card.outputs.items()}
+    left_out = _left_out(root, made.keys() - files.keys())
+    findings = []
+    for name, card in cards.items():
+        if isinstance(card, _Card):
+            faults = [*_settings(card, *expected[name]), *_outputs(card, files, left_out), *_inputs(card, made)]
+            findings.append(Finding(name, faults, len(left_out & card.outputs.keys())))
+        else:
+            findings.append(Finding(name, [card]))
+    strays = sorted(files.keys() - made.keys() - {place.as_posix() for place in places.values()})
+    return findings + [Finding(name, ["has no card: nothing in this study made it"]) for name in strays]
+
+
+def print_verified(root: Path, study_file: Path | None) -> None:
+    """Print the findings of verify; without a study file, against the one in the same checkout or unzipped archive.
+
+    Raises UserError unless everything is consistent, and when there is no study file.
+    """
+    path = study_file or root.resolve().parent.parent / "config/studies" / f"{root.resolve().name}.yaml"
+    if study_file is None and not path.is_file():
+        raise UserError(f"{root} has no study file {path}: name it with --study, or give a folder like results/digits")
+    require_consistent(root, load_study(path))
+
+
+def require_consistent(root: Path, study: Study) -> None:
+    """Print the findings of verify. Raises UserError unless everything is consistent."""
+    findings = verify(root, study)
+    width = max(len(finding.artifact) for finding in findings)
+    for finding in findings:
+        left_out = f" (left out of the archive: {finding.left_out} files)" if finding.left_out else ""
+        for said in finding.faults or [f"consistent{left_out}"]:
+            print(f"{finding.artifact:{width}}  {said}")
+    wrong = sum(bool(finding.faults) for finding in findings)
+    if wrong:
+        raise UserError(f"{root}: {wrong} of {len(findings)} are not consistent; the lines above say why")
+
+
+def result_files(root: Path) -> list[str]:
+    """List the results and cards in a study's folder by relative path; hidden files are neither."""
+    paths = [path.relative_to(root) for path in sorted(root.rglob("*")) if path.is_file()]
+    return [path.as_posix() for path in paths if path.parts[0] not in _RECEIPTS and not path.name.startswith(".")]
+
+
+def stays_out(name: str, snapshots: bool = False) -> bool:
+    """Tell whether an archive leaves a result out: arrays of images and features always, snapshots by default."""
+    return name.endswith(".npy") or ("/snapshots/" in name and not snapshots)
+
+
+def _hash(root: Path) -> dict[str, str]:
+    """Return the sha256 of each result and card, or the reason why it cannot be read."""
+
+    def digest(name: str) -> str:
+        try:
+            return sha256(root / name)
+        except OSError as error:
+            return f"unreadable ({error.strerror})"
+
+    names = result_files(root)
+    with ThreadPoolExecutor() as pool:
+        return dict(zip(names, pool.map(digest, names), strict=True))
+
+
+def _read(root: Path, place: Path) -> _Card | str:
+    """Read a card, its outputs named relative to the study's folder like its inputs. Returns the fault of a bad one."""
+    try:
+        card = _Card.model_validate_json((root / place).read_bytes())
+    except OSError as error:
+        return f"missing: {place} ({error.strerror}); pull it, or run its stage"
+    except ValidationError as error:
+        return f"damaged: {place}: {explain(error, _Card):.200}; run its stage again"
+    outputs = {(place.parent / name).as_posix(): digest for name, digest in card.outputs.items()}
+    return card.model_copy(update={"outputs": outputs})
+
+
+def _left_out(root: Path, absent: set[str]) -> set[str]:
+    """Find the absent files that the archive of these results never held, as its SHA256SUMS says."""
+    folder = root.resolve()
+    sums, prefix = folder.parent.parent / SUMS, f"results/{folder.name}/"
+    held = {line[66:] for line in sums.read_text().splitlines()} if sums.is_file() else set()
+    archived = any(name.startswith(prefix) for name in held)
+    return {name for name in absent if archived and stays_out(name) and prefix + name not in held}
+
+
+def _settings(card: _Card, stage: str, job: Job) -> Iterator[str]:
+    """Compare a card with the study file."""
+    settings = job.settings(stage)
+    if card.study != job.study.name:
+        yield f"stale: made for study {card.study!r}; run its stage again"
+    if card.key != settings_key(stage, job.seed, settings) or card.settings != settings:
+        yield f"stale: made with other settings{first_difference(card.settings, settings)}; run its stage again"
+
+
+def _outputs(card: _Card, files: dict[str, str], left_out: set[str]) -> Iterator[str]:
+    """Compare the files of a card with its digests."""
+    for name, digest in card.outputs.items():
+        if name in files and files[name] != digest:
+            yield f"tampered with: {name} is {files[name]:.32}, its card says {digest:.32}"
+        elif name not in files and name not in left_out:
+            yield f"missing: {name}; pull it, or run its stage again"
+
+
+def _inputs(card: _Card, made: dict[str, str]) -> Iterator[str]:
+    """Compare inputs with the outputs of all cards. The digest of a download was checked when it was read."""
+    for name, digest in card.inputs.items():
+        if not name.startswith("resources/") and made.get(name) != digest:
+            yield f"stale: no card names the {name} that it was made from; run its stage again"

@@ -1,0 +1,143 @@
+"""report.html: one file, no script, nothing loaded from elsewhere."""
+
+import base64
+from collections import Counter
+from dataclasses import asdict
+from importlib.resources import files
+from typing import Any
+
+import jinja2
+import pandas as pd
+import yaml
+
+from consistency.base.files import read_json
+from consistency.config.job import Job
+from consistency.config.study import Study
+from consistency.evaluation.analysis import MEASURES, ema_table, step_costs
+from consistency.provenance.environment import git_state
+from consistency.report import figures
+from consistency.report.pictures import Picture
+from consistency.report.results import Cards, Results, records
+from consistency.report.wording import (
+    beginning,
+    claims,
+    coarse,
+    commit,
+    differs_in,
+    paired_sentence,
+    plus_minus,
+    ratio,
+    sentence,
+    speed,
+    teacher_line,
+    teacher_made,
+)
+
+
+def write_page(
+    job: Job, results: Results, cards: Cards, histories: dict[str, list[pd.DataFrame]], pictures: list[Picture]
+) -> str:
+    """Render the page as text. Raises UserError if the dataset's facts are missing."""
+    study, extractor = job.study, results.extractor
+    template = files("consistency.report").joinpath("templates/report.html.j2").read_text()
+    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
+    chapters: dict[str, list[dict[str, str]]] = {}
+    for picture in pictures:
+        entry = {"name": picture.name, "caption": picture.caption, "data": base64.b64encode(picture.png).decode()}
+        chapters.setdefault(picture.chapter, []).append(entry)
+    return environment.from_string(template).render(
+        study=study,
+        teacher_line=teacher_line(results.teacher, study),
+        teacher_made=teacher_made(study, int(cards["teacher"]["measured"]["parameters"])),
+        beginning=beginning(study),
+        claims=claims(study),
+        aligned=results.aligned,
+        students={run: differs_in(study, run) for run in study.students},
+        data=read_json(job.paths.dataset / "dataset.json", "dataset"),
+        is_fid=extractor.startswith("inception"),
+        fd_label=figures.measure_label("fd", extractor),
+        accuracy=cards["extractor"]["measured"].get("held_out_accuracy"),
+        calibration=results.calibration,
+        rows=_table_rows(results.table),
+        rates=_table_rows(ema_table(results.scores)) if results.several_rates else [],
+        found=[asdict(item) | {"text": speed(item)} for item in results.found],
+        paired=[asdict(item) | {"text": ratio(item)} for item in results.paired],
+        verdicts=_verdicts(study, results),
+        coarse=coarse(study),
+        cost=_cost(job, cards),
+        steps=_step_table(histories),
+        times=_times(cards, study.taught),
+        pictures=chapters,
+        card=cards["teacher"],
+        commits=sorted({commit(state) for state in (git_state(), *(card["git"] for card in cards.values()))}),
+        key=job.key("report"),
+        commands=sorted({card["command"] for card in cards.values()}),
+        resolved=yaml.safe_dump(study.model_dump(mode="json"), sort_keys=False),
+    )
+
+
+def _verdicts(study: Study, results: Results) -> list[str]:
+    """Put into words only what a paper claims; the tables hold the rest. Distillation: the trained form's speed-up at
+    the NFE with one (2) and without (1), and its alignment. Consistency training: every arm's FD at NFE 1."""
+    coupled = study.coupled
+    distilled = {run for run in study.students if study.students[run].preconditioning == "analytic"} - coupled.keys()
+    at = {1, 2} & set(study.scores.curve_nfe) or set(study.scores.curve_nfe)
+    first = {min(study.scores.curve_nfe)}
+    faster = [item for item in results.found if item.run in distilled and item.nfe in at]
+    better = [item for item in results.paired if item.run in distilled and item.measure != "fd"]
+    better += [item for item in results.paired if item.run in coupled and item.measure == "fd" and item.nfe in first]
+    return [
+        *(sentence(item, results.extractor) for item in faster),
+        *(paired_sentence(item, results.extractor) for item in better),
+    ]
+
+
+def _table_rows(table: pd.DataFrame) -> list[dict[str, Any]]:
+    """Return the rows with each measure as text."""
+    return [
+        row | {measure: plus_minus(row[measure], row[f"{measure}_half_width"]) for measure in MEASURES}
+        for row in records(table)
+    ]
+
+
+def _step_table(histories: dict[str, list[pd.DataFrame]]) -> dict[str, Any] | None:
+    """Return milliseconds per training step by part, and peak memory, as rows of text."""
+    costs = step_costs(histories)
+    if costs.empty:
+        return None
+    parts = [str(name) for name in costs if name not in ("run", "peak_memory_mib")]
+    rows = []
+    for row in records(costs):
+        memory = f"{row['peak_memory_mib']:,.0f}" if "peak_memory_mib" in row else ""
+        numbers = ["" if pd.isna(row[part]) else f"{1000 * row[part]:.1f}" for part in parts]
+        rows.append([row["run"], *numbers, memory])
+    return {"parts": parts, "rows": rows}
+
+
+def _cost(job: Job, cards: Cards) -> dict[str, Any] | None:
+    """Compare the coefficient fit with one student's training and with all."""
+    if "coefficients" not in cards:
+        return None
+    fit = cards["coefficients"]["measured"]
+    trained = [(each, cards[f"student {each.label}"]["measured"]) for each in job.trainings]
+    fitted = next(measured for each, measured in trained if each.student.needs_coefficients)
+    return {
+        "evaluations": fit["network_evaluations"],
+        "seconds": fit["seconds"],
+        "of_one_evaluations": fit["network_evaluations"] / fitted["network_evaluations"],
+        "of_one_seconds": fit["seconds"] / fitted["seconds"],
+        "of_all_evaluations": fit["network_evaluations"] / sum(m["network_evaluations"] for _, m in trained),
+        "of_all_seconds": fit["seconds"] / sum(m["seconds"] for _, m in trained),
+    }
+
+
+def _times(cards: Cards, taught: bool) -> list[tuple[str, float]]:
+    """Return the wall time of each stage, the students together; placeholders of a missing teacher do not count."""
+    times: dict[str, float] = {}
+    counted = [card for name, card in cards.items() if taught or name not in ("teacher", "samples of the teacher")]
+    for card in counted:
+        # Only `measured` has the whole time of an interrupted training.
+        seconds = card["measured"].get("seconds", card["seconds"])
+        times[card["stage"]] = times.get(card["stage"], 0.0) + seconds
+    counts = Counter(card["stage"] for card in counted)
+    return [(f"{stage} ({counts[stage]})" if counts[stage] > 1 else stage, times[stage]) for stage in times]

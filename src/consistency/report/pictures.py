@@ -1,0 +1,214 @@
+"""The figures of a report, with N and seeds in their captions."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from matplotlib.figure import Figure
+
+from consistency.base.arrays import read_array, read_arrays
+from consistency.base.files import made
+from consistency.config.job import Job
+from consistency.config.measures import Flows
+from consistency.config.paths import sampler_name
+from consistency.config.study import Study
+from consistency.evaluation.flows import PLANE_BATCH, TOYS
+from consistency.nets.checkpoint import load_denoiser
+from consistency.provenance.inputs import read_coefficients, read_dataset
+from consistency.report import figures
+from consistency.report.results import Results
+from consistency.report.wording import coarse, what_of
+from consistency.theory.generalized_ode import GeneralizedODE
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A figure of the report: its file name, its chapter, its caption, its two files."""
+
+    name: str
+    chapter: str
+    caption: str
+    png: bytes
+    svg: bytes
+
+    @classmethod
+    def of(cls, name: str, chapter: str, caption: str, figure: Figure) -> "Picture":
+        """Render a figure and free it."""
+        picture = cls(name, chapter, caption, figures.drawn(figure, "png"), figures.drawn(figure, "svg"))
+        figures.close(figure)
+        return picture
+
+
+def draw_pictures(job: Job, results: Results, histories: dict[str, list[pd.DataFrame]]) -> list[Picture]:
+    """Draw every figure of the report, with N and seeds in its caption."""
+    study, extractor, scores, found = job.study, results.extractor, results.main, results.found
+    runs = list(study.students)
+    seeds = f"{len(study.seeds)} seed{'s' if len(study.seeds) > 1 else ''} ({', '.join(map(str, study.seeds))})"
+    count = study.scores.curve_count
+    pictures = [_samples_picture(job)]
+    if study.needs_coefficients:
+        pictures += _coefficient_pictures(job)
+    if study.carrying:
+        pictures.append(_own_fits_picture(job))
+    # The paper on flows gives KID beside FID.
+    for measure in ("fd", *(["kid"] if study.coupled else []), "alignment"):
+        nfes = [nfe for nfe in study.scores.curve_nfe if scores[scores.nfe == nfe][measure].notna().any()]
+        if not nfes:
+            continue
+        images = study.scores.alignment_count if measure == "alignment" else count
+        caption = (
+            f"{figures.measure_label(measure, extractor)} against training iterations: mean over {seeds}, band from "
+            f"the lowest to the highest seed, N = {images} images a point. Step 0 is left out."
+        )
+        figure = figures.learning_curves(scores, runs, nfes, measure, extractor)
+        pictures.append(Picture.of(f"curves_{measure}", "curves", caption, figure))
+    for measure in dict.fromkeys(item.measure for item in found):
+        images = count if measure == "fd" else study.scores.alignment_count
+        caption = (
+            f"Iterations of the baseline over iterations of the student to the baseline's final "
+            f"{what_of(measure, extractor)}, {seeds}, N = {images}. Bars: 95 % bootstrap over seeds{coarse(study)}"
+            "; one that leaves the picture has no end. Triangles are bounds: up, the score was there before "
+            "training; down, it was never reached."
+        )
+        bars = figures.speed_up_bars(found, runs, measure, extractor)
+        pictures.append(Picture.of(f"speedup_{measure}", "speedup", caption, bars))
+    if study.mu_sweep:
+        pictures.append(_mu_picture(study, results, seeds))
+    if study.flows:
+        pictures += _flow_pictures(job, study.flows, seeds)
+    caption = f"The terms of the training loss, mean over {seeds} and over the steps between two lines of the history."
+    pictures.append(Picture.of("losses", "curves", caption, figures.training_losses(histories, runs)))
+    return pictures
+
+
+def carried(job: Job) -> dict[str, dict[int, Path]]:
+    """Return the first seed's snapshots whose coefficients a report shows: student -> step -> file."""
+    students = [job.of(run, job.study.seeds[0]) for run in job.study.carrying]
+    return {
+        str(each.run): {
+            step: each.weights(step=step) for step in (each.student.snapshots if each.student.fit == "average" else [0])
+        }
+        for each in students
+    }
+
+
+def _own_fits_picture(job: Job) -> Picture:
+    study, fits = job.study, dict[str, dict[int, np.ndarray]]()
+    for run, paths in carried(job).items():
+        kept = fits.setdefault(run, {})
+        for step, path in paths.items():
+            fit = load_denoiser(made(path, f"student --run {run} --seed {study.seeds[0]}"))[0].fit.numpy()
+            if not kept or not np.array_equal(fit, list(kept.values())[-1]):
+                kept[step] = fit
+    teacher = None
+    if study.needs_coefficients:
+        arrays = read_coefficients(job)
+        teacher = np.stack([arrays[name] for name in ("times", "l", "s")])
+    caption = (
+        "l_t and s_t that students carry themselves, and what follows for g in jumps to the end, by the first snapshot "
+        f"that has them (seed {study.seeds[0]}). Step 0: of the Gaussian with the data's mean and covariance; later: "
+        f"of the student's own average, N = {study.coefficients.samples} noised images at "
+        f"{study.coefficients.times} times."
+    )
+    return Picture.of("own_fits", "coefficients", caption, figures.own_fits(fits, teacher))
+
+
+def _samples_picture(job: Job) -> Picture:
+    study, seed, data = job.study, job.study.seeds[0], read_dataset(job)
+    picks = np.linspace(0, len(data) - 1, 16).astype(int)
+    rows = [("data", data.images[picks])]
+    if study.taught:
+        rows.append(("teacher", read_array(job.samples / "heun.npy", "samples")))
+    for nfe in study.report.grid_nfe:
+        for run in study.students:
+            student = job.of(run, seed)
+            images = read_array(student.samples / f"{sampler_name(nfe)}.npy", f"samples{student.options}")
+            rows.append((f"{run}, NFE {nfe}", images))
+    teacher = f"Heun{' with churn' if study.calibration.churn else ''}, NFE {2 * study.calibration.steps - 1}"
+    reference = f"the teacher ({teacher}) and " if study.taught else ""
+    caption = (
+        f"Images of seeds 0 to 15, below the first row one noise a column: {reference}"
+        f"every student (training seed {seed}). First row: 16 training images, for comparison."
+    )
+    return Picture.of("samples", "samples", caption, figures.sample_grid(rows))
+
+
+def _mu_picture(study: Study, results: Results, seeds: str) -> Picture:
+    runs = list(study.students)
+    transported = [run for run in runs if study.students[run].coupling == "ot"]
+    dashed = f" Dashed: {', '.join(transported)}, mean." if transported else ""
+    caption = (
+        "Scores at the end of training against mu, the probability that gc replaces an image by a generated one; mu 0 "
+        f"is ic. A point a seed, line: the mean over {seeds}, N = {study.sampling.count} images.{dashed}"
+    )
+    figure = figures.mu_sweep(results.main, study.mu_sweep, transported, runs, study.report.grid_nfe, results.extractor)
+    return Picture.of("mu_sweep", "mu", caption, figure)
+
+
+def _flow_pictures(job: Job, settings: Flows, seeds: str) -> list[Picture]:
+    study, folder = job.study, job.paths.flows
+    tables = {name: pd.read_csv(made(folder / f"{name}.csv", "flows")) for name in ("transport", "limit", "plane")}
+    limits, toys = tables["limit"], read_arrays(folder / "toy.npz", "flows")
+    count = min(settings.images, len(read_dataset(job)))
+    transport = (
+        "Transport cost of each student's average: squared distance, summed over pixels, between the noise z and "
+        f"where the student goes from x + t z; mean over {seeds}, band from the lowest to the highest, N = {count} "
+        "images with independent noise for all. Grey: the pairs of a coupling themselves, which know no t."
+    )
+    own = ", ".join(map(str, settings.toy_seeds))
+    toy = (
+        f"Two Gaussians in the plane, learnt with {settings.toy_steps:,} steps: paths x_t of N = 64 pairs up to t = 1, "
+        "straight with ic and bent by the generator with gc (mu 1), and samples in one jump (seed "
+        f"{settings.toy_seeds[0]}); right: transport cost of the pairs that training meets, N = 2,048, mean and range "
+        f"over seed{'s' if len(settings.toy_seeds) > 1 else ''} {own}."
+    )
+    measured = (
+        "Velocity discrepancy and transport cost of the couplings on the same two Gaussians; gc (mu 1) with the exact "
+        f"endpoint, ot in batches of {PLANE_BATCH}. 4 times N = {settings.pairs:,} pairs, seed {settings.seed}; bars: "
+        "two standard errors. In so few dimensions ot is nearly optimal; on images it is not."
+    )
+    limit = (
+        "The theorem on the closed-form mixture, alpha = 2: losses of consistency training and distillation on grids "
+        "of N intervals, times N^2, and (dashed) the limits. The difference does not vanish. By quadrature: "
+        f"no seed, N = 10 to {int(limits.intervals.max())}."
+    )
+    figure = figures.transport_cost(tables["transport"], list(study.coupled))
+    pictures = [Picture.of("transport_cost", "flows", transport, figure)]
+    if settings.discrepancy:
+        found = pd.read_csv(made(folder / "discrepancy.csv", "flows"))
+        trained = (
+            f"Velocity discrepancy of the couplings that students (seed {study.seeds[0]}) met at the end of their "
+            f"training, by a denoiser each of {settings.denoiser_steps:,} steps, N = {count} of the images that it was "
+            f"trained on; bars: two standard errors. A denoiser trained too briefly overstates R_t"
+            f"{': compare ic with the teacher (dotted)' if study.taught else ''}."
+        )
+        pictures.append(Picture.of("discrepancy", "flows", trained, figures.discrepancy(found, list(study.students))))
+    return [
+        *pictures,
+        Picture.of("toy", "flows", toy, figures.toy(toys, TOYS)),
+        Picture.of("plane", "flows", measured, figures.plane(tables["plane"])),
+        Picture.of("loss_limits", "flows", limit, figures.loss_limits(limits)),
+    ]
+
+
+def _coefficient_pictures(job: Job) -> list[Picture]:
+    fit, study, settings = read_coefficients(job), job.study, job.study.coefficients
+    ode = GeneralizedODE(*(torch.from_numpy(fit[name]) for name in ("times", "l", "s")))  # type: ignore[arg-type]
+    forward = any(student.preconditioning == "analytic-forward" for student in study.students.values())
+    unknown = int((~fit["determined"].astype(bool)).sum())
+    note = f"; {unknown} times do not determine s_t" if unknown else ""
+    caption = (
+        f"l_t and s_t fitted from the teacher at {settings.times} times, N = {settings.samples} noised images each, "
+        f"{settings.probes} probes, fit seed {settings.seed}; band: two standard errors{note}. "
+        "Dashed: the values that are ctm."
+    )
+    pair = (
+        "f and g of the fitted preconditioning minus ctm's, for jumps from t to s. "
+        f"From the fit above (N = {settings.samples}, seed {settings.seed})."
+    )
+    return [
+        Picture.of("coefficients", "coefficients", caption, figures.coefficients(fit)),
+        Picture.of("preconditioning", "coefficients", pair, figures.preconditioning(ode, forward)),
+    ]

@@ -1,0 +1,103 @@
+"""Inputs of the report: score tables, cards and histories of a finished study."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import pandas as pd
+
+from consistency.base.errors import UserError
+from consistency.base.files import made, read_history, sha256
+from consistency.config.job import Job
+from consistency.config.study import Study
+from consistency.evaluation.analysis import Paired, SpeedUp, final_table, of_main_rate, paired_ratios, speed_ups
+from consistency.provenance.card import read_card
+from consistency.provenance.graph import artifacts
+
+Cards = dict[str, dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Results:
+    """Numbers of a study. scores: every EMA rate's; main: the main rate's, the source of all else.
+
+    table: at the end of training; found, paired: students against their baselines.
+    """
+
+    scores: pd.DataFrame
+    main: pd.DataFrame
+    table: pd.DataFrame
+    found: list[SpeedUp]
+    paired: list[Paired]
+
+    @property
+    def extractor(self) -> str:
+        """Name of the features in the score files."""
+        return str(self.scores.extractor.iloc[0])
+
+    @property
+    def several_rates(self) -> bool:
+        """True if a student was scored at more than one EMA rate."""
+        return len(self.main) < len(self.scores)
+
+    @property
+    def aligned(self) -> bool:
+        """True if a student was compared with a teacher's endpoints."""
+        return bool(self.scores.alignment.notna().any())
+
+    @property
+    def calibration(self) -> list[dict[str, Any]]:
+        """Rows that were scored before any student."""
+        return records(self.scores[self.scores.kind == "calibration"])
+
+    @property
+    def teacher(self) -> dict[str, Any] | None:
+        """The teacher's row of the calibration, if there is a teacher."""
+        return next((row for row in self.calibration if row["run"] == "teacher"), None)
+
+
+def read_results(job: Job) -> Results:
+    """Read all score tables of the study, the calibration first.
+
+    Raises UserError, naming the verb, if one is missing, damaged or of other settings.
+    """
+    study = job.study
+    scores = pd.concat([_table(each) for each in (job.of(), *job.trainings)], ignore_index=True)
+    main = of_main_rate(scores, {run: student.ema_rate for run, student in study.students.items()})
+    against, nfes = baselines(study), study.scores.curve_nfe
+    found = speed_ups(main, against, nfes, study.report.bootstrap)
+    return Results(scores, main, final_table(main), found, paired_ratios(main, against, nfes))
+
+
+def records(table: pd.DataFrame) -> list[dict[str, Any]]:
+    """Return a table's rows as dictionaries."""
+    return [{str(name): value for name, value in row.items()} for row in table.to_dict("records")]
+
+
+def _table(job: Job) -> pd.DataFrame:
+    verb = "calibration" if job.run is None else f"scores{job.options}"
+    path = made(job.scores, verb)
+    if read_card(job, "scores")["outputs"].get(path.name) != sha256(path):
+        raise UserError(f"{path} is not as it was written: run `python -m consistency {verb}` again")
+    return pd.read_csv(path)
+
+
+def baselines(study: Study) -> dict[str, str]:
+    """Return the baseline of each student, if it or its objective has one."""
+    pairs = {run: study.report.baseline.get(student.objective) for run, student in study.students.items()}
+    pairs |= study.report.against
+    return {run: baseline for run, baseline in pairs.items() if baseline is not None}
+
+
+def read_histories(job: Job) -> dict[str, list[pd.DataFrame]]:
+    """Read the histories of each student's trainings, one table per seed."""
+    histories: dict[str, list[pd.DataFrame]] = {run: [] for run in job.study.students}
+    for each in job.trainings:
+        lines = read_history(each.folder / "history.jsonl", f"student{each.options}")
+        histories[str(each.run)].append(pd.DataFrame(lines))
+    return histories
+
+
+def read_cards(job: Job) -> Cards:
+    """Read the cards of all artifacts by name, except those of the scores, which are read with the tables."""
+    found = artifacts(job).items()
+    return {name: read_card(each, stage) for name, (stage, each) in found if stage not in ("scores", "report")}

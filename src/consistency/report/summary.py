@@ -1,0 +1,69 @@
+"""The report's numbers for machines and for a terminal."""
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+
+from consistency.base.files import read_json
+from consistency.config.job import Job
+from consistency.evaluation.analysis import MEASURES
+from consistency.report.figures import measure_label
+from consistency.report.results import Results, read_results, records
+from consistency.report.wording import coarse, plus_minus, ratio, speed, teacher_line
+
+
+def print_summary(job: Job) -> None:
+    """Print the teacher's score, the students', the speed-ups, and the places of the report and the MLflow page."""
+    study, results = job.study, read_results(job)
+    label = measure_label("fd", results.extractor)
+    print(f"\n{teacher_line(results.teacher, study)}")
+    print(f"\n{study.title or study.name}: mean ± half-width of the 95 % t interval over seeds{coarse(study)}\n")
+    measures = ("fd", "alignment") if results.aligned else ("fd", "kid")
+    other = "alignment error" if results.aligned else "KID"
+    print(f"{'student':18} {'sampler':10} {'NFE':>3}  {label:>36}  {other:>24}")
+    for row in results.table.itertuples():
+        first, second = (plus_minus(getattr(row, m), getattr(row, f"{m}_half_width")) for m in measures)
+        print(f"{row.run:18} {row.sampler:10} {row.nfe:3}  {first:>36}  {second:>24}")
+    for known in results.calibration:
+        print(f"{known['run']:18} {known['sampler']:10} {known['nfe'] or '':3}  {known['fd']:36.4g}")
+    if results.found:
+        print(f"\nspeed-up: the baseline's iterations to its own final score over the student's{coarse(study)}\n")
+    for item in results.found:
+        what = "FD" if item.measure == "fd" else item.measure
+        print(f"{item.run:18} over {item.baseline:12} {what:10} NFE {item.nfe:<3} {speed(item)}")
+    if results.paired:
+        print(f"\ndifference to the baseline over the second half of training, paired by seed{coarse(study)}\n")
+    for pair in results.paired:
+        what = "FD" if pair.measure == "fd" else pair.measure
+        print(f"{pair.run:18} to   {pair.baseline:12} {what:10} NFE {pair.nfe:<3} {ratio(pair)}")
+    print(f"\nreport: {job.paths.report / 'report.html'}")
+    tracked = job.paths.track / "tracked.json"
+    if tracked.exists():
+        print(f"MLflow: {read_json(tracked, 'track')['url_hint']}")
+
+
+def summary_of(results: Results) -> dict[str, Any]:
+    """Return the numbers of the report for machines; unmeasured ones are absent, since JSON has no NaN."""
+    measures = [name for measure in MEASURES for name in (measure, f"{measure}_half_width")]
+    interval = ("low", "high")
+    tables: list[tuple[str, list[dict[str, Any]], str, Sequence[str]]] = [
+        ("final", records(results.table), "sampler", measures),
+        ("speed_up", [asdict(item) for item in results.found], "measure", ("bound", "value", *interval)),
+        ("paired", [asdict(item) for item in results.paired], "measure", ("ratio", *interval)),
+    ]
+    summary: dict[str, Any] = {"extractor": results.extractor, "calibration": {}}
+    for row in results.calibration:
+        summary["calibration"][f"{row['run']} {row['sampler']}"] = _known(row, ("fd", "kid", "published"))
+    for name, rows, label, columns in tables:
+        students = summary.setdefault(name, {})
+        for row in rows:
+            students.setdefault(row["run"], {})[f"{row[label]} nfe{row['nfe']}"] = _known(row, columns)
+    return summary
+
+
+def _known(row: dict[str, Any], names: Sequence[str]) -> dict[str, Any]:
+    """Return those of the values that are words or finite numbers."""
+    found = {name: row.get(name, np.nan) for name in names}
+    return {name: value for name, value in found.items() if isinstance(value, str) or np.isfinite(value)}

@@ -1,0 +1,28 @@
+"""The device of this process, and its rank among those that share its work."""
+
+from dataclasses import dataclass, field
+
+import torch
+
+from consistency.base.errors import UserError
+from consistency.runtime.distributed import Ranks
+
+
+@dataclass(frozen=True)
+class Machine:
+    """The machine of a training: the device of this process, and its rank among the processes."""
+
+    device: torch.device
+    ranks: Ranks = field(default_factory=Ranks)
+
+
+def pick_device(name: str) -> torch.device:
+    """Return the device; 'auto' is the GPU if there is one. Raises UserError if the device does not exist."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"--device {name} cannot be used here: {str(error).splitlines()[0]}") from None
+    return device

@@ -1,0 +1,100 @@
+"""Snakemake as started by `make demo` and DVC: alone in this directory, and resuming after a killed run.
+
+Snakemake's own lock keeps two runs apart, but it outlives a `kill -9`. AT_WORK tells a live run from a killed one: the
+operating system releases it when Snakemake ends, however that happens.
+"""
+
+import fcntl
+import os
+import signal
+import subprocess
+import sys
+import time
+from contextlib import suppress
+from pathlib import Path
+from typing import NoReturn
+
+import psutil
+
+from consistency.base.errors import UserError
+from consistency.config.study import Study
+from consistency.runtime.supervision import watch
+
+LOCKS = Path(".snakemake/locks")
+AT_WORK = Path(".snakemake/at-work.lock")
+PATIENCE = 60.0  # seconds for a run whose caller was killed to notice, save and exit
+_POLL = 0.5
+#: set for Snakemake: the process that it ends with; set for `snakemake --unlock`, which is called with the lock held
+_CALLER, _UNLOCKING = "CONSISTENCY_CALLER", "CONSISTENCY_UNLOCKING"
+
+
+def reproduce(study: Study, rules: list[str] | None, targets: list[str], run: str | None) -> NoReturn:
+    """Become Snakemake, which makes the targets by those rules alone, or the whole study if none are named.
+
+    It uses $CORES cores (default: all), and is interrupted when its caller is gone. Results of other rules are taken as
+    they are; if `run` is named, so are those of other students. Raises UserError if another run works in this directory
+    and does not exit within PATIENCE seconds, and if a run on a cluster was killed.
+    """
+    lock = _alone()
+    snakemake, config = [sys.executable, "-m", "snakemake"], ["--config", f"studies={study.name}"]
+    if LOCKS.is_dir() and any(LOCKS.iterdir()):
+        if os.environ.get("SNAKEMAKE_PROFILE"):
+            raise UserError(
+                "an earlier run was killed, and jobs of it may still be in Slurm's queue: when `squeue --me` has none "
+                "of this directory, run `snakemake --unlock` and then the same command again"
+            )
+        print("An earlier run was killed; going on where it stopped.", flush=True)
+        words = [*snakemake, "--unlock", "--quiet", "all", *config]
+        subprocess.run(words, env=os.environ | {_UNLOCKING: "1"}, check=True)
+    fcntl.flock(lock, fcntl.LOCK_SH)
+    os.set_inheritable(lock, True)
+    words = [*snakemake, "--cores", os.environ.get("CORES", "all"), *config]
+    words += [f"student={run}"] if run is not None else []
+    words += ["--allowed-rules", *rules] if rules else []
+    os.execve(sys.executable, [*words, "--", *targets], os.environ | {_CALLER: str(os.getppid())})
+
+
+def join_run() -> None:
+    """Record, until this process ends, that a Snakemake is at work here; end it when its caller is gone."""
+    if caller := os.environ.pop(_CALLER, ""):
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's `&` has had ignored
+        watch(int(caller), _interrupt)
+    if _UNLOCKING not in os.environ:
+        # A disk without locks, or one that cannot be written, is reproduce()'s to tell.
+        with suppress(OSError):
+            fcntl.flock(_open(), fcntl.LOCK_SH)
+
+
+def _open() -> int:
+    AT_WORK.parent.mkdir(exist_ok=True)
+    return os.open(AT_WORK, os.O_RDWR | os.O_CREAT)
+
+
+def _alone() -> int:
+    """Wait until no Snakemake is at work in this directory. Returns the lock, held."""
+    deadline, told = time.monotonic() + PATIENCE, False
+    try:
+        lock = _open()
+        while True:
+            with suppress(BlockingIOError):
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return lock
+            if not told:
+                print(f"Another run is at work in this directory; waiting {PATIENCE:g} s for it to leave.", flush=True)
+            told = True
+            if time.monotonic() > deadline:
+                raise UserError(
+                    "another run is at work in this directory: wait until it ends, or stop it with Ctrl-C "
+                    f"(`lslocks` names the process that holds {AT_WORK})"
+                )
+            time.sleep(_POLL)
+    except OSError as error:
+        raise UserError(f"cannot lock {AT_WORK}: {error.strerror}; work on a disk that has file locks") from None
+
+
+def _interrupt() -> None:
+    """Act like Ctrl-C: send SIGINT to this process and to all that it has started."""
+    process = psutil.Process()
+    for each in [*process.children(recursive=True), process]:
+        with suppress(psutil.NoSuchProcess):
+            each.send_signal(signal.SIGINT)

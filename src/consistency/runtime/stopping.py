@@ -1,0 +1,33 @@
+"""Signals that ask a training or a sampling to save and stop."""
+
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any
+
+_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP, signal.SIGALRM)
+
+
+class Interrupted(Exception):
+    """A training was asked to stop and its state is saved. signum: the signal."""
+
+    def __init__(self, message: str, signum: int) -> None:
+        super().__init__(message)
+        self.signum = signum
+
+
+@contextmanager
+def stop_requests() -> Iterator[Callable[[], int]]:
+    """Yield a function that returns the signal that asked to stop, or 0."""
+    received: list[int] = []
+
+    def note(signum: int, frame: FrameType | None) -> None:
+        received.append(signum)
+
+    old: dict[int, Any] = {signum: signal.signal(signum, note) for signum in _SIGNALS}
+    try:
+        yield lambda: received[0] if received else 0
+    finally:
+        for signum, handler in old.items():
+            signal.signal(signum, handler)

@@ -1,1 +1,0 @@
-"""Image sources: folders and archives, and the datasets in them."""

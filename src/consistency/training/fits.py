@@ -1,0 +1,33 @@
+"""Times and images of a study: the rho grid of its jumps, and the data of its coefficient fits."""
+
+import torch
+from torch import Tensor
+
+from consistency.base.seeding import generator
+from consistency.config.study import Study
+from consistency.data.prepared import ImageData
+from consistency.theory.noise import log_grid, rho_grid
+
+
+def time_grid(study: Study, nodes: int, device: torch.device) -> torch.Tensor:
+    """Return the study's rho grid of that many nodes, descending, float64."""
+    noise = study.noise
+    return rho_grid(nodes, noise.sigma_min, noise.sigma_max, noise.rho).to(device)
+
+
+def fitted_times(study: Study) -> Tensor:
+    """The times [N] of the study's fits."""
+    return log_grid(study.coefficients.times, study.noise.sigma_min, study.noise.sigma_max)
+
+
+def fitted_images(study: Study, data: ImageData, device: torch.device) -> tuple[Tensor, Tensor | None, Tensor]:
+    """Return the images [K, C, H, W] and noise of the study's fits, in the precision of the fits, and the labels [K]
+    for a conditional network."""
+    settings = study.coefficients
+    draws = generator(settings.seed, "coefficients")
+    # A repeated permutation uses every image equally often, as far as the numbers allow.
+    rows = torch.cat([torch.randperm(len(data), generator=draws) for _ in range(-(-settings.samples // len(data)))])
+    images, labels = data.take(rows[: settings.samples])
+    noise = torch.randn(images.shape, generator=draws)
+    dtype = torch.float64 if settings.precision == "float64" else torch.float32
+    return images.to(device, dtype), labels.to(device) if study.teacher.conditional else None, noise.to(device, dtype)

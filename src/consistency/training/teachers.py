@@ -1,0 +1,81 @@
+"""The training of a teacher, and the architectures of the networks that a study describes."""
+
+from typing import Any
+
+from consistency.config.job import Job
+from consistency.config.networks import NoTeacher, SongUNet, Teacher
+from consistency.config.study import Study
+from consistency.data.prepared import ImageData
+from consistency.nets.denoiser import init_denoiser
+from consistency.provenance.inputs import sigma_data
+from consistency.runtime.machine import Machine
+from consistency.training.build import Stream, build_update, compile_networks, place
+from consistency.training.denoising import Denoising
+from consistency.training.ema import Ema, half_life_rate
+from consistency.training.loop import Training
+
+
+def teacher_training(job: Job, settings: Teacher, data: ImageData, machine: Machine) -> Training:
+    study = job.study
+    model = init_denoiser(architecture(study, settings, data), settings.seed)
+    model = place(study, model, machine.device).train()
+    average = Ema(
+        model,
+        lambda step: half_life_rate(
+            settings.batch, step * settings.batch, settings.ema_half_life, settings.ema_ramp_up
+        ),
+    )
+    compile_networks(study, model)
+
+    def learning_rate(step: int) -> float:
+        """Return the rate of a linear ramp over the first learning_rate_ramp images."""
+        return settings.learning_rate * min((step + 1) * settings.batch / max(settings.learning_rate_ramp, 1), 1)
+
+    objective, optimizer = Denoising(model, settings.p_mean, settings.p_std), ("adam", settings.learning_rate)
+    stream = Stream(settings.batch, settings.seed, "teacher")
+    update = build_update(study, data, machine, objective, model, optimizer, stream)
+    return Training(
+        label=f"teacher {study.name}",
+        key=job.key("teacher"),
+        update=update,
+        averages=[average],
+        learning_rate=learning_rate,
+        steps=settings.steps,
+        log_every=settings.log_every,
+        folder=job.paths.training_state("teacher", settings.seed),
+    )
+
+
+def architecture(study: Study, settings: Teacher | NoTeacher, data: ImageData) -> dict[str, Any]:
+    """Return the denoiser's description, as build_denoiser takes it."""
+    return architecture_of(study, settings, data.classes, sigma_data(study, data))
+
+
+def architecture_of(study: Study, settings: Teacher | NoTeacher, classes: int, data_std: float) -> dict[str, Any]:
+    """Return the same from known facts about the data: its classes and its standard deviation."""
+    network = settings.network
+    common = {
+        "img_resolution": study.dataset.resolution,
+        "img_channels": study.dataset.channels,
+        "label_dim": classes if settings.conditional else 0,
+        "sigma_data": data_std,
+        "second_time": False,
+    }
+    if not isinstance(network, SongUNet):
+        return {"network": "mlp", **common, **network.model_dump(exclude={"kind"})}
+    variants: dict[str, dict[str, Any]] = {
+        "ddpmpp": {
+            "embedding_type": "positional",
+            "encoder_type": "standard",
+            "channel_mult_noise": 1,
+            "resample_filter": [1, 1],
+        },
+        "ncsnpp": {
+            "embedding_type": "fourier",
+            "encoder_type": "residual",
+            "channel_mult_noise": 2,
+            "resample_filter": [1, 3, 3, 1],
+        },
+    }
+    options = network.model_dump(exclude={"kind", "variant"})
+    return {"network": "songunet", **common, **options, **variants[network.variant], "decoder_type": "standard"}

@@ -1,0 +1,541 @@
+"""Every source of images against what Pillow, pickle and the archive say of it, and the errors of damaged ones."""
+
+import hashlib
+import io
+import os
+import pickle
+import resource
+import struct
+import tarfile
+import tempfile
+import zipfile
+import zlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+from tests.conftest import vouch_for
+from tests.dangers import Call
+from tests.image_sources import (
+    CELEBA_SPLITS,
+    CIFAR10_CLASSES,
+    SYNSETS,
+    add,
+    celeba_files,
+    celeba_partition,
+    cifar10_archive,
+    cifar10_content,
+    cifar10_files,
+    edm_files,
+    encoded,
+    ffhq_files,
+    imagenet_files,
+    imagenet_tar,
+    pixels,
+    write_folder,
+    write_zip,
+)
+from torchvision.transforms import CenterCrop, Compose, InterpolationMode, Resize
+
+from consistency.base.errors import UserError
+from consistency.config.dataset import Dataset
+from consistency.data import sources as datasets
+from consistency.data.sources import Source, open_source
+
+pytestmark = [
+    pytest.mark.usefixtures("no_network"),
+    pytest.mark.filterwarnings("ignore:Corrupt EXIF"),  # the stage does the same
+]
+
+Files = dict[str, bytes]
+METHODS = [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED]
+TRAIN = [f"data_batch_{k}" for k in range(1, 6)]
+
+
+def source(kind: str, path: Path | None, resolution: int = 16, **settings: Any) -> Source:
+    text = None if path is None else str(path)
+    return open_source(Dataset(kind=kind, path=text, resolution=resolution, **{"channels": 3, **settings}))
+
+
+def images(opened: Source) -> np.ndarray:
+    return np.stack([opened.read(row) for row in range(len(opened))])
+
+
+def mistake(*arguments: Any, **settings: Any) -> str:
+    """The message of a source that must fail when it is opened or read: one line."""
+    with pytest.raises(UserError) as error:
+        images(source(*arguments, **settings))
+    message = str(error.value)
+    assert message.isprintable()
+    return message
+
+
+def lanczos(content: bytes, size: int) -> np.ndarray:
+    """What EDM's tool does to a colour image, by numpy and Pillow."""
+    pixels = np.array(Image.open(io.BytesIO(content)).convert("RGB"))
+    height, width = pixels.shape[:2]
+    side = min(height, width)
+    pixels = pixels[(height - side) // 2 : (height + side) // 2, (width - side) // 2 : (width + side) // 2]
+    return np.array(Image.fromarray(pixels).resize((size, size), Image.Resampling.LANCZOS))
+
+
+# --- CIFAR-10
+
+
+@pytest.fixture
+def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A project of its own, whose registry vouches for a miniature archive in resources/."""
+    monkeypatch.chdir(tmp_path)
+    archive = tmp_path / "resources/cifar-10-python.tar.gz"
+    cifar10_archive(archive, cifar10_files())
+    vouch_for(archive)
+    return tmp_path
+
+
+@pytest.fixture
+def known(monkeypatch: pytest.MonkeyPatch) -> Files:
+    """Batch files whose md5 torchvision knows instead of the originals'."""
+    from torchvision.datasets import CIFAR10
+
+    files = cifar10_files()
+    digests = {name: hashlib.md5(content).hexdigest() for name, content in files.items()}
+    monkeypatch.setattr(CIFAR10, "train_list", [[name, digests[name]] for name in TRAIN])
+    monkeypatch.setattr(CIFAR10, "test_list", [["test_batch", digests["test_batch"]]])
+    monkeypatch.setattr(CIFAR10, "meta", CIFAR10.meta | {"md5": digests["batches.meta"]})
+    return files
+
+
+@pytest.fixture(autouse=True)
+def _no_temporary_files_stay(
+    tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[None]:
+    folder = tmp_path_factory.mktemp("temporary")
+    monkeypatch.setattr(tempfile, "tempdir", str(folder))
+    yield
+    assert list(folder.iterdir()) == []
+
+
+@pytest.mark.parametrize(("split", "names"), [("train", TRAIN), ("test", ["test_batch"])])
+def test_cifar10_is_its_batches_in_order(project: Path, split: str, names: list[str]) -> None:
+    opened = source("cifar10", None, 32, split=split)
+    expected, labels = cifar10_content(cifar10_files(), names)
+    assert np.array_equal(images(opened), expected)
+    assert opened.labels.tolist() == labels.tolist()
+    assert opened.classes == CIFAR10_CLASSES
+
+
+def test_a_cifar10_archive_or_folder_of_ones_own(tmp_path: Path, known: Files) -> None:
+    archive, parent = tmp_path / "given.tar.gz", tmp_path / "parent"
+    cifar10_archive(archive, known)
+    folder = write_folder(parent / "cifar-10-batches-py", known)
+    renamed = write_folder(tmp_path / "mine", known)
+    expected, _ = cifar10_content(known, TRAIN)
+    for path in (archive, parent, folder, renamed):
+        opened = source("cifar10", path, 32)
+        assert np.array_equal(images(opened), expected)
+        assert opened.classes == CIFAR10_CLASSES
+
+
+@pytest.mark.parametrize("name", ["data_batch_1", "test_batch", "batches.meta"])
+def test_a_cifar10_pickle_of_another_digest_is_not_opened(project: Path, known: Files, name: str) -> None:
+    mark = project / "exploded"
+    files = known | {name: pickle.dumps(Call(os.mkdir, str(mark)))}
+    staged, given = project / "resources/cifar-10-python.tar.gz", project / "given.tar.gz"
+    cifar10_archive(staged, files)
+    assert "has sha256" in mistake("cifar10", None, 32)
+    cifar10_archive(given, files)
+    folder = write_folder(project / "cifar-10-batches-py", files)
+    for path in (given, folder, project):
+        assert f"{path} does not hold the CIFAR-10" in mistake("cifar10", path, 32)
+    assert not mark.exists()
+    # The bomb is a real one.
+    pickle.loads(files[name])
+    assert mark.exists()
+
+
+def test_an_incomplete_or_truncated_cifar10_is_named(tmp_path: Path, known: Files) -> None:
+    for name in ("data_batch_3", "batches.meta"):
+        less = {key: content for key, content in known.items() if key != name}
+        folder = write_folder(tmp_path / f"without-{name}", less)
+        assert f"{folder} does not hold the CIFAR-10" in mistake("cifar10", folder, 32)
+    archive = tmp_path / "short.tar.gz"
+    cifar10_archive(archive, known)
+    archive.write_bytes(archive.read_bytes()[:20_000])
+    assert f"{archive} cannot be unpacked" in mistake("cifar10", archive, 32)
+    archive.write_bytes(b"<html>404</html>")
+    assert f"{archive} cannot be unpacked" in mistake("cifar10", archive, 32)
+
+
+def test_what_else_is_in_a_cifar10_archive_goes_nowhere(tmp_path: Path, known: Files) -> None:
+    path = tmp_path / "given.tar.gz"
+    with tarfile.open(path, "w:gz") as tar:
+        for name in ("../outside", str(tmp_path / "absolute"), "cifar-10-batches-py/../../outside"):
+            add(tar, name, b"x")
+        link = tarfile.TarInfo("cifar-10-batches-py/data_batch_1")
+        link.type, link.linkname = tarfile.SYMTYPE, str(tmp_path / "elsewhere")
+        tar.addfile(link)
+        for name, content in known.items():
+            add(tar, f"cifar-10-batches-py/{name}", content)
+    before = set(tmp_path.rglob("*"))
+    assert len(source("cifar10", path, 32)) == 20
+    assert set(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    ("kind", "words"),
+    [
+        ("cifar10", "cifar-10-python.tar.gz"),
+        ("ffhq", "FFHQ's images1024x1024"),
+        ("imagenet", "ILSVRC2012_img_train.tar"),
+        ("celeba", "CelebA's img_align_celeba"),
+        ("edm_zip", "the zip that EDM's dataset_tool.py wrote"),
+    ],
+)
+def test_where_there_is_nothing_it_is_said_what_to_put_there(tmp_path: Path, kind: str, words: str) -> None:
+    message = mistake(kind, tmp_path / "nowhere", 32)
+    assert f"{tmp_path / 'nowhere'}: put {words}" in message
+
+
+@pytest.mark.parametrize(
+    ("kind", "words"), [("ffhq", "has no *.png or *.jpg"), ("imagenet", "has no nXXXXXXXX/*.JPEG")]
+)
+def test_a_folder_or_zip_without_images_is_named(tmp_path: Path, kind: str, words: str) -> None:
+    (tmp_path / "empty").mkdir()
+    assert f"{tmp_path / 'empty'} {words}" in mistake(kind, tmp_path / "empty")
+    path = write_zip(tmp_path / "empty.zip", {"readme.txt": b""})
+    assert f"{path} has no *.png or *.jpg" in mistake("ffhq", path)
+
+
+# --- FFHQ
+
+
+def test_ffhq_is_resized_by_lanczos_in_the_order_of_its_numbers(tmp_path: Path) -> None:
+    """From the folder or a zip of it."""
+    files, terms = ffhq_files(), {"LICENSE.txt": b"terms"}
+    expected = np.stack([lanczos(files[name], 16) for name in sorted(files)])
+    backwards = terms | {"images1024x1024/": b""} | {f"images1024x1024/{name}": files[name] for name in reversed(files)}
+    paths = [write_folder(tmp_path / "images1024x1024", files | terms)]
+    paths += [write_zip(tmp_path / f"{method}.zip", backwards, method) for method in METHODS]
+    for path in paths:
+        opened = source("ffhq", path)
+        assert np.array_equal(images(opened), expected)
+        assert opened.labels.tolist() == [0] * 6
+        assert opened.classes == ["ffhq"]
+
+
+def test_an_ffhq_image_that_is_not_square_is_named(tmp_path: Path) -> None:
+    files = ffhq_files() | {"00000/00001.png": encoded(pixels(40, 41))}
+    folder = write_folder(tmp_path / "wild", files)
+    assert f"{folder}/00000/00001.png has 41x40 pixels" in mistake("ffhq", folder)
+    path = write_zip(tmp_path / "wild.zip", files)
+    assert f"00000/00001.png in {path} has 41x40 pixels" in mistake("ffhq", path)
+
+
+def test_thumbnails_beside_ffhqs_images_are_not_taken_for_more_images(tmp_path: Path) -> None:
+    write_folder(tmp_path / "ffhq/images1024x1024", ffhq_files())
+    write_folder(tmp_path / "ffhq/thumbnails128x128", ffhq_files())
+    assert "has two images 00000.png: set dataset.path to images1024x1024" in mistake("ffhq", tmp_path / "ffhq")
+
+
+# --- ImageNet
+
+
+@pytest.mark.parametrize("limit", [None, 2])
+@pytest.mark.parametrize("write", [write_folder, imagenet_tar])
+def test_imagenet_is_cropped_and_resized_class_by_class(
+    tmp_path: Path, write: Callable[[Path, Files], Path], limit: int | None
+) -> None:
+    """From the tree or the tar of tars; grey and CMYK as Pillow converts them."""
+    files = imagenet_files()
+    path = write(tmp_path / "train", files | {"readme/a.JPEG": encoded(pixels(9, 9), "JPEG")})
+    opened = source("imagenet", path, limit=limit)
+    kept = [name for synset in SYNSETS for name in sorted(n for n in files if n.startswith(synset))[:limit]]
+    assert np.array_equal(images(opened), np.stack([lanczos(files[name], 16) for name in kept]))
+    assert opened.classes == SYNSETS
+    assert opened.labels.tolist() == [SYNSETS.index(name.split("/")[0]) for name in kept]
+
+
+def test_a_tar_of_imagenet_that_is_cut_off_anywhere_is_named(tmp_path: Path) -> None:
+    path = imagenet_tar(tmp_path / "train.tar", imagenet_files())
+    content = path.read_bytes()
+    for share in (0.02, 0.3, 0.7, 0.85):
+        path.write_bytes(content[: int(share * len(content))])
+        assert f"{path} is not a whole, uncompressed tar of tars" in mistake("imagenet", path)
+
+
+def test_what_is_not_imagenets_tar_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "train.tar"
+    with tarfile.open(path, "w:gz") as tar:
+        add(tar, "n01440764.tar", b"")
+    assert f"{path} is not a whole, uncompressed tar of tars" in mistake("imagenet", path)
+    with tarfile.open(path, "w") as tar:
+        add(tar, "n01440764/n01440764_1.JPEG", imagenet_files()["n01440764/n01440764_0.JPEG"])
+    assert f"{path} has no nXXXXXXXX.tar" in mistake("imagenet", path)
+
+
+def test_names_in_a_tar_are_never_followed(tmp_path: Path) -> None:
+    outside = tmp_path / "outside.JPEG"
+    files = {"n01440764/n01440764_1.JPEG": encoded(pixels(20, 20), "JPEG")}
+    path = imagenet_tar(tmp_path / "in/train.tar", files)
+    inner = io.BytesIO()
+    with tarfile.open(fileobj=inner, mode="w") as tar:
+        add(tar, "../../outside.JPEG", files["n01440764/n01440764_1.JPEG"])
+        add(tar, "evil\n\x1b[31m.JPEG", b"no image")
+        link = tarfile.TarInfo("link.JPEG")
+        link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
+        tar.addfile(link)
+    with tarfile.open(path, "a") as tar:
+        add(tar, "../n01443537.tar", inner.getvalue())
+    opened = source("imagenet", path)
+    assert opened.labels.tolist() == [0, 1, 1]
+    assert np.array_equal(opened.read(1), opened.read(0))
+    with pytest.raises(UserError, match=r"n01443537/evil\?\?\[31m.JPEG in .* is not a readable image"):
+        opened.read(2)
+    assert not outside.exists()
+
+
+# --- EDM's zip
+
+
+def noise(count: int, size: int = 16, channels: int = 3) -> np.ndarray:
+    return np.random.default_rng(1).integers(0, 256, (count, size, size, channels), dtype=np.uint8)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_an_edm_zip_is_read_as_edm_reads_it(tmp_path: Path, method: int) -> None:
+    expected, labels = noise(7), [3, 0, 1, 0, 3, 2, 0]
+    files = edm_files(expected, labels)
+    path = write_zip(tmp_path / "edm.zip", {name: files[name] for name in reversed(files)}, method)
+    opened = source("edm_zip", path)
+    assert np.array_equal(images(opened), expected)
+    assert opened.labels.tolist() == labels
+    assert opened.classes == ["0", "1", "2", "3"]
+    some = source("edm_zip", path, limit=1)
+    assert some.identity != opened.identity
+    assert np.array_equal(images(some), expected[[0, 1, 2, 5]])
+
+
+def test_an_edm_zip_without_labels_has_one_class(tmp_path: Path) -> None:
+    opened = source("edm_zip", write_zip(tmp_path / "edm.zip", edm_files(noise(3, channels=1), None)), channels=1)
+    assert opened.labels.tolist() == [0, 0, 0]
+    assert opened.classes == ["0"]
+    assert np.array_equal(images(opened), noise(3, channels=1))
+
+
+@pytest.mark.parametrize(
+    ("files", "words"),
+    [
+        (lambda f: {n: c for n, c in f.items() if n != "dataset.json"}, "has no dataset.json"),
+        (lambda f: {"dataset.json": f["dataset.json"]}, "has no images in it"),
+        (lambda f: f | {"dataset.json": b"[]"}, "is not of the form"),
+        (lambda f: f | {"dataset.json": b"{"}, "is not of the form"),
+        (lambda f: f | {"dataset.json": b"\xff\xfe"}, "is not of the form"),
+        (lambda f: f | {"dataset.json": b"[" * 100_000}, "is not of the form"),
+        (lambda f: f | {"dataset.json": b'{"labels": [1, 2, 3]}'}, "is not of the form"),
+        (lambda f: f | {"dataset.json": b'{"labels": []}'}, "has no class for 00000/img00000000.png"),
+        (lambda f: f | {"00000/more.png": f["00000/img00000000.png"]}, "has no class for 00000/more.png"),
+        (lambda f: {n: c for n, c in f.items() if "01" not in n}, "names 3 images, the zip has 2"),
+        *(
+            (lambda f, k=k: f | {"dataset.json": f["dataset.json"].replace(b"2]", k)}, "no class for 00000/img00000002")
+            for k in (b"-1]", b"1e9]", b"9" * 30 + b"]", b"true]", b"[0, 1]]")
+        ),
+        (lambda f: f | {"00000/img00000001.png": b"no image"}, "00000/img00000001.png in {path} is not a readable"),
+        (lambda f: f | {"00000/img00000001.png": f["00000/img00000001.png"][:200]}, "is not a readable image"),
+        (lambda f: f | {"00000/img00000001.png": encoded(noise(1, 8)[0])}, "has 8x8 pixels of mode RGB"),
+        (lambda f: f | {"00000/img00000001.png": encoded(noise(1, channels=1)[0, ..., 0])}, "16x16 pixels of mode L"),
+        (
+            lambda f: f | {"00000/img00000001.png": encoded(np.zeros((16, 16), np.uint16))},
+            "00000/img00000001.png in {path} has more than 8 bits a channel",
+        ),
+    ],
+)
+def test_an_edm_zip_of_another_form_is_named(tmp_path: Path, files: Callable[[Files], Files], words: str) -> None:
+    path = write_zip(tmp_path / "edm.zip", files(edm_files(noise(3), [0, 1, 2])))
+    message = mistake("edm_zip", path)
+    assert words.format(path=path) in message
+    assert str(path) in message
+
+
+def test_a_16_bit_colour_png_is_refused_rather_than_halved(tmp_path: Path) -> None:
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    # Pillow writes no such file: 16x16 RGB, 16 bits a channel.
+    rows = b"".join(b"\0" + bytes(16 * 6) for _ in range(16))
+    header = struct.pack(">IIBBBBB", 16, 16, 16, 2, 0, 0, 0)
+    png = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+    files = edm_files(noise(3), None) | {"00000/img00000001.png": png}
+    assert "has more than 8 bits a channel" in mistake("edm_zip", write_zip(tmp_path / "edm.zip", files))
+
+
+# --- CelebA
+
+
+@pytest.fixture
+def celeba(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """img_align_celeba and its partition, of a CelebA with ten images."""
+    monkeypatch.setattr(datasets, "_CELEBA_SPLITS", CELEBA_SPLITS)
+    write_folder(tmp_path / "celeba", celeba_files() | celeba_partition())
+    return tmp_path / "celeba/img_align_celeba"
+
+
+def shrunk(number: int, size: int) -> np.ndarray:
+    """What GC's code does to an image of CelebA: torchvision's Resize (Lanczos) and CenterCrop."""
+    transform = Compose([Resize(size, interpolation=InterpolationMode.LANCZOS), CenterCrop(size)])
+    with Image.open(io.BytesIO(celeba_files()[f"img_align_celeba/{number:06d}.jpg"])) as picture:
+        return np.array(transform(picture))
+
+
+@pytest.mark.parametrize("size", [64, 32, 17])
+@pytest.mark.parametrize(("split", "numbers"), [("train", [1, 3, 5, 7, 9]), ("valid", [2, 4]), ("test", [6, 8, 10])])
+def test_celeba_is_resized_and_then_cropped_as_gc_does(celeba: Path, size: int, split: str, numbers: list[int]) -> None:
+    opened = source("celeba", celeba, size, split=split)
+    assert np.array_equal(images(opened), np.stack([shrunk(number, size) for number in numbers]))
+    assert opened.labels.tolist() == [0] * len(numbers)
+    assert opened.classes == ["celeba"]
+    # The other datasets are cropped before they are resized, which is not the same.
+    assert not np.array_equal(opened.read(0), lanczos(celeba_files()[f"img_align_celeba/{numbers[0]:06d}.jpg"], size))
+
+
+def test_celebas_partition_may_lie_where_the_original_has_it(celeba: Path) -> None:
+    """In the folder above (torchvision), with the images, or as Img/ and Eval/."""
+    expected, partition = images(source("celeba", celeba)), celeba.parent / "list_eval_partition.txt"
+    assert np.array_equal(images(source("celeba", celeba.parent)), expected)
+    write_folder(celeba.parent / "original/Eval", celeba_partition())
+    files = {"__MACOSX/img_align_celeba/._000001.jpg": b"not an image"} | celeba_files()
+    path = write_zip(celeba.parent / "original/Img/img_align_celeba.zip", dict(reversed(files.items())))
+    partition.rename(celeba / partition.name)
+    assert np.array_equal(images(source("celeba", celeba)), expected)
+    assert np.array_equal(images(source("celeba", path)), expected)
+
+
+def test_a_missing_partition_of_celeba_says_where_to_put_it(celeba: Path) -> None:
+    (celeba.parent / "list_eval_partition.txt").unlink()
+    message = mistake("celeba", celeba)
+    assert f"list_eval_partition.txt, which says what CelebA's splits are, is not in {celeba.parent}" in message
+
+
+def test_missing_images_of_celeba_are_counted_and_the_first_is_named(celeba: Path) -> None:
+    for number in (2, 5, 7):
+        (celeba / f"{number:06d}.jpg").unlink()
+    message = mistake("celeba", celeba)
+    assert f"{celeba} lacks 2 of the 5 images that" in message and "000005.jpg the first" in message
+    assert "lacks 1 of the 2 images" in mistake("celeba", celeba, split="valid")
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (
+            lambda text: text.replace(b"000009.jpg 0\n", b""),
+            "lists 4 different images for train in 4 lines, CelebA has 5",
+        ),
+        (lambda text: text + b"000011.jpg 0\n", "lists 6 different images for train in 6 lines, CelebA has 5"),
+        (
+            lambda text: text.replace(b"000009.jpg 0", b"000007.jpg 0"),
+            "lists 4 different images for train in 5 lines, CelebA has 5",
+        ),
+        (lambda text: b"image_id,partition\n" + text, "{} has a line that is not of the form `000001.jpg 0`"),
+        (lambda text: text.replace(b"000009.jpg 0", b"000009.jpg 3"), "lists 4 different images for train in 4 lines"),
+        (lambda text: b"", "lists 0 different images for train"),
+    ],
+)
+def test_a_partition_of_another_count_or_form_is_refused(
+    celeba: Path, change: Callable[[bytes], bytes], words: str
+) -> None:
+    partition = celeba.parent / "list_eval_partition.txt"
+    partition.write_bytes(change(partition.read_bytes()))
+    message = mistake("celeba", celeba)
+    assert str(partition) in message and words.format(partition) in message
+
+
+def test_the_splits_of_the_real_celeba_are_all_its_images() -> None:
+    assert sum(datasets._CELEBA_SPLITS.values()) == 202_599
+
+
+def test_a_celeba_of_other_images_is_named(celeba: Path) -> None:
+    (celeba / "000003.jpg").write_bytes(encoded(pixels(218, 218), "JPEG"))
+    assert f"{celeba}/000003.jpg has 218x218 pixels, and CelebA's aligned images 178x218" in mistake("celeba", celeba)
+    write_folder(celeba.parent / "again", celeba_files(""))
+    assert f"{celeba.parent} has two images 000001.jpg" in mistake("celeba", celeba.parent)
+
+
+# --- zips
+
+
+@pytest.mark.parametrize("kind", ["ffhq", "edm_zip"])
+def test_a_zip_that_is_cut_off_or_none_is_named(tmp_path: Path, kind: str) -> None:
+    path = write_zip(tmp_path / "images.zip", edm_files(noise(3), None))
+    content = path.read_bytes()
+    for wrong in (content[: len(content) // 2], content[:-30], b"", b"<html>404</html>"):
+        path.write_bytes(wrong)
+        assert f"{path} is not a whole zip file" in mistake(kind, path)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_one_flipped_bit_in_a_zip_is_found(tmp_path: Path, method: int) -> None:
+    files = edm_files(noise(3), None)
+    path = write_zip(tmp_path / "edm.zip", files, method)
+    with zipfile.ZipFile(path) as archive:
+        info = archive.getinfo("00000/img00000001.png")
+    content = bytearray(path.read_bytes())
+    content[info.header_offset + 100 + info.compress_size // 2] ^= 16
+    path.write_bytes(content)
+    assert f"00000/img00000001.png in {path} is damaged" in mistake("edm_zip", path)
+
+
+def test_a_zip_bomb_is_not_unpacked(tmp_path: Path) -> None:
+    bomb = write_zip(tmp_path / "edm.zip", edm_files(noise(1), None) | {"00000/z.png": bytes(1 << 29)}, 8)
+    assert bomb.stat().st_size < 1 << 20
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    assert f"00000/z.png in {bomb} is damaged (it has {1 << 29} bytes)" in mistake("edm_zip", bomb)
+    # The same, with a directory that lies about the size.
+    bomb.write_bytes(bomb.read_bytes().replace(struct.pack("<I", 1 << 29), struct.pack("<I", 1000)))
+    assert f"00000/z.png in {bomb} is damaged (Bad CRC-32" in mistake("edm_zip", bomb)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100 << 10  # KiB
+
+
+def test_an_encrypted_zip_is_named(tmp_path: Path) -> None:
+    path = write_zip(tmp_path / "edm.zip", edm_files(noise(3), None))
+    content = bytearray(path.read_bytes())
+    content[content.index(b"PK\x01\x02") + 8] |= 1
+    path.write_bytes(content)
+    assert "is encrypted" in mistake("edm_zip", path)
+
+
+def test_a_name_twice_in_a_zip_is_named(tmp_path: Path) -> None:
+    path = write_zip(tmp_path / "edm.zip", edm_files(noise(3), None))
+    with zipfile.ZipFile(path, "a") as archive, pytest.warns(UserWarning, match="Duplicate"):
+        archive.writestr("00000/img00000001.png", b"")
+    assert "has 00000/img00000001.png twice" in mistake("edm_zip", path)
+
+
+def test_names_in_a_zip_are_never_followed(tmp_path: Path) -> None:
+    files = {f"../../{name}": content for name, content in ffhq_files().items()} | {"/etc/0.png": encoded(noise(1)[0])}
+    path = write_zip(tmp_path / "in/ffhq.zip", files)
+    before = set(tmp_path.rglob("*"))
+    assert len(images(source("ffhq", path))) == 7
+    assert set(tmp_path.rglob("*")) == before
+
+
+def test_an_image_that_vanishes_is_named(tmp_path: Path) -> None:
+    folder = write_folder(tmp_path / "ffhq", ffhq_files())
+    opened = source("ffhq", folder)
+    (folder / "00000/00000.png").unlink()
+    with pytest.raises(UserError, match=rf"cannot read {folder}/00000/00000.png \(No such file"):
+        opened.read(0)
+
+
+def test_the_identity_of_a_source_changes_with_its_files(tmp_path: Path) -> None:
+    files = ffhq_files()
+    folder = write_folder(tmp_path / "ffhq", files)
+    first = source("ffhq", folder).identity
+    assert source("ffhq", folder).identity == first
+    (folder / "00000/00002.png").rename(folder / "00000/00003.png")
+    assert source("ffhq", folder).identity != first
+    one = write_zip(tmp_path / "one.zip", edm_files(noise(3), [0, 1, 2]))
+    two = write_zip(tmp_path / "two.zip", edm_files(255 - noise(3), [0, 1, 2]))
+    assert source("edm_zip", one).identity != source("edm_zip", two).identity
