@@ -21,7 +21,7 @@ from torch import Tensor
 from consistency.base.seeding import ImageNoise
 from consistency.config.job import Job
 from consistency.config.networks import Teacher
-from consistency.config.paths import Layout
+from consistency.config.paths import StudyPaths
 from consistency.config.reading import load_study
 from consistency.config.study import Study
 from consistency.evaluation.samplers import heun_sampler, jump_sampler
@@ -109,7 +109,7 @@ def main() -> None:
 
     student = student_from_teacher(teacher, dropout=0.0, seed=0).to(device).eval().requires_grad_(False)
     name = next(run for run, student in study.students.items() if student.objective == "trajectory")
-    job = Job(study, Layout(study.name), name)
+    job = Job(study, StudyPaths(study.name), name)
     noise = ImageNoise(range(batch), tuple(x.shape[1:]), teacher.label_dim)
     preconditioning = build_preconditioning("ctm", teacher.sigma_data)
     with torch.inference_mode():

@@ -16,7 +16,7 @@ from tests.draws import SEED
 
 from consistency.base.files import sha256
 from consistency.config.job import Job
-from consistency.config.paths import Layout
+from consistency.config.paths import StudyPaths
 from consistency.config.reading import build_study
 from consistency.config.study import Study
 from consistency.data.resources import REGISTRY
@@ -173,7 +173,7 @@ def client(small_project: Study) -> Any:
 
 
 @pytest.fixture(scope="session")
-def first_results(tmp_path_factory: pytest.TempPathFactory, tiny: Callable[..., Study]) -> Layout:
+def first_results(tmp_path_factory: pytest.TempPathFactory, tiny: Callable[..., Study]) -> StudyPaths:
     """Dataset, an untrained teacher and made-up coefficients of the tiny study."""
     import numpy as np
 
@@ -184,17 +184,15 @@ def first_results(tmp_path_factory: pytest.TempPathFactory, tiny: Callable[..., 
     from consistency.training.teachers import architecture
 
     study, folder = tiny(), tmp_path_factory.mktemp("tiny")
-    layout = Layout(study.name, folder / "results", folder / "state")
+    layout = StudyPaths(study.name, folder / "results", folder / "state")
     make_dataset(Job(study, layout))
     teacher = init_denoiser(architecture(study, study.teacher, load_images(layout.dataset)), 0)
-    save_denoiser(
-        layout.teacher / "teacher.safetensors", teacher, {"key": Job(study, layout).key("teacher"), "study": "tiny"}
-    )
+    save_denoiser(layout.teacher_weights, teacher, {"key": Job(study, layout).key("teacher"), "study": "tiny"})
     times = log_grid(16, study.noise.sigma_min, study.noise.sigma_max).numpy()
     layout.coefficients.mkdir()
     l = 1 / (1 + 1 / times)
-    np.savez(layout.coefficients / "coefficients.npz", times=times, l=l, s=4 * l - 2)
-    outputs = [layout.coefficients / "coefficients.npz"]
+    np.savez(layout.fit, times=times, l=l, s=4 * l - 2)
+    outputs = [layout.fit]
     Card(Job(study, layout), "coefficients").write([], outputs)
     return layout
 

@@ -20,12 +20,12 @@ from consistency.base.arrays import write_array, write_arrays, write_table
 from consistency.base.files import atomic, sha256, write_bytes, write_json
 from consistency.config.job import Job
 from consistency.config.networks import OfficialTeacher, Teacher
-from consistency.config.paths import Layout
+from consistency.config.paths import StudyPaths
 from consistency.config.reading import load_study
+from consistency.config.samplers import student_samplers
 from consistency.config.student import Student
 from consistency.config.study import Study
 from consistency.evaluation.flows import FILES
-from consistency.evaluation.samplers import student_samplers
 from consistency.evaluation.scores import CALIBRATION_COLUMNS, COLUMNS
 from consistency.provenance.card import Card
 from consistency.theory.noise import log_grid
@@ -86,7 +86,7 @@ def make_study(folder: Path, name: str = "small", text: str = SMALL) -> Study:
 def make_finished(folder: Path, text: str = SMALL, name: str = "small") -> Job:
     """A study's file in a folder, and beside it everything that its stages leave."""
     study = make_study(folder, name, text)
-    job = Job(study, Layout(study.name, folder / "results", folder / "state"))
+    job = Job(study, StudyPaths(study.name, folder / "results", folder / "state"))
     make_results(job)
     make_report(job)
     return job
@@ -97,7 +97,7 @@ def make_results(job: Job) -> None:
     study, paths = job.study, job.paths
     _dataset(job)
     write_array(paths.extractor / "features.npy", np.zeros((4, 8), np.float32))
-    _card(job, "extractor", [paths.dataset / "images.npy"], held_out_accuracy=0.97)
+    _card(job, "extractor", [paths.images], held_out_accuracy=0.97)
     _teacher(job)
     if study.needs_coefficients:
         _coefficients(job)
@@ -119,8 +119,8 @@ def make_student(job: Job, level: float = 1.0) -> None:
         for step in settings.snapshots:
             _weights(job.weights(rate, step), key, step)
         _weights(job.weights(rate), key, settings.steps)
-    inputs = [job.paths.dataset / "images.npy", job.paths.teacher / "teacher.safetensors"]
-    inputs += [job.paths.coefficients / "coefficients.npz"] if settings.needs_coefficients else []
+    inputs = [job.paths.images, job.paths.teacher_weights]
+    inputs += [job.paths.fit] if settings.needs_coefficients else []
     inputs += [job.predictor] if job.predictor else []
     _card(job, "student", inputs, **measured)
     _samples(job)
@@ -164,7 +164,7 @@ def _dataset(job: Job) -> None:
 
 def _teacher(job: Job) -> None:
     settings, folder = job.study.teacher, job.paths.teacher
-    steps, inputs = 0, [job.paths.dataset / "images.npy", job.paths.dataset / "labels.npy"]
+    steps, inputs = 0, [job.paths.images, job.paths.labels]
     measured = {"parameters": 123_456.0}
     if isinstance(settings, Teacher):
         steps = settings.steps
@@ -179,18 +179,18 @@ def _teacher(job: Job) -> None:
 
 def _coefficients(job: Job) -> None:
     """l_t and s_t of a Gaussian teacher, with error bars that grow where the signal is small."""
-    study, path = job.study, job.paths.coefficients / "coefficients.npz"
+    study, path = job.study, job.paths.fit
     times = log_grid(study.coefficients.times, study.noise.sigma_min, study.noise.sigma_max).flip(0)
     l, s = GaussianTeacher(torch.tensor([0.05, 0.25, 1.0], dtype=torch.float64)).coefficients(times)
     error = 0.02 / (1 + times)
     arrays = {"times": times, "l": l, "l_se": error / 4, "s": s, "s_se": error, "determined": times > 0}
     write_arrays(path, {name: array.numpy() for name, array in arrays.items()})
-    inputs = [job.paths.teacher / "teacher.safetensors", job.paths.dataset / "images.npy"]
+    inputs = [job.paths.teacher_weights, job.paths.images]
     _card(job, "coefficients", inputs, seconds=3.5)
 
 
 def _samples(job: Job) -> None:
-    names, made_from = ["heun"], job.paths.teacher / "teacher.safetensors"
+    names, made_from = ["heun"], job.paths.teacher_weights
     if job.run is not None:
         names, made_from = [sampler.name for sampler in student_samplers(job)], job.weights()
     count = job.study.sampling.count if job.run is not None or job.study.taught else 0
@@ -232,7 +232,7 @@ def _flows(job: Job) -> None:
     for name in FILES:
         write_bytes(job.paths.flows / name, f"{name}\n".encode())
     students = [each.weights() for each in job.trainings if each.run in job.study.coupled]
-    _card(job, "flows", [job.paths.dataset / "images.npy", *students])
+    _card(job, "flows", [job.paths.images, *students])
 
 
 def _calibration(job: Job) -> None:

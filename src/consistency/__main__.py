@@ -256,7 +256,7 @@ def _run(args: Arguments) -> int:
 def _job_of(args: Arguments) -> Any:
     """Return the study's Job; --run and --seed, given together, name one of its students."""
     from consistency.config.job import Job
-    from consistency.config.paths import Layout
+    from consistency.config.paths import StudyPaths
     from consistency.config.reading import load_study
 
     study, run, seed = load_study(args.study), getattr(args, "run", None), getattr(args, "seed", None)
@@ -264,7 +264,7 @@ def _job_of(args: Arguments) -> Any:
         study.require(run, seed)
     elif (run, seed) != (None, None):
         raise UserError("--run and --seed go together: give both for a student, neither for the teacher")
-    return Job(study, Layout(study.name, args.results, args.state), run, seed)
+    return Job(study, StudyPaths(study.name, args.results, args.state), run, seed)
 
 
 def _terminated(signum: int, frame: FrameType | None) -> None:

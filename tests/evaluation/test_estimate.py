@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from consistency.config.job import Job
-from consistency.config.paths import Layout
+from consistency.config.paths import StudyPaths
 from consistency.config.reading import load_study
 from consistency.config.study import Study
 from consistency.data.resources import registry
@@ -46,9 +46,9 @@ def test_the_fit_is_a_small_part_of_a_full_size_training(capsys: pytest.CaptureF
     """The paper's claim: under 1 %."""
     for name in ("cifar10-uncond", "cifar10-cond", "ffhq64", "imagenet64"):
         study = load_study(f"config/studies/{name}.yaml")
-        found = estimate(Job(study, Layout(name)))
+        found = estimate(Job(study, StudyPaths(name)))
         assert found.operations["coefficients"] < 0.01 * found.operations["students"] / 15
-        print_estimate(Job(study, Layout(name)), 100.0)
+        print_estimate(Job(study, StudyPaths(name)), 100.0)
         assert "total" in capsys.readouterr().out
 
 
@@ -65,23 +65,23 @@ def test_the_second_papers_studies_are_counted_without_data(
 ) -> None:
     """Students are the described network, without a second time; no teacher draws anything, none is fitted."""
     study = load_study(f"config/studies/{name}.yaml")
-    found = estimate(Job(study, Layout(name)))
+    found = estimate(Job(study, StudyPaths(name)))
     assert found.disk["teacher"] == 4 * parameters
     assert found.disk["dataset"] == images * study.dataset.resolution**2 * 3
     assert [found.disk[stage] for stage in ("teacher's samples", "calibration")] == [0, 0]
     assert [found.operations[stage] for stage in ("teacher", "teacher's samples", "calibration")] == [0, 0, 0]
     assert found.operations["flows"] < 0.05 * found.operations["students"]
-    print_estimate(Job(study, Layout(name)), 30.0)
+    print_estimate(Job(study, StudyPaths(name)), 30.0)
     assert "coefficient fit" not in capsys.readouterr().out
 
 
 def test_a_student_that_starts_from_its_teacher_has_a_second_time() -> None:
     """CTM's released student has 60,395,267 parameters."""
     name = "cifar10-ect"
-    assert estimate(Job(load_study(f"config/studies/{name}.yaml"), Layout(name))).disk["teacher"] == 4 * 60_395_267
+    assert estimate(Job(load_study(f"config/studies/{name}.yaml"), StudyPaths(name))).disk["teacher"] == 4 * 60_395_267
 
 
-def test_the_disk_is_that_of_the_files(tiny: Tiny, first_results: Layout) -> None:
+def test_the_disk_is_that_of_the_files(tiny: Tiny, first_results: StudyPaths) -> None:
     """Two students of one rate: 1 final network and 3 snapshots each; 3 samplers and, for gamma 1, one more."""
     study = tiny()
     found = estimate(Job(study, first_results))

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from consistency.base.errors import UserError
 from consistency.config.job import Job
-from consistency.config.paths import Layout
+from consistency.config.paths import StudyPaths
 from consistency.config.study import Study
 from consistency.data.prepared import load_images
 from consistency.data.resources import INCEPTION
@@ -175,7 +175,9 @@ def test_features_do_not_depend_on_the_batch() -> None:
 
 
 @pytest.mark.statistical
-def test_the_trained_classifiers_features_have_mean_square_1(tiny: Callable[..., Study], first_results: Layout) -> None:
+def test_the_trained_classifiers_features_have_mean_square_1(
+    tiny: Callable[..., Study], first_results: StudyPaths
+) -> None:
     data = load_images(first_results.dataset)
     model, accuracy = train_classifier(tiny({"scores.classifier.steps": 60}), data, CPU)
     rows = np.arange(len(data)) % 5 > 0
@@ -185,10 +187,10 @@ def test_the_trained_classifiers_features_have_mean_square_1(tiny: Callable[...,
 
 
 def test_the_extractor_stage_is_deterministic_and_keeps_some_features_and_the_statistics_of_all(
-    tiny: Callable[..., Study], first_results: Layout, tmp_path: Path
+    tiny: Callable[..., Study], first_results: StudyPaths, tmp_path: Path
 ) -> None:
     shutil.copytree(first_results.dataset, tmp_path / "results/tiny/dataset")
-    layout = Layout("tiny", tmp_path / "results")
+    layout = StudyPaths("tiny", tmp_path / "results")
 
     def made(study: Study, seed: int) -> Statistics:
         torch.manual_seed(seed)
@@ -259,7 +261,7 @@ def test_both_modes_give_2048_features_without_a_network(weights: Path, mode: st
 def test_a_study_opens_the_weights_only_after_their_digest_was_checked(
     weights: Path,
     tiny: Callable[..., Study],
-    first_results: Layout,
+    first_results: StudyPaths,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     no_network: None,

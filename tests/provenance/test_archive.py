@@ -16,7 +16,7 @@ from consistency.base.errors import UserError
 from consistency.base.files import sha256
 from consistency.config.job import Job
 from consistency.config.keys import key_of
-from consistency.config.paths import Layout
+from consistency.config.paths import StudyPaths
 from consistency.provenance.archive import make_archive
 from consistency.provenance.verification import verify
 
@@ -36,7 +36,7 @@ def home(finished_small: Path, tmp_path: Path) -> Path:
 
 def pack(home: Path, **options: Any) -> Path:
     study = make_study(home)
-    make_archive(Job(study, Layout("small", home / "results")), home / "small.yaml", home / "archives", **options)
+    make_archive(Job(study, StudyPaths("small", home / "results")), home / "small.yaml", home / "archives", **options)
     return home / f"archives/small-{key_of(study, 'report')[:8]}.zip"
 
 

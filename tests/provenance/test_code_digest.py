@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from consistency.config.paths import Layout
+from consistency.config.paths import StudyPaths
 from consistency.config.study import Study
 from consistency.provenance.code_digest import ENTRIES, INERT, SOURCE, code_digest, is_inert, parse, reached
 
@@ -145,7 +145,7 @@ sys.exit(code)
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", ["student", "samples"])
 def test_what_a_stage_enters_was_reached(
-    stage: str, first_results: Layout, write_study: Callable[..., Path], tiny: Callable[..., Study], tmp_path: Path
+    stage: str, first_results: StudyPaths, write_study: Callable[..., Path], tiny: Callable[..., Study], tmp_path: Path
 ) -> None:
     results = tmp_path / "results"
     shutil.copytree(first_results.results, results)

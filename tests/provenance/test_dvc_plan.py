@@ -14,7 +14,7 @@ from tests.conftest import ABSENT
 from consistency.base.errors import UserError
 from consistency.base.files import write_bytes
 from consistency.config.job import Job
-from consistency.config.paths import Layout
+from consistency.config.paths import StudyPaths
 from consistency.config.reading import load_study
 from consistency.config.study import Study
 from consistency.provenance.dvc_plan import write_inputs, write_plan
@@ -41,7 +41,7 @@ def frozen(couplings: dict[str, Any]) -> dict[str, Any]:
 
 def plan(study: Study) -> dict[str, Any]:
     """What is written, by job."""
-    layout = Layout(study.name)
+    layout = StudyPaths(study.name)
     write_plan(Job(study, layout))
     root = layout.root / "plan"
     return {str(path.relative_to(root).with_suffix("")): json.loads(path.read_text()) for path in root.rglob("*.json")}
@@ -133,7 +133,7 @@ def test_what_is_made_from_no_other_student_is_not_said_to_be(
 
 def inputs(study: Study, of: str | None = None, *student: Any) -> dict[str, Any]:
     """What stands in inputs/ afterwards, by file. student: the only one that is asked for."""
-    job = Job(study, Layout("tiny"), *student)
+    job = Job(study, StudyPaths("tiny"), *student)
     write_inputs(job, of)
     root = job.paths.root / "inputs"
     return {str(path.relative_to(root)): json.loads(path.read_text()) for path in root.rglob("*.json")}
@@ -141,7 +141,7 @@ def inputs(study: Study, of: str | None = None, *student: Any) -> dict[str, Any]
 
 def write(name: str, content: bytes) -> str:
     """Write a result. Returns its digest."""
-    write_bytes(Layout("tiny").root / name, content)
+    write_bytes(StudyPaths("tiny").root / name, content)
     return hashlib.sha256(content).hexdigest()
 
 

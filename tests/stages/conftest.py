@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from consistency.config.job import Job
-from consistency.config.paths import Layout
+from consistency.config.paths import StudyPaths
 from consistency.nets.checkpoint import load_denoiser, save_denoiser
 from consistency.nets.denoiser import student_from_teacher
 
@@ -21,15 +21,15 @@ OWN = {
 
 
 @pytest.fixture
-def results(first_results: Layout, tmp_path: Path) -> Layout:
+def results(first_results: StudyPaths, tmp_path: Path) -> StudyPaths:
     """Dataset, teacher and coefficients."""
     shutil.copytree(first_results.results, tmp_path / "results")
-    return Layout("tiny", tmp_path / "results", tmp_path / "state")
+    return StudyPaths("tiny", tmp_path / "results", tmp_path / "state")
 
 
 def save_students(job: Job, steps: tuple[int | None, ...] = (None,)) -> None:
     """A student at every rate and step, None the end of training, each with weights of its own."""
-    teacher = load_denoiser(job.paths.teacher / "teacher.safetensors")[0]
+    teacher = load_denoiser(job.paths.teacher_weights)[0]
     for k, path in enumerate(job.weights(rate, step) for rate in job.student.rates for step in steps):
         student, generator = student_from_teacher(teacher), torch.Generator().manual_seed(k)
         with torch.no_grad():

@@ -23,7 +23,7 @@ from consistency.base import locks
 from consistency.base.errors import UserError
 from consistency.config.job import Job
 from consistency.config.keys import key_of
-from consistency.config.paths import Layout
+from consistency.config.paths import StudyPaths
 from consistency.config.reading import load_study
 from consistency.config.study import Study
 from consistency.data.prepared import ImageData, load_images
@@ -56,7 +56,7 @@ def make(tiny: Tiny, tmp_path: Path) -> Make:
         path = str(tmp_path / "images")
         dataset = {"kind": "image_folder", "path": path, "resolution": 8, "channels": 3, **settings}
         study = tiny({"dataset": dataset})
-        layout = Layout(study.name, tmp_path / "results", tmp_path / "state")
+        layout = StudyPaths(study.name, tmp_path / "results", tmp_path / "state")
         make_dataset(Job(study, layout), workers)
         return load_images(layout.dataset)
 
@@ -76,7 +76,7 @@ def test_digits_are_the_1797_images_of_scikit_learn(tiny: Tiny, tmp_path: Path) 
     from sklearn.datasets import load_digits
 
     study = tiny({"dataset": {"kind": "digits", "resolution": 8, "channels": 1}})
-    layout = Layout(study.name, tmp_path / "results", tmp_path / "state")
+    layout = StudyPaths(study.name, tmp_path / "results", tmp_path / "state")
     make_dataset(Job(study, layout))
     data, digits = load_images(layout.dataset), load_digits()
     assert data.images.shape == (1797, 8, 8, 1)
@@ -90,14 +90,14 @@ def test_digits_are_the_1797_images_of_scikit_learn(tiny: Tiny, tmp_path: Path) 
     assert data.facts["sigma_data"] == pytest.approx(images.double().std(correction=0).item(), rel=1e-6)
 
 
-def test_the_same_study_makes_the_same_bytes(first_results: Layout, tiny: Tiny, tmp_path: Path) -> None:
-    layout = Layout("tiny", tmp_path / "results", tmp_path / "state")
+def test_the_same_study_makes_the_same_bytes(first_results: StudyPaths, tiny: Tiny, tmp_path: Path) -> None:
+    layout = StudyPaths("tiny", tmp_path / "results", tmp_path / "state")
     make_dataset(Job(tiny(), layout))
     for name in ("images.npy", "labels.npy", "dataset.json"):
         assert (layout.dataset / name).read_bytes() == (first_results.dataset / name).read_bytes()
     card = json.loads((layout.dataset / "card.json").read_text())
     assert card["key"] == key_of(tiny(), "dataset")
-    assert card["outputs"]["images.npy"] == json.loads((layout.dataset / "dataset.json").read_text())["sha256"]
+    assert card["outputs"]["images.npy"] == json.loads((layout.facts).read_text())["sha256"]
 
 
 # --- image folders
@@ -345,10 +345,10 @@ def test_however_it_is_stopped_the_same_command_ends_with_the_same_bytes(
     assert process.returncode == (-how if how == signal.SIGKILL else 128 + how)
     assert "Traceback" not in output and "Error" not in output
     study = load_study(slow)
-    layout = Layout("tiny", tmp_path / "results", tmp_path / "state")
+    layout = StudyPaths("tiny", tmp_path / "results", tmp_path / "state")
     assert list(layout.dataset.iterdir()) == (unfinished(tmp_path) if how == signal.SIGKILL else [])
     make_dataset(Job(study, layout))
-    whole = Layout("tiny", tmp_path / "other", tmp_path / "other-state")
+    whole = StudyPaths("tiny", tmp_path / "other", tmp_path / "other-state")
     make_dataset(Job(study, whole))
     assert contents(layout.dataset) == contents(whole.dataset)
 

@@ -10,7 +10,7 @@ import torch
 from tests.nets.small import make_denoiser
 
 from consistency.config.job import Job
-from consistency.config.paths import Layout
+from consistency.config.paths import StudyPaths
 from consistency.config.study import Study
 from consistency.provenance.card import read_card
 from consistency.report import figures
@@ -24,7 +24,7 @@ CPU = Machine(torch.device("cpu"))
 
 
 def test_a_study_with_a_teacher_sets_it_beside_its_couplings(
-    tiny: Tiny, couplings: dict[str, Any], results: Layout
+    tiny: Tiny, couplings: dict[str, Any], results: StudyPaths
 ) -> None:
     settings = {"images": 20, "times": 3, "toy_steps": 2, "pairs": 64, "intervals": 10, "discrepancy": ["full", "ic"]}
     students = {"ic": {}, "full": {"coupling": "gc", "predictor": {"run": "ic"}}}

@@ -11,7 +11,7 @@ import pytest
 from tests.fake_results import SMALL, SWEEP, UNTAUGHT, make_results, make_study
 
 from consistency.config.job import Job
-from consistency.config.paths import Layout
+from consistency.config.paths import StudyPaths
 from consistency.config.study import Study
 from consistency.evaluation.analysis import SpeedUp
 from consistency.report import figures
@@ -50,14 +50,14 @@ BOTH = SMALL.replace("students:\n", "varies: [preconditioning, objective, coupli
 )
 
 
-def made(folder: Path, text: str = SMALL) -> tuple[Study, Layout]:
+def made(folder: Path, text: str = SMALL) -> tuple[Study, StudyPaths]:
     study = make_study(folder, text=text)
-    layout = Layout(study.name, folder / "results")
+    layout = StudyPaths(study.name, folder / "results")
     make_results(Job(study, layout))
     return study, layout
 
 
-def reported(folder: Path, text: str = SMALL) -> tuple[Study, Layout]:
+def reported(folder: Path, text: str = SMALL) -> tuple[Study, StudyPaths]:
     study, layout = made(folder, text)
     make_report(Job(study, layout))
     return study, layout
@@ -187,7 +187,7 @@ def test_the_tables_are_numbers_for_machines(tmp_path: Path) -> None:
     assert "alignment nfe2" not in summary["speed_up"]["analytic-endpoint"]
 
 
-def text_of(study: Study, layout: Layout) -> str:
+def text_of(study: Study, layout: StudyPaths) -> str:
     """What a reader of the page reads, without pictures and tags."""
     job = Job(study, layout)
     page = write_page(job, read_results(job), read_cards(job), read_histories(job), pictures=[])

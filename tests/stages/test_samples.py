@@ -21,10 +21,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from consistency.base.errors import UserError
 from consistency.base.seeding import ImageNoise
 from consistency.config.job import Job
-from consistency.config.paths import Layout
+from consistency.config.paths import StudyPaths
+from consistency.config.samplers import student_samplers
 from consistency.config.study import Study
 from consistency.data.prepared import to_bytes
-from consistency.evaluation.samplers import Sampler, draw, heun_sampler, jump_sampler, prepared, student_samplers
+from consistency.evaluation.samplers import Sampler, draw, heun_sampler, jump_sampler, prepared
 from consistency.nets.checkpoint import load_denoiser, save_denoiser
 from consistency.nets.denoiser import Denoiser, student_from_teacher
 from consistency.nets.mlp import MLP
@@ -73,9 +74,9 @@ def test_conditional_labels_are_uniform_and_beside_the_same_latents() -> None:
 SAMPLERS: dict[str, Callable[[Study, Denoiser], Sampler]] = {
     "heun": lambda study, model: heun_sampler(study, model),
     "churn": lambda study, model: heun_sampler(study, model),
-    "nfe1": lambda study, model: jump_sampler(Job(study, Layout("tiny"), "ctm"), model, CTM, 1),
-    "nfe3": lambda study, model: jump_sampler(Job(study, Layout("tiny"), "ctm"), model, CTM, 3),
-    "gamma": lambda study, model: jump_sampler(Job(study, Layout("tiny"), "ctm"), model, CTM, 3, 0.8),
+    "nfe1": lambda study, model: jump_sampler(Job(study, StudyPaths("tiny"), "ctm"), model, CTM, 1),
+    "nfe3": lambda study, model: jump_sampler(Job(study, StudyPaths("tiny"), "ctm"), model, CTM, 3),
+    "gamma": lambda study, model: jump_sampler(Job(study, StudyPaths("tiny"), "ctm"), model, CTM, 3, 0.8),
 }
 CHURN = {"s_churn": 3.0, "s_min": 0.05, "s_max": 50.0, "s_noise": 1.003}
 
@@ -152,7 +153,7 @@ def test_one_jump_is_the_consistency_function(tiny: Tiny) -> None:
     t, s = (torch.full((4,), v, dtype=torch.float64) for v in (80.0, 0.002))
     with torch.inference_mode():
         expected = CTM.jump(model, 80 * noise.latents, t, s)
-        assert torch.equal(jump_sampler(Job(tiny(), Layout(tiny().name), "ctm"), model, CTM, 1)(noise), expected)
+        assert torch.equal(jump_sampler(Job(tiny(), StudyPaths(tiny().name), "ctm"), model, CTM, 1)(noise), expected)
 
 
 def test_churn_changes_the_images_but_not_the_endpoints_of_the_ode(tiny: Tiny) -> None:
@@ -184,23 +185,23 @@ def test_gamma_samplers_are_of_the_main_rate_of_trajectory_students(tiny: Tiny) 
     names = [*(f"ema{rate}-nfe{n}" for rate in (0.9, 0.9999) for n in (1, 2, 5)), "nfe1", "nfe2", "nfe5"]
     gammas = [f"gamma{g}-nfe{n}" for g in (0.5, 1.0) for n in (2, 4)]
     trajectory, endpoint = tiny(gamma), tiny(gamma | {"student.objective": "endpoint", "report": {}})
-    assert [sampler.name for sampler in student_samplers(Job(trajectory, Layout("tiny"), "ctm"))] == [
+    assert [sampler.name for sampler in student_samplers(Job(trajectory, StudyPaths("tiny"), "ctm"))] == [
         *names[:6],
         *gammas,
         *names[6:],
     ]
-    assert [sampler.name for sampler in student_samplers(Job(endpoint, Layout("tiny"), "ctm"))] == names
+    assert [sampler.name for sampler in student_samplers(Job(endpoint, StudyPaths("tiny"), "ctm"))] == names
 
 
 # --- the stage
 
 
-def drawn(layout: Layout, run: str | None = None) -> dict[str, bytes]:
+def drawn(layout: StudyPaths, run: str | None = None) -> dict[str, bytes]:
     folder = layout.root / "samples" / ("teacher" if run is None else f"{run}/seed0")
     return {path.name: path.read_bytes() for path in folder.glob("*.npy")}
 
 
-def test_the_stage_writes_every_sampler_as_bytes(tiny: Tiny, results: Layout) -> None:
+def test_the_stage_writes_every_sampler_as_bytes(tiny: Tiny, results: StudyPaths) -> None:
     study = tiny()
     make_samples(Job(study, results), CPU)
     by_teacher = np.load(Job(study, results).samples / "heun.npy")
@@ -216,7 +217,7 @@ def test_the_stage_writes_every_sampler_as_bytes(tiny: Tiny, results: Layout) ->
     assert not Job(study, results, "analytic", 0).sampling_state.exists()
 
 
-def test_each_rates_samples_come_from_its_own_weights(tiny: Tiny, results: Layout) -> None:
+def test_each_rates_samples_come_from_its_own_weights(tiny: Tiny, results: StudyPaths) -> None:
     study = tiny({"student.evaluation_ema": [0.9]})
     save_students(Job(study, results, "analytic", 0))
     make_samples(Job(study, results, "analytic", 0), CPU)
@@ -235,7 +236,7 @@ SMALL_BATCHES = {"sampling.batch": 7}  # 80 images in 12 batches, of 7 evaluatio
 
 
 def evaluations(
-    study: Study, layout: Layout, run: str | None = None, stop_at: int = 0, signum: int = signal.SIGTERM
+    study: Study, layout: StudyPaths, run: str | None = None, stop_at: int = 0, signum: int = signal.SIGTERM
 ) -> int:
     """Draw the samples, and count the evaluations of any network; a signal comes before the one of that number."""
     count = 0
@@ -256,7 +257,7 @@ def evaluations(
 
 
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
-def test_a_stopped_sampling_goes_on_where_it_was(tiny: Tiny, results: Layout, signum: int) -> None:
+def test_a_stopped_sampling_goes_on_where_it_was(tiny: Tiny, results: StudyPaths, signum: int) -> None:
     study = tiny(SMALL_BATCHES)
     make_samples(Job(study, results), CPU)
     expected = drawn(results)
@@ -271,7 +272,7 @@ def test_a_stopped_sampling_goes_on_where_it_was(tiny: Tiny, results: Layout, si
     assert not Job(study, results).sampling_state.exists()
 
 
-def test_a_stopped_student_keeps_the_samplers_that_are_done(tiny: Tiny, results: Layout) -> None:
+def test_a_stopped_student_keeps_the_samplers_that_are_done(tiny: Tiny, results: StudyPaths) -> None:
     study = tiny({**SMALL_BATCHES, "student.evaluation_ema": [0.9]})
     save_students(Job(study, results, "analytic", 0))
     whole = evaluations(study, results, "analytic")
@@ -283,7 +284,7 @@ def test_a_stopped_student_keeps_the_samplers_that_are_done(tiny: Tiny, results:
     assert drawn(results, "analytic") == expected
 
 
-def test_what_other_weights_or_settings_drew_is_not_used(tiny: Tiny, results: Layout) -> None:
+def test_what_other_weights_or_settings_drew_is_not_used(tiny: Tiny, results: StudyPaths) -> None:
     with pytest.raises(Interrupted):
         evaluations(tiny(SMALL_BATCHES), results, stop_at=40)
     assert json.loads((Job(tiny(), results).sampling_state / "progress.json").read_text())["done"] == {"heun": 35}
@@ -298,7 +299,7 @@ def test_what_other_weights_or_settings_drew_is_not_used(tiny: Tiny, results: La
 
 
 def test_a_disk_that_is_too_small_is_said_before_anything_is_drawn(
-    tiny: Tiny, results: Layout, monkeypatch: pytest.MonkeyPatch
+    tiny: Tiny, results: StudyPaths, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -314,7 +315,7 @@ import os, signal, sys
 from pathlib import Path
 import torch, torch.distributed as dist
 from consistency.config.job import Job
-from consistency.config.paths import Layout
+from consistency.config.paths import StudyPaths
 from consistency.evaluation import parts
 from consistency.stages.samples import make_samples
 from consistency.config.reading import load_study
@@ -336,7 +337,7 @@ def count(module, _):
 
 torch.nn.modules.module.register_module_forward_pre_hook(count)
 study = load_study(folder / "tiny.yaml")
-make_samples(Job(study, Layout("tiny", folder / "results", folder / "state")), torch.device("cpu"), ranks)
+make_samples(Job(study, StudyPaths("tiny", folder / "results", folder / "state")), torch.device("cpu"), ranks)
 leave()
 print("evaluations", seen)
 """
@@ -350,7 +351,7 @@ def start(folder: Path, rank: int = 0, world: int = 1, kill_at: int = -1) -> sub
 
 
 def test_a_killed_sampling_and_a_shared_one_have_the_same_bits(
-    write_study: Callable[..., Path], tiny: Tiny, results: Layout, tmp_path: Path
+    write_study: Callable[..., Path], tiny: Tiny, results: StudyPaths, tmp_path: Path
 ) -> None:
     """kill -9 in the middle; then two processes do the rest between them."""
     write_study(SMALL_BATCHES)

@@ -14,7 +14,7 @@ from tests.stages.conftest import save_students
 
 from consistency.__main__ import main
 from consistency.config.job import Job
-from consistency.config.paths import Layout
+from consistency.config.paths import StudyPaths
 from consistency.config.study import Study
 from consistency.data.prepared import load_images, to_bytes
 from consistency.evaluation import extractor
@@ -35,14 +35,14 @@ RATE = {"student.evaluation_ema": [0.9]}
 
 
 @pytest.fixture
-def layout(tiny: Tiny, results: Layout) -> Layout:
+def layout(tiny: Tiny, results: StudyPaths) -> StudyPaths:
     """The teacher's samples and the extractor too."""
     make_samples(Job(tiny(), results), CPU)
     make_extractor(Job(tiny(), results), CPU)
     return results
 
 
-def make_student(study: Study, layout: Layout, run: str = "analytic") -> None:
+def make_student(study: Study, layout: StudyPaths, run: str = "analytic") -> None:
     """A student at every rate and step, with its samples."""
     job = Job(study, layout, run, 0)
     save_students(job, (0, 3, 6, None))
@@ -50,13 +50,13 @@ def make_student(study: Study, layout: Layout, run: str = "analytic") -> None:
     make_samples(job, CPU)
 
 
-def scored(study: Study, layout: Layout, run: str = "analytic") -> pd.DataFrame:
+def scored(study: Study, layout: StudyPaths, run: str = "analytic") -> pd.DataFrame:
     make_calibration(Job(study, layout), CPU)
     make_scores(Job(study, layout, run, 0), CPU)
     return pd.read_csv(Job(study, layout, run, 0).scores)
 
 
-def test_a_table_has_a_row_for_each_sampler_rate_and_snapshot(tiny: Tiny, layout: Layout) -> None:
+def test_a_table_has_a_row_for_each_sampler_rate_and_snapshot(tiny: Tiny, layout: StudyPaths) -> None:
     study = tiny(RATE)
     make_student(study, layout)
     table = scored(study, layout)
@@ -80,7 +80,9 @@ def test_a_table_has_a_row_for_each_sampler_rate_and_snapshot(tiny: Tiny, layout
     pd.testing.assert_frame_equal(table[table.ema == 0.5].reset_index(drop=True), scored(tiny(), layout))
 
 
-def test_a_row_is_what_one_computes_from_all_its_images_at_once_in_whatever_batches(tiny: Tiny, layout: Layout) -> None:
+def test_a_row_is_what_one_computes_from_all_its_images_at_once_in_whatever_batches(
+    tiny: Tiny, layout: StudyPaths
+) -> None:
     study = tiny()
     make_student(study, layout)
     table = scored(study, layout)
@@ -99,7 +101,7 @@ def test_a_row_is_what_one_computes_from_all_its_images_at_once_in_whatever_batc
     pd.testing.assert_frame_equal(table, scored(tiny({"sampling.batch": 7}), layout), rtol=1e-4)
 
 
-def test_endpoint_students_are_aligned_at_one_jump_only(tiny: Tiny, layout: Layout) -> None:
+def test_endpoint_students_are_aligned_at_one_jump_only(tiny: Tiny, layout: StudyPaths) -> None:
     study = tiny({"student.objective": "endpoint", "report": {}})
     make_student(study, layout)
     table = scored(study, layout)
@@ -126,7 +128,7 @@ def inception_played_by(features: int, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def verb(
-    layout: Layout, write_study: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+    layout: StudyPaths, write_study: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> Callable[[str, dict[str, Any]], int]:
     """verb("calibration", {"calibration.published_fid": 2.0}): the real verb, with a stand-in for Inception."""
     inception_played_by(4, monkeypatch)
@@ -139,7 +141,7 @@ def verb(
 
 
 def test_a_teacher_that_is_off_stops_the_study_and_nothing_is_lost(
-    verb: Callable[..., int], layout: Layout, capsys: pytest.CaptureFixture[str]
+    verb: Callable[..., int], layout: StudyPaths, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert verb("extractor", {}) == 0
     samples, table = (layout.root / name for name in ("samples/teacher/heun.npy", "scores/calibration.csv"))
@@ -173,7 +175,7 @@ def test_a_teacher_that_is_off_stops_the_study_and_nothing_is_lost(
 
 
 @pytest.mark.parametrize(("off", "code"), [(0.09, 0), (-0.09, 0), (0.11, 2), (-0.11, 2)])
-def test_the_tolerance_is_on_both_sides(verb: Callable[..., int], layout: Layout, off: float, code: int) -> None:
+def test_the_tolerance_is_on_both_sides(verb: Callable[..., int], layout: StudyPaths, off: float, code: int) -> None:
     assert verb("extractor", {}) == 0
     verb("calibration", {"calibration.tolerance": 1e-9})
     fid = json.loads(layout.measured_calibration.read_text())["fd"]
@@ -181,7 +183,7 @@ def test_the_tolerance_is_on_both_sides(verb: Callable[..., int], layout: Layout
 
 
 def test_too_few_images_for_the_features_are_warned_of_once(
-    tiny: Tiny, layout: Layout, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tiny: Tiny, layout: StudyPaths, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     study = tiny({"scores.extractor": "inception"})
     words = "fewer images than the 90 features (sampling.count 80, scores.curve_count 80): their covariance is singular"

@@ -17,7 +17,7 @@ from tests.stages.conftest import OWN
 from consistency.base.errors import UserError
 from consistency.config.job import Job
 from consistency.config.keys import key_of
-from consistency.config.paths import Layout, snapshot_name
+from consistency.config.paths import StudyPaths, snapshot_name
 from consistency.config.study import Study
 from consistency.data.prepared import load_images
 from consistency.nets.checkpoint import load_denoiser
@@ -37,7 +37,7 @@ Changes = dict[str, Any]
 CPU = Machine(torch.device("cpu"))
 
 
-def training(study: Study, layout: Layout, run: str, seed: int = 0) -> Training:
+def training(study: Study, layout: StudyPaths, run: str, seed: int = 0) -> Training:
     return students.student_training(Job(study, layout, run, seed), load_images(layout.dataset), CPU)
 
 
@@ -75,7 +75,7 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> list[Seen]:
 
 
 def test_students_of_a_seed_share_weights_images_times_and_noise(
-    tiny: Tiny, first_results: Layout, seen: list[Seen]
+    tiny: Tiny, first_results: StudyPaths, seen: list[Seen]
 ) -> None:
     study = tiny({"students.bcm": {"preconditioning": "bcm"}})
     jobs = [training(study, first_results, run) for run in study.students]
@@ -97,7 +97,7 @@ def test_students_of_a_seed_share_weights_images_times_and_noise(
 
 
 def test_another_seed_is_another_order_and_other_second_time_weights(
-    tiny: Tiny, first_results: Layout, seen: list[Seen]
+    tiny: Tiny, first_results: StudyPaths, seen: list[Seen]
 ) -> None:
     study = tiny({"seeds": [0, 1]})
     first, second = (training(study, first_results, "ctm", seed).update for seed in (0, 1))
@@ -112,7 +112,7 @@ def test_another_seed_is_another_order_and_other_second_time_weights(
 
 @pytest.mark.parametrize("conditional", [True, False])
 def test_labels_are_given_to_conditional_students_alone(
-    tiny: Tiny, first_results: Layout, seen: list[Seen], monkeypatch: pytest.MonkeyPatch, conditional: bool
+    tiny: Tiny, first_results: StudyPaths, seen: list[Seen], monkeypatch: pytest.MonkeyPatch, conditional: bool
 ) -> None:
     teacher = make_denoiser(0, img_resolution=8, label_dim=10 * conditional)
     monkeypatch.setattr(students, "read_teacher", lambda *_: teacher)
@@ -122,7 +122,7 @@ def test_labels_are_given_to_conditional_students_alone(
     assert labels is None or labels.shape == (16,)
 
 
-def test_coefficients_of_other_settings_are_refused(tiny: Tiny, first_results: Layout) -> None:
+def test_coefficients_of_other_settings_are_refused(tiny: Tiny, first_results: StudyPaths) -> None:
     study = tiny({"coefficients.times": 17})
     with pytest.raises(UserError, match=r"made by study 'tiny' with other settings \(coefficients.times: there 16"):
         training(study, first_results, "analytic")
@@ -130,7 +130,7 @@ def test_coefficients_of_other_settings_are_refused(tiny: Tiny, first_results: L
 
 
 @pytest.mark.filterwarnings("ignore::ResourceWarning")  # numpy leaves a damaged archive open
-def test_coefficients_that_are_damaged_are_refused(tiny: Tiny, first_results: Layout) -> None:
+def test_coefficients_that_are_damaged_are_refused(tiny: Tiny, first_results: StudyPaths) -> None:
     path = first_results.coefficients / "coefficients.npz"
     content = path.read_bytes()
     try:
@@ -146,7 +146,7 @@ def test_coefficients_that_are_damaged_are_refused(tiny: Tiny, first_results: La
 
 
 def test_the_arms_of_a_seed_share_weights_images_levels_and_noise(
-    tiny: Tiny, couplings: Changes, first_results: Layout, seen: list[Seen]
+    tiny: Tiny, couplings: Changes, first_results: StudyPaths, seen: list[Seen]
 ) -> None:
     study = tiny(couplings | {"student.start": "teacher", "students.half": {"coupling": "gc", "mu": 0.25}})
     arms = [training(study, first_results, run) for run in ("ic", "gc", "half", "ot")]
@@ -174,7 +174,7 @@ def test_the_arms_of_a_seed_share_weights_images_levels_and_noise(
 
 
 def test_the_first_weights_are_the_seeds_and_no_teachers(
-    tiny: Tiny, couplings: Changes, first_results: Layout, monkeypatch: pytest.MonkeyPatch
+    tiny: Tiny, couplings: Changes, first_results: StudyPaths, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     study = tiny(couplings | {"seeds": [0, 1]})
     drawn = [weights(training(study, first_results, "gc", seed).update.model) for seed in (0, 1)]
@@ -186,7 +186,7 @@ def test_the_first_weights_are_the_seeds_and_no_teachers(
 
 
 def test_a_student_that_starts_from_its_teacher_is_its_denoiser(
-    tiny: Tiny, couplings: Changes, first_results: Layout
+    tiny: Tiny, couplings: Changes, first_results: StudyPaths
 ) -> None:
     teacher = load_denoiser(first_results.teacher / "teacher.safetensors")[0]
     x, t, s = torch.randn(4, 1, 8, 8), torch.full((4,), 3.0), torch.full((4,), 0.1)
@@ -196,7 +196,7 @@ def test_a_student_that_starts_from_its_teacher_is_its_denoiser(
 
 def at_the_end(study: Study, results: Path, state: Path, run: str, interrupted: bool) -> list[Denoiser]:
     """A training that SIGTERM stopped in its fourth step, or nothing did: its model, averages and three snapshots."""
-    layout = Layout("tiny", results, state)
+    layout = StudyPaths("tiny", results, state)
     job = training(study, layout, run)
     if interrupted:
         step = job.update.step
@@ -235,7 +235,7 @@ def warming_up(optimizer: str, predictor: Any) -> Changes:
     ],
 )
 def test_an_interrupted_arm_ends_with_the_bits_of_an_uninterrupted_one(
-    tiny: Tiny, couplings: Changes, results: Layout, tmp_path: Path, run: str, changes: Changes
+    tiny: Tiny, couplings: Changes, results: StudyPaths, tmp_path: Path, run: str, changes: Changes
 ) -> None:
     """The student own is stopped between two refits of its coefficients."""
     study = tiny(couplings | changes)
@@ -257,7 +257,7 @@ def test_an_interrupted_arm_ends_with_the_bits_of_an_uninterrupted_one(
 
 
 def test_a_frozen_predictor_is_the_other_students_and_stays_what_it_is(
-    tiny: Tiny, couplings: Changes, results: Layout
+    tiny: Tiny, couplings: Changes, results: StudyPaths
 ) -> None:
     arms = {
         "own": {"coupling": "gc", "mu": 1.0},
@@ -288,7 +288,9 @@ def test_a_frozen_predictor_is_the_other_students_and_stays_what_it_is(
         training(tiny(changes | {"student.learning_rate": 1e-3}), results, "full")
 
 
-def test_lion_is_the_optimiser_that_the_study_asks_for(tiny: Tiny, couplings: Changes, first_results: Layout) -> None:
+def test_lion_is_the_optimiser_that_the_study_asks_for(
+    tiny: Tiny, couplings: Changes, first_results: StudyPaths
+) -> None:
     pytest.importorskip("lion_pytorch")
     job = training(tiny(couplings | {"student.optimizer": "lion"}), first_results, "gc")
     before = weights(job.update.model)
@@ -299,7 +301,9 @@ def test_lion_is_the_optimiser_that_the_study_asks_for(tiny: Tiny, couplings: Ch
     torch.testing.assert_close(moved[moved > 0], torch.full_like(moved[moved > 0], 4e-4), rtol=0.01, atol=1e-7)
 
 
-def test_the_levels_near_each_other_as_the_study_says(tiny: Tiny, couplings: Changes, first_results: Layout) -> None:
+def test_the_levels_near_each_other_as_the_study_says(
+    tiny: Tiny, couplings: Changes, first_results: StudyPaths
+) -> None:
     objective: Any = training(tiny(couplings), first_results, "ic").update.objective
     drawn = [objective.schedule.levels(step, 4096, torch.Generator()).t for step in (0, 2, 5)]
     assert [len(t.unique()) for t in drawn] == [4, 8, 16]
@@ -316,13 +320,13 @@ def test_the_levels_near_each_other_as_the_study_says(tiny: Tiny, couplings: Cha
 
 @pytest.mark.parametrize("compute", [{"channels_last": True}, {"data_on_device": True}, {"batch_per_device": 4}])
 def test_compute_settings_change_the_last_bits_at_most(
-    tiny: Tiny, first_results: Layout, tmp_path: Path, compute: dict[str, Any]
+    tiny: Tiny, first_results: StudyPaths, tmp_path: Path, compute: dict[str, Any]
 ) -> None:
     jobs = []
     for settings in ({}, compute):
         study = tiny({"compute": settings})
         assert key_of(study, "student", "ctm", 0) == key_of(tiny(), "student", "ctm", 0)
-        layout = Layout("tiny", first_results.results, tmp_path / str(len(jobs)))
+        layout = StudyPaths("tiny", first_results.results, tmp_path / str(len(jobs)))
         jobs.append(training(study, layout, "ctm"))
         train(jobs[-1])
     plain, same = (job.averages[0].model.state_dict() for job in jobs)
@@ -330,7 +334,7 @@ def test_compute_settings_change_the_last_bits_at_most(
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on the CPU")
-def test_compiled_networks_compute_the_same(tiny: Tiny, first_results: Layout) -> None:
+def test_compiled_networks_compute_the_same(tiny: Tiny, first_results: StudyPaths) -> None:
     plain = training(tiny(), first_results, "ctm")
     compiled = training(tiny({"compute": {"compile": True}}), first_results, "ctm")
     for step in range(2):
@@ -340,7 +344,7 @@ def test_compiled_networks_compute_the_same(tiny: Tiny, first_results: Layout) -
 
 
 def test_a_lower_precision_is_that_of_all_three_networks(
-    tiny: Tiny, first_results: Layout, monkeypatch: pytest.MonkeyPatch
+    tiny: Tiny, first_results: StudyPaths, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """And of them alone: what the distance compares is float32."""
     compared: list[torch.dtype] = []

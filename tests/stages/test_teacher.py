@@ -15,7 +15,7 @@ from consistency.base.errors import UserError
 from consistency.base.files import sha256
 from consistency.config.job import Job
 from consistency.config.keys import key_of
-from consistency.config.paths import Layout
+from consistency.config.paths import StudyPaths
 from consistency.config.study import Study
 from consistency.data.prepared import load_images
 from consistency.nets.checkpoint import load_denoiser
@@ -54,9 +54,9 @@ def study_of(tiny: Tiny, **changes: Any) -> Study:
 
 
 def test_a_checkpoint_is_converted_with_its_provenance(tiny: Tiny, project: Path, official: Denoiser) -> None:
-    study, layout = study_of(tiny), Layout("tiny")
+    study, layout = study_of(tiny), StudyPaths("tiny")
     make_teacher(Job(study, layout), CPU)
-    found, metadata = load_denoiser(layout.teacher / "teacher.safetensors", key_of(study, "teacher"))
+    found, metadata = load_denoiser(layout.teacher_weights, key_of(study, "teacher"))
     torch.testing.assert_close(found.state_dict(), official.state_dict(), rtol=0, atol=0)
     x = torch.randn(2, 1, 8, 8)
     assert torch.equal(found(x, 3.0), official(x, 3.0))
@@ -81,7 +81,7 @@ def test_a_checkpoint_that_does_not_fit_the_study_is_refused(
     tiny: Tiny, project: Path, changes: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(UserError, match=f"{NAME} does not fit the study: {message}"):
-        make_teacher(Job(study_of(tiny, **changes), Layout("tiny")), CPU)
+        make_teacher(Job(study_of(tiny, **changes), StudyPaths("tiny")), CPU)
     assert not Path("results").exists()
 
 
@@ -95,9 +95,9 @@ def test_a_file_that_is_no_checkpoint_does_not_keep_the_right_one_out(tiny: Tiny
     right = path.read_bytes()
     path.write_bytes(right[: len(right) // 2])
     with pytest.raises(UserError, match=f"{NAME} is not an official EDM checkpoint"):
-        make_teacher(Job(study_of(tiny), Layout("tiny")), CPU)
+        make_teacher(Job(study_of(tiny), StudyPaths("tiny")), CPU)
     path.write_bytes(right)
-    make_teacher(Job(study_of(tiny), Layout("tiny")), CPU)
+    make_teacher(Job(study_of(tiny), StudyPaths("tiny")), CPU)
     assert sha256(path) in (project / "config/resources.lock").read_text()
 
 
@@ -107,7 +107,7 @@ def test_an_official_teachers_key_does_not_depend_on_the_data(tiny: Tiny) -> Non
 
 
 def test_classes_of_data_and_teacher_must_agree(
-    tiny: Tiny, first_results: Layout, monkeypatch: pytest.MonkeyPatch
+    tiny: Tiny, first_results: StudyPaths, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     teacher = make_denoiser(0, img_resolution=8, label_dim=1000)
     monkeypatch.setattr(students, "read_teacher", lambda *_: teacher)

@@ -16,7 +16,7 @@ from consistency.base.errors import UserError
 from consistency.base.seeding import generator
 from consistency.config.job import Job
 from consistency.config.keys import key_of
-from consistency.config.paths import Layout
+from consistency.config.paths import StudyPaths
 from consistency.config.study import Study
 from consistency.data.prepared import load_images
 from consistency.evaluation.estimate import estimate, training_operations
@@ -51,10 +51,10 @@ def study(tiny: Tiny, untaught: dict[str, Any]) -> Study:
 
 
 @pytest.fixture(scope="module")
-def layout(study: Study, tmp_path_factory: pytest.TempPathFactory) -> Layout:
+def layout(study: Study, tmp_path_factory: pytest.TempPathFactory) -> StudyPaths:
     """The finished study."""
     folder = tmp_path_factory.mktemp("untaught")
-    job, machine = Job(study, Layout(study.name, folder / "results", folder / "state")), Machine(CPU)
+    job, machine = Job(study, StudyPaths(study.name, folder / "results", folder / "state")), Machine(CPU)
     make_dataset(job)
     make_teacher(job, machine)
     make_extractor(job, CPU)
@@ -69,8 +69,8 @@ def layout(study: Study, tmp_path_factory: pytest.TempPathFactory) -> Layout:
     return job.paths
 
 
-def test_in_the_teachers_place_is_a_network_that_nobody_takes_for_one(study: Study, layout: Layout) -> None:
-    network, _ = load_denoiser(layout.teacher / "teacher.safetensors", key_of(study, "teacher"))
+def test_in_the_teachers_place_is_a_network_that_nobody_takes_for_one(study: Study, layout: StudyPaths) -> None:
+    network, _ = load_denoiser(layout.teacher_weights, key_of(study, "teacher"))
     assert not any(weight.any() for weight in network.parameters())
     student, _ = load_denoiser(Job(study, layout, "gc", 0).weights())
     assert student.architecture == network.architecture | {"dropout": 0.0}
@@ -78,7 +78,7 @@ def test_in_the_teachers_place_is_a_network_that_nobody_takes_for_one(study: Stu
     assert len(np.load(Job(study, layout).samples / "heun.npy")) == 0
 
 
-def test_students_are_measured_against_the_data_alone(study: Study, layout: Layout) -> None:
+def test_students_are_measured_against_the_data_alone(study: Study, layout: StudyPaths) -> None:
     calibration = pd.read_csv(Job(study, layout).scores)
     assert list(calibration.run) == ["data"]
     assert len(np.load(Job(study, layout).scores.with_name("endpoints.npy"))) == 0
@@ -90,7 +90,7 @@ def test_students_are_measured_against_the_data_alone(study: Study, layout: Layo
         assert set(scores[scores.kind == "curve"].step) == {0, 3, 6}
 
 
-def test_the_arms_are_scored_the_same_before_training_alone(study: Study, layout: Layout) -> None:
+def test_the_arms_are_scored_the_same_before_training_alone(study: Study, layout: StudyPaths) -> None:
     runs = ["ic", "ot", "gc"]
     tables = [pd.read_csv(Job(study, layout, run, 0).scores).set_index(["kind", "step", "nfe"]).fd for run in runs]
     for table in tables[1:]:
@@ -99,12 +99,12 @@ def test_the_arms_are_scored_the_same_before_training_alone(study: Study, layout
             assert table["curve", 6, nfe] != tables[0]["curve", 6, nfe]
 
 
-def test_what_was_made_agrees_with_its_cards(study: Study, layout: Layout) -> None:
+def test_what_was_made_agrees_with_its_cards(study: Study, layout: StudyPaths) -> None:
     assert [finding for finding in verify(layout.root, study) if finding.faults] == []
     assert not list(layout.state.rglob("state.pt"))
 
 
-def test_students_carry_the_coefficients_they_were_trained_with(study: Study, layout: Layout) -> None:
+def test_students_carry_the_coefficients_they_were_trained_with(study: Study, layout: StudyPaths) -> None:
     fits = {
         (run, step): load_denoiser(Job(study, layout, run, 0).weights(step=step))[0].fit
         for run in ("data", "own")
@@ -118,7 +118,7 @@ def test_students_carry_the_coefficients_they_were_trained_with(study: Study, la
     assert not layout.coefficients.exists()
 
 
-def test_the_estimate_counts_the_evaluations_that_training_did(study: Study, layout: Layout) -> None:
+def test_the_estimate_counts_the_evaluations_that_training_did(study: Study, layout: StudyPaths) -> None:
     found = estimate(Job(study, layout)).operations
     assert found["teacher"] == found["coefficients"] == 0 < found["flows"]
     counted = {
@@ -133,7 +133,7 @@ def test_the_estimate_counts_the_evaluations_that_training_did(study: Study, lay
     assert counted == {run: training_operations(study, study.students[run], 1.0) for run in study.students}
 
 
-def test_the_report_has_no_teacher_in_its_pictures(study: Study, layout: Layout) -> None:
+def test_the_report_has_no_teacher_in_its_pictures(study: Study, layout: StudyPaths) -> None:
     names = {path.stem for path in (layout.report / "figures").glob("*.png")}
     scored = {"samples", "own_fits", "curves_fd", "curves_kid", "losses", "speedup_fd"}
     assert names == scored | {"transport_cost", "discrepancy", "toy", "plane", "loss_limits"}
@@ -146,11 +146,11 @@ def test_the_report_has_no_teacher_in_its_pictures(study: Study, layout: Layout)
 # --- the stage flows
 
 
-def transport(layout: Layout) -> pd.DataFrame:
+def transport(layout: StudyPaths) -> pd.DataFrame:
     return pd.read_csv(layout.flows / "transport.csv")
 
 
-def test_at_eps_every_student_leaves_x_where_it_is(study: Study, layout: Layout) -> None:
+def test_at_eps_every_student_leaves_x_where_it_is(study: Study, layout: StudyPaths) -> None:
     """The boundary condition: f(x_eps, eps) = x + eps z, so the cost is known, whatever the weights."""
     table, eps = transport(layout), study.noise.sigma_min
     data = load_images(layout.dataset)
@@ -164,7 +164,7 @@ def test_at_eps_every_student_leaves_x_where_it_is(study: Study, layout: Layout)
     np.testing.assert_allclose(first.cost_se, exact.std().item() / 47**0.5, rtol=1e-5)
 
 
-def test_every_student_has_a_cost_of_its_own_at_every_time(study: Study, layout: Layout) -> None:
+def test_every_student_has_a_cost_of_its_own_at_every_time(study: Study, layout: StudyPaths) -> None:
     table = transport(layout)
     rows = table[table.kind == "student"]
     grid = time_grid(study, 5, CPU).tolist()
@@ -174,7 +174,7 @@ def test_every_student_has_a_cost_of_its_own_at_every_time(study: Study, layout:
     assert rows[rows.t == rows.t.max()].cost.nunique() == len(study.students)
 
 
-def test_the_pairs_of_ot_are_cheaper_than_those_of_ic(layout: Layout) -> None:
+def test_the_pairs_of_ot_are_cheaper_than_those_of_ic(layout: StudyPaths) -> None:
     pairs = transport(layout)[lambda table: table.kind == "pairs"].set_index("run").cost
     assert list(pairs.index) == ["ic", "ot"]
     assert pairs["ot"] < pairs["ic"]
@@ -195,7 +195,7 @@ def test_ot_stays_within_its_batches_and_classes() -> None:
     assert len(ImagePairs(images, None, noise, 64).transported(64).noise) == 11
 
 
-def test_the_discrepancy_is_a_number_for_each_coupling_that_is_named(study: Study, layout: Layout) -> None:
+def test_the_discrepancy_is_a_number_for_each_coupling_that_is_named(study: Study, layout: StudyPaths) -> None:
     table = pd.read_csv(layout.flows / "discrepancy.csv")
     assert list(dict.fromkeys(table.run)) == ["ic", "ot", "gc", "own"]
     assert len(table) == 20 and set(table.seed) == {0}
@@ -205,7 +205,7 @@ def test_the_discrepancy_is_a_number_for_each_coupling_that_is_named(study: Stud
     assert (last < 64 * 4 / 80**2).all()
 
 
-def test_the_denoisers_of_couplings_differ_in_the_coupling_alone(study: Study, layout: Layout) -> None:
+def test_the_denoisers_of_couplings_differ_in_the_coupling_alone(study: Study, layout: StudyPaths) -> None:
     data, machine = load_images(layout.dataset), Machine(CPU)
     assert study.flows is not None
     runs = ("ic", "ot", "gc")
@@ -220,7 +220,7 @@ def test_the_denoisers_of_couplings_differ_in_the_coupling_alone(study: Study, l
     assert predictor is not None and torch.equal(next(predictor.parameters()), own)
 
 
-def test_the_toys_are_those_of_their_seeds(layout: Layout) -> None:
+def test_the_toys_are_those_of_their_seeds(layout: StudyPaths) -> None:
     with np.load(layout.flows / "toy.npz") as arrays:
         toy = train_toy("gc", 1, steps=12)
         np.testing.assert_array_equal(arrays["gc_paths"][1], toy.paths)
@@ -229,7 +229,7 @@ def test_the_toys_are_those_of_their_seeds(layout: Layout) -> None:
         assert arrays["ic_samples"].shape == (2, 64, 2)
 
 
-def test_on_the_toys_data_the_discrepancy_of_ic_is_the_closed_one(layout: Layout) -> None:
+def test_on_the_toys_data_the_discrepancy_of_ic_is_the_closed_one(layout: StudyPaths) -> None:
     """Where t is large against the modes' distance, the data are one Gaussian: R_t = sum c / (c + t^2)."""
     table = pd.read_csv(layout.flows / "plane.csv")
     assert list(dict.fromkeys(table.coupling)) == ["ic", "ot", "gc"]
@@ -243,7 +243,7 @@ def test_on_the_toys_data_the_discrepancy_of_ic_is_the_closed_one(layout: Layout
     assert table[table.coupling == "ic"].cost.nunique() == 1
 
 
-def test_the_losses_near_their_limits(layout: Layout) -> None:
+def test_the_losses_near_their_limits(layout: StudyPaths) -> None:
     table = pd.read_csv(layout.flows / "limit.csv")
     assert list(table.intervals) == [10, 20, 40]
     ratio = table.intervals**2 * table.ct / table.ct_limit
@@ -252,7 +252,7 @@ def test_the_losses_near_their_limits(layout: Layout) -> None:
 
 def test_a_study_that_asks_for_no_flows_gets_tables_without_rows(tiny: Tiny, tmp_path: Path) -> None:
     """DVC has one pipeline for all studies."""
-    layout = Layout("tiny", tmp_path / "results", tmp_path / "state")
+    layout = StudyPaths("tiny", tmp_path / "results", tmp_path / "state")
     make_flows(Job(tiny(), layout), Machine(CPU))
     assert len(transport(layout)) == len(pd.read_csv(layout.flows / "limit.csv")) == 0
     assert read_card(Job(tiny(), layout), "flows")["inputs"] == {}
@@ -263,9 +263,9 @@ def test_coefficients_that_no_student_reads_are_arrays_without_rows(
     tiny: Tiny, couplings: dict[str, Any], untaught: dict[str, Any], tmp_path: Path, taught: bool
 ) -> None:
     """DVC has one pipeline for all studies, and nothing is fitted in vain."""
-    study, layout = tiny(couplings if taught else untaught), Layout("tiny", tmp_path / "results")
+    study, layout = tiny(couplings if taught else untaught), StudyPaths("tiny", tmp_path / "results")
     make_coefficients(Job(study, layout), CPU)
-    with np.load(layout.coefficients / "coefficients.npz") as arrays:
+    with np.load(layout.fit) as arrays:
         assert set(arrays) == {"times", "l", "l_se", "s", "s_se", "determined"}
         assert not any(map(len, arrays.values()))
     assert read_card(Job(study, layout), "coefficients")["inputs"] == {}

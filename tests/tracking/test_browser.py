@@ -12,7 +12,7 @@ from tests.tracking.servers import tracking_server
 
 from consistency.base.files import read_json
 from consistency.config.job import Job
-from consistency.config.paths import Layout
+from consistency.config.paths import StudyPaths
 from consistency.stages.report import make_report
 from consistency.tracking.upload import track_study
 
@@ -41,7 +41,7 @@ def opened(chromium: str, address: str, profile: Path) -> str:
 @pytest.mark.timeout(600)
 def test_runs_curves_and_figures_are_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     chromium = needs_debian("chromium", "chromium")
-    job = Job(make_study(tmp_path / "studies"), Layout("small", tmp_path / "results"))
+    job = Job(make_study(tmp_path / "studies"), StudyPaths("small", tmp_path / "results"))
     make_results(job)
     make_report(job)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")

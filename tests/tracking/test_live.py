@@ -13,7 +13,7 @@ from tests.tracking.trainings import history_of
 from consistency.base.errors import UserError
 from consistency.config.job import Job
 from consistency.config.keys import key_of
-from consistency.config.paths import Layout
+from consistency.config.paths import StudyPaths
 from consistency.config.study import Study
 from consistency.tracking import live
 from consistency.tracking.records import plan
@@ -24,7 +24,7 @@ Line = dict[str, Any]
 
 
 #: of the project that is the working directory
-LAYOUT = Layout("small")
+LAYOUT = StudyPaths("small")
 
 
 def write(study: Study, lines: list[Line], run: str = "ctm", seed: int = 0) -> Path:

@@ -13,7 +13,7 @@ from tests.fake_results import edit_card
 
 from consistency.base.errors import UserError
 from consistency.config.job import Job
-from consistency.config.paths import Layout, sampler_name
+from consistency.config.paths import StudyPaths, sampler_name
 from consistency.config.study import Study
 from consistency.runtime.machine import Machine
 from consistency.stages.samples import make_samples
@@ -27,11 +27,11 @@ SEED = 0
 
 @pytest.fixture(scope="module")
 def trained(
-    tiny: Tiny, first_results: Layout, empty_database: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Layout:
+    tiny: Tiny, first_results: StudyPaths, empty_database: Path, tmp_path_factory: pytest.TempPathFactory
+) -> StudyPaths:
     """Two trained students of the tiny study and their samples; the database beside them is empty."""
     study, folder = tiny(), tmp_path_factory.mktemp("trained")
-    layout = Layout(study.name, folder / "results", folder / "state")
+    layout = StudyPaths(study.name, folder / "results", folder / "state")
     shutil.copytree(first_results.results, layout.results)
     shutil.copy(empty_database, folder)
     for job in Job(study, layout).trainings:
@@ -41,22 +41,22 @@ def trained(
 
 
 @pytest.fixture
-def layout(trained: Layout, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Layout:
+def layout(trained: StudyPaths, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> StudyPaths:
     """Results of one's own, in the working directory."""
     shutil.copytree(trained.results.parent, tmp_path, dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path)
-    return Layout("tiny")
+    return StudyPaths("tiny")
 
 
 @pytest.fixture
-def client(layout: Layout, monkeypatch: pytest.MonkeyPatch) -> Any:
+def client(layout: StudyPaths, monkeypatch: pytest.MonkeyPatch) -> Any:
     """A client of the database in the working directory, where mlflow.pyfunc looks too."""
     uri = server.tracking_uri()
     monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
     return server.connect(uri)
 
 
-def register(client: Any, study: Study, layout: Layout) -> dict[str, str]:
+def register(client: Any, study: Study, layout: StudyPaths) -> dict[str, str]:
     experiment = server.open_experiment(client, study.name, study.title)
     run = client.create_run(experiment)
     runs = {f"{name} seed {SEED}": run.info.run_id for name in study.students}
@@ -69,7 +69,7 @@ def load(address: str) -> Any:
     return mlflow.pyfunc.load_model(address)
 
 
-def test_a_registered_student_samples_what_the_stage_samples(tiny: Tiny, client: Any, layout: Layout) -> None:
+def test_a_registered_student_samples_what_the_stage_samples(tiny: Tiny, client: Any, layout: StudyPaths) -> None:
     study = tiny()
     addresses = register(client, study, layout)
     assert addresses == {run: f"models:/tiny-{run}/1" for run in study.students}
@@ -85,7 +85,7 @@ def test_a_registered_student_samples_what_the_stage_samples(tiny: Tiny, client:
     assert np.array_equal(model.predict(pd.DataFrame({"count": [2], "nfe": [nfe]})), whole[:2])
 
 
-def test_a_model_holds_the_checkpoint_and_no_code(tiny: Tiny, client: Any, layout: Layout) -> None:
+def test_a_model_holds_the_checkpoint_and_no_code(tiny: Tiny, client: Any, layout: StudyPaths) -> None:
     register(client, tiny(), layout)
     kept = {path for path in Path("mlruns").rglob("*") if path.is_file() and not path.is_symlink()}
     held = {"student.safetensors", "coefficients.npz", "card.json"}
@@ -94,11 +94,11 @@ def test_a_model_holds_the_checkpoint_and_no_code(tiny: Tiny, client: Any, layou
     assert (layout.root / "students/ctm/seed0/student.safetensors").read_bytes() in [path.read_bytes() for path in kept]
 
 
-def test_a_content_has_one_version(tiny: Tiny, client: Any, layout: Layout) -> None:
+def test_a_content_has_one_version(tiny: Tiny, client: Any, layout: StudyPaths) -> None:
     study = tiny()
     first = register(client, study, layout)
     assert register(client, study, layout) == first
-    moved = Layout("tiny", Path("elsewhere"))
+    moved = StudyPaths("tiny", Path("elsewhere"))
     shutil.copytree(layout.results, moved.results)
     assert register(client, study, moved) == first
     assert register(client, tiny({"report.bootstrap": 51}), layout) == first
@@ -110,7 +110,7 @@ def test_a_content_has_one_version(tiny: Tiny, client: Any, layout: Layout) -> N
     assert "Seed 0: the first of the study's seeds" in version.description
 
 
-def test_a_label_can_be_chosen(tiny: Tiny, client: Any, layout: Layout) -> None:
+def test_a_label_can_be_chosen(tiny: Tiny, client: Any, layout: StudyPaths) -> None:
     model = load(register(client, tiny(), layout)["analytic"])
     wanted = {"count": 8, "nfe": 2}
     drawn, chosen = model.predict(wanted), [model.predict(wanted | {"label": label}) for label in range(10)]
@@ -127,13 +127,13 @@ def test_a_label_can_be_chosen(tiny: Tiny, client: Any, layout: Layout) -> None:
             model.predict(wanted | dict([given]))
 
 
-def test_a_missing_checkpoint_is_one_line(tiny: Tiny, client: Any, layout: Layout) -> None:
+def test_a_missing_checkpoint_is_one_line(tiny: Tiny, client: Any, layout: StudyPaths) -> None:
     (layout.root / "students/ctm/seed0/student.safetensors").unlink()
     with pytest.raises(UserError, match=r"student.safetensors is missing, .*: run `dvc pull`, or its stage again"):
         register(client, tiny(), layout)
 
 
-def test_another_versions_study_is_one_line(tiny: Tiny, client: Any, layout: Layout) -> None:
+def test_another_versions_study_is_one_line(tiny: Tiny, client: Any, layout: StudyPaths) -> None:
     card = layout.root / "students/analytic/seed0/card.json"
     edit_card(card, lambda content: content["resolved"]["student"].update(stepz=1))
     addresses = register(client, tiny(), layout)

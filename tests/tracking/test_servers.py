@@ -28,7 +28,7 @@ from tests.tracking.trainings import FOUR, finished_study, replayed
 from tests.workflow.checkout import said
 
 from consistency.config.job import Job
-from consistency.config.paths import Layout
+from consistency.config.paths import StudyPaths
 from consistency.config.study import Study
 from consistency.runtime.machine import Machine
 from consistency.stages.student import make_student
@@ -52,9 +52,9 @@ def result(job: Job) -> list[Any]:
     return [said(job.folder / name) for name in ("student.safetensors", "history.jsonl")]
 
 
-def train_in(folder: Path, study: Study, results: Layout) -> Job:
+def train_in(folder: Path, study: Study, results: StudyPaths) -> Job:
     """A student of the tiny study, trained there."""
-    layout = Layout("tiny", folder / "results", folder / "state")
+    layout = StudyPaths("tiny", folder / "results", folder / "state")
     shutil.copytree(results.root, layout.root)
     job = Job(study, layout, "analytic", 0)
     make_student(job, Machine(torch.device("cpu")))
@@ -62,7 +62,7 @@ def train_in(folder: Path, study: Study, results: Layout) -> Job:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(tiny: Callable[..., Study], first_results: Layout, tmp_path_factory: pytest.TempPathFactory) -> Job:
+def undisturbed(tiny: Callable[..., Study], first_results: StudyPaths, tmp_path_factory: pytest.TempPathFactory) -> Job:
     """The student of a training that nobody follows."""
     return train_in(tmp_path_factory.mktemp("undisturbed"), tiny(), first_results)
 
@@ -72,7 +72,7 @@ def test_a_training_does_not_notice_its_server(
     server: Callable[[], AbstractContextManager[str]] | None,
     tmp_path: Path,
     tiny: Callable[..., Study],
-    first_results: Layout,
+    first_results: StudyPaths,
     undisturbed: Job,
     empty_database: Path,
     monkeypatch: pytest.MonkeyPatch,

@@ -23,7 +23,7 @@ from consistency.base.errors import UserError
 from consistency.base.files import read_json
 from consistency.config.job import Job
 from consistency.config.keys import key_of
-from consistency.config.paths import Layout
+from consistency.config.paths import StudyPaths
 from consistency.config.study import Study
 from consistency.evaluation.scores import COLUMNS
 from consistency.tracking import server as tracking
@@ -36,10 +36,10 @@ NAMES = {"teacher", "ctm", "ctm seed 0", "ctm seed 1", "analytic", "analytic see
 
 
 #: of the project that is the working directory
-LAYOUT = Layout("small")
+LAYOUT = StudyPaths("small")
 
 
-def track(study: Study, layout: Layout = LAYOUT) -> dict[str, Any]:
+def track(study: Study, layout: StudyPaths = LAYOUT) -> dict[str, Any]:
     """Upload a study. Returns what tracked.json says."""
     track_study(Job(study, layout))
     return read_json(layout.track / "tracked.json", "track")
@@ -53,7 +53,7 @@ def everything(client: Any) -> dict[str, Any]:
     }
 
 
-def planned(folder: Path, text: str) -> tuple[Layout, dict[str, Record]]:
+def planned(folder: Path, text: str) -> tuple[StudyPaths, dict[str, Record]]:
     """A finished study of that text, and what would be uploaded of it, by name."""
     job = make_finished(folder, text)
     return job.paths, {record.name: record for record in plan(job)}
@@ -247,7 +247,7 @@ def test_a_killed_upload_of_older_results_does_not_run_for_ever(small_project: S
 
 def test_results_of_another_folder_are_left_alone(small_project: Study, client: Any) -> None:
     first = track(small_project)["runs"]
-    other = Layout(small_project.name, Path("elsewhere"))
+    other = StudyPaths(small_project.name, Path("elsewhere"))
     shutil.copytree(LAYOUT.results, other.results)
     make_student(Job(small_project, other, "ctm", 1), level=0.5)
     second = track(small_project, other)["runs"]

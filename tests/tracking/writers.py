@@ -14,7 +14,7 @@ import mlflow.system_metrics.system_metrics_monitor  # noqa: F401
 from tests.tracking.trainings import replayed
 
 from consistency.config.job import Job
-from consistency.config.paths import Layout
+from consistency.config.paths import StudyPaths
 from consistency.config.reading import load_study
 from consistency.tracking import live
 
@@ -24,7 +24,7 @@ PIECES = 10  # in which a history is written
 def main() -> int:
     """Replay all trainings of a finished study at once. Returns how many failed."""
     live.GRACE = 200.0  # eight share a busy machine
-    study = Job(load_study("small.yaml"), Layout("small"))
+    study = Job(load_study("small.yaml"), StudyPaths("small"))
     pids = [_fork(job) for job in study.trainings]
     return sum(os.waitpid(pid, 0)[1] != 0 for pid in pids)
 

@@ -17,7 +17,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from consistency.config.paths import Layout
+from consistency.config.paths import StudyPaths
 
 ROOT = Path(__file__).parents[2]
 WriteStudy = Callable[..., Path]
@@ -66,7 +66,7 @@ class Trainer:
 
 
 @pytest.fixture
-def trainer(write_study: WriteStudy, first_results: Layout, tmp_path: Path) -> Callable[..., Trainer]:
+def trainer(write_study: WriteStudy, first_results: StudyPaths, tmp_path: Path) -> Callable[..., Trainer]:
     def make(folder: str, changes: dict[str, Any], student: str = "ctm") -> Trainer:
         shutil.copytree(first_results.results, tmp_path / folder / "results")
         study = write_study(changes).rename(tmp_path / folder / "tiny.yaml")
@@ -104,7 +104,7 @@ def test_stopped_on_two_processes_it_goes_on_with_one(trainer: Callable[..., Tra
     whole, parts = trainer("whole", changes), trainer("parts", changes)
     whole.run()
     process = parts.start("--processes", "2")
-    history = Layout("tiny", state=parts.folder / "state").training_state("ctm", 0) / "history.jsonl"
+    history = StudyPaths("tiny", state=parts.folder / "state").training_state("ctm", 0) / "history.jsonl"
     deadline = time.monotonic() + 120
     while not (history.exists() and history.read_text()):
         assert time.monotonic() < deadline, parts.output

@@ -20,7 +20,7 @@ from consistency.runtime.cluster import require_cluster
 from consistency.provenance.code_digest import code_digest
 from consistency.base.errors import UserError
 from consistency.config.job import Job
-from consistency.config.paths import Layout
+from consistency.config.paths import StudyPaths
 from consistency.provenance.graph import downloads
 from consistency.data.resources import registry, resource_path
 from consistency.config.networks import OfficialTeacher
@@ -82,7 +82,7 @@ def job_of(wildcards) -> Job:
         ) from None
     except UserError as error:
         raise WorkflowError(str(error)) from None
-    return Job(study, Layout(study.name), run, seed) if run else Job(study, Layout(study.name))
+    return Job(study, StudyPaths(study.name), run, seed) if run else Job(study, StudyPaths(study.name))
 
 
 def made_by(stage: str, verb: str | None = None) -> dict:

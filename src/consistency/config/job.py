@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from consistency.config.keys import key_of, settings_of
-from consistency.config.paths import Layout, ema_suffix, snapshot_name
+from consistency.config.paths import StudyPaths, ema_suffix, snapshot_name
 from consistency.config.student import Student
 from consistency.config.study import Study
 
@@ -19,7 +19,7 @@ class Job:
     teacher's and scores the calibration."""
 
     study: Study
-    paths: Layout
+    paths: StudyPaths
     run: str | None = None
     seed: int | None = None
 

@@ -18,17 +18,23 @@ def sampler_name(nfe: int, gamma: float | None = None, rate: float | None = None
     return f"{'' if rate is None else f'ema{rate}-'}{'' if gamma is None else f'gamma{gamma}-'}nfe{nfe}"
 
 
-class Layout:
+class StudyPaths:
     """Paths of one study. results: folder of all studies' results; state: folder of all training states."""
 
     def __init__(self, study: str, results: Path = Path("results"), state: Path = Path("state")) -> None:
         self.study, self.results, self.state = study, results, state
         self.root = results / study  # all results of the study
-        self.dataset = self.root / "dataset"  # images.npy, labels.npy, dataset.json, card.json
+        self.dataset = self.root / "dataset"
+        self.images, self.labels = self.dataset / "images.npy", self.dataset / "labels.npy"
+        self.facts = self.dataset / "dataset.json"
         self.teacher = self.root / "teacher"  # teacher.safetensors, history.jsonl, card.json
-        self.coefficients = self.root / "coefficients"  # coefficients.npz, card.json
+        self.teacher_weights = self.teacher / "teacher.safetensors"
+        self.coefficients = self.root / "coefficients"
+        self.fit = self.coefficients / "coefficients.npz"
         # The classifier, the data's statistics, some of its features, card.json.
         self.extractor = self.root / "scores" / "extractor"
+        self.endpoints = self.root / "scores" / "endpoints.npy"  # the teacher's, of the alignment error
+        self.passed = self.root / "scores" / "calibration.passed"  # there once the teacher has passed its calibration
         self.flows = self.root / "flows"  # transport.csv, discrepancy.csv, toy.npz, plane.csv, limit.csv, card.json
         self.report = self.root / "report"  # report.html, figures/, the tables as CSV, summary.json, card.json
         self.track = self.root / "track"  # tracked.json

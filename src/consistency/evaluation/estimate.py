@@ -9,10 +9,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from consistency.config.job import Job
 from consistency.config.measures import Flows
 from consistency.config.networks import OfficialTeacher, Teacher
+from consistency.config.samplers import student_samplers
 from consistency.config.student import Student
 from consistency.config.study import Study
 from consistency.data.prepared import load_images
-from consistency.evaluation.samplers import student_samplers
 from consistency.nets.denoiser import build_denoiser
 from consistency.nets.official import official_architecture
 from consistency.training.students import schedule_of

@@ -84,7 +84,7 @@ class ImageMeasurements:
                 rows.append(_row("pairs", run, None, None, _costs(moved.images, moved.noise)))
         inputs = data_files(self.job)
         if any(student.needs_coefficients for student in study.coupled.values()):
-            inputs.append(self.job.paths.coefficients / "coefficients.npz")
+            inputs.append(self.job.paths.fit)
         students = [job for job in self.job.trainings if job.run in study.coupled]
         progress = Progress(f"flows {study.name}", len(students) * len(self.times) * len(pairs.images))
         for job in students:

@@ -1,14 +1,12 @@
 """Samplers of teachers and students; image i comes from seed i."""
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from consistency.base.seeding import ImageNoise
 from consistency.config.job import Job
-from consistency.config.paths import sampler_name
 from consistency.config.study import Study
 from consistency.nets.denoiser import Denoiser
 from consistency.runtime.distributed import ALONE, Ranks
@@ -21,32 +19,6 @@ from consistency.training.objective import with_labels
 
 # Maps the noise of a batch of images to their endpoints, float [N, C, H, W].
 Sampler = Callable[[ImageNoise], Tensor]
-
-
-@dataclass(frozen=True)
-class StudentSampler:
-    """A sampler of a student. gamma: None for its own sampler; rate: a further EMA rate."""
-
-    nfe: int
-    gamma: float | None = None
-    rate: float | None = None
-
-    @property
-    def name(self) -> str:
-        """Name of its file, without .npy."""
-        return sampler_name(self.nfe, self.gamma, self.rate)
-
-
-def student_samplers(job: Job) -> list[StudentSampler]:
-    """Return every sampler of a student, in the order of their names.
-
-    Students that jump only to eps have CM's multistep sampler alone. Further EMA rates are drawn without gamma.
-    """
-    settings, sampling = job.student, job.study.sampling
-    chosen = [StudentSampler(nfe, None, rate) for rate in settings.rates for nfe in sampling.nfe]
-    if not settings.to_the_end:
-        chosen += [StudentSampler(nfe, gamma) for gamma in sampling.gamma for nfe in sampling.gamma_nfe]
-    return sorted(chosen, key=lambda sampler: sampler.name)
 
 
 @torch.inference_mode()

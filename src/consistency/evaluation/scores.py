@@ -12,11 +12,12 @@ from consistency.base.arrays import read_array, write_table
 from consistency.base.progress import Progress
 from consistency.base.seeding import generator
 from consistency.config.job import Job
+from consistency.config.samplers import StudentSampler
 from consistency.config.study import Study
 from consistency.data.prepared import to_bytes
 from consistency.evaluation.extractor import open_extractor, read_data_statistics
 from consistency.evaluation.features import Statistics, frechet_distance, kernel_distance
-from consistency.evaluation.samplers import StudentSampler, draw, heun_sampler, jump_sampler
+from consistency.evaluation.samplers import draw, heun_sampler, jump_sampler
 from consistency.nets.denoiser import Denoiser
 from consistency.provenance.card import Card
 from consistency.provenance.graph import downloads

@@ -11,7 +11,7 @@ from typing import Any
 from consistency.base.errors import UserError
 from consistency.base.files import read_json, sha256, write_json
 from consistency.config.job import Job
-from consistency.config.paths import Layout
+from consistency.config.paths import StudyPaths
 from consistency.data.resources import known_sha256
 from consistency.provenance.environment import git_state, hardware, versions
 from consistency.provenance.graph import seeds_of
@@ -72,9 +72,9 @@ class Card:
         write_json(path, content)
 
 
-def digest_of(path: Path, layout: Layout) -> str:
+def digest_of(path: Path, layout: StudyPaths) -> str:
     """Return the sha256 of a file; for the images that in dataset.json, since 16 GB take half a minute to read."""
-    if path == layout.dataset / "images.npy":
+    if path == layout.images:
         return str(read_json(path.with_name("dataset.json"), "dataset")["sha256"])
     return sha256(path)
 

@@ -74,7 +74,7 @@ def write_inputs(job: Job, of: str | None = None) -> None:
 def _coefficients(job: Job) -> dict[Path, str]:
     """Return the fitted coefficients, if a student reads them, and the verb that makes them."""
     read = job.student.needs_coefficients
-    return {job.paths.coefficients / "coefficients.npz": "coefficients"} if read else {}
+    return {job.paths.fit: "coefficients"} if read else {}
 
 
 def _predictor(job: Job) -> dict[Path, str]:
@@ -87,7 +87,7 @@ def _measured(job: Job) -> dict[Path, str]:
     """Return the inputs of the stage flows, and the verbs that make them."""
     # dataset.json holds the digest of the images, which may be 16 GB.
     found = {job.paths.dataset / name: "dataset" for name in ("dataset.json", "labels.npy")}
-    found |= {job.paths.teacher / "teacher.safetensors": "teacher"}
+    found |= {job.paths.teacher_weights: "teacher"}
     for each in (each for each in job.trainings if each.run in job.study.coupled):
         found |= {**_coefficients(each), each.weights(): f"student{each.options}", **_predictor(each)}
     return found

@@ -41,7 +41,7 @@ def sigma_data(study: Study, data: ImageData) -> float:
 
 def read_teacher(job: Job, device: torch.device) -> Denoiser:
     """Read the study's teacher, frozen."""
-    path = made(job.paths.teacher / "teacher.safetensors", "teacher")
+    path = made(job.paths.teacher_weights, "teacher")
     return load_denoiser(path, job.key("teacher"))[0].to(device)
 
 
@@ -62,7 +62,7 @@ def read_student(job: Job, device: torch.device, rate: float | None = None, step
 
 def read_coefficients(job: Job) -> dict[str, np.ndarray[Any, Any]]:
     """Read the arrays of coefficients.npz."""
-    return read_arrays(job.paths.coefficients / "coefficients.npz", "coefficients", "times", "l", "s")
+    return read_arrays(job.paths.fit, "coefficients", "times", "l", "s")
 
 
 def read_ode(job: Job, device: torch.device) -> GeneralizedODE | None:

@@ -12,7 +12,7 @@ from consistency.base.files import sha256
 from consistency.config.explain import explain
 from consistency.config.job import Job
 from consistency.config.keys import settings_key
-from consistency.config.paths import Layout
+from consistency.config.paths import StudyPaths
 from consistency.config.reading import load_study
 from consistency.config.study import Study
 from consistency.provenance.card import first_difference
@@ -51,7 +51,7 @@ def verify(root: Path, study: Study) -> list[Finding]:
         raise UserError(f"{root} is not a folder: give a study's results, such as results/digits (unzip an archive)")
     files = _hash(root)
     # DVC makes coefficients and flows for studies that need none, too.
-    expected = artifacts(Job(study, Layout(root.name, root.parent)), also=[path.name for path in root.iterdir()])
+    expected = artifacts(Job(study, StudyPaths(root.name, root.parent)), also=[path.name for path in root.iterdir()])
     places = {name: job.card(stage).relative_to(root) for name, (stage, job) in expected.items()}
     cards = {name: _read(root, place) for name, place in places.items()}
     made = {name: digest for card in cards.values() if isinstance(card, _Card) for name, digest in card.outputs.items()}

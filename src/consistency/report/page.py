@@ -53,7 +53,7 @@ def write_page(
         claims=claims(study),
         aligned=results.aligned,
         students={run: differs_in(study, run) for run in study.students},
-        data=read_json(job.paths.dataset / "dataset.json", "dataset"),
+        data=read_json(job.paths.facts, "dataset"),
         is_fid=extractor.startswith("inception"),
         fd_label=figures.measure_label("fd", extractor),
         accuracy=cards["extractor"]["measured"].get("held_out_accuracy"),

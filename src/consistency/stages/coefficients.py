@@ -24,7 +24,7 @@ def make_coefficients(job: Job, device: torch.device) -> None:
 
     Raises UserError if the teacher returns NaN or the fit gives a singular jump.
     """
-    card, study, path = Card(job, "coefficients"), job.study, job.paths.coefficients / "coefficients.npz"
+    card, study, path = Card(job, "coefficients"), job.study, job.paths.fit
     if not study.needs_coefficients:
         none = np.empty(0)
         nothing = CoefficientFit(none, none, none, none, none, none.astype(bool))
@@ -58,4 +58,4 @@ def make_coefficients(job: Job, device: torch.device) -> None:
     # An evaluation with its derivative along one direction counts 2; a residual, 1.
     passes = settings.times * settings.samples * (2 * ((probes or images[0].numel()) + 1) + 1)
     measured = {"network_evaluations": passes, "seconds": round(time.time() - card.started, 3)}
-    card.write([job.paths.teacher / "teacher.safetensors", *data_files(job)], [path], measured=measured)
+    card.write([job.paths.teacher_weights, *data_files(job)], [path], measured=measured)

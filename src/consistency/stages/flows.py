@@ -44,7 +44,7 @@ def make_flows(job: Job, machine: Machine) -> None:
         tables["transport.csv"], inputs = images.transport()
         if settings.discrepancy and study.taught:
             tables["discrepancy.csv"] += images.by_teacher()
-            inputs.append(job.paths.teacher / "teacher.safetensors")
+            inputs.append(job.paths.teacher_weights)
         for run in settings.discrepancy:
             student = job.of(run, study.seeds[0])
             measure = discrepancy_of(student, settings, data, machine)

@@ -56,7 +56,7 @@ def _inputs(job: Job) -> list[Path]:
     shown = [f"{sampler_name(nfe)}.npy" for nfe in study.report.grid_nfe]
     return [
         *(paths.dataset / name for name in ("images.npy", "dataset.json")),
-        *([paths.coefficients / "coefficients.npz"] if study.needs_coefficients else []),
+        *([paths.fit] if study.needs_coefficients else []),
         *(paths.flows / name for name in FILES if study.flows),
         *(path for snapshots in carried(job).values() for path in snapshots.values()),
         job.samples / "heun.npy",

@@ -17,17 +17,11 @@ from consistency.base.files import link_file, made, sha256
 from consistency.base.locks import only_one
 from consistency.base.progress import Progress
 from consistency.config.job import Job
+from consistency.config.samplers import student_samplers
 from consistency.config.study import Study
 from consistency.data.prepared import to_bytes
 from consistency.evaluation.parts import Parts
-from consistency.evaluation.samplers import (
-    Sampler,
-    draw,
-    heun_sampler,
-    jump_sampler,
-    prepared,
-    student_samplers,
-)
+from consistency.evaluation.samplers import Sampler, draw, heun_sampler, jump_sampler, prepared
 from consistency.nets.denoiser import Denoiser
 from consistency.provenance.card import Card
 from consistency.provenance.inputs import read_preconditioning, read_student, read_teacher
@@ -45,7 +39,7 @@ def make_samples(job: Job, device: torch.device, ranks: Ranks = ALONE) -> None:
     if job.run is None and not study.taught:
         path = job.samples / "heun.npy"
         write_array(path, np.zeros((0, size, size, study.dataset.channels), np.uint8))
-        card.write([job.paths.teacher / "teacher.safetensors"], [path])
+        card.write([job.paths.teacher_weights], [path])
         return
     label = "samples " + ("teacher" if job.run is None else job.label)
     names = ["heun"] if job.run is None else [sampler.name for sampler in student_samplers(job)]
@@ -72,10 +66,10 @@ def make_samples(job: Job, device: torch.device, ranks: Ranks = ALONE) -> None:
 def _inputs(job: Job) -> dict[Path, str]:
     """Return the files that the images depend on, and the verbs that make them."""
     if job.run is None:
-        return {job.paths.teacher / "teacher.safetensors": "teacher"}
+        return {job.paths.teacher_weights: "teacher"}
     verbs = {job.weights(rate): f"student{job.options}" for rate in job.student.rates}
     if job.student.needs_coefficients:
-        verbs[job.paths.coefficients / "coefficients.npz"] = "coefficients"
+        verbs[job.paths.fit] = "coefficients"
     return verbs
 
 

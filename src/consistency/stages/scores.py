@@ -7,7 +7,8 @@ from consistency.base.arrays import read_array, write_array
 from consistency.base.errors import UserError
 from consistency.base.files import write_json
 from consistency.config.job import Job
-from consistency.evaluation.samplers import prepared, student_samplers
+from consistency.config.samplers import student_samplers
+from consistency.evaluation.samplers import prepared
 from consistency.evaluation.scores import (
     CALIBRATION_COLUMNS,
     COLUMNS,
@@ -41,7 +42,7 @@ def make_calibration(job: Job, device: torch.device) -> None:
         _require_published(job, rows[-1])
         ends = teacher_endpoints(study, teacher)
     write_array(endpoint_file(job), ends)
-    inputs = [job.paths.teacher / "teacher.safetensors", samples]
+    inputs = [job.paths.teacher_weights, samples]
     scorer.write(rows, CALIBRATION_COLUMNS, inputs, [endpoint_file(job)])
     job.paths.measured_calibration.unlink(missing_ok=True)
 
@@ -67,7 +68,7 @@ def make_scores(job: Job, device: torch.device) -> None:
             rows += [scored.curve_row(model, step, nfe) for nfe in scores.curve_nfe]
             inputs.append(job.weights(rate, step))
     if settings.needs_coefficients:
-        inputs.append(job.paths.coefficients / "coefficients.npz")
+        inputs.append(job.paths.fit)
     scorer.write(rows, COLUMNS, inputs)
 
 

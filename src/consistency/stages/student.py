@@ -58,7 +58,7 @@ def _publish(card: Card, training: Training, measured: dict[str, float]) -> None
 
 def _inputs(job: Job) -> list[Path]:
     """Return the files that a student is made from."""
-    inputs = [job.paths.teacher / "teacher.safetensors", *data_files(job)]
+    inputs = [job.paths.teacher_weights, *data_files(job)]
     if job.student.needs_coefficients:
-        inputs.append(job.paths.coefficients / "coefficients.npz")
+        inputs.append(job.paths.fit)
     return [*inputs, job.predictor] if job.predictor else inputs

@@ -90,7 +90,7 @@ def _write(
     """Write the teacher, its history (empty if it was not trained here) and their card. downloads: what it is made
     from; if empty, from the data."""
     study, paths = card.job.study, card.job.paths
-    path, history = paths.teacher / "teacher.safetensors", paths.teacher / "history.jsonl"
+    path, history = paths.teacher_weights, paths.teacher / "history.jsonl"
     inputs = [] if downloads else [paths.dataset / name for name in ("images.npy", "labels.npy", "dataset.json")]
     parents = {name: known_sha256(name) for name in downloads} or {"images.npy": digest_of(inputs[0], paths)}
     metadata = {"study": study.name, "stage": "teacher", "key": card.job.key("teacher"), "git": git_state()}

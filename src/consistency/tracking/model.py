@@ -11,7 +11,7 @@ from consistency.base.errors import UserError
 from consistency.base.files import read_json
 from consistency.base.seeding import ImageNoise
 from consistency.config.job import Job
-from consistency.config.paths import Layout
+from consistency.config.paths import StudyPaths
 from consistency.config.reading import build_study
 from consistency.data.prepared import to_bytes
 from consistency.evaluation.samplers import Sampler, draw, jump_sampler, prepared
@@ -71,7 +71,7 @@ def _load_pyfunc(path: str) -> RegisteredStudent:
         study = build_study(card["resolved"])
     except UserError as error:
         raise UserError(f"this model's study is of another version of this project: {error}") from None
-    job = Job(study, Layout(study.name, Path(path)), card["run"], card["seed"])
+    job = Job(study, StudyPaths(study.name, Path(path)), card["run"], card["seed"])
     model = prepared(study, read_student(job, pick_device("auto")))
     return RegisteredStudent(job, model, read_preconditioning(job, model))
 

@@ -252,14 +252,14 @@ def _origin(card: dict[str, Any]) -> dict[str, str]:
 
 def _data(job: Job) -> dict[str, str]:
     """Describe the dataset from known facts, without reading its 16 GB."""
-    facts = read_json(job.paths.dataset / "dataset.json", "dataset")
+    facts = read_json(job.paths.facts, "dataset")
     shape = [facts["count"], facts["resolution"], facts["resolution"], facts["channels"]]
     profile = {"num_rows": facts["count"], "features_shape": shape, "dtype": "uint8", "sha256": facts["sha256"]}
     return {
         "name": job.study.dataset.path or job.study.dataset.kind,
         "digest": facts["sha256"][:32],  # MLflow takes 36 characters
         "source_type": "local",
-        "source": json.dumps({"uri": str((job.paths.dataset / "images.npy").resolve())}),
+        "source": json.dumps({"uri": str((job.paths.images).resolve())}),
         "profile": json.dumps(profile),
     }
 

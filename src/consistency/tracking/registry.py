@@ -64,7 +64,7 @@ def _files(job: Job) -> dict[Path, str]:
     """Return the files that the student's images depend on, and the sha256 in their cards."""
     cards = {job.weights(): read_card(job, "student")}
     if job.student.needs_coefficients:
-        cards[job.paths.coefficients / "coefficients.npz"] = read_card(job, "coefficients")
+        cards[job.paths.fit] = read_card(job, "coefficients")
     return {path: card["outputs"][path.name] for path, card in cards.items()}
 
 

@@ -17,7 +17,7 @@ from tests.workflow.checkout import Checkout
 from tests.workflow.slurm.cluster import Cluster
 
 from consistency.config.job import Job
-from consistency.config.paths import Layout
+from consistency.config.paths import StudyPaths
 from consistency.config.reading import load_study
 from consistency.stages.samples import make_samples
 from consistency.stages.scores import make_scores
@@ -146,7 +146,7 @@ def scored(checkout: Checkout, run: str) -> dict[str, Any]:
     """What a student is and makes: its weights at all snapshots, its history, and, drawn and scored here, its samples
     and scores. Its name is taken out."""
     study = load_study(checkout.path / f"config/studies/{checkout.study}.yaml")
-    layout = Layout(study.name, checkout.path / "results", checkout.path / "state")
+    layout = StudyPaths(study.name, checkout.path / "results", checkout.path / "state")
     make_samples(Job(study, layout, run, 0), torch.device("cpu"))
     make_scores(Job(study, layout, run, 0), torch.device("cpu"))
     numbers = ["students/{}/**/*.safetensors", "students/{}/**/*.jsonl", "samples/{}/**/*.npy", "scores/{}/*.csv"]
