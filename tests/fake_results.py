@@ -25,9 +25,9 @@ from consistency.config.reading import load_study
 from consistency.config.samplers import student_samplers
 from consistency.config.student import Student
 from consistency.config.study import Study
-from consistency.evaluation.flows import FILES
 from consistency.evaluation.scores import CALIBRATION_COLUMNS, COLUMNS
 from consistency.provenance.card import Card
+from consistency.provenance.graph import FLOW_FILES
 from consistency.theory.noise import log_grid
 from consistency.theory.oracles import GaussianTeacher
 
@@ -229,7 +229,7 @@ def _rate_rows(job: Job, rate: float, level: float, main: bool) -> list[dict[str
 
 def _flows(job: Job) -> None:
     """Files of its names; the figures' tests have real ones."""
-    for name in FILES:
+    for name in FLOW_FILES:
         write_bytes(job.paths.flows / name, f"{name}\n".encode())
     students = [each.weights() for each in job.trainings if each.run in job.study.coupled]
     _card(job, "flows", [job.paths.images, *students])

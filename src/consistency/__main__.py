@@ -122,11 +122,15 @@ VERBS = {
             Option("--study", dest="study_file", type=Path, metavar="FILE", help="default: config/studies/NAME.yaml"),
         ),
     ),
-    "plan": Verb("write what DVC compares before it runs a stage", "provenance.dvc_plan:write_plan", HERE),
-    "inputs": Verb(
-        "write what students and flows read of other results, for DVC",
-        "provenance.dvc_plan:write_inputs",
-        (*HERE, Option("--of", choices=["coefficients", "predictor", "flows"], help="default: all"), ANY_RUN, ANY_SEED),
+    "plan": Verb(
+        "write what DVC compares before it runs a stage",
+        "provenance.dvc:write_plan",
+        (*HERE, Option("--unused", type=int, default=0, help="empty files for dvc.yaml (default: 0)")),
+    ),
+    "dvc": Verb(
+        "print dvc.yaml of some studies",
+        "provenance.dvc:print_pipeline",
+        (Option("studies", nargs="+", metavar="NAME", help="a study, config/studies/NAME.yaml"),),
     ),
     "reproduce": Verb(
         "let Snakemake make a study, or some files of it by some rules (goes on after a killed run)",
@@ -134,8 +138,6 @@ VERBS = {
         (
             *HERE,
             Option("--rules", nargs="+", metavar="RULE", help="of workflow/rules (default: all)"),
-            ANY_RUN,
-            ANY_SEED,
             Option("targets", nargs="*", metavar="FILE", help="what they are to make (default: all)"),
         ),
     ),

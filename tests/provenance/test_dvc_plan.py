@@ -17,7 +17,7 @@ from consistency.config.job import Job
 from consistency.config.paths import StudyPaths
 from consistency.config.reading import load_study
 from consistency.config.study import Study
-from consistency.provenance.dvc_plan import write_inputs, write_plan
+from consistency.provenance.dvc import write_plan
 
 ROOT = Path(__file__).parents[2]
 STUDIES = sorted((ROOT / "config/studies").glob("*.yaml"))

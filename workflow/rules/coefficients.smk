@@ -1,8 +1,7 @@
 # dataset, extractor, calibration and scores take from it what they do not say themselves.
 rule coefficients:
     input:
-        "results/{study}/dataset/images.npy",
-        "results/{study}/teacher/teacher.safetensors",
+        inputs("coefficients"),
     output:
         "results/{study}/coefficients/coefficients.npz",
         "results/{study}/coefficients/card.json",
@@ -20,4 +19,4 @@ rule coefficients:
         **made_by("coefficients"),
     shell:
         "python -m consistency {params.verb} --study config/studies/{wildcards.study}.yaml"
-        " {params.student} --threads {threads} 2>&1 | tee -i {log}"
+        " --threads {threads} 2>&1 | tee -i {log}"

@@ -1,6 +1,6 @@
 use rule coefficients as dataset with:
     input:
-        downloads_of("dataset"),
+        inputs("dataset"),
     output:
         "results/{study}/dataset/images.npy",
         "results/{study}/dataset/labels.npy",

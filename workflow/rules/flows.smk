@@ -1,10 +1,7 @@
 # The denoisers of the couplings are trained here, and go on from state/ where a job ended before them.
 rule flows:
     input:
-        "results/{study}/dataset/images.npy",
-        "results/{study}/teacher/teacher.safetensors",
-        every_coupled_student,
-        coefficients_if_read,
+        inputs("flows"),
     output:
         "results/{study}/flows/transport.csv",
         "results/{study}/flows/discrepancy.csv",

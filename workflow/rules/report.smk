@@ -1,14 +1,6 @@
 rule report:
     input:
-        "results/{study}/scores/calibration.csv",
-        "results/{study}/samples/teacher/heun.npy",
-        lambda w: [str(student.scores) for student in job_of(w).trainings],
-        coefficients_if_read,
-        lambda w: expand(rules.flows.output[:5], study=w.study) if job_of(w).study.flows else [],
-        # The snapshots whose own coefficients it shows.
-        lambda w: expand(
-            rules.student.output[3], study=w.study, run=job_of(w).study.carrying, seed=job_of(w).study.seeds[0]
-        ),
+        inputs("report"),
     output:
         report(
             "results/{study}/report/report.html",

@@ -1,7 +1,7 @@
 # What was drawn lies under state/ until all is done: an interrupted job goes on where it stopped.
 use rule teacher as teacher_samples with:
     input:
-        "results/{study}/teacher/teacher.safetensors",
+        inputs("samples"),
     output:
         "results/{study}/samples/teacher/heun.npy",
         "results/{study}/samples/teacher/card.json",
@@ -15,8 +15,7 @@ use rule teacher as teacher_samples with:
 
 use rule teacher as samples with:
     input:
-        "results/{study}/students/{run}/seed{seed}/student.safetensors",
-        coefficients_if_read,
+        inputs("samples"),
     output:
         directory("results/{study}/samples/{run}/seed{seed}"),
     log:

@@ -1,8 +1,7 @@
 # student, teacher_samples and samples take from it what they do not say themselves.
 rule teacher:
     input:
-        teacher_data,
-        downloads_of("teacher"),
+        inputs("teacher"),
     output:
         "results/{study}/teacher/teacher.safetensors",
         "results/{study}/teacher/history.jsonl",
@@ -23,5 +22,5 @@ rule teacher:
         **made_by("teacher"),
     shell:
         "python -m consistency {params.verb} --study config/studies/{wildcards.study}.yaml"
-        " {params.student} --threads {threads} --processes {resources.gpu} --gres '{resources.gres}'"
+        " --threads {threads} --processes {resources.gpu} --gres '{resources.gres}'"
         " --nodes {resources.nodes} --job-minutes {resources.runtime} 2>&1 | tee -i {log}"

@@ -38,10 +38,10 @@ class Job:
         return self.study.students[str(self.run)]
 
     @property
-    def predictor(self) -> Path | None:
-        """Weights of the frozen student, of the same seed, that makes gc's endpoints; None without one."""
+    def predictor(self) -> "Job | None":
+        """The frozen student, of the same seed, that makes gc's endpoints; None without one."""
         frozen = self.student.frozen
-        return self.of(frozen.run, self.seed).weights(step=frozen.step) if frozen else None
+        return self.of(frozen.run, self.seed) if frozen else None
 
     @property
     def options(self) -> str:

@@ -1,5 +1,7 @@
 """Study files: reading, checking, printing."""
 
+import hashlib
+import os
 from pathlib import Path
 from typing import Any
 
@@ -8,9 +10,13 @@ from pydantic import ValidationError
 from ruamel.yaml import YAML, YAMLError
 
 from consistency.base.errors import UserError, suggestion
+from consistency.base.files import write_bytes
 from consistency.config.explain import explain
 from consistency.config.rules import RULES
 from consistency.config.study import Study
+
+#: set to the folder of the study files as they were when the run began
+KEPT = "CONSISTENCY_STUDIES"
 
 
 def parse_yaml(text: str, path: Path) -> Any:
@@ -23,9 +29,33 @@ def parse_yaml(text: str, path: Path) -> Any:
         raise UserError(f"{path} is not valid YAML: {' '.join(problem.split())}{where}") from None
 
 
+def load_studies(names: Any, keep: bool) -> dict[str, Study]:
+    """Read the studies of a run, a name or a list of names; keep: their files are copied, and `load_study` reads the
+    copies in this process and those that it starts. Raises UserError as `load_study` does, and without a name."""
+    if keep:
+        os.environ.pop(KEPT, None)
+    files = [Path(f"config/studies/{name}.yaml") for name in ([names] if isinstance(names, str) else names or ())]
+    if not files:
+        raise UserError("studies in the configuration is empty: --config studies=digits, or studies=[digits,tiny]")
+    studies = {file.stem: load_study(file) for file in files}
+    if keep:
+        content = {file.name: file.read_bytes() for file in files}
+        digest = hashlib.sha256(repr(sorted(content.items())).encode()).hexdigest()[:16]
+        folder = Path(".snakemake/studies").resolve() / digest
+        for name, text in content.items():
+            write_bytes(folder / name, text)
+        os.environ[KEPT] = str(folder)
+    return studies
+
+
 def load_study(path: str | Path) -> Study:
-    """Read and check a study file. Raises UserError with one line that names the file, the key and what to change."""
+    """Read and check a study file, or its copy in a job of a run that has kept one (`load_studies`).
+
+    Raises UserError with one line that names the file, the key and what to change.
+    """
     path = Path(path)
+    kept = Path(os.environ.get(KEPT, ""), path.name)
+    path = kept if KEPT in os.environ and kept.is_file() else path
     try:
         content = parse_yaml(path.read_text(), path)
     except FileNotFoundError:

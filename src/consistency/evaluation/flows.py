@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,7 +15,7 @@ from consistency.config.measures import Flows
 from consistency.config.study import Study
 from consistency.data.prepared import ImageData
 from consistency.evaluation.samplers import prepared
-from consistency.provenance.inputs import data_files, read_preconditioning, read_student, read_teacher
+from consistency.provenance.inputs import read_preconditioning, read_student, read_teacher
 from consistency.theory.flows import (
     ConsistencyLosses,
     Coupling,
@@ -40,7 +39,6 @@ COLUMNS = {
     "plane.csv": ["coupling", "t", "discrepancy", "discrepancy_se", "cost", "cost_se"],
     "limit.csv": ["intervals", "ct", "cd", "ct_limit", "cd_limit"],
 }
-FILES = (*COLUMNS, "toy.npz")
 #: the toy's couplings, and the arrays kept of each, with the seeds as first axis
 TOYS: tuple[Coupling, ...] = ("ic", "gc")
 _KEPT = ("paths", "samples", "cost", "cost_se")
@@ -74,27 +72,23 @@ class ImageMeasurements:
         """Times of the measurements, ascending."""
         return time_grid(self.job.study, self.settings.times, torch.device("cpu")).flip(0).tolist()
 
-    def transport(self) -> tuple[list[Row], list[Path]]:
-        """Return the rows of transport.csv, and the files they were made from."""
+    def transport(self) -> list[Row]:
+        """Return the rows of transport.csv."""
         study, pairs = self.job.study, self.pairs
         rows = [_row("pairs", "ic", None, None, _costs(pairs.images, pairs.noise))]
         for run, student in study.coupled.items():
             if student.coupling == "ot":
                 moved = pairs.transported(student.batch)
                 rows.append(_row("pairs", run, None, None, _costs(moved.images, moved.noise)))
-        inputs = data_files(self.job)
-        if any(student.needs_coefficients for student in study.coupled.values()):
-            inputs.append(self.job.paths.fit)
         students = [job for job in self.job.trainings if job.run in study.coupled]
         progress = Progress(f"flows {study.name}", len(students) * len(self.times) * len(pairs.images))
         for job in students:
             ends = self._endpoint(job)
-            inputs.append(job.weights())
             for t in self.times:
                 rows.append(_row("student", str(job.run), job.seed, t, _costs(ends(t), pairs.noise)))
                 progress.update(len(pairs.images))
         progress.close()
-        return rows, inputs
+        return rows
 
     def _endpoint(self, job: Job) -> Callable[[float], Tensor]:
         """Return f(x + t z, t, eps) of a student's average, as a function of t."""

@@ -1,8 +1,7 @@
 """Rows of the score tables: the calibration's and a student's."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,7 +19,6 @@ from consistency.evaluation.features import Statistics, frechet_distance, kernel
 from consistency.evaluation.samplers import draw, heun_sampler, jump_sampler
 from consistency.nets.denoiser import Denoiser
 from consistency.provenance.card import Card
-from consistency.provenance.graph import downloads
 from consistency.provenance.inputs import preconditioning_of, read_dataset
 from consistency.theory.generalized_ode import GeneralizedODE
 
@@ -81,14 +79,11 @@ class Scorer:
                 flush=True,
             )
 
-    def write(self, rows: list[Row], columns: list[str], inputs: list[Path], others: Sequence[Path] = ()) -> None:
-        """Write the table and its card; others: files written beside it. The extractor's files are always inputs."""
+    def write(self, rows: list[Row], columns: list[str]) -> None:
+        """Write the table and its card."""
         self.progress.close()
         write_table(self.job.scores, rows, columns)
-        inception = self.study.scores.extractor == "inception"
-        names = ["features.npy", "statistics.npz", *([] if inception else ["classifier.safetensors"])]
-        inputs = [*inputs, *(self.job.paths.extractor / name for name in names)]
-        self.card.write(inputs, [self.job.scores, *others], downloads=downloads(self.job, "extractor"))
+        self.card.write()
 
 
 @dataclass
@@ -157,10 +152,6 @@ class _AlignmentError:
     def mean(self) -> float:
         """The error, once all images have been added."""
         return self._sum / self.teacher_endpoints.size
-
-
-def endpoint_file(job: Job) -> Path:
-    return job.of().scores.with_name("endpoints.npy")
 
 
 def teacher_endpoints(study: Study, teacher: Denoiser) -> Array:

@@ -13,49 +13,55 @@ from consistency.base.files import read_json, sha256, write_json
 from consistency.config.job import Job
 from consistency.config.paths import StudyPaths
 from consistency.data.resources import known_sha256
+from consistency.provenance import graph
+from consistency.provenance.code_digest import code_digest
 from consistency.provenance.environment import git_state, hardware, versions
-from consistency.provenance.graph import seeds_of
 
 #: format of this project's cards
 CARD = "consistency-card-2"
 
 
 class Card:
-    """The card of a stage's artifact, created when the stage begins."""
+    """The card of a stage's artifact, created when the stage begins.
+
+    Raises UserError if an artifact that the stage reads is missing or was made with other settings than the study has.
+    """
 
     def __init__(self, job: Job, stage: str) -> None:
         self.job, self.stage, self.started = job, stage, time.time()
+        for parent in parents(stage, job):
+            read_card(*parent)
 
     def write(
         self,
-        inputs: Iterable[Path],
-        outputs: Iterable[Path],
+        outputs: Iterable[Path] | None = None,
         *,
         measured: dict[str, float] | None = None,
         known: dict[Path, str] | None = None,
-        downloads: Iterable[str] = (),
         source: str | None = None,
         training: dict[str, Any] | None = None,
     ) -> None:
-        """Write the card. measured: figures such as evaluations; known: digests that are already computed; downloads:
-        resources that were opened; source: a digest of input from outside the results; training: its id and start.
-        Input paths are relative to the study's folder, output paths to the card's."""
+        """Write the card. outputs: if the graph does not know them all; measured: figures such as evaluations; known:
+        digests that are already computed; source: a digest of input from outside the results; training: its id and
+        start. Input paths are relative to the study's folder, output paths to the card's."""
         job, stage = self.job, self.stage
         path = job.card(stage)
+        written = graph.outputs(stage, job) if outputs is None else outputs
 
         def digests(paths: Iterable[Path], folder: Path) -> dict[str, str]:
             return {p.relative_to(folder).as_posix(): (known or {}).get(p) or digest_of(p, job.paths) for p in paths}
 
-        opened = {f"resources/{name}": known_sha256(name) for name in downloads}
+        opened = {f"resources/{name}": known_sha256(name) for name in graph.downloads(job, stage)}
         content = {
             "format": CARD,
             "stage": stage,
             "study": job.study.name,
             "run": job.run,
             "seed": job.seed,
-            "seeds": seeds_of(job, stage),
+            "seeds": graph.seeds_of(job, stage),
             "key": job.key(stage),
             "settings": job.settings(stage),
+            "code": code_digest(stage),
             "resolved": job.study.model_dump(mode="json"),
             "command": shlex.join(["python", "-m", "consistency", *sys.argv[1:]]),
             "created": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -63,8 +69,8 @@ class Card:
             "measured": measured or {},
             "training": training,
             "source": source,
-            "inputs": digests(inputs, job.paths.root) | opened,
-            "outputs": digests(outputs, path.parent),
+            "inputs": digests(graph.inputs(stage, job), job.paths.root) | opened,
+            "outputs": digests(written, path.parent),
             "git": git_state(),
             "versions": versions(),
             "hardware": hardware(),
@@ -79,20 +85,33 @@ def digest_of(path: Path, layout: StudyPaths) -> str:
     return sha256(path)
 
 
+def parents(stage: str, job: Job) -> list[tuple[Job, str]]:
+    """Return the artifacts that a job reads, as `read_card` takes them."""
+    known = graph.artifacts(job)
+    made = {path: name for name, (parent, each) in known.items() for path in graph.outputs(parent, each)}
+    names = dict.fromkeys(made[path] for path in graph.inputs(stage, job))
+    return [(each, parent) for parent, each in map(known.__getitem__, names)]
+
+
 def read_card(job: Job, stage: str) -> dict[str, Any]:
     """Read the card of an artifact. Raises UserError if it is missing or of another study or other settings."""
     job = job.at(stage)
-    made_by = ("calibration" if stage == "scores" and job.run is None else stage) + job.options
-    path = job.card(stage)
+    made_by, path = graph.verb_of(stage, job), job.card(stage)
     card: dict[str, Any] = read_json(path, made_by)
-    if card.get("key") != job.key(stage):
+    if difference := other_settings(card, job, stage):
         made = job.scores if stage == "scores" else path.parent
-        raise UserError(
-            f"{made} was made by study {card.get('study')!r} with other settings"
-            f"{first_difference(card.get('settings', {}), job.settings(stage))}: "
-            f"run `{made_by}` again, or give this study another --results folder"
-        )
+        raise UserError(f"{made} was {difference}: run `{made_by}` again, or give this study another --results folder")
     return card
+
+
+def other_settings(card: dict[str, Any], job: Job, stage: str) -> str:
+    """Say in a few words for which other study or settings a card's artifact was made; '' if for this job's."""
+    if card.get("key") == job.key(stage):
+        return ""
+    there, here = card.get("settings", {}), job.settings(stage)
+    if isinstance(there, dict) and there | {"name": None} == here | {"name": None}:
+        return f"made for the study {card.get('study')!r}, not {job.study.name!r}"
+    return f"made by study {card.get('study')!r} with other settings{first_difference(there, here)}"
 
 
 def first_difference(old: Any, new: Any, path: str = "") -> str:

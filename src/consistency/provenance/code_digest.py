@@ -13,20 +13,15 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from consistency.provenance.graph import STAGES
+
 PACKAGE = "consistency"
 SOURCE = Path(__file__).parents[1]
 
-#: entry points of each stage of Study.key; what __main__ sets for all of them affects bits too
+#: entry points of each stage; what __main__ sets for those that compute affects bits too
 ENTRIES = {
-    "dataset": ["stages.dataset:make_dataset"],
-    "teacher": ["stages.teacher:make_teacher", "__main__:_prepare"],
-    "coefficients": ["stages.coefficients:make_coefficients", "__main__:_prepare"],
-    "extractor": ["stages.extractor:make_extractor", "__main__:_prepare"],
-    "student": ["stages.student:make_student", "__main__:_prepare"],
-    "samples": ["stages.samples:make_samples", "__main__:_prepare"],
-    "scores": ["stages.scores:make_calibration", "stages.scores:make_scores", "__main__:_prepare"],
-    "flows": ["stages.flows:make_flows", "__main__:_prepare"],
-    "report": ["stages.report:make_report"],
+    name: (*stage.entry, *(() if name in ("dataset", "report") else ("__main__:_prepare",)))
+    for name, stage in STAGES.items()
 }
 
 #: modules and packages that cannot change a number: starting, stopping, watching, storing and recording a run
@@ -40,6 +35,7 @@ INERT = {
     "data.resources",  # files are identified by their digests
     "provenance.card",
     "provenance.environment",
+    "provenance.code_digest",
     "provenance.graph",
     "runtime.launch",
     "runtime.slurm_job",

@@ -1,6 +1,5 @@
 """Readers of finished artifacts, which compare their keys first: dataset, teacher, coefficients, students."""
 
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -25,12 +24,6 @@ def read_dataset(job: Job) -> ImageData:
     """Open the study's images."""
     read_card(job, "dataset")
     return load_images(job.paths.dataset)
-
-
-def data_files(job: Job) -> list[Path]:
-    """Return the files a network learns from: the images, and their labels if it is conditional."""
-    names = ["images", *(["labels"] if job.study.teacher.conditional else [])]
-    return [job.paths.dataset / f"{name}.npy" for name in names]
 
 
 def sigma_data(study: Study, data: ImageData) -> float:

@@ -50,8 +50,7 @@ def verify(root: Path, study: Study) -> list[Finding]:
     if not root.is_dir():
         raise UserError(f"{root} is not a folder: give a study's results, such as results/digits (unzip an archive)")
     files = _hash(root)
-    # DVC makes coefficients and flows for studies that need none, too.
-    expected = artifacts(Job(study, StudyPaths(root.name, root.parent)), also=[path.name for path in root.iterdir()])
+    expected = artifacts(Job(study, StudyPaths(root.name, root.parent)))
     places = {name: job.card(stage).relative_to(root) for name, (stage, job) in expected.items()}
     cards = {name: _read(root, place) for name, place in places.items()}
     made = {name: digest for card in cards.values() if isinstance(card, _Card) for name, digest in card.outputs.items()}

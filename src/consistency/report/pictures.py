@@ -1,7 +1,6 @@
 """The figures of a report, with N and seeds in their captions."""
 
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -16,6 +15,7 @@ from consistency.config.paths import sampler_name
 from consistency.config.study import Study
 from consistency.evaluation.flows import PLANE_BATCH, TOYS
 from consistency.nets.checkpoint import load_denoiser
+from consistency.provenance.graph import shown_fits
 from consistency.provenance.inputs import read_coefficients, read_dataset
 from consistency.report import figures
 from consistency.report.results import Results
@@ -83,20 +83,9 @@ def draw_pictures(job: Job, results: Results, histories: dict[str, list[pd.DataF
     return pictures
 
 
-def carried(job: Job) -> dict[str, dict[int, Path]]:
-    """Return the first seed's snapshots whose coefficients a report shows: student -> step -> file."""
-    students = [job.of(run, job.study.seeds[0]) for run in job.study.carrying]
-    return {
-        str(each.run): {
-            step: each.weights(step=step) for step in (each.student.snapshots if each.student.fit == "average" else [0])
-        }
-        for each in students
-    }
-
-
 def _own_fits_picture(job: Job) -> Picture:
     study, fits = job.study, dict[str, dict[int, np.ndarray]]()
-    for run, paths in carried(job).items():
+    for run, paths in shown_fits(job).items():
         kept = fits.setdefault(run, {})
         for step, path in paths.items():
             fit = load_denoiser(made(path, f"student --run {run} --seed {study.seeds[0]}"))[0].fit.numpy()

@@ -23,16 +23,18 @@ from consistency.runtime.supervision import watch
 LOCKS = Path(".snakemake/locks")
 AT_WORK = Path(".snakemake/at-work.lock")
 PATIENCE = 60.0  # seconds for a run whose caller was killed to notice, save and exit
+#: set for a Snakemake that takes everything as it is, whatever its age and settings
+TAKEN = "CONSISTENCY_TAKEN"
 _POLL = 0.5
 #: set for Snakemake: the process that it ends with; set for `snakemake --unlock`, which is called with the lock held
 _CALLER, _UNLOCKING = "CONSISTENCY_CALLER", "CONSISTENCY_UNLOCKING"
 
 
-def reproduce(study: Study, rules: list[str] | None, targets: list[str], run: str | None) -> NoReturn:
+def reproduce(study: Study, rules: list[str] | None, targets: list[str]) -> NoReturn:
     """Become Snakemake, which makes the targets by those rules alone, or the whole study if none are named.
 
-    It uses $CORES cores (default: all), and is interrupted when its caller is gone. Results of other rules are taken as
-    they are; if `run` is named, so are those of other students. Raises UserError if another run works in this directory
+    It uses $CORES cores (default: all), and is interrupted when its caller is gone. With rules, everything that is
+    there is taken as it is, since the caller (DVC) decides what is made again. Raises UserError if another run works in this directory
     and does not exit within PATIENCE seconds, and if a run on a cluster was killed.
     """
     lock = _alone()
@@ -49,9 +51,9 @@ def reproduce(study: Study, rules: list[str] | None, targets: list[str], run: st
     fcntl.flock(lock, fcntl.LOCK_SH)
     os.set_inheritable(lock, True)
     words = [*snakemake, "--cores", os.environ.get("CORES", "all"), *config]
-    words += [f"student={run}"] if run is not None else []
     words += ["--allowed-rules", *rules] if rules else []
-    os.execve(sys.executable, [*words, "--", *targets], os.environ | {_CALLER: str(os.getppid())})
+    taken = {TAKEN: "1"} if rules else {}
+    os.execve(sys.executable, [*words, "--", *targets], os.environ | taken | {_CALLER: str(os.getppid())})
 
 
 def join_run() -> None:

@@ -2,7 +2,6 @@
 
 import time
 
-import numpy as np
 import torch
 
 from consistency.base.arrays import write_arrays
@@ -11,27 +10,19 @@ from consistency.base.progress import track
 from consistency.base.seeding import generator
 from consistency.config.job import Job
 from consistency.provenance.card import Card
-from consistency.provenance.inputs import data_files, read_dataset, read_teacher, require_classes
-from consistency.theory.estimators import CoefficientFit, fit_coefficients
+from consistency.provenance.inputs import read_dataset, read_teacher, require_classes
+from consistency.theory.estimators import fit_coefficients
 from consistency.theory.generalized_ode import GeneralizedODE
 from consistency.training.fits import fitted_images, fitted_times
 from consistency.training.objective import with_labels
 
 
 def make_coefficients(job: Job, device: torch.device) -> None:
-    """Write coefficients.npz (times, l, l_se, s, s_se, determined) and card.json; the arrays are empty if no student of
-    the study reads them.
+    """Write coefficients.npz (times, l, l_se, s, s_se, determined) and card.json.
 
     Raises UserError if the teacher returns NaN or the fit gives a singular jump.
     """
     card, study, path = Card(job, "coefficients"), job.study, job.paths.fit
-    if not study.needs_coefficients:
-        none = np.empty(0)
-        nothing = CoefficientFit(none, none, none, none, none, none.astype(bool))
-        write_arrays(path, vars(nothing))
-        card.write([], [path])
-        print(f"coefficients {study.name}: no student reads them, so nothing is fitted")
-        return
     data, settings = read_dataset(job), study.coefficients
     images, labels, noise = fitted_images(study, data, device)
     teacher = read_teacher(job, device).to(images.dtype)
@@ -58,4 +49,4 @@ def make_coefficients(job: Job, device: torch.device) -> None:
     # An evaluation with its derivative along one direction counts 2; a residual, 1.
     passes = settings.times * settings.samples * (2 * ((probes or images[0].numel()) + 1) + 1)
     measured = {"network_evaluations": passes, "seconds": round(time.time() - card.started, 3)}
-    card.write([job.paths.teacher_weights, *data_files(job)], [path], measured=measured)
+    card.write(measured=measured)

@@ -16,7 +16,6 @@ from consistency.config.job import Job
 from consistency.config.study import Study
 from consistency.data.sources import Source, open_source
 from consistency.provenance.card import Card
-from consistency.provenance.graph import downloads
 
 _BATCH = 64  # most images that a thread reads at once
 _BATCH_BYTES = 1 << 20
@@ -31,14 +30,13 @@ def make_dataset(job: Job, workers: int = 1) -> None:
     card, study, folder = Card(job, "dataset"), job.study, job.paths.dataset
     with only_one(job.paths.state / study.name / "dataset", "prepares the dataset"):
         source = open_source(study.dataset)
-        images = folder / "images.npy"
+        images = job.paths.images
         for left in folder.glob(f".{images.name}.*.tmp"):  # by a run that was killed
             with suppress(OSError):
                 left.unlink()
         with atomic(images) as temporary:
             values, squares = _write_images(study, source, temporary, workers)
-        outputs = [images, folder / "labels.npy", folder / "dataset.json"]
-        write_array(outputs[1], source.labels)
+        write_array(job.paths.labels, source.labels)
         count = len(source) * study.dataset.channels * study.dataset.resolution**2
         facts = {
             "count": len(source),
@@ -51,8 +49,8 @@ def make_dataset(job: Job, workers: int = 1) -> None:
             # Of all values, in [-1, 1] units.
             "sigma_data": math.sqrt(count * squares - values**2) / count / 127.5,
         }
-        write_json(outputs[2], facts)
-        card.write([], outputs, downloads=downloads(job, "dataset"), source=source.identity)
+        write_json(job.paths.facts, facts)
+        card.write(source=source.identity)
 
 
 def _write_images(study: Study, source: Source, path: Path, workers: int) -> tuple[int, int]:

@@ -10,7 +10,6 @@ from consistency.config.job import Job
 from consistency.evaluation.extractor import HELD_OUT, open_extractor, train_classifier
 from consistency.evaluation.features import Statistics
 from consistency.provenance.card import Card
-from consistency.provenance.graph import downloads
 from consistency.provenance.inputs import read_dataset
 
 
@@ -35,5 +34,4 @@ def make_extractor(job: Job, device: torch.device) -> None:
     progress.close()
     write_array(outputs[0], found.features)
     write_arrays(outputs[1], {"mean": found.mean, "covariance": found.covariance})
-    inputs = [job.paths.dataset / name for name in ("images.npy", "labels.npy")]
-    card.write(inputs, outputs, downloads=downloads(job, "extractor"), measured=measured)
+    card.write(measured=measured)

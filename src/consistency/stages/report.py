@@ -1,18 +1,15 @@
 """Stage report: tables, figures and one self-contained page from all results of the study."""
 
 from dataclasses import asdict
-from pathlib import Path
 
 import pandas as pd
 
 from consistency.base.files import write_bytes, write_json
 from consistency.config.job import Job
-from consistency.config.paths import sampler_name
 from consistency.evaluation.analysis import ema_table
-from consistency.evaluation.flows import FILES
 from consistency.provenance.card import Card
 from consistency.report.page import write_page
-from consistency.report.pictures import carried, draw_pictures
+from consistency.report.pictures import draw_pictures
 from consistency.report.results import read_cards, read_histories, read_results
 from consistency.report.summary import summary_of
 
@@ -47,20 +44,4 @@ def make_report(job: Job) -> None:
         write_bytes(folder / name, text.encode())
     write_json(folder / "summary.json", summary_of(results))
     figures = [f"figures/{picture.name}.{kind}" for picture in pictures for kind in ("png", "svg")]
-    card.write(_inputs(job), [folder / name for name in (*texts, "summary.json", *figures)])
-
-
-def _inputs(job: Job) -> list[Path]:
-    """Return the files that a report is made from."""
-    study, paths, students = job.study, job.paths, job.trainings
-    shown = [f"{sampler_name(nfe)}.npy" for nfe in study.report.grid_nfe]
-    return [
-        *(paths.dataset / name for name in ("images.npy", "dataset.json")),
-        *([paths.fit] if study.needs_coefficients else []),
-        *(paths.flows / name for name in FILES if study.flows),
-        *(path for snapshots in carried(job).values() for path in snapshots.values()),
-        job.samples / "heun.npy",
-        *(job.of(run, study.seeds[0]).samples / name for run in study.students for name in shown),
-        *(each.folder / "history.jsonl" for each in students),
-        *(each.scores for each in (job, *students)),
-    ]
+    card.write([folder / name for name in (*texts, "summary.json", *figures)])

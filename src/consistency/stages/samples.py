@@ -5,7 +5,6 @@ import shutil
 import signal
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,6 +22,7 @@ from consistency.data.prepared import to_bytes
 from consistency.evaluation.parts import Parts
 from consistency.evaluation.samplers import Sampler, draw, heun_sampler, jump_sampler, prepared
 from consistency.nets.denoiser import Denoiser
+from consistency.provenance import graph
 from consistency.provenance.card import Card
 from consistency.provenance.inputs import read_preconditioning, read_student, read_teacher
 from consistency.runtime.distributed import ALONE, Ranks
@@ -39,13 +39,13 @@ def make_samples(job: Job, device: torch.device, ranks: Ranks = ALONE) -> None:
     if job.run is None and not study.taught:
         path = job.samples / "heun.npy"
         write_array(path, np.zeros((0, size, size, study.dataset.channels), np.uint8))
-        card.write([job.paths.teacher_weights], [path])
+        card.write()
         return
     label = "samples " + ("teacher" if job.run is None else job.label)
     names = ["heun"] if job.run is None else [sampler.name for sampler in student_samplers(job)]
     state = job.sampling_state
     with only_one(state, "is working") if ranks.first else contextlib.nullcontext(), stop_requests() as requests:
-        digests = {path: sha256(made(path, verb)) for path, verb in _inputs(job).items()}
+        digests = {path: sha256(made(path, verb)) for path, verb in graph.inputs_made_by("samples", job).items()}
         made_from = {"key": job.key("samples")} | {path.name: digests[path] for path in digests}
         parts = Parts(state, made_from, (study.sampling.count, size, size, study.dataset.channels), ranks, label)
         done = sum(parts.done(name) for name in names)
@@ -58,19 +58,9 @@ def make_samples(job: Job, device: torch.device, ranks: Ranks = ALONE) -> None:
             outputs = [job.samples / f"{name}.npy" for name in names]
             for name, output in zip(names, outputs, strict=True):
                 link_file(parts.path(name), output)
-            card.write(digests, outputs, known=digests)
+            card.write(known=digests)
     if ranks.first:
         shutil.rmtree(state)
-
-
-def _inputs(job: Job) -> dict[Path, str]:
-    """Return the files that the images depend on, and the verbs that make them."""
-    if job.run is None:
-        return {job.paths.teacher_weights: "teacher"}
-    verbs = {job.weights(rate): f"student{job.options}" for rate in job.student.rates}
-    if job.student.needs_coefficients:
-        verbs[job.paths.fit] = "coefficients"
-    return verbs
 
 
 def _samplers(job: Job, device: torch.device) -> Iterator[tuple[str, Denoiser, Sampler]]:

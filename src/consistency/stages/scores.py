@@ -5,20 +5,11 @@ import torch
 
 from consistency.base.arrays import read_array, write_array
 from consistency.base.errors import UserError
-from consistency.base.files import write_json
+from consistency.base.files import write_bytes, write_json
 from consistency.config.job import Job
 from consistency.config.samplers import student_samplers
 from consistency.evaluation.samplers import prepared
-from consistency.evaluation.scores import (
-    CALIBRATION_COLUMNS,
-    COLUMNS,
-    Row,
-    Scorer,
-    StudentScorer,
-    endpoint_file,
-    teacher_endpoints,
-)
-from consistency.provenance.card import read_card
+from consistency.evaluation.scores import CALIBRATION_COLUMNS, COLUMNS, Row, Scorer, StudentScorer, teacher_endpoints
 from consistency.provenance.inputs import read_ode, read_student, read_teacher
 
 
@@ -28,7 +19,6 @@ def make_calibration(job: Job, device: torch.device) -> None:
 
     Raises UserError, and leaves no calibration.csv, if the teacher's FID is not the published one.
     """
-    read_card(job, "samples")
     study, samples = job.study, job.samples / "heun.npy"
     images = read_array(samples, "samples")
     scorer = Scorer(job, device, f"calibration {study.name}", len(images))
@@ -41,35 +31,29 @@ def make_calibration(job: Job, device: torch.device) -> None:
         rows.append(row | scorer.against_data([images], len(images)))
         _require_published(job, rows[-1])
         ends = teacher_endpoints(study, teacher)
-    write_array(endpoint_file(job), ends)
-    inputs = [job.paths.teacher_weights, samples]
-    scorer.write(rows, CALIBRATION_COLUMNS, inputs, [endpoint_file(job)])
+    write_array(job.paths.endpoints, ends)
+    write_bytes(job.paths.passed, b"The teacher passed its calibration.\n")
+    scorer.write(rows, CALIBRATION_COLUMNS)
     job.paths.measured_calibration.unlink(missing_ok=True)
 
 
 def make_scores(job: Job, device: torch.device) -> None:
     """Write the score table of one student at each of its EMA rates, and its card: the final samples and, from the
     snapshots, the learning curve."""
-    read_card(job, "student")
-    read_card(job, "samples")
     study, settings, scores, samplers = job.study, job.student, job.study.scores, student_samplers(job)
     curve_images = len(settings.rates) * len(settings.snapshots) * len(scores.curve_nfe) * scores.curve_count
     scorer = Scorer(job, device, f"scores {job.label}", len(samplers) * study.sampling.count + curve_images)
-    endpoints, ode = read_array(endpoint_file(job), "calibration"), read_ode(job, device)
-    rows, inputs = [], [endpoint_file(job)]
+    endpoints, ode = read_array(job.paths.endpoints, "calibration"), read_ode(job, device)
+    rows = []
     for rate in settings.rates:
         student = prepared(study, read_student(job, device, rate))
         scored = StudentScorer(scorer, rate, endpoints, ode)
         own = [sampler for sampler in samplers if sampler.rate == rate]
         rows += [scored.final_row(student, sampler) for sampler in own]
-        inputs += [job.weights(rate), *(job.samples / f"{sampler.name}.npy" for sampler in own)]
         for step in settings.snapshots:
             model = prepared(study, read_student(job, device, rate, step))
             rows += [scored.curve_row(model, step, nfe) for nfe in scores.curve_nfe]
-            inputs.append(job.weights(rate, step))
-    if settings.needs_coefficients:
-        inputs.append(job.paths.fit)
-    scorer.write(rows, COLUMNS, inputs)
+    scorer.write(rows, COLUMNS)
 
 
 def _require_published(job: Job, row: Row) -> None:

@@ -1,17 +1,13 @@
 """Stage student: distil the teacher, or train without one. Students differ only in the keys that the study declares."""
 
 import shutil
-from pathlib import Path
 
 from consistency.config.job import Job
 from consistency.nets.checkpoint import save_denoiser
+from consistency.provenance import graph
 from consistency.provenance.card import Card, digest_of
 from consistency.provenance.environment import git_state
-from consistency.provenance.graph import downloads
-from consistency.provenance.inputs import (
-    data_files,
-    read_dataset,
-)
+from consistency.provenance.inputs import read_dataset
 from consistency.runtime.machine import Machine
 from consistency.tracking.live import followed
 from consistency.training.folder import publish_training, read_identity
@@ -39,26 +35,12 @@ def make_student(job: Job, machine: Machine) -> None:
 def _publish(card: Card, training: Training, measured: dict[str, float]) -> None:
     """Write the outputs of a finished training, and its card."""
     job = card.job
-    digests = {path: digest_of(path, job.paths) for path in _inputs(job)}
+    digests = {path: digest_of(path, job.paths) for path in graph.inputs("student", job)}
     metadata = {"study": job.study.name, "stage": "student", "run": job.run, "seed": job.seed, "key": training.key}
     parents = {path.name: digest for path, digest in digests.items()}
     made = {"step": training.steps, "git": git_state(), "parents": parents}
     checkpoints = [job.weights(rate) for rate in job.student.rates]
     for path, average in zip(checkpoints, training.averages, strict=True):
         save_denoiser(path, average.model, {**metadata, **made, "ema": average.constant})
-    card.write(
-        digests,
-        [*checkpoints, *publish_training(training.folder, job.folder)],
-        measured=measured,
-        known=digests,
-        downloads=downloads(job, "student"),
-        training=read_identity(training.folder),
-    )
-
-
-def _inputs(job: Job) -> list[Path]:
-    """Return the files that a student is made from."""
-    inputs = [job.paths.teacher_weights, *data_files(job)]
-    if job.student.needs_coefficients:
-        inputs.append(job.paths.fit)
-    return [*inputs, job.predictor] if job.predictor else inputs
+    publish_training(training.folder, job.folder)
+    card.write(measured=measured, known=digests, training=read_identity(training.folder))

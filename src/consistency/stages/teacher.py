@@ -1,7 +1,6 @@
 """Stage teacher: the EDM denoiser that will be distilled, trained here or converted from an official checkpoint."""
 
 import shutil
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -17,6 +16,7 @@ from consistency.nets.denoiser import Denoiser, init_denoiser
 from consistency.nets.edm_pickle import read_edm_pickle
 from consistency.provenance.card import Card, digest_of
 from consistency.provenance.environment import git_state
+from consistency.provenance.graph import downloads
 from consistency.provenance.inputs import read_dataset
 from consistency.runtime.machine import Machine
 from consistency.tracking.live import followed
@@ -42,7 +42,7 @@ def make_teacher(job: Job, machine: Machine) -> None:
     elif not machine.ranks.first:
         return
     elif isinstance(settings, OfficialTeacher):
-        _write(card, _converted(job.study, settings), downloads=[settings.checkpoint])
+        _write(card, _converted(job.study, settings))
     else:
         # A placeholder: the students' network with all weights zero.
         network = init_denoiser(architecture(job.study, settings, read_dataset(job)), 0)
@@ -85,14 +85,12 @@ def _write(
     teacher: Denoiser,
     training: Training | None = None,
     measured: dict[str, float] | None = None,
-    downloads: Sequence[str] = (),
 ) -> None:
-    """Write the teacher, its history (empty if it was not trained here) and their card. downloads: what it is made
-    from; if empty, from the data."""
+    """Write the teacher, its history (empty if it was not trained here) and their card."""
     study, paths = card.job.study, card.job.paths
     path, history = paths.teacher_weights, paths.teacher / "history.jsonl"
-    inputs = [] if downloads else [paths.dataset / name for name in ("images.npy", "labels.npy", "dataset.json")]
-    parents = {name: known_sha256(name) for name in downloads} or {"images.npy": digest_of(inputs[0], paths)}
+    parents = {name: known_sha256(name) for name in downloads(card.job, "teacher")}
+    parents = parents or {"images.npy": digest_of(paths.images, paths)}
     metadata = {"study": study.name, "stage": "teacher", "key": card.job.key("teacher"), "git": git_state()}
     save_denoiser(path, teacher, metadata | {"parents": parents} | ({"step": training.steps} if training else {}))
     if training:
@@ -100,9 +98,6 @@ def _write(
     else:
         write_bytes(history, b"")
     card.write(
-        inputs,
-        [path, history],
-        downloads=downloads,
         measured=(measured or {}) | {"parameters": sum(p.numel() for p in teacher.parameters())},
         training=read_identity(training.folder) if training else None,
     )

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -58,13 +57,12 @@ def _part(labels: Tensor | None, rows: slice) -> Tensor | None:
 class Discrepancy:
     """The coupling of a student, as at the end of its training, and the denoiser of that coupling.
 
-    training: the denoiser's; seed: of the generated images; inputs: the files that it depends on.
+    training: the denoiser's; seed: of the generated images.
     """
 
     training: Training
     objective: CoupledDenoising
     seed: int
-    inputs: list[Path]
 
     def at(self, pairs: ImagePairs, t: float) -> np.ndarray:
         """Return ||z - v_t(x_t)||^2 of each pair, [K], a sum over pixels."""
@@ -110,4 +108,4 @@ def discrepancy_of(job: Job, settings: Flows, data: ImageData, machine: Machine)
         log_every=100,
         folder=job.paths.training_state(f"flows/{job.run}", settings.seed),
     )
-    return Discrepancy(training, objective, study.seeds[0], [job.weights(), *filter(None, [job.predictor])])
+    return Discrepancy(training, objective, study.seeds[0])

@@ -67,8 +67,9 @@ def student_training(job: Job, data: ImageData, machine: Machine) -> Training:
 
 def frozen_predictor(job: Job, device: torch.device) -> Denoiser | None:
     """Return the student that makes gc's endpoints instead of the average, None without one."""
-    frozen = job.student.frozen
-    return read_student(job.of(frozen.run, job.seed), device, step=frozen.step) if frozen else None
+    if job.predictor is None or job.student.frozen is None:
+        return None
+    return read_student(job.predictor, device, step=job.student.frozen.step)
 
 
 def _begun(job: Job, teacher: Denoiser, data: ImageData) -> Denoiser:
