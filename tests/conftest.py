@@ -14,7 +14,7 @@ import torch
 import yaml
 from tests.draws import SEED
 
-from consistency.base.files import sha256
+from consistency.base.files import sha256, write_bytes
 from consistency.config.job import Job
 from consistency.config.paths import StudyPaths
 from consistency.config.reading import build_study
@@ -188,12 +188,13 @@ def first_results(tmp_path_factory: pytest.TempPathFactory, tiny: Callable[..., 
     make_dataset(Job(study, layout))
     teacher = init_denoiser(architecture(study, study.teacher, load_images(layout.dataset)), 0)
     save_denoiser(layout.teacher_weights, teacher, {"key": Job(study, layout).key("teacher"), "study": "tiny"})
+    write_bytes(layout.teacher / "history.jsonl", b"")
+    Card(Job(study, layout), "teacher").write()
     times = log_grid(16, study.noise.sigma_min, study.noise.sigma_max).numpy()
     layout.coefficients.mkdir()
     l = 1 / (1 + 1 / times)
     np.savez(layout.fit, times=times, l=l, s=4 * l - 2)
-    outputs = [layout.fit]
-    Card(Job(study, layout), "coefficients").write([], outputs)
+    Card(Job(study, layout), "coefficients").write()
     return layout
 
 

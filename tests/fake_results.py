@@ -27,7 +27,7 @@ from consistency.config.student import Student
 from consistency.config.study import Study
 from consistency.evaluation.scores import CALIBRATION_COLUMNS, COLUMNS
 from consistency.provenance.card import Card
-from consistency.provenance.graph import FLOW_FILES
+from consistency.provenance.graph import FLOW_FILES, outputs
 from consistency.theory.noise import log_grid
 from consistency.theory.oracles import GaussianTeacher
 
@@ -97,15 +97,17 @@ def make_results(job: Job) -> None:
     study, paths = job.study, job.paths
     _dataset(job)
     write_array(paths.extractor / "features.npy", np.zeros((4, 8), np.float32))
-    _card(job, "extractor", [paths.images], held_out_accuracy=0.97)
+    for path in outputs("extractor", job)[1:]:
+        write_bytes(path, b"")
+    _card(job, "extractor", held_out_accuracy=0.97)
     _teacher(job)
     if study.needs_coefficients:
         _coefficients(job)
     _samples(job)
+    _calibration(job)
     # Those that others are made from come first.
     for student in sorted(job.trainings, key=lambda each: each.student.frozen is not None):
         make_student(student)
-    _calibration(job)
     if study.flows:
         _flows(job)
 
@@ -119,10 +121,7 @@ def make_student(job: Job, level: float = 1.0) -> None:
         for step in settings.snapshots:
             _weights(job.weights(rate, step), key, step)
         _weights(job.weights(rate), key, settings.steps)
-    inputs = [job.paths.images, job.paths.teacher_weights]
-    inputs += [job.paths.fit] if settings.needs_coefficients else []
-    inputs += [job.predictor] if job.predictor else []
-    _card(job, "student", inputs, **measured)
+    _card(job, "student", **measured)
     _samples(job)
     _scores(job, level)
 
@@ -141,7 +140,7 @@ def make_report(job: Job) -> None:
     write_bytes(folder / "figures" / "curves.svg", b'<svg xmlns="http://www.w3.org/2000/svg"/>\n')
     write_bytes(folder / "final.csv", b"run,nfe,fd\n")
     write_json(folder / "summary.json", {"study": job.study.name})
-    _card(job, "report", [each.scores for each in (job, *job.trainings)])
+    _card(job, "report")
 
 
 def _dataset(job: Job) -> None:
@@ -159,12 +158,12 @@ def _dataset(job: Job) -> None:
         "source": study.dataset.kind,
     }
     write_json(folder / "dataset.json", facts)
-    _card(job, "dataset", [])
+    _card(job, "dataset")
 
 
 def _teacher(job: Job) -> None:
     settings, folder = job.study.teacher, job.paths.teacher
-    steps, inputs = 0, [job.paths.images, job.paths.labels]
+    steps = 0
     measured = {"parameters": 123_456.0}
     if isinstance(settings, Teacher):
         steps = settings.steps
@@ -172,9 +171,9 @@ def _teacher(job: Job) -> None:
     else:
         write_bytes(folder / "history.jsonl", b"")
     if isinstance(settings, OfficialTeacher):
-        inputs, measured = [], {"parameters": 55_733_891}
+        measured = {"parameters": 55_733_891}
     _weights(folder / "teacher.safetensors", job.key("teacher"), steps)
-    _card(job, "teacher", inputs, **measured)
+    _card(job, "teacher", **measured)
 
 
 def _coefficients(job: Job) -> None:
@@ -185,18 +184,15 @@ def _coefficients(job: Job) -> None:
     error = 0.02 / (1 + times)
     arrays = {"times": times, "l": l, "l_se": error / 4, "s": s, "s_se": error, "determined": times > 0}
     write_arrays(path, {name: array.numpy() for name, array in arrays.items()})
-    inputs = [job.paths.teacher_weights, job.paths.images]
-    _card(job, "coefficients", inputs, seconds=3.5)
+    _card(job, "coefficients", seconds=3.5)
 
 
 def _samples(job: Job) -> None:
-    names, made_from = ["heun"], job.paths.teacher_weights
-    if job.run is not None:
-        names, made_from = [sampler.name for sampler in student_samplers(job)], job.weights()
+    names = ["heun"] if job.run is None else [sampler.name for sampler in student_samplers(job)]
     count = job.study.sampling.count if job.run is not None or job.study.taught else 0
     for name in names:
         write_array(job.samples / f"{name}.npy", _images(job.study, count, f"{job.run} {job.seed} {name}"))
-    _card(job, "samples", [made_from])
+    _card(job, "samples")
 
 
 def _scores(job: Job, level: float) -> None:
@@ -205,7 +201,7 @@ def _scores(job: Job, level: float) -> None:
     for k, rate in enumerate((job.student.ema_rate, *job.student.evaluation_ema)):
         rows += _rate_rows(job, rate, level * 0.9**k, main=k == 0)
     write_table(job.scores, rows, COLUMNS)
-    _card(job, "scores", [job.weights(), *sorted(job.samples.glob("*.npy"))])
+    _card(job, "scores")
 
 
 def _rate_rows(job: Job, rate: float, level: float, main: bool) -> list[dict[str, Any]]:
@@ -231,8 +227,7 @@ def _flows(job: Job) -> None:
     """Files of its names; the figures' tests have real ones."""
     for name in FLOW_FILES:
         write_bytes(job.paths.flows / name, f"{name}\n".encode())
-    students = [each.weights() for each in job.trainings if each.run in job.study.coupled]
-    _card(job, "flows", [job.paths.images, *students])
+    _card(job, "flows")
 
 
 def _calibration(job: Job) -> None:
@@ -245,7 +240,9 @@ def _calibration(job: Job) -> None:
         against = {"published": held.published_fid, "tolerance": held.tolerance} if held.published_fid else {}
         rows.append(common | teacher | against)
     write_table(job.scores, rows, CALIBRATION_COLUMNS)
-    _card(job, "scores", [job.samples / "heun.npy"])
+    write_bytes(job.paths.passed, b"")
+    write_array(job.paths.endpoints, np.zeros((0, 1), np.float32))
+    _card(job, "scores")
 
 
 def read_scores(path: Path) -> list[dict[str, Any]]:
@@ -299,12 +296,12 @@ def _weights(path: Path, key: str, step: int) -> None:
         save_file({"weight": torch.full((2,), float(step))}, temporary, {"key": key, "step": str(step)})
 
 
-def _card(job: Job, stage: str, inputs: list[Path], **measured: float) -> None:
-    """The card of what lies in a stage's folder; of the table alone for scores."""
+def _card(job: Job, stage: str, **measured: float) -> None:
+    """The card of what lies in a stage's folder; for scores what the graph says."""
     folder = job.card(stage).parent
     files = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != "card.json"]
     if measured:
         measured["network_evaluations"] = 12.0 * measured.get("images", 100)
     card = Card(job, stage)
     card.started -= 2
-    card.write(inputs, [job.scores] if stage == "scores" else files, measured=measured)
+    card.write(None if stage == "scores" else files, measured=measured)

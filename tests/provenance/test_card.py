@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.conftest import changed
 from tests.fake_results import make_study
 
 from consistency.base.errors import UserError
@@ -16,7 +17,8 @@ from consistency.config.paths import StudyPaths
 from consistency.config.reading import build_study
 from consistency.config.study import Study
 from consistency.data.resources import registry
-from consistency.provenance.card import Card, read_card
+from consistency.provenance.card import Card, other_settings, read_card
+from consistency.provenance.graph import outputs
 
 
 @pytest.fixture
@@ -34,15 +36,17 @@ Write = Callable[..., dict[str, Any]]
 
 @pytest.fixture
 def write(study: Study, layout: StudyPaths) -> Write:
-    """Write the card of a student whose checkpoint and parent are a few bytes; returns it."""
+    """Write the card of a student whose checkpoint and parents are a few bytes; returns it."""
 
-    def written(**options: Any) -> dict[str, Any]:
-        job = Job(study, layout, "ctm", 1)
+    def written(run: str = "ctm", **options: Any) -> dict[str, Any]:
+        job = Job(study, layout, run, 1)
+        for stage in ("dataset", "teacher", "coefficients"):
+            for path in outputs(stage, job):
+                write_bytes(path, b'{"sha256": "of the images"}' if path == layout.facts else path.name.encode())
+            Card(job.of(), stage).write()
         made = job.weights(step=20)
         write_bytes(made, b"weights")
-        write_bytes(layout.teacher_weights, b"teacher")
-        inputs = [layout.teacher_weights]
-        Card(job, "student").write(**{"inputs": inputs, "outputs": [made], **options})
+        Card(job, "student").write([made], **options)
         card: dict[str, Any] = json.loads(job.card("student").read_text())
         return card
 
@@ -63,25 +67,53 @@ def test_a_card_says_what_made_it_from_what_and_where(write: Write, study: Study
 
 def test_files_have_their_names_on_any_machine(write: Write, layout: StudyPaths) -> None:
     card = write()
-    assert card["inputs"] == {"teacher/teacher.safetensors": sha256(layout.teacher_weights)}
+    weights = {"teacher/teacher.safetensors": sha256(layout.teacher_weights)}
+    assert card["inputs"] == weights | {"dataset/images.npy": "of the images"}
     assert card["outputs"].keys() == {"snapshots/step-000020.safetensors"}
     assert str(layout.results) not in json.dumps({key: card[key] for key in ("inputs", "outputs", "resolved")})
 
 
-def test_a_download_has_its_name_and_the_digest_it_was_checked_against(write: Write) -> None:
+def test_only_a_student_that_reads_the_coefficients_names_them(write: Write, layout: StudyPaths) -> None:
+    assert "coefficients/coefficients.npz" not in write()["inputs"]
+    assert write("analytic")["inputs"]["coefficients/coefficients.npz"] == sha256(layout.fit)
+
+
+def test_a_download_has_its_name_and_the_digest_it_was_checked_against(tmp_path: Path) -> None:
     name = "edm-cifar10-32x32-uncond-vp.pkl"
-    card = write(inputs=[], downloads=[name])
-    assert card["inputs"] == {f"resources/{name}": registry()[name].sha256}
+    official = {"teacher": {"kind": "edm", "checkpoint": name}, "noise.sigma_data": 0.5}
+    job = Job(build_study(changed(official)), StudyPaths("tiny", tmp_path / "results"))
+    Card(job, "teacher").write([])
+    assert read_card(job, "teacher")["inputs"] == {f"resources/{name}": registry()[name].sha256}
 
 
 def test_a_known_digest_is_not_taken_again(write: Write, layout: StudyPaths) -> None:
-    images = layout.images  # it is not even there
-    assert write(inputs=[images], known={images: "b" * 64})["inputs"] == {"dataset/images.npy": "b" * 64}
+    known = {layout.teacher_weights: "b" * 64}
+    assert write(known=known)["inputs"]["teacher/teacher.safetensors"] == "b" * 64
+
+
+@pytest.mark.parametrize("parent", ["teacher", "coefficients"])
+def test_nothing_begins_on_what_was_made_with_other_settings(
+    write: Write, study: Study, layout: StudyPaths, parent: str
+) -> None:
+    write()
+    section = getattr(study, parent)
+    update = {"learning_rate": 0.5} if parent == "teacher" else {"probes": 2}
+    other = study.model_copy(update={parent: section.model_copy(update=update)})
+    key = f"{parent}.{next(iter(update))}: there"
+    with pytest.raises(
+        UserError, match=rf"results/small/{parent} was made by study 'small' with other settings \({key}"
+    ):
+        Card(Job(other, layout, "analytic", 1), "student")
+
+
+def test_what_only_another_name_changes_is_said_to_be_that(study: Study, layout: StudyPaths) -> None:
+    card = {"key": "another", "study": "tiny", "settings": Job(study, layout).settings("report") | {"name": "tiny"}}
+    assert other_settings(card, Job(study, layout), "report") == "made for the study 'tiny', not 'small'"
 
 
 def test_another_studys_card_is_refused_with_the_first_difference(
     study: Study, layout: StudyPaths, tiny: Callable[..., Study]
 ) -> None:
-    Card(Job(study, layout), "dataset").write([], [])
+    Card(Job(study, layout), "dataset").write([])
     with pytest.raises(UserError, match=r"\(dataset\.limit: there None, here 20\): run `dataset` again"):
         read_card(Job(tiny(), layout), "dataset")

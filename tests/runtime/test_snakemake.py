@@ -36,19 +36,17 @@ def started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
 
 
 @pytest.mark.parametrize(
-    ("rules", "targets", "run", "said"),
+    ("rules", "targets", "said"),
     [
-        (None, [], None, "studies=tiny --"),
-        (["student", "resource"], ["a", "b"], None, "studies=tiny --allowed-rules student resource -- a b"),
-        (["student"], ["a"], "ctm", "studies=tiny student=ctm --allowed-rules student -- a"),
+        (None, [], "studies=tiny --"),
+        (["student", "resource"], ["a", "b"], "studies=tiny --allowed-rules student resource -- a b"),
     ],
 )
 def test_what_snakemake_is_told(
-    tiny: Tiny, started: list[list[str]], rules: list[str] | None, targets: list[str], run: str | None, said: str
+    tiny: Tiny, started: list[list[str]], rules: list[str] | None, targets: list[str], said: str
 ) -> None:
-    Path("dvc.yaml").write_text("vars: [frozen: []]")
     with pytest.raises(SystemExit):
-        reproduce(tiny(), rules, targets, run)
+        reproduce(tiny(), rules, targets)
     (words,) = started
     assert " ".join(words[1:]) == f"-m snakemake --cores 3 --config {said}"
 
@@ -62,7 +60,7 @@ def leave_a_lock() -> None:
 def test_a_killed_run_is_unlocked(tiny: Tiny, started: list[list[str]]) -> None:
     leave_a_lock()
     with pytest.raises(SystemExit):
-        reproduce(tiny(), None, [], None)
+        reproduce(tiny(), None, [])
     assert "--unlock" in started[0] and "--unlock" not in started[1]
 
 
@@ -70,7 +68,7 @@ def test_a_cluster_is_unlocked_by_hand(tiny: Tiny, started: list[list[str]], mon
     leave_a_lock()
     monkeypatch.setenv("SNAKEMAKE_PROFILE", "slurm")
     with pytest.raises(UserError, match="when `squeue --me` has none of this directory, run `snakemake --unlock`"):
-        reproduce(tiny(), None, [], None)
+        reproduce(tiny(), None, [])
     assert started == []
 
 
@@ -83,14 +81,14 @@ def test_another_run_is_not_disturbed(
     try:
         wait_until(Path("joined").exists, "the other run")
         with pytest.raises(UserError, match="another run is at work in this directory: wait until it ends, or stop it"):
-            reproduce(tiny(), None, [], None)
+            reproduce(tiny(), None, [])
         assert started == []
         assert len(capsys.readouterr().out.splitlines()) == 1
     finally:
         other.kill()
         other.wait()
     with pytest.raises(SystemExit):
-        reproduce(tiny(), None, [], None)
+        reproduce(tiny(), None, [])
     assert "--unlock" in started[0]
 
 
@@ -108,7 +106,7 @@ def test_a_disk_without_locks_is_one_line(
     monkeypatch.setattr("fcntl.flock", refuse)
     join_run()
     with pytest.raises(UserError, match=f"cannot lock {AT_WORK}: Function not implemented; work on a disk that has"):
-        reproduce(tiny(), None, [], None)
+        reproduce(tiny(), None, [])
 
 
 OTHER = """

@@ -10,6 +10,7 @@ from consistency.config.job import Job
 from consistency.config.paths import StudyPaths
 from consistency.nets.checkpoint import load_denoiser, save_denoiser
 from consistency.nets.denoiser import student_from_teacher
+from consistency.provenance.card import Card
 
 #: students with coefficients of their own: of the data's moments, and of their average, refitted before steps 2 and 4
 OWN = {
@@ -36,3 +37,4 @@ def save_students(job: Job, steps: tuple[int | None, ...] = (None,)) -> None:
             for weight in student.parameters():
                 weight += 0.05 * torch.randn(weight.shape, generator=generator)
         save_denoiser(path, student, {"key": job.key("student"), "study": "tiny"})
+    Card(job, "student").write([job.weights()] if job.weights().exists() else [])

@@ -23,7 +23,6 @@ from consistency.evaluation.features import Extractor, Statistics, frechet_dista
 from consistency.evaluation.samplers import draw, jump_sampler
 from consistency.evaluation.scores import CALIBRATION_COLUMNS, COLUMNS
 from consistency.nets.checkpoint import load_denoiser
-from consistency.provenance.card import Card
 from consistency.provenance.inputs import read_preconditioning
 from consistency.stages.extractor import make_extractor
 from consistency.stages.samples import make_samples
@@ -46,7 +45,6 @@ def make_student(study: Study, layout: StudyPaths, run: str = "analytic") -> Non
     """A student at every rate and step, with its samples."""
     job = Job(study, layout, run, 0)
     save_students(job, (0, 3, 6, None))
-    Card(job, "student").write([], [])
     make_samples(job, CPU)
 
 

@@ -21,7 +21,6 @@ from consistency.config.study import Study
 from consistency.data.prepared import load_images
 from consistency.evaluation.estimate import estimate, training_operations
 from consistency.nets.checkpoint import load_denoiser
-from consistency.provenance.card import read_card
 from consistency.provenance.verification import verify
 from consistency.runtime.machine import Machine
 from consistency.stages.coefficients import make_coefficients
@@ -250,26 +249,9 @@ def test_the_losses_near_their_limits(layout: StudyPaths) -> None:
     assert (np.diff(ratio) > 0).all() and 0.98 < ratio.iloc[-1] < 1
 
 
-def test_a_study_that_asks_for_no_flows_gets_tables_without_rows(tiny: Tiny, tmp_path: Path) -> None:
-    """DVC has one pipeline for all studies."""
-    layout = StudyPaths("tiny", tmp_path / "results", tmp_path / "state")
-    make_flows(Job(tiny(), layout), Machine(CPU))
-    assert len(transport(layout)) == len(pd.read_csv(layout.flows / "limit.csv")) == 0
-    assert read_card(Job(tiny(), layout), "flows")["inputs"] == {}
-
-
-@pytest.mark.parametrize("taught", [True, False])
-def test_coefficients_that_no_student_reads_are_arrays_without_rows(
-    tiny: Tiny, couplings: dict[str, Any], untaught: dict[str, Any], tmp_path: Path, taught: bool
-) -> None:
-    """DVC has one pipeline for all studies, and nothing is fitted in vain."""
-    study, layout = tiny(couplings if taught else untaught), StudyPaths("tiny", tmp_path / "results")
-    make_coefficients(Job(study, layout), CPU)
-    with np.load(layout.fit) as arrays:
-        assert set(arrays) == {"times", "l", "l_se", "s", "s_se", "determined"}
-        assert not any(map(len, arrays.values()))
-    assert read_card(Job(study, layout), "coefficients")["inputs"] == {}
-    assert [finding.faults for finding in verify(layout.root, study) if finding.artifact == "coefficients"] == [[]]
-    # A student that reads them finds that they are not its own.
-    with pytest.raises(UserError, match="with other settings"):
-        read_card(Job(tiny(), layout), "coefficients")
+def test_what_the_study_does_not_ask_for_is_not_made(tiny: Tiny, couplings: dict[str, Any], tmp_path: Path) -> None:
+    job = Job(tiny(couplings), StudyPaths("tiny", tmp_path / "results", tmp_path / "state"))
+    with pytest.raises(UserError, match="study tiny has no section flows"):
+        make_flows(job, Machine(CPU))
+    with pytest.raises(UserError, match="no student of tiny reads coefficients"):
+        make_coefficients(job, CPU)

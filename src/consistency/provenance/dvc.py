@@ -1,7 +1,7 @@
 """The pipeline of DVC: dvc.yaml, written from the graph, and the small files by which DVC sees what a job depends on.
 
 A study file holds more than one job depends on (a title, a batch that affects only memory, the other students), and so
-does a source folder. The stages of dvc.yaml therefore depend on a small file for each job, which one cheap stage writes.
+does a source folder. The stages of dvc.yaml therefore depend on a small file for each job, which a cheap stage writes.
 """
 
 import shutil
@@ -26,7 +26,7 @@ _FETCHING = ("dataset", "teacher", "extractor", "student")
 
 def write_plan(job: Job, unused: int = 0) -> None:
     """Write results/<study>/plan/: one JSON file per job with the key of its settings, the digest of its code and the
-    sha256 of its downloads; and that many empty files, which stand in dvc.yaml where a job has fewer inputs than another.
+    sha256 of its downloads; and that many empty files, which dvc.yaml names where a job has fewer inputs than another.
 
     Raises UserError if dvc.yaml was not written for the study as it is.
     """

@@ -21,7 +21,7 @@ from consistency.provenance.graph import artifacts
 #: the digests of an archive's files, in the folder that holds its results/
 SUMS = "SHA256SUMS"
 # Receipts of uploads, and files for DVC to compare: they are not results, and no card names them.
-_RECEIPTS = ("track", "plan", "inputs")
+_RECEIPTS = ("track", "plan")
 
 
 class Finding(NamedTuple):

@@ -34,8 +34,8 @@ def reproduce(study: Study, rules: list[str] | None, targets: list[str]) -> NoRe
     """Become Snakemake, which makes the targets by those rules alone, or the whole study if none are named.
 
     It uses $CORES cores (default: all), and is interrupted when its caller is gone. With rules, everything that is
-    there is taken as it is, since the caller (DVC) decides what is made again. Raises UserError if another run works in this directory
-    and does not exit within PATIENCE seconds, and if a run on a cluster was killed.
+    there is taken as it is, since the caller (DVC) decides what is made again. Raises UserError if another run works in
+    this directory and does not exit within PATIENCE seconds, and if a run on a cluster was killed.
     """
     lock = _alone()
     snakemake, config = [sys.executable, "-m", "snakemake"], ["--config", f"studies={study.name}"]

@@ -22,7 +22,12 @@ def make_coefficients(job: Job, device: torch.device) -> None:
 
     Raises UserError if the teacher returns NaN or the fit gives a singular jump.
     """
-    card, study, path = Card(job, "coefficients"), job.study, job.paths.fit
+    study = job.study
+    if not study.needs_coefficients:
+        raise UserError(
+            f"no student of {study.name} reads coefficients: use preconditioning analytic with fit: teacher"
+        )
+    card, path = Card(job, "coefficients"), job.paths.fit
     data, settings = read_dataset(job), study.coefficients
     images, labels, noise = fitted_images(study, data, device)
     teacher = read_teacher(job, device).to(images.dtype)

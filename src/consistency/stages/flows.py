@@ -29,7 +29,8 @@ def make_flows(job: Job, machine: Machine) -> None:
     as at the end of its student's training, and of independent noise by the teacher. toy.npz: `train_toy` for each of
     TOYS. plane.csv: R_t and E ||x - z||^2 of each coupling on the toy's data, with the exact endpoint as gc's
     generator. limit.csv: L_CT and L_CD of the mixture on grids, and the limits of N^2 L. Raises UserError if a student
-    is missing or has other settings, or the study has no section flows, Interrupted when asked to stop while a denoiser is trained.
+    is missing or has other settings, or the study has no section flows; Interrupted when asked to stop while a
+    denoiser is trained.
     """
     settings, study = job.study.flows, job.study
     if settings is None:
