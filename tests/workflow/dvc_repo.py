@@ -28,12 +28,12 @@ SMALLER: dict[str, Any] = {
     "varies": ["preconditioning", "learning_rate"],
 }
 #: the stages that start Snakemake, as the small study has them
-ONCE = ["dataset", "teacher", "coefficients", "extractor", "teacher-samples", "calibration", "flows", "report"]
+ONCE = ["dataset", "teacher", "coefficients", "extractor", "teacher-samples", "calibration", "report"]
 JOBS = {f"{stage}@tiny" for stage in ONCE} | {
     f"{stage}@tiny-{run}-0" for stage in ("student", "samples", "scores") for run in ("ctm", "analytic")
 }
-#: those that do not, by what their names begin with
-BESIDE = ("plan@", "inputs@", "predictor@", "flow-inputs@")
+#: the stage that does not
+PLAN = "plan@tiny"
 
 
 @dataclass(frozen=True)
@@ -82,11 +82,11 @@ class Repo:
         return self.run("git", *words, code=code)
 
     def repro(self, *words: str) -> set[str]:
-        """`dvc repro`. Returns the stages that ran; that Snakemake started for each but the cheap ones, and for no
+        """`dvc repro`. Returns the stages that ran; that Snakemake started for each but the plan, and for no
         other, is checked by its own logs."""
         before = self.snakemakes()
         ran = set(re.findall(r"Running stage '(\S+)':", self.dvc("repro", *words)))
-        assert self.snakemakes() - before == len([stage for stage in ran if not stage.startswith(BESIDE)])
+        assert self.snakemakes() - before == len([stage for stage in ran if not stage.startswith("plan@")])
         return ran
 
     def snakemakes(self) -> int:
@@ -97,9 +97,13 @@ class Repo:
         """The stages that `dvc status` would run."""
         return set(re.findall(r"(?m)^(\S+):$", self.dvc("status")))
 
-    def set(self, changes: dict[str, Any]) -> None:
-        """Set dotted keys of the study."""
-        self.checkout.change(changes)
+    def set(self, changes: dict[str, Any], name: str = "tiny") -> None:
+        """Set dotted keys of the study, or of a copy of another name, and write its pipeline."""
+        self.checkout.change(changes, name)
+        words = [sys.executable, "-m", "consistency", "dvc", name]
+        environment = self.environment | {"PYTHONPATH": str(self.path / "src")}
+        text = subprocess.run(words, cwd=self.path, env=environment, capture_output=True, text=True, check=True).stdout
+        (self.path / "dvc.yaml").write_text(text)
 
     def commit(self, message: str) -> None:
         self.git("add", "--all")
@@ -128,8 +132,6 @@ class Repo:
 def origin(path: Path) -> Repo:
     """A repository of this checkout's files, committed, whose study is the small one."""
     repo = Repo(fresh(path, *TRACKED).path)
-    pipeline = path / "dvc.yaml"
-    pipeline.write_text(pipeline.read_text().replace("config/studies/digits.yaml", "config/studies/tiny.yaml"))
     repo.set(SMALLER)
     repo.git("init", "--quiet", "--initial-branch", "main")
     repo.commit("a study")

@@ -1,11 +1,16 @@
 """The tiny study end to end, what a changed key runs again, and what a mistake says."""
 
+import json
 import re
+import shutil
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.tracking.servers import wait_until
 from tests.workflow.checkout import Checkout
 
 pytestmark = pytest.mark.slow
@@ -22,7 +27,12 @@ def test_makes_what_lies_in_its_folders_and_leaves_nothing_behind(finished: Chec
         files = list((finished.path / "results/tiny" / folder).iterdir())
         assert len(files) > 1 and all(file.stat().st_size > 0 for file in files if file.suffix)
     assert finished.litter() == []
-    assert [file for file in (finished.path / "state").rglob("*") if file.is_file()] == []
+    files = [
+        file.relative_to(finished.path / "state/tiny")
+        for file in (finished.path / "state").rglob("*")
+        if file.is_file()
+    ]
+    assert {file.parts[0] for file in files} == {"due"}
     assert finished.processes() == []
 
 
@@ -68,6 +78,39 @@ def test_a_changed_key_runs_what_depends_on_it(copied: Checkout, key: str) -> No
 def test_another_seed_keeps_the_first(copied: Checkout) -> None:
     copied.change({"seeds": [0, 1]}).planned()
     assert set(re.findall(r"seed=(\d+)", copied.output)) == {"1"}
+
+
+def test_the_cards_decide_where_snakemake_remembers_nothing(copied: Checkout) -> None:
+    shutil.rmtree(copied.path / ".snakemake")
+    assert copied.planned() == set()
+    assert copied.change({"coefficients.probes": 2}).planned() == {"coefficients"} | ANALYTIC | LAST
+    assert "tiny, coefficients: made by study 'tiny' with other settings (coefficients.probes: there 1, here 2)" in (
+        copied.output
+    )
+    # What was made in the meantime, and what was not touched, is as the study says.
+    assert copied.change({"coefficients.probes": 1}).planned() == set()
+
+
+@pytest.mark.parametrize("verb", ["report", "scores --run ctm --seed 0", "track"])
+def test_no_verb_takes_what_was_made_with_other_settings(copied: Checkout, verb: str) -> None:
+    copied.change({"scores.alignment_nodes": 9})
+    words = [sys.executable, "-m", "consistency", *verb.split(), "--study", "config/studies/tiny.yaml"]
+    environment = copied.environment | {"PYTHONPATH": str(copied.path / "src")}
+    done = subprocess.run(words, cwd=copied.path, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 2, done.stderr
+    assert "(scores.alignment_nodes: there 8, here 9): run `" in done.stderr
+
+
+def test_a_study_edited_during_a_run_is_read_by_the_next_run(checkout: Checkout) -> None:
+    run = checkout.start()
+    wait_until(lambda: (checkout.path / "results/tiny/dataset/card.json").exists(), "the dataset")
+    checkout.change({"title": "Edited", "student.learning_rate": 0.5})
+    assert run.wait(timeout=600) == 0, checkout.output
+    for name in ("report/card.json", "students/ctm/seed0/card.json"):
+        card = json.loads((checkout.path / "results/tiny" / name).read_text())
+        assert card["resolved"]["title"] != "Edited"
+        assert card["resolved"]["student"].get("learning_rate") != 0.5
+    assert checkout.planned() == CTM | ANALYTIC | LAST
 
 
 def says_one_line(checkout: Checkout) -> str:
