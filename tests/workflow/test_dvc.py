@@ -79,12 +79,14 @@ def test_everything_is_there_git_sees_the_lock_alone_and_again_nothing_runs(repr
 
 
 def test_dvc_takes_note_of_what_snakemake_made(repo: Repo) -> None:
+    before = repo.locked()
     (repo.path / "dvc.lock").unlink()
     shutil.rmtree(repo.path / "results/tiny/plan")
     repo.run("python", "-m", "consistency", "plan", "--study", STUDY, "--unused", "1")
     repo.dvc("commit", "--force")
     assert repo.changed() == set()
-    assert repo.git("diff", "HEAD", "--stat") == ""
+    # In another order, perhaps.
+    assert repo.locked() == before
 
 
 def test_metrics_are_the_scores(reproduced: Repo) -> None:
