@@ -12,9 +12,7 @@ from consistency.runtime.machine import Machine
 from consistency.tracking.live import followed
 from consistency.training.folder import publish_training, read_identity
 from consistency.training.loop import Training, train
-from consistency.training.students import (
-    student_training,
-)
+from consistency.training.students import student_training
 
 
 def make_student(job: Job, machine: Machine) -> None:

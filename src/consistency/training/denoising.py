@@ -8,14 +8,7 @@ from torch import Tensor
 
 from consistency.nets.denoiser import Denoiser
 from consistency.theory.noise import lognormal_sigma
-from consistency.training.objective import (
-    Draws,
-    Shape,
-    Term,
-    normal,
-    weighted_denoising_error,
-    with_labels,
-)
+from consistency.training.objective import Draws, Shape, Term, normal, weighted_denoising_error, with_labels
 
 
 @dataclass(frozen=True)
