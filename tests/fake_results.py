@@ -206,7 +206,7 @@ def _scores(job: Job, level: float) -> None:
 
 def _rate_rows(job: Job, rate: float, level: float, main: bool) -> list[dict[str, Any]]:
     study, settings, scores = job.study, job.student, job.study.scores
-    endpoint, taught = settings.to_the_end, study.taught
+    endpoint, taught = settings.only_to_eps, study.taught
     sampler, rows = "multistep" if endpoint else "jumps", []
     common = {"study": study.name, "run": job.run, "seed": job.seed, "ema": rate, "extractor": _extractor(study)}
     for step in settings.snapshots:

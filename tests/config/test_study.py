@@ -316,12 +316,12 @@ def test_fields_without_a_say_are_fields_and_do_not_include_the_objectives_own()
         "consistency": {"coupling", "curriculum", "start", "dsm_weight"},
     }.items():
         student = Student(objective=objective, **common)
-        assert student.idle <= Student.model_fields.keys() - own - {"objective", "preconditioning", "steps"}
-    assert "mu" in student.idle
-    assert "mu" not in Student(objective="consistency", coupling="gc", **common).idle
-    assert "fit" in student.idle
-    assert "fit" not in Student(objective="consistency", preconditioning="analytic", **common).idle
-    assert "dsm_balance" not in Student(objective="consistency", dsm_weight=1.0, **common).idle
+        assert student.unused_fields <= Student.model_fields.keys() - own - {"objective", "preconditioning", "steps"}
+    assert "mu" in student.unused_fields
+    assert "mu" not in Student(objective="consistency", coupling="gc", **common).unused_fields
+    assert "fit" in student.unused_fields
+    assert "fit" not in Student(objective="consistency", preconditioning="analytic", **common).unused_fields
+    assert "dsm_balance" not in Student(objective="consistency", dsm_weight=1.0, **common).unused_fields
 
 
 def test_a_student_that_is_not_there_is_named_with_those_that_are(tiny: Tiny) -> None:

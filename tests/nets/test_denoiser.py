@@ -121,7 +121,7 @@ def test_student_takes_dropout_precision_and_no_augmentation() -> None:
     assert (kept.architecture["dropout"], changed.architecture["dropout"]) == (0.2, 0.0)
     assert kept.architecture["augment_dim"] == 0 and "model.map_augment.weight" not in kept.state_dict()
     assert next(kept.parameters()).dtype == torch.float64
-    assert kept.second_time and not teacher.second_time
+    assert kept.takes_s and not teacher.takes_s
 
 
 def test_student_of_a_student_is_an_error() -> None:
@@ -242,7 +242,7 @@ def test_architecture_rebuilds_the_denoiser(drawn: Drawn, architecture: dict[str
     again.load_state_dict(denoiser.state_dict())
     assert torch.equal(again(x, t, t / 2), denoiser(x, t, t / 2))
     assert again.architecture == denoiser.architecture == stored
-    assert (again.label_dim, again.sigma_data, again.second_time) == (3, 0.4, True)
+    assert (again.label_dim, again.sigma_data, again.takes_s) == (3, 0.4, True)
     for name in ("img_channels", "img_resolution"):
         assert getattr(again, name) == architecture[name]
 

@@ -66,7 +66,7 @@ def gc_velocity(x: Tensor, t: Tensor) -> Tensor:
 # --- the measures
 
 
-def missed(pairs: Pairs, t: float, velocity: Field) -> float:
+def velocity_error(pairs: Pairs, t: float, velocity: Field) -> float:
     """E ||z - v(x_t, t)||^2: R_t if v is the velocity of the coupling's own flow."""
     x = pairs.at(t)
     return pairs.mean((pairs.noise - velocity(x, every(t, x))).square().sum(1))
@@ -81,7 +81,7 @@ def pairs() -> Pairs:
 @pytest.mark.statistical
 @pytest.mark.parametrize("t", TIMES.tolist())
 def test_discrepancy_of_ic_in_closed_form(pairs: Pairs, t: float) -> None:
-    assert missed(pairs, t, pf_ode_velocity(GAUSSIAN)) == pytest.approx(ic_discrepancy(t), rel=0.05)
+    assert velocity_error(pairs, t, pf_ode_velocity(GAUSSIAN)) == pytest.approx(ic_discrepancy(t), rel=0.05)
     assert discrepancy_by_neighbours(pairs, t) == pytest.approx(ic_discrepancy(t), rel=0.05)
 
 
@@ -105,15 +105,15 @@ def test_the_cost_of_gc_falls_from_ic_s_to_the_optimal_one() -> None:
 @pytest.mark.parametrize("t", TIMES.tolist())
 def test_another_velocity_can_only_add_to_the_discrepancy(pairs: Pairs, t: float) -> None:
     found = coupled("gc", pairs, t, gaussian_endpoint)
-    own = missed(found, t, gc_velocity)
+    own = velocity_error(found, t, gc_velocity)
     assert own == pytest.approx(gc_discrepancy(t), rel=0.05)
-    assert missed(found, t, pf_ode_velocity(GAUSSIAN)) > own
+    assert velocity_error(found, t, pf_ode_velocity(GAUSSIAN)) > own
 
 
 def test_l_is_one_minus_the_velocity_discrepancy_per_dimension() -> None:
     """The two papers' quantities are one: AP (15) against GC's R_t, both by quadrature."""
     times, pairs = log_grid(9, 0.05, 20.0), quadrature_pairs(MIXTURE_1D, 80)
-    found = [1 - missed(pairs, t, pf_ode_velocity(MIXTURE_1D)) for t in times.tolist()]
+    found = [1 - velocity_error(pairs, t, pf_ode_velocity(MIXTURE_1D)) for t in times.tolist()]
     np.testing.assert_allclose(found, mixture_coefficients(times).l, rtol=0, atol=1e-4)
 
 
@@ -271,7 +271,7 @@ def test_for_squares_the_gap_is_the_discrepancy_seen_through_the_jacobian() -> N
     ct, cd = losses.limits()
     fine = rho_grid(4001, 0.2, 5.0).flip(0)
     slopes = torch.gradient(fine, spacing=1 / 4000)[0]
-    values = torch.tensor([missed(drawn, t, pf_ode_velocity(MIXTURE_1D)) for t in fine[::40].tolist()])
+    values = torch.tensor([velocity_error(drawn, t, pf_ode_velocity(MIXTURE_1D)) for t in fine[::40].tolist()])
     assert ct - cd == pytest.approx(torch.trapezoid(values.double() * slopes[::40] ** 2, dx=0.01).item(), rel=1e-3)
 
 

@@ -48,7 +48,7 @@ class Exact(Denoiser):
 def exact() -> Denoiser:
     model = network()
     model.__class__ = Exact
-    model.carry(gaussian_fit(2.0))
+    model.set_own_fit(gaussian_fit(2.0))
     return model
 
 
@@ -91,7 +91,7 @@ def test_of_large_data_it_takes_images_from_all_of_it(monkeypatch: pytest.Monkey
 @pytest.mark.parametrize("name", ["analytic", "analytic-forward"])
 def test_what_a_model_carries_is_its_preconditioning(name: str) -> None:
     model = network()
-    model.carry(gaussian_fit())
+    model.set_own_fit(gaussian_fit())
     own, fixed = own_preconditioning(name, model), GeneralizedODE(*gaussian_fit())
     t, s = torch.tensor([80.0, 3.0, 0.5]).double(), torch.tensor([0.002, 0.1, 0.5]).double()
     form = fixed.backward if name == "analytic" else fixed.forward
@@ -102,10 +102,10 @@ def test_what_a_model_carries_is_its_preconditioning(name: str) -> None:
 
 def test_it_follows_what_is_carried_later_or_loaded() -> None:
     model, t, s = network(), torch.tensor([5.0]).double(), torch.tensor([0.002]).double()
-    model.carry(gaussian_fit())
+    model.set_own_fit(gaussian_fit())
     own = own_preconditioning("analytic", model)
     before, state = own.coefficients(t, s), copy.deepcopy(model.state_dict())
-    model.carry(gaussian_fit(2.0))
+    model.set_own_fit(gaussian_fit(2.0))
     after = own.coefficients(t, s)
     assert after != before
     assert after == GeneralizedODE(*gaussian_fit(2.0)).backward(t, s)
@@ -115,7 +115,7 @@ def test_it_follows_what_is_carried_later_or_loaded() -> None:
 
 def test_it_is_kept_with_the_weights_to_the_bit(tmp_path: Path) -> None:
     model, path = network(), tmp_path / "student.safetensors"
-    model.carry(gaussian_fit())
+    model.set_own_fit(gaussian_fit())
     save_denoiser(path, model, {"key": "k"})
     read, _ = load_denoiser(path, "k")
     assert torch.equal(read.fit, gaussian_fit())
@@ -141,7 +141,7 @@ def refits(student: Denoiser, average: Denoiser) -> Refits:
 
 def test_it_is_fitted_again_where_a_stage_begins_and_nowhere_else() -> None:
     student, average = network(), exact()
-    student.carry(gaussian_fit(3.0))
+    student.set_own_fit(gaussian_fit(3.0))
     hook = refits(student, average)
     assert hook(0) == 0 and torch.equal(student.fit, gaussian_fit(3.0))
     made = {step: hook(step) for step in range(35)}
@@ -156,7 +156,7 @@ def test_it_is_fitted_again_where_a_stage_begins_and_nowhere_else() -> None:
 def test_a_fit_that_is_none_says_what_to_change_and_leaves_the_old_one() -> None:
     student, average = network(), network()
     for model in (student, average):
-        model.carry(gaussian_fit())
+        model.set_own_fit(gaussian_fit())
     next(average.parameters()).fill_(torch.nan)
     with pytest.raises(UserError, match=r"coefficients at step 10: the denoiser returned NaN .* use fit: data"):
         refits(student, average)(10)

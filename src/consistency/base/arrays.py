@@ -8,13 +8,13 @@ from zipfile import BadZipFile
 import numpy as np
 
 from consistency.base.errors import UserError
-from consistency.base.files import atomic, made
+from consistency.base.files import atomic, require_output
 
 
 def read_array(path: Path, verb: str) -> np.ndarray[Any, Any]:
     """Open a memory-mapped .npy file. Raises UserError, naming the verb that makes it, if it is missing or damaged."""
     try:
-        array: np.ndarray[Any, Any] = np.load(made(path, verb), mmap_mode="r")
+        array: np.ndarray[Any, Any] = np.load(require_output(path, verb), mmap_mode="r")
     except (OSError, ValueError, EOFError) as error:
         raise UserError(f"{path} is damaged ({error}): run `{verb}` again") from None
     return array
@@ -33,7 +33,7 @@ def write_table(path: Path, rows: list[dict[str, Any]], columns: list[str]) -> N
 def read_arrays(path: Path, verb: str, *names: str) -> dict[str, np.ndarray[Any, Any]]:
     """Read the arrays of a .npz file, which must include these names. Raises UserError as `read_array` does."""
     try:
-        with np.load(made(path, verb)) as arrays:
+        with np.load(require_output(path, verb)) as arrays:
             found = dict(arrays)
         if missing := set(names) - found.keys():
             raise ValueError(f"it has no array {min(missing)}")

@@ -49,7 +49,7 @@ def write_json(path: Path, content: Any) -> None:
     write_bytes(path, (json.dumps(content, indent=2, sort_keys=True) + "\n").encode())
 
 
-def made(path: Path, verb: str) -> Path:
+def require_output(path: Path, verb: str) -> Path:
     """Return the path of a stage's output. Raises UserError, naming the verb that makes it, if it is missing."""
     if not path.exists():
         raise UserError(f"{path} is missing: run `python -m consistency {verb}` first")
@@ -59,7 +59,7 @@ def made(path: Path, verb: str) -> Path:
 def read_json(path: Path, made_by: str) -> Any:
     """Read JSON. made_by names the verb that writes it, for the error."""
     try:
-        return json.loads(made(path, made_by).read_text())
+        return json.loads(require_output(path, made_by).read_text())
     except (OSError, ValueError) as error:
         raise UserError(f"{path} is damaged ({error}): delete it and run `{made_by}` again") from None
 

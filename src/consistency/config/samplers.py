@@ -27,6 +27,6 @@ def student_samplers(job: Job) -> list[StudentSampler]:
     """
     settings, sampling = job.student, job.study.sampling
     chosen = [StudentSampler(nfe, None, rate) for rate in settings.rates for nfe in sampling.nfe]
-    if not settings.to_the_end:
+    if not settings.only_to_eps:
         chosen += [StudentSampler(nfe, gamma) for gamma in sampling.gamma for nfe in sampling.gamma_nfe]
     return sorted(chosen, key=lambda sampler: sampler.name)

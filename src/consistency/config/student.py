@@ -165,7 +165,7 @@ class Student(Section):
         return self.preconditioning in FITTED and self.fit == "teacher"
 
     @property
-    def carries_fit(self) -> bool:
+    def has_own_fit(self) -> bool:
         """True if l_t and s_t are fitted without the teacher and kept beside the student's weights."""
         return self.preconditioning in FITTED and self.fit != "teacher"
 
@@ -185,7 +185,7 @@ class Student(Section):
         return range(0, self.steps + 1, self.snapshot_every)
 
     @property
-    def idle(self) -> set[str]:
+    def unused_fields(self) -> set[str]:
         """Fields that have no effect on this student."""
         fit = set() if self.preconditioning in FITTED else {"fit"}
         coupled = {"coupling", "mu", "predictor", "curriculum", "start"}
@@ -203,11 +203,11 @@ class Student(Section):
         return self.objective != "consistency" or self.start == "teacher"
 
     @property
-    def second_time(self) -> bool:
+    def takes_s(self) -> bool:
         """True if the network takes s. In consistency training only the DSM term passes an s other than eps."""
         return self.from_teacher or self.dsm_weight > 0
 
     @property
-    def to_the_end(self) -> bool:
+    def only_to_eps(self) -> bool:
         """True if the student only jumps to eps, so that further jumps need fresh noise between them."""
         return self.objective != "trajectory"

@@ -88,9 +88,9 @@ class Study(Section):
         return {run: student for run, student in self.students.items() if student.objective == "consistency"}
 
     @property
-    def carrying(self) -> list[str]:
-        """The students that carry coefficients of their own."""
-        return [run for run, student in self.students.items() if student.carries_fit]
+    def with_own_fit(self) -> list[str]:
+        """The students that have coefficients of their own."""
+        return [run for run, student in self.students.items() if student.has_own_fit]
 
     @property
     def mu_sweep(self) -> dict[str, float]:

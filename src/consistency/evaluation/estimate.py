@@ -183,7 +183,7 @@ def _network(study: Study, classes: int) -> tuple[float, int]:
     else:
         architecture = architecture_of(study, study.teacher, classes, 0.5)
     # A student with random initial weights has its teacher's architecture.
-    architecture = {**architecture, "second_time": any(student.second_time for student in study.students.values())}
+    architecture = {**architecture, "second_time": any(student.takes_s for student in study.students.values())}
     with torch.device("meta"):
         parameters = sum(p.numel() for p in build_denoiser(architecture).parameters())
     return forward_operations(architecture), parameters

@@ -7,7 +7,7 @@ from safetensors.torch import load_file
 
 from consistency.base.arrays import read_array, read_arrays
 from consistency.base.errors import UserError
-from consistency.base.files import made
+from consistency.base.files import require_output
 from consistency.base.progress import Progress
 from consistency.base.seeding import derived_seed, generator
 from consistency.config.job import Job
@@ -26,7 +26,7 @@ def open_extractor(job: Job, data: ImageData, device: torch.device) -> Extractor
     scores = job.study.scores
     if scores.extractor == "inception":
         return inception_extractor(open_resource(INCEPTION), scores.mode, device)
-    path = made(job.paths.extractor / "classifier.safetensors", "extractor")
+    path = require_output(job.paths.extractor / "classifier.safetensors", "extractor")
     model = Classifier(data.shape[0], data.classes, scores.classifier.features)
     try:
         model.load_state_dict(load_file(path))

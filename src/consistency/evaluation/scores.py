@@ -123,13 +123,13 @@ class StudentScorer:
         return row | {"alignment": error.mean} if self._aligned(nfe) else row
 
     def _row(self, kind: str, step: int, nfe: int, gamma: float | None) -> Row:
-        sampler = "multistep" if self.settings.to_the_end else "jumps" if gamma is None else f"gamma={gamma}"
+        sampler = "multistep" if self.settings.only_to_eps else "jumps" if gamma is None else f"gamma={gamma}"
         rate = self.settings.ema_rate if self.rate is None else self.rate
         return self.scorer.row(kind, str(self.job.run), sampler, nfe, step, rate)
 
     def _aligned(self, nfe: int) -> bool:
         """Tell whether the samples depend on their first noise alone, as do the teacher's endpoints, if any."""
-        return len(self.endpoints) > 0 and (nfe == 1 or not self.settings.to_the_end)
+        return len(self.endpoints) > 0 and (nfe == 1 or not self.settings.only_to_eps)
 
     def _drawn(self, model: Denoiser, nfe: int, count: int) -> Iterator[tuple[slice, torch.Tensor]]:
         jumps = jump_sampler(self.job, model, preconditioning_of(self.settings, model, self.ode), nfe)

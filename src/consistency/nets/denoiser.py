@@ -36,7 +36,7 @@ class Denoiser(nn.Module):
     A student (`second_time`) is D(x,t,s) with F(c_in(t) x, ln(t)/4, ln(s)/4). `architecture` is a JSON-able
     dictionary from which `build_denoiser` makes the same network again; it also gives the attributes
     `sigma_data`, `label_dim`, `img_channels` and `img_resolution`. own_fit: N where the network
-    carries l_t and s_t [N] of its own (`carry`); other architectures lack that key.
+    has l_t and s_t [N] of its own (`set_own_fit`); other architectures lack that key.
 
     x: [N,C,H,W]; t, s: number, scalar tensor or [N], > 0; labels: None (on a conditional network, a label of
     all zeros), class indices int64 [N], or one-hot float [N,label_dim]; augment_labels: [N,augment_dim].
@@ -59,14 +59,14 @@ class Denoiser(nn.Module):
         #: autocast precision of the network; None: the precision of x
         self.precision: torch.dtype | None = None
         if "own_fit" in self.architecture:
-            self.carry(torch.zeros(3, self.architecture["own_fit"], dtype=torch.float64))
+            self.set_own_fit(torch.zeros(3, self.architecture["own_fit"], dtype=torch.float64))
 
     @property
-    def second_time(self) -> bool:
+    def takes_s(self) -> bool:
         """True for a student's denoiser D(x,t,s)."""
         return bool(self.architecture["second_time"])
 
-    def carry(self, fit: Tensor) -> None:
+    def set_own_fit(self, fit: Tensor) -> None:
         """Store times, l_t and s_t, float64 [3, N], in the buffer `fit`, which is saved with the weights."""
         if "fit" not in self._buffers:
             self.architecture["own_fit"] = fit.shape[1]
@@ -109,7 +109,7 @@ class Denoiser(nn.Module):
         x = self._cast(x)
         t = self._as_times(t, x, "t")
         c_in, c_noise = edm_coefficients(t, self.sigma_data)[2:]
-        c_noise_s = None if s is None or not self.second_time else self._as_times(s, x, "s").log() / 4
+        c_noise_s = None if s is None or not self.takes_s else self._as_times(s, x, "s").log() / 4
         scaled, one_hot = c_in[:, None, None, None] * x, self._one_hot(labels, x)
         # Only the network runs in the lower precision: the preconditioning around it stays in that of x.
         with torch.autocast(x.device.type, self.precision) if self.precision else contextlib.nullcontext():
@@ -191,7 +191,7 @@ def student_from_teacher(teacher: Denoiser, dropout: float | Sequence[float] | N
     songunet also one for each level; None keeps the teacher's. Exact equality holds without active dropout.
     Raises ValueError if the teacher already has a second time.
     """
-    if teacher.second_time:
+    if teacher.takes_s:
         raise ValueError("the teacher already has a second time: make a student from a plain D(x, t)")
     architecture = {**teacher.architecture, "second_time": True}
     if "augment_dim" in architecture:

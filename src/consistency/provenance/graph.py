@@ -226,7 +226,7 @@ def _report_outputs(job: Job) -> Iterator[Path]:
 
 def shown_fits(job: Job) -> dict[str, dict[int, Path]]:
     """Return the first seed's snapshots whose own coefficients a report shows: student -> step -> file."""
-    students = [job.of(run, job.study.seeds[0]) for run in job.study.carrying]
+    students = [job.of(run, job.study.seeds[0]) for run in job.study.with_own_fit]
     return {
         str(each.run): {
             step: each.weights(step=step) for step in (each.student.snapshots if each.student.fit == "average" else [0])

@@ -7,7 +7,7 @@ import torch
 
 from consistency.base.arrays import read_arrays
 from consistency.base.errors import UserError
-from consistency.base.files import made
+from consistency.base.files import require_output
 from consistency.config.job import Job
 from consistency.config.student import Student
 from consistency.config.study import Study
@@ -34,7 +34,7 @@ def sigma_data(study: Study, data: ImageData) -> float:
 
 def read_teacher(job: Job, device: torch.device) -> Denoiser:
     """Read the study's teacher, frozen."""
-    path = made(job.paths.teacher_weights, "teacher")
+    path = require_output(job.paths.teacher_weights, "teacher")
     return load_denoiser(path, job.key("teacher"))[0].to(device)
 
 
@@ -49,7 +49,7 @@ def require_classes(study: Study, data: ImageData, teacher: Denoiser) -> None:
 
 def read_student(job: Job, device: torch.device, rate: float | None = None, step: int | None = None) -> Denoiser:
     """Read a frozen student (EMA weights; rate: a further EMA rate; step: a snapshot, None for the end of training)."""
-    path = made(job.weights(rate, step), f"student{job.options}")
+    path = require_output(job.weights(rate, step), f"student{job.options}")
     return load_denoiser(path, job.key("student"))[0].to(device)
 
 
@@ -70,7 +70,7 @@ def read_ode(job: Job, device: torch.device) -> GeneralizedODE | None:
 
 def preconditioning_of(settings: Student, model: Denoiser, ode: GeneralizedODE | None) -> Preconditioning:
     """Return the preconditioning of a student's network, with these coefficients or the network's own."""
-    if settings.carries_fit:
+    if settings.has_own_fit:
         return own_preconditioning(settings.preconditioning, model)
     return build_preconditioning(settings.preconditioning, model.sigma_data, ode)
 

@@ -8,7 +8,7 @@ import torch
 from matplotlib.figure import Figure
 
 from consistency.base.arrays import read_array, read_arrays
-from consistency.base.files import made
+from consistency.base.files import require_output
 from consistency.config.job import Job
 from consistency.config.measures import Flows
 from consistency.config.paths import sampler_name
@@ -50,7 +50,7 @@ def draw_pictures(job: Job, results: Results, histories: dict[str, list[pd.DataF
     pictures = [_samples_picture(job)]
     if study.needs_coefficients:
         pictures += _coefficient_pictures(job)
-    if study.carrying:
+    if study.with_own_fit:
         pictures.append(_own_fits_picture(job))
     # The paper on flows gives KID beside FID.
     for measure in ("fd", *(["kid"] if study.coupled else []), "alignment"):
@@ -88,7 +88,7 @@ def _own_fits_picture(job: Job) -> Picture:
     for run, paths in shown_fits(job).items():
         kept = fits.setdefault(run, {})
         for step, path in paths.items():
-            fit = load_denoiser(made(path, f"student --run {run} --seed {study.seeds[0]}"))[0].fit.numpy()
+            fit = load_denoiser(require_output(path, f"student --run {run} --seed {study.seeds[0]}"))[0].fit.numpy()
             if not kept or not np.array_equal(fit, list(kept.values())[-1]):
                 kept[step] = fit
     teacher = None
@@ -138,7 +138,9 @@ def _mu_picture(study: Study, results: Results, seeds: str) -> Picture:
 
 def _flow_pictures(job: Job, settings: Flows, seeds: str) -> list[Picture]:
     study, folder = job.study, job.paths.flows
-    tables = {name: pd.read_csv(made(folder / f"{name}.csv", "flows")) for name in ("transport", "limit", "plane")}
+    tables = {
+        name: pd.read_csv(require_output(folder / f"{name}.csv", "flows")) for name in ("transport", "limit", "plane")
+    }
     limits, toys = tables["limit"], read_arrays(folder / "toy.npz", "flows")
     count = min(settings.images, len(read_dataset(job)))
     transport = (
@@ -166,7 +168,7 @@ def _flow_pictures(job: Job, settings: Flows, seeds: str) -> list[Picture]:
     figure = figures.transport_cost(tables["transport"], list(study.coupled))
     pictures = [Picture.of("transport_cost", "flows", transport, figure)]
     if settings.discrepancy:
-        found = pd.read_csv(made(folder / "discrepancy.csv", "flows"))
+        found = pd.read_csv(require_output(folder / "discrepancy.csv", "flows"))
         trained = (
             f"Velocity discrepancy of the couplings that students (seed {study.seeds[0]}) met at the end of their "
             f"training, by a denoiser each of {settings.denoiser_steps:,} steps, N = {count} of the images that it was "

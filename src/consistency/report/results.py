@@ -6,7 +6,7 @@ from typing import Any
 import pandas as pd
 
 from consistency.base.errors import UserError
-from consistency.base.files import made, read_history, sha256
+from consistency.base.files import read_history, require_output, sha256
 from consistency.config.job import Job
 from consistency.config.study import Study
 from consistency.evaluation.analysis import Paired, SpeedUp, final_table, of_main_rate, paired_ratios, speed_ups
@@ -75,7 +75,7 @@ def records(table: pd.DataFrame) -> list[dict[str, Any]]:
 
 def _table(job: Job) -> pd.DataFrame:
     verb = "calibration" if job.run is None else f"scores{job.options}"
-    path = made(job.scores, verb)
+    path = require_output(job.scores, verb)
     if read_card(job, "scores")["outputs"].get(path.name) != sha256(path):
         raise UserError(f"{path} is not as it was written: run `python -m consistency {verb}` again")
     return pd.read_csv(path)

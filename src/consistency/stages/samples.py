@@ -12,7 +12,7 @@ import torch
 
 from consistency.base.arrays import write_array
 from consistency.base.errors import UserError
-from consistency.base.files import link_file, made, sha256
+from consistency.base.files import link_file, require_output, sha256
 from consistency.base.locks import only_one
 from consistency.base.progress import Progress
 from consistency.config.job import Job
@@ -45,7 +45,9 @@ def make_samples(job: Job, device: torch.device, ranks: Ranks = ALONE) -> None:
     names = ["heun"] if job.run is None else [sampler.name for sampler in student_samplers(job)]
     state = job.sampling_state
     with only_one(state, "is working") if ranks.first else contextlib.nullcontext(), stop_requests() as requests:
-        digests = {path: sha256(made(path, verb)) for path, verb in graph.inputs_made_by("samples", job).items()}
+        digests = {
+            path: sha256(require_output(path, verb)) for path, verb in graph.inputs_made_by("samples", job).items()
+        }
         made_from = {"key": job.key("samples")} | {path.name: digests[path] for path in digests}
         parts = Parts(state, made_from, (study.sampling.count, size, size, study.dataset.channels), ranks, label)
         done = sum(parts.done(name) for name in names)

@@ -14,7 +14,7 @@ from consistency.training.consistency_training import ConsistencyTraining, Coupl
 from consistency.training.objective import Shape, Term, normal, weighted_denoising_error, with_labels
 
 
-def missed(denoiser: Denoiser, data: Tensor, labels: Tensor | None, z: Tensor, t: float) -> Tensor:
+def velocity_error(denoiser: Denoiser, data: Tensor, labels: Tensor | None, z: Tensor, t: float) -> Tensor:
     """Return ||z - (x_t - D) / t||^2 = ||x - D||^2 / t^2 of x_t = x + t z, [N]: a sum over pixels."""
     times = every(t, data)
     error = denoiser(data + expand(times, data) * z, times, labels=labels) - data
@@ -57,7 +57,7 @@ class CoupledDenoising:
     ) -> Tensor:
         """Return ||z - (x_t - D) / t||^2 of each coupled image, [N]."""
         data = self.coupling.coupled(images, labels, self.pairs(every(t, images), z, generator))
-        return missed(denoiser, data, labels, z, t)
+        return velocity_error(denoiser, data, labels, z, t)
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from consistency.provenance.inputs import read_student
 from consistency.runtime.machine import Machine
 from consistency.theory.coupling import assignment
 from consistency.training.build import Stream, build_update, place
-from consistency.training.coupled_denoising import CoupledDenoising, TransportDenoising, missed
+from consistency.training.coupled_denoising import CoupledDenoising, TransportDenoising, velocity_error
 from consistency.training.ema import Ema
 from consistency.training.loop import Training
 from consistency.training.students import consistency_objective, frozen_predictor
@@ -80,7 +80,7 @@ class Discrepancy:
 def by_teacher(teacher: Denoiser, pairs: ImagePairs, t: float) -> np.ndarray:
     """Return the same of independent noise by the teacher, [K]; its mean is d (1 - l_t) for an exact one (AP (15))."""
     device = next(teacher.parameters()).device
-    return np.asarray(pairs.each(device, lambda _, x, labels, z: missed(teacher, x, labels, z, t)))
+    return np.asarray(pairs.each(device, lambda _, x, labels, z: velocity_error(teacher, x, labels, z, t)))
 
 
 def discrepancy_of(job: Job, settings: Flows, data: ImageData, machine: Machine) -> Discrepancy:

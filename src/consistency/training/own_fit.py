@@ -95,5 +95,5 @@ class Refits:
         # All processes have computed it; the first one's is used, to the bit.
         here = self.ranks.gathered(fit.to(next(self.student.parameters()).device))[:3]
         for model in (self.student, *self.averages):
-            model.carry(here)
+            model.set_own_fit(here)
         return 2 * len(self.times) * len(self.images)

@@ -85,9 +85,9 @@ def _begun(job: Job, teacher: Denoiser, data: ImageData) -> Denoiser:
         if "augment_dim" in architecture:
             architecture["augment_dim"] = 0
         student = init_denoiser(architecture, drawn)
-        student = student_from_teacher(student, seed=drawn) if settings.second_time else student
-    if settings.carries_fit:
-        student.carry(covariance_fit(data, fitted_times(job.study)))
+        student = student_from_teacher(student, seed=drawn) if settings.takes_s else student
+    if settings.has_own_fit:
+        student.set_own_fit(covariance_fit(data, fitted_times(job.study)))
     return student
 
 
