@@ -105,7 +105,7 @@ def _group(stage: str, job: Job) -> str:
 
 def _item(stage: str, job: Job) -> dict[str, Any]:
     """Return the files of one job, as its stage's template takes them."""
-    files = [_plan_file(stage, job), *graph.needed(stage, job)]
+    files = [_plan_file(stage, job), *graph.needed(stage, job, job.paths.passed)]
     folder = job.card(stage).parent
     # The table and endpoints of scores lie in a folder that they share with others.
     outs = [job.card(stage), *graph.outputs(stage, job)] if stage == "scores" else [folder]

@@ -53,17 +53,17 @@ def outputs(stage: str, job: Job) -> list[Path]:
     return list(STAGES[stage].outputs(job))
 
 
-def needed(stage: str, job: Job) -> list[Path]:
+def needed(stage: str, job: Job, gate: Path) -> list[Path]:
     """Return what must be there before a job begins, as Snakemake's rules declare it: its inputs or their folders, and
-    for a student the sign that the teacher has passed its calibration."""
-    gate = [job.paths.passed] if stage == "student" else []
-    return list(dict.fromkeys(declared(job, path) for path in [*inputs(stage, job), *gate]))
+    for a student the gate, an output of the calibration that a teacher who fails it does not have."""
+    files = [*inputs(stage, job), *([gate] if stage == "student" else [])]
+    return list(dict.fromkeys(declared(job, path) for path in files))
 
 
-def settled(job: Job) -> list[Path]:
-    """Return the needed files that a calibration writes again without making what follows from them another: the
+def settled(stage: str, job: Job) -> list[Path]:
+    """Return the calibration's files, which it may write again without making a student or its scores other ones: the
     endpoints depend on nothing that is not in a student's own key."""
-    return [job.paths.passed, job.paths.endpoints]
+    return [job.of().scores, job.paths.endpoints] if stage in ("student", "scores") else []
 
 
 def declared(job: Job, path: Path) -> Path:

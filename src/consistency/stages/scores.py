@@ -66,8 +66,8 @@ def _require_published(job: Job, row: Row) -> None:
         return
     measured = job.paths.measured_calibration
     write_json(measured, row)
-    job.scores.unlink(missing_ok=True)
-    job.card("scores").unlink(missing_ok=True)
+    for path in (job.scores, job.card("scores"), job.paths.passed):
+        path.unlink(missing_ok=True)
     raise UserError(
         f"the teacher's FID is {row['fd']:.4g}, not the published {published:g} within {tolerance:g} "
         f"(calibration.published_fid, calibration.tolerance), from {row['images']:,} images in clean-fid's mode "
