@@ -106,7 +106,7 @@ def make_results(job: Job) -> None:
     _samples(job)
     _calibration(job)
     # Those that others are made from come first.
-    for student in sorted(job.trainings, key=lambda each: each.student.frozen is not None):
+    for student in sorted(job.trainings, key=lambda each: each.settings.frozen is not None):
         make_student(student)
     if study.flows:
         _flows(job)
@@ -114,7 +114,7 @@ def make_results(job: Job) -> None:
 
 def make_student(job: Job, level: float = 1.0) -> None:
     """One student's training, samples and scores. level: a factor of all its losses and scores."""
-    settings, key = job.student, job.key("student")
+    settings, key = job.settings, job.key("student")
     level *= _level(job)
     measured = _history(job.folder, settings, level, settings.objective)
     for rate in settings.rates:
@@ -188,27 +188,27 @@ def _coefficients(job: Job) -> None:
 
 
 def _samples(job: Job) -> None:
-    names = ["heun"] if job.run is None else [sampler.name for sampler in student_samplers(job)]
-    count = job.study.sampling.count if job.run is not None or job.study.taught else 0
+    names = ["heun"] if job.student is None else [sampler.name for sampler in student_samplers(job)]
+    count = job.study.sampling.count if job.student is not None or job.study.taught else 0
     for name in names:
-        write_array(job.samples / f"{name}.npy", _images(job.study, count, f"{job.run} {job.seed} {name}"))
+        write_array(job.samples / f"{name}.npy", _images(job.study, count, f"{job.student} {job.seed} {name}"))
     _card(job, "samples")
 
 
 def _scores(job: Job, level: float) -> None:
     """Further EMA rates score better, by a tenth each."""
     rows = []
-    for k, rate in enumerate((job.student.ema_rate, *job.student.evaluation_ema)):
+    for k, rate in enumerate((job.settings.ema_rate, *job.settings.evaluation_ema)):
         rows += _rate_rows(job, rate, level * 0.9**k, main=k == 0)
     write_table(job.scores, rows, COLUMNS)
     _card(job, "scores")
 
 
 def _rate_rows(job: Job, rate: float, level: float, main: bool) -> list[dict[str, Any]]:
-    study, settings, scores = job.study, job.student, job.study.scores
+    study, settings, scores = job.study, job.settings, job.study.scores
     endpoint, taught = settings.only_to_eps, study.taught
     sampler, rows = "multistep" if endpoint else "jumps", []
-    common = {"study": study.name, "run": job.run, "seed": job.seed, "ema": rate, "extractor": _extractor(study)}
+    common = {"study": study.name, "run": job.student, "seed": job.seed, "ema": rate, "extractor": _extractor(study)}
     for step in settings.snapshots:
         for nfe in scores.curve_nfe:
             values = _values(step, nfe, level, aligned=taught and (not endpoint or nfe == 1))
@@ -258,7 +258,7 @@ def _values(step: int, nfe: int, level: float, aligned: bool) -> dict[str, float
 
 def _level(job: Job) -> float:
     runs = list(job.study.students)
-    return (1.3 - 0.4 * runs.index(str(job.run)) / max(len(runs) - 1, 1)) * (1 + 0.03 * (job.seed or 0))
+    return (1.3 - 0.4 * runs.index(str(job.student)) / max(len(runs) - 1, 1)) * (1 + 0.03 * (job.seed or 0))
 
 
 def _extractor(study: Study) -> str:

@@ -307,7 +307,7 @@ def _prepare(args: Arguments) -> None:
     torch.backends.cuda.matmul.allow_tf32 = False
     torch.backends.cudnn.benchmark = True
     # float32 excludes TF32, except for LPIPS beside lower-precision networks, where it is a third of the step's time.
-    low = args.verb == "student" and args.job.student.precision != "float32"
+    low = args.verb == "student" and args.job.settings.precision != "float32"
     torch.backends.cudnn.allow_tf32 = low
     if launch.is_worker() and args.device in ("auto", "cuda") and torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))

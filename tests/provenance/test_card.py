@@ -107,7 +107,7 @@ def test_nothing_begins_on_what_was_made_with_other_settings(
 
 
 def test_what_only_another_name_changes_is_said_to_be_that(study: Study, layout: StudyPaths) -> None:
-    card = {"key": "another", "study": "tiny", "settings": Job(study, layout).settings("report") | {"name": "tiny"}}
+    card = {"key": "another", "study": "tiny", "settings": Job(study, layout).depends_on("report") | {"name": "tiny"}}
     assert other_settings(card, Job(study, layout), "report") == "made for the study 'tiny', not 'small'"
 
 

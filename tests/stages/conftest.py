@@ -31,7 +31,7 @@ def results(first_results: StudyPaths, tmp_path: Path) -> StudyPaths:
 def save_students(job: Job, steps: tuple[int | None, ...] = (None,)) -> None:
     """A student at every rate and step, None the end of training, each with weights of its own."""
     teacher = load_denoiser(job.paths.teacher_weights)[0]
-    for k, path in enumerate(job.weights(rate, step) for rate in job.student.rates for step in steps):
+    for k, path in enumerate(job.weights(rate, step) for rate in job.settings.rates for step in steps):
         student, generator = student_from_teacher(teacher), torch.Generator().manual_seed(k)
         with torch.no_grad():
             for weight in student.parameters():

@@ -54,7 +54,7 @@ def assert_complete(client: Any, study: Job, *others: str) -> dict[str, Any]:
     for job in study.trainings:
         run = runs[job.label]
         assert run.info.status == "FINISHED"
-        assert run.data.tags["mlflow.parentRunId"] == runs[str(job.run)].info.run_id
+        assert run.data.tags["mlflow.parentRunId"] == runs[str(job.student)].info.run_id
         curves = [point for point in points_of(client, run) if point[0].startswith("training/")]
         assert curves == expected_points(job)
     return runs

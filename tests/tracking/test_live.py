@@ -100,7 +100,7 @@ def test_a_live_run_says_what_it_is(small_project: Study, client: Any) -> None:
 
 def test_track_completes_the_live_runs_and_makes_no_second_ones(small_project: Study, client: Any) -> None:
     for job in Job(small_project, LAYOUT).trainings:
-        run, seed = str(job.run), int(job.seed or 0)
+        run, seed = str(job.student), int(job.seed or 0)
         identity = files.read_identity(write(small_project, history_of(job), run, seed))
         assert not attempt(follow(small_project, run, seed), "FINISHED")
         # The training ends: its card says which it was, and its state goes.

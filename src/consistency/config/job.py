@@ -15,17 +15,17 @@ PER_STUDENT = ("student", "samples", "scores")
 
 @dataclass(frozen=True)
 class Job:
-    """A study, its paths and, for artifacts of one student, its name (run) and seed. Without a student, samples are the
+    """A study, its paths and, for artifacts of one student, its name and seed. Without a student, samples are the
     teacher's and scores the calibration."""
 
     study: Study
     paths: StudyPaths
-    run: str | None = None
+    student: str | None = None
     seed: int | None = None
 
-    def of(self, run: str | None = None, seed: int | None = None) -> "Job":
+    def of(self, student: str | None = None, seed: int | None = None) -> "Job":
         """Return the same job for another student, or for none."""
-        return replace(self, run=run, seed=seed)
+        return replace(self, student=student, seed=seed)
 
     @property
     def trainings(self) -> list["Job"]:
@@ -33,25 +33,25 @@ class Job:
         return [self.of(*training) for training in self.study.trainings]
 
     @property
-    def student(self) -> Student:
+    def settings(self) -> Student:
         """The student's settings."""
-        return self.study.students[str(self.run)]
+        return self.study.students[str(self.student)]
 
     @property
     def predictor(self) -> "Job | None":
         """The frozen student, of the same seed, that makes gc's endpoints; None without one."""
-        frozen = self.student.frozen
+        frozen = self.settings.frozen
         return self.of(frozen.run, self.seed) if frozen else None
 
     @property
     def options(self) -> str:
         """Options of the job's verb, such as ' --run ctm --seed 0'; none without a student."""
-        return "" if self.run is None else f" --run {self.run} --seed {self.seed}"
+        return "" if self.student is None else f" --run {self.student} --seed {self.seed}"
 
     @property
     def label(self) -> str:
         """Name in progress and messages: 'ctm seed 0', or the study's."""
-        return self.study.name if self.run is None else f"{self.run} seed {self.seed}"
+        return self.study.name if self.student is None else f"{self.student} seed {self.seed}"
 
     def at(self, stage: str) -> "Job":
         """Return the job of a stage: this one, or that of the whole study for a stage that makes one artifact for all
@@ -61,11 +61,11 @@ class Job:
     def key(self, stage: str) -> str:
         """Return 16 hex digits that identify the settings (and seed) of a stage's artifact."""
         job = self.at(stage)
-        return key_of(self.study, stage, job.run, job.seed)
+        return key_of(self.study, stage, job.student, job.seed)
 
-    def settings(self, stage: str) -> dict[str, Any]:
+    def depends_on(self, stage: str) -> dict[str, Any]:
         """Return every key that a stage's artifact depends on."""
-        return settings_of(self.study, stage, self.at(stage).run)
+        return settings_of(self.study, stage, self.at(stage).student)
 
     @property
     def folder(self) -> Path:
@@ -86,7 +86,7 @@ class Job:
     def scores(self) -> Path:
         """Path of the score table; its card lies beside it."""
         folder = self.paths.root / "scores"
-        return folder / "calibration.csv" if self.run is None else folder / self.run / f"seed{self.seed}.csv"
+        return folder / "calibration.csv" if self.student is None else folder / self.student / f"seed{self.seed}.csv"
 
     def card(self, stage: str) -> Path:
         """Return the path of the card of a stage's artifact."""
@@ -98,7 +98,7 @@ class Job:
     @property
     def state(self) -> Path:
         """The resumable state of the student's training. Never a declared output."""
-        return self.paths.training_state(str(self.run), self.seed or 0)
+        return self.paths.training_state(str(self.student), self.seed or 0)
 
     @property
     def sampling_state(self) -> Path:
@@ -106,4 +106,4 @@ class Job:
         return self.paths.state / self.samples.relative_to(self.paths.results)
 
     def _below(self, folder: Path) -> Path:
-        return folder / "teacher" if self.run is None else folder / self.run / f"seed{self.seed}"
+        return folder / "teacher" if self.student is None else folder / self.student / f"seed{self.seed}"

@@ -25,7 +25,7 @@ def student_samplers(job: Job) -> list[StudentSampler]:
 
     Students that jump only to eps have CM's multistep sampler alone. Further EMA rates are drawn without gamma.
     """
-    settings, sampling = job.student, job.study.sampling
+    settings, sampling = job.settings, job.study.sampling
     chosen = [StudentSampler(nfe, None, rate) for rate in settings.rates for nfe in sampling.nfe]
     if not settings.only_to_eps:
         chosen += [StudentSampler(nfe, gamma) for gamma in sampling.gamma for nfe in sampling.gamma_nfe]

@@ -139,7 +139,7 @@ def training_operations(study: Study, student: Student, forward: float) -> float
 
 def _scoring_operations(job: Job, size: _Size) -> float:
     """Return the operations of a student's scores: points of its learning curve, and features of its samples."""
-    student, scores = job.student, job.study.scores
+    student, scores = job.settings, job.study.scores
     point = scores.curve_count * (sum(scores.curve_nfe) * size.forward + len(scores.curve_nfe) * size.extractor)
     samples = len(student_samplers(job)) * job.study.sampling.count
     return len(student.rates) * len(student.snapshots) * point + samples * size.extractor

@@ -80,12 +80,12 @@ class ImageMeasurements:
             if student.coupling == "ot":
                 moved = pairs.transported(student.batch)
                 rows.append(_row("pairs", run, None, None, _costs(moved.images, moved.noise)))
-        students = [job for job in self.job.trainings if job.run in study.coupled]
+        students = [job for job in self.job.trainings if job.student in study.coupled]
         progress = Progress(f"flows {study.name}", len(students) * len(self.times) * len(pairs.images))
         for job in students:
             ends = self._endpoint(job)
             for t in self.times:
-                rows.append(_row("student", str(job.run), job.seed, t, _costs(ends(t), pairs.noise)))
+                rows.append(_row("student", str(job.student), job.seed, t, _costs(ends(t), pairs.noise)))
                 progress.update(len(pairs.images))
         progress.close()
         return rows
@@ -112,9 +112,9 @@ class ImageMeasurements:
 
     def discrepancy(self, job: Job, measure: Discrepancy) -> list[Row]:
         """Return the rows of discrepancy.csv for one coupling; train its denoiser if needed."""
-        pairs = self.pairs.transported(job.student.batch) if job.student.coupling == "ot" else self.pairs
+        pairs = self.pairs.transported(job.settings.batch) if job.settings.coupling == "ot" else self.pairs
         train(measure.training)
-        return self._discrepancies(str(job.run), job.seed, lambda t: measure.at(pairs, t))
+        return self._discrepancies(str(job.student), job.seed, lambda t: measure.at(pairs, t))
 
     def _discrepancies(self, run: str, seed: int | None, measured: Callable[[float], np.ndarray]) -> list[Row]:
         rows = []

@@ -66,7 +66,7 @@ def jump_sampler(job: Job, model: Denoiser, preconditioning: Preconditioning, nf
     """Return a sampler of nfe jumps along the rho grid from sigma_max to sigma_min."""
     device = next(model.parameters()).device
     times = _times(job.study, nfe + 1)
-    gamma = 1.0 if job.student.only_to_eps else gamma
+    gamma = 1.0 if job.settings.only_to_eps else gamma
 
     def sample(noise: ImageNoise) -> Tensor:
         labels = _labels(noise, device)

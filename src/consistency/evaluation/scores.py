@@ -96,7 +96,7 @@ class StudentScorer:
     ode: GeneralizedODE | None
 
     def __post_init__(self) -> None:
-        self.job, self.settings = self.scorer.job, self.scorer.job.student
+        self.job, self.settings = self.scorer.job, self.scorer.job.settings
 
     def final_row(self, model: Denoiser, sampler: StudentSampler) -> Row:
         """Score one sampler's samples at the end of training."""
@@ -125,7 +125,7 @@ class StudentScorer:
     def _row(self, kind: str, step: int, nfe: int, gamma: float | None) -> Row:
         sampler = "multistep" if self.settings.only_to_eps else "jumps" if gamma is None else f"gamma={gamma}"
         rate = self.settings.ema_rate if self.rate is None else self.rate
-        return self.scorer.row(kind, str(self.job.run), sampler, nfe, step, rate)
+        return self.scorer.row(kind, str(self.job.student), sampler, nfe, step, rate)
 
     def _aligned(self, nfe: int) -> bool:
         """Tell whether the samples depend on their first noise alone, as do the teacher's endpoints, if any."""

@@ -56,11 +56,11 @@ class Card:
             "format": CARD,
             "stage": stage,
             "study": job.study.name,
-            "run": job.run,
+            "run": job.student,
             "seed": job.seed,
             "seeds": graph.seeds_of(job, stage),
             "key": job.key(stage),
-            "settings": job.settings(stage),
+            "settings": job.depends_on(stage),
             "code": code_digest(stage),
             "resolved": job.study.model_dump(mode="json"),
             "command": shlex.join(["python", "-m", "consistency", *sys.argv[1:]]),
@@ -108,7 +108,7 @@ def other_settings(card: dict[str, Any], job: Job, stage: str) -> str:
     """Say in a few words for which other study or settings a card's artifact was made; '' if for this job's."""
     if card.get("key") == job.key(stage):
         return ""
-    there, here = card.get("settings", {}), job.settings(stage)
+    there, here = card.get("settings", {}), job.depends_on(stage)
     if isinstance(there, dict) and there | {"name": None} == here | {"name": None}:
         return f"made for the study {card.get('study')!r}, not {job.study.name!r}"
     return f"made by study {card.get('study')!r} with other settings{first_difference(there, here)}"

@@ -21,7 +21,7 @@ from consistency.provenance.graph import artifacts
 def due_mark(stage: str, job: Job) -> Path:
     """Return the path of an artifact's mark. It lies under the state folder, since it is no result."""
     folder = job.paths.state / job.paths.study / "due" / stage
-    return folder / "study" if job.run is None else folder / job.run / f"seed{job.seed}"
+    return folder / "study" if job.student is None else folder / job.student / f"seed{job.seed}"
 
 
 def mark_due(job: Job) -> dict[str, str]:

@@ -54,7 +54,7 @@ def pipeline(studies: list[str]) -> str:
     for name in studies:
         study = load_study(f"config/studies/{name}.yaml")
         for stage, each in graph.artifacts(Job(study, StudyPaths(study.name))).values():
-            label = name if each.run is None else f"{name}-{each.run}-{each.seed}"
+            label = name if each.student is None else f"{name}-{each.student}-{each.seed}"
             groups.setdefault(_group(stage, each), {})[label] = _item(stage, each)
     unused = 0
     for items in groups.values():
@@ -90,7 +90,7 @@ def _plan(job: Job) -> Path:
 
 
 def _plan_file(stage: str, job: Job) -> Path:
-    place = _plan(job) / stage if job.run is None else _plan(job) / stage / job.run / f"seed{job.seed}"
+    place = _plan(job) / stage if job.student is None else _plan(job) / stage / job.student / f"seed{job.seed}"
     return place.with_suffix(".json")
 
 

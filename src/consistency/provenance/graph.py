@@ -78,7 +78,7 @@ def declared(job: Job, path: Path) -> Path:
 def rule_of(stage: str, job: Job) -> str:
     """Return the name of the rule that makes a job's artifact."""
     teachers = {"samples": "teacher_samples", "scores": "calibration"}
-    return teachers.get(stage, stage) if job.run is None else stage
+    return teachers.get(stage, stage) if job.student is None else stage
 
 
 @dataclass(frozen=True)
@@ -99,14 +99,14 @@ def _learnt_from(job: Job) -> Iterator[Path]:
 
 def _fit(job: Job) -> Iterator[Path]:
     """Yield the coefficients, if the student reads them."""
-    if job.student.needs_coefficients:
+    if job.settings.needs_coefficients:
         yield job.paths.fit
 
 
 def _predictor(job: Job) -> Iterator[Path]:
     """Yield the weights of the frozen student that makes gc's endpoints, if there is one."""
-    if job.predictor and job.student.frozen:
-        yield job.predictor.weights(step=job.student.frozen.step)
+    if job.predictor and job.settings.frozen:
+        yield job.predictor.weights(step=job.settings.frozen.step)
 
 
 def _dataset_outputs(job: Job) -> Iterator[Path]:
@@ -149,43 +149,43 @@ def _student_inputs(job: Job) -> Iterator[Path]:
 
 
 def _student_outputs(job: Job) -> Iterator[Path]:
-    yield from (job.weights(rate) for rate in job.student.rates)
+    yield from (job.weights(rate) for rate in job.settings.rates)
     yield job.folder / "history.jsonl"
     yield from _snapshots(job)
 
 
 def _snapshots(job: Job) -> Iterator[Path]:
-    yield from (job.weights(rate, step) for step in job.student.snapshots for rate in job.student.rates)
+    yield from (job.weights(rate, step) for step in job.settings.snapshots for rate in job.settings.rates)
 
 
 def _samples_inputs(job: Job) -> Iterator[Path]:
-    if job.run is None:
+    if job.student is None:
         yield job.paths.teacher_weights
     else:
-        yield from (job.weights(rate) for rate in job.student.rates)
+        yield from (job.weights(rate) for rate in job.settings.rates)
         yield from _fit(job)
 
 
 def _samples_outputs(job: Job) -> Iterator[Path]:
-    names = ["heun"] if job.run is None else [sampler.name for sampler in student_samplers(job)]
+    names = ["heun"] if job.student is None else [sampler.name for sampler in student_samplers(job)]
     yield from (job.samples / f"{name}.npy" for name in names)
 
 
 def _scores_inputs(job: Job) -> Iterator[Path]:
     yield from _extractor_outputs(job)
     yield from _samples_outputs(job)
-    if job.run is None:
+    if job.student is None:
         yield job.paths.teacher_weights
     else:
         yield job.paths.endpoints
-        yield from (job.weights(rate) for rate in job.student.rates)
+        yield from (job.weights(rate) for rate in job.settings.rates)
         yield from _snapshots(job)
         yield from _fit(job)
 
 
 def _scores_outputs(job: Job) -> Iterator[Path]:
     yield job.scores
-    if job.run is None:
+    if job.student is None:
         yield from (job.paths.endpoints, job.paths.passed)
 
 
@@ -194,10 +194,10 @@ def _flows_inputs(job: Job) -> Iterator[Path]:
     yield from _learnt_from(job)
     if settings and settings.discrepancy and study.taught:
         yield job.paths.teacher_weights
-    for each in (each for each in job.trainings if each.run in study.coupled):
+    for each in (each for each in job.trainings if each.student in study.coupled):
         yield from _fit(each)
         yield each.weights()
-        if settings and each.run in settings.discrepancy and each.seed == study.seeds[0]:
+        if settings and each.student in settings.discrepancy and each.seed == study.seeds[0]:
             yield from _predictor(each)
 
 
@@ -228,8 +228,8 @@ def shown_fits(job: Job) -> dict[str, dict[int, Path]]:
     """Return the first seed's snapshots whose own coefficients a report shows: student -> step -> file."""
     students = [job.of(run, job.study.seeds[0]) for run in job.study.with_own_fit]
     return {
-        str(each.run): {
-            step: each.weights(step=step) for step in (each.student.snapshots if each.student.fit == "average" else [0])
+        str(each.student): {
+            step: each.weights(step=step) for step in (each.settings.snapshots if each.settings.fit == "average" else [0])
         }
         for each in students
     }
@@ -250,7 +250,7 @@ STAGES = {
 
 def verb_of(stage: str, job: Job) -> str:
     """Return the verb that makes a job's artifact, with its options."""
-    return ("calibration" if stage == "scores" and job.run is None else stage) + job.options
+    return ("calibration" if stage == "scores" and job.student is None else stage) + job.options
 
 
 def seeds_of(job: Job, stage: str) -> dict[str, Any]:
@@ -262,7 +262,7 @@ def seeds_of(job: Job, stage: str) -> dict[str, Any]:
         "coefficients": {"coefficients": study.coefficients.seed},
         "student": {"student": job.seed},
         "samples": {"images": images},
-        "scores": {"images": images} if job.run is None else {"student": job.seed, "images": images},
+        "scores": {"images": images} if job.student is None else {"student": job.seed, "images": images},
         "flows": {"flows": study.flows.seed, "toy": study.flows.toy_seeds} if study.flows else {},
         "report": {"students": study.seeds},
     }
@@ -283,7 +283,7 @@ def downloads(job: Job, stage: str) -> list[str]:
         "teacher": teacher.checkpoint if isinstance(teacher, OfficialTeacher) else None,
         "extractor": inception,
         "scores": inception,
-        "student": VGG16 if job.run is not None and job.student.distance == "lpips" else None,
+        "student": VGG16 if job.student is not None and job.settings.distance == "lpips" else None,
     }
     name = opened.get(stage)
     return [name] if name else []

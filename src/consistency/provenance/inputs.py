@@ -60,7 +60,7 @@ def read_coefficients(job: Job) -> dict[str, np.ndarray[Any, Any]]:
 
 def read_ode(job: Job, device: torch.device) -> GeneralizedODE | None:
     """Read the ODE of the coefficients fitted from the teacher, for a student that uses them."""
-    if not job.student.needs_coefficients:
+    if not job.settings.needs_coefficients:
         return None
     read_card(job, "coefficients")
     arrays = read_coefficients(job)
@@ -77,4 +77,4 @@ def preconditioning_of(settings: Student, model: Denoiser, ode: GeneralizedODE |
 
 def read_preconditioning(job: Job, model: Denoiser) -> Preconditioning:
     """Read the preconditioning of a student, given its network."""
-    return preconditioning_of(job.student, model, read_ode(job, next(model.parameters()).device))
+    return preconditioning_of(job.settings, model, read_ode(job, next(model.parameters()).device))

@@ -138,7 +138,7 @@ def _left_out(root: Path, absent: set[str]) -> set[str]:
 
 def _settings(card: _Card, stage: str, job: Job) -> Iterator[str]:
     """Compare a card with the study file."""
-    settings = job.settings(stage)
+    settings = job.depends_on(stage)
     if card.study != job.study.name:
         yield f"stale: made for study {card.study!r}; run its stage again"
     if card.key != settings_key(stage, job.seed, settings) or card.settings != settings:

@@ -120,7 +120,7 @@ def _cost(job: Job, cards: Cards) -> dict[str, Any] | None:
         return None
     fit = cards["coefficients"]["measured"]
     trained = [(each, cards[f"student {each.label}"]["measured"]) for each in job.trainings]
-    fitted = next(measured for each, measured in trained if each.student.needs_coefficients)
+    fitted = next(measured for each, measured in trained if each.settings.needs_coefficients)
     return {
         "evaluations": fit["network_evaluations"],
         "seconds": fit["seconds"],

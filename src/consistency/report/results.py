@@ -74,7 +74,7 @@ def records(table: pd.DataFrame) -> list[dict[str, Any]]:
 
 
 def _table(job: Job) -> pd.DataFrame:
-    verb = "calibration" if job.run is None else f"scores{job.options}"
+    verb = "calibration" if job.student is None else f"scores{job.options}"
     path = require_output(job.scores, verb)
     if read_card(job, "scores")["outputs"].get(path.name) != sha256(path):
         raise UserError(f"{path} is not as it was written: run `python -m consistency {verb}` again")
@@ -93,7 +93,7 @@ def read_histories(job: Job) -> dict[str, list[pd.DataFrame]]:
     histories: dict[str, list[pd.DataFrame]] = {run: [] for run in job.study.students}
     for each in job.trainings:
         lines = read_history(each.folder / "history.jsonl", f"student{each.options}")
-        histories[str(each.run)].append(pd.DataFrame(lines))
+        histories[str(each.student)].append(pd.DataFrame(lines))
     return histories
 
 

@@ -36,13 +36,13 @@ def make_samples(job: Job, device: torch.device, ranks: Ranks = ALONE) -> None:
     to stop; finished rows stay in the state folder.
     """
     card, study, size = Card(job, "samples"), job.study, job.study.dataset.resolution
-    if job.run is None and not study.taught:
+    if job.student is None and not study.taught:
         path = job.samples / "heun.npy"
         write_array(path, np.zeros((0, size, size, study.dataset.channels), np.uint8))
         card.write()
         return
-    label = "samples " + ("teacher" if job.run is None else job.label)
-    names = ["heun"] if job.run is None else [sampler.name for sampler in student_samplers(job)]
+    label = "samples " + ("teacher" if job.student is None else job.label)
+    names = ["heun"] if job.student is None else [sampler.name for sampler in student_samplers(job)]
     state = job.sampling_state
     with only_one(state, "is working") if ranks.first else contextlib.nullcontext(), stop_requests() as requests:
         digests = {
@@ -68,11 +68,11 @@ def make_samples(job: Job, device: torch.device, ranks: Ranks = ALONE) -> None:
 def _samplers(job: Job, device: torch.device) -> Iterator[tuple[str, Denoiser, Sampler]]:
     """Yield (name, model, sampler) of everything to draw, one model at a time."""
     study = job.study
-    if job.run is None:
+    if job.student is None:
         teacher = prepared(study, read_teacher(job, device))
         yield "heun", teacher, heun_sampler(study, teacher)
         return
-    for rate in job.student.rates:
+    for rate in job.settings.rates:
         model = prepared(study, read_student(job, device, rate))
         preconditioning = read_preconditioning(job, model)
         for one in (sampler for sampler in student_samplers(job) if sampler.rate == rate):

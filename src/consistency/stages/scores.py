@@ -40,7 +40,7 @@ def make_calibration(job: Job, device: torch.device) -> None:
 def make_scores(job: Job, device: torch.device) -> None:
     """Write the score table of one student at each of its EMA rates, and its card: the final samples and, from the
     snapshots, the learning curve."""
-    study, settings, scores, samplers = job.study, job.student, job.study.scores, student_samplers(job)
+    study, settings, scores, samplers = job.study, job.settings, job.study.scores, student_samplers(job)
     curve_images = len(settings.rates) * len(settings.snapshots) * len(scores.curve_nfe) * scores.curve_count
     scorer = Scorer(job, device, f"scores {job.label}", len(samplers) * study.sampling.count + curve_images)
     endpoints, ode = read_array(job.paths.endpoints, "calibration"), read_ode(job, device)

@@ -34,10 +34,10 @@ def _publish(card: Card, training: Training, measured: dict[str, float]) -> None
     """Write the outputs of a finished training, and its card."""
     job = card.job
     digests = {path: digest_of(path, job.paths) for path in graph.inputs("student", job)}
-    metadata = {"study": job.study.name, "stage": "student", "run": job.run, "seed": job.seed, "key": training.key}
+    metadata = {"study": job.study.name, "stage": "student", "run": job.student, "seed": job.seed, "key": training.key}
     parents = {path.name: digest for path, digest in digests.items()}
     made = {"step": training.steps, "git": git_state(), "parents": parents}
-    checkpoints = [job.weights(rate) for rate in job.student.rates]
+    checkpoints = [job.weights(rate) for rate in job.settings.rates]
     for path, average in zip(checkpoints, training.averages, strict=True):
         save_denoiser(path, average.model, {**metadata, **made, "ema": average.constant})
     publish_training(training.folder, job.folder)

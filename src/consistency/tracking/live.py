@@ -84,7 +84,7 @@ class Follower(threading.Thread):
         self.job, self.every = job, every
         self.records = plan_live(job, made)
         self.own = self.records[-1]
-        published = job.paths.teacher if job.run is None else job.folder
+        published = job.paths.teacher if job.student is None else job.folder
         # Once the state is gone, its history has been published.
         self.histories = [folder / "history.jsonl" for folder in (state, published)]
         self.read = 0  # bytes of the history

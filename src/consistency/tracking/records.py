@@ -67,7 +67,7 @@ def plan_live(job: Job, made: dict[str, Any]) -> list[Record]:
 
     made: the command, git, hardware and training entries of its future card.
     """
-    if job.run is None:
+    if job.student is None:
         return [_begun_teacher(job, made)]
     begun = _begun_seed(job, made)
     return [_begun_student(job, begun.started), begun]
@@ -78,7 +78,7 @@ def plan_live(job: Job, made: dict[str, Any]) -> list[Record]:
 
 def _begun_teacher(job: Job, made: dict[str, Any]) -> Record:
     # Its params are those of its samples: an official checkpoint depends on neither noise nor dataset.
-    settings = job.of().settings("samples")
+    settings = job.of().depends_on("samples")
     return Record(
         "teacher",
         "teacher",
@@ -116,17 +116,17 @@ def _begun_seed(job: Job, made: dict[str, Any]) -> Record:
         params=own | seed,
         tags=_origin(made) | differing | seed,
         first=_first(job, f"seed {job.seed}"),
-        parent=job.run,
+        parent=job.student,
     )
 
 
 def _seed(job: Job) -> Record:
     card = read_card(job, "student")
     record = _begun_seed(job, card)
-    record.params |= _sections(job.settings("scores"), "sampling", "scores")
+    record.params |= _sections(job.depends_on("scores"), "sampling", "scores")
     history = _finish(record, job, card)
     seconds = {line["step"]: line["seconds"] for line in history} | {0: 0.0}
-    main = job.student.ema_rate
+    main = job.settings.ema_rate
     for row in csv.DictReader(read_lines(job.scores, f"scores{job.options}")):
         if row["kind"] == "curve":
             step = int(row["step"])
@@ -141,7 +141,7 @@ def _seed(job: Job) -> Record:
 
 def _begun_student(job: Job, started: int) -> Record:
     differing, own = _settings(job)
-    seeds, run = ", ".join(str(seed) for seed in job.study.seeds), str(job.run)
+    seeds, run = ", ".join(str(seed) for seed in job.study.seeds), str(job.student)
     return Record(
         run,
         "student",
@@ -156,7 +156,7 @@ def _begun_student(job: Job, started: int) -> Record:
 def _student(job: Job, seeds: list[Record]) -> Record:
     """Return the mean over the seeds, at the points that all of them have."""
     record = _begun_student(job, min(seed.started for seed in seeds))
-    record.params |= _sections(job.settings("scores"), "sampling", "scores")
+    record.params |= _sections(job.depends_on("scores"), "sampling", "scores")
     record.ended = record.started + round(fmean(seed.ended - seed.started for seed in seeds))
     record.digest = _digest([seed.digest for seed in seeds])
     values: dict[tuple[str, int], list[Point]] = defaultdict(list)
@@ -173,15 +173,15 @@ def _student(job: Job, seeds: list[Record]) -> Record:
 
 def _first(job: Job, what: str) -> dict[str, str]:
     """Return the description and the colour of the report's figures, as tags that are written once."""
-    colour = line_of(list(job.study.students), str(job.run))["color"]
-    return {"mlflow.note.content": f"Student `{job.run}`, {what}.", "mlflow.runColor": colour}
+    colour = line_of(list(job.study.students), str(job.student))["color"]
+    return {"mlflow.note.content": f"Student `{job.student}`, {what}.", "mlflow.runColor": colour}
 
 
 def _settings(job: Job) -> tuple[dict[str, str], dict[str, str]]:
     """Return the keys in which the study's students differ, with this one's values, and all of its keys, those first: a
     run's page shows them in this order."""
     flat = {name: _flat(student.model_dump(mode="json")) for name, student in job.study.students.items()}
-    own = flat[str(job.run)]
+    own = flat[str(job.student)]
     keys = dict.fromkeys(key for student in flat.values() for key in student)
     # A section of another kind has other keys.
     differing = {k: own[k] for k in keys if k in own and any(other.get(k) != own[k] for other in flat.values())}

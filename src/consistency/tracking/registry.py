@@ -25,24 +25,24 @@ def register_students(client: Any, job: Job, runs: dict[str, str]) -> dict[str, 
     is missing.
     """
     first = [job.of(run, job.study.seeds[0]) for run in job.study.students]
-    return {str(student.run): _register(client, student, runs[student.label]) for student in first}
+    return {str(student.student): _register(client, student, runs[student.label]) for student in first}
 
 
 def _register(client: Any, job: Job, run_id: str) -> str:
     from mlflow.exceptions import MlflowException
 
-    study, name, files = job.study, f"{job.study.name}-{job.run}", _files(job)
+    study, name, files = job.study, f"{job.study.name}-{job.student}", _files(job)
     content = [job.key("samples"), *files.values()]
     digest = hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
     for version in client.search_model_versions(f"name = '{name}'"):
         if version.tags.get(DIGEST) == digest:
             return f"models:/{name}/{version.version}"
     about = (
-        f"Student `{job.run}` of the study `{study.name}`. "
+        f"Student `{job.student}` of the study `{study.name}`. "
         '`mlflow.pyfunc.load_model(...).predict({"count": 8, "seed": 0, "nfe": 2})` samples uint8 images [N, H, W, C].'
     )
     try:
-        client.create_registered_model(name, {"study": study.name, "student": str(job.run)}, about)
+        client.create_registered_model(name, {"study": study.name, "student": str(job.student)}, about)
     except MlflowException as error:
         if error.error_code != "RESOURCE_ALREADY_EXISTS":
             raise
@@ -63,7 +63,7 @@ def _register(client: Any, job: Job, run_id: str) -> str:
 def _files(job: Job) -> dict[Path, str]:
     """Return the files that the student's images depend on, and the sha256 in their cards."""
     cards = {job.weights(): read_card(job, "student")}
-    if job.student.needs_coefficients:
+    if job.settings.needs_coefficients:
         cards[job.paths.fit] = read_card(job, "coefficients")
     return {path: card["outputs"][path.name] for path, card in cards.items()}
 

@@ -94,18 +94,18 @@ def discrepancy_of(job: Job, settings: Flows, data: ImageData, machine: Machine)
     architecture.pop("own_fit", None)
     model = init_denoiser(architecture, derived_seed(settings.seed, "flows denoiser"))
     model = place(study, model, machine.device).train()
-    kind = TransportDenoising if job.student.coupling == "ot" else CoupledDenoising
+    kind = TransportDenoising if job.settings.coupling == "ot" else CoupledDenoising
     objective = kind(model, coupling)  # type: ignore[arg-type]
     optimizer = ("adam", settings.denoiser_learning_rate)
     stream = Stream(settings.denoiser_batch, settings.seed, "flows")
     update = build_update(study, data, machine, objective, model, optimizer, stream)
     training = Training(
-        label=f"flows {job.run}",
-        key=f"{job.key('flows')} {job.run}",
+        label=f"flows {job.student}",
+        key=f"{job.key('flows')} {job.student}",
         update=update,
         averages=[Ema(model, 0.999, warm_up=0.75)],
         steps=settings.denoiser_steps,
         log_every=100,
-        folder=job.paths.training_state(f"flows/{job.run}", settings.seed),
+        folder=job.paths.training_state(f"flows/{job.student}", settings.seed),
     )
     return Discrepancy(training, objective, study.seeds[0])

@@ -27,7 +27,7 @@ from consistency.training.trajectory import Trajectory
 
 def student_training(job: Job, data: ImageData, machine: Machine) -> Training:
     assert job.seed is not None
-    study, settings, device = job.study, job.student, machine.device
+    study, settings, device = job.study, job.settings, machine.device
     teacher = place(study, read_teacher(job, device), device)
     require_classes(study, data, teacher)
     student = place(study, _begun(job, teacher, data), device).train().requires_grad_(True)
@@ -67,16 +67,16 @@ def student_training(job: Job, data: ImageData, machine: Machine) -> Training:
 
 def frozen_predictor(job: Job, device: torch.device) -> Denoiser | None:
     """Return the student that makes gc's endpoints instead of the average, None without one."""
-    if job.predictor is None or job.student.frozen is None:
+    if job.predictor is None or job.settings.frozen is None:
         return None
-    return read_student(job.predictor, device, step=job.student.frozen.step)
+    return read_student(job.predictor, device, step=job.settings.frozen.step)
 
 
 def _begun(job: Job, teacher: Denoiser, data: ImageData) -> Denoiser:
     """Return a student before its training. Weights, data order and noise depend on the seed alone, so that students of
     one seed differ in nothing else."""
     assert job.seed is not None
-    settings, drawn = job.student, derived_seed(job.seed, "student")
+    settings, drawn = job.settings, derived_seed(job.seed, "student")
     if settings.from_teacher:
         student = student_from_teacher(teacher, dropout=settings.dropout, seed=drawn)
     else:
@@ -93,11 +93,11 @@ def _begun(job: Job, teacher: Denoiser, data: ImageData) -> Denoiser:
 
 def _refits(job: Job, data: ImageData, machine: Machine, student: Denoiser, averages: list[Denoiser]) -> Refits | None:
     """Return the refits of a student's coefficients during its training, None if there are none."""
-    if job.student.fit != "average":
+    if job.settings.fit != "average":
         return None
     images, labels, noise = fitted_images(job.study, data, machine.device)
     return Refits(
-        stage=schedule_of(job.study, job.student).stage,
+        stage=schedule_of(job.study, job.settings).stage,
         student=student,
         averages=averages,
         images=images,
@@ -113,7 +113,7 @@ def _objective(
     job: Job, machine: Machine, models: tuple[Denoiser, Denoiser, Denoiser], stopwatch: Stopwatch
 ) -> Objective:
     """Build the loss of a student; models: student, its average or the frozen predictor in its place, teacher."""
-    settings = job.student
+    settings = job.settings
     if settings.objective == "consistency":
         return consistency_objective(job, models[:2], machine)
     preconditioning = read_preconditioning(job, models[0])
@@ -128,7 +128,7 @@ def _objective(
 
 def consistency_objective(job: Job, models: tuple[Denoiser, Denoiser], machine: Machine) -> ConsistencyTraining:
     """Build the loss of consistency training; models: student, its average or the frozen predictor."""
-    settings, noise = job.student, job.study.noise
+    settings, noise = job.settings, job.study.noise
     training = TransportTraining if settings.coupling == "ot" else ConsistencyTraining
     return training(
         student=models[0],
