@@ -15,8 +15,8 @@ from consistency.base.progress import Progress
 pytestmark = pytest.mark.usefixtures("handlers")
 
 ROOT = Path(__file__).parents[1]
-STUDENT = ("--run", "ctm", "--seed", "0")
-ANALYTIC = ("--run", "analytic", "--seed", "0")
+STUDENT = ("--student", "ctm", "--seed", "0")
+ANALYTIC = ("--student", "analytic", "--seed", "0")
 VERBS = [
     ("dataset",),
     ("extractor",),
@@ -95,18 +95,22 @@ def project(whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
         ("teacher", ("samples",), "teacher"),
         ("coefficients", ("student", *ANALYTIC), "coefficients"),
         ("coefficients", ("scores", *ANALYTIC), "coefficients"),
-        ("students/ctm/seed0", ("samples", *STUDENT), "student --run ctm --seed 0"),
-        ("students/ctm/seed0", ("scores", *STUDENT), "student --run ctm --seed 0"),
+        ("students/ctm/seed0", ("samples", *STUDENT), "student --student ctm --seed 0"),
+        ("students/ctm/seed0", ("scores", *STUDENT), "student --student ctm --seed 0"),
         ("samples/teacher", ("calibration",), "samples"),
-        ("samples/ctm/seed0", ("scores", *STUDENT), "samples --run ctm --seed 0"),
+        ("samples/ctm/seed0", ("scores", *STUDENT), "samples --student ctm --seed 0"),
         ("scores/extractor", ("calibration",), "extractor"),
-        ("students/ctm/seed0/snapshots/step-000003.safetensors", ("scores", *STUDENT), "student --run ctm --seed 0"),
+        (
+            "students/ctm/seed0/snapshots/step-000003.safetensors",
+            ("scores", *STUDENT),
+            "student --student ctm --seed 0",
+        ),
         ("scores/endpoints.npy", ("scores", *STUDENT), "calibration"),
         ("scores/calibration.csv", ("report",), "calibration"),
-        ("scores/analytic/seed0.csv", ("report",), "scores --run analytic --seed 0"),
-        ("students/analytic/seed0/card.json", ("report",), "student --run analytic --seed 0"),
+        ("scores/analytic/seed0.csv", ("report",), "scores --student analytic --seed 0"),
+        ("students/analytic/seed0/card.json", ("report",), "student --student analytic --seed 0"),
         ("coefficients/coefficients.npz", ("report",), "coefficients"),
-        ("samples/ctm/seed0/nfe2.npy", ("report",), "samples --run ctm --seed 0"),
+        ("samples/ctm/seed0/nfe2.npy", ("report",), "samples --student ctm --seed 0"),
         ("samples/teacher/heun.npy", ("report",), "samples"),
     ],
 )
@@ -150,7 +154,7 @@ def test_a_changed_score_table_is_named(project: Project) -> None:
     table = project.path("scores/ctm/seed0.csv")
     table.write_text(table.read_text() + "\n")
     error = project.error("report")
-    assert str(table) in error and "scores --run ctm --seed 0` again" in error
+    assert str(table) in error and "scores --student ctm --seed 0` again" in error
 
 
 @pytest.mark.parametrize(

@@ -78,8 +78,8 @@ def test_wrong_words_are_2_and_a_usage(words: str, capsys: pytest.CaptureFixture
     [
         (["check", "--study", "nowhere.yaml"], "error: no study file nowhere.yaml"),
         (["coefficients", "--study", TINY, "--device", "tpu7"], "error: --device tpu7 cannot be used here"),
-        ([*SAMPLES, "--run", "ctm"], "error: --run and --seed go together: give both for a student"),
-        ([*SAMPLES, "--seed", "0"], "error: --run and --seed go together: give both for a student"),
+        ([*SAMPLES, "--student", "ctm"], "error: --student and --seed go together: give both for a student"),
+        ([*SAMPLES, "--seed", "0"], "error: --student and --seed go together: give both for a student"),
         (["coefficients", "--study", TINY, "--threads", "0"], "error: --threads must be positive, got 0\n"),
         ([*SAMPLES, "--nodes", "2"], "error: --nodes 2 needs a Slurm job of 2 nodes\n"),
         (

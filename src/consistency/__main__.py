@@ -55,9 +55,9 @@ STUDY = Option("--study", required=True, metavar="FILE", help="the study, config
 RESULTS = Option("--results", type=Path, default=Path("results"), metavar="DIR", help="default: results")
 STATE = Option("--state", type=Path, default=Path("state"), metavar="DIR", help="default: state")
 ARCHIVES = Option("--archives", type=Path, default=Path("archives"), metavar="DIR", help="default: archives")
-RUN = Option("--run", required=True, metavar="NAME", help="the student")
+STUDENT = Option("--student", required=True, metavar="NAME", help="the student")
 SEED = Option("--seed", type=int, required=True, help="its seed")
-ANY_RUN = Option("--run", metavar="NAME", help="the student")
+ANY_STUDENT = Option("--student", metavar="NAME", help="the student")
 ANY_SEED = Option("--seed", type=int, help="its seed")
 DEVICE = Option("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
 THREADS = Option("--threads", type=int, default=1, help="CPU threads (default: 1)")
@@ -88,11 +88,11 @@ VERBS = {
     "dataset": Verb("images to one memory-mapped array", "stages.dataset:make_dataset", (*HERE, READERS)),
     "teacher": Verb("train the EDM denoiser (resumes)", "stages.teacher:make_teacher", SHARED),
     "coefficients": Verb("fit l_t and s_t from the teacher", "stages.coefficients:make_coefficients", COMPUTES),
-    "student": Verb("distil one student (resumes)", "stages.student:make_student", (*SHARED, RUN, SEED)),
+    "student": Verb("distil one student (resumes)", "stages.student:make_student", (*SHARED, STUDENT, SEED)),
     "samples": Verb(
-        "draw images of a student, or of the teacher without --run",
+        "draw images of a student, or of the teacher without --student",
         "stages.samples:make_samples",
-        (*SHARED, ANY_RUN, ANY_SEED),
+        (*SHARED, ANY_STUDENT, ANY_SEED),
     ),
     "extractor": Verb(
         "train the classifier (or open Inception) and extract the data's features",
@@ -102,7 +102,7 @@ VERBS = {
     "calibration": Verb(
         "score data against data and the teacher against data", "stages.scores:make_calibration", COMPUTES
     ),
-    "scores": Verb("score one student", "stages.scores:make_scores", (*COMPUTES, RUN, SEED)),
+    "scores": Verb("score one student", "stages.scores:make_scores", (*COMPUTES, STUDENT, SEED)),
     "flows": Verb(
         "measure what the couplings of consistency training do to the flow", "stages.flows:make_flows", RESUMES
     ),
@@ -256,17 +256,17 @@ def _run(args: Arguments) -> int:
 
 
 def _job_of(args: Arguments) -> Any:
-    """Return the study's Job; --run and --seed, given together, name one of its students."""
+    """Return the study's Job; --student and --seed, given together, name one of its students."""
     from consistency.config.job import Job
     from consistency.config.paths import StudyPaths
     from consistency.config.reading import load_study
 
-    study, run, seed = load_study(args.study), getattr(args, "run", None), getattr(args, "seed", None)
-    if run is not None and seed is not None:
-        study.require(run, seed)
-    elif (run, seed) != (None, None):
-        raise UserError("--run and --seed go together: give both for a student, neither for the teacher")
-    return Job(study, StudyPaths(study.name, args.results, args.state), run, seed)
+    study, student, seed = load_study(args.study), getattr(args, "student", None), getattr(args, "seed", None)
+    if student is not None and seed is not None:
+        study.require(student, seed)
+    elif (student, seed) != (None, None):
+        raise UserError("--student and --seed go together: give both for a student, neither for the teacher")
+    return Job(study, StudyPaths(study.name, args.results, args.state), student, seed)
 
 
 def _terminated(signum: int, frame: FrameType | None) -> None:

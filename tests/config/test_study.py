@@ -53,7 +53,7 @@ def test_a_loaded_study_cannot_be_changed(tiny: Tiny) -> None:
 
 
 UNET = {"kind": "songunet", "model_channels": 16, "channel_mult": [1, 2], "num_blocks": 1, "attn_resolutions": []}
-NO_LEVELS = "students.ctm: dropout lists levels, which only teacher.network.kind songunet has: give one number"
+NO_LEVELS = "students.ctm: dropout lists levels, which only teacher.network.kind songunet has; use a number"
 FOR_COUPLINGS = {"predictor": {"run": "ctm"}, "coupling": "gc", "mu": 0.3, "curriculum": {"kind": "doubling"}}
 MISTAKES: list[tuple[dict[str, Any], str]] = [
     # misspelt keys

@@ -150,7 +150,7 @@ def test_what_a_stage_enters_was_reached(
     results = tmp_path / "results"
     shutil.copytree(first_results.results, results)
     words = [stage, "--study", str(write_study()), "--results", str(results), "--state", str(tmp_path / "state")]
-    words += ["--run", "analytic", "--seed", "0"] if stage == "student" else []
+    words += ["--student", "analytic", "--seed", "0"] if stage == "student" else []
     command = [sys.executable, "-c", ENTERED, str(tmp_path / "entered.txt"), *words]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr

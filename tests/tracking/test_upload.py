@@ -308,8 +308,8 @@ def test_an_official_teacher_has_no_history_and_no_training_time(tmp_path: Path)
     ("missing", "verb"),
     [
         ("report/card.json", "report"),
-        ("scores/ctm/seed0.csv", "scores --run ctm --seed 0"),
-        ("students/analytic/seed1/history.jsonl", "student --run analytic --seed 1"),
+        ("scores/ctm/seed0.csv", "scores --student ctm --seed 0"),
+        ("students/analytic/seed1/history.jsonl", "student --student analytic --seed 1"),
         ("teacher/card.json", "teacher"),
     ],
 )

@@ -32,7 +32,7 @@ class Trainer:
     name: str
 
     def start(self, *words: str) -> subprocess.Popen[str]:
-        command = [sys.executable, "-m", "consistency", "student", "--study", str(self.study), "--run", self.name]
+        command = [sys.executable, "-m", "consistency", "student", "--study", str(self.study), "--student", self.name]
         command += ["--seed", "0", "--device", "cpu", "--results", str(self.folder / "results")]
         variables = {k: v for k, v in os.environ.items() if not k.startswith(("CONSISTENCY_", "TORCHELASTIC", "SLURM"))}
         with (self.folder / "output.txt").open("a") as output:

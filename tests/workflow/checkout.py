@@ -77,7 +77,7 @@ class Checkout:
     def planned(self, *words: str) -> set[str]:
         """The jobs of a dry run, such as 'student ctm'; without `all`."""
         blocks = re.findall(r"(?m)^(?:local)?rule (\w+):\n((?:    .*\n)*)", self.done("-n", *words))
-        runs = [(name, re.search(r"run=([\w-]+)", text)) for name, text in blocks if name != "all"]
+        runs = [(name, re.search(r"student=([\w-]+)", text)) for name, text in blocks if name != "all"]
         return {f"{name} {run[1]}" if run else name for name, run in runs}
 
     def change(self, changes: dict[str, Any], name: str = "tiny") -> Self:

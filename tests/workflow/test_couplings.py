@@ -23,7 +23,9 @@ def test_a_student_waits_for_the_one_that_it_is_made_from(checkout: Checkout, un
     assert len(inputs) == 6
     for seed in (0, 1):
         made = f"results/frozen/students/ic/seed{seed}"
-        assert f"{made}/student.safetensors" in inputs[f"study=frozen, run=full, seed={seed}"]
-        assert f"{made}/snapshots" in inputs[f"study=frozen, run=weak, seed={seed}"]
-        assert "students/" not in inputs[f"study=frozen, run=ic, seed={seed}"]
-    assert text.index("run=ic, seed=1") < min(text.index("run=full, seed=1"), text.index("run=weak, seed=1"))
+        assert f"{made}/student.safetensors" in inputs[f"study=frozen, student=full, seed={seed}"]
+        assert f"{made}/snapshots" in inputs[f"study=frozen, student=weak, seed={seed}"]
+        assert "students/" not in inputs[f"study=frozen, student=ic, seed={seed}"]
+    assert text.index("student=ic, seed=1") < min(
+        text.index("student=full, seed=1"), text.index("student=weak, seed=1")
+    )

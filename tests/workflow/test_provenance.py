@@ -34,7 +34,7 @@ def test_unzipped_in_another_checkout_it_verifies_samples_and_is_completed(copie
     shutil.unpack_archive(path, there.path)
     assert "left out of the archive" in consistency(there, "verify", "results/tiny")
     for run in ("ctm", "analytic"):
-        consistency(there, "samples", "--study", STUDY, "--run", run, "--seed", "0")
+        consistency(there, "samples", "--study", STUDY, "--student", run, "--seed", "0")
     consistency(there, "dataset", "--study", STUDY)
     said = consistency(there, "verify", "results/tiny")
     for artifact in ("dataset", "samples ctm seed 0", "samples analytic seed 0"):

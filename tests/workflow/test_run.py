@@ -91,7 +91,7 @@ def test_the_cards_decide_where_snakemake_remembers_nothing(copied: Checkout) ->
     assert copied.change({"coefficients.probes": 1}).planned() == set()
 
 
-@pytest.mark.parametrize("verb", ["report", "scores --run ctm --seed 0", "track"])
+@pytest.mark.parametrize("verb", ["report", "scores --student ctm --seed 0", "track"])
 def test_no_verb_takes_what_was_made_with_other_settings(copied: Checkout, verb: str) -> None:
     copied.change({"scores.alignment_nodes": 9})
     words = [sys.executable, "-m", "consistency", *verb.split(), "--study", "config/studies/tiny.yaml"]

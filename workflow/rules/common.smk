@@ -58,7 +58,7 @@ with in_one_line():
 
 wildcard_constraints:
     study="[a-z0-9][a-z0-9._-]*",
-    run="[a-z0-9][a-z0-9._-]*",
+    student="[a-z0-9][a-z0-9._-]*",
     seed="[0-9]+",
 
 
@@ -70,13 +70,13 @@ def job_of(wildcards) -> Job:
             f"{wildcards.study} is not among the studies to run: use --config studies={wildcards.study}"
         )
     job = Job(study, StudyPaths(study.name))
-    if wildcards.get("run") is None:
+    if wildcards.get("student") is None:
         return job
     try:
-        study.require(wildcards.run, int(wildcards.seed))
+        study.require(wildcards.student, int(wildcards.seed))
     except UserError as error:
         raise WorkflowError(str(error)) from None
-    return job.of(wildcards.run, int(wildcards.seed))
+    return job.of(wildcards.student, int(wildcards.seed))
 
 
 def inputs(stage: str):

@@ -17,10 +17,10 @@ use rule teacher as samples with:
     input:
         inputs("samples"),
     output:
-        directory("results/{study}/samples/{run}/seed{seed}"),
+        directory("results/{study}/samples/{student}/seed{seed}"),
     log:
-        "logs/{study}/samples/{run}-seed{seed}.log",
+        "logs/{study}/samples/{student}-seed{seed}.log",
     benchmark:
-        "logs/{study}/samples/{run}-seed{seed}.tsv"
+        "logs/{study}/samples/{student}-seed{seed}.tsv"
     params:
         **made_by("samples"),

@@ -32,12 +32,12 @@ use rule coefficients as scores with:
     input:
         inputs("scores"),
     output:
-        "results/{study}/scores/{run}/seed{seed}.csv",
-        "results/{study}/scores/{run}/seed{seed}.card.json",
+        "results/{study}/scores/{student}/seed{seed}.csv",
+        "results/{study}/scores/{student}/seed{seed}.card.json",
     log:
-        "logs/{study}/scores/{run}-seed{seed}.log",
+        "logs/{study}/scores/{student}-seed{seed}.log",
     benchmark:
-        "logs/{study}/scores/{run}-seed{seed}.tsv"
+        "logs/{study}/scores/{student}-seed{seed}.tsv"
     resources:
         mem_mb=16000,
         runtime=1440,

@@ -4,13 +4,13 @@ use rule teacher as student with:
     input:
         inputs("student"),
     output:
-        "results/{study}/students/{run}/seed{seed}/student.safetensors",
-        "results/{study}/students/{run}/seed{seed}/history.jsonl",
-        "results/{study}/students/{run}/seed{seed}/card.json",
-        directory("results/{study}/students/{run}/seed{seed}/snapshots"),
+        "results/{study}/students/{student}/seed{seed}/student.safetensors",
+        "results/{study}/students/{student}/seed{seed}/history.jsonl",
+        "results/{study}/students/{student}/seed{seed}/card.json",
+        directory("results/{study}/students/{student}/seed{seed}/snapshots"),
     log:
-        "logs/{study}/student/{run}-seed{seed}.log",
+        "logs/{study}/student/{student}-seed{seed}.log",
     benchmark:
-        "logs/{study}/student/{run}-seed{seed}.tsv"
+        "logs/{study}/student/{student}-seed{seed}.tsv"
     params:
         **made_by("student"),

@@ -45,8 +45,8 @@ class Job:
 
     @property
     def options(self) -> str:
-        """Options of the job's verb, such as ' --run ctm --seed 0'; none without a student."""
-        return "" if self.student is None else f" --run {self.student} --seed {self.seed}"
+        """Options of the job's verb, such as ' --student ctm --seed 0'; none without a student."""
+        return "" if self.student is None else f" --student {self.student} --seed {self.seed}"
 
     @property
     def label(self) -> str:

@@ -9,10 +9,10 @@ from consistency.config.student import FITTED
 from consistency.config.study import Study
 
 
-def settings_of(study: Study, stage: str, run: str | None = None) -> dict[str, Any]:
+def settings_of(study: Study, stage: str, name: str | None = None) -> dict[str, Any]:
     """Return every key that a stage's result depends on, including those of earlier stages.
 
-    stage: dataset, teacher, extractor, coefficients, student, samples, scores, flows, report; run: name of the student
+    stage: dataset, teacher, extractor, coefficients, student, samples, scores, flows, report; name: the student
     for student, samples and scores; samples and scores without one are the teacher's.
     """
     dump = study.model_dump(mode="json", exclude={"compute": True, "sampling": {"batch"}})
@@ -33,15 +33,15 @@ def settings_of(study: Study, stage: str, run: str | None = None) -> dict[str, A
         case "flows" if study.flows is None:
             return {"flows": None}
         case "flows":
-            students = {run: settings_of(study, "student", run) for run in study.coupled}
+            students = {name: settings_of(study, "student", name) for name in study.coupled}
             precision = dump["sampling"]["precision"]
             return {"flows": dump[stage], "seeds": study.seeds, "measured": students, "precision": precision}
     settings = base
-    if run is None:
+    if name is None:
         gate = set() if stage == "scores" else {"published_fid", "tolerance"}
         settings["calibration"] = {key: value for key, value in dump["calibration"].items() if key not in gate}
     else:
-        student = study.students[run]
+        student = study.students[name]
         settings["student"] = student.model_dump(mode="json")
         if student.preconditioning in FITTED:
             settings["coefficients"] = dump["coefficients"]
@@ -52,9 +52,9 @@ def settings_of(study: Study, stage: str, run: str | None = None) -> dict[str, A
     return settings
 
 
-def key_of(study: Study, stage: str, run: str | None = None, seed: int | None = None) -> str:
+def key_of(study: Study, stage: str, name: str | None = None, seed: int | None = None) -> str:
     """Return 16 hex digits that identify exactly these settings (and seed) and mark the files of the stage."""
-    return settings_key(stage, seed, settings_of(study, stage, run))
+    return settings_key(stage, seed, settings_of(study, stage, name))
 
 
 def settings_key(stage: str, seed: int | None, settings: dict[str, Any]) -> str:

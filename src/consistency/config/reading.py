@@ -90,5 +90,5 @@ def build_study(content: Any) -> Study:
 def print_study(study: Study) -> None:
     """Print a study with every default written out, and each of its students."""
     print(yaml.safe_dump(study.model_dump(mode="json"), sort_keys=False).rstrip())
-    for run, student in study.students.items():
-        print(f"# {run}: {student.model_dump(mode='json')}")
+    for name, student in study.students.items():
+        print(f"# {name}: {student.model_dump(mode='json')}")

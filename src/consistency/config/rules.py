@@ -11,8 +11,8 @@ from consistency.config.study import Study
 
 def _names_are_free(study: Study) -> Iterator[str]:
     """Yield the students whose names are taken by folders of the workflow."""
-    for run in sorted({"teacher", "report", "extractor", "dataset", "samples", "flows"} & study.students.keys()):
-        yield f"students.{run}: that name is taken by the workflow; choose another"
+    for name in sorted({"teacher", "report", "extractor", "dataset", "samples", "flows"} & study.students.keys()):
+        yield f"students.{name}: that name is taken by the workflow; choose another"
 
 
 def _students_differ_as_declared(study: Study) -> Iterator[str]:
@@ -20,20 +20,20 @@ def _students_differ_as_declared(study: Study) -> Iterator[str]:
     for key in study.varies:
         if key not in Student.model_fields:
             yield f"varies names {key!r}, not a student's field{suggest_field(key, Student)}"
-    for run, own in study.overrides.items():
+    for name, own in study.overrides.items():
         for key in sorted(own.keys() - set(study.varies)):
             yield (
-                f"students.{run} changes {key!r}, but the study says its students differ only in "
+                f"students.{name} changes {key!r}, but the study says its students differ only in "
                 f"{', '.join(study.varies)}: move it to `student` for all, or add it to `varies`"
             )
 
 
 def _there_is_a_teacher(study: Study) -> Iterator[str]:
     """Yield settings that need a teacher, in a study without one."""
-    for run, student in study.students.items() if not study.taught else ():
+    for name, student in study.students.items() if not study.taught else ():
         if student.from_teacher or student.needs_coefficients:
             yield (
-                f"students.{run} needs a teacher, and teacher.kind is none: use objective: consistency with start: "
+                f"students.{name} needs a teacher, and teacher.kind is none: use objective: consistency with start: "
                 "random and a preconditioning that is not fitted from one (fit), or give the study a teacher"
             )
     if not study.taught and study.calibration.published_fid is not None:
@@ -43,17 +43,17 @@ def _there_is_a_teacher(study: Study) -> Iterator[str]:
 def _dropout_has_its_levels(study: Study) -> Iterator[str]:
     """Yield dropouts by level for networks without levels."""
     network = None if isinstance(study.teacher, OfficialTeacher) else study.teacher.network
-    for run, student in study.students.items():
+    for name, student in study.students.items():
         if isinstance(network, SongUNet):
-            yield from network.wrong_levels(f"students.{run}: dropout", student.dropout)
+            yield from network.wrong_levels(f"students.{name}: dropout", student.dropout)
         elif isinstance(student.dropout, list):
-            yield f"students.{run}: dropout lists levels, which only teacher.network.kind songunet has: give one number"
+            yield f"students.{name}: dropout lists levels, which only teacher.network.kind songunet has; use a number"
 
 
 def _predictor_comes_first(study: Study) -> Iterator[str]:
     """Yield students made from one that is missing, not alike, or made from them."""
-    for run, student in study.students.items():
-        frozen, where = student.frozen, f"students.{run}: predictor"
+    for name, student in study.students.items():
+        frozen, where = student.frozen, f"students.{name}: predictor"
         if frozen is None:
             continue
         if frozen.run not in study.students:
@@ -67,7 +67,7 @@ def _predictor_comes_first(study: Study) -> Iterator[str]:
                 f"{where} names step {frozen.step} of {frozen.run!r}, which keeps a snapshot every "
                 f"{other.snapshot_every} steps up to {other.steps}: name one of those, or none for its final weights"
             )
-        chain = [run]
+        chain = [name]
         while (following := study.students[chain[-1]].frozen) and following.run in study.students:
             chain.append(following.run)
             if following.run in chain[:-1]:
@@ -78,8 +78,8 @@ def _predictor_comes_first(study: Study) -> Iterator[str]:
 def _levels_can_be_drawn(study: Study) -> Iterator[str]:
     """Yield curricula without a level to draw, or whose pairs of levels become one."""
     low, high = math.log(study.noise.sigma_min), math.log(study.noise.sigma_max)
-    for run, student in study.coupled.items():
-        where, levels = f"students.{run}: curriculum", student.curriculum
+    for name, student in study.coupled.items():
+        where, levels = f"students.{name}: curriculum", student.curriculum
         if not low - 5 * levels.p_std < levels.p_mean < high + 5 * levels.p_std:
             yield f"{where}.p_mean {levels.p_mean:g} is far from the study's ln sigma, {low:.2f} to {high:.2f}: move it"
         if isinstance(levels, Shrinking):
@@ -93,13 +93,13 @@ def _compared_students_are_alike(study: Study) -> Iterator[str]:
     students = study.students
     if len({student.snapshot_every for student in students.values()}) > 1:
         yield "students must share snapshot_every, or their learning curves cannot be compared"
-    for objective, run in study.report.baseline.items():
-        if run not in students:
-            yield f"report.baseline.{objective} names {run!r}, which is not one of the students"
-        elif students[run].objective != objective:
-            yield f"report.baseline.{objective} names {run!r}, whose objective is another"
+    for objective, name in study.report.baseline.items():
+        if name not in students:
+            yield f"report.baseline.{objective} names {name!r}, which is not one of the students"
+        elif students[name].objective != objective:
+            yield f"report.baseline.{objective} names {name!r}, whose objective is another"
     for pair in study.report.against.items():
-        unknown = [run for run in pair if run not in students]
+        unknown = [name for name in pair if name not in students]
         if unknown:
             yield f"report.against names {unknown[0]!r}, which is not one of the students"
         elif students[pair[0]].objective != students[pair[1]].objective:
@@ -128,9 +128,9 @@ def _flows_are_of_couplings(study: Study) -> Iterator[str]:
         yield "flows measures students of consistency training, and there is none: remove the section"
     if len(set(study.flows.toy_seeds)) < len(study.flows.toy_seeds):
         yield "flows.toy_seeds lists a seed twice"
-    for run in study.flows.discrepancy:
-        if run not in study.coupled:
-            yield f"flows.discrepancy names {run!r}, which is not one of the students of consistency training"
+    for name in study.flows.discrepancy:
+        if name not in study.coupled:
+            yield f"flows.discrepancy names {name!r}, which is not one of the students of consistency training"
 
 
 def _scores_can_be_measured(study: Study) -> Iterator[str]:

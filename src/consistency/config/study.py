@@ -50,7 +50,7 @@ class Study(Section):
             return given
         match given:
             case {"student": dict(shared), "students": dict(students)}:
-                whole = {run: {**shared, **own} if isinstance(own, dict) else own for run, own in students.items()}
+                whole = {name: {**shared, **own} if isinstance(own, dict) else own for name, own in students.items()}
                 study = build({**given, "students": whole})
                 study._own = students
                 return study
@@ -70,37 +70,37 @@ class Study(Section):
         """True if there is a teacher."""
         return not isinstance(self.teacher, NoTeacher)
 
-    def require(self, run: str, seed: int) -> None:
+    def require(self, name: str, seed: int) -> None:
         """Raise UserError if the study has no such student or seed."""
-        if run not in self.students:
-            raise UserError(f"study {self.name} has no student {run!r}; it has {', '.join(self.students)}")
+        if name not in self.students:
+            raise UserError(f"study {self.name} has no student {name!r}; it has {', '.join(self.students)}")
         if seed not in self.seeds:
             raise UserError(f"study {self.name} has no seed {seed}; its seeds are {self.seeds}")
 
     @property
     def trainings(self) -> list[tuple[str, int]]:
         """Student and seed of every training."""
-        return [(run, seed) for run in self.students for seed in self.seeds]
+        return [(name, seed) for name in self.students for seed in self.seeds]
 
     @property
     def coupled(self) -> dict[str, Student]:
         """The students of consistency training."""
-        return {run: student for run, student in self.students.items() if student.objective == "consistency"}
+        return {name: student for name, student in self.students.items() if student.objective == "consistency"}
 
     @property
     def with_own_fit(self) -> list[str]:
         """The students that have coefficients of their own."""
-        return [run for run, student in self.students.items() if student.has_own_fit]
+        return [name for name, student in self.students.items() if student.has_own_fit]
 
     @property
     def mu_sweep(self) -> dict[str, float]:
         """Students that differ in mu alone and use their own averages, with their mu in rising order; ic has mu 0.
         Empty with fewer than three values."""
         alike: dict[str, dict[str, float]] = {}
-        for run, student in self.coupled.items():
+        for name, student in self.coupled.items():
             if student.coupling != "ot" and not student.frozen:
                 others = repr(student.model_dump(exclude={"coupling", "mu"}))
-                alike.setdefault(others, {})[run] = student.mu if student.coupling == "gc" else 0.0
+                alike.setdefault(others, {})[name] = student.mu if student.coupling == "gc" else 0.0
         sweep = max(alike.values(), key=lambda found: len(set(found.values())), default={})
         return dict(sorted(sweep.items(), key=lambda item: item[1])) if len(set(sweep.values())) > 2 else {}
 

@@ -68,11 +68,11 @@ def estimate(job: Job) -> Estimate:
     extractor = _INCEPTION if study.scores.extractor == "inception" else 0.0
     size = _Size(images, pixels, forward, extractor, parameters * _BYTES)
 
-    jobs = [job.of(run) for run in study.students]
+    jobs = [job.of(name) for name in study.students]
     runs = study.students.values()
     seeds, count = len(study.seeds), study.sampling.count
-    finals = seeds * sum(len(run.rates) for run in runs) * size.weights
-    snapshots = seeds * sum(len(run.rates) * len(run.snapshots) for run in runs) * size.weights
+    finals = seeds * sum(len(student.rates) for student in runs) * size.weights
+    snapshots = seeds * sum(len(student.rates) * len(student.snapshots) for student in runs) * size.weights
     disk = {
         "dataset": float(images * pixels),
         "extractor": min(images, study.scores.kid_images) * 2048.0 * _BYTES if extractor else 0.0,
@@ -83,7 +83,7 @@ def estimate(job: Job) -> Estimate:
         "samples": float(seeds * sum(len(student_samplers(each)) for each in jobs) * count * pixels),
     }
     # The student, its averages, and two moments of the optimiser.
-    state = max(1 + len(run.rates) + 2 for run in runs) * size.weights
+    state = max(1 + len(student.rates) + 2 for student in runs) * size.weights
     return Estimate(_operations(study, jobs, size), disk, snapshots, state)
 
 
@@ -94,7 +94,7 @@ def _operations(study: Study, jobs: list[Job], size: _Size) -> dict[str, float]:
     probes = size.pixels if fit.probes == "exact" else fit.probes
     # Without a teacher there are no samples of it and no comparison with its trajectories.
     aligned = scores.alignment_count * (2 * scores.alignment_nodes - 2) * forward
-    training = sum(training_operations(study, run, forward) for run in runs)
+    training = sum(training_operations(study, student, forward) for student in runs)
     teacher = study.teacher.steps * study.teacher.batch if isinstance(study.teacher, Teacher) else 0
     evaluations = sum(sampler.nfe for job in jobs for sampler in student_samplers(job))
     operations = {

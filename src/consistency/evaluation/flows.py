@@ -76,10 +76,10 @@ class ImageMeasurements:
         """Return the rows of transport.csv."""
         study, pairs = self.job.study, self.pairs
         rows = [_row("pairs", "ic", None, None, _costs(pairs.images, pairs.noise))]
-        for run, student in study.coupled.items():
+        for name, student in study.coupled.items():
             if student.coupling == "ot":
                 moved = pairs.transported(student.batch)
-                rows.append(_row("pairs", run, None, None, _costs(moved.images, moved.noise)))
+                rows.append(_row("pairs", name, None, None, _costs(moved.images, moved.noise)))
         students = [job for job in self.job.trainings if job.student in study.coupled]
         progress = Progress(f"flows {study.name}", len(students) * len(self.times) * len(pairs.images))
         for job in students:
@@ -116,11 +116,11 @@ class ImageMeasurements:
         train(measure.training)
         return self._discrepancies(str(job.student), job.seed, lambda t: measure.at(pairs, t))
 
-    def _discrepancies(self, run: str, seed: int | None, measured: Callable[[float], np.ndarray]) -> list[Row]:
+    def _discrepancies(self, name: str, seed: int | None, measured: Callable[[float], np.ndarray]) -> list[Row]:
         rows = []
         for t in self.times:
             mean, error = _mean(measured(t))
-            rows.append({"run": run, "seed": seed, "t": t, "discrepancy": mean, "discrepancy_se": error})
+            rows.append({"run": name, "seed": seed, "t": t, "discrepancy": mean, "discrepancy_se": error})
         return rows
 
 
@@ -130,9 +130,9 @@ def _costs(ends: Tensor, noise: Tensor) -> np.ndarray:
     return np.asarray(difference.numpy())
 
 
-def _row(kind: str, run: str, seed: int | None, t: float | None, costs: np.ndarray) -> Row:
+def _row(kind: str, name: str, seed: int | None, t: float | None, costs: np.ndarray) -> Row:
     mean, error = _mean(costs)
-    return {"kind": kind, "run": run, "seed": seed, "t": t, "cost": mean, "cost_se": error}
+    return {"kind": kind, "run": name, "seed": seed, "t": t, "cost": mean, "cost_se": error}
 
 
 def _mean(values: np.ndarray) -> tuple[float, float]:

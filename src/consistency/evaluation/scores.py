@@ -40,9 +40,9 @@ class Scorer:
         self.data = read_data_statistics(job)
         self.progress = Progress(label, total)
 
-    def row(self, kind: str, run: str, sampler: str, nfe: int, step: int = 0, rate: float | None = None) -> Row:
+    def row(self, kind: str, name: str, sampler: str, nfe: int, step: int = 0, rate: float | None = None) -> Row:
         """Return the part of a row that is known before the measurement."""
-        place = {"study": self.study.name, "kind": kind, "run": run, "seed": self.job.seed, "ema": rate, "step": step}
+        place = {"study": self.study.name, "kind": kind, "run": name, "seed": self.job.seed, "ema": rate, "step": step}
         return place | {"sampler": sampler, "nfe": nfe, "extractor": self.extractor.name}
 
     def distances(self, a: Statistics, b: Statistics) -> dict[str, float]:

@@ -215,7 +215,7 @@ def _report_inputs(job: Job) -> Iterator[Path]:
     yield from (path for snapshots in shown_fits(job).values() for path in snapshots.values())
     yield from _samples_outputs(job.of())
     names = [f"{sampler_name(nfe)}.npy" for nfe in study.report.grid_nfe]
-    yield from (job.of(run, study.seeds[0]).samples / name for run in study.students for name in names)
+    yield from (job.of(student, study.seeds[0]).samples / name for student in study.students for name in names)
     yield from (each.folder / "history.jsonl" for each in job.trainings)
     yield from (each.scores for each in (job.of(), *job.trainings))
 
@@ -226,10 +226,11 @@ def _report_outputs(job: Job) -> Iterator[Path]:
 
 def shown_fits(job: Job) -> dict[str, dict[int, Path]]:
     """Return the first seed's snapshots whose own coefficients a report shows: student -> step -> file."""
-    students = [job.of(run, job.study.seeds[0]) for run in job.study.with_own_fit]
+    students = [job.of(name, job.study.seeds[0]) for name in job.study.with_own_fit]
     return {
         str(each.student): {
-            step: each.weights(step=step) for step in (each.settings.snapshots if each.settings.fit == "average" else [0])
+            step: each.weights(step=step)
+            for step in (each.settings.snapshots if each.settings.fit == "average" else [0])
         }
         for each in students
     }

@@ -9,13 +9,13 @@ _LINES = ("-", "-", "--", "-", "-", "-.", "--")
 _USUAL = ("ctm", "analytic", "bcm", "analytic-forward", "cm", "analytic-endpoint")
 
 
-def line_of(runs: Sequence[str], run: str) -> dict[str, str]:
+def line_of(runs: Sequence[str], name: str) -> dict[str, str]:
     """Return the colour and line style of a student, the same in every figure of a study."""
     left = [i for i in range(len(_COLOURS)) if i >= len(_USUAL) or _USUAL[i] not in runs]
     others = [name for name in runs if name not in _USUAL]
-    if run in _USUAL:
-        i, again = _USUAL.index(run), 0
+    if name in _USUAL:
+        i, again = _USUAL.index(name), 0
     else:
-        again, k = divmod(others.index(run), len(left))
+        again, k = divmod(others.index(name), len(left))
         i = left[k]
     return {"color": _COLOURS[i], "linestyle": ":" if again else _LINES[i]}

@@ -52,7 +52,7 @@ def write_page(
         beginning=beginning(study),
         claims=claims(study),
         aligned=results.aligned,
-        students={run: differs_in(study, run) for run in study.students},
+        students={name: differs_in(study, name) for name in study.students},
         data=read_json(job.paths.facts, "dataset"),
         is_fid=extractor.startswith("inception"),
         fd_label=figures.measure_label("fd", extractor),
@@ -80,7 +80,7 @@ def _verdicts(study: Study, results: Results) -> list[str]:
     """Put into words only what a paper claims; the tables hold the rest. Distillation: the trained form's speed-up at
     the NFE with one (2) and without (1), and its alignment. Consistency training: every arm's FD at NFE 1."""
     coupled = study.coupled
-    distilled = {run for run in study.students if study.students[run].preconditioning == "analytic"} - coupled.keys()
+    distilled = {name for name in study.students if study.students[name].preconditioning == "analytic"} - coupled.keys()
     at = {1, 2} & set(study.scores.curve_nfe) or set(study.scores.curve_nfe)
     first = {min(study.scores.curve_nfe)}
     faster = [item for item in results.found if item.run in distilled and item.nfe in at]

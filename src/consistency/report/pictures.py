@@ -85,10 +85,12 @@ def draw_pictures(job: Job, results: Results, histories: dict[str, list[pd.DataF
 
 def _own_fits_picture(job: Job) -> Picture:
     study, fits = job.study, dict[str, dict[int, np.ndarray]]()
-    for run, paths in shown_fits(job).items():
-        kept = fits.setdefault(run, {})
+    for name, paths in shown_fits(job).items():
+        kept = fits.setdefault(name, {})
         for step, path in paths.items():
-            fit = load_denoiser(require_output(path, f"student --run {run} --seed {study.seeds[0]}"))[0].fit.numpy()
+            fit = load_denoiser(require_output(path, f"student --student {name} --seed {study.seeds[0]}"))[
+                0
+            ].fit.numpy()
             if not kept or not np.array_equal(fit, list(kept.values())[-1]):
                 kept[step] = fit
     teacher = None
@@ -111,10 +113,10 @@ def _samples_picture(job: Job) -> Picture:
     if study.taught:
         rows.append(("teacher", read_array(job.samples / "heun.npy", "samples")))
     for nfe in study.report.grid_nfe:
-        for run in study.students:
-            student = job.of(run, seed)
+        for name in study.students:
+            student = job.of(name, seed)
             images = read_array(student.samples / f"{sampler_name(nfe)}.npy", f"samples{student.options}")
-            rows.append((f"{run}, NFE {nfe}", images))
+            rows.append((f"{name}, NFE {nfe}", images))
     teacher = f"Heun{' with churn' if study.calibration.churn else ''}, NFE {2 * study.calibration.steps - 1}"
     reference = f"the teacher ({teacher}) and " if study.taught else ""
     caption = (
@@ -126,7 +128,7 @@ def _samples_picture(job: Job) -> Picture:
 
 def _mu_picture(study: Study, results: Results, seeds: str) -> Picture:
     runs = list(study.students)
-    transported = [run for run in runs if study.students[run].coupling == "ot"]
+    transported = [name for name in runs if study.students[name].coupling == "ot"]
     dashed = f" Dashed: {', '.join(transported)}, mean." if transported else ""
     caption = (
         "Scores at the end of training against mu, the probability that gc replaces an image by a generated one; mu 0 "

@@ -62,7 +62,7 @@ def read_results(job: Job) -> Results:
     """
     study = job.study
     scores = pd.concat([_table(each) for each in (job.of(), *job.trainings)], ignore_index=True)
-    main = of_main_rate(scores, {run: student.ema_rate for run, student in study.students.items()})
+    main = of_main_rate(scores, {name: student.ema_rate for name, student in study.students.items()})
     against, nfes = baselines(study), study.scores.curve_nfe
     found = speed_ups(main, against, nfes, study.report.bootstrap)
     return Results(scores, main, final_table(main), found, paired_ratios(main, against, nfes))
@@ -83,14 +83,14 @@ def _table(job: Job) -> pd.DataFrame:
 
 def baselines(study: Study) -> dict[str, str]:
     """Return the baseline of each student, if it or its objective has one."""
-    pairs = {run: study.report.baseline.get(student.objective) for run, student in study.students.items()}
+    pairs = {name: study.report.baseline.get(student.objective) for name, student in study.students.items()}
     pairs |= study.report.against
-    return {run: baseline for run, baseline in pairs.items() if baseline is not None}
+    return {name: baseline for name, baseline in pairs.items() if baseline is not None}
 
 
 def read_histories(job: Job) -> dict[str, list[pd.DataFrame]]:
     """Read the histories of each student's trainings, one table per seed."""
-    histories: dict[str, list[pd.DataFrame]] = {run: [] for run in job.study.students}
+    histories: dict[str, list[pd.DataFrame]] = {name: [] for name in job.study.students}
     for each in job.trainings:
         lines = read_history(each.folder / "history.jsonl", f"student{each.options}")
         histories[str(each.student)].append(pd.DataFrame(lines))

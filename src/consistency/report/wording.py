@@ -99,9 +99,9 @@ def paired_sentence(item: Paired, extractor: str) -> str:
     )
 
 
-def differs_in(study: Study, run: str) -> str:
+def differs_in(study: Study, name: str) -> str:
     """List the settings in which a student differs, as the study declares; settings without effect are left out."""
-    student = study.students[run]
+    student = study.students[name]
     settings = student.model_dump(mode="json")
     return ", ".join(f"{key}: {_value(settings[key])}" for key in study.varies if key not in student.unused_fields)
 
@@ -117,8 +117,8 @@ def _value(value: Any) -> str:
 
 def beginning(study: Study) -> str:
     """Describe the initial weights of the students, and the only keys in which they differ."""
-    taught = [run for run, student in study.students.items() if student.from_teacher]
-    drawn = [run for run in study.students if run not in taught]
+    taught = [name for name, student in study.students.items() if student.from_teacher]
+    drawn = [name for name in study.students if name not in taught]
     random = "random weights, the same for all of one seed,"
     if taught and drawn:
         where = f"Students start from the teacher ({', '.join(taught)}) or from {random} ({', '.join(drawn)})"

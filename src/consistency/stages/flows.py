@@ -42,8 +42,8 @@ def make_flows(job: Job, machine: Machine) -> None:
     tables = {"transport.csv": images.transport(), "discrepancy.csv": discrepancies}
     if settings.discrepancy and study.taught:
         discrepancies += images.by_teacher()
-    for run in settings.discrepancy:
-        student = job.of(run, study.seeds[0])
+    for name in settings.discrepancy:
+        student = job.of(name, study.seeds[0])
         measure = discrepancy_of(student, settings, data, machine)
         discrepancies += images.discrepancy(student, measure)
         states.append(measure.training.folder)

@@ -24,7 +24,7 @@ def register_students(client: Any, job: Job, runs: dict[str, str]) -> dict[str, 
     Returns the address of each student's model, such as models:/digits-analytic/1. Raises UserError when a checkpoint
     is missing.
     """
-    first = [job.of(run, job.study.seeds[0]) for run in job.study.students]
+    first = [job.of(name, job.study.seeds[0]) for name in job.study.students]
     return {str(student.student): _register(client, student, runs[student.label]) for student in first}
 
 
