@@ -21,18 +21,20 @@ import torch
 from torch import Tensor
 
 from consistency.base.seeding import generator
-from consistency.evaluation.estimate import VGG16_OPERATIONS, forward_operations
+from consistency.config.distances import DISTANCES
+from consistency.evaluation.estimate import forward_operations
 from consistency.nets.denoiser import Denoiser, init_denoiser, student_from_teacher
 from consistency.nets.official import official_architecture
 from consistency.provenance.environment import hardware
-from consistency.theory.distance import DISTANCES, Distance
+from consistency.theory.distance import Distance
 from consistency.theory.noise import rho_grid
 from consistency.theory.preconditioning import build_preconditioning
+from consistency.training.build import build_distance
 from consistency.training.ema import Ema
 from consistency.training.objective import Shape
 from consistency.training.stopwatch import Stopwatch
 from consistency.training.trajectory import Jumps, Trajectory
-from consistency.training.update import Update
+from consistency.training.update import Stream, Update
 
 RUNGS = {
     "plain": "float32, eager; loops over the parameters; every term and gradient read back; images from the host",
@@ -84,15 +86,12 @@ def measure(args: argparse.Namespace) -> dict[str, float]:
     objective = FixedSteps(
         *networks, ctm, distance(args, device), grid, "online", args.heun_steps, 1.0, stopwatch=stopwatch
     )
+    images = batches(args, teacher, device, resident=level >= 2, channels_last=level >= 3)
     update = Update(
         model=student,
         optimizer=torch.optim.RAdam(student.parameters(), lr=1e-5, foreach=level >= 1),
         objective=objective,
-        batches=batches(args, teacher, device, resident=level >= 2, channels_last=level >= 3),
-        batch=args.batch,
-        part=args.batch,
-        seed=0,
-        purpose="benchmark",
+        stream=Stream(images, args.batch, args.batch, 0, "benchmark"),
         adaptive=True,
         stopwatch=stopwatch,
     )
@@ -145,7 +144,7 @@ def batches(
 def distance(args: argparse.Namespace, device: torch.device) -> Distance:
     """The distance; LPIPS with untrained VGG16 weights."""
     if args.distance != "lpips":
-        return DISTANCES[args.distance]
+        return build_distance(args.distance, device)
     import torchvision
 
     from consistency.nets.perceptual import PerceptualDistance
@@ -173,7 +172,7 @@ def main() -> None:
     parser.add_argument("--heun-steps", type=int, default=12)
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--warm-up", type=int, default=1)
-    parser.add_argument("--distance", default="pseudo_huber", choices=[*DISTANCES, "lpips"])
+    parser.add_argument("--distance", default="pseudo_huber", choices=list(DISTANCES))
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--checkpoint", default="edm-cifar10-32x32-uncond-vp.pkl")
     parser.add_argument("--rungs", nargs="+", choices=list(RUNGS), default=list(RUNGS))
@@ -189,8 +188,7 @@ def main() -> None:
     machine = hardware()
     architecture = {**official_architecture(args.checkpoint), "augment_dim": 0, "second_time": True}
     evaluations = 2 * args.heun_steps + 3 + 3 + 2 + 3
-    vgg = 4 * VGG16_OPERATIONS if args.distance == "lpips" else 0.0
-    operations = evaluations * forward_operations(architecture) + vgg
+    operations = evaluations * forward_operations(architecture) + DISTANCES[args.distance].operations
     print(f"CTM step of {args.checkpoint}, batch {args.batch}, n = {args.heun_steps}, {args.distance}")
     print(f"{machine['gpus'] or machine['processor']}, {args.threads} thread(s), torch {torch.__version__}\n")
     print("| rung | images/s | ratio | TFLOP/s | peak GiB | teacher | forward | backward | optimiser, s |")

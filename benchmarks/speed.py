@@ -36,7 +36,7 @@ from consistency.training.consistency_training import ConsistencyTraining, Trans
 from consistency.training.ema import Ema
 from consistency.training.objective import with_labels
 from consistency.training.teachers import architecture_of
-from consistency.training.update import Update
+from consistency.training.update import Stream, Update
 
 
 def seconds(work: Callable[[], object], repeat: int, device: torch.device) -> float:
@@ -74,7 +74,8 @@ def consistency_step(coupling: str, network: Denoiser, images: Tensor) -> Callab
         mu=0.5 if coupling == "gc" else 0.0,
     )
     optimizer = torch.optim.RAdam(student.parameters(), lr=1e-4)
-    update = Update(student, optimizer, objective, lambda _: (images, None), len(images), len(images), 0, "benchmark")
+    stream = Stream(lambda _: (images, None), len(images), len(images), 0, "benchmark")
+    update = Update(student, optimizer, objective, stream)
     steps = count()
 
     def step() -> None:

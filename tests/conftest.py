@@ -94,6 +94,8 @@ def couplings() -> Changes:
     """What makes the tiny study one of consistency training: students ic, ot and gc."""
     return {
         "student.objective": "consistency",
+        "student.nodes": ABSENT,
+        "student.max_heun_steps": ABSENT,
         "student.preconditioning": "cm",
         "student.curriculum": {"kind": "doubling", "first": 4, "last": 16},
         "varies": ["coupling", "mu"],

@@ -10,9 +10,9 @@ from tests.conftest import ABSENT
 
 from consistency.base.errors import UserError
 from consistency.config.keys import key_of
+from consistency.config.objectives import OBJECTIVES, Consistency
 from consistency.config.reading import load_study
 from consistency.config.reference import REFERENCE, write_reference
-from consistency.config.student import Student
 from consistency.config.study import Study
 
 ROOT = Path(__file__).parents[2]
@@ -39,7 +39,7 @@ def mistake(path: Path) -> str:
 def test_every_study_loads_and_its_students_differ_in_nothing_but_what_varies(path: Path) -> None:
     study = load_study(path)
     dumps = [student.model_dump() for student in study.students.values()]
-    differing = {key for key in Student.model_fields if len({repr(dump[key]) for dump in dumps}) > 1}
+    differing = {key for dump in dumps for key in dump if len({repr(each.get(key, dump[key])) for each in dumps}) > 1}
     assert differing <= set(study.varies)
 
 
@@ -162,17 +162,16 @@ MISTAKES: list[tuple[dict[str, Any], str]] = [
     ({"students": {"flows": {}}, "report": {}}, "students.flows: that name is taken"),
     ({"flows": {}}, "flows measures students of consistency training, and there is none: remove the section"),
     (
-        {"student.objective": "endpoint", "student.preconditioning": "ctm", "varies": ["objective"]}
+        {"student.objective": "endpoint", "student.max_heun_steps": ABSENT, "varies": ["objective"]}
         | {"students": {"ic": {"objective": "consistency"}, "cd": {}}, "report.baseline": {}}
         | {"flows": {"discrepancy": ["cd"]}},
         "flows.discrepancy names 'cd', which is not one of the students of consistency training",
     ),
-    ({"student.start": "teacher"}, "start is for consistency training: use it with"),
-    *(({f"student.{key}": FOR_COUPLINGS[key]}, f"{key} is for consistency training: use") for key in FOR_COUPLINGS),
-    (
-        {"student.preconditioning": "analytic", "student.fit": "data"},
-        "fit data is for consistency training: use it with objective",
-    ),
+    ({"student.start": "teacher"}, "student.start is for objective consistency: remove it, or set that objective"),
+    *(({f"student.{key}": FOR_COUPLINGS[key]}, f"student.{key} is for objective consistency") for key in FOR_COUPLINGS),
+    ({"student.preconditioning": "analytic", "student.fit": "data"}, "student.fit is for objective consistency"),
+    ({"student.objective": "consistency"}, "student.nodes is for objective trajectory or endpoint: remove it"),
+    ({"student.objective": "endpont"}, "students.ctm: unknown objective 'endpont'; did you mean 'endpoint'?"),
     ({"name": "other"}, "the study is named 'other'; its file must be other.yaml"),
 ]
 
@@ -193,7 +192,7 @@ DISTILLED = {"objective": "endpoint", "steps": 6, "batch": 4, "snapshot_every": 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"student.distance": "lpips"}, "distance lpips is for distillation: consistency training compares by"),
+        ({"student.distance": "lpips"}, "distance lpips is for distillation: compare by pseudo_huber"),
         ({"student.curriculum.first": 17}, "curriculum.first 17 is more than curriculum.last 16: raise last"),
         (
             {"student.curriculum.p_mean": 50.0},
@@ -308,20 +307,19 @@ def test_students_may_differ_in_what_the_study_says_varies(write_study: WriteStu
     assert study.students["analytic"].dropout == 0.0
 
 
-def test_fields_without_a_say_are_fields_and_do_not_include_the_objectives_own() -> None:
+def test_a_shared_key_of_another_students_objective_is_left_out(tiny: Tiny) -> None:
+    study = tiny({"varies": ["preconditioning", "objective"], "students.cm": {"objective": "endpoint"}})
+    assert "max_heun_steps" in study.students["ctm"].model_dump()
+    assert "max_heun_steps" not in study.students["cm"].model_dump()
+
+
+def test_fields_without_effect_are_named() -> None:
     common: dict[str, Any] = {"steps": 50, "batch": 4, "snapshot_every": 50}
-    for objective, own in {
-        "trajectory": {"nodes", "max_heun_steps", "dsm_weight", "dsm_balance", "target"},
-        "endpoint": {"nodes", "target"},
-        "consistency": {"coupling", "curriculum", "start", "dsm_weight"},
-    }.items():
-        student = Student(objective=objective, **common)
-        assert student.unused_fields <= Student.model_fields.keys() - own - {"objective", "preconditioning", "steps"}
-    assert "mu" in student.unused_fields
-    assert "mu" not in Student(objective="consistency", coupling="gc", **common).unused_fields
-    assert "fit" in student.unused_fields
-    assert "fit" not in Student(objective="consistency", preconditioning="analytic", **common).unused_fields
-    assert "dsm_balance" not in Student(objective="consistency", dsm_weight=1.0, **common).unused_fields
+    for settings in OBJECTIVES.values():
+        assert settings(**common).unused_fields <= settings.model_fields.keys()
+    assert Consistency(**common).unused_fields == {"fit", "dsm_balance", "mu", "predictor"}
+    used = Consistency(coupling="gc", preconditioning="analytic", dsm_weight=1.0, **common)
+    assert not used.unused_fields
 
 
 def test_a_student_that_is_not_there_is_named_with_those_that_are(tiny: Tiny) -> None:

@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from tests.conftest import ABSENT
 
 from consistency.config.job import Job
 from consistency.config.paths import StudyPaths
@@ -37,7 +38,8 @@ def test_a_students_operations_are_the_evaluations_it_counts(tiny: Tiny) -> None
     study = tiny()
     assert training_operations(study, study.students["ctm"], 1.0) == pytest.approx(6 * 16 * (2 * 5 / 3 + 11))
     endpoint = tiny(
-        {"students": {"cm": {}}, "student.objective": "endpoint", "student.preconditioning": "cm", "report": {}}
+        {"student.objective": "endpoint", "student.max_heun_steps": ABSENT, "student.preconditioning": "cm"}
+        | {"students": {"cm": {}}, "report": {}}
     )
     assert training_operations(endpoint, endpoint.students["cm"], 1.0) == 6 * 16 * 6
 

@@ -25,7 +25,6 @@ from consistency.nets.denoiser import Denoiser
 from consistency.runtime.machine import Machine
 from consistency.runtime.stopping import Interrupted
 from consistency.stages.student import make_student
-from consistency.theory.distance import DISTANCES
 from consistency.training import students
 from consistency.training.consistency_training import ConsistencyTraining
 from consistency.training.loop import Training, train
@@ -82,7 +81,7 @@ def test_students_of_a_seed_share_weights_images_times_and_noise(
     first = weights(jobs[0].update.model)
     for job in jobs:
         assert torch.equal(weights(job.update.model), first)
-        assert torch.equal(weights(job.averages[0].model), first)
+        assert torch.equal(weights(job.emas[0].model), first)
     for step in range(4):
         for job in jobs:
             job.update.step(step)
@@ -212,7 +211,7 @@ def at_the_end(study: Study, results: Path, state: Path, run: str, interrupted: 
         job = training(study, layout, run)
     train(job)
     snapshots = [load_denoiser(job.folder / "snapshots" / snapshot_name(step))[0] for step in (0, 3, 6)]
-    return [job.update.model, *(average.model for average in job.averages), *snapshots]
+    return [job.update.model, *(average.model for average in job.emas), *snapshots]
 
 
 def warming_up(optimizer: str, predictor: Any) -> Changes:
@@ -279,7 +278,7 @@ def test_a_frozen_predictor_is_the_other_students_and_stays_what_it_is(
         trained.append(weights(job.update.model))
         # The student's own average moves away from where it began; a frozen predictor is what it was.
         assert expected is None or torch.equal(weights(predictor), expected)
-        assert (predictor is job.averages[0].model) == (expected is None)
+        assert (predictor is job.emas[0].model) == (expected is None)
     assert not torch.equal(trained[0], trained[1]) and not torch.equal(trained[0], trained[2])
     make_student(Job(study, results, "weak", 0), CPU)
     card = json.loads((Job(study, results, "weak", 0).folder / "card.json").read_text())
@@ -329,7 +328,7 @@ def test_compute_settings_change_the_last_bits_at_most(
         layout = StudyPaths("tiny", first_results.results, tmp_path / str(len(jobs)))
         jobs.append(training(study, layout, "ctm"))
         train(jobs[-1])
-    plain, same = (job.averages[0].model.state_dict() for job in jobs)
+    plain, same = (job.emas[0].model.state_dict() for job in jobs)
     torch.testing.assert_close(same, plain, rtol=1e-5, atol=1e-6)
 
 
@@ -353,11 +352,11 @@ def test_a_lower_precision_is_that_of_all_three_networks(
         compared.extend([a.dtype, b.dtype])
         return (a - b).square().flatten(1).mean(1)
 
-    monkeypatch.setitem(DISTANCES, "l2", distance)
+    monkeypatch.setattr("consistency.theory.distance.squared_l2", distance)
     job = training(tiny({"student.precision": "bfloat16", "student.distance": "l2"}), first_results, "ctm")
     objective: Any = job.update.objective
     outputs: list[torch.dtype] = []
-    for network in (objective.student, objective.average, objective.teacher):
+    for network in (objective.student, objective.ema, objective.teacher):
         network.model.register_forward_hook(lambda module, given, output: outputs.append(output.dtype))
     job.update.step(0)
     assert set(outputs) == {torch.bfloat16}

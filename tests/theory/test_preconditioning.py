@@ -1,16 +1,13 @@
 """Laws of the consistency function's coefficients, and the known identities between them."""
 
-from typing import get_args
-
 import numpy as np
 import pytest
 import torch
 from tests.draws import seeded
 
-from consistency.config.student import Student
 from consistency.theory.generalized_ode import GeneralizedODE
 from consistency.theory.noise import log_grid, rho_grid
-from consistency.theory.preconditioning import bcm, build_preconditioning, ctm
+from consistency.theory.preconditioning import FORMS, bcm, build_preconditioning, ctm
 from consistency.theory.solver import expand
 
 EPS, T = 0.002, 80.0
@@ -33,7 +30,7 @@ def pairs(nodes: int = 40) -> tuple[torch.Tensor, torch.Tensor]:
     return grid[first], grid[second]
 
 
-@pytest.mark.parametrize("name", get_args(Student.model_fields["preconditioning"].annotation))
+@pytest.mark.parametrize("name", FORMS)
 def test_boundary_condition_is_exact(name: str) -> None:
     preconditioning = build_preconditioning(name, 0.5, wiggly_ode())
     generator = seeded()

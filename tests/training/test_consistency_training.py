@@ -19,7 +19,7 @@ from consistency.theory.preconditioning import build_preconditioning
 from consistency.theory.solver import expand
 from consistency.training.consistency_training import ConsistencyTraining, CoupledPairs, TransportTraining
 from consistency.training.ema import Ema
-from consistency.training.update import Update
+from consistency.training.update import Stream, Update
 
 BATCH = 8
 
@@ -223,7 +223,7 @@ def make_update(objective: ConsistencyTraining, part: int = BATCH, labels: bool 
         return images, torch.arange(BATCH) % 3 if labels else None
 
     optimizer = torch.optim.SGD(objective.student.parameters(), lr=1e-3)
-    return Update(objective.student, optimizer, objective, batches, BATCH, part, 0, "test")
+    return Update(objective.student, optimizer, objective, Stream(batches, BATCH, part, 0, "test"))
 
 
 @pytest.mark.parametrize("part", [4, 2, 1])

@@ -16,7 +16,7 @@ from consistency.theory.preconditioning import build_preconditioning
 from consistency.theory.solver import expand
 from consistency.training.consistency_training import ConsistencyTraining, TransportTraining
 from consistency.training.coupled_denoising import CoupledDenoising, TransportDenoising
-from consistency.training.update import Update
+from consistency.training.update import Stream, Update
 
 # Gaussian data of these variances, one a pixel, shape [1, 1, 2, 2].
 C = torch.tensor([0.1, 0.4, 1.0, 2.5], dtype=torch.float64).reshape(1, 1, 2, 2)
@@ -95,7 +95,8 @@ def test_ot_exchanges_the_noise_of_the_whole_batch() -> None:
 
     objective = build(Watched, TransportTraining, model)
     images = torch.randn(16, 1, 4, 4, generator=seeded(1))
-    update = Update(model, torch.optim.Adam(model.parameters()), objective, lambda step: (images, None), 16, 8, 0, "t")
+    stream = Stream(lambda step: (images, None), 16, 8, 0, "t")
+    update = Update(model, torch.optim.Adam(model.parameters()), objective, stream)
     update.step(0)
     z = torch.cat([draws.z for draws in seen])
     assert torch.equal(assignment(images, z), torch.arange(16))

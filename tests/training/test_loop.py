@@ -29,7 +29,7 @@ from consistency.training.ema import Ema
 from consistency.training.loop import Training, train
 from consistency.training.objective import Draws, Shape, Term
 from consistency.training.state import load_state
-from consistency.training.update import Update
+from consistency.training.update import Stream, Update
 
 # hook(step) is called inside the loss of that step (from 0) and may return another loss.
 Hook = Callable[[int], torch.Tensor | None]
@@ -87,12 +87,12 @@ def job(tmp_path: Path) -> Callable[..., Training]:
             return torch.randn(8, 1, 4, 4, generator=generator(0, "images", step)), None
 
         optimizer = torch.optim.RAdam(model.parameters(), lr=1e-2)
-        update = Update(model, optimizer, objective, batches, 8, 8, 0, "test")
+        update = Update(model, optimizer, objective, Stream(batches, 8, 8, 0, "test"))
         settings: dict[str, Any] = {
             "label": "test",
             "key": "key",
             "update": update,
-            "averages": [Ema(model, lambda step: 1 - 1 / (step + 1)), Ema(model, 0.5)],
+            "emas": [Ema(model, lambda step: 1 - 1 / (step + 1)), Ema(model, 0.5)],
             "steps": STEPS,
             "log_every": LOG_EVERY,
             "folder": tmp_path / folder,
@@ -355,7 +355,7 @@ def test_the_history_holds_means_over_its_windows(job: Job, tmp_path: Path) -> N
 
 
 def test_snapshots_are_the_average_at_their_steps(job: Job, tmp_path: Path) -> None:
-    start, training = job().averages[0].model.state_dict(), job()
+    start, training = job().emas[0].model.state_dict(), job()
     train(training)
     snapshots = tmp_path / "seed0" / "snapshots"
     names = [f"step-00000{n}{ema}.safetensors" for n in (0, 3, 6) for ema in ("-ema0.5", "")]
@@ -364,10 +364,10 @@ def test_snapshots_are_the_average_at_their_steps(job: Job, tmp_path: Path) -> N
     assert metadata["step"] == 0
     assert_same(first.state_dict(), start)
     last, _ = load_denoiser(snapshots / "step-000006.safetensors", "key")
-    assert_same(last.state_dict(), training.averages[0].model.state_dict())
+    assert_same(last.state_dict(), training.emas[0].model.state_dict())
     other, metadata = load_denoiser(snapshots / "step-000006-ema0.5.safetensors", "key")
     assert metadata["ema"] == 0.5
-    assert_same(other.state_dict(), training.averages[1].model.state_dict())
+    assert_same(other.state_dict(), training.emas[1].model.state_dict())
 
 
 def test_the_learning_rate_is_that_of_the_step(job: Job) -> None:

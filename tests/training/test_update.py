@@ -17,7 +17,7 @@ from consistency.theory.noise import rho_grid
 from consistency.theory.preconditioning import build_preconditioning
 from consistency.training.ema import Ema
 from consistency.training.trajectory import Jumps, Trajectory
-from consistency.training.update import Update, share_of
+from consistency.training.update import Stream, Update, share_of
 
 BATCH = 8
 
@@ -40,9 +40,9 @@ def update(*, dsm_weight: float = 0.7, precision: str = "float32", **changes: An
         return torch.randn(BATCH, 1, 4, 4, generator=generator(SEED, "images", step)), None
 
     scaler = torch.amp.GradScaler("cpu", init_scale=256.0, enabled=precision == "float16")
-    settings: dict[str, Any] = {"part": BATCH, "seed": 0, "purpose": "test", "scaler": scaler}
+    stream = Stream(batches, BATCH, changes.pop("part", BATCH), 0, "test")
     optimizer = torch.optim.SGD(student.parameters(), lr=1e-3)
-    return Update(student, optimizer, objective, batches, BATCH, **{**settings, **changes})
+    return Update(student, optimizer, objective, stream, **{"scaler": scaler, **changes})
 
 
 def trained(one: Update, steps: int = 5) -> tuple[list[Tensor], list[dict[str, float]]]:
@@ -93,7 +93,7 @@ def test_the_shares_of_all_processes_make_the_batch() -> None:
 
 def by_hand(one: Update, step: int = 0) -> tuple[dict[str, list[Tensor]], dict[str, Tensor]]:
     """Gradient and value of each term of a step, by autograd."""
-    images, labels = one.batches(step)
+    images, labels = one.stream.images(step)
     host, device = generator(0, "test", step), generator(0, "test noise", step)
     draws: Jumps = one.objective.draw(images.shape, step, host, device)  # type: ignore[arg-type]
     terms = {term.name: term.value for term in one.objective.terms(images, labels, draws)}
@@ -132,7 +132,7 @@ def test_the_balance_is_bounded() -> None:
 def test_the_last_layer_is_the_one_that_gives_the_output(network: str, name: str) -> None:
     teacher = init_denoiser(ARCHITECTURES[network], 0)
     for model in (teacher, student_from_teacher(teacher)):
-        one = Update(model, None, None, None, 1, 1, 0, "test")  # type: ignore[arg-type]
+        one = Update(model, None, None, None)  # type: ignore[arg-type]
         assert [full for full, _ in model.named_parameters()][one._last].endswith(name)
 
 

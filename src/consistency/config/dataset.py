@@ -1,23 +1,69 @@
 """Sections `dataset` and `noise`."""
 
-from typing import Literal, Self
+from dataclasses import dataclass
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from consistency.config.fields import Count, Name, Positive, Section
+from consistency.config.fields import Count, Name, OneOf, Positive, Section
+
+
+@dataclass(frozen=True)
+class Kind:
+    """An entry of KINDS. source: "module:function" that opens the images (Dataset -> Source); about: for the reference;
+    path: whether dataset.path is required, optional or impossible; size: images and classes of the training set; shape:
+    the only resolution and channels; splits: the only ones; download: the file of config/resources.yaml that is read
+    without a path."""
+
+    source: str
+    about: str
+    path: Literal["required", "optional", "none"] = "required"
+    size: tuple[int, int] | None = None
+    shape: tuple[int, int] | None = None
+    splits: tuple[str, ...] = ()
+    download: str | None = None
+
+
+#: sources of images by their names in a study
+KINDS: dict[str, Kind] = {
+    "digits": Kind(
+        "consistency.data.sources:digits",
+        "the 1,797 UCI 8x8 images that come with scikit-learn",
+        path="none",
+        size=(1_797, 10),
+        shape=(8, 1),
+    ),
+    "image_folder": Kind("consistency.data.sources:image_folder", "a tree `<path>/<split>/<class>/*.{png,jpg}`"),
+    "cifar10": Kind(
+        "consistency.data.sources:cifar10",
+        "its archive, downloaded, or `path` (the archive or the folder cifar-10-batches-py)",
+        path="optional",
+        size=(50_000, 10),
+        shape=(32, 3),
+        splits=("train", "test"),
+        download="cifar-10-python.tar.gz",
+    ),
+    "ffhq": Kind("consistency.data.sources:ffhq", "the official aligned images, a folder or a zip", size=(70_000, 1)),
+    "imagenet": Kind(
+        "consistency.data.sources:imagenet", "the ILSVRC2012 training set, its tree or its tar", size=(1_281_167, 1000)
+    ),
+    "celeba": Kind(
+        "consistency.data.sources:celeba",
+        "img_align_celeba, a folder or a zip, and list_eval_partition.txt in or beside it",
+        size=(162_770, 1),
+        splits=("train", "valid", "test"),
+    ),
+    "edm_zip": Kind(
+        "consistency.data.sources:edm_zip", "the zip of PNGs with dataset.json that EDM's dataset tool writes"
+    ),
+}
 
 
 class Dataset(Section):
     """Source of the images, and the shape they are brought to."""
 
-    kind: Literal["digits", "image_folder", "cifar10", "ffhq", "imagenet", "celeba", "edm_zip"] = Field(
-        description="`digits`: the 1,797 UCI 8x8 images that come with scikit-learn; "
-        "`image_folder`: a tree `<path>/<split>/<class>/*.{png,jpg}`; "
-        "`cifar10`: its archive, downloaded, or `path` (the archive or the folder cifar-10-batches-py); "
-        "`ffhq`: the official aligned images, a folder or a zip; "
-        "`imagenet`: the ILSVRC2012 training set, its tree or its tar; "
-        "`celeba`: img_align_celeba, a folder or a zip, and list_eval_partition.txt in or beside it; "
-        "`edm_zip`: the zip of PNGs with dataset.json that EDM's dataset tool writes."
+    kind: Annotated[str, OneOf(KINDS)] = Field(
+        description="; ".join(f"`{name}`: {kind.about}" for name, kind in KINDS.items()) + "."
     )
     path: str | None = Field(
         None, description="Where the images are: a folder, zip or tar; relative paths start at the project's root."
@@ -36,16 +82,16 @@ class Dataset(Section):
 
     @model_validator(mode="after")
     def _possible(self) -> Self:
-        size, channels = {"digits": (8, 1), "cifar10": (32, 3)}.get(self.kind, (self.resolution, self.channels))
-        if (self.resolution, self.channels) != (size, channels):
+        kind = KINDS[self.kind]
+        if kind.shape not in (None, (self.resolution, self.channels)):
+            size, channels = kind.shape
             raise ValueError(f"{self.kind}: set dataset.resolution to {size} and dataset.channels to {channels}")
-        if self.kind == "digits" and self.path is not None:
-            raise ValueError("dataset.path is for other kinds; the digits come with scikit-learn")
-        if self.kind not in ("digits", "cifar10") and self.path is None:
+        if kind.path == "none" and self.path is not None:
+            raise ValueError(f"dataset.path is for other kinds; remove it: {self.kind} needs no files")
+        if kind.path == "required" and self.path is None:
             raise ValueError(f"dataset.path is missing: {self.kind} needs to know where the images are")
-        splits = {"cifar10": ["train", "test"], "celeba": ["train", "valid", "test"]}.get(self.kind, [self.split])
-        if self.split not in splits:
-            raise ValueError(f"dataset.split {self.split!r}: {self.kind} has the splits {', '.join(splits)}")
+        if kind.splits and self.split not in kind.splits:
+            raise ValueError(f"dataset.split {self.split!r}: {self.kind} has the splits {', '.join(kind.splits)}")
         return self
 
 

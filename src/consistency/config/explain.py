@@ -8,7 +8,8 @@ from pydantic import BaseModel, ValidationError
 from consistency.base.errors import suggestion
 from consistency.config.fields import Section
 from consistency.config.networks import MLP, NoTeacher, OfficialTeacher, SongUNet, Teacher
-from consistency.config.student import Doubling, Frozen, Shrinking, Student
+from consistency.config.objectives import OBJECTIVES, Doubling, Shrinking
+from consistency.config.student import Frozen, Student
 
 
 def explain(error: ValidationError, model: type[BaseModel], content: Any = None) -> str:
@@ -23,12 +24,16 @@ def explain(error: ValidationError, model: type[BaseModel], content: Any = None)
     if problem["type"] == "value_error":
         return (f"students.{location[1]}: " if student else "") + str(problem["ctx"]["error"])
     if student and len(location) > 2 and location[2] != "[key]":
-        own = (content["students"].get(location[1]) or {}) if content else {}
+        own, shared = (content["students"].get(location[1]) or {}, content["student"]) if content else ({}, {})
         prefix = f"students.{location[1]}." if location[2] in own else "student."
-        location, model = location[2:], Student
+        model = OBJECTIVES.get({**shared, **own}.get("objective", "trajectory"), Student)
+        location = location[2:]
     # The member of a union is a step of pydantic's location that the file does not have.
     key = prefix + ".".join(part for part in location if part not in _MEMBERS and not _UNION_MEMBER.search(part))
     if problem["type"] == "extra_forbidden":
+        others = [name for name, each in OBJECTIVES.items() if prefix and location[-1] in each.model_fields]
+        if others:
+            return f"{key} is for objective {' or '.join(others)}: remove it, or set that objective"
         return f"unknown key '{key}'{suggest_field(location[-1], _owner(location[:-1], model))}"
     if problem["type"] == "missing":
         return f"key '{key}' is missing"

@@ -5,7 +5,6 @@ import json
 from typing import Any
 
 from consistency.config.networks import OfficialTeacher
-from consistency.config.student import FITTED
 from consistency.config.study import Study
 
 
@@ -43,7 +42,7 @@ def settings_of(study: Study, stage: str, name: str | None = None) -> dict[str, 
     else:
         student = study.students[name]
         settings["student"] = student.model_dump(mode="json")
-        if student.preconditioning in FITTED:
+        if student.fitted:
             settings["coefficients"] = dump["coefficients"]
         if student.frozen:
             settings["predictor"] = settings_of(study, "student", student.frozen.run)

@@ -1,16 +1,17 @@
 """Section `report`."""
 
-from typing import Literal
+from typing import Annotated
 
 from pydantic import Field
 
-from consistency.config.fields import Count, Name, Section
+from consistency.config.fields import Count, Name, OneOf, Section
+from consistency.config.objectives import OBJECTIVES
 
 
 class Report(Section):
     """Comparisons in the report."""
 
-    baseline: dict[Literal["trajectory", "endpoint", "consistency"], Name] = Field(
+    baseline: dict[Annotated[str, OneOf(OBJECTIVES)], Name] = Field(
         {}, description="The student against which each objective's speed-up is measured."
     )
     against: dict[Name, Name] = Field(

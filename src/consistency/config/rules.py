@@ -3,9 +3,9 @@
 import math
 from collections.abc import Callable, Iterator
 
-from consistency.config.explain import suggest_field
+from consistency.base.errors import suggestion
 from consistency.config.networks import MLP, OfficialTeacher, SongUNet
-from consistency.config.student import Shrinking, Student
+from consistency.config.objectives import OBJECTIVES, Shrinking
 from consistency.config.study import Study
 
 
@@ -17,9 +17,10 @@ def _names_are_free(study: Study) -> Iterator[str]:
 
 def _students_differ_as_declared(study: Study) -> Iterator[str]:
     """Yield keys that students set themselves but `varies` does not list."""
+    fields = {key for objective in OBJECTIVES.values() for key in objective.model_fields}
     for key in study.varies:
-        if key not in Student.model_fields:
-            yield f"varies names {key!r}, not a student's field{suggest_field(key, Student)}"
+        if key not in fields:
+            yield f"varies names {key!r}, not a student's field{suggestion(key, fields)}"
     for name, own in study.overrides.items():
         for key in sorted(own.keys() - set(study.varies)):
             yield (
@@ -60,7 +61,7 @@ def _predictor_comes_first(study: Study) -> Iterator[str]:
             yield f"{where} names {frozen.run!r}, which is not one of the students {', '.join(study.students)}"
             continue
         other = study.students[frozen.run]
-        if (other.preconditioning, other.fit) != (student.preconditioning, student.fit):
+        if any(getattr(other, fact) != getattr(student, fact) for fact in ("preconditioning", "has_own_fit", "refits")):
             yield f"{where} names {frozen.run!r}, whose preconditioning is another: they must agree"
         if frozen.step is not None and (frozen.step > other.steps or frozen.step % other.snapshot_every):
             yield (

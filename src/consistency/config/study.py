@@ -15,6 +15,7 @@ from consistency.config.dataset import Dataset, Noise
 from consistency.config.fields import Name, Section
 from consistency.config.measures import Calibration, Coefficients, Flows, Sampling, Scores
 from consistency.config.networks import NoTeacher, OfficialTeacher, Teacher
+from consistency.config.objectives import AnyStudent, Consistency, merged
 from consistency.config.report import Report
 from consistency.config.student import Student
 
@@ -32,7 +33,7 @@ class Study(Section):
     coefficients: Coefficients = Field(default_factory=Coefficients)
     student: dict[str, Any] = Field(description="Values that all students share; the fields of Student.")
     varies: list[str] = Field(["preconditioning"], description="The keys in which two students may differ.")
-    students: dict[Name, Student] = Field(min_length=1, description="Name of each student and what it varies.")
+    students: dict[Name, AnyStudent] = Field(min_length=1, description="Name of each student and what it varies.")
     seeds: list[Annotated[int, Field(ge=0)]] = Field(min_length=1, description="Seeds of every student.")
     sampling: Sampling
     calibration: Calibration = Field(default_factory=Calibration)
@@ -50,8 +51,7 @@ class Study(Section):
             return given
         match given:
             case {"student": dict(shared), "students": dict(students)}:
-                whole = {name: {**shared, **own} if isinstance(own, dict) else own for name, own in students.items()}
-                study = build({**given, "students": whole})
+                study = build({**given, "students": merged(shared, students)})
                 study._own = students
                 return study
         return build(given)
@@ -83,9 +83,9 @@ class Study(Section):
         return [(name, seed) for name in self.students for seed in self.seeds]
 
     @property
-    def coupled(self) -> dict[str, Student]:
+    def coupled(self) -> dict[str, Consistency]:
         """The students of consistency training."""
-        return {name: student for name, student in self.students.items() if student.objective == "consistency"}
+        return {name: student for name, student in self.students.items() if isinstance(student, Consistency)}
 
     @property
     def with_own_fit(self) -> list[str]:

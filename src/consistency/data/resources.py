@@ -24,7 +24,7 @@ REGISTRY = Path("config/resources.yaml")
 RECORDED = Path("config/resources.lock")
 FOLDER = Path("resources")
 # Opened by the stages, beside official teachers.
-CIFAR10_ARCHIVE, INCEPTION, VGG16 = "cifar-10-python.tar.gz", "inception-2015-12-05.pt", "vgg16-397923af.pth"
+INCEPTION = "inception-2015-12-05.pt"
 
 Text = Annotated[str, Field(min_length=1)]
 FileName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]

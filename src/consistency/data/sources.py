@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import pickle
+import pkgutil
 import re
 import tarfile
 import zlib
@@ -17,15 +18,16 @@ import numpy as np
 from PIL import Image
 
 from consistency.base.errors import UserError
-from consistency.config.dataset import Dataset
+from consistency.config.dataset import KINDS, Dataset
 from consistency.data import pictures
 from consistency.data.containers import Container, images_below, open_folder, open_tar_of_tars, open_zip, shown
-from consistency.data.resources import CIFAR10_ARCHIVE, open_resource
+from consistency.data.resources import open_resource
 
 Array = np.ndarray
 Fit = Callable[[Image.Image, str, Dataset], Array]
 
 _CIFAR10_FOLDER = "cifar-10-batches-py"
+_CIFAR10_ARCHIVE = str(KINDS["cifar10"].download)
 _CIFAR10_PAGE = "https://www.cs.toronto.edu/~kriz/cifar.html"
 _BATCH_BYTES = 1 << 26  # more than any file of CIFAR-10 has
 _CELEBA_PAGE = "https://mmlab.ie.cuhk.edu.hk/projects/CelebA.html"
@@ -55,7 +57,7 @@ class Source:
 
 def open_source(settings: Dataset) -> Source:
     """Open the images that a study names; with a limit, the first so many of each class. Raises UserError."""
-    opened = _KINDS[settings.kind](settings)
+    opened: Source = pkgutil.resolve_name(KINDS[settings.kind].source)(settings)
     if settings.limit is None:
         return opened
     import pandas as pd
@@ -91,7 +93,7 @@ def _files(container: Container, labels: Array, classes: list[str], fit: Fit, se
 # --- in memory
 
 
-def _digits(settings: Dataset) -> Source:
+def digits(settings: Dataset) -> Source:
     """Load the UCI optical digits: 17 grey levels, 0..16, spread over 0..255."""
     from sklearn.datasets import load_digits
 
@@ -100,7 +102,7 @@ def _digits(settings: Dataset) -> Source:
     return _arrays(images, digits.target, map(str, range(10)))
 
 
-def _cifar10(settings: Dataset) -> Source:
+def cifar10(settings: Dataset) -> Source:
     """Open CIFAR-10 from its python archive or folder, the training batches in their order."""
     path = None if settings.path is None else Path(settings.path)
     if path is not None and path.is_dir():
@@ -108,10 +110,10 @@ def _cifar10(settings: Dataset) -> Source:
         return _read_cifar10(batches.resolve(), settings, path, vouched=False)
     if path is not None and not path.is_file():
         raise UserError(
-            f"dataset.path: there is no {path}: put {CIFAR10_ARCHIVE} of {_CIFAR10_PAGE} there, or its folder "
+            f"dataset.path: there is no {path}: put {_CIFAR10_ARCHIVE} of {_CIFAR10_PAGE} there, or its folder "
             f"{_CIFAR10_FOLDER}; or remove dataset.path to have it downloaded"
         )
-    archive = path or open_resource(CIFAR10_ARCHIVE)
+    archive = path or open_resource(_CIFAR10_ARCHIVE)
     with TemporaryDirectory(prefix="cifar10-") as folder:
         # A staged archive was checked against its sha256; any other is checked by torchvision's md5 of each file.
         _unpack_cifar10(archive, Path(folder))
@@ -147,7 +149,7 @@ def _read_cifar10(batches: Path, settings: Dataset, given: Path, vouched: bool) 
     except (RuntimeError, OSError, EOFError, KeyError, ValueError, pickle.UnpicklingError):
         raise UserError(
             f"{given} does not hold the CIFAR-10 of {_CIFAR10_PAGE} (a file is missing or its md5 is another): "
-            f"get {CIFAR10_ARCHIVE} again"
+            f"get {_CIFAR10_ARCHIVE} again"
         ) from None
     return _arrays(data.data, np.array(data.targets), data.classes)
 
@@ -155,7 +157,7 @@ def _read_cifar10(batches: Path, settings: Dataset, given: Path, vouched: bool) 
 # --- files
 
 
-def _image_folder(settings: Dataset) -> Source:
+def image_folder(settings: Dataset) -> Source:
     """Open a tree <path>/<split>/<class>/<image>, in sorted order."""
     root = Path(settings.path or "") / settings.split
     if not root.is_dir():
@@ -167,7 +169,7 @@ def _image_folder(settings: Dataset) -> Source:
     return _class_folders(root, classes, settings, f"dataset.path: {root} has no <class>/*.png or *.jpg in it")
 
 
-def _imagenet(settings: Dataset) -> Source:
+def imagenet(settings: Dataset) -> Source:
     """Open ILSVRC2012's training images: the tree nXXXXXXXX/*.JPEG or the tar of tars, with the same result."""
     path = Path(settings.path or "")
     if path.is_dir():
@@ -202,7 +204,7 @@ def _class_folders(root: Path, classes: list[str], settings: Dataset, empty: str
     return _files(open_folder(root, names), labels, classes, pictures.crop_and_resize, settings)
 
 
-def _ffhq(settings: Dataset) -> Source:
+def ffhq(settings: Dataset) -> Source:
     """Open FFHQ's aligned images, of one class: the folder or a zip of it, with the same result."""
     path = Path(settings.path or "")
     container = _folder_or_zip(
@@ -213,7 +215,7 @@ def _ffhq(settings: Dataset) -> Source:
     return _files(container, labels, ["ffhq"], pictures.resize, settings)
 
 
-def _celeba(settings: Dataset) -> Source:
+def celeba(settings: Dataset) -> Source:
     """Open CelebA's aligned images of a split, of one class, in the partition's order: a folder of them or a zip."""
     path = Path(settings.path or "")
     container = _folder_or_zip(path, f"CelebA's img_align_celeba there (the folder, or its zip; {_CELEBA_PAGE})")
@@ -285,7 +287,7 @@ def _rows_by_name(container: Container, instead: str) -> dict[bytes, int]:
     return rows
 
 
-def _edm_zip(settings: Dataset) -> Source:
+def edm_zip(settings: Dataset) -> Source:
     """Open the output of EDM's dataset tool, in the order and with the labels that EDM reads."""
     path = Path(settings.path or "")
     if not path.is_file():
@@ -319,14 +321,3 @@ def _edm_labels(content: bytes, names: Array, path: Path) -> Array:
     if len(classes) > len(names):
         raise UserError(f"dataset.json in {path} names {len(classes)} images, the zip has {len(names)}: get it again")
     return labels
-
-
-_KINDS: dict[str, Callable[[Dataset], Source]] = {
-    "digits": _digits,
-    "image_folder": _image_folder,
-    "cifar10": _cifar10,
-    "ffhq": _ffhq,
-    "imagenet": _imagenet,
-    "celeba": _celeba,
-    "edm_zip": _edm_zip,
-}

@@ -6,28 +6,23 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from consistency.config.dataset import KINDS
+from consistency.config.distances import DISTANCES
 from consistency.config.job import Job
 from consistency.config.measures import Flows
 from consistency.config.networks import OfficialTeacher, Teacher
+from consistency.config.objectives import Consistency
 from consistency.config.samplers import student_samplers
 from consistency.config.student import Student
 from consistency.config.study import Study
 from consistency.data.prepared import load_images
 from consistency.nets.denoiser import build_denoiser
 from consistency.nets.official import official_architecture
-from consistency.training.students import schedule_of
+from consistency.training.consistency_training import schedule_of
 from consistency.training.teachers import architecture_of
 
-#: images and classes of the known datasets' training sets, for a study whose data is not prepared yet
-_KNOWN = {
-    "digits": (1_797, 10),
-    "cifar10": (50_000, 10),
-    "ffhq": (70_000, 1),
-    "imagenet": (1_281_167, 1000),
-    "celeba": (162_770, 1),
-}
-#: operations of Inception-v3 at 299x299 and of VGG16's convolutions at 224x224, forward, an image
-_INCEPTION, VGG16_OPERATIONS = 11.4e9, 30.7e9
+#: operations of Inception-v3 at 299x299, forward, an image
+_INCEPTION = 11.4e9
 _BYTES = 4  # of a float32
 
 
@@ -119,22 +114,13 @@ def _flows_operations(study: Study, flows: Flows, forward: float) -> float:
 
 def training_operations(study: Study, student: Student, forward: float) -> float:
     """Return the operations of a student's training, its own fits included. forward: of one evaluation of one image."""
-    if student.objective == "endpoint":
-        evaluations = 2.0 + 3 + 1
-    elif student.objective == "consistency":
-        evaluations = 3.0 + 1 + (1 if student.coupling == "gc" and student.mu else 0) + (3 if student.dsm_weight else 0)
-    else:
-        most = student.max_heun_steps or student.nodes - 1
-        mean_steps = (2 * most + 1) / 3  # P(n) is proportional to n
-        evaluations = 2 * mean_steps + 3 + 3 + 2 + (3 if student.dsm_weight else 0)
-    # LPIPS passes both images through VGG16, and back through one of them.
-    distance = 4 * VGG16_OPERATIONS if student.distance == "lpips" else 0.0
     refits = 0.0
-    if student.fit == "average":
-        stage = schedule_of(study, student).stage
+    if isinstance(student, Consistency) and student.refits:
+        stage = schedule_of(student, study.noise).stage
         times = sum(stage(step) != stage(step - 1) for step in range(1, student.steps))
         refits = 2.0 * times * study.coefficients.times * study.coefficients.samples
-    return student.steps * student.batch * (evaluations * forward + distance) + refits * forward
+    step = student.evaluations * forward + DISTANCES[student.distance].operations
+    return student.steps * student.batch * step + refits * forward
 
 
 def _scoring_operations(job: Job, size: _Size) -> float:
@@ -170,8 +156,8 @@ def _size_of(job: Job) -> tuple[int, int]:
     if (folder / "dataset.json").exists():
         data = load_images(folder)
         return len(data), data.classes
-    if study.dataset.kind in _KNOWN:
-        return _KNOWN[study.dataset.kind]
+    if size := KINDS[study.dataset.kind].size:
+        return size
     print(f"{study.name}: the data is not there yet; taken as 50,000 images of 10 classes")
     return 50_000, 10
 

@@ -27,6 +27,7 @@ from consistency.theory.flows import (
 from consistency.theory.noise import log_grid
 from consistency.theory.oracles import MIXTURE_1D, MixtureTeacher
 from consistency.theory.solver import every, expand
+from consistency.training.coupled_denoising import TransportDenoising
 from consistency.training.discrepancy import Discrepancy, ImagePairs, by_teacher
 from consistency.training.fits import time_grid
 from consistency.training.loop import train
@@ -70,7 +71,7 @@ class ImageMeasurements:
     @property
     def times(self) -> list[float]:
         """Times of the measurements, ascending."""
-        return time_grid(self.job.study, self.settings.times, torch.device("cpu")).flip(0).tolist()
+        return time_grid(self.job.study.noise, self.settings.times).flip(0).tolist()
 
     def transport(self) -> list[Row]:
         """Return the rows of transport.csv."""
@@ -91,7 +92,7 @@ class ImageMeasurements:
         return rows
 
     def _endpoint(self, job: Job) -> Callable[[float], Tensor]:
-        """Return f(x + t z, t, eps) of a student's average, as a function of t."""
+        """Return f(x + t z, t, eps) of a student's EMA, as a function of t."""
         pairs, eps = self.pairs, job.study.noise.sigma_min
         model = prepared(job.study, read_student(job, self.device))
         preconditioning = read_preconditioning(job, model)
@@ -112,7 +113,8 @@ class ImageMeasurements:
 
     def discrepancy(self, job: Job, measure: Discrepancy) -> list[Row]:
         """Return the rows of discrepancy.csv for one coupling; train its denoiser if needed."""
-        pairs = self.pairs.transported(job.settings.batch) if job.settings.coupling == "ot" else self.pairs
+        transported = isinstance(measure.objective, TransportDenoising)
+        pairs = self.pairs.transported(job.settings.batch) if transported else self.pairs
         train(measure.training)
         return self._discrepancies(str(job.student), job.seed, lambda t: measure.at(pairs, t))
 

@@ -37,7 +37,7 @@ def draw(
 def prepared(study: Study, model: Denoiser) -> Denoiser:
     """Return a model in the precision and the memory layout of the study's sampling."""
     device = next(model.parameters()).device
-    return place(study, model, device).compute_in(study.sampling.precision)
+    return place(study.compute, model, device).compute_in(study.sampling.precision)
 
 
 def heun_sampler(study: Study, teacher: Denoiser, nodes: int | None = None) -> Sampler:
@@ -81,7 +81,7 @@ def jump_sampler(job: Job, model: Denoiser, preconditioning: Preconditioning, nf
 
 def _times(study: Study, nodes: int) -> list[float]:
     """Return the study's rho grid as numbers: reading each back from a GPU would stall it."""
-    return time_grid(study, nodes, torch.device("cpu")).tolist()
+    return time_grid(study.noise, nodes).tolist()
 
 
 def _labels(noise: ImageNoise, device: torch.device) -> Tensor | None:

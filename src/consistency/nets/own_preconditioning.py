@@ -4,14 +4,12 @@ from torch import Tensor
 
 from consistency.nets.denoiser import Denoiser
 from consistency.theory.generalized_ode import GeneralizedODE
-from consistency.theory.preconditioning import Preconditioning
+from consistency.theory.preconditioning import Preconditioning, build_preconditioning
 
 
 def own_preconditioning(name: str, model: Denoiser) -> Preconditioning:
-    """Return the analytic preconditioning of that name with the model's own l_t and s_t at the time of use."""
-    own = _OwnODE(model)
-    form = {"analytic": GeneralizedODE.backward, "analytic-forward": GeneralizedODE.forward}[name]
-    return Preconditioning(name, "D", lambda t, s: form(own.now(), t, s))
+    """Return the preconditioning of that name with the model's own l_t and s_t at the time of use."""
+    return build_preconditioning(name, model.sigma_data, _OwnODE(model))
 
 
 class _OwnODE:
@@ -22,7 +20,7 @@ class _OwnODE:
         self._version = -1
         self._ode: GeneralizedODE | None = None
 
-    def now(self) -> GeneralizedODE:
+    def __call__(self) -> GeneralizedODE:
         """Return the ODE of the buffer's present values."""
         # PyTorch counts writes to a tensor, so a loaded state is noticed too.
         if self._ode is None or self._version != self._fit._version:

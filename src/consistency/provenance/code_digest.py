@@ -13,14 +13,23 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from consistency.config.dataset import KINDS
+from consistency.config.distances import DISTANCES
+from consistency.config.objectives import OBJECTIVES
 from consistency.provenance.graph import STAGES
 
 PACKAGE = "consistency"
 SOURCE = Path(__file__).parents[1]
 
+#: code that a study chooses by name, by the stage that does so
+CHOSEN = {
+    "dataset": tuple(kind.source for kind in KINDS.values()),
+    "student": (*(each.loss for each in OBJECTIVES.values()), *(each.function for each in DISTANCES.values())),
+}
+
 #: entry points of each stage; what __main__ sets for those that compute affects bits too
 ENTRIES = {
-    name: (*stage.entry, *(() if name in ("dataset", "report") else ("__main__:_prepare",)))
+    name: (*stage.entry, *CHOSEN.get(name, ()), *(() if name in ("dataset", "report") else ("__main__:_prepare",)))
     for name, stage in STAGES.items()
 }
 
@@ -80,7 +89,9 @@ def code_digest(stage: str, source: Path = SOURCE) -> str:
 def reached(stage: str, source: Path = SOURCE) -> frozenset[Definition]:
     """Return every definition that a stage of Study.key can reach. Raises KeyError for an unknown stage."""
     found: set[Definition] = set()
-    waiting: list[Definition] = [(module, name) for module, name in (entry.split(":") for entry in ENTRIES[stage])]
+    waiting: list[Definition] = [
+        (module, name) for module, name in (entry.removeprefix(f"{PACKAGE}.").split(":") for entry in ENTRIES[stage])
+    ]
     while waiting:
         module, name = waiting.pop()
         if (module, name) not in found and not is_inert(module):

@@ -8,11 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from consistency.config.dataset import KINDS
+from consistency.config.distances import DISTANCES
 from consistency.config.job import Job
 from consistency.config.networks import OfficialTeacher, Teacher
 from consistency.config.paths import sampler_name
 from consistency.config.samplers import student_samplers
-from consistency.data.resources import CIFAR10_ARCHIVE, INCEPTION, VGG16
+from consistency.data.resources import INCEPTION
 
 #: the stage that makes an artifact, and its job
 Artifact = tuple[str, Job]
@@ -229,8 +231,7 @@ def shown_fits(job: Job) -> dict[str, dict[int, Path]]:
     students = [job.of(name, job.study.seeds[0]) for name in job.study.with_own_fit]
     return {
         str(each.student): {
-            step: each.weights(step=step)
-            for step in (each.settings.snapshots if each.settings.fit == "average" else [0])
+            step: each.weights(step=step) for step in (each.settings.snapshots if each.settings.refits else [0])
         }
         for each in students
     }
@@ -280,11 +281,11 @@ def downloads(job: Job, stage: str) -> list[str]:
     dataset, teacher = job.study.dataset, job.study.teacher
     inception = INCEPTION if job.study.scores.extractor == "inception" else None
     opened = {
-        "dataset": CIFAR10_ARCHIVE if dataset.kind == "cifar10" and dataset.path is None else None,
+        "dataset": KINDS[dataset.kind].download if dataset.path is None else None,
         "teacher": teacher.checkpoint if isinstance(teacher, OfficialTeacher) else None,
         "extractor": inception,
         "scores": inception,
-        "student": VGG16 if job.student is not None and job.settings.distance == "lpips" else None,
+        "student": None if job.student is None else DISTANCES[job.settings.distance].weights,
     }
     name = opened.get(stage)
     return [name] if name else []

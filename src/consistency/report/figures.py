@@ -187,13 +187,8 @@ def _logarithmic(axis: Axes) -> None:
     axis.yaxis.set_minor_formatter(NullFormatter())
 
 
-def training_losses(histories: dict[str, list[pd.DataFrame]], runs: Sequence[str]) -> Figure:
-    """The terms of the loss against iterations, mean over seeds."""
-    titles = {
-        "distillation": "distillation term",
-        "consistency": "consistency term",
-        "dsm": "denoising score matching term",
-    }
+def training_losses(histories: dict[str, list[pd.DataFrame]], runs: Sequence[str], titles: Mapping[str, str]) -> Figure:
+    """Plot the terms of the loss against iterations, mean over seeds. titles: of the terms."""
     terms = [term for term in titles if any(term in table for run in runs for table in histories[run])]
     figure, axes = plt.subplots(1, len(terms), figsize=(5 * len(terms), 3.6), squeeze=False)
     for axis, term in zip(axes[0], terms, strict=True):

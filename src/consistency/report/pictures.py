@@ -78,8 +78,9 @@ def draw_pictures(job: Job, results: Results, histories: dict[str, list[pd.DataF
         pictures.append(_mu_picture(study, results, seeds))
     if study.flows:
         pictures += _flow_pictures(job, study.flows, seeds)
+    titles = {term: title for student in study.students.values() for term, title in student.terms.items()}
     caption = f"The terms of the training loss, mean over {seeds} and over the steps between two lines of the history."
-    pictures.append(Picture.of("losses", "curves", caption, figures.training_losses(histories, runs)))
+    pictures.append(Picture.of("losses", "curves", caption, figures.training_losses(histories, runs, titles)))
     return pictures
 
 
@@ -128,7 +129,7 @@ def _samples_picture(job: Job) -> Picture:
 
 def _mu_picture(study: Study, results: Results, seeds: str) -> Picture:
     runs = list(study.students)
-    transported = [name for name in runs if study.students[name].coupling == "ot"]
+    transported = [name for name in runs if study.coupled[name].coupling == "ot"]
     dashed = f" Dashed: {', '.join(transported)}, mean." if transported else ""
     caption = (
         "Scores at the end of training against mu, the probability that gc replaces an image by a generated one; mu 0 "

@@ -129,20 +129,8 @@ def beginning(study: Study) -> str:
 
 def claims(study: Study) -> list[str]:
     """Return the papers' claims about students like this study's, one sentence per paper."""
-    objectives = {student.objective for student in study.students.values()}
-    said = []
-    if objectives - {"consistency"}:
-        said.append(
-            "The paper on preconditioning (AP) claims 2 to 3 times fewer iterations at NFE 2 and none at NFE 1, by FID "
-            "on CIFAR-10, FFHQ-64 and ImageNet-64, without seeds or intervals."
-        )
-    if "consistency" in objectives:
-        said.append(
-            "The paper on generator-induced flows (GC) compares FID against iterations at NFE 1, gc below ot below "
-            "ic: on CIFAR-10 after 100,000 iterations 7.42 ± 0.04 with ic, 6.75 ± 0.04 with ot, 5.95 ± 0.05 with gc at "
-            "mu 0.5 (mean ± standard deviation); mu from 0.3 to 0.7 beats both, and mu 1 is fast, then diverges."
-        )
-    return said
+    said = dict.fromkeys(student.claim for student in study.students.values())
+    return [claim for claim in said if claim]
 
 
 def commit(state: dict[str, Any]) -> str:

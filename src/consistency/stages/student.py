@@ -38,7 +38,7 @@ def _publish(card: Card, training: Training, measured: dict[str, float]) -> None
     parents = {path.name: digest for path, digest in digests.items()}
     made = {"step": training.steps, "git": git_state(), "parents": parents}
     checkpoints = [job.weights(rate) for rate in job.settings.rates]
-    for path, average in zip(checkpoints, training.averages, strict=True):
-        save_denoiser(path, average.model, {**metadata, **made, "ema": average.constant})
+    for path, ema in zip(checkpoints, training.emas, strict=True):
+        save_denoiser(path, ema.model, {**metadata, **made, "ema": ema.constant})
     publish_training(training.folder, job.folder)
     card.write(measured=measured, known=digests, training=read_identity(training.folder))

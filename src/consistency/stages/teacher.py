@@ -37,7 +37,7 @@ def make_teacher(job: Job, machine: Machine) -> None:
         with followed(job, training.folder) as start:
             measured = train(training, start)
             if machine.ranks.first:
-                _write(card, training.averages[0].model, training, measured)
+                _write(card, training.emas[0].model, training, measured)
                 shutil.rmtree(training.folder)
     elif not machine.ranks.first:
         return

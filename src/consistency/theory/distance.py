@@ -23,6 +23,3 @@ def pseudo_huber(a: Tensor, b: Tensor) -> Tensor:
 def euclidean(a: Tensor, b: Tensor) -> Tensor:
     """||a - b|| (ECT), whose gradient is 0 where the two are equal. a, b: [N, ...]; returns [N]."""
     return torch.linalg.vector_norm((a - b).flatten(1), dim=1)
-
-
-DISTANCES: dict[str, Distance] = {"pseudo_huber": pseudo_huber, "l2": squared_l2, "euclidean": euclidean}

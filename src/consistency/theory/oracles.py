@@ -157,7 +157,7 @@ def mixture_table(nodes: int = 4000) -> dict[str, dict[int, float]]:
     ode = GeneralizedODE(torch.from_numpy(fit.times), torch.from_numpy(fit.l), torch.from_numpy(fit.s))
     table = {}
     for name, row in MIXTURE_TABLE.items():
-        preconditioning = build_preconditioning(name, sigma_data=0.5, generalized_ode=ode)
+        preconditioning = build_preconditioning(name, sigma_data=0.5, ode=ode)
 
         def jump(x: Tensor, t: Tensor, s: Tensor, preconditioning=preconditioning) -> Tensor:  # type: ignore[no-untyped-def]
             f, g = preconditioning.coefficients(t, s)

@@ -4,17 +4,18 @@ Every preconditioning satisfies the boundary condition f(t,t) = 1, g(t,t) = 0 ex
 computed in float64 from times eps <= s <= t <= T of shape [N].
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol, cast
 
-import torch
-from torch import Tensor
+if TYPE_CHECKING:  # study files are read without torch, whose import takes seconds
+    from torch import Tensor
 
-from consistency.theory.generalized_ode import GeneralizedODE
-from consistency.theory.solver import expand
+    from consistency.theory.generalized_ode import GeneralizedODE
 
-Coefficients = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+    Coefficients = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 class StudentDenoiser(Protocol):
@@ -37,6 +38,8 @@ class Preconditioning:
 
     def jump(self, student: StudentDenoiser, x: Tensor, t: Tensor, s: Tensor, labels: Tensor | None = None) -> Tensor:
         """The consistency function f_theta(x, t, s): x [N, ...] at times t [N] to times s [N]."""
+        from consistency.theory.solver import expand
+
         f, g = self.coefficients(t.double(), s.double())
         network = student(x, t, s, labels) if self.acts_on == "D" else student.raw(x, t, s, labels)
         return expand(f, x) * x + expand(g, x) * network
@@ -50,32 +53,46 @@ def ctm(t: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
 def bcm(t: Tensor, s: Tensor, sigma_data: float) -> tuple[Tensor, Tensor]:
     """BCM's coefficients. Act on F; with EDM's scalings the same function of (x, F) as ctm."""
     variance = sigma_data**2 + t * t
-    return (sigma_data**2 + t * s) / variance, sigma_data * (t - s) / torch.sqrt(variance)
+    return (sigma_data**2 + t * s) / variance, sigma_data * (t - s) / variance.sqrt()
 
 
 def cm(t: Tensor, s: Tensor, sigma_data: float) -> tuple[Tensor, Tensor]:
     """CM's coefficients (there with s = eps). Act on F."""
     gap = t - s
-    return (
-        sigma_data**2 / (sigma_data**2 + gap * gap),
-        sigma_data * gap / torch.sqrt(sigma_data**2 + t * t),
-    )
+    return sigma_data**2 / (sigma_data**2 + gap * gap), sigma_data * gap / (sigma_data**2 + t * t).sqrt()
+
+
+@dataclass(frozen=True)
+class Form:
+    """An entry of FORMS. coefficients: maps sigma_data and a function that returns the fitted ODE to f and g; fitted:
+    f and g are made from the fitted l_t and s_t; only_to_eps: defined for s = eps alone."""
+
+    acts_on: Literal["D", "F"]
+    coefficients: Callable[[float, Callable[[], GeneralizedODE]], Coefficients]
+    fitted: bool = False
+    only_to_eps: bool = False
+
+
+#: preconditionings by their names in a study
+FORMS: dict[str, Form] = {
+    "cm": Form("F", lambda sigma_data, _: lambda t, s: cm(t, s, sigma_data), only_to_eps=True),
+    "bcm": Form("F", lambda sigma_data, _: lambda t, s: bcm(t, s, sigma_data)),
+    "ctm": Form("D", lambda *_: ctm),
+    "analytic": Form("D", lambda _, ode: lambda t, s: ode().backward(t, s), fitted=True),
+    "analytic-forward": Form("D", lambda _, ode: lambda t, s: ode().forward(t, s), fitted=True),
+}
 
 
 def build_preconditioning(
-    name: str, sigma_data: float, generalized_ode: GeneralizedODE | None = None
+    name: str, sigma_data: float, ode: GeneralizedODE | Callable[[], GeneralizedODE] | None = None
 ) -> Preconditioning:
-    """Return the preconditioning of that name; the analytic ones read their coefficients from generalized_ode.
+    """Return the preconditioning of that name. ode: of the fitted coefficients, or a function that returns it.
 
-    Raises ValueError for an unknown name, or an analytic one without fitted coefficients.
+    Raises ValueError for an unknown name, or a fitted form without coefficients.
     """
-    table: dict[str, tuple[Literal["D", "F"], Coefficients]] = {
-        "ctm": ("D", ctm),
-        "bcm": ("F", lambda t, s: bcm(t, s, sigma_data)),
-        "cm": ("F", lambda t, s: cm(t, s, sigma_data)),
-    }
-    if generalized_ode is not None:
-        table |= {"analytic": ("D", generalized_ode.backward), "analytic-forward": ("D", generalized_ode.forward)}
-    if name not in table:
-        raise ValueError(f"no preconditioning {name!r}: without fitted coefficients there are ctm, bcm and cm")
-    return Preconditioning(name, *table[name])
+    form = FORMS.get(name)
+    if form is None or (form.fitted and ode is None):
+        unfitted = ", ".join(known for known, each in FORMS.items() if not each.fitted)
+        raise ValueError(f"no preconditioning {name!r}: without fitted coefficients there are {unfitted}")
+    current = ode if callable(ode) else lambda: cast("GeneralizedODE", ode)
+    return Preconditioning(name, form.acts_on, form.coefficients(sigma_data, current))

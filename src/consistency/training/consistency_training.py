@@ -6,14 +6,16 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from consistency.config import objectives
+from consistency.config.dataset import Noise
 from consistency.nets.denoiser import Denoiser
 from consistency.theory.coupling import assignment, generated, generator_mask
-from consistency.theory.curriculum import Schedule
+from consistency.theory.curriculum import DoublingCurriculum, Schedule, ShrinkingCurriculum
 from consistency.theory.distance import Distance
 from consistency.theory.noise import ctm_dsm_sigma
 from consistency.theory.preconditioning import Preconditioning
 from consistency.theory.solver import expand
-from consistency.training.objective import Draws, Shape, Term, normal, weighted_denoising_error
+from consistency.training.objective import Basis, Draws, Shape, Term, normal, weighted_denoising_error
 
 
 @dataclass(frozen=True)
@@ -36,7 +38,7 @@ class ConsistencyTraining:
     """weight d(f_theta(x_t, t, eps), sg f_theta(x_u, u, eps)) with x_t = x + t z, x_u = x + u z and t > u.
 
     x is the image (ic) or, with probability mu, gc's endpoint f_predictor(x* + u z, u, eps); mu = 0 needs no predictor.
-    Both sides use the student's own weights (iCT: no average in the target) and the same dropout masks. predictor: the
+    Both sides use the student's own weights (iCT: no EMA in the target) and the same dropout masks. predictor: the
     average of the student, or any other frozen network of its kind. ends: eps and T. iCT is a DoublingCurriculum with
     the pseudo-Huber distance, ECT a ShrinkingCurriculum with the Euclidean one and a student made from a teacher.
     dsm_weight: of a DSM term on D_theta(x_t, t, t), from which coefficients can be fitted without a teacher (ours;
@@ -51,6 +53,20 @@ class ConsistencyTraining:
     ends: tuple[float, float] = (0.002, 80.0)
     mu: float = 0.0
     dsm_weight: float = 0.0
+
+    @classmethod
+    def build(cls, settings: objectives.Consistency, basis: Basis) -> "ConsistencyTraining":
+        """Build the loss of a student, `TransportTraining` for the coupling ot."""
+        return (TransportTraining if settings.coupling == "ot" else cls)(
+            student=basis.models.student,
+            predictor=basis.models.predictor,
+            preconditioning=basis.preconditioning,
+            distance=basis.distance,
+            schedule=schedule_of(settings, basis.noise),
+            ends=(basis.noise.sigma_min, basis.noise.sigma_max),
+            mu=settings.mu if settings.coupling == "gc" else 0.0,
+            dsm_weight=settings.dsm_weight,
+        )
 
     def endpoint(self, model: Denoiser, x: Tensor, t: Tensor, labels: Tensor | None) -> Tensor:
         """Return f(x, t, eps) of the given weights. x: [N, C, H, W]; t: [N]."""
@@ -103,3 +119,13 @@ class TransportTraining(ConsistencyTraining):
     def pair(self, images: Tensor, labels: Tensor | None, draws: CoupledPairs) -> CoupledPairs:
         """Return the draws with their noise exchanged among the images of the batch."""
         return replace(draws, z=draws.z[assignment(images, draws.z, labels)])
+
+
+def schedule_of(settings: objectives.Consistency, noise: Noise) -> Schedule:
+    """Return the schedule of the levels of consistency training."""
+    levels = settings.curriculum
+    given = levels.model_dump(exclude={"kind", "p_mean", "p_std"})
+    given |= {"sigma_min": noise.sigma_min, "sigma_max": noise.sigma_max, "mean": levels.p_mean, "std": levels.p_std}
+    if isinstance(levels, objectives.Shrinking):
+        return ShrinkingCurriculum(**given)
+    return DoublingCurriculum(steps=settings.steps, rho=noise.rho, **given)

@@ -15,11 +15,15 @@ from consistency.nets.denoiser import Denoiser, init_denoiser
 from consistency.provenance.inputs import read_student
 from consistency.runtime.machine import Machine
 from consistency.theory.coupling import assignment
-from consistency.training.build import Stream, build_update, place
+from consistency.training.build import build_optimizer, open_stream, place
+from consistency.training.consistency_training import TransportTraining
 from consistency.training.coupled_denoising import CoupledDenoising, TransportDenoising, velocity_error
 from consistency.training.ema import Ema
 from consistency.training.loop import Training
-from consistency.training.students import consistency_objective, frozen_predictor
+from consistency.training.objective import Models
+from consistency.training.stopwatch import Stopwatch
+from consistency.training.students import build_objective, predictor_of
+from consistency.training.update import Update
 
 
 @dataclass(frozen=True)
@@ -66,7 +70,7 @@ class Discrepancy:
 
     def at(self, pairs: ImagePairs, t: float) -> np.ndarray:
         """Return ||z - v_t(x_t)||^2 of each pair, [K], a sum over pixels."""
-        denoiser = self.training.averages[0].model
+        denoiser = self.training.emas[0].model
         device = next(denoiser.parameters()).device
 
         def measure(first: int, x: Tensor, labels: Tensor | None, z: Tensor) -> Tensor:
@@ -87,23 +91,27 @@ def discrepancy_of(job: Job, settings: Flows, data: ImageData, machine: Machine)
     """Build the Discrepancy of a student's coupling. All couplings' denoisers begin with the same weights and see the
     same images, levels and noise. Raises UserError if the student is missing."""
     study = job.study
-    average = place(study, read_student(job, machine.device), machine.device)
-    predictor = frozen_predictor(job, machine.device) or average
-    coupling = consistency_objective(job, (average, predictor), machine)
-    architecture = {**average.architecture, "second_time": False, "dropout": 0.0}
+    ema = place(study.compute, read_student(job, machine.device), machine.device)
+    coupling = build_objective(job, Models(ema, ema, ema, predictor_of(job, ema, machine.device)), machine.device)
+    architecture = {**ema.architecture, "second_time": False, "dropout": 0.0}
     architecture.pop("own_fit", None)
     model = init_denoiser(architecture, derived_seed(settings.seed, "flows denoiser"))
-    model = place(study, model, machine.device).train()
-    kind = TransportDenoising if job.settings.coupling == "ot" else CoupledDenoising
-    objective = kind(model, coupling)  # type: ignore[arg-type]
-    optimizer = ("adam", settings.denoiser_learning_rate)
-    stream = Stream(settings.denoiser_batch, settings.seed, "flows")
-    update = build_update(study, data, machine, objective, model, optimizer, stream)
+    model = place(study.compute, model, machine.device).train()
+    transported = isinstance(coupling, TransportTraining)
+    objective = TransportDenoising(model, coupling) if transported else CoupledDenoising(model, coupling)
+    update = Update(
+        model,
+        build_optimizer("adam", settings.denoiser_learning_rate, model),
+        objective,
+        open_stream(study, data, machine, settings.denoiser_batch, settings.seed, "flows"),
+        ranks=machine.ranks,
+        stopwatch=Stopwatch(machine.device),
+    )
     training = Training(
         label=f"flows {job.student}",
         key=f"{job.key('flows')} {job.student}",
         update=update,
-        averages=[Ema(model, 0.999, warm_up=0.75)],
+        emas=[Ema(model, 0.999, warm_up=0.75)],
         steps=settings.denoiser_steps,
         log_every=100,
         folder=job.paths.training_state(f"flows/{job.student}", settings.seed),

@@ -2,15 +2,18 @@
 
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any, Self
 
 import torch
 from torch import Tensor
 
+from consistency.config import objectives
 from consistency.nets.denoiser import Denoiser
 from consistency.theory.distance import Distance
 from consistency.theory.preconditioning import Preconditioning
 from consistency.theory.solver import heun_step
-from consistency.training.objective import with_labels
+from consistency.training.fits import time_grid
+from consistency.training.objective import Basis, with_labels
 from consistency.training.stopwatch import Stopwatch
 
 
@@ -19,7 +22,7 @@ class Distillation:
     """Base of both distillations. grid: descending float64 times [N] from sigma_max to sigma_min."""
 
     student: Denoiser
-    average: Denoiser
+    ema: Denoiser
     teacher: Denoiser
     preconditioning: Preconditioning
     distance: Distance
@@ -27,10 +30,25 @@ class Distillation:
     target: str
     stopwatch: Stopwatch = field(default_factory=Stopwatch, kw_only=True)
 
+    @classmethod
+    def _build(cls, settings: objectives.Distillation, basis: Basis, **own: Any) -> Self:
+        """Build the loss with these settings. own: the subclass's fields."""
+        return cls(
+            basis.models.student,
+            basis.models.ema,
+            basis.models.teacher,
+            basis.preconditioning,
+            basis.distance,
+            time_grid(basis.noise, settings.nodes, basis.device),
+            settings.target,
+            stopwatch=basis.stopwatch,
+            **own,
+        )
+
     @property
     def inner(self) -> Denoiser:
         """Network of the target's inner jump."""
-        return self.average if self.target == "ema" else self.student
+        return self.ema if self.target == "ema" else self.student
 
     def jump(self, model: Denoiser, x: Tensor, t: Tensor, s: Tensor, labels: Tensor | None) -> Tensor:
         """Return f_theta(x, t, s) of the given weights."""

@@ -2,13 +2,15 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Self
 
 import torch
 from torch import Tensor
 
+from consistency.config import objectives
 from consistency.theory.solver import expand
 from consistency.training.distillation import Distillation
-from consistency.training.objective import Draws, Shape, Term, normal
+from consistency.training.objective import Basis, Draws, Shape, Term, normal
 
 
 @dataclass(frozen=True)
@@ -22,6 +24,11 @@ class Pairs(Draws):
 @dataclass(frozen=True)
 class Endpoint(Distillation):
     """Endpoint distillation, AP (5): neighbouring grid times t > u, both jumps to eps."""
+
+    @classmethod
+    def build(cls, settings: objectives.Endpoint, basis: Basis) -> Self:
+        """Build the loss of a student."""
+        return cls._build(settings, basis)
 
     def draw(self, shape: Shape, step: int, host: torch.Generator, device: torch.Generator) -> Pairs:
         """Draw a uniform node for every image."""

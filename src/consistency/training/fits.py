@@ -4,14 +4,14 @@ import torch
 from torch import Tensor
 
 from consistency.base.seeding import generator
+from consistency.config.dataset import Noise
 from consistency.config.study import Study
 from consistency.data.prepared import ImageData
 from consistency.theory.noise import log_grid, rho_grid
 
 
-def time_grid(study: Study, nodes: int, device: torch.device) -> torch.Tensor:
-    """Return the study's rho grid of that many nodes, descending, float64."""
-    noise = study.noise
+def time_grid(noise: Noise, nodes: int, device: torch.device | str = "cpu") -> Tensor:
+    """Return the rho grid of that many nodes, descending, float64."""
     return rho_grid(nodes, noise.sigma_min, noise.sigma_max, noise.rho).to(device)
 
 

@@ -28,14 +28,14 @@ SAVE_SHARE = 0.02  # largest share of the time spent on saving
 
 @dataclass
 class Training:
-    """A training run: model, length, schedule and folder. averages: EMA copies; the first names snapshots and results;
+    """A training run: model, length, schedule and folder. emas: EMA copies; the first names snapshots and results;
     learning_rate: maps a step to a rate, None keeps the optimiser's. snapshot_every: None for no snapshots.
     before_step: called before every step (from 0) on all ranks; returns the evaluations that it made."""
 
     label: str
     key: str
     update: Update
-    averages: list[Ema]
+    emas: list[Ema]
     steps: int
     log_every: int
     folder: Path
@@ -80,7 +80,7 @@ def train(job: Training, on_start: Callable[[], None] = lambda: None) -> dict[st
     """Train from the saved state, or from the start, to the last step. on_start: called on rank 0 once the state is
     restored and the history truncated to the restored step.
 
-    Leaves history.jsonl and snapshots/ in job.folder and the trained weights in the model and the averages. Returns the
+    Leaves history.jsonl and snapshots/ in job.folder and the trained weights in the model and its EMAs. Returns the
     cost: seconds, network_evaluations, images. Raises Interrupted after saving when a signal asks any of the processes
     to stop, and UserError when a loss is not finite or another process trains in the folder.
     """
@@ -118,12 +118,12 @@ def train(job: Training, on_start: Callable[[], None] = lambda: None) -> dict[st
     return {
         "seconds": round(clock.seconds, 3),
         "network_evaluations": clock.evaluations,
-        "images": job.steps * job.update.batch,
+        "images": job.steps * job.update.stream.batch,
     }
 
 
 def _step(job: Training, clock: _Clock) -> dict[str, Tensor]:
-    """Take one optimiser step and update the averages and the clock. Returns its terms and the gradient norm."""
+    """Take one optimiser step and update the EMAs and the clock. Returns its terms and the gradient norm."""
     if job.learning_rate is not None:
         for group in job.update.optimizer.param_groups:
             group["lr"] = job.learning_rate(clock.step)
@@ -132,8 +132,8 @@ def _step(job: Training, clock: _Clock) -> dict[str, Tensor]:
     terms, evaluations = job.update.step(clock.step)
     clock.step += 1
     with job.update.stopwatch.part("optimizer"):
-        for average in job.averages:
-            average.update(clock.step)
+        for ema in job.emas:
+            ema.update(clock.step)
     clock.evaluations += evaluations * job.update.ranks.world
     # Checked at every step, read only at log points: reading it here would stall a GPU. With float16, an infinite
     # gradient only means that the loss scale was too large: that step was skipped.
@@ -168,7 +168,7 @@ def _log(job: Training, clock: _Clock, window: _Window) -> None:
     clock.seconds += window.seconds
     job.update.ranks.mean_(list(window.sums.values()))
     line = {"step": clock.step, **{name: (value / window.steps).item() for name, value in window.sums.items()}}
-    line["images_per_second"] = round(window.steps * job.update.batch / max(window.seconds, 1e-9), 1)
+    line["images_per_second"] = round(window.steps * job.update.stream.batch / max(window.seconds, 1e-9), 1)
     line["seconds"] = round(clock.seconds, 3)
     clock.loss = line["loss"]
     timed = job.update.stopwatch.read()
@@ -184,9 +184,9 @@ def _log(job: Training, clock: _Clock, window: _Window) -> None:
 def _snapshot(job: Training, step: int) -> None:
     if not job.update.ranks.first:
         return
-    for k, average in enumerate(job.averages):
-        path = job.folder / "snapshots" / snapshot_name(step, average.constant if k else None)
-        save_denoiser(path, average.model, {"key": job.key, "step": step, "ema": average.constant})
+    for k, ema in enumerate(job.emas):
+        path = job.folder / "snapshots" / snapshot_name(step, ema.constant if k else None)
+        save_denoiser(path, ema.model, {"key": job.key, "step": step, "ema": ema.constant})
 
 
 def _save(job: Training, clock: _Clock, window: _Window) -> float:
@@ -199,7 +199,7 @@ def _save(job: Training, clock: _Clock, window: _Window) -> float:
         "clock": {"step": clock.step, "seconds": clock.seconds, "evaluations": clock.evaluations},
         "window": {"sums": window.sums, "steps": window.steps, "seconds": window.seconds},
         "model": update.model.state_dict(),
-        "averages": [average.model.state_dict() for average in job.averages],
+        "emas": [ema.model.state_dict() for ema in job.emas],
         "optimizer": update.optimizer.state_dict(),
         "scaler": update.scaler.state_dict(),
     }
@@ -218,8 +218,8 @@ def _resume(job: Training) -> tuple[_Clock, _Window]:
     if state is None:
         return _Clock(), _Window()
     job.update.model.load_state_dict(state["model"])
-    for average, weights in zip(job.averages, state["averages"], strict=True):
-        average.model.load_state_dict(weights)
+    for ema, weights in zip(job.emas, state["emas"], strict=True):
+        ema.model.load_state_dict(weights)
     job.update.optimizer.load_state_dict(state["optimizer"])
     job.update.scaler.load_state_dict(state["scaler"])
     window = _Window(**state["window"])

@@ -12,9 +12,13 @@ from typing import Any, Protocol, Self, runtime_checkable
 import torch
 from torch import Tensor
 
+from consistency.config.dataset import Noise
 from consistency.nets.denoiser import Denoiser
+from consistency.theory.distance import Distance
 from consistency.theory.noise import edm_weight
+from consistency.theory.preconditioning import Preconditioning
 from consistency.theory.solver import DenoiserFn, expand
+from consistency.training.stopwatch import Stopwatch
 
 Shape = tuple[int, int, int, int]
 
@@ -38,6 +42,28 @@ class Draws:
         """Return the draws of some images."""
         tensors = {f.name: getattr(self, f.name) for f in fields(self)}
         return replace(self, **{name: value[rows] for name, value in tensors.items() if isinstance(value, Tensor)})
+
+
+@dataclass(frozen=True)
+class Models:
+    """Networks of a student's training. predictor makes gc's endpoints: the EMA's, or those of an earlier student."""
+
+    student: Denoiser
+    ema: Denoiser
+    teacher: Denoiser
+    predictor: Denoiser
+
+
+@dataclass(frozen=True)
+class Basis:
+    """The parts of a student's loss that do not depend on its objective."""
+
+    models: Models
+    preconditioning: Preconditioning
+    distance: Distance
+    noise: Noise
+    device: torch.device
+    stopwatch: Stopwatch
 
 
 class Objective(Protocol):

@@ -1,7 +1,7 @@
 """Fits of l_t and s_t without a teacher (ours), which a student keeps in the buffer `fit` beside its weights.
 
 The first fit is that of the Gaussian with the data's mean and covariance. A student that has a DSM term also learns a
-denoiser, D_theta(x, t, t), and its average can be fitted again in the middle of the training.
+denoiser, D_theta(x, t, t), and its EMA can be fitted again in the middle of the training.
 """
 
 import copy
@@ -41,18 +41,18 @@ def covariance_fit(data: ImageData, times: Tensor) -> Tensor:
 
 
 def diagonal_fit(
-    average: Denoiser, images: Tensor, labels: Tensor | None, noise: Tensor, times: Tensor, batch: int
+    ema: Denoiser, images: Tensor, labels: Tensor | None, noise: Tensor, times: Tensor, batch: int
 ) -> Tensor:
-    """Return times, l_t and s_t, float64 [3, N], of the denoiser D(x, t, t) of a student's average, from two
+    """Return times, l_t and s_t, float64 [3, N], of the denoiser D(x, t, t) of a student's EMA, from two
     evaluations per image and time.
 
     images, noise: [K, C, H, W]; labels: [K] or None; times: [N]; batch: images per evaluation. Raises ValueError if the
-    average returns NaN, or a jump of the fit is singular.
+    EMA returns NaN, or a jump of the fit is singular.
     """
 
     def own(rows: slice) -> DenoiserFn:
         # E[x_0 | x_t] as far as the DSM term has brought it there; without that term it is untrained.
-        return lambda x, t: average(x, t, t, None if labels is None else labels[rows])
+        return lambda x, t: ema(x, t, t, None if labels is None else labels[rows])
 
     found = fit_without_derivatives(own, images, noise, times, batch)
     fit = torch.from_numpy(np.stack([found.times, found.l, found.s]))
@@ -65,13 +65,13 @@ def diagonal_fit(
 class Refits:
     """Refits of l_t and s_t, one before the first step of each new stage of a training.
 
-    stage: maps a step to its stage; student, averages: carry the fit, which is made from the first average; images,
+    stage: maps a step to its stage; student, emas: carry the fit, which is made from the first EMA; images,
     noise: [K, C, H, W], in the precision of the fit, labels: [K] or None, times: [N], batch: as for `diagonal_fit`.
     """
 
     stage: Callable[[int], int]
     student: Denoiser
-    averages: list[Denoiser]
+    emas: list[Denoiser]
     images: Tensor
     labels: Tensor | None
     noise: Tensor
@@ -84,9 +84,9 @@ class Refits:
         if not step or self.stage(step) == self.stage(step - 1):
             return 0
         # A copy, because the fit has its own precision whatever that of the training.
-        average = copy.deepcopy(self.averages[0]).to(self.images.dtype).compute_in("float32")
+        ema = copy.deepcopy(self.emas[0]).to(self.images.dtype).compute_in("float32")
         try:
-            fit = diagonal_fit(average, self.images, self.labels, self.noise, self.times, self.batch)
+            fit = diagonal_fit(ema, self.images, self.labels, self.noise, self.times, self.batch)
         except ValueError as error:
             raise UserError(
                 f"refit of the coefficients at step {step}: {error}; raise dsm_weight or coefficients.samples, or use "
@@ -94,6 +94,6 @@ class Refits:
             ) from None
         # All processes have computed it; the first one's is used, to the bit.
         here = self.ranks.gathered(fit.to(next(self.student.parameters()).device))[:3]
-        for model in (self.student, *self.averages):
+        for model in (self.student, *self.emas):
             model.set_own_fit(here)
         return 2 * len(self.times) * len(self.images)

@@ -9,36 +9,43 @@ from consistency.data.prepared import ImageData
 from consistency.nets.denoiser import init_denoiser
 from consistency.provenance.inputs import sigma_data
 from consistency.runtime.machine import Machine
-from consistency.training.build import Stream, build_update, compile_networks, place
+from consistency.training.build import build_optimizer, compile_networks, open_stream, place
 from consistency.training.denoising import Denoising
 from consistency.training.ema import Ema, half_life_rate
 from consistency.training.loop import Training
+from consistency.training.stopwatch import Stopwatch
+from consistency.training.update import Update
 
 
 def teacher_training(job: Job, settings: Teacher, data: ImageData, machine: Machine) -> Training:
     study = job.study
     model = init_denoiser(architecture(study, settings, data), settings.seed)
-    model = place(study, model, machine.device).train()
-    average = Ema(
+    model = place(study.compute, model, machine.device).train()
+    ema = Ema(
         model,
         lambda step: half_life_rate(
             settings.batch, step * settings.batch, settings.ema_half_life, settings.ema_ramp_up
         ),
     )
-    compile_networks(study, model)
+    compile_networks(study.compute, model)
 
     def learning_rate(step: int) -> float:
         """Return the rate of a linear ramp over the first learning_rate_ramp images."""
         return settings.learning_rate * min((step + 1) * settings.batch / max(settings.learning_rate_ramp, 1), 1)
 
-    objective, optimizer = Denoising(model, settings.p_mean, settings.p_std), ("adam", settings.learning_rate)
-    stream = Stream(settings.batch, settings.seed, "teacher")
-    update = build_update(study, data, machine, objective, model, optimizer, stream)
+    update = Update(
+        model,
+        build_optimizer("adam", settings.learning_rate, model),
+        Denoising(model, settings.p_mean, settings.p_std),
+        open_stream(study, data, machine, settings.batch, settings.seed, "teacher"),
+        ranks=machine.ranks,
+        stopwatch=Stopwatch(machine.device),
+    )
     return Training(
         label=f"teacher {study.name}",
         key=job.key("teacher"),
         update=update,
-        averages=[average],
+        emas=[ema],
         learning_rate=learning_rate,
         steps=settings.steps,
         log_every=settings.log_every,

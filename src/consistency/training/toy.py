@@ -17,7 +17,7 @@ from consistency.theory.preconditioning import build_preconditioning
 from consistency.theory.solver import every
 from consistency.training.consistency_training import ConsistencyTraining, TransportTraining
 from consistency.training.ema import Ema
-from consistency.training.update import Update
+from consistency.training.update import Stream, Update
 
 #: modes at (0, -0.5) and (0, 0.5), standard deviation 0.01
 TWO_GAUSSIANS = MixtureTeacher(
@@ -28,7 +28,7 @@ SIGMA_MIN, SIGMA_MAX = 0.001, 5.0
 
 @dataclass(frozen=True)
 class Toy:
-    """A trained toy, seen by its averaged weights f.
+    """A trained toy, seen by its EMA's f.
 
     times [T], ascending; data, noise [n, 2]: the pairs followed, noise re-paired if the coupling is ot; endpoints
     [T, n, 2]: f(x + t z, t); paths [T, n, 2]: x_t of the coupling, bent for gc, straight otherwise; samples [n, 2]:
@@ -70,10 +70,10 @@ def train_toy(
     images = TWO_GAUSSIANS.sample(points, draws)[:, :, None, None]
     network = {"network": "mlp", "img_resolution": 1, "img_channels": 2, "width": width, "depth": 2, "embedding": 32}
     student = init_denoiser(network, derived_seed(seed, "toy student")).train()
-    average = Ema(student, 0.9999, warm_up=2 / 3)
+    ema = Ema(student, 0.9999, warm_up=2 / 3)
     objective = (TransportTraining if coupling == "ot" else ConsistencyTraining)(
         student,
-        average.model if coupling == "gc" else None,
+        ema.model if coupling == "gc" else None,
         build_preconditioning("cm", sigma_data=0.5),
         squared_l2,
         DoublingCurriculum(steps, SIGMA_MIN, SIGMA_MAX, first=10, last=100),
@@ -85,26 +85,26 @@ def train_toy(
         return images[torch.randint(points, (batch,), generator=generator(seed, "toy batch", step))], None
 
     optimizer = torch.optim.Adam(student.parameters(), lr=learning_rate)
-    update = Update(student, optimizer, objective, batches, batch, batch, seed, "toy")
+    update = Update(student, optimizer, objective, Stream(batches, batch, batch, seed, "toy"))
     losses = torch.empty(steps)
     for step in range(steps):
         losses[step] = update.step(step)[0]["loss"]
-        average.update(step + 1)
+        ema.update(step + 1)
     draws = generator(seed, "toy pairs")
     pairs = coupled("ot" if coupling == "ot" else "ic", drawn_pairs(TWO_GAUSSIANS.sample(measured, draws), draws), 0.0)
-    return _follow(coupling == "gc", objective, average, losses, pairs, followed)
+    return _follow(coupling == "gc", objective, ema, losses, pairs, followed)
 
 
 @torch.no_grad()
 def _follow(
-    generates: bool, objective: ConsistencyTraining, average: Ema, losses: Tensor, pairs: Pairs, followed: int
+    generates: bool, objective: ConsistencyTraining, ema: Ema, losses: Tensor, pairs: Pairs, followed: int
 ) -> Toy:
     """Follow fresh pairs through the trained toy, at the times of its last grid."""
     data, noise = pairs.data[:, :, None, None], pairs.noise[:, :, None, None]
     times = rho_grid(101, SIGMA_MIN, SIGMA_MAX).flip(0)
 
     def endpoint(x: Tensor, t: float) -> Tensor:
-        return objective.endpoint(average.model, x, every(t, x), None)
+        return objective.endpoint(ema.model, x, every(t, x), None)
 
     endpoints = torch.stack([endpoint(data + t * noise, t) for t in times.tolist()])
     sources = endpoints if generates else data.expand_as(endpoints)

@@ -2,14 +2,16 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Self
 
 import torch
 from torch import Tensor
 
+from consistency.config import objectives
 from consistency.theory.noise import ctm_dsm_sigma
 from consistency.theory.solver import expand
 from consistency.training.distillation import Distillation
-from consistency.training.objective import Draws, Shape, Term, normal, weighted_denoising_error
+from consistency.training.objective import Basis, Draws, Shape, Term, normal, weighted_denoising_error
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,11 @@ class Trajectory(Distillation):
     max_steps: int
     dsm_weight: float
 
+    @classmethod
+    def build(cls, settings: objectives.Trajectory, basis: Basis) -> Self:
+        """Build the loss of a student."""
+        return cls._build(settings, basis, max_steps=settings.most_steps, dsm_weight=settings.dsm_weight)
+
     def draw(self, shape: Shape, step: int, host: torch.Generator, device: torch.Generator) -> Jumps:
         """Draw n teacher steps per batch, P(n) ~ n; t, u = t + n nodes and s <= u of each image are uniform."""
         steps = int(torch.multinomial(torch.arange(1.0, self.max_steps + 1), 1, generator=host)) + 1
@@ -53,15 +60,15 @@ class Trajectory(Distillation):
             yield Term("dsm", value, self.dsm_weight, 3 * len(images))
 
     def distillation(self, images: Tensor, labels: Tensor | None, draws: Jumps) -> Tensor:
-        """Compare both sides at the end of the trajectory, after a jump with the frozen average."""
+        """Compare both sides at the end of the trajectory, after a jump with the frozen EMA."""
         t, u, s = self.grid[draws.first], self.grid[draws.first + draws.steps], self.grid[draws.to]
         x_t = images + expand(t, images) * draws.z
         estimate = self.jump(self.student, x_t, t, s, labels)
-        estimate = self.jump(self.average, estimate, s, self.end(images), labels)
+        estimate = self.jump(self.ema, estimate, s, self.end(images), labels)
         with torch.no_grad():
             x_u = self.teacher_steps(x_t, draws.first, draws.steps, labels)
             target = self.jump(self.inner, x_u, u, s, labels)
-            target = self.jump(self.average, target, s, self.end(images), labels)
+            target = self.jump(self.ema, target, s, self.end(images), labels)
         return self.distance(estimate, target).mean()
 
     def denoising(self, images: Tensor, labels: Tensor | None, sigma: Tensor, z: Tensor) -> Tensor:

@@ -37,23 +37,31 @@ def share_of(batch: int, batch_per_device: int | None, ranks: Ranks) -> tuple[sl
     return slice(ranks.rank * share, (ranks.rank + 1) * share), part
 
 
+@dataclass(frozen=True)
+class Stream:
+    """Images and randomness of a training's steps. images: maps a step to this process's images and labels; batch:
+    images of a step over all processes; part: images at once; draws of step k depend on (seed, purpose, k) alone."""
+
+    images: Callable[[int], tuple[Tensor, Tensor | None]]
+    batch: int
+    part: int
+    seed: int
+    purpose: str
+
+
 @dataclass
 class Update:
     """One optimiser step of a training.
 
-    batch: images of a step; part: images at once; draws of step k depend on (seed, purpose, k) alone. adaptive: the
-    DSM term is scaled by ||grad distillation|| / (||grad dsm|| + 1e-4) at the last layer, at most 1e4, as in CTM's
-    code, but over the whole batch: there, each micro-batch has a ratio of its own. scaler: of float16's losses.
+    adaptive: the DSM term is scaled by ||grad distillation|| / (||grad dsm|| + 1e-4) at the last layer, at most 1e4, as
+    in CTM's code, but over the whole batch: there, each micro-batch has a ratio of its own. scaler: of float16's
+    losses.
     """
 
     model: Denoiser
     optimizer: torch.optim.Optimizer
     objective: Objective
-    batches: Callable[[int], tuple[Tensor, Tensor | None]]
-    batch: int
-    part: int
-    seed: int
-    purpose: str
+    stream: Stream
     adaptive: bool = False
     ranks: Ranks = field(default_factory=Ranks)
     stopwatch: Stopwatch = field(default_factory=Stopwatch)
@@ -70,7 +78,9 @@ class Update:
 
         The terms are this process's means; the gradient, its norm and the balance are those of the whole batch.
         """
-        torch.manual_seed(derived_seed(self.seed, f"dropout {self.ranks.rank}" if self.ranks.rank else "dropout", step))
+        torch.manual_seed(
+            derived_seed(self.stream.seed, f"dropout {self.ranks.rank}" if self.ranks.rank else "dropout", step)
+        )
         self.optimizer.zero_grad(set_to_none=True)
         means: dict[str, Tensor] = {}
         weights: dict[str, float] = {}
@@ -94,27 +104,28 @@ class Update:
 
     @property
     def _share(self) -> int:
-        return self.batch // self.ranks.world
+        return self.stream.batch // self.ranks.world
 
     @property
     def _portion(self) -> float:
         """Fraction of this process's images in a part."""
-        return self.part / self._share
+        return self.stream.part / self._share
 
     def _terms(self, step: int) -> Iterator[Term]:
         """Yield the terms of all parts of this process's share, part by part."""
+        stream = self.stream
         with self.stopwatch.part("data"):
-            images, labels = self.batches(step)
-            shape: Shape = (self.batch, images.shape[1], images.shape[2], images.shape[3])
-            host = generator(self.seed, self.purpose, step)
-            device = generator(self.seed, f"{self.purpose} noise", step, images.device)
+            images, labels = stream.images(step)
+            shape: Shape = (stream.batch, images.shape[1], images.shape[2], images.shape[3])
+            host = generator(stream.seed, stream.purpose, step)
+            device = generator(stream.seed, f"{stream.purpose} noise", step, images.device)
             draws = self.objective.draw(shape, step, host, device)
             if isinstance(self.objective, WholeBatch):
                 all_labels = None if labels is None else self.ranks.gathered(labels)
                 draws = self.objective.pair(self.ranks.gathered(images), all_labels, draws)
         first = self.ranks.rank * self._share
-        for start in range(0, self._share, self.part):
-            rows = slice(start, start + self.part)
+        for start in range(0, self._share, stream.part):
+            rows = slice(start, start + stream.part)
             here = draws.part(slice(first + rows.start, first + rows.stop))
             terms = self.objective.terms(images[rows], None if labels is None else labels[rows], here)
             while True:
