@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from tests.conftest import ABSENT
 from tests.stages.conftest import save_students
 
 from consistency.__main__ import main
@@ -100,7 +101,7 @@ def test_a_row_is_what_one_computes_from_all_its_images_at_once_in_whatever_batc
 
 
 def test_endpoint_students_are_aligned_at_one_jump_only(tiny: Tiny, layout: StudyPaths) -> None:
-    study = tiny({"student.objective": "endpoint", "report": {}})
+    study = tiny({"student.objective": "endpoint", "student.max_heun_steps": ABSENT, "report": {}})
     make_student(study, layout)
     table = scored(study, layout)
     assert set(table.sampler) == {"multistep"}

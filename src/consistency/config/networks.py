@@ -1,11 +1,18 @@
 """Section `teacher`: the networks, and where their weights come from."""
 
 from collections.abc import Iterator
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
 from consistency.config.fields import Blocks, Count, Dropout, Fraction, Name, Positive, Section
+
+_VARIANTS: dict[str, dict[str, Any]] = {
+    "ddpmpp": {"embedding_type": "positional", "encoder_type": "standard"}
+    | {"channel_mult_noise": 1, "resample_filter": [1, 1]},
+    "ncsnpp": {"embedding_type": "fourier", "encoder_type": "residual"}
+    | {"channel_mult_noise": 2, "resample_filter": [1, 3, 3, 1]},
+}
 
 
 class SongUNet(Section):
@@ -28,6 +35,20 @@ class SongUNet(Section):
                 raise ValueError(problem)
         return self
 
+    def architecture(self) -> dict[str, Any]:
+        """Return the description of the network that `build_denoiser` takes, without the data's part of it."""
+        options = self.model_dump(exclude={"kind", "variant"})
+        return {"network": "songunet", **options, **_VARIANTS[self.variant], "decoder_type": "standard"}
+
+    def refuses(self, resolution: int, channels: int) -> str:
+        """Say why the network cannot take images of that shape; '' if it can."""
+        halvings = len(self.channel_mult) - 1
+        if resolution % 2**halvings == 0:
+            return ""
+        return (
+            f"dataset.resolution {resolution} cannot be halved {halvings} times, as teacher.network.channel_mult asks"
+        )
+
     def wrong_levels(self, key: str, value: float | list[int] | list[float]) -> Iterator[str]:
         """Yield a message that names the key, if its list is not as long as channel_mult."""
         if isinstance(value, list) and len(value) != len(self.channel_mult):
@@ -43,6 +64,17 @@ class MLP(Section):
     depth: Count = Field(4, description="Residual blocks.")
     embedding: Count = Field(64, description="Size of the noise embedding.")
     dropout: Fraction = Field(0.0, description="Dropout probability.")
+
+    def architecture(self) -> dict[str, Any]:
+        """Return the description of the network that `build_denoiser` takes, without the data's part of it."""
+        return {"network": "mlp", **self.model_dump(exclude={"kind"})}
+
+    def refuses(self, resolution: int, channels: int) -> str:
+        """Say why the network cannot take images of that shape; '' if it can."""
+        values = channels * resolution**2
+        if values <= 1024:
+            return ""
+        return f"teacher.network.kind mlp is for up to 1024 values, the images have {values}: use songunet"
 
 
 class Teacher(Section):

@@ -52,7 +52,7 @@ class WithDenoising(Student):
 
 
 class Trajectory(Distillation, WithDenoising):
-    """Keys of `objective: trajectory`, trajectory distillation (CTM): jumps between any two times, and a DSM term. AP (7)."""
+    """Keys of `objective: trajectory`, trajectory distillation (CTM, AP (7)): jumps between any two times."""
 
     loss: ClassVar[str] = "consistency.training.trajectory:Trajectory"
     terms: ClassVar[dict[str, str]] = {"distillation": "distillation term", "dsm": "denoising score matching term"}
@@ -125,7 +125,8 @@ class Shrinking(Section):
 
 
 class Consistency(WithDenoising):
-    """Keys of `objective: consistency`, consistency training (iCT, ECT, GC): no teacher is needed. The papers have no DSM term."""
+    """Keys of `objective: consistency`, consistency training (iCT, ECT, GC), which needs no teacher. The papers have no
+    DSM term."""
 
     loss: ClassVar[str] = "consistency.training.consistency_training:ConsistencyTraining"
     terms: ClassVar[dict[str, str]] = {"consistency": "consistency term", "dsm": "denoising score matching term"}

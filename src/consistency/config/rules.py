@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Iterator
 
 from consistency.base.errors import suggestion
-from consistency.config.networks import MLP, OfficialTeacher, SongUNet
+from consistency.config.networks import OfficialTeacher, SongUNet
 from consistency.config.objectives import OBJECTIVES, Shrinking
 from consistency.config.study import Study
 
@@ -113,12 +113,8 @@ def _teacher_fits_the_images(study: Study) -> Iterator[str]:
         if study.noise.sigma_data == "measured":
             yield "noise.sigma_data cannot be measured: an EDM teacher has its own, 0.5"
         return
-    size, network = study.dataset.resolution, study.teacher.network
-    values = study.dataset.channels * size**2
-    if isinstance(network, MLP) and values > 1024:
-        yield f"teacher.network.kind mlp is for up to 1024 values, the images have {values}: use songunet"
-    if isinstance(network, SongUNet) and size % 2 ** (halvings := len(network.channel_mult) - 1):
-        yield f"dataset.resolution {size} cannot be halved {halvings} times, as teacher.network.channel_mult asks"
+    if problem := study.teacher.network.refuses(study.dataset.resolution, study.dataset.channels):
+        yield problem
 
 
 def _flows_are_of_couplings(study: Study) -> Iterator[str]:

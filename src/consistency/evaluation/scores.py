@@ -1,8 +1,8 @@
-"""Rows of the score tables: the calibration's and a student's."""
+"""Score tables: the calibration's and a student's."""
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -22,16 +22,38 @@ from consistency.provenance.card import Card
 from consistency.provenance.inputs import preconditioning_of, read_dataset
 from consistency.theory.generalized_ode import GeneralizedODE
 
-COLUMNS = ["study", "kind", "run", "seed", "ema", "step", "sampler", "nfe"]
-COLUMNS += ["fd", "kid", "alignment", "images", "extractor"]
-#: columns of the calibration; the last two are empty if the study names no published FID
-CALIBRATION_COLUMNS = [*COLUMNS, "published", "tolerance"]
 Array = np.ndarray
-Row = dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Score:
+    """One row of a score table. run: a student, or in the calibration `teacher` or `data`; ema, step: of the weights;
+    fd, kid: distances to the data; alignment: mean squared error to the teacher's ODE endpoints, None where samples and
+    endpoints do not share their noise; published, tolerance: of the teacher's FID, in the calibration alone."""
+
+    study: str
+    kind: Literal["calibration", "curve", "final"]
+    run: str
+    seed: int | None
+    ema: float | None = None
+    step: int = 0
+    sampler: str
+    nfe: int
+    fd: float
+    kid: float
+    alignment: float | None = None
+    images: int
+    extractor: str
+    published: float | None = None
+    tolerance: float | None = None
+
+
+CALIBRATION_COLUMNS = [column.name for column in fields(Score)]
+COLUMNS = CALIBRATION_COLUMNS[:-2]
 
 
 class Scorer:
-    """Maker of score rows, a student's or the calibration's: the extractor, the data's statistics and the card. label,
+    """Maker of scores, a student's or the calibration's: the extractor, the data's statistics and the card. label,
     total: name and images of the progress."""
 
     def __init__(self, job: Job, device: torch.device, label: str, total: int) -> None:
@@ -40,32 +62,31 @@ class Scorer:
         self.data = read_data_statistics(job)
         self.progress = Progress(label, total)
 
-    def row(self, kind: str, name: str, sampler: str, nfe: int, step: int = 0, rate: float | None = None) -> Row:
-        """Return the part of a row that is known before the measurement."""
-        place = {"study": self.study.name, "kind": kind, "run": name, "seed": self.job.seed, "ema": rate, "step": step}
-        return place | {"sampler": sampler, "nfe": nfe, "extractor": self.extractor.name}
-
-    def distances(self, a: Statistics, b: Statistics) -> dict[str, float]:
-        """Return Frechet and kernel distance."""
-        scores = self.study.scores
-        kid = kernel_distance(a, b, scores.kid_subsets, scores.kid_subset_size)
-        return {"fd": frechet_distance(a, b), "kid": kid}
-
-    def against_data(self, chunks: Iterable[Array], count: int) -> dict[str, float]:
-        """Measure the distances of `count` uint8 images, which come in chunks [n, H, W, C], to the data."""
+    def score(self, chunks: Iterable[Array], count: int, **place: Any) -> Score:
+        """Compare `count` uint8 images, which come in chunks [n, H, W, C], with the data. place: what is scored, as
+        fields of Score."""
         pieces = self.progress.counted(self.extractor.pieces(chunks))
         images = Statistics.gather(pieces, count, self.study.scores.kid_images)
-        return self.distances(images, self.data) | {"images": count}
+        return self._score(images, self.data, count, **place)
 
-    def halves(self) -> Row:
+    def halves(self) -> Score:
         """Compare one half of the data's kept features with the other."""
         features = self.data.features
         # The halves must not depend on the dataset's order.
         order = torch.randperm(len(features), generator=generator(0, "halves")).numpy()
         half = len(order) // 2
         first, second = (Statistics.of(features[part]) for part in (order[:half], order[half:]))
-        row = self.row("calibration", "data", "halves", 0)
-        return row | self.distances(second, first) | {"images": half}
+        return self._score(second, first, half, kind="calibration", run="data", sampler="halves", nfe=0)
+
+    def _score(self, a: Statistics, b: Statistics, images: int, **place: Any) -> Score:
+        settings = self.study.scores
+        measured: dict[str, Any] = {
+            "fd": frechet_distance(a, b),
+            "kid": kernel_distance(a, b, settings.kid_subsets, settings.kid_subset_size),
+            "images": images,
+        }
+        known: dict[str, Any] = {"study": self.study.name, "seed": self.job.seed, "extractor": self.extractor.name}
+        return Score(**known, **place, **measured)
 
     def warn_of_singular(self, samples: int) -> None:
         """Warn if there are too few images for the covariance of the features."""
@@ -79,16 +100,16 @@ class Scorer:
                 flush=True,
             )
 
-    def write(self, rows: list[Row], columns: list[str]) -> None:
+    def write(self, scores: list[Score], columns: list[str]) -> None:
         """Write the table and its card."""
         self.progress.close()
-        write_table(self.job.scores, rows, columns)
+        write_table(self.job.scores, [asdict(score) for score in scores], columns)
         self.card.write()
 
 
 @dataclass
 class StudentScorer:
-    """A student's rows at one EMA rate (None: the main one)."""
+    """Maker of a student's scores at one EMA rate (None: the main one)."""
 
     scorer: Scorer
     rate: float | None
@@ -98,19 +119,19 @@ class StudentScorer:
     def __post_init__(self) -> None:
         self.job, self.settings = self.scorer.job, self.scorer.job.settings
 
-    def final_row(self, model: Denoiser, sampler: StudentSampler) -> Row:
+    def final(self, model: Denoiser, sampler: StudentSampler) -> Score:
         """Score one sampler's samples at the end of training."""
         images = read_array(self.job.samples / f"{sampler.name}.npy", f"samples{self.job.options}")
-        row = self._row("final", self.settings.steps, sampler.nfe, sampler.gamma)
-        row |= self.scorer.against_data([images], len(images))
-        if sampler.gamma is None and self._aligned(sampler.nfe):
-            error = _AlignmentError(self.endpoints)
-            for rows, batch in self._drawn(model, sampler.nfe, len(self.endpoints)):
-                error.add(rows, batch)
-            row["alignment"] = error.mean
-        return row
+        place = self._place("final", self.settings.steps, sampler.nfe, sampler.gamma)
+        score = self.scorer.score([images], len(images), **place)
+        if sampler.gamma is not None or not self._aligned(sampler.nfe):
+            return score
+        error = _AlignmentError(self.endpoints)
+        for rows, batch in self._drawn(model, sampler.nfe, len(self.endpoints)):
+            error.add(rows, batch)
+        return replace(score, alignment=error.mean)
 
-    def curve_row(self, model: Denoiser, step: int, nfe: int) -> Row:
+    def curve(self, model: Denoiser, step: int, nfe: int) -> Score:
         """Score one snapshot at one number of jumps; images are discarded once they are measured."""
         error, count = _AlignmentError(self.endpoints), self.job.study.scores.curve_count
 
@@ -119,13 +140,13 @@ class StudentScorer:
                 error.add(rows, batch)
                 yield to_bytes(batch)
 
-        row = self._row("curve", step, nfe, None) | self.scorer.against_data(chunks(), count)
-        return row | {"alignment": error.mean} if self._aligned(nfe) else row
+        score = self.scorer.score(chunks(), count, **self._place("curve", step, nfe, None))
+        return replace(score, alignment=error.mean) if self._aligned(nfe) else score
 
-    def _row(self, kind: str, step: int, nfe: int, gamma: float | None) -> Row:
+    def _place(self, kind: str, step: int, nfe: int, gamma: float | None) -> dict[str, Any]:
         sampler = "multistep" if self.settings.only_to_eps else "jumps" if gamma is None else f"gamma={gamma}"
         rate = self.settings.ema_rate if self.rate is None else self.rate
-        return self.scorer.row(kind, str(self.job.student), sampler, nfe, step, rate)
+        return {"kind": kind, "run": self.job.student, "ema": rate, "step": step, "sampler": sampler, "nfe": nfe}
 
     def _aligned(self, nfe: int) -> bool:
         """Tell whether the samples depend on their first noise alone, as do the teacher's endpoints, if any."""

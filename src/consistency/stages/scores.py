@@ -1,5 +1,7 @@
 """Stage scores: first a calibration (data against data, teacher against data), then every student."""
 
+from dataclasses import asdict, replace
+
 import numpy as np
 import torch
 
@@ -9,7 +11,7 @@ from consistency.base.files import write_bytes, write_json
 from consistency.config.job import Job
 from consistency.config.samplers import student_samplers
 from consistency.evaluation.samplers import prepared
-from consistency.evaluation.scores import CALIBRATION_COLUMNS, COLUMNS, Row, Scorer, StudentScorer, teacher_endpoints
+from consistency.evaluation.scores import CALIBRATION_COLUMNS, COLUMNS, Score, Scorer, StudentScorer, teacher_endpoints
 from consistency.provenance.inputs import read_ode, read_student, read_teacher
 
 
@@ -23,17 +25,16 @@ def make_calibration(job: Job, device: torch.device) -> None:
     images = read_array(samples, "samples")
     scorer = Scorer(job, device, f"calibration {study.name}", len(images))
     scorer.warn_of_singular(study.sampling.count)
-    rows = [scorer.halves()]
+    scores = [scorer.halves()]
     ends = np.zeros((0, study.dataset.channels, *[study.dataset.resolution] * 2), np.float32)
     if study.taught:
         teacher = prepared(study, read_teacher(job, device))
-        row = scorer.row("calibration", "teacher", "heun", 2 * study.calibration.steps - 1)
-        rows.append(row | scorer.against_data([images], len(images)))
-        _require_published(job, rows[-1])
+        place = {"kind": "calibration", "run": "teacher", "sampler": "heun", "nfe": 2 * study.calibration.steps - 1}
+        scores.append(_published(job, scorer.score([images], len(images), **place)))
         ends = teacher_endpoints(study, teacher)
     write_array(job.paths.endpoints, ends)
     write_bytes(job.paths.passed, b"The teacher passed its calibration.\n")
-    scorer.write(rows, CALIBRATION_COLUMNS)
+    scorer.write(scores, CALIBRATION_COLUMNS)
     job.paths.measured_calibration.unlink(missing_ok=True)
 
 
@@ -49,28 +50,28 @@ def make_scores(job: Job, device: torch.device) -> None:
         student = prepared(study, read_student(job, device, rate))
         scored = StudentScorer(scorer, rate, endpoints, ode)
         own = [sampler for sampler in samplers if sampler.rate == rate]
-        rows += [scored.final_row(student, sampler) for sampler in own]
+        rows += [scored.final(student, sampler) for sampler in own]
         for step in settings.snapshots:
             model = prepared(study, read_student(job, device, rate, step))
-            rows += [scored.curve_row(model, step, nfe) for nfe in scores.curve_nfe]
+            rows += [scored.curve(model, step, nfe) for nfe in scores.curve_nfe]
     scorer.write(rows, COLUMNS)
 
 
-def _require_published(job: Job, row: Row) -> None:
-    """Add the published FID and its tolerance to the row. Raises UserError if the teacher's FID is not within it."""
+def _published(job: Job, score: Score) -> Score:
+    """Return the teacher's score with the published FID beside it. Raises UserError if they do not agree."""
     published, tolerance = job.study.calibration.published_fid, job.study.calibration.tolerance
     if published is None:
-        return
-    row |= {"published": published, "tolerance": tolerance}
-    if abs(row["fd"] - published) <= tolerance:
-        return
+        return score
+    score = replace(score, published=published, tolerance=tolerance)
+    if abs(score.fd - published) <= tolerance:
+        return score
     measured = job.paths.measured_calibration
-    write_json(measured, row)
+    write_json(measured, asdict(score))
     for path in (job.scores, job.card("scores"), job.paths.passed):
         path.unlink(missing_ok=True)
     raise UserError(
-        f"the teacher's FID is {row['fd']:.4g}, not the published {published:g} within {tolerance:g} "
-        f"(calibration.published_fid, calibration.tolerance), from {row['images']:,} images in clean-fid's mode "
+        f"the teacher's FID is {score.fd:.4g}, not the published {published:g} within {tolerance:g} "
+        f"(calibration.published_fid, calibration.tolerance), from {score.images:,} images in clean-fid's mode "
         f"{job.study.scores.mode}. Usual causes: data prepared in another way, another scores.mode, sampling.count "
         f"below 50,000, another sampler. The samples are kept and {measured} says what was measured: mend the cause or "
         "raise the tolerance, and run the same command again"

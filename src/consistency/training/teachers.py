@@ -3,7 +3,7 @@
 from typing import Any
 
 from consistency.config.job import Job
-from consistency.config.networks import NoTeacher, SongUNet, Teacher
+from consistency.config.networks import NoTeacher, Teacher
 from consistency.config.study import Study
 from consistency.data.prepared import ImageData
 from consistency.nets.denoiser import init_denoiser
@@ -60,29 +60,6 @@ def architecture(study: Study, settings: Teacher | NoTeacher, data: ImageData) -
 
 def architecture_of(study: Study, settings: Teacher | NoTeacher, classes: int, data_std: float) -> dict[str, Any]:
     """Return the same from known facts about the data: its classes and its standard deviation."""
-    network = settings.network
-    common = {
-        "img_resolution": study.dataset.resolution,
-        "img_channels": study.dataset.channels,
-        "label_dim": classes if settings.conditional else 0,
-        "sigma_data": data_std,
-        "second_time": False,
-    }
-    if not isinstance(network, SongUNet):
-        return {"network": "mlp", **common, **network.model_dump(exclude={"kind"})}
-    variants: dict[str, dict[str, Any]] = {
-        "ddpmpp": {
-            "embedding_type": "positional",
-            "encoder_type": "standard",
-            "channel_mult_noise": 1,
-            "resample_filter": [1, 1],
-        },
-        "ncsnpp": {
-            "embedding_type": "fourier",
-            "encoder_type": "residual",
-            "channel_mult_noise": 2,
-            "resample_filter": [1, 3, 3, 1],
-        },
-    }
-    options = network.model_dump(exclude={"kind", "variant"})
-    return {"network": "songunet", **common, **options, **variants[network.variant], "decoder_type": "standard"}
+    shape = {"img_resolution": study.dataset.resolution, "img_channels": study.dataset.channels}
+    labels = {"label_dim": classes if settings.conditional else 0}
+    return {**settings.network.architecture(), **shape, **labels, "sigma_data": data_std, "second_time": False}
