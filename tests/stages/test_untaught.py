@@ -166,7 +166,7 @@ def test_at_eps_every_student_leaves_x_where_it_is(study: Study, layout: StudyPa
 def test_every_student_has_a_cost_of_its_own_at_every_time(study: Study, layout: StudyPaths) -> None:
     table = transport(layout)
     rows = table[table.kind == "student"]
-    grid = time_grid(study, 5, CPU).tolist()
+    grid = time_grid(study.noise, 5).tolist()
     assert set(rows.run) == set(study.students) and set(rows.seed) == {0}
     for _, times in rows.groupby("run").t:
         np.testing.assert_allclose(times.sort_values(ascending=False), grid, rtol=1e-12)
