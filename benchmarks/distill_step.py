@@ -22,8 +22,7 @@ from torch import Tensor
 
 from consistency.base.seeding import generator
 from consistency.config.distances import DISTANCES
-from consistency.evaluation.estimate import forward_operations
-from consistency.nets.denoiser import Denoiser, init_denoiser, student_from_teacher
+from consistency.nets.denoiser import Denoiser, forward_operations, init_denoiser, student_from_teacher
 from consistency.nets.official import official_architecture
 from consistency.provenance.environment import hardware
 from consistency.theory.distance import Distance

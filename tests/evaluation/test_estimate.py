@@ -11,8 +11,8 @@ from consistency.config.paths import StudyPaths
 from consistency.config.reading import load_study
 from consistency.config.study import Study
 from consistency.data.resources import registry
-from consistency.evaluation.estimate import estimate, forward_operations, print_estimate, training_operations
-from consistency.nets.denoiser import build_denoiser
+from consistency.evaluation.estimate import estimate, print_estimate, training_operations
+from consistency.nets.denoiser import build_denoiser, forward_operations
 from consistency.nets.official import official_architecture
 
 Tiny = Callable[..., Study]

@@ -7,7 +7,7 @@ from pydantic import BaseModel, ValidationError
 
 from consistency.base.errors import suggestion
 from consistency.config.fields import Section
-from consistency.config.networks import MLP, NoTeacher, OfficialTeacher, SongUNet, Teacher
+from consistency.config.networks import NETWORKS, NoTeacher, OfficialTeacher, Teacher
 from consistency.config.objectives import OBJECTIVES, Doubling, Shrinking
 from consistency.config.student import Frozen, Student
 
@@ -29,7 +29,9 @@ def explain(error: ValidationError, model: type[BaseModel], content: Any = None)
         model = OBJECTIVES.get({**shared, **own}.get("objective", "trajectory"), Student)
         location = location[2:]
     # The member of a union is a step of pydantic's location that the file does not have.
-    key = prefix + ".".join(part for part in location if part not in _MEMBERS and not _UNION_MEMBER.search(part))
+    key = prefix + ".".join(
+        part for part in location if part not in NETWORKS.keys() | _MEMBERS.keys() and not _UNION_MEMBER.search(part)
+    )
     if problem["type"] == "extra_forbidden":
         others = [name for name, each in OBJECTIVES.items() if prefix and location[-1] in each.model_fields]
         if others:
@@ -44,8 +46,7 @@ def explain(error: ValidationError, model: type[BaseModel], content: Any = None)
 _UNION_MEMBER = re.compile(r"^(constrained-\w+|(literal|list)\[.*\]|\[key\])$")
 # The unions' members that are sections, by their discriminator.
 _MEMBERS: dict[str, type[Section]] = {
-    cls.model_fields["kind"].default: cls
-    for cls in (SongUNet, MLP, Teacher, OfficialTeacher, NoTeacher, Doubling, Shrinking)
+    cls.model_fields["kind"].default: cls for cls in (Teacher, OfficialTeacher, NoTeacher, Doubling, Shrinking)
 } | {"Frozen": Frozen}
 
 
@@ -55,7 +56,7 @@ def _owner(location: list[str], model: type[BaseModel]) -> type[BaseModel] | Non
         field = model.model_fields.get(part)
         # The other option of an optional section is None.
         options = [each for each in get_args(field.annotation) if each is not type(None)] if field else []
-        section = options[0] if len(options) == 1 else field.annotation if field else _MEMBERS.get(part)
+        section = options[0] if len(options) == 1 else field.annotation if field else {**_MEMBERS, **NETWORKS}.get(part)
         if isinstance(section, type) and issubclass(section, BaseModel):
             model = section
     return model

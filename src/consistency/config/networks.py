@@ -1,9 +1,9 @@
 """Section `teacher`: the networks, and where their weights come from."""
 
 from collections.abc import Iterator
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, Union
 
-from pydantic import Field, model_validator
+from pydantic import Field, SerializeAsAny, TypeAdapter, ValidatorFunctionWrapHandler, WrapValidator, model_validator
 
 from consistency.config.fields import Blocks, Count, Dropout, Fraction, Name, Positive, Section
 
@@ -15,7 +15,21 @@ _VARIANTS: dict[str, dict[str, Any]] = {
 }
 
 
-class SongUNet(Section):
+class Network(Section):
+    """A network: its keys by `kind`, in a table each."""
+
+    kind: str = Field(description="The network.")
+
+    def architecture(self) -> dict[str, Any]:
+        """Return the description of the network that `build_denoiser` takes, without the data's part of it."""
+        raise NotImplementedError
+
+    def refuses(self, resolution: int, channels: int) -> str:
+        """Say why the network cannot take images of that shape; '' if it can."""
+        return ""
+
+
+class SongUNet(Network):
     """DDPM++ or NCSN++, with the official parameter names."""
 
     kind: Literal["songunet"] = "songunet"
@@ -36,12 +50,10 @@ class SongUNet(Section):
         return self
 
     def architecture(self) -> dict[str, Any]:
-        """Return the description of the network that `build_denoiser` takes, without the data's part of it."""
         options = self.model_dump(exclude={"kind", "variant"})
         return {"network": "songunet", **options, **_VARIANTS[self.variant], "decoder_type": "standard"}
 
     def refuses(self, resolution: int, channels: int) -> str:
-        """Say why the network cannot take images of that shape; '' if it can."""
         halvings = len(self.channel_mult) - 1
         if resolution % 2**halvings == 0:
             return ""
@@ -56,7 +68,7 @@ class SongUNet(Section):
             yield f"{key} lists {len(value)} levels, teacher.network.channel_mult {levels}: give as many"
 
 
-class MLP(Section):
+class MLP(Network):
     """A residual multi-layer perceptron for vectors up to a few hundred dimensions."""
 
     kind: Literal["mlp"] = "mlp"
@@ -66,22 +78,33 @@ class MLP(Section):
     dropout: Fraction = Field(0.0, description="Dropout probability.")
 
     def architecture(self) -> dict[str, Any]:
-        """Return the description of the network that `build_denoiser` takes, without the data's part of it."""
         return {"network": "mlp", **self.model_dump(exclude={"kind"})}
 
     def refuses(self, resolution: int, channels: int) -> str:
-        """Say why the network cannot take images of that shape; '' if it can."""
         values = channels * resolution**2
         if values <= 1024:
             return ""
         return f"teacher.network.kind mlp is for up to 1024 values, the images have {values}: use songunet"
 
 
+#: networks by their names in a study
+NETWORKS: dict[str, type[Network]] = {"songunet": SongUNet, "mlp": MLP}
+
+
+def _of_its_kind(given: Any, build: ValidatorFunctionWrapHandler) -> Any:
+    members: Any = Union[tuple(NETWORKS.values())]  # noqa: UP007 - the registry may grow
+    return TypeAdapter(Annotated[members, Field(discriminator="kind")]).validate_python(given)
+
+
+#: a network of any kind
+AnyNetwork = Annotated[SerializeAsAny[Network], WrapValidator(_of_its_kind)]
+
+
 class Teacher(Section):
     """The EDM denoiser that is distilled, trained on the dataset."""
 
     kind: Literal["trained"] = "trained"
-    network: SongUNet | MLP = Field(discriminator="kind", description="The network inside the denoiser.")
+    network: AnyNetwork = Field(description="The network inside the denoiser.")
     conditional: bool = Field(False, description="Condition on the class.")
     steps: Count = Field(description="Optimiser steps.")
     batch: Count = Field(description="Images a step.")
@@ -107,5 +130,5 @@ class NoTeacher(Section):
     """No teacher: only the network of the students of consistency training. No measurement uses a teacher."""
 
     kind: Literal["none"] = "none"
-    network: SongUNet | MLP = Field(discriminator="kind", description="The network inside the students.")
+    network: AnyNetwork = Field(description="The network inside the students.")
     conditional: bool = Field(False, description="Condition on the class.")

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from consistency.base.files import write_bytes
+from consistency.config.networks import NETWORKS, Network
 from consistency.config.objectives import OBJECTIVES
 from consistency.config.student import Student
 from consistency.config.study import Study
@@ -30,12 +31,13 @@ def write_reference() -> None:
     """Write the field reference, relative to the project's root: one table for the study and one per section."""
     schema = Study.model_json_schema()
     sections = schema["$defs"]
-    for objective in OBJECTIVES.values():
-        own = objective.model_json_schema()
-        own["properties"] = {
-            key: own["properties"][key] for key in own["properties"] if key not in Student.model_fields
-        }
-        sections |= own.pop("$defs", {}) | {objective.__name__: own}
+    for base, registry in ((Network, NETWORKS), (Student, OBJECTIVES)):
+        for member in registry.values():
+            own = member.model_json_schema()
+            own["properties"] = {
+                key: own["properties"][key] for key in own["properties"] if key not in base.model_fields
+            }
+            sections |= own.pop("$defs", {}) | {member.__name__: own}
     tables = [_table(name, section) for name, section in sections.items()]
     write_bytes(REFERENCE, "\n".join([_HEAD, _table("Study", schema), *tables]).encode())
 

@@ -1,10 +1,8 @@
 """The verb estimate: a study's cost in operations (counted on its networks), GPU-hours and disk."""
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
 from consistency.config.dataset import KINDS
 from consistency.config.distances import DISTANCES
@@ -16,7 +14,7 @@ from consistency.config.samplers import student_samplers
 from consistency.config.student import Student
 from consistency.config.study import Study
 from consistency.data.prepared import load_images
-from consistency.nets.denoiser import build_denoiser
+from consistency.nets.denoiser import build_denoiser, forward_operations
 from consistency.nets.official import official_architecture
 from consistency.training.consistency_training import schedule_of
 from consistency.training.teachers import architecture_of
@@ -173,13 +171,3 @@ def _network(study: Study, classes: int) -> tuple[float, int]:
     with torch.device("meta"):
         parameters = sum(p.numel() for p in build_denoiser(architecture).parameters())
     return forward_operations(architecture), parameters
-
-
-def forward_operations(architecture: dict[str, Any]) -> float:
-    """Count the operations of one evaluation of one image, additions and multiplications as one each, without data."""
-    with torch.device("meta"):
-        denoiser = build_denoiser(architecture).eval()
-        x = torch.zeros(1, denoiser.img_channels, denoiser.img_resolution, denoiser.img_resolution)
-        with FlopCounterMode(display=False) as counter:
-            denoiser(x, torch.ones(1))
-    return float(counter.get_total_flops())

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from consistency.base.errors import suggestion
 from consistency.nets.adm import DhariwalUNet
@@ -169,6 +170,16 @@ def build_denoiser(architecture: Mapping[str, Any]) -> Denoiser:
     network, channels = full["network"], full["img_channels"]
     options = {name: full[name] for name in _options(network)}
     return Denoiser(_NETWORKS[network](full["img_resolution"], channels, channels, **options), full)
+
+
+def forward_operations(architecture: Mapping[str, Any]) -> float:
+    """Count the operations of one evaluation of one image, additions and multiplications as one each, without data."""
+    with torch.device("meta"):
+        denoiser = build_denoiser(architecture).eval()
+        x = torch.zeros(1, denoiser.img_channels, denoiser.img_resolution, denoiser.img_resolution)
+        with FlopCounterMode(display=False) as counter:
+            denoiser(x, torch.ones(1))
+    return float(counter.get_total_flops())
 
 
 def init_denoiser(architecture: Mapping[str, Any], seed: int) -> Denoiser:

@@ -103,7 +103,9 @@ def differs_in(study: Study, name: str) -> str:
     """List the settings in which a student differs, as the study declares; settings without effect are left out."""
     student = study.students[name]
     settings = student.model_dump(mode="json")
-    return ", ".join(f"{key}: {_value(settings[key])}" for key in study.varies if key in settings.keys() - student.unused_fields)
+    return ", ".join(
+        f"{key}: {_value(settings[key])}" for key in study.varies if key in settings.keys() - student.unused_fields
+    )
 
 
 def _value(value: Any) -> str:
