@@ -148,12 +148,12 @@ class Denoiser(nn.Module):
         return labels.to(x.dtype)
 
 
-_NETWORKS: dict[str, type[nn.Module]] = {"songunet": SongUNet, "adm": DhariwalUNet, "mlp": MLP}
+NETWORKS: dict[str, type[nn.Module]] = {"songunet": SongUNet, "adm": DhariwalUNet, "mlp": MLP}
 
 
 def _options(network: str) -> dict[str, Any]:
     """Return the keyword arguments of a network that the architecture may set, with their defaults."""
-    parameters = inspect.signature(_NETWORKS[network]).parameters.values()
+    parameters = inspect.signature(NETWORKS[network]).parameters.values()
     return {p.name: p.default for p in parameters if p.default is not inspect.Parameter.empty}
 
 
@@ -169,7 +169,7 @@ def build_denoiser(architecture: Mapping[str, Any]) -> Denoiser:
     full = _with_defaults(architecture)
     network, channels = full["network"], full["img_channels"]
     options = {name: full[name] for name in _options(network)}
-    return Denoiser(_NETWORKS[network](full["img_resolution"], channels, channels, **options), full)
+    return Denoiser(NETWORKS[network](full["img_resolution"], channels, channels, **options), full)
 
 
 def forward_operations(architecture: Mapping[str, Any]) -> float:
@@ -222,8 +222,8 @@ def _with_defaults(architecture: Mapping[str, Any]) -> dict[str, Any]:
     if missing:
         raise ValueError(f"the architecture lacks {', '.join(missing)}")
     network = architecture["network"]
-    if network not in _NETWORKS:
-        raise ValueError(f"unknown network {network!r}{suggestion(network, _NETWORKS)}")
+    if network not in NETWORKS:
+        raise ValueError(f"unknown network {network!r}{suggestion(network, NETWORKS)}")
     defaults = {**{key: architecture[key] for key in required}, "sigma_data": 0.5, **_options(network)}
     for key in architecture:
         if key not in defaults and key != "own_fit":
