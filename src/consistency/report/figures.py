@@ -31,7 +31,6 @@ plt.rc("font", size=10)
 plt.rc("grid", alpha=0.25)
 plt.rc("legend", frameon=False)
 plt.rc("svg", hashsalt="consistency")  # the same figure gives the same file
-_LABELS = {"alignment": "alignment error (mean squared, per pixel)", "kid": "KID"}
 
 
 def drawn(figure: Figure, suffix: str) -> bytes:
@@ -51,7 +50,7 @@ def measure_label(measure: str, extractor: str) -> str:
     """Return the axis label of a measure; FD is called FID only if the features are Inception's."""
     if measure == "fd":
         return "FID" if extractor.startswith("inception") else "FD, classifier features (not FID)"
-    return _LABELS[measure]
+    return {"alignment": "alignment error (mean squared, per pixel)", "kid": "KID"}[measure]
 
 
 def sample_grid(rows: Sequence[tuple[str, Array]], columns: int = 16) -> Figure:
@@ -206,7 +205,10 @@ def speed_up_bars(found: Sequence[SpeedUp], runs: Sequence[str], measure: str, e
     nfes = sorted({item.nfe for item in rows})
     shown = [run for run in runs if any(item.run == run for item in rows)]
     figure, axis = plt.subplots(figsize=(1.6 * max(len(nfes), 2) + 3, 3.6))
-    bars: list[tuple[float, float, float, str]] = []
+    axis.set_yscale("log", base=2)
+    ends = [y for item in rows for y in (item.value, item.low, item.high, 0.8, 1.25) if 0 < y < np.inf]
+    bottom, top = min(ends) / 1.25, max(ends) * 1.25
+    axis.set_ylim(bottom, top)
     for k, run in enumerate(shown):
         for item in (item for item in rows if item.run == run):
             x = nfes.index(item.nfe) + (k - (len(shown) - 1) / 2) * 0.8 / len(shown)
@@ -214,21 +216,13 @@ def speed_up_bars(found: Sequence[SpeedUp], runs: Sequence[str], measure: str, e
             if item.bound != "?":
                 axis.plot([x], [item.value], {"": "o", ">": "^", "<": "v"}[item.bound], color=colour)
             if not np.isnan(item.low):
-                bars.append((x, item.low, item.high, colour))
-    axis.set_yscale("log", base=2)
-    ends = [y for item in rows for y in (item.value, item.low, item.high, 0.8, 1.25) if 0 < y < np.inf]
-    bottom, top = min(ends) / 1.25, max(ends) * 1.25
-    axis.set_ylim(bottom, top)
-    for x, low, high, colour in bars:
-        axis.vlines(x, max(low, bottom), min(high, top), color=colour, lw=2, alpha=0.6)
+                axis.vlines(x, max(item.low, bottom), min(item.high, top), color=colour, lw=2, alpha=0.6)
     axis.yaxis.set_major_locator(LogLocator(base=2, subs=(1, 1.5) if top / bottom > 3 else (1, 1.25, 1.5, 1.75)))
     axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.3g}"))
     axis.axhline(1, color="#444444", lw=1, ls="--")
     axis.set_xticks(range(len(nfes)), [f"NFE {nfe}" for nfe in nfes])
-    axis.set(
-        ylabel="speed-up over the baseline",
-        title=f"iterations to the baseline's final {_short(measure, extractor)}",
-    )
+    axis.set_ylabel("speed-up over the baseline")
+    axis.set_title(f"iterations to the baseline's final {_short(measure, extractor)}")
     dots = [Line2D([], [], marker="o", ls="", color=line_of(runs, run)["color"], label=run) for run in shown]
     figure.legend(handles=dots, loc="outside right upper")
     return figure

@@ -42,7 +42,7 @@ class Picture:
 
 
 def draw_pictures(job: Job, results: Results, histories: dict[str, list[pd.DataFrame]]) -> list[Picture]:
-    """Draw every figure of the report, with N and seeds in its caption."""
+    """Draw every figure of the report; captions state N and the seeds."""
     study, extractor, scores, found = job.study, results.extractor, results.main, results.found
     runs = list(study.students)
     seeds = f"{len(study.seeds)} seed{'s' if len(study.seeds) > 1 else ''} ({', '.join(map(str, study.seeds))})"

@@ -74,7 +74,7 @@ def plan_live(job: Job, made: dict[str, Any]) -> list[Record]:
 
 
 def _begun_teacher(job: Job, made: dict[str, Any]) -> Record:
-    # The params are those of its samples: an official checkpoint depends on neither noise nor dataset.
+    # Params of its samples: an official checkpoint depends on neither noise nor dataset.
     settings = job.of().depends_on("samples")
     taught = "The EDM teacher. `final/*/heun-*`: its samples;"
     what = taught if job.study.taught else "No teacher: the network of the students."
@@ -140,14 +140,11 @@ def _seed(job: Job) -> Record:
     seconds = {line["step"]: line["seconds"] for line in history} | {0: 0.0}
     main = job.settings.ema_rate
     for row in csv.DictReader(read_lines(job.scores, f"scores{job.options}")):
-        if row["kind"] == "curve":
-            step = int(row["step"])
-            # The snapshot's training time, so that MLflow's time axis shows training time.
-            at = record.started + round(1000 * seconds[step]) if step in seconds else record.ended
-            record.points += _measured(row, "", _sampler(row, main), at, step)
-        else:
-            # At step 0, so that MLflow draws one bar per run instead of a curve.
-            record.points += _measured(row, "final/", _sampler(row, main), record.ended, 0)
+        curve = row["kind"] == "curve"
+        step = int(row["step"]) if curve else 0  # a single point at step 0 is drawn as a bar
+        # MLflow's time axis shows training time.
+        at = record.started + round(1000 * seconds[step]) if curve and step in seconds else record.ended
+        record.points += _measured(row, "" if curve else "final/", _sampler(row, main), at, step)
     return record
 
 
