@@ -136,8 +136,8 @@ def test_exit_codes_say_what_happened(
 @pytest.mark.parametrize(
     ("job", "signum", "refusal", "said"),
     [
-        ("12", signal.SIGALRM, "", "the job's time is over: Slurm starts it again when there is room, and it goes on"),
-        ("12", signal.SIGALRM, "off", "Slurm does not start this job again by itself (off): its exit code is 142"),
+        ("12", signal.SIGALRM, "", "time limit reached: Slurm has requeued the job, which will resume"),
+        ("12", signal.SIGALRM, "off", "Slurm did not requeue this job (off); its exit code is 142"),
         ("12", signal.SIGTERM, "", ""),
         ("", signal.SIGALRM, "", ""),
     ],

@@ -1,4 +1,4 @@
-"""The verbs: `python -m consistency <verb> --study config/studies/digits.yaml`, one a stage, and a few to look."""
+"""The commands: `python -m consistency VERB --study config/studies/digits.yaml`, one per stage and a few tools."""
 
 import argparse
 import os
@@ -32,8 +32,8 @@ class Option:
 
 @dataclass(frozen=True)
 class Verb:
-    """A command. function: "module:name", imported when it runs, so that --help does not wait for torch. It is called
-    with the parsed arguments that its parameters name and may return an exit code."""
+    """A command. function: "module:name", imported when it runs, so that --help does not wait for torch. Its parameters
+    name the parsed arguments that it takes; it may return an exit code."""
 
     help: str
     function: str
@@ -41,7 +41,7 @@ class Verb:
 
     @property
     def computes(self) -> bool:
-        """True if the verb uses the device."""
+        """True if the verb uses a device."""
         return DEVICE in self.options
 
     def run(self, args: Arguments) -> int:
@@ -51,27 +51,31 @@ class Verb:
         return function(**{each: getattr(args, each) for each in signature(function).parameters}) or 0
 
 
-STUDY = Option("--study", required=True, metavar="FILE", help="the study, config/studies/NAME.yaml")
+STUDY = Option("--study", required=True, metavar="FILE", help="study file, config/studies/NAME.yaml")
 RESULTS = Option("--results", type=Path, default=Path("results"), metavar="DIR", help="default: results")
 STATE = Option("--state", type=Path, default=Path("state"), metavar="DIR", help="default: state")
 ARCHIVES = Option("--archives", type=Path, default=Path("archives"), metavar="DIR", help="default: archives")
-STUDENT = Option("--student", required=True, metavar="NAME", help="the student")
-SEED = Option("--seed", type=int, required=True, help="its seed")
-ANY_STUDENT = Option("--student", metavar="NAME", help="the student")
-ANY_SEED = Option("--seed", type=int, help="its seed")
+STUDENT = Option("--student", required=True, metavar="NAME", help="student")
+SEED = Option("--seed", type=int, required=True, help="seed of the student")
+ANY_STUDENT = Option("--student", metavar="NAME", help="student (default: the teacher)")
+ANY_SEED = Option("--seed", type=int, help="seed of the student")
 DEVICE = Option("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
 THREADS = Option("--threads", type=int, default=1, help="CPU threads (default: 1)")
 READERS = Option("--threads", dest="workers", type=int, default=1, help="threads that read images (default: 1)")
-TIME_LIMIT = Option("--time-limit", type=float, metavar="MINUTES", help="save, stop and exit with 142 then")
-JOB_MINUTES = Option(
-    "--job-minutes",
-    type=float,
-    metavar="MINUTES",
-    help="the Slurm job's time limit: save before it, and ask Slurm to go on later (elsewhere: nothing)",
-)
-PROCESSES = Option("--processes", type=int, default=1, help="by torchrun, a GPU each; 0 and 1: none")
-NODES = Option("--nodes", type=int, default=1, help="of the Slurm job, to share the processes evenly")
-GRES = Option("--gres", default="", help="gpu:4 or gpu:a100:4: the processes of each node, instead")
+TIME_LIMIT = Option("--time-limit", type=float, metavar="MINUTES", help="save, stop and exit with 142 after this time")
+JOB_MINUTES = Option("--job-minutes", type=float, metavar="MINUTES", help="Slurm time limit: save before it, requeue")
+PROCESSES = Option("--processes", type=int, default=1, help="number of processes, one GPU each (default: 1)")
+NODES = Option("--nodes", type=int, default=1, help="nodes of the Slurm job, which share the processes evenly")
+GRES = Option("--gres", default="", help="GPUs per node, gpu:4 or gpu:a100:4: a process each, instead of --processes")
+SNAPSHOTS = Option("--snapshots", action="store_true", help="include the students' snapshots")
+TFLOPS = Option("--tflops", type=float, default=100.0, help="sustained TFLOP/s per GPU (default: 100)")
+FOLDER = Option("root", type=Path, metavar="FOLDER", help="results/NAME, of a checkout or an unzipped archive")
+STUDY_FILE = Option("--study", dest="study_file", type=Path, metavar="FILE", help="default: config/studies/NAME.yaml")
+UNUSED = Option("--unused", type=int, default=0, help="number of empty files for dvc.yaml (default: 0)")
+STUDIES = Option("studies", nargs="+", metavar="NAME", help="studies, each config/studies/NAME.yaml")
+RULES = Option("--rules", nargs="+", metavar="RULE", help="rules of workflow/rules that may run (default: all)")
+TARGETS = Option("targets", nargs="*", metavar="FILE", help="files to make (default: all)")
+NAMES = Option("names", nargs="*", metavar="NAME", help="file of config/resources.yaml")
 
 HERE = (STUDY, RESULTS, STATE)
 COMPUTES = (*HERE, DEVICE, THREADS, TIME_LIMIT)
@@ -79,74 +83,27 @@ RESUMES = (*COMPUTES, JOB_MINUTES)
 SHARED = (*RESUMES, PROCESSES, NODES, GRES)
 
 VERBS = {
-    "check": Verb("check a study and print it with every default written out", "config.reading:print_study", HERE),
-    "estimate": Verb(
-        "what the whole study costs: operations, GPU-hours, disk",
-        "evaluation.estimate:print_estimate",
-        (*HERE, Option("--tflops", type=float, default=100.0, help="sustained TFLOP/s a GPU (default: 100)")),
-    ),
-    "dataset": Verb("images to one memory-mapped array", "stages.dataset:make_dataset", (*HERE, READERS)),
-    "teacher": Verb("train the EDM denoiser (resumes)", "stages.teacher:make_teacher", SHARED),
+    "check": Verb("check a study and print it with all defaults", "config.reading:print_study", HERE),
+    "estimate": Verb("estimate operations, GPU-hours and disk", "evaluation.estimate:print_estimate", (*HERE, TFLOPS)),
+    "dataset": Verb("prepare the images", "stages.dataset:make_dataset", (*HERE, READERS)),
+    "teacher": Verb("train or convert the EDM teacher (resumes)", "stages.teacher:make_teacher", SHARED),
     "coefficients": Verb("fit l_t and s_t from the teacher", "stages.coefficients:make_coefficients", COMPUTES),
-    "student": Verb("distil one student (resumes)", "stages.student:make_student", (*SHARED, STUDENT, SEED)),
-    "samples": Verb(
-        "draw images of a student, or of the teacher without --student",
-        "stages.samples:make_samples",
-        (*SHARED, ANY_STUDENT, ANY_SEED),
-    ),
-    "extractor": Verb(
-        "train the classifier (or open Inception) and extract the data's features",
-        "stages.extractor:make_extractor",
-        COMPUTES,
-    ),
-    "calibration": Verb(
-        "score data against data and the teacher against data", "stages.scores:make_calibration", COMPUTES
-    ),
+    "student": Verb("train one student (resumes)", "stages.student:make_student", (*SHARED, STUDENT, SEED)),
+    "samples": Verb("sample a student or the teacher", "stages.samples:make_samples", (*SHARED, ANY_STUDENT, ANY_SEED)),
+    "extractor": Verb("prepare the extractor and the data's features", "stages.extractor:make_extractor", COMPUTES),
+    "calibration": Verb("score the data's halves and the teacher", "stages.scores:make_calibration", COMPUTES),
     "scores": Verb("score one student", "stages.scores:make_scores", (*COMPUTES, STUDENT, SEED)),
-    "flows": Verb(
-        "measure what the couplings of consistency training do to the flow", "stages.flows:make_flows", RESUMES
-    ),
-    "report": Verb("tables, figures and report.html", "stages.report:make_report", HERE),
+    "flows": Verb("measure what each coupling does to the flow", "stages.flows:make_flows", RESUMES),
+    "report": Verb("write tables, figures and report.html", "stages.report:make_report", HERE),
     "track": Verb("upload the results to MLflow (idempotent)", "tracking.upload:track_study", HERE),
-    "summary": Verb("print the score table and where the report is", "report.summary:print_summary", HERE),
-    "archive": Verb(
-        "pack a finished study into one zip with SHA256SUMS",
-        "provenance.archive:make_archive",
-        (*HERE, ARCHIVES, Option("--snapshots", action="store_true", help="with the snapshots of the students too")),
-    ),
-    "verify": Verb(
-        "check a study's results against their cards, their parents and the study file, file by file",
-        "provenance.verification:print_verified",
-        (
-            Option("root", type=Path, metavar="FOLDER", help="results/NAME, of a checkout or an unzipped archive"),
-            Option("--study", dest="study_file", type=Path, metavar="FILE", help="default: config/studies/NAME.yaml"),
-        ),
-    ),
-    "plan": Verb(
-        "write what DVC compares before it runs a stage",
-        "provenance.dvc:write_plan",
-        (*HERE, Option("--unused", type=int, default=0, help="empty files for dvc.yaml (default: 0)")),
-    ),
-    "dvc": Verb(
-        "print dvc.yaml of some studies",
-        "provenance.dvc:print_pipeline",
-        (Option("studies", nargs="+", metavar="NAME", help="a study, config/studies/NAME.yaml"),),
-    ),
-    "reproduce": Verb(
-        "let Snakemake make a study, or some files of it by some rules (goes on after a killed run)",
-        "runtime.snakemake:reproduce",
-        (
-            *HERE,
-            Option("--rules", nargs="+", metavar="RULE", help="of workflow/rules (default: all)"),
-            Option("targets", nargs="*", metavar="FILE", help="what they are to make (default: all)"),
-        ),
-    ),
-    "fetch": Verb(
-        "download files into resources/ and check their sha256; without a name, list which are there",
-        "data.resources:fetch_all",
-        (Option("names", nargs="*", metavar="NAME", help="a file of config/resources.yaml"),),
-    ),
-    "validate": Verb("hold this machine against the closed-form oracles of the method", "evaluation.validate:validate"),
+    "summary": Verb("print the score table and the report's path", "report.summary:print_summary", HERE),
+    "archive": Verb("pack a study as a zip", "provenance.archive:make_archive", (*HERE, ARCHIVES, SNAPSHOTS)),
+    "verify": Verb("check results against their cards", "provenance.verification:print_verified", (FOLDER, STUDY_FILE)),
+    "plan": Verb("write the files that DVC compares", "provenance.dvc:write_plan", (*HERE, UNUSED)),
+    "dvc": Verb("print dvc.yaml of some studies", "provenance.dvc:print_pipeline", (STUDIES,)),
+    "reproduce": Verb("run Snakemake for a study (resumes)", "runtime.snakemake:reproduce", (*HERE, RULES, TARGETS)),
+    "fetch": Verb("download and check files of resources/, or list them", "data.resources:fetch_all", (NAMES,)),
+    "validate": Verb("check this machine against the method's closed-form oracles", "evaluation.validate:validate"),
     "reference": Verb("write the field reference of a study", "config.reference:write_reference"),
 }
 
@@ -155,7 +112,7 @@ _OUT_OF_TIME = 128 + signal.SIGALRM
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The parser of all verbs."""
+    """Build the parser of all verbs."""
     parser = argparse.ArgumentParser("consistency", description=__doc__)
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
@@ -167,7 +124,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(words: list[str] | None = None) -> int:
-    """Run a verb. Returns the exit code: 0, 2 for a mistake the user can mend, 128 + signal when interrupted."""
+    """Run a verb. Returns the exit code: 0, 2 for an error the user can correct, 128 + signal when interrupted."""
     args = build_parser().parse_args(words)
     args.words = sys.argv[1:] if words is None else words
     signal.signal(signal.SIGTERM, _terminated)
@@ -176,7 +133,7 @@ def main(words: list[str] | None = None) -> int:
     if launch.is_worker():
         return _as_worker(args)
     if SUPERVISOR in os.environ and not launch.is_task():
-        # The first line of a log.
+        # First line of the log.
         job = f", Slurm job {slurm_job.number()}" if slurm_job.in_job() else ""
         print(f"--- {time.strftime('%Y-%m-%d %H:%M:%S')} on {platform.node()}{job}", flush=True)
     code = _run(args)
@@ -191,18 +148,18 @@ def _job_minutes(args: Arguments) -> float | None:
 
 
 def _ask_for_more(code: int) -> None:
-    # Slurm signals this process too, which is exiting already.
+    # Slurm signals this process too, although it is exiting already.
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     refused = slurm_job.requeue()
     if refused:
-        print(f"Slurm does not start this job again by itself ({refused}): its exit code is {code}", file=sys.stderr)
+        print(f"Slurm did not requeue this job ({refused}); its exit code is {code}", file=sys.stderr)
     else:
-        print("the job's time is over: Slurm starts it again when there is room, and it goes on", flush=True)
+        print("time limit reached: Slurm has requeued the job, which will resume", flush=True)
 
 
 def _as_worker(args: Arguments) -> int:
-    """Run the verb in one of several processes. A failing process exits at once: leaving the group would wait for the
-    others, which wait for it. torchrun then stops them."""
+    """Run the verb in one of several processes. A failing process exits at once, and torchrun stops the others: leaving
+    the group would wait for processes that wait for this one."""
     code: int | str | None = 1
     try:
         code = _run(args)
@@ -225,8 +182,7 @@ def _run(args: Arguments) -> int:
     try:
         verb = VERBS[args.verb]
         if STUDY in verb.options:
-            args.study_file, args.job = Path(args.study), _job_of(args)
-            args.study = args.job.study
+            _open_study(args)
         if verb.computes:
             processes, nodes = _shares(args)
             if nodes > 1 and not launch.is_task():
@@ -241,13 +197,13 @@ def _run(args: Arguments) -> int:
         print(f"error{launch.whose()}: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("interrupted; run the same command again to go on", file=sys.stderr)
+        print("interrupted; run the same command again to resume", file=sys.stderr)
         return 130
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except Exception as error:
-        # Interrupted is defined beside torch, which is not imported for the error of a verb without it.
+        # The class Interrupted is not imported here, since its module imports torch.
         signum = getattr(error, "signum", None)
         if signum is None:
             raise
@@ -255,33 +211,35 @@ def _run(args: Arguments) -> int:
         return 128 + int(signum)
 
 
-def _job_of(args: Arguments) -> Any:
-    """Return the study's Job; --student and --seed, given together, name one of its students."""
+def _open_study(args: Arguments) -> None:
+    """Add study_file, study and job to the arguments; --student and --seed together name a student of the study."""
     from consistency.config.job import Job
     from consistency.config.paths import StudyPaths
     from consistency.config.reading import load_study
 
-    study, student, seed = load_study(args.study), getattr(args, "student", None), getattr(args, "seed", None)
+    args.study_file, args.study = Path(args.study), load_study(args.study)
+    student, seed = getattr(args, "student", None), getattr(args, "seed", None)
     if student is not None and seed is not None:
-        study.require(student, seed)
+        args.study.require(student, seed)
     elif (student, seed) != (None, None):
         raise UserError("--student and --seed go together: give both for a student, neither for the teacher")
-    return Job(study, StudyPaths(study.name, args.results, args.state), student, seed)
+    args.job = Job(args.study, StudyPaths(args.study.name, args.results, args.state), student, seed)
 
 
 def _terminated(signum: int, frame: FrameType | None) -> None:
-    """Exit on SIGTERM as on any error, so that temporary files are removed; a training saves its state instead."""
+    """Exit on SIGTERM as on an error, so that temporary files are removed; a training saves its state instead."""
     sys.exit(128 + signum)
 
 
 def _too_late(signum: int, frame: FrameType | None) -> None:
-    """Exit at the time limit if there is no state to save: not yet, or never for verbs that do not train or draw."""
-    print("error: the time was over before there was anything to go on from: give the job more", file=sys.stderr)
+    """Exit at the time limit where there is no state to save: none yet, or none ever for verbs that do not resume."""
+    message = "the time limit was reached before the first state was saved; increase `runtime` for this rule"
+    print(f"error: {message}", file=sys.stderr)
     sys.exit(2)
 
 
 def _shares(args: Arguments) -> tuple[int, int]:
-    """Check the options of computing verbs. Returns the processes per node and the number of nodes."""
+    """Check the options of a computing verb. Returns the processes per node and the number of nodes."""
     for option in ("threads", "time_limit", "nodes", "job_minutes"):
         if getattr(args, option, None) is not None and getattr(args, option) <= 0:
             raise UserError(f"--{option.replace('_', '-')} must be positive, got {getattr(args, option):g}")
@@ -293,7 +251,7 @@ def _shares(args: Arguments) -> tuple[int, int]:
 
 
 def _prepare(args: Arguments) -> None:
-    """Set up device and threads. The default is one thread: the number of threads affects the last bit of a result."""
+    """Set up the device and threads, one by default: the number of threads affects the last bit of a result."""
     limits = [args.time_limit, None if _job_minutes(args) is None else slurm_job.working_minutes(args.job_minutes)]
     if minutes := min((limit for limit in limits if limit is not None), default=None):
         signal.setitimer(signal.ITIMER_REAL, 60 * minutes)

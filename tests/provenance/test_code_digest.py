@@ -90,7 +90,7 @@ def test_a_definition_may_move_to_another_module_and_may_not_change(package: Pat
         ("report/wording.py", "def coarse(", "def coarse(*,\n    ", {"report"}),
         ("report/templates/report.html.j2", "<", "<!-- -->\n<", {"report"}),
         ("__main__.py", "allow_tf32 = False", "allow_tf32 = True", STAGES - {"dataset", "report"}),
-        ("__main__.py", "def _job_of(", "def _job_of(_=0, *,\n    ", set()),
+        ("__main__.py", "def _open_study(", "def _open_study(_=0, *,\n    ", set()),
         ("base/progress.py", "LINE_EVERY = 5.0", "LINE_EVERY = 6.0", set()),
         ("provenance/environment.py", "def git_state(", "def git_state(*,\n    ", set()),
         ("tracking/__init__.py", '"', '"Other', set()),

@@ -199,7 +199,7 @@ def test_the_verb_takes_the_study_file_beside_the_results(root: Path, capsys: py
     assert main(["verify", str(root)]) == 2
     said = capsys.readouterr()
     assert "report                   tampered with: report/report.html is" in said.out
-    assert said.err == f"error: {root}: 1 of 19 are not consistent; the lines above say why\n"
+    assert said.err == f"error: {root}: 1 of 19 are not consistent; the reasons are above\n"
 
 
 def test_what_is_no_folder_is_one_line(root: Path) -> None:

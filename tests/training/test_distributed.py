@@ -133,4 +133,4 @@ def test_a_time_limit_that_leaves_no_time_to_begin_is_a_mistake(trainer: Callabl
     """A training saves when it has begun, as for every polite signal: tests/training/test_loop.py."""
     limited = trainer("limited", CHANGES)
     assert limited.start("--time-limit", "0.001").wait(timeout=120) == 2
-    assert "error: the time was over before there was anything to go on from" in limited.output
+    assert "error: the time limit was reached before the first state was saved" in limited.output

@@ -29,8 +29,9 @@ class Card:
 
     def __init__(self, job: Job, stage: str) -> None:
         self.job, self.stage, self.started = job, stage, time.time()
-        for parent in parents(stage, job):
-            read_card(*parent)
+        makers = graph.inputs_made_by(stage, job).values()
+        for maker, each in {each.card(maker): (maker, each) for maker, each in makers}.values():
+            read_card(each, maker)
 
     def write(
         self,
@@ -41,18 +42,17 @@ class Card:
         source: str | None = None,
         training: dict[str, Any] | None = None,
     ) -> None:
-        """Write the card. outputs: if the graph does not know them all; measured: figures such as evaluations; known:
-        digests that are already computed; source: a digest of input from outside the results; training: its id and
-        start. Input paths are relative to the study's folder, output paths to the card's."""
+        """Write the card. outputs: needed where the graph does not know them all; measured: figures such as network
+        evaluations; known: digests computed before; source: digest of an input from outside the results; training: its
+        id and start. Input paths are relative to the study's folder, output paths to the card's."""
         job, stage = self.job, self.stage
         path = job.card(stage)
-        written = graph.outputs(stage, job) if outputs is None else outputs
 
         def digests(paths: Iterable[Path], folder: Path) -> dict[str, str]:
             return {p.relative_to(folder).as_posix(): (known or {}).get(p) or digest_of(p, job.paths) for p in paths}
 
         opened = {f"resources/{name}": known_sha256(name) for name in graph.downloads(job, stage)}
-        content = {
+        card = {
             "format": CARD,
             "stage": stage,
             "study": job.study.name,
@@ -70,27 +70,19 @@ class Card:
             "training": training,
             "source": source,
             "inputs": digests(graph.inputs(stage, job), job.paths.root) | opened,
-            "outputs": digests(written, path.parent),
+            "outputs": digests(graph.outputs(stage, job) if outputs is None else outputs, path.parent),
             "git": git_state(),
             "versions": versions(),
             "hardware": hardware(),
         }
-        write_json(path, content)
+        write_json(path, card)
 
 
-def digest_of(path: Path, layout: StudyPaths) -> str:
-    """Return the sha256 of a file; for the images that in dataset.json, since 16 GB take half a minute to read."""
-    if path == layout.images:
+def digest_of(path: Path, paths: StudyPaths) -> str:
+    """Return the sha256 of a file; the images' is read from dataset.json, since hashing 16 GB takes half a minute."""
+    if path == paths.images:
         return str(read_json(path.with_name("dataset.json"), "dataset")["sha256"])
     return sha256(path)
-
-
-def parents(stage: str, job: Job) -> list[tuple[Job, str]]:
-    """Return the artifacts that a job reads, as `read_card` takes them."""
-    known = graph.artifacts(job)
-    made = {path: name for name, (parent, each) in known.items() for path in graph.outputs(parent, each)}
-    names = dict.fromkeys(made[path] for path in graph.inputs(stage, job))
-    return [(each, parent) for parent, each in map(known.__getitem__, names)]
 
 
 def read_card(job: Job, stage: str) -> dict[str, Any]:
@@ -105,7 +97,7 @@ def read_card(job: Job, stage: str) -> dict[str, Any]:
 
 
 def other_settings(card: dict[str, Any], job: Job, stage: str) -> str:
-    """Say in a few words for which other study or settings a card's artifact was made; '' if for this job's."""
+    """Describe the other study or settings that a card's artifact was made for; '' if they are this job's."""
     if card.get("key") == job.key(stage):
         return ""
     there, here = card.get("settings", {}), job.depends_on(stage)
@@ -117,9 +109,7 @@ def other_settings(card: dict[str, Any], job: Job, stage: str) -> str:
 def first_difference(old: Any, new: Any, path: str = "") -> str:
     """Return ' (key: there old, here new)' for the first key in which two settings differ."""
     if isinstance(old, dict) and isinstance(new, dict):
-        for key in sorted(old.keys() | new.keys()):
-            found = first_difference(old.get(key), new.get(key), f"{path}.{key}" if path else key)
-            if found:
-                return found
-        return ""
+        keys = sorted(old.keys() | new.keys())
+        found = (first_difference(old.get(key), new.get(key), f"{path}.{key}" if path else key) for key in keys)
+        return next(filter(None, found), "")
     return "" if old == new else f" ({path}: there {old!r}, here {new!r})"

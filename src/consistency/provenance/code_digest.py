@@ -27,7 +27,7 @@ CHOSEN = {
     "student": (*(each.loss for each in OBJECTIVES.values()), *(each.function for each in DISTANCES.values())),
 }
 
-#: entry points of each stage; what __main__ sets for those that compute affects bits too
+#: entry points of each stage; the settings of __main__:_prepare affect the bits of stages that compute
 ENTRIES = {
     name: (*stage.entry, *CHOSEN.get(name, ()), *(() if name in ("dataset", "report") else ("__main__:_prepare",)))
     for name, stage in STAGES.items()
@@ -54,9 +54,6 @@ INERT = {
     "training.stopwatch",
 }
 
-#: templates that count as code, by the module that reads them
-TEMPLATES = {"report.page": "report/templates/*.j2"}
-
 # A function, class or constant: (module, name). An empty name stands for the effects of importing the module.
 Definition = tuple[str, str]
 
@@ -79,8 +76,8 @@ def code_digest(stage: str, source: Path = SOURCE) -> str:
     # Module names are left out: a definition that moves to another module is the same code.
     texts = sorted(_text(each) for module, name in definitions for each in parse(source, module).defined[name])
     digest = hashlib.sha256("\n".join(texts).encode())
-    patterns = [pattern for module, pattern in TEMPLATES.items() if (module, "") in definitions]
-    for path in sorted(path for pattern in patterns for path in source.glob(pattern)):
+    templates = source.glob("report/templates/*.j2") if ("report.page", "") in definitions else ()
+    for path in sorted(templates):
         digest.update(f"{path.name} {hashlib.sha256(path.read_bytes()).hexdigest()}\n".encode())
     return digest.hexdigest()[:16]
 
@@ -89,9 +86,7 @@ def code_digest(stage: str, source: Path = SOURCE) -> str:
 def reached(stage: str, source: Path = SOURCE) -> frozenset[Definition]:
     """Return every definition that a stage of Study.key can reach. Raises KeyError for an unknown stage."""
     found: set[Definition] = set()
-    waiting: list[Definition] = [
-        (module, name) for module, name in (entry.removeprefix(f"{PACKAGE}.").split(":") for entry in ENTRIES[stage])
-    ]
+    waiting = [entry.removeprefix(f"{PACKAGE}.").partition(":")[::2] for entry in ENTRIES[stage]]
     while waiting:
         module, name = waiting.pop()
         if (module, name) not in found and not is_inert(module):
@@ -107,7 +102,7 @@ def is_inert(module: str) -> bool:
 
 @cache
 def parse(source: Path, name: str) -> Module:
-    """Parse the module of that dotted name within the package."""
+    """Parse a module; name: dotted, within the package."""
     module = Module({"": []})
     for statement in ast.parse(_path(source, name).read_bytes()).body:
         if isinstance(statement, ast.Import | ast.ImportFrom):
@@ -127,7 +122,7 @@ def _path(source: Path, module: str) -> Path:
 
 
 def _defines(statement: ast.stmt) -> list[str]:
-    """Return the names that a module's statement defines; none if it is executed for its effect."""
+    """Return the names that a statement of a module defines; none if it is executed for its effect."""
     if isinstance(statement, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
         return [statement.name]
     if not isinstance(statement, ast.Assign | ast.AnnAssign):
@@ -164,25 +159,23 @@ def _mentioned(source: Path, name: str, definition: str) -> frozenset[Definition
 
 
 def _whole(source: Path, module: str, name: str) -> set[Definition]:
-    """Return a definition, or all definitions of a module that is referred to as a whole."""
+    """Return the definition; all of the module's if it is referred to as a whole."""
     if name or is_inert(module):
         return {(module, name)}
     return {(module, each) for each in parse(source, module).defined}
 
 
-def _said(node: Any) -> str:
-    """Return a syntax tree as text, without positions, docstrings and fields that are empty or absent by Python
-    version."""
+def _dump(node: Any) -> str:
+    """Return a syntax tree as text, without positions, docstrings and empty fields (they vary between Pythons)."""
     if isinstance(node, list):
-        return f"[{','.join(_said(each) for each in node if not _is_remark(each))}]"
+        return f"[{','.join(_dump(each) for each in node if not _is_remark(each))}]"
     if not isinstance(node, ast.AST):
         return repr(node)
     parts = [(name, value) for name, value in ast.iter_fields(node) if value is not None and value != []]
-    return f"{type(node).__name__}({','.join(f'{name}={_said(value)}' for name, value in parts)})"
+    return f"{type(node).__name__}({','.join(f'{name}={_dump(value)}' for name, value in parts)})"
 
 
-# Cached, because stages share most definitions.
-_text = cache(_said)
+_text = cache(_dump)  # stages share most definitions
 
 
 def _is_remark(node: Any) -> bool:

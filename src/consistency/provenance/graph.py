@@ -1,16 +1,16 @@
-"""The graph of a study: what each stage reads and writes, the code that makes it, its seeds and its downloads.
+"""The graph of a study: the files each stage reads and writes, its code, its seeds and its downloads.
 
 Rules, dvc.yaml, cards, verification and the report ask it, so that a dependency is written once.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from consistency.config.dataset import KINDS
 from consistency.config.distances import DISTANCES
-from consistency.config.job import Job
+from consistency.config.job import PER_STUDENT, Job
 from consistency.config.networks import OfficialTeacher, Teacher
 from consistency.config.paths import sampler_name
 from consistency.config.samplers import student_samplers
@@ -18,7 +18,6 @@ from consistency.data.resources import INCEPTION
 
 #: the stage that makes an artifact, and its job
 Artifact = tuple[str, Job]
-Files = Callable[[Job], Iterator[Path]]
 
 #: the tables of the stage flows, and the arrays of its toy
 FLOW_FILES = ("transport.csv", "discrepancy.csv", "plane.csv", "limit.csv", "toy.npz")
@@ -34,7 +33,7 @@ def artifacts(job: Job) -> dict[str, Artifact]:
         if stage != "student" and not unneeded.get(stage):
             name = {"samples": "samples of the teacher", "scores": "calibration"}.get(stage, stage)
             found[name] = (stage, job.of())
-        if stage in ("student", "samples", "scores"):
+        if stage in PER_STUDENT:
             found |= {f"{stage} {each.label}": (stage, each) for each in job.trainings}
     return found
 
@@ -44,32 +43,32 @@ def inputs(stage: str, job: Job) -> list[Path]:
     return list(dict.fromkeys(STAGES[stage].inputs(job)))
 
 
-def inputs_made_by(stage: str, job: Job) -> dict[Path, str]:
-    """Return the files that a job of a stage reads, each with the verb that makes it."""
-    verbs = {path: verb_of(*each) for each in artifacts(job).values() for path in outputs(*each)}
-    return {path: verbs[path] for path in inputs(stage, job)}
+def inputs_made_by(stage: str, job: Job) -> dict[Path, Artifact]:
+    """Return the files that a job of a stage reads, each with the artifact that holds it."""
+    makers = {path: artifact for artifact in artifacts(job).values() for path in outputs(*artifact)}
+    return {path: makers[path] for path in inputs(stage, job)}
 
 
 def outputs(stage: str, job: Job) -> list[Path]:
-    """Return the files that a job of a stage writes beside its card; the figures of a report are not known before."""
-    return list(STAGES[stage].outputs(job))
+    """Return the files that a job of a stage writes beside its card; a report's figures are not known beforehand."""
+    return STAGES[stage].outputs(job)
 
 
 def needed(stage: str, job: Job, gate: Path) -> list[Path]:
-    """Return what must be there before a job begins, as Snakemake's rules declare it: its inputs or their folders, and
-    for a student the gate, an output of the calibration that a teacher who fails it does not have."""
+    """Return the files and folders that Snakemake must have before a job begins: its inputs, and for a student the
+    gate, an output of the calibration that only an accepted teacher has."""
     files = [*inputs(stage, job), *([gate] if stage == "student" else [])]
     return list(dict.fromkeys(declared(job, path) for path in files))
 
 
 def settled(stage: str, job: Job) -> list[Path]:
-    """Return the calibration's files, which it may write again without making a student or its scores other ones: the
-    endpoints depend on nothing that is not in a student's own key."""
+    """Return the calibration's files, which do not make a student or its scores outdated when they are rewritten: the
+    endpoints depend on nothing outside the student's own key."""
     return [job.of().scores, job.paths.endpoints] if stage in ("student", "scores") else []
 
 
 def declared(job: Job, path: Path) -> Path:
-    """Return the output of a rule that holds this file: itself, or the folder whose content depends on the study."""
+    """Return the rule's output that holds this file: the file, or its folder if the content depends on the study."""
     kind, *below = path.relative_to(job.paths.root).parts
     if path.parent == job.paths.extractor or path.parent.name == "snapshots" or (kind == "samples" and len(below) > 2):
         return path.parent
@@ -85,168 +84,138 @@ def rule_of(stage: str, job: Job) -> str:
 
 @dataclass(frozen=True)
 class Stage:
-    """A stage of the pipeline. entry: the "module:function" that makes its artifact; inputs, outputs: its files."""
+    """A stage of the pipeline. entry: each "module:function" that makes its artifacts; inputs, outputs: its files."""
 
     entry: tuple[str, ...]
-    inputs: Files
-    outputs: Files
+    inputs: Callable[[Job], list[Path]]
+    outputs: Callable[[Job], list[Path]]
 
 
-def _learnt_from(job: Job) -> Iterator[Path]:
-    """Yield the files that a network learns from: the images, and their labels if it is conditional."""
-    yield job.paths.images
-    if job.study.teacher.conditional:
-        yield job.paths.labels
+def _learnt_from(job: Job) -> list[Path]:
+    """Return the files that a network learns from: the images, and their labels if it is conditional."""
+    return [job.paths.images, *([job.paths.labels] if job.study.teacher.conditional else [])]
 
 
-def _fit(job: Job) -> Iterator[Path]:
-    """Yield the coefficients, if the student reads them."""
-    if job.settings.needs_coefficients:
-        yield job.paths.fit
+def _fit(job: Job) -> list[Path]:
+    """Return the coefficients, if the job's student reads them."""
+    return [job.paths.fit] if job.student is not None and job.settings.needs_coefficients else []
 
 
-def _predictor(job: Job) -> Iterator[Path]:
-    """Yield the weights of the frozen student that makes gc's endpoints, if there is one."""
-    if job.predictor and job.settings.frozen:
-        yield job.predictor.weights(step=job.settings.frozen.step)
+def _predictor(job: Job) -> list[Path]:
+    """Return the weights of the frozen student that makes gc's endpoints, if there is one."""
+    frozen = job.settings.frozen
+    return [job.of(frozen.run, job.seed).weights(step=frozen.step)] if frozen else []
 
 
-def _dataset_outputs(job: Job) -> Iterator[Path]:
-    yield from (job.paths.images, job.paths.labels, job.paths.facts)
+def _weights(job: Job) -> list[Path]:
+    """Return the student's weights at each EMA rate; without a student, the teacher's."""
+    return [job.paths.teacher_weights] if job.student is None else [job.weights(rate) for rate in job.settings.rates]
 
 
-def _teacher_inputs(job: Job) -> Iterator[Path]:
-    if not isinstance(job.study.teacher, OfficialTeacher):
-        yield from _dataset_outputs(job)
+def _snapshots(job: Job) -> list[Path]:
+    return [job.weights(rate, step) for step in job.settings.snapshots for rate in job.settings.rates]
 
 
-def _teacher_outputs(job: Job) -> Iterator[Path]:
-    yield from (job.paths.teacher_weights, job.paths.teacher / "history.jsonl")
+def _extractor_outputs(job: Job) -> list[Path]:
+    classifier = ["classifier.safetensors"] if job.study.scores.extractor == "classifier" else []
+    return [job.paths.extractor / name for name in ("features.npy", "statistics.npz", *classifier)]
 
 
-def _extractor_inputs(job: Job) -> Iterator[Path]:
-    yield from (job.paths.images, job.paths.labels)
-
-
-def _extractor_outputs(job: Job) -> Iterator[Path]:
-    yield from (job.paths.extractor / name for name in ("features.npy", "statistics.npz"))
-    if job.study.scores.extractor == "classifier":
-        yield job.paths.extractor / "classifier.safetensors"
-
-
-def _coefficients_inputs(job: Job) -> Iterator[Path]:
-    yield job.paths.teacher_weights
-    yield from _learnt_from(job)
-
-
-def _coefficients_outputs(job: Job) -> Iterator[Path]:
-    yield job.paths.fit
-
-
-def _student_inputs(job: Job) -> Iterator[Path]:
-    yield job.paths.teacher_weights
-    yield from _learnt_from(job)
-    yield from _fit(job)
-    yield from _predictor(job)
-
-
-def _student_outputs(job: Job) -> Iterator[Path]:
-    yield from (job.weights(rate) for rate in job.settings.rates)
-    yield job.folder / "history.jsonl"
-    yield from _snapshots(job)
-
-
-def _snapshots(job: Job) -> Iterator[Path]:
-    yield from (job.weights(rate, step) for step in job.settings.snapshots for rate in job.settings.rates)
-
-
-def _samples_inputs(job: Job) -> Iterator[Path]:
-    if job.student is None:
-        yield job.paths.teacher_weights
-    else:
-        yield from (job.weights(rate) for rate in job.settings.rates)
-        yield from _fit(job)
-
-
-def _samples_outputs(job: Job) -> Iterator[Path]:
+def _samples_outputs(job: Job) -> list[Path]:
     names = ["heun"] if job.student is None else [sampler.name for sampler in student_samplers(job)]
-    yield from (job.samples / f"{name}.npy" for name in names)
+    return [job.samples / f"{name}.npy" for name in names]
 
 
-def _scores_inputs(job: Job) -> Iterator[Path]:
-    yield from _extractor_outputs(job)
-    yield from _samples_outputs(job)
+def _scores_inputs(job: Job) -> list[Path]:
+    scored = [*_extractor_outputs(job), *_samples_outputs(job)]
     if job.student is None:
-        yield job.paths.teacher_weights
-    else:
-        yield job.paths.endpoints
-        yield from (job.weights(rate) for rate in job.settings.rates)
-        yield from _snapshots(job)
-        yield from _fit(job)
+        return [*scored, job.paths.teacher_weights]
+    return [*scored, job.paths.endpoints, *_weights(job), *_snapshots(job), *_fit(job)]
 
 
-def _scores_outputs(job: Job) -> Iterator[Path]:
-    yield job.scores
-    if job.student is None:
-        yield from (job.paths.endpoints, job.paths.passed)
-
-
-def _flows_inputs(job: Job) -> Iterator[Path]:
+def _flows_inputs(job: Job) -> list[Path]:
     settings, study = job.study.flows, job.study
-    yield from _learnt_from(job)
+    files = _learnt_from(job)
     if settings and settings.discrepancy and study.taught:
-        yield job.paths.teacher_weights
+        files.append(job.paths.teacher_weights)
     for each in (each for each in job.trainings if each.student in study.coupled):
-        yield from _fit(each)
-        yield each.weights()
+        files += [*_fit(each), each.weights()]
         if settings and each.student in settings.discrepancy and each.seed == study.seeds[0]:
-            yield from _predictor(each)
+            files += _predictor(each)
+    return files
 
 
-def _flows_outputs(job: Job) -> Iterator[Path]:
-    yield from (job.paths.flows / name for name in FLOW_FILES)
-
-
-def _report_inputs(job: Job) -> Iterator[Path]:
+def _report_inputs(job: Job) -> list[Path]:
     study, paths = job.study, job.paths
-    yield from (paths.images, paths.facts)
-    if study.needs_coefficients:
-        yield paths.fit
-    if study.flows:
-        yield from _flows_outputs(job)
-    yield from (path for snapshots in shown_fits(job).values() for path in snapshots.values())
-    yield from _samples_outputs(job.of())
-    names = [f"{sampler_name(nfe)}.npy" for nfe in study.report.grid_nfe]
-    yield from (job.of(student, study.seeds[0]).samples / name for student in study.students for name in names)
-    yield from (each.folder / "history.jsonl" for each in job.trainings)
-    yield from (each.scores for each in (job.of(), *job.trainings))
-
-
-def _report_outputs(job: Job) -> Iterator[Path]:
-    yield from (job.paths.report / name for name in REPORT_FILES)
+    first = [job.of(student, study.seeds[0]) for student in study.students]
+    return [
+        *(paths.images, paths.facts),
+        *([paths.fit] if study.needs_coefficients else []),
+        *(outputs("flows", job) if study.flows else []),
+        *(path for snapshots in shown_fits(job).values() for path in snapshots.values()),
+        *_samples_outputs(job.of()),
+        *(each.samples / f"{sampler_name(nfe)}.npy" for each in first for nfe in study.report.grid_nfe),
+        *(each.folder / "history.jsonl" for each in job.trainings),
+        *(each.scores for each in (job.of(), *job.trainings)),
+    ]
 
 
 def shown_fits(job: Job) -> dict[str, dict[int, Path]]:
     """Return the first seed's snapshots whose own coefficients a report shows: student -> step -> file."""
-    students = [job.of(name, job.study.seeds[0]) for name in job.study.with_own_fit]
-    return {
-        str(each.student): {
-            step: each.weights(step=step) for step in (each.settings.snapshots if each.settings.refits else [0])
-        }
-        for each in students
-    }
+    found = {}
+    for name in job.study.with_own_fit:
+        student = job.of(name, job.study.seeds[0])
+        steps = student.settings.snapshots if student.settings.refits else [0]
+        found[name] = {step: student.weights(step=step) for step in steps}
+    return found
 
 
 STAGES = {
-    "dataset": Stage(("stages.dataset:make_dataset",), lambda job: iter(()), _dataset_outputs),
-    "teacher": Stage(("stages.teacher:make_teacher",), _teacher_inputs, _teacher_outputs),
-    "extractor": Stage(("stages.extractor:make_extractor",), _extractor_inputs, _extractor_outputs),
-    "coefficients": Stage(("stages.coefficients:make_coefficients",), _coefficients_inputs, _coefficients_outputs),
-    "student": Stage(("stages.student:make_student",), _student_inputs, _student_outputs),
-    "samples": Stage(("stages.samples:make_samples",), _samples_inputs, _samples_outputs),
-    "scores": Stage(("stages.scores:make_calibration", "stages.scores:make_scores"), _scores_inputs, _scores_outputs),
-    "flows": Stage(("stages.flows:make_flows",), _flows_inputs, _flows_outputs),
-    "report": Stage(("stages.report:make_report",), _report_inputs, _report_outputs),
+    "dataset": Stage(
+        ("stages.dataset:make_dataset",),
+        inputs=lambda job: [],
+        outputs=lambda job: [job.paths.images, job.paths.labels, job.paths.facts],
+    ),
+    "teacher": Stage(
+        ("stages.teacher:make_teacher",),
+        inputs=lambda job: [] if isinstance(job.study.teacher, OfficialTeacher) else outputs("dataset", job),
+        outputs=lambda job: [job.paths.teacher_weights, job.paths.teacher / "history.jsonl"],
+    ),
+    "extractor": Stage(
+        ("stages.extractor:make_extractor",),
+        inputs=lambda job: [job.paths.images, job.paths.labels],
+        outputs=_extractor_outputs,
+    ),
+    "coefficients": Stage(
+        ("stages.coefficients:make_coefficients",),
+        inputs=lambda job: [job.paths.teacher_weights, *_learnt_from(job)],
+        outputs=lambda job: [job.paths.fit],
+    ),
+    "student": Stage(
+        ("stages.student:make_student",),
+        inputs=lambda job: [job.paths.teacher_weights, *_learnt_from(job), *_fit(job), *_predictor(job)],
+        outputs=lambda job: [*_weights(job), job.folder / "history.jsonl", *_snapshots(job)],
+    ),
+    "samples": Stage(
+        ("stages.samples:make_samples",),
+        inputs=lambda job: _weights(job) + _fit(job),
+        outputs=_samples_outputs,
+    ),
+    "scores": Stage(
+        ("stages.scores:make_calibration", "stages.scores:make_scores"),
+        inputs=_scores_inputs,
+        outputs=lambda job: [job.scores, *([job.paths.endpoints, job.paths.passed] if job.student is None else [])],
+    ),
+    "flows": Stage(
+        ("stages.flows:make_flows",),
+        inputs=_flows_inputs,
+        outputs=lambda job: [job.paths.flows / name for name in FLOW_FILES],
+    ),
+    "report": Stage(
+        ("stages.report:make_report",),
+        inputs=_report_inputs,
+        outputs=lambda job: [job.paths.report / name for name in REPORT_FILES],
+    ),
 }
 
 

@@ -1,4 +1,4 @@
-"""Check of a study's results against their cards, against one another and against the study file."""
+"""Check of a study's results against their cards, one another and the study file."""
 
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -18,9 +18,9 @@ from consistency.config.study import Study
 from consistency.provenance.card import first_difference
 from consistency.provenance.graph import artifacts
 
-#: the digests of an archive's files, in the folder that holds its results/
+#: the digests of an archive's files, beside its results/
 SUMS = "SHA256SUMS"
-# Receipts of uploads, and files for DVC to compare: they are not results, and no card names them.
+# Receipts of uploads and DVC's plan are no results; no card names them.
 _RECEIPTS = ("track", "plan")
 
 
@@ -58,7 +58,7 @@ def verify(root: Path, study: Study) -> list[Finding]:
     findings = []
     for name, card in cards.items():
         if isinstance(card, _Card):
-            faults = [*_settings(card, *expected[name]), *_outputs(card, files, left_out), *_inputs(card, made)]
+            faults = [*_stale(card, *expected[name], made), *_damaged(card, files, left_out)]
             findings.append(Finding(name, faults, len(left_out & card.outputs.keys())))
         else:
             findings.append(Finding(name, [card]))
@@ -67,7 +67,7 @@ def verify(root: Path, study: Study) -> list[Finding]:
 
 
 def print_verified(root: Path, study_file: Path | None) -> None:
-    """Print the findings of verify; without a study file, against the one in the same checkout or unzipped archive.
+    """Print the findings of verify. The default study file is the one in the same checkout or unzipped archive.
 
     Raises UserError unless everything is consistent, and when there is no study file.
     """
@@ -87,11 +87,11 @@ def require_consistent(root: Path, study: Study) -> None:
             print(f"{finding.artifact:{width}}  {said}")
     wrong = sum(bool(finding.faults) for finding in findings)
     if wrong:
-        raise UserError(f"{root}: {wrong} of {len(findings)} are not consistent; the lines above say why")
+        raise UserError(f"{root}: {wrong} of {len(findings)} are not consistent; the reasons are above")
 
 
 def result_files(root: Path) -> list[str]:
-    """List the results and cards in a study's folder by relative path; hidden files are neither."""
+    """List the results and cards in a study's folder by relative path, without hidden files."""
     paths = [path.relative_to(root) for path in sorted(root.rglob("*")) if path.is_file()]
     return [path.as_posix() for path in paths if path.parts[0] not in _RECEIPTS and not path.name.startswith(".")]
 
@@ -136,26 +136,22 @@ def _left_out(root: Path, absent: set[str]) -> set[str]:
     return {name for name in absent if archived and stays_out(name) and prefix + name not in held}
 
 
-def _settings(card: _Card, stage: str, job: Job) -> Iterator[str]:
-    """Compare a card with the study file."""
+def _stale(card: _Card, stage: str, job: Job, made: dict[str, str]) -> Iterator[str]:
+    """Compare a card with the study file, and its inputs with the outputs of all cards. made: output -> digest."""
     settings = job.depends_on(stage)
     if card.study != job.study.name:
         yield f"stale: made for study {card.study!r}; run its stage again"
     if card.key != settings_key(stage, job.seed, settings) or card.settings != settings:
         yield f"stale: made with other settings{first_difference(card.settings, settings)}; run its stage again"
+    for name, digest in card.inputs.items():  # a download's digest was checked when it was read
+        if not name.startswith("resources/") and made.get(name) != digest:
+            yield f"stale: no card names the {name} that it was made from; run its stage again"
 
 
-def _outputs(card: _Card, files: dict[str, str], left_out: set[str]) -> Iterator[str]:
+def _damaged(card: _Card, files: dict[str, str], left_out: set[str]) -> Iterator[str]:
     """Compare the files of a card with its digests."""
     for name, digest in card.outputs.items():
         if name in files and files[name] != digest:
             yield f"tampered with: {name} is {files[name]:.32}, its card says {digest:.32}"
         elif name not in files and name not in left_out:
             yield f"missing: {name}; pull it, or run its stage again"
-
-
-def _inputs(card: _Card, made: dict[str, str]) -> Iterator[str]:
-    """Compare inputs with the outputs of all cards. The digest of a download was checked when it was read."""
-    for name, digest in card.inputs.items():
-        if not name.startswith("resources/") and made.get(name) != digest:
-            yield f"stale: no card names the {name} that it was made from; run its stage again"

@@ -1,4 +1,4 @@
-"""The report's figures: one function each, from arrays to a matplotlib figure. The report stage writes the files."""
+"""The report's figures: one function each, from arrays to a matplotlib figure. The stage report writes the files."""
 
 import io
 from collections.abc import Mapping, Sequence
@@ -23,23 +23,18 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 Array = np.ndarray
 
-_STYLE: Any = {
-    "axes.grid": True,
-    "axes.spines.right": False,
-    "axes.spines.top": False,
-    "figure.constrained_layout.use": True,
-    "figure.dpi": 110,
-    "font.size": 10,
-    "grid.alpha": 0.25,
-    "legend.frameon": False,
-    "svg.hashsalt": "consistency",  # the same figure gives the same file
-}
-plt.rcParams.update(_STYLE)
-_LABELS = {"alignment": "alignment error (mean squared, per pixel)", "kid": "KID"}
+plt.rc("axes", grid=True)
+plt.rc("axes.spines", right=False, top=False)
+plt.rc("figure", dpi=110)
+plt.rc("figure.constrained_layout", use=True)
+plt.rc("font", size=10)
+plt.rc("grid", alpha=0.25)
+plt.rc("legend", frameon=False)
+plt.rc("svg", hashsalt="consistency")  # the same figure gives the same file
 
 
 def drawn(figure: Figure, suffix: str) -> bytes:
-    """Render the figure as a png or svg file. It carries no date, so equal results give equal files."""
+    """Render a figure as a png or svg file, without a date, so that equal results give equal files."""
     buffer = io.BytesIO()
     metadata = {"Date": None} if suffix == "svg" else {"Software": None}
     figure.savefig(buffer, format=suffix, metadata=metadata, dpi=130, bbox_inches="tight")
@@ -55,11 +50,11 @@ def measure_label(measure: str, extractor: str) -> str:
     """Return the axis label of a measure; FD is called FID only if the features are Inception's."""
     if measure == "fd":
         return "FID" if extractor.startswith("inception") else "FD, classifier features (not FID)"
-    return _LABELS[measure]
+    return {"alignment": "alignment error (mean squared, per pixel)", "kid": "KID"}[measure]
 
 
 def sample_grid(rows: Sequence[tuple[str, Array]], columns: int = 16) -> Figure:
-    """Draw images side by side. rows: (label, uint8 [N, H, W, C]); each column shares one noise."""
+    """Draw a grid of images. rows: (label, uint8 [N, H, W, C]); each column shares one noise."""
     figure, axis = plt.subplots(figsize=(0.55 * columns + 2.2, 0.58 * len(rows) + 0.2))
     columns = min(columns, *(len(images) for _, images in rows))
     shown = torch.from_numpy(np.concatenate([images[:columns] for _, images in rows])).permute(0, 3, 1, 2)
@@ -75,16 +70,15 @@ def sample_grid(rows: Sequence[tuple[str, Array]], columns: int = 16) -> Figure:
 
 
 def coefficients(fit: dict[str, Array]) -> Figure:
-    """l_t and s_t against t with +-2 standard errors; hollow points are times that do not determine s_t."""
+    """Plot l_t and s_t against t with +-2 standard errors; hollow points are times that do not determine s_t."""
     figure, axes = plt.subplots(1, 2, figsize=(10, 3.6))
-    known = fit["determined"].astype(bool)
+    times, known = fit["times"], fit["determined"].astype(bool)
     for axis, letter, ctm in zip(axes, "ls", (0.0, -1.0), strict=True):
         value, error = fit[letter], 2 * fit[f"{letter}_se"]
-        low, high = value - error, value + error
-        axis.fill_between(fit["times"], low, high, where=known, color="#D55E00", alpha=0.3, lw=0)
-        axis.plot(fit["times"], value, color="#D55E00", marker=".", ms=3, lw=1, label=f"fitted ${letter}_t$")
+        axis.fill_between(times, value - error, value + error, where=known, color="#D55E00", alpha=0.3, lw=0)
+        axis.plot(times, value, color="#D55E00", marker=".", ms=3, lw=1, label=f"fitted ${letter}_t$")
         if letter == "s" and not known.all():
-            axis.plot(fit["times"][~known], value[~known], "o", mfc="none", color="#D55E00", label="undetermined")
+            axis.plot(times[~known], value[~known], "o", mfc="none", color="#D55E00", label="undetermined")
         axis.axhline(ctm, color="#444444", lw=1, ls="--", label=f"ctm: {ctm:g}")
         axis.set(xscale="log", xlabel="time t (noise level)", ylabel=f"${letter}_t$")
         axis.legend()
@@ -92,14 +86,12 @@ def coefficients(fit: dict[str, Array]) -> Figure:
 
 
 def preconditioning(ode: GeneralizedODE, forward: bool) -> Figure:
-    """f and g minus ctm's against s/t, for jumps from several t; forward: draw that form too."""
-    forms = [("analytic (backward Euler)", ode.backward)]
-    if forward:
-        forms.append(("analytic-forward", ode.forward))
+    """Plot f and g minus ctm's against s/t, for jumps from several t; forward: draw that form too."""
+    forms = {"analytic (backward Euler)": ode.backward} | ({"analytic-forward": ode.forward} if forward else {})
     starts = [ode.sigma_max, 10.0, 2.5, 0.5, 0.1]
     figure, axes = plt.subplots(len(forms), 2, figsize=(10, 3.4 * len(forms)), squeeze=False)
     colours = plt.get_cmap("viridis")(np.linspace(0, 0.9, len(starts)))
-    for (name, form), pair in zip(forms, axes, strict=True):
+    for (name, form), pair in zip(forms.items(), axes, strict=True):
         for start, colour in zip(starts, colours, strict=True):
             s = torch.logspace(np.log10(ode.sigma_min), np.log10(start), 200, dtype=torch.float64)
             s = s.clamp(ode.sigma_min, start)
@@ -118,7 +110,7 @@ def preconditioning(ode: GeneralizedODE, forward: bool) -> Figure:
 
 def own_fits(fits: Mapping[str, Mapping[int, Array]], teacher: Array | None) -> Figure:
     """Plot l_t, s_t and g(t, eps) minus ctm's against t, one row per student. fits: student -> step -> [3, N] (times,
-    l_t, s_t); teacher: the same of the teacher's fit, if there is one."""
+    l_t, s_t); teacher: the teacher's fit, if there is one."""
     titles = ("$l_t$", "$s_t$", r"g(t, $\epsilon$) - (1 - $\epsilon$/t)")
     figure, axes = plt.subplots(len(fits), 3, figsize=(11, 3.1 * len(fits)), squeeze=False)
     for row, (run, by_step) in zip(axes, fits.items(), strict=True):
@@ -154,8 +146,7 @@ def learning_curves(
             if curves is None:
                 continue
             shown = curves.steps > 0  # scores before training are off the scale of all later ones
-            steps, values = curves.steps[shown], curves.values[:, shown]
-            _mean_and_range(axis, steps, values, run, line_of(runs, run))
+            _mean_and_range(axis, curves.steps[shown], curves.values[:, shown], run, line_of(runs, run))
         if measure == "fd":
             for run, label, style in (("teacher", "teacher (Heun)", ":"), ("data", "data halves", "-.")):
                 known = scores[(scores.kind == "calibration") & (scores.run == run)]
@@ -176,7 +167,7 @@ def _mean_and_range(axis: Axes, x: Array, values: Array, label: str, style: Any)
 
 
 def _logarithmic(axis: Axes) -> None:
-    """Set a logarithmic y axis with plain numbers at 1, 2, 5, or more; linear for a range below a factor of 2."""
+    """Set a logarithmic y axis labelled with plain numbers; it stays linear for a range below a factor of 2."""
     low, high = axis.dataLim.intervaly
     if not 0 < 2 * low < high:
         return
@@ -209,7 +200,10 @@ def speed_up_bars(found: Sequence[SpeedUp], runs: Sequence[str], measure: str, e
     nfes = sorted({item.nfe for item in rows})
     shown = [run for run in runs if any(item.run == run for item in rows)]
     figure, axis = plt.subplots(figsize=(1.6 * max(len(nfes), 2) + 3, 3.6))
-    bars: list[tuple[float, float, float, str]] = []
+    axis.set_yscale("log", base=2)
+    ends = [y for item in rows for y in (item.value, item.low, item.high, 0.8, 1.25) if 0 < y < np.inf]
+    bottom, top = min(ends) / 1.25, max(ends) * 1.25
+    axis.set_ylim(bottom, top)
     for k, run in enumerate(shown):
         for item in (item for item in rows if item.run == run):
             x = nfes.index(item.nfe) + (k - (len(shown) - 1) / 2) * 0.8 / len(shown)
@@ -217,21 +211,13 @@ def speed_up_bars(found: Sequence[SpeedUp], runs: Sequence[str], measure: str, e
             if item.bound != "?":
                 axis.plot([x], [item.value], {"": "o", ">": "^", "<": "v"}[item.bound], color=colour)
             if not np.isnan(item.low):
-                bars.append((x, item.low, item.high, colour))
-    axis.set_yscale("log", base=2)
-    ends = [y for item in rows for y in (item.value, item.low, item.high, 0.8, 1.25) if 0 < y < np.inf]
-    bottom, top = min(ends) / 1.25, max(ends) * 1.25
-    axis.set_ylim(bottom, top)
-    for x, low, high, colour in bars:
-        axis.vlines(x, max(low, bottom), min(high, top), color=colour, lw=2, alpha=0.6)
+                axis.vlines(x, max(item.low, bottom), min(item.high, top), color=colour, lw=2, alpha=0.6)
     axis.yaxis.set_major_locator(LogLocator(base=2, subs=(1, 1.5) if top / bottom > 3 else (1, 1.25, 1.5, 1.75)))
     axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.3g}"))
     axis.axhline(1, color="#444444", lw=1, ls="--")
     axis.set_xticks(range(len(nfes)), [f"NFE {nfe}" for nfe in nfes])
-    axis.set(
-        ylabel="speed-up over the baseline",
-        title=f"iterations to the baseline's final {_short(measure, extractor)}",
-    )
+    axis.set_ylabel("speed-up over the baseline")
+    axis.set_title(f"iterations to the baseline's final {_short(measure, extractor)}")
     dots = [Line2D([], [], marker="o", ls="", color=line_of(runs, run)["color"], label=run) for run in shown]
     figure.legend(handles=dots, loc="outside right upper")
     return figure
@@ -247,7 +233,7 @@ def mu_sweep(
 ) -> Figure:
     """Plot final FD and KID against mu: one point per seed, a line through the means, one row per number of jumps.
 
-    mu: run -> its mu, rising; others: runs without one, drawn as horizontal lines at their means; runs: the study's.
+    mu: run -> its mu, rising; others: runs without mu, drawn as lines at their means; runs: the study's students.
     """
     final = scores[(scores.kind == "final") & scores.sampler.isin(OWN_SAMPLERS)]
     figure, axes = plt.subplots(len(nfes), 2, figsize=(9, 3.2 * len(nfes)), squeeze=False)
@@ -268,7 +254,7 @@ def mu_sweep(
 
 
 def transport_cost(table: pd.DataFrame, runs: Sequence[str]) -> Figure:
-    """Plot transport.csv: cost against t, mean and range over seeds, and the cost of the pairs themselves."""
+    """Plot transport.csv: cost against t, mean and range over seeds, and the cost of the couplings' pairs."""
     figure, axis = plt.subplots(figsize=(7, 4))
     for run in runs:
         rows = table[(table.kind == "student") & (table.run == run)]
@@ -283,15 +269,14 @@ def transport_cost(table: pd.DataFrame, runs: Sequence[str]) -> Figure:
 
 
 def toy(arrays: Mapping[str, Array], couplings: Sequence[str]) -> Figure:
-    """Plot the toy of the plane: the first seed's paths x_t from t = 1 on, its samples, and the cost against t."""
+    """Plot the toy in the plane: the first seed's paths up to t = 1 (straight beyond), its samples, and the cost."""
     figure, axes = plt.subplots(1, len(couplings) + 1, figsize=(4 * (len(couplings) + 1), 4))
-    times = arrays["times"]
+    times, shown = arrays["times"], arrays["times"] <= 1
     for axis, coupling in zip(axes, couplings, strict=False):
-        paths = arrays[f"{coupling}_paths"][0]  # [T, n, 2]
-        shown = times <= _TOY_SHOWN
-        for k in range(paths.shape[1]):
-            axis.plot(*paths[shown, k].T, color=line_of(couplings, coupling)["color"], lw=0.6, alpha=0.5)
-        axis.plot(*paths[shown][-1].T, "o", ms=3, mfc="none", color="#888888", label=f"t = {times[shown][-1]:.2g}")
+        paths = arrays[f"{coupling}_paths"][0][shown]  # [T, n, 2]
+        for path in paths.swapaxes(0, 1):
+            axis.plot(*path.T, color=line_of(couplings, coupling)["color"], lw=0.6, alpha=0.5)
+        axis.plot(*paths[-1].T, "o", ms=3, mfc="none", color="#888888", label=f"t = {times[shown][-1]:.2g}")
         axis.plot(*arrays[f"{coupling}_samples"][0].T, ".", ms=4, color="#009E73", label="one-jump samples")
         axis.plot(*arrays["modes"].T, "x", color="black", label="modes")
         axis.set(title=coupling, aspect="equal")
@@ -302,10 +287,6 @@ def toy(arrays: Mapping[str, Array], couplings: Sequence[str]) -> Figure:
     return figure
 
 
-#: largest time of the toy's drawn paths; beyond it they are straight in every coupling
-_TOY_SHOWN = 1.0
-
-
 def discrepancy(table: pd.DataFrame, runs: Sequence[str]) -> Figure:
     """Plot discrepancy.csv: R_t of the couplings against t, +-2 standard errors; runs: the study's."""
     figure, axis = plt.subplots(figsize=(7, 4))
@@ -313,13 +294,18 @@ def discrepancy(table: pd.DataFrame, runs: Sequence[str]) -> Figure:
         rows = table[table.run == run]
         if run == "teacher":
             axis.plot(rows.t, rows.discrepancy, color="#888888", ls=":", label="independent noise, by the teacher")
-            continue
-        style: Any = line_of(runs, run)
-        axis.errorbar(rows.t, rows.discrepancy, 2 * rows.discrepancy_se, label=run, **style)
+        else:
+            _with_errors(axis, rows, "discrepancy", run, runs)
     axis.set(xscale="log", xlabel="time t (noise level)", ylabel="$R_t = E||z - v_t(x_t)||^2$")
     _logarithmic(axis)
     axis.legend()
     return figure
+
+
+def _with_errors(axis: Axes, rows: pd.DataFrame, name: str, run: str, runs: Sequence[str]) -> None:
+    """Plot a column against t with bars of +-2 standard errors."""
+    style: Any = line_of(runs, run)
+    axis.errorbar(rows.t, rows[name], 2 * rows[f"{name}_se"], label=run, **style)
 
 
 def plane(table: pd.DataFrame) -> Figure:
@@ -329,9 +315,7 @@ def plane(table: pd.DataFrame) -> Figure:
     labels = ("$R_t = E||z - v_t(x_t)||^2$", "transport cost $E||x - z||^2$")
     for axis, name, label in zip(axes, ("discrepancy", "cost"), labels, strict=True):
         for coupling in couplings:
-            rows = table[table.coupling == coupling]
-            style: Any = line_of(couplings, coupling)
-            axis.errorbar(rows.t, rows[name], 2 * rows[f"{name}_se"], label=coupling, **style)
+            _with_errors(axis, table[table.coupling == coupling], name, coupling, couplings)
         axis.set(xscale="log", xlabel="time t", ylabel=label)
     _logarithmic(axes[0])
     axes[0].legend()
@@ -339,7 +323,7 @@ def plane(table: pd.DataFrame) -> Figure:
 
 
 def loss_limits(table: pd.DataFrame) -> Figure:
-    """Plot limit.csv: N^2 times the two losses and their difference against N; dashed: the limits."""
+    """Plot limit.csv: N^2 times the two losses and their difference against N, with dashed limits."""
     figure, axis = plt.subplots(figsize=(7, 4))
     squared = table.intervals**2
     lines = {

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-# Okabe and Ito's colours, told apart by colour-blind readers; the line style separates curves that coincide.
+# Okabe and Ito's colours, which colour-blind readers can tell apart; line styles separate curves that coincide.
 _COLOURS = ("#444444", "#D55E00", "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9")
 _LINES = ("-", "-", "--", "-", "-", "-.", "--")
 # Common students look the same in every study; others take the remaining styles in order.

@@ -1,7 +1,6 @@
-"""report.html: one file, no script, nothing loaded from elsewhere."""
+"""The page report.html: one file without scripts that loads nothing from elsewhere."""
 
 import base64
-from collections import Counter
 from dataclasses import asdict
 from importlib.resources import files
 from typing import Any
@@ -15,23 +14,9 @@ from consistency.config.job import Job
 from consistency.config.study import Study
 from consistency.evaluation.analysis import MEASURES, ema_table, step_costs
 from consistency.provenance.environment import git_state
-from consistency.report import figures
+from consistency.report import figures, wording
 from consistency.report.pictures import Picture
 from consistency.report.results import Cards, Results, records
-from consistency.report.wording import (
-    beginning,
-    claims,
-    coarse,
-    commit,
-    differs_in,
-    paired_sentence,
-    plus_minus,
-    ratio,
-    sentence,
-    speed,
-    teacher_line,
-    teacher_made,
-)
 
 
 def write_page(
@@ -47,12 +32,12 @@ def write_page(
         chapters.setdefault(picture.chapter, []).append(entry)
     return environment.from_string(template).render(
         study=study,
-        teacher_line=teacher_line(results.teacher, study),
-        teacher_made=teacher_made(study, int(cards["teacher"]["measured"]["parameters"])),
-        beginning=beginning(study),
-        claims=claims(study),
+        teacher_line=wording.teacher_line(results.teacher, study),
+        teacher_made=wording.teacher_made(study, int(cards["teacher"]["measured"]["parameters"])),
+        beginning=wording.beginning(study),
+        claims=wording.claims(study),
         aligned=results.aligned,
-        students={name: differs_in(study, name) for name in study.students},
+        students={name: wording.differs_in(study, name) for name in study.students},
         data=read_json(job.paths.facts, "dataset"),
         is_fid=extractor.startswith("inception"),
         fd_label=figures.measure_label("fd", extractor),
@@ -60,16 +45,16 @@ def write_page(
         calibration=results.calibration,
         rows=_table_rows(results.table),
         rates=_table_rows(ema_table(results.scores)) if results.several_rates else [],
-        found=[asdict(item) | {"text": speed(item)} for item in results.found],
-        paired=[asdict(item) | {"text": ratio(item)} for item in results.paired],
+        found=[asdict(item) | {"text": wording.speed(item)} for item in results.found],
+        paired=[asdict(item) | {"text": wording.ratio(item)} for item in results.paired],
         verdicts=_verdicts(study, results),
-        coarse=coarse(study),
+        coarse=wording.coarse(study),
         cost=_cost(job, cards),
         steps=_step_table(histories),
         times=_times(cards, study.taught),
         pictures=chapters,
         card=cards["teacher"],
-        commits=sorted({commit(state) for state in (git_state(), *(card["git"] for card in cards.values()))}),
+        commits=sorted({wording.commit(state) for state in (git_state(), *(card["git"] for card in cards.values()))}),
         key=job.key("report"),
         commands=sorted({card["command"] for card in cards.values()}),
         resolved=yaml.safe_dump(study.model_dump(mode="json"), sort_keys=False),
@@ -77,8 +62,8 @@ def write_page(
 
 
 def _verdicts(study: Study, results: Results) -> list[str]:
-    """Put into words only what a paper claims; the tables hold the rest. Distillation: the trained form's speed-up at
-    the NFE with one (2) and without (1), and its alignment. Consistency training: every arm's FD at NFE 1."""
+    """Return sentences on the papers' claims; the tables hold the rest. Distillation: the analytic students' speed-up
+    at NFE 1 and 2, and their alignment. Consistency training: every coupling's FD at the lowest NFE."""
     coupled = study.coupled
     distilled = {name for name in study.students if study.students[name].preconditioning == "analytic"} - coupled.keys()
     at = {1, 2} & set(study.scores.curve_nfe) or set(study.scores.curve_nfe)
@@ -87,15 +72,15 @@ def _verdicts(study: Study, results: Results) -> list[str]:
     better = [item for item in results.paired if item.run in distilled and item.measure != "fd"]
     better += [item for item in results.paired if item.run in coupled and item.measure == "fd" and item.nfe in first]
     return [
-        *(sentence(item, results.extractor) for item in faster),
-        *(paired_sentence(item, results.extractor) for item in better),
+        *(wording.sentence(item, results.extractor) for item in faster),
+        *(wording.paired_sentence(item, results.extractor) for item in better),
     ]
 
 
 def _table_rows(table: pd.DataFrame) -> list[dict[str, Any]]:
-    """Return the rows with each measure as text."""
+    """Return the rows, each measure as text."""
     return [
-        row | {measure: plus_minus(row[measure], row[f"{measure}_half_width"]) for measure in MEASURES}
+        row | {measure: wording.plus_minus(row[measure], row[f"{measure}_half_width"]) for measure in MEASURES}
         for row in records(table)
     ]
 
@@ -105,17 +90,15 @@ def _step_table(histories: dict[str, list[pd.DataFrame]]) -> dict[str, Any] | No
     costs = step_costs(histories)
     if costs.empty:
         return None
-    parts = [str(name) for name in costs if name not in ("run", "peak_memory_mib")]
-    rows = []
+    parts, rows = [str(name) for name in costs if name not in ("run", "peak_memory_mib")], []
     for row in records(costs):
-        memory = f"{row['peak_memory_mib']:,.0f}" if "peak_memory_mib" in row else ""
         numbers = ["" if pd.isna(row[part]) else f"{1000 * row[part]:.1f}" for part in parts]
-        rows.append([row["run"], *numbers, memory])
+        rows.append([row["run"], *numbers, f"{row['peak_memory_mib']:,.0f}" if "peak_memory_mib" in row else ""])
     return {"parts": parts, "rows": rows}
 
 
 def _cost(job: Job, cards: Cards) -> dict[str, Any] | None:
-    """Compare the coefficient fit with one student's training and with all."""
+    """Compare the cost of the coefficient fit with one student's training and with all."""
     if "coefficients" not in cards:
         return None
     fit = cards["coefficients"]["measured"]
@@ -132,12 +115,10 @@ def _cost(job: Job, cards: Cards) -> dict[str, Any] | None:
 
 
 def _times(cards: Cards, taught: bool) -> list[tuple[str, float]]:
-    """Return the wall time of each stage, the students together; placeholders of a missing teacher do not count."""
-    times: dict[str, float] = {}
-    counted = [card for name, card in cards.items() if taught or name not in ("teacher", "samples of the teacher")]
-    for card in counted:
-        # Only `measured` has the whole time of an interrupted training.
-        seconds = card["measured"].get("seconds", card["seconds"])
-        times[card["stage"]] = times.get(card["stage"], 0.0) + seconds
-    counts = Counter(card["stage"] for card in counted)
-    return [(f"{stage} ({counts[stage]})" if counts[stage] > 1 else stage, times[stage]) for stage in times]
+    """Return the wall time of each stage, students together, without the placeholders of a missing teacher."""
+    times: dict[str, list[float]] = {}
+    for name, card in cards.items():
+        if taught or name not in ("teacher", "samples of the teacher"):
+            # Only `measured` has the whole time of an interrupted training.
+            times.setdefault(card["stage"], []).append(card["measured"].get("seconds", card["seconds"]))
+    return [(f"{stage} ({len(each)})" if len(each) > 1 else stage, sum(each)) for stage, each in times.items()]

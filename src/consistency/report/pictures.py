@@ -1,4 +1,4 @@
-"""The figures of a report, with N and seeds in their captions."""
+"""The figures of a report and their captions, which state N and the seeds."""
 
 from dataclasses import dataclass
 
@@ -25,7 +25,7 @@ from consistency.theory.generalized_ode import GeneralizedODE
 
 @dataclass(frozen=True)
 class Picture:
-    """A figure of the report: its file name, its chapter, its caption, its two files."""
+    """A figure of the report: name, chapter, caption and the content of its two files."""
 
     name: str
     chapter: str
@@ -36,13 +36,13 @@ class Picture:
     @classmethod
     def of(cls, name: str, chapter: str, caption: str, figure: Figure) -> "Picture":
         """Render a figure and free it."""
-        picture = cls(name, chapter, caption, figures.drawn(figure, "png"), figures.drawn(figure, "svg"))
+        png, svg = figures.drawn(figure, "png"), figures.drawn(figure, "svg")
         figures.close(figure)
-        return picture
+        return cls(name, chapter, caption, png, svg)
 
 
 def draw_pictures(job: Job, results: Results, histories: dict[str, list[pd.DataFrame]]) -> list[Picture]:
-    """Draw every figure of the report, with N and seeds in its caption."""
+    """Draw every figure of the report; captions state N and the seeds."""
     study, extractor, scores, found = job.study, results.extractor, results.main, results.found
     runs = list(study.students)
     seeds = f"{len(study.seeds)} seed{'s' if len(study.seeds) > 1 else ''} ({', '.join(map(str, study.seeds))})"
@@ -89,9 +89,8 @@ def _own_fits_picture(job: Job) -> Picture:
     for name, paths in shown_fits(job).items():
         kept = fits.setdefault(name, {})
         for step, path in paths.items():
-            fit = load_denoiser(require_output(path, f"student --student {name} --seed {study.seeds[0]}"))[
-                0
-            ].fit.numpy()
+            model, _ = load_denoiser(require_output(path, f"student{job.of(name, study.seeds[0]).options}"))
+            fit = model.fit.numpy()
             if not kept or not np.array_equal(fit, list(kept.values())[-1]):
                 kept[step] = fit
     teacher = None
@@ -141,10 +140,8 @@ def _mu_picture(study: Study, results: Results, seeds: str) -> Picture:
 
 def _flow_pictures(job: Job, settings: Flows, seeds: str) -> list[Picture]:
     study, folder = job.study, job.paths.flows
-    tables = {
-        name: pd.read_csv(require_output(folder / f"{name}.csv", "flows")) for name in ("transport", "limit", "plane")
-    }
-    limits, toys = tables["limit"], read_arrays(folder / "toy.npz", "flows")
+    tables = [pd.read_csv(require_output(folder / f"{name}.csv", "flows")) for name in ("transport", "plane", "limit")]
+    (transports, planes, limits), toys = tables, read_arrays(folder / "toy.npz", "flows")
     count = min(settings.images, len(read_dataset(job)))
     transport = (
         "Transport cost of each student's average: squared distance, summed over pixels, between the noise z and "
@@ -168,7 +165,7 @@ def _flow_pictures(job: Job, settings: Flows, seeds: str) -> list[Picture]:
         "of N intervals, times N^2, and (dashed) the limits. The difference does not vanish. By quadrature: "
         f"no seed, N = 10 to {int(limits.intervals.max())}."
     )
-    figure = figures.transport_cost(tables["transport"], list(study.coupled))
+    figure = figures.transport_cost(transports, list(study.coupled))
     pictures = [Picture.of("transport_cost", "flows", transport, figure)]
     if settings.discrepancy:
         found = pd.read_csv(require_output(folder / "discrepancy.csv", "flows"))
@@ -182,7 +179,7 @@ def _flow_pictures(job: Job, settings: Flows, seeds: str) -> list[Picture]:
     return [
         *pictures,
         Picture.of("toy", "flows", toy, figures.toy(toys, TOYS)),
-        Picture.of("plane", "flows", measured, figures.plane(tables["plane"])),
+        Picture.of("plane", "flows", measured, figures.plane(planes)),
         Picture.of("loss_limits", "flows", limit, figures.loss_limits(limits)),
     ]
 

@@ -11,7 +11,7 @@ from consistency.config.job import Job
 from consistency.config.study import Study
 from consistency.evaluation.analysis import Paired, SpeedUp, final_table, of_main_rate, paired_ratios, speed_ups
 from consistency.provenance.card import read_card
-from consistency.provenance.graph import artifacts
+from consistency.provenance.graph import artifacts, verb_of
 
 Cards = dict[str, dict[str, Any]]
 
@@ -46,7 +46,7 @@ class Results:
 
     @property
     def calibration(self) -> list[dict[str, Any]]:
-        """Rows that were scored before any student."""
+        """Rows of the calibration, scored before any student."""
         return records(self.scores[self.scores.kind == "calibration"])
 
     @property
@@ -69,15 +69,15 @@ def read_results(job: Job) -> Results:
 
 
 def records(table: pd.DataFrame) -> list[dict[str, Any]]:
-    """Return a table's rows as dictionaries."""
+    """Return the rows of a table as dictionaries."""
     return [{str(name): value for name, value in row.items()} for row in table.to_dict("records")]
 
 
 def _table(job: Job) -> pd.DataFrame:
-    verb = "calibration" if job.student is None else f"scores{job.options}"
+    verb = verb_of("scores", job)
     path = require_output(job.scores, verb)
     if read_card(job, "scores")["outputs"].get(path.name) != sha256(path):
-        raise UserError(f"{path} is not as it was written: run `python -m consistency {verb}` again")
+        raise UserError(f"{path} was changed after it was written: run `python -m consistency {verb}` again")
     return pd.read_csv(path)
 
 
@@ -98,6 +98,6 @@ def read_histories(job: Job) -> dict[str, list[pd.DataFrame]]:
 
 
 def read_cards(job: Job) -> Cards:
-    """Read the cards of all artifacts by name, except those of the scores, which are read with the tables."""
+    """Read the cards of all artifacts by name, except those of the scores, which belong to the tables."""
     found = artifacts(job).items()
     return {name: read_card(each, stage) for name, (stage, each) in found if stage not in ("scores", "report")}

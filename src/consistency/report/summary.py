@@ -1,4 +1,4 @@
-"""The report's numbers for machines and for a terminal."""
+"""The report's numbers, as JSON and for a terminal."""
 
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -15,7 +15,7 @@ from consistency.report.wording import coarse, plus_minus, ratio, speed, teacher
 
 
 def print_summary(job: Job) -> None:
-    """Print the teacher's score, the students', the speed-ups, and the places of the report and the MLflow page."""
+    """Print the scores of teacher and students, the speed-ups, and where the report and the MLflow page are."""
     study, results = job.study, read_results(job)
     label = measure_label("fd", results.extractor)
     print(f"\n{teacher_line(results.teacher, study)}")
@@ -30,14 +30,13 @@ def print_summary(job: Job) -> None:
         print(f"{known['run']:18} {known['sampler']:10} {known['nfe'] or '':3}  {known['fd']:36.4g}")
     if results.found:
         print(f"\nspeed-up: the baseline's iterations to its own final score over the student's{coarse(study)}\n")
+    what = {"fd": "FD", "alignment": "alignment"}
     for item in results.found:
-        what = "FD" if item.measure == "fd" else item.measure
-        print(f"{item.run:18} over {item.baseline:12} {what:10} NFE {item.nfe:<3} {speed(item)}")
+        print(f"{item.run:18} over {item.baseline:12} {what[item.measure]:10} NFE {item.nfe:<3} {speed(item)}")
     if results.paired:
         print(f"\ndifference to the baseline over the second half of training, paired by seed{coarse(study)}\n")
     for pair in results.paired:
-        what = "FD" if pair.measure == "fd" else pair.measure
-        print(f"{pair.run:18} to   {pair.baseline:12} {what:10} NFE {pair.nfe:<3} {ratio(pair)}")
+        print(f"{pair.run:18} to   {pair.baseline:12} {what[pair.measure]:10} NFE {pair.nfe:<3} {ratio(pair)}")
     print(f"\nreport: {job.paths.report / 'report.html'}")
     tracked = job.paths.track / "tracked.json"
     if tracked.exists():
@@ -45,13 +44,12 @@ def print_summary(job: Job) -> None:
 
 
 def summary_of(results: Results) -> dict[str, Any]:
-    """Return the numbers of the report for machines; unmeasured ones are absent, since JSON has no NaN."""
+    """Return the content of summary.json; unmeasured numbers are absent, since JSON has no NaN."""
     measures = [name for measure in MEASURES for name in (measure, f"{measure}_half_width")]
-    interval = ("low", "high")
     tables: list[tuple[str, list[dict[str, Any]], str, Sequence[str]]] = [
         ("final", records(results.table), "sampler", measures),
-        ("speed_up", [asdict(item) for item in results.found], "measure", ("bound", "value", *interval)),
-        ("paired", [asdict(item) for item in results.paired], "measure", ("ratio", *interval)),
+        ("speed_up", [asdict(item) for item in results.found], "measure", ("bound", "value", "low", "high")),
+        ("paired", [asdict(item) for item in results.paired], "measure", ("ratio", "low", "high")),
     ]
     summary: dict[str, Any] = {"extractor": results.extractor, "calibration": {}}
     for row in results.calibration:
@@ -64,6 +62,6 @@ def summary_of(results: Results) -> dict[str, Any]:
 
 
 def _known(row: dict[str, Any], names: Sequence[str]) -> dict[str, Any]:
-    """Return those of the values that are words or finite numbers."""
+    """Return the values that are words or finite numbers."""
     found = {name: row.get(name, np.nan) for name in names}
     return {name: value for name, value in found.items() if isinstance(value, str) or np.isfinite(value)}

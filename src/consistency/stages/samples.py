@@ -45,9 +45,8 @@ def make_samples(job: Job, device: torch.device, ranks: Ranks = ALONE) -> None:
     names = ["heun"] if job.student is None else [sampler.name for sampler in student_samplers(job)]
     state = job.sampling_state
     with only_one(state, "is working") if ranks.first else contextlib.nullcontext(), stop_requests() as requests:
-        digests = {
-            path: sha256(require_output(path, verb)) for path, verb in graph.inputs_made_by("samples", job).items()
-        }
+        parents = graph.inputs_made_by("samples", job).items()
+        digests = {path: sha256(require_output(path, graph.verb_of(*parent))) for path, parent in parents}
         made_from = {"key": job.key("samples")} | {path.name: digests[path] for path in digests}
         parts = Parts(state, made_from, (study.sampling.count, size, size, study.dataset.channels), ranks, label)
         done = sum(parts.done(name) for name in names)

@@ -1,7 +1,7 @@
-"""Live tracking: a thread of the training's first process sends new lines of history.jsonl and the machine's figures.
+"""Live tracking: a thread of the training's first process sends new lines of history.jsonl and system metrics.
 
-The training waits for it only at its end, for GRACE seconds, and hears of its failures only then. Whatever cannot be
-sent now is sent later: by this thread, by that of the resumed training, or by track.
+The training waits for it only at its end, for at most GRACE seconds, and reports its failures only then. Unsent points
+are sent later: by this thread, by that of the resumed training, or by track.
 """
 
 import json
@@ -31,23 +31,23 @@ GRACE = 5.0  # seconds that a training waits, at its end, for the rest to be sen
 
 @contextmanager
 def followed(job: Job, state: Path) -> Iterator[Callable[[], None]]:
-    """Yield a function that starts the MLflow follower of the training in that state folder. On exit MLflow is told how
-    the training ended.
+    """Yield a function that starts the MLflow follower of the training in a state folder. On exit MLflow learns how the
+    training ended.
 
-    Without a student: the teacher's training. In a Slurm job nothing is sent unless MLflow is a server. Raises
-    UserError if CONSISTENCY_LIVE_EVERY is not a positive number.
+    A job without a student is the teacher's training. In a Slurm job only a tracking server is used. Raises UserError
+    if CONSISTENCY_LIVE_EVERY is not a positive number.
     """
     every = _every()
     threads: list[Follower] = []
 
     def start() -> None:
-        # A SQLite file on a network disk breaks under writers on several machines. For cluster jobs the head node's
-        # `track` sends everything.
+        # A SQLite file on a network disk breaks under writers on several machines; after cluster jobs, `track` on the
+        # head node sends everything.
         wanted = os.environ.get(LIVE, "") != "0"
         if wanted and not (slurm_job.in_job() and server.tracking_uri().startswith("sqlite:")):
             server.be_quiet()
             thread = Follower(job, state, every)
-            with suppress(RuntimeError):  # no more threads: `track` sends all
+            with suppress(RuntimeError):  # no thread can be started: `track` sends everything
                 thread.start()
                 threads.append(thread)
 
@@ -56,7 +56,7 @@ def followed(job: Job, state: Path) -> Iterator[Callable[[], None]]:
         yield start
         status = "FINISHED"
     except BaseException as error:
-        # Asked to stop (by a signal, Ctrl-C or the end of the supervisor), or failed.
+        # A signal, Ctrl-C or the end of the supervisor, else a failure.
         if hasattr(error, "signum") or not isinstance(error, Exception):
             status = "KILLED"
         raise
@@ -74,8 +74,8 @@ def _every() -> float:
 
 
 class Follower(threading.Thread):
-    """A thread that keeps an MLflow run up to date with a training, in attempts that may fail. It prints no errors
-    itself: holding a stream's lock when Python exits would crash it. trouble: the last attempt's failure."""
+    """A thread that keeps an MLflow run up to date with a training, in attempts that may fail. trouble: the last one's
+    error. The thread does not print it: holding a stream's lock when Python exits would crash."""
 
     def __init__(self, job: Job, state: Path, every: float) -> None:
         super().__init__(name="live tracking", daemon=True)
@@ -85,7 +85,7 @@ class Follower(threading.Thread):
         self.records = plan_live(job, made)
         self.own = self.records[-1]
         published = job.paths.teacher if job.student is None else job.folder
-        # Once the state is gone, its history has been published.
+        # The state is removed once its history is published.
         self.histories = [folder / "history.jsonl" for folder in (state, published)]
         self.read = 0  # bytes of the history
         self.points: list[Point] = []
@@ -105,14 +105,14 @@ class Follower(threading.Thread):
         self.attempt()
 
     def end(self, status: str) -> None:
-        """Report how the training ended and wait at most GRACE seconds; print what could not be done."""
+        """Report how the training ended and wait at most GRACE seconds; print the trouble, if any."""
         self.status = status
         self.over.set()
         self.join(GRACE)
-        late = f"the tracking server did not take everything within {GRACE:g} s. `track` sends what is missing"
+        late = f"the tracking server did not take everything within {GRACE:g} s; `track` sends what is missing"
         trouble = self.trouble or (late if self.is_alive() else "")
         if trouble:
-            # The reader of a pipe may be gone: do not fail for a lost line.
+            # The reader of a pipe may be gone.
             with suppress(BrokenPipeError):
                 print(f"live tracking: {trouble}", file=sys.stderr, flush=True)
 
@@ -152,10 +152,8 @@ class Follower(threading.Thread):
                 return
 
     def _open(self, uri: str) -> None:
-        """Create or find the runs: the training's, and a student's parent, which gets its curves only by `track`."""
-        with server.one_at_a_time(uri, self.job.paths.track, quiet=True):
-            client = server.connect(uri)
-            experiment = server.open_experiment(client, self.job.study.name, self.job.study.title)
+        """Create or find the training's run and a student's parent run, whose curves only `track` sends."""
+        with server.session(self.job, uri, quiet=True) as (client, experiment):
             parent = None
             for record in self.records:
                 tags = server.tags_of(record, self.job, parent, "live")
@@ -170,8 +168,8 @@ class Follower(threading.Thread):
         self.client = client
 
     def _monitors(self, uri: str) -> Any:
-        """Return MLflow's monitors of CPU, memory, disk, network and GPUs, to be called by this thread. MLflow's own
-        thread ends with the first failure and is waited for without limit."""
+        """Return MLflow's monitors of CPU, memory, disk, network and GPUs, which this thread calls: MLflow's own thread
+        ends at the first failure, and Python waits for it without limit."""
         import psutil
         from mlflow.environment_variables import MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING as ENABLED
         from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor

@@ -1,4 +1,4 @@
-"""A registered student as MLflow loads it. Its images are the same as those of the stage samples."""
+"""A registered student as MLflow loads it. It samples the same images as the stage samples."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,19 +40,19 @@ class RegisteredStudent:
     def draw(self, count: int, nfe: int, seed: int = 0, label: int | None = None) -> np.ndarray[Any, Any]:
         """Sample uint8 [count, H, W, C]: image i comes from seed + i, through nfe jumps.
 
-        label: the class of all images of a conditional student, instead of the one that each seed draws. Raises
-        UserError for values that are out of range.
+        label: the class of all images of a conditional student; by default each seed draws its own. Raises UserError
+        for values out of range.
         """
         classes = self.model.label_dim
         if count < 1 or nfe < 1 or seed < 0:
             raise UserError(f"count and nfe must be 1 or more, seed 0 or more; got {count}, {nfe} and {seed}")
         if label is not None and not 0 <= label < classes:
-            allowed = f"0 to {classes - 1}" if classes else "none, for it is not conditional"
+            allowed = f"0 to {classes - 1}" if classes else "none, since it is not conditional"
             raise UserError(f"label {label} is not one of the student's: {allowed}")
         sampler = jump_sampler(self.job, self.model, self.preconditioning, nfe)
         sampler = sampler if label is None else _labelled(sampler, label)
         threads = torch.get_num_threads()
-        torch.set_num_threads(1)  # the stages' default: on a CPU their number affects the last bit
+        torch.set_num_threads(1)  # the stages' default; the number affects the last bit on a CPU
         try:
             batches = draw(self.job.study, self.model, sampler, seed + count, seed)
             return np.concatenate([to_bytes(images) for _, images in batches])
@@ -61,9 +61,9 @@ class RegisteredStudent:
 
 
 def _load_pyfunc(path: str) -> RegisteredStudent:
-    """Open the student of a model. MLflow calls this by its name, with the folder that the registry has filled.
+    """Open the student of a model. MLflow calls this function by its name, with the model's folder.
 
-    Raises UserError for a study that this version of the project does not know.
+    Raises UserError if this version of the project cannot read the study.
     """
     (card_file,) = Path(path).glob("*/students/*/*/card.json")
     card = read_json(card_file, "track")
@@ -78,7 +78,7 @@ def _load_pyfunc(path: str) -> RegisteredStudent:
 
 def _labelled(sampler: Sampler, label: int) -> Sampler:
     def sample(noise: ImageNoise) -> torch.Tensor:
-        # The drawn labels are replaced, not left out: the noise after them stays the same.
+        # Labels are drawn, then replaced, so that the noise after them stays the same.
         assert noise.labels is not None
         noise.labels = torch.full_like(noise.labels, label)
         return sampler(noise)

@@ -1,4 +1,4 @@
-"""A study's content in MLflow, read from its results without MLflow: runs, params, points and files."""
+"""Runs of a study as MLflow will hold them: params, tags, points and files, read from the results without MLflow."""
 
 import csv
 import hashlib
@@ -20,9 +20,6 @@ MEASURES = ("fd", "kid", "alignment")
 #: tag that identifies a run created during its training
 TRAINING = "consistency.training"
 
-_TEACHER_NOTE = "The EDM teacher. `final/*/heun-*`: its samples; `calibration/*/data-halves`: real against real."
-_NO_TEACHER_NOTE = "No teacher: the network of the students. `calibration/*/data-halves`: real against real."
-
 
 class Point(NamedTuple):
     """A metric's value at a step; time in milliseconds since 1970."""
@@ -36,8 +33,8 @@ class Point(NamedTuple):
 @dataclass
 class Record:
     """The intended state of one MLflow run. started, ended: milliseconds since 1970; data: MLflow's description of the
-    images; first: tags written only once, since a person may change them; digest: of its results, empty while it
-    trains; files: file or folder, if it is there, and its artifact folder."""
+    images; first: tags written once, since a person may change them; digest: of its results, '' while it trains; files:
+    (file or folder, artifact folder), skipped if absent."""
 
     name: str
     role: str
@@ -56,14 +53,14 @@ class Record:
 def plan(job: Job) -> list[Record]:
     """Return every run of the study, parents before children. Raises UserError if results are missing or stale."""
     records = [_teacher(job)]
-    for run in job.study.students:
-        seeds = [_seed(job.of(run, seed)) for seed in job.study.seeds]
-        records += [_student(job.of(run), seeds), *seeds]
+    for name in job.study.students:
+        seeds = [_seed(job.of(name, seed)) for seed in job.study.seeds]
+        records += [_student(job.of(name), seeds), *seeds]
     return [*records, _report(job)]
 
 
 def plan_live(job: Job, made: dict[str, Any]) -> list[Record]:
-    """Return the runs of a training that begins: a student's parent and its own; without a student, the teacher's.
+    """Return the runs of a starting training: a student's parent and its own, or the teacher's without a student.
 
     made: the command, git, hardware and training entries of its future card.
     """
@@ -77,16 +74,18 @@ def plan_live(job: Job, made: dict[str, Any]) -> list[Record]:
 
 
 def _begun_teacher(job: Job, made: dict[str, Any]) -> Record:
-    # Its params are those of its samples: an official checkpoint depends on neither noise nor dataset.
+    # Params of its samples: an official checkpoint depends on neither noise nor dataset.
     settings = job.of().depends_on("samples")
+    taught = "The EDM teacher. `final/*/heun-*`: its samples;"
+    what = taught if job.study.taught else "No teacher: the network of the students."
     return Record(
         "teacher",
         "teacher",
-        started=_training_time(made)[0],
+        started=_times(made)[0],
         data=_data(job),
-        params=_flat(settings["teacher"]) | _sections(settings, "noise", "dataset"),
+        params=_flat(settings["teacher"]) | _flat({name: settings[name] for name in ("noise", "dataset")}),
         tags=_origin(made),
-        first={"mlflow.note.content": _TEACHER_NOTE if job.study.taught else _NO_TEACHER_NOTE},
+        first={"mlflow.note.content": f"{what} `calibration/*/data-halves`: real against real."},
     )
 
 
@@ -95,7 +94,7 @@ def _teacher(job: Job) -> Record:
     record = _begun_teacher(job, card)
     _finish(record, job, card)
     for row in csv.DictReader(read_lines(job.scores, "calibration")):
-        # The teacher's score is shown beside the students'; no sampler can beat the data's halves.
+        # The teacher's scores stand beside the students'.
         own = row["run"] == "teacher"
         name = f"heun-nfe{row['nfe']}" if own else f"{row['run']}-{row['sampler']}"
         record.points += _measured(row, "final/" if own else "calibration/", name, record.ended, 0)
@@ -105,60 +104,62 @@ def _teacher(job: Job) -> Record:
 # --- a student
 
 
-def _begun_seed(job: Job, made: dict[str, Any]) -> Record:
-    differing, own = _settings(job)
-    seed = {"seed": str(job.seed)}
+def _begun(job: Job, role: str, about: str, started: int, params: dict[str, str], tags: dict[str, str]) -> Record:
+    """Return the run of one of a student's seeds, or of the mean over them, without results.
+
+    The settings in which the study's students differ are tags too, and the first params, as a run's page shows them.
+    """
+    flat = {name: _flat(student.model_dump(mode="json")) for name, student in job.study.students.items()}
+    own, name = flat[str(job.student)], str(job.student)
+    # A section of another kind has other keys.
+    keys = dict.fromkeys(key for settings in flat.values() for key in settings if key in own)
+    differing = {key: own[key] for key in keys if any(other.get(key) != own[key] for other in flat.values())}
+    colour = line_of(list(flat), name)["color"]
     return Record(
-        job.label,
-        "seed",
-        started=_training_time(made)[0],
+        job.label if role == "seed" else name,
+        role,
+        started=started,
         data=_data(job),
-        params=own | seed,
-        tags=_origin(made) | differing | seed,
-        first=_first(job, f"seed {job.seed}"),
-        parent=job.student,
+        params=differing | own | params,
+        tags=tags | differing,
+        first={"mlflow.note.content": f"Student `{name}`, {about}.", "mlflow.runColor": colour},
+        parent=name if role == "seed" else None,
     )
+
+
+def _begun_seed(job: Job, made: dict[str, Any]) -> Record:
+    seed = {"seed": str(job.seed)}
+    return _begun(job, "seed", f"seed {job.seed}", _times(made)[0], seed, _origin(made) | seed)
 
 
 def _seed(job: Job) -> Record:
     card = read_card(job, "student")
     record = _begun_seed(job, card)
-    record.params |= _sections(job.depends_on("scores"), "sampling", "scores")
+    record.params |= _scored_with(job)
     history = _finish(record, job, card)
     seconds = {line["step"]: line["seconds"] for line in history} | {0: 0.0}
     main = job.settings.ema_rate
     for row in csv.DictReader(read_lines(job.scores, f"scores{job.options}")):
-        if row["kind"] == "curve":
-            step = int(row["step"])
-            # At the training time of the snapshot, so that the page's time axis is training time.
-            at = record.started + round(1000 * seconds[step]) if step in seconds else record.ended
-            record.points += _measured(row, "", _sampler(row, main), at, step)
-        else:
-            # A value without a curve stands at step 0: MLflow then draws bars, one a run.
-            record.points += _measured(row, "final/", _sampler(row, main), record.ended, 0)
+        curve = row["kind"] == "curve"
+        step = int(row["step"]) if curve else 0  # a single point at step 0 is drawn as a bar
+        # MLflow's time axis shows training time.
+        at = record.started + round(1000 * seconds[step]) if curve and step in seconds else record.ended
+        record.points += _measured(row, "" if curve else "final/", _sampler(row, main), at, step)
     return record
 
 
 def _begun_student(job: Job, started: int) -> Record:
-    differing, own = _settings(job)
-    seeds, run = ", ".join(str(seed) for seed in job.study.seeds), str(job.student)
-    return Record(
-        run,
-        "student",
-        started=started,
-        data=_data(job),
-        params=own | {"seeds": seeds},
-        tags=differing | {TRAINING: _digest([str(job.paths.root.resolve()), run, job.of(run).key("student")])},
-        first=_first(job, f"means over seeds {seeds}"),
-    )
+    seeds = ", ".join(map(str, job.study.seeds))
+    identity = digest_of([str(job.paths.root.resolve()), job.student, job.of(job.student).key("student")])
+    return _begun(job, "student", f"means over seeds {seeds}", started, {"seeds": seeds}, {TRAINING: identity})
 
 
 def _student(job: Job, seeds: list[Record]) -> Record:
     """Return the mean over the seeds, at the points that all of them have."""
     record = _begun_student(job, min(seed.started for seed in seeds))
-    record.params |= _sections(job.depends_on("scores"), "sampling", "scores")
+    record.params |= _scored_with(job)
     record.ended = record.started + round(fmean(seed.ended - seed.started for seed in seeds))
-    record.digest = _digest([seed.digest for seed in seeds])
+    record.digest = digest_of([seed.digest for seed in seeds])
     values: dict[tuple[str, int], list[Point]] = defaultdict(list)
     for seed in seeds:
         for point in seed.points:
@@ -171,29 +172,12 @@ def _student(job: Job, seeds: list[Record]) -> Record:
     return record
 
 
-def _first(job: Job, what: str) -> dict[str, str]:
-    """Return the description and the colour of the report's figures, as tags that are written once."""
-    colour = line_of(list(job.study.students), str(job.student))["color"]
-    return {"mlflow.note.content": f"Student `{job.student}`, {what}.", "mlflow.runColor": colour}
-
-
-def _settings(job: Job) -> tuple[dict[str, str], dict[str, str]]:
-    """Return the keys in which the study's students differ, with this one's values, and all of its keys, those first: a
-    run's page shows them in this order."""
-    flat = {name: _flat(student.model_dump(mode="json")) for name, student in job.study.students.items()}
-    own = flat[str(job.student)]
-    keys = dict.fromkeys(key for student in flat.values() for key in student)
-    # A section of another kind has other keys.
-    differing = {k: own[k] for k in keys if k in own and any(other.get(k) != own[k] for other in flat.values())}
-    return differing, differing | own
-
-
 # --- the report
 
 
 def _report(job: Job) -> Record:
     card, study, paths = read_card(job, "report"), job.study, job.paths
-    ended = _milliseconds(card)
+    started, ended = _times(card)
     files = [(paths.dataset / name, "dataset") for name in ("dataset.json", "card.json")]
     files += [(paths.report, ""), (paths.extractor / "card.json", "extractor")]
     files += [(paths.flows, "flows")] if study.flows else []
@@ -201,13 +185,13 @@ def _report(job: Job) -> Record:
     return Record(
         "report",
         "report",
-        started=ended - round(1000 * card["seconds"]),
+        started=started,
         ended=ended,
         data=_data(job),
         params={},
         tags=_origin(card),
         first={"mlflow.note.content": "Under Artifacts: `report.html` with its figures and tables."},
-        digest=_digest([card["key"], card["outputs"]]),
+        digest=digest_of([card["key"], card["outputs"]]),
         files=files,
     )
 
@@ -216,20 +200,20 @@ def _report(job: Job) -> Record:
 
 
 def _finish(record: Record, job: Job, card: dict[str, Any]) -> list[dict[str, Any]]:
-    """Add the results of a finished training: its end, curves, cost and files. Returns its history."""
+    """Add the end, curves, cost and files of a finished training. Returns its history."""
     trained = job.card(card["stage"])
     lines = trained.with_name("history.jsonl")
     history, scores = read_history(lines, card["stage"] + job.options), read_card(job, "scores")
-    record.digest = _digest([card["key"], card["outputs"], scores["key"], scores["outputs"]])
-    record.ended = _training_time(card)[1]
+    record.digest = digest_of([card["key"], card["outputs"], scores["key"], scores["outputs"]])
+    record.ended = _times(card)[1]
     cost = [Point(f"cost/{name}", float(value), record.ended, 0) for name, value in sorted(card["measured"].items())]
     record.points = history_points(history, record.started) + cost
     record.files = [(trained, ""), (lines, ""), (job.scores, ""), (job.card("samples"), "samples")]
     return history
 
 
-def _digest(content: Any) -> str:
-    """Return a digest of plain data that does not depend on the order of keys."""
+def digest_of(content: Any) -> str:
+    """Return the sha256 of plain data, whatever the order of its keys."""
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
@@ -264,21 +248,19 @@ def _data(job: Job) -> dict[str, str]:
     }
 
 
-def _milliseconds(card: dict[str, Any]) -> int:
-    """Return the time at which a stage ended, in milliseconds since 1970."""
-    return round(1000 * datetime.fromisoformat(card["created"]).timestamp())
-
-
-def _training_time(card: dict[str, Any]) -> tuple[int, int]:
-    """Return start and end of a training as if it had not been interrupted (so far, its start); for a teacher that was
-    only converted, those of the conversion."""
-    seconds = round(1000 * card.get("measured", {}).get("seconds", card.get("seconds", 0)))
-    started = card["training"]["started"] if card.get("training") else _milliseconds(card) - seconds
-    return started, started + seconds
+def _times(card: dict[str, Any]) -> tuple[int, int]:
+    """Return start and end of a stage in milliseconds since 1970; a training's as if it had not been interrupted, and
+    both its start while it goes on."""
+    duration = round(1000 * card.get("measured", {}).get("seconds", card.get("seconds", 0)))
+    if card.get("training"):
+        started: int = card["training"]["started"]
+    else:
+        started = round(1000 * datetime.fromisoformat(card["created"]).timestamp()) - duration
+    return started, started + duration
 
 
 def history_points(history: list[dict[str, Any]], started: int) -> list[Point]:
-    """Return the curves of a training; times are its seconds, counted from its start (milliseconds since 1970)."""
+    """Return the curves of a training; started: milliseconds since 1970, from which the history counts seconds."""
     return [
         Point(f"training/{name}", float(value), started + round(1000 * line["seconds"]), line["step"])
         for line in history
@@ -288,21 +270,22 @@ def history_points(history: list[dict[str, Any]], started: int) -> list[Point]:
 
 
 def _sampler(row: dict[str, str], main: float) -> str:
-    """Return nfe2 for the student's own sampler, gamma1-nfe2 for another, nfe2-ema0.9999 for a further EMA rate;
-    MLflow's names may not hold an '='."""
+    """Return nfe2 for the student's own sampler, gamma1-nfe2 for another, nfe2-ema0.9999 for a further EMA rate. Names
+    in MLflow may not contain '='."""
     own = row["sampler"] in ("jumps", "multistep")
     rate = "" if float(row["ema"]) == main else f"-ema{row['ema']}"
     return ("" if own else re.sub(r"[^\w.-]", "", row["sampler"]) + "-") + f"nfe{row['nfe']}{rate}"
 
 
 def _measured(row: dict[str, str], prefix: str, sampler: str, time: int, step: int) -> list[Point]:
-    """Return the scores of a row as `<prefix>fd/<sampler>`; an empty cell was not measured."""
+    """Return the measured scores of a row as `<prefix>fd/<sampler>`."""
     return [Point(f"{prefix}{name}/{sampler}", float(row[name]), time, step) for name in MEASURES if row[name]]
 
 
-def _sections(settings: dict[str, Any], *names: str) -> dict[str, str]:
-    """Return sections of the settings as params."""
-    return _flat({name: settings[name] for name in names})
+def _scored_with(job: Job) -> dict[str, str]:
+    """Return the settings of a student's samples and scores as params."""
+    settings = job.depends_on("scores")
+    return _flat({name: settings[name] for name in ("sampling", "scores")})
 
 
 def _flat(settings: dict[str, Any], prefix: str = "") -> dict[str, str]:

@@ -1,7 +1,5 @@
-"""The final students as models in MLflow's registry: a version for each content, which holds the checkpoint."""
+"""Final students as models in MLflow's registry: one version per content, with its checkpoint."""
 
-import hashlib
-import json
 import warnings
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -11,18 +9,15 @@ from consistency.base.errors import UserError
 from consistency.config.job import Job
 from consistency.provenance.card import read_card
 from consistency.provenance.environment import versions
+from consistency.tracking.records import digest_of
 from consistency.tracking.server import DIGEST
-
-_LOADER = "consistency.tracking.model"
-_PACKAGES = ("torch", "numpy", "safetensors")
 
 
 def register_students(client: Any, job: Job, runs: dict[str, str]) -> dict[str, str]:
-    """Register the study's first seed of each student as the model `<study>-<student>`; always the first, so that none
-    is selected. Registered content keeps its version. runs: the ids of the runs by name.
+    """Register each student as the model `<study>-<student>`: always the study's first seed, so that none is selected.
+    Content that is registered keeps its version. runs: the ids of the runs by name.
 
-    Returns the address of each student's model, such as models:/digits-analytic/1. Raises UserError when a checkpoint
-    is missing.
+    Returns each student's model address, such as models:/digits-analytic/1. Raises UserError for a missing checkpoint.
     """
     first = [job.of(name, job.study.seeds[0]) for name in job.study.students]
     return {str(student.student): _register(client, student, runs[student.label]) for student in first}
@@ -32,8 +27,7 @@ def _register(client: Any, job: Job, run_id: str) -> str:
     from mlflow.exceptions import MlflowException
 
     study, name, files = job.study, f"{job.study.name}-{job.student}", _files(job)
-    content = [job.key("samples"), *files.values()]
-    digest = hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
+    digest = digest_of([job.key("samples"), *files.values()])[:16]
     for version in client.search_model_versions(f"name = '{name}'"):
         if version.tags.get(DIGEST) == digest:
             return f"models:/{name}/{version.version}"
@@ -48,20 +42,19 @@ def _register(client: Any, job: Job, run_id: str) -> str:
             raise
     with TemporaryDirectory() as folder:
         _save(job, Path(folder), list(files))
-        # Not mlflow.pyfunc.log_model: it writes to the active run alone, and reactivating a finished run changes its
-        # end. Named by content, so that the rest of a killed upload is overwritten, not duplicated.
+        # mlflow.pyfunc.log_model writes only to the active run, and reactivating a finished run changes its end. The
+        # name follows the content, so that a killed upload is overwritten, not duplicated.
         client.log_artifacts(run_id, f"{folder}/model", f"model-{digest}")
     tags = {DIGEST: digest, "seed": str(job.seed), "sha256": files[job.weights()]}
-    which = (
-        f"Seed {job.seed}: the first of the study's seeds ({', '.join(map(str, study.seeds))}), not the best of them."
-    )
+    seeds = ", ".join(map(str, study.seeds))
+    which = f"Seed {job.seed}: the first of the study's seeds ({seeds}), not the best of them."
     source = f"runs:/{run_id}/model-{digest}"
     made = client.create_model_version(name, source, run_id, tags=tags, description=which)
     return f"models:/{name}/{made.version}"
 
 
 def _files(job: Job) -> dict[Path, str]:
-    """Return the files that the student's images depend on, and the sha256 in their cards."""
+    """Return the files that the student's images depend on, with the sha256 in their cards."""
     cards = {job.weights(): read_card(job, "student")}
     if job.settings.needs_coefficients:
         cards[job.paths.fit] = read_card(job, "coefficients")
@@ -69,7 +62,7 @@ def _files(job: Job) -> dict[Path, str]:
 
 
 def _save(job: Job, folder: Path, files: list[Path]) -> None:
-    """Write folder/model in MLflow's form: the files and their cards, placed as in the results folder; no code."""
+    """Write folder/model in MLflow's format: the files and their cards, placed as in the results folder; no code."""
     import mlflow.pyfunc
     import numpy as np
     from mlflow.models import ModelSignature
@@ -77,7 +70,7 @@ def _save(job: Job, folder: Path, files: list[Path]) -> None:
 
     for path in files:
         if not path.is_file():
-            raise UserError(f"{path} is missing, and a registered model holds it: run `dvc pull`, or its stage again")
+            raise UserError(f"{path} is missing, needed for the registered model: run `dvc pull`, or its stage again")
         linked = folder / "results" / path.relative_to(job.paths.results)
         linked.parent.mkdir(parents=True)
         linked.symlink_to(path.resolve())
@@ -86,13 +79,13 @@ def _save(job: Job, folder: Path, files: list[Path]) -> None:
     required = {"count": True, "nfe": True, "seed": False, "label": False}
     inputs = Schema([ColSpec("long", name, required=needed) for name, needed in required.items()])
     images = Schema([TensorSpec(np.dtype(np.uint8), (-1, size, size, channels), "images")])
-    found = versions()
+    packages = {name: versions()[name] for name in ("torch", "numpy", "safetensors")}
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # MLflow's advice to give an example; the signature is given
+        warnings.simplefilter("ignore")  # MLflow asks for an example although the signature is given
         mlflow.pyfunc.save_model(
             str(folder / "model"),
-            loader_module=_LOADER,
+            loader_module="consistency.tracking.model",
             data_path=str(folder / "results"),
             signature=ModelSignature(inputs, images),
-            pip_requirements=[f"{package}=={found[package]}" for package in _PACKAGES],
+            pip_requirements=[f"{name}=={version}" for name, version in packages.items()],
         )

@@ -5,7 +5,7 @@ import math
 import os
 import re
 from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote, unquote
@@ -16,11 +16,10 @@ from consistency.config.job import Job
 from consistency.tracking.records import Point, Record
 
 BATCH = 1000  # metrics that MLflow takes in a call
-# Tags: the digest of a run's content, the folder of its results, and its state: live (not tracked yet), current or
-# superseded.
+# Tags: digest of a run's content, folder of its results, and state: live (not tracked yet), current or superseded.
 DIGEST, FOLDER, STATE = "consistency.digest", "consistency.folder", "state"
 
-# No telemetry, no printed address (it may hold a password), and short timeouts for an absent server.
+# No telemetry, no printed address, which may hold a password, and short timeouts for an absent server.
 _ENVIRONMENT = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "DO_NOT_TRACK": "true",
@@ -38,7 +37,7 @@ def tracking_uri() -> str:
         return uri
     path = uri.removeprefix("sqlite:///")
     if path in ("", uri, ":memory:"):
-        raise UserError(f"MLFLOW_TRACKING_URI {uri} names no file: write sqlite:///mlflow.db")
+        raise UserError(f"MLFLOW_TRACKING_URI {uri} names no file: use sqlite:///mlflow.db")
     return f"sqlite:///{Path.cwd() / path}"
 
 
@@ -48,8 +47,8 @@ def without_credentials(uri: str) -> str:
 
 
 def without_secrets(text: str, uri: str) -> str:
-    """Remove from the text whatever stands between '://' and '@' in the URI, its query, and the password or token that
-    MLflow takes from the environment."""
+    """Remove from a text the URI's login (between '://' and '@') and query, and the password and token that MLflow
+    reads from the environment."""
     secrets = [os.environ.get(f"MLFLOW_TRACKING_{name}", "") for name in ("PASSWORD", "TOKEN")]
     if not uri.startswith("sqlite:"):
         login = uri.partition("://")[2].rpartition("@")[0]
@@ -61,24 +60,24 @@ def without_secrets(text: str, uri: str) -> str:
 
 
 def be_quiet() -> None:
-    """Set MLflow's variables unless the environment sets them. Call it before MLflow is imported."""
+    """Set MLflow's variables, unless the environment does. Call it before MLflow is imported."""
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
 
 
 def connect(uri: str) -> Any:
-    """Return an MlflowClient that logs nothing about itself; it creates the schema of a fresh database."""
+    """Return a silent MlflowClient; it creates the schema of a new database."""
     be_quiet()
     from mlflow import MlflowClient
     from mlflow.telemetry import set_telemetry_client
 
-    set_telemetry_client()  # ends it if mlflow was imported before
-    for name in ("mlflow", "alembic", "urllib3"):  # errors arrive as exceptions
+    set_telemetry_client()  # ends telemetry if mlflow was imported before
+    for name in ("mlflow", "alembic", "urllib3"):  # errors come as exceptions
         logging.getLogger(name).setLevel(logging.CRITICAL)
     if uri.startswith("sqlite:"):
         _sqlite_file(uri).parent.mkdir(parents=True, exist_ok=True)
     elif uri.startswith(("postgresql", "mysql", "mssql")):
-        # Raise SQLAlchemy's error at once if it does not answer: MLflow would try for two minutes.
+        # Fail at once if the database does not answer: MLflow would try for two minutes.
         from sqlalchemy import create_engine
         from sqlalchemy.pool import NullPool
 
@@ -87,7 +86,7 @@ def connect(uri: str) -> Any:
 
 
 def open_experiment(client: Any, name: str, title: str) -> str:
-    """Return the id of a study's experiment, created if there is none. Raises UserError if a person deleted it."""
+    """Return the id of a study's experiment, created if there is none. Raises UserError if it was deleted."""
     found = client.get_experiment_by_name(name)
     if found is None:
         made = str(client.create_experiment(name, tags={"mlflow.experimentKind": "custom_model_development"}))
@@ -96,15 +95,15 @@ def open_experiment(client: Any, name: str, title: str) -> str:
         return made
     if found.lifecycle_stage == "deleted":
         raise UserError(
-            f"the MLflow experiment {name!r} was deleted: bring it back with "
-            f"`mlflow experiments restore --experiment-id {found.experiment_id}`, and run track again"
+            f"the MLflow experiment {name!r} was deleted: restore it with "
+            f"`mlflow experiments restore --experiment-id {found.experiment_id}` and run track again"
         )
     return str(found.experiment_id)
 
 
 def charts(experiment: str, live: bool = False) -> str:
-    """Return the address, relative to the server's, of the page with the students' curves side by side; live: those of
-    seeds in training, before their means exist. Without workflowType MLflow 3 opens its page for language models."""
+    """Return the address, relative to the server's, of the page that compares the students' curves; live: the curves of
+    seeds in training. Without workflowType MLflow 3 opens its page for language models."""
     shown = "tags.role = 'seed' AND tags.state = 'live'" if live else "tags.role = 'student' AND tags.state = 'current'"
     page = "workflowType=machine_learning&compareRunsMode=CHART"
     return f"#/experiments/{experiment}/runs?{page}&searchFilter={quote(shown)}"
@@ -120,14 +119,13 @@ def find_runs(client: Any, experiment: str, **tags: str) -> list[Any]:
 
 
 def tags_of(record: Record, job: Job, parent: str | None, state: str) -> dict[str, str]:
-    """Return all tags of a run of the study. parent: the id of the run that it is nested in."""
-    place = {FOLDER: str(job.paths.root.resolve()), STATE: state, "role": record.role}
-    place["study_hash"] = job.key("report")
+    """Return all tags of a run of the study. parent: the id of the run that contains it."""
+    place = {FOLDER: str(job.paths.root.resolve()), STATE: state, "role": record.role, "study_hash": job.key("report")}
     return record.tags | place | ({"mlflow.parentRunId": parent} if parent else {})
 
 
 def create_run(client: Any, experiment: str, record: Record, tags: dict[str, str]) -> Any:
-    """Create a run with its name and tags; tags that a person may change are written only here."""
+    """Create a run with its name and tags. Tags that a person may change are written only here."""
     first = record.first | {"mlflow.user": os.environ.get("USER", "unknown")}
     return client.create_run(experiment, record.started, tags | first, record.name)
 
@@ -140,7 +138,7 @@ def set_tags(client: Any, run: Any, tags: dict[str, str]) -> None:
 
 
 def describe(client: Any, run: Any, record: Record) -> None:
-    """Add a run's dataset and the params that it lacks, in their order: MLflow never changes a param."""
+    """Add a run's dataset and its missing params, in order; MLflow never changes a param."""
     from mlflow.entities import Dataset, DatasetInput, InputTag, Param
 
     run_id = run.info.run_id
@@ -151,13 +149,13 @@ def describe(client: Any, run: Any, record: Record) -> None:
 
 
 def points_there(client: Any, run: Any) -> set[tuple[str, int]]:
-    """Return the metrics and steps that a run has. A resumed training repeats steps at other times."""
+    """Return the (metric, step) pairs of a run. A resumed training repeats steps at other times."""
     keys = [key for key in run.data.metrics if not key.startswith("system/")]
     return {(m.key, m.step) for key in keys for m in client.get_metric_history(run.info.run_id, key)}
 
 
 def send_points(client: Any, run_id: str, points: Iterable[Point], there: set[tuple[str, int]]) -> None:
-    """Send the missing points. Values that are not finite cannot be drawn, and stay in the files."""
+    """Send the missing points. Values that are not finite cannot be drawn; only the files hold them."""
     from mlflow.entities import Metric
 
     new = [Metric(*p) for p in points if (p.key, p.step) not in there and math.isfinite(p.value)]
@@ -165,27 +163,31 @@ def send_points(client: Any, run_id: str, points: Iterable[Point], there: set[tu
         client.log_batch(run_id, metrics=new[start : start + BATCH])
 
 
-# --- one at a time
+# --- sessions
 
 
 def _sqlite_file(uri: str) -> Path:
     return Path(uri.removeprefix("sqlite:///").partition("?")[0])
 
 
-def one_at_a_time(uri: str, folder: Path, patience: float = 600.0, quiet: bool = False) -> AbstractContextManager[None]:
-    """Hold a lock beside a SQLite file, whose schema two processes must not create at once, or in the study's folder.
-    Raises UserError if another upload holds it for longer than patience (seconds), or if it cannot be created."""
+@contextmanager
+def session(job: Job, uri: str, quiet: bool = False) -> Iterator[tuple[Any, str]]:
+    """Yield a client and the id of the study's experiment, for one process at a time.
+
+    The lock lies beside a SQLite file, whose schema two processes must not create at once, or in the study's folder.
+    Raises UserError if another upload holds it for 10 minutes, and for any trouble with the server.
+    """
     database = _sqlite_file(uri)
-    path = database.with_name(f"{database.name}-lock") if uri.startswith("sqlite:") else folder / ".lock"
-    return held(path, f"uploads to MLflow and holds {path}", patience, "; mend that or set MLFLOW_TRACKING_URI", quiet)
-
-
-# --- errors
+    path = database.with_name(f"{database.name}-lock") if uri.startswith("sqlite:") else job.paths.track / ".lock"
+    advice = "; correct that or set MLFLOW_TRACKING_URI"
+    with held(path, f"uploads to MLflow and holds {path}", 600.0, advice, quiet), readable_errors(uri):
+        client = connect(uri)
+        yield client, open_experiment(client, job.study.name, job.study.title)
 
 
 @contextmanager
 def readable_errors(uri: str) -> Iterator[None]:
-    """Turn any error of MLflow, its database or the network into a one-line UserError, without the URI's password."""
+    """Turn errors of MLflow, its database or the network into a one-line UserError without the URI's password."""
     try:
         yield
     except UserError:
@@ -199,7 +201,7 @@ def readable_errors(uri: str) -> Iterator[None]:
             raise
         reason = without_secrets(" ".join(str(error).split()) or type(error).__name__, uri)
         down = re.search(r"Connection|Max retries|timed out|resolve", reason)
-        advice = "start it, or set MLFLOW_TRACKING_URI to another" if down else "set that right"
+        advice = "start it, or set MLFLOW_TRACKING_URI to another" if down else "correct that"
         raise UserError(
             f"the tracking server {without_credentials(uri)} {'does not answer' if down else 'cannot be used'}: "
             f"{advice}. The results are safe: `track` sends what is missing ({reason[:400]})"

@@ -1,8 +1,8 @@
-"""A finished study as runs in MLflow, for browsing. The files under results/ remain authoritative.
+"""Upload of a finished study to MLflow, for browsing. The files under results/ remain authoritative.
 
 One experiment per study: a run `teacher`, one run per student (the mean over its seeds) with a nested run per seed, and
-a run `report`. The digests in its results' cards identify a run, so the same results are sent once, however often and
-from wherever this is called. A run created during its training is completed, not created again.
+a run `report`. The digests in the cards of its results identify a run, so the same results are uploaded once, from any
+machine. A run created during its training is completed, not created again.
 """
 
 from typing import Any
@@ -15,19 +15,17 @@ from consistency.tracking.registry import register_students
 
 
 def track_study(job: Job) -> None:
-    """Upload the finished study to MLFLOW_TRACKING_URI (default: mlflow.db here), register its students as models, and
-    write tracked.json.
+    """Upload the study to MLFLOW_TRACKING_URI (default: mlflow.db here), register its students as models, and write
+    tracked.json.
 
-    A repeated call uploads only new results, and completes interrupted uploads; runs of older results are kept and
-    marked superseded. Raises UserError when results are missing or stale, or the server cannot be used.
+    A repeated call uploads new results and completes interrupted uploads; runs of older results are kept and marked
+    superseded. Raises UserError if results are missing or stale, or the server cannot be used.
     """
     study, paths, records = job.study, job.paths, plan(job)
     uri = server.tracking_uri()
     ids: dict[str, str] = {}
     new = 0
-    with server.one_at_a_time(uri, paths.track), server.readable_errors(uri):
-        client = server.connect(uri)
-        experiment = server.open_experiment(client, study.name, study.title)
+    with server.session(job, uri) as (client, experiment):
         known = server.find_runs(client, experiment)
         for record in records:
             tags = server.tags_of(record, job, ids[record.parent] if record.parent else None, "current")
@@ -36,10 +34,8 @@ def track_study(job: Job) -> None:
         _supersede(client, known, set(ids.values()), str(paths.root.resolve()))
         models = register_students(client, job, ids)
     clean = server.without_credentials(uri)
-    page = server.charts(experiment)
-    hint = (
-        f"{clean.rstrip('/')}/{page}" if clean.startswith("http") else f"`make ui`, then http://127.0.0.1:5000/{page}"
-    )
+    address = clean.rstrip("/") if clean.startswith("http") else "`make ui`, then http://127.0.0.1:5000"
+    hint = f"{address}/{server.charts(experiment)}"
     content = {"tracking_uri": clean, "experiment": study.name, "experiment_id": experiment, "models": models}
     write_json(paths.track / "tracked.json", content | {"runs": ids, "url_hint": hint})
     done = f"{new} of {len(ids)} runs uploaded" if new else f"all {len(ids)} runs were there already"
@@ -47,13 +43,13 @@ def track_study(job: Job) -> None:
 
 
 def _send(client: Any, experiment: str, known: list[Any], record: Record, tags: dict[str, str]) -> tuple[str, bool]:
-    """Bring one run up to its record. Returns its id, and whether anything but tags had to be sent."""
+    """Update one run to its record. Returns its id, and False if only tags had to be sent."""
     run = _find(known, tags) or server.create_run(client, experiment, record, tags)
     run_id: str = run.info.run_id
     if run.info.status == "FINISHED" and run.data.tags[server.STATE] != "live":
         server.set_tags(client, run, tags)
         return run_id, False
-    client.update_run(run_id, status="RUNNING")  # whatever its training reported
+    client.update_run(run_id, status="RUNNING")  # whatever the training reported
     server.set_tags(client, run, tags)
     server.describe(client, run, record)
     server.send_points(client, run_id, record.points, server.points_there(client, run))
@@ -67,11 +63,10 @@ def _send(client: Any, experiment: str, known: list[Any], record: Record, tags: 
 
 
 def _find(known: list[Any], tags: dict[str, str]) -> Any | None:
-    """Return the run that holds these results, in whole or in part, else the one created during their training."""
-    trained = {server.STATE: "live", TRAINING: tags.get(TRAINING)}
-    for wanted in ({server.DIGEST: tags[server.DIGEST]}, trained):
+    """Return the run that holds some or all of these results, else the one created during their training."""
+    for wanted in ({server.DIGEST: tags[server.DIGEST]}, {server.STATE: "live", TRAINING: tags.get(TRAINING)}):
         for run in known:
-            if all(run.data.tags.get(name) == value for name, value in wanted.items()):
+            if wanted.items() <= run.data.tags.items():
                 return run
     return None
 
@@ -83,5 +78,5 @@ def _supersede(client: Any, known: list[Any], current: set[str], folder: str) ->
         if tags.get(server.FOLDER) != folder or run_id in current or tags.get(server.STATE) == "superseded":
             continue
         client.set_tag(run_id, server.STATE, "superseded")
-        if run.info.status in ("RUNNING", "SCHEDULED"):  # its upload or its training was killed
+        if run.info.status in ("RUNNING", "SCHEDULED"):  # its upload or training was killed
             client.set_terminated(run_id, "KILLED")

@@ -96,7 +96,7 @@ def test_a_training_whose_time_is_over_goes_on_in_the_same_job(disturbed: LoginN
     assert restarts(disturbed, "limited")[0] >= 1
     first = said(disturbed, "limited")[0]
     assert "student limited seed 0: stopped at step" in first
-    assert "the job's time is over: Slurm starts it again" in first
+    assert "time limit reached: Slurm has requeued the job" in first
     assert "student limited seed 0: continues from step" in first
 
 
@@ -105,7 +105,7 @@ def test_where_slurm_does_not_start_it_again_snakemake_submits_it_again(disturbe
     assert restarts(disturbed, "refused")[0] == 0
     assert ends(disturbed, "refused")[-1] == "COMPLETED"
     logs = said(disturbed, "refused")
-    assert "Slurm does not start this job again by itself" in logs[0]
+    assert "Slurm did not requeue this job" in logs[0]
     assert any("student refused seed 0: continues from step" in log for log in logs[1:])
 
 
