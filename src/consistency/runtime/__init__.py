@@ -1,1 +1,1 @@
-"""Devices, processes, signals, Slurm and the start of Snakemake. It knows nothing of what is computed."""
+"""Devices, processes, signals, Slurm and the start of Snakemake, for any computation."""
