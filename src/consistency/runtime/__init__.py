@@ -1,1 +1,1 @@
-"""Devices, processes, signals, Slurm and the start of Snakemake, for any computation."""
+"""Devices, processes, signals, Slurm and the start of Snakemake. It knows nothing of what is computed."""
