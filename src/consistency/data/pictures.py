@@ -2,13 +2,10 @@
 
 from io import BytesIO
 
-import numpy as np
 from PIL import Image
 
 from consistency.base.errors import UserError
 from consistency.config.dataset import Dataset
-
-Array = np.ndarray
 
 # Pillow ignores the file's name and would start external programs for some other formats.
 _FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
@@ -31,18 +28,16 @@ def decode(content: bytes, where: str) -> Image.Image:
     return picture
 
 
-def crop_and_resize(picture: Image.Image, where: str, settings: Dataset) -> Array:
-    """Crop the centred square and resize it by Lanczos on uint8 (EDM's center-crop). Returns [R, R, C]."""
-    size, side = (settings.resolution, settings.resolution), min(picture.size)
+def crop_and_resize(picture: Image.Image, where: str, settings: Dataset) -> Image.Image:
+    """Crop the centred square and resize it by Lanczos on uint8 (EDM's center-crop)."""
+    side = min(picture.size)
     left, top = (picture.width - side) // 2, (picture.height - side) // 2
     square = _coloured(picture, settings).crop((left, top, left + side, top + side))
-    if side != settings.resolution:
-        square = square.resize(size, Image.Resampling.LANCZOS)
-    return np.asarray(square).reshape(*size, settings.channels)
+    return square.resize((settings.resolution, settings.resolution), Image.Resampling.LANCZOS)
 
 
-def resize(picture: Image.Image, where: str, settings: Dataset) -> Array:
-    """Resize a square picture by Lanczos on uint8. Returns [R, R, C]. Raises UserError if it is not square."""
+def resize(picture: Image.Image, where: str, settings: Dataset) -> Image.Image:
+    """Resize a square picture by Lanczos on uint8. Raises UserError if it is not square."""
     if picture.width != picture.height:
         raise UserError(
             f"{where} has {picture.width}x{picture.height} pixels, but FFHQ's aligned images are square: "
@@ -51,10 +46,10 @@ def resize(picture: Image.Image, where: str, settings: Dataset) -> Array:
     return crop_and_resize(picture, where, settings)
 
 
-def shrink_and_crop(picture: Image.Image, where: str, settings: Dataset) -> Array:
+def shrink_and_crop(picture: Image.Image, where: str, settings: Dataset) -> Image.Image:
     """Resize an aligned CelebA image by Lanczos on uint8 until its shorter side has the study's size, then crop the
     centred square, as in GC. Unlike `crop_and_resize` it first rounds the longer side down to whole pixels.
-    Returns [R, R, C]. Raises UserError for an image of another size."""
+    Raises UserError for an image of another size."""
     if picture.size != _ALIGNED_CELEBA:
         raise UserError(
             f"{where} has {picture.width}x{picture.height} pixels, but CelebA's aligned images have 178x218: set "
@@ -63,11 +58,11 @@ def shrink_and_crop(picture: Image.Image, where: str, settings: Dataset) -> Arra
     size, width, height = settings.resolution, *picture.size
     picture = _coloured(picture, settings).resize((size, size * height // width), Image.Resampling.LANCZOS)
     top = round((picture.height - size) / 2)
-    return np.asarray(picture.crop((0, top, size, top + size))).reshape(size, size, settings.channels)
+    return picture.crop((0, top, size, top + size))
 
 
-def keep(picture: Image.Image, where: str, settings: Dataset) -> Array:
-    """Return a picture that already has the study's size and channels, [R, R, C]. Raises UserError otherwise."""
+def keep(picture: Image.Image, where: str, settings: Dataset) -> Image.Image:
+    """Return a picture that already has the study's size and channels. Raises UserError otherwise."""
     found, size = (picture.mode, *picture.size), settings.resolution
     mode = "RGB" if settings.channels == 3 else "L"
     if found != (mode, size, size):
@@ -75,7 +70,7 @@ def keep(picture: Image.Image, where: str, settings: Dataset) -> Array:
             f"{where} has {picture.width}x{picture.height} pixels of mode {picture.mode}, the study has {size}x{size} "
             f"of {mode}: set dataset.resolution and dataset.channels to those of the zip"
         )
-    return np.asarray(picture).reshape(size, size, settings.channels)
+    return picture
 
 
 def _coloured(picture: Image.Image, settings: Dataset) -> Image.Image:

@@ -23,7 +23,7 @@ from consistency.data.containers import Container, images_below, open_folder, op
 from consistency.data.resources import CIFAR10_ARCHIVE, open_resource
 
 Array = np.ndarray
-Fit = Callable[[Image.Image, str, Dataset], Array]
+Fit = Callable[[Image.Image, str, Dataset], Image.Image]
 
 _CIFAR10_FOLDER = "cifar-10-batches-py"
 _CIFAR10_PAGE = "https://www.cs.toronto.edu/~kriz/cifar.html"
@@ -83,7 +83,8 @@ def _files(container: Container, labels: Array, classes: list[str], fit: Fit, se
 
     def read(row: int) -> Array:
         where = container.where(row)
-        return fit(pictures.decode(container.read(row), where), where, settings)
+        square = fit(pictures.decode(container.read(row), where), where, settings)
+        return np.asarray(square).reshape(settings.resolution, settings.resolution, settings.channels)
 
     return Source(classes, labels, container.identity.hex(), read)
 

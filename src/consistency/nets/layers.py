@@ -125,22 +125,20 @@ class Conv2d(nn.Module):
         return self.resample_filter.to(x.dtype).expand(x.shape[1], -1, -1, -1)
 
 
-class GroupNorm(nn.Module):
+class GroupNorm(nn.GroupNorm):
     """Group normalisation over min(32, channels // 4) groups, shape preserving.
 
     Raises ValueError if the channels do not split evenly: multiples of 4 up to 128 do, of 32 above.
     """
 
     def __init__(self, num_channels: int, eps: float = 1e-5) -> None:
-        super().__init__()
-        self.num_groups, self.eps = min(32, num_channels // 4), eps
-        if self.num_groups == 0 or num_channels % self.num_groups:
+        num_groups = min(32, num_channels // 4)
+        if num_groups == 0 or num_channels % num_groups:
             raise ValueError(
                 f"group normalisation cannot split {num_channels} channels into groups: use a multiple of 4 "
                 "up to 128 channels, of 32 above (change model_channels or channel_mult)"
             )
-        self.weight = nn.Parameter(torch.ones(num_channels))
-        self.bias = nn.Parameter(torch.zeros(num_channels))
+        super().__init__(num_groups, num_channels, eps)
 
     def forward(self, x: Tensor) -> Tensor:
         if not x.is_contiguous() and fwAD.unpack_dual(x).tangent is not None:
