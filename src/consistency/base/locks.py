@@ -12,7 +12,7 @@ from filelock import FileLock, Timeout
 
 from consistency.base.errors import UserError
 
-PATIENCE = 60.0  # seconds; a process whose workflow was killed notices and exits within them
+PATIENCE = 60.0  # seconds for a process whose workflow was killed to notice and exit
 
 
 @contextmanager

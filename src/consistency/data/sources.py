@@ -114,7 +114,7 @@ def _cifar10(settings: Dataset) -> Source:
         )
     archive = path or open_resource(CIFAR10_ARCHIVE)
     with TemporaryDirectory(prefix="cifar10-") as folder:
-        # open_resource checks the sha256 of its archive; torchvision checks the md5 of each file of any other.
+        # open_resource has checked the sha256 of its archive; for any other, torchvision checks the md5 of each file.
         _unpack_cifar10(archive, Path(folder))
         return _read_cifar10(Path(folder) / _CIFAR10_FOLDER, settings, archive, vouched=path is None)
 

@@ -30,10 +30,8 @@ class DhariwalUNet(ConditionedNetwork):
     """U-Net F(x, c_noise[, c_noise_s]) of EDM's ImageNet-64 model (Karras et al. 2022): ADM.
 
     Every block at the levels listed in attn_resolutions, and the first block of the decoder, has attention with
-    one head per 64 channels, rounded down: below 64 channels there is none. label_dropout is the probability of
-    zeroing a label during training. With second_time the network also takes the end time s of a jump, embedded
-    like t but through its own map_layer0_s and map_layer1_s, and added in every block by affine_s, which starts
-    at zero. One map_label embeds the label for both t and s; ADM adds it after the two layers.
+    one head per 64 channels, rounded down: below 64 channels there is none. label_dropout and second_time work as
+    in SongUNet, except that the label's embedding is added after the two layers.
 
     Shapes: x [N,in_channels,R,R] -> [N,out_channels,R,R]; noise_labels and second_noise_labels [N] or [1],
     ln(t)/4 and ln(s)/4; class_labels [N or 1, label_dim], one-hot; augment_labels [N or 1, augment_dim].
