@@ -1,6 +1,6 @@
-# The newcomer's two commands are `make demo` and `make ui`; the developer's stand below them.
-# Needed on the machine: Debian or Ubuntu with python3 >= 3.11 (and python3-venv), make and git. Everything else goes
-# into .venv, once, from requirements.lock.
+# Start with `make demo` and `make ui`; `make help` lists all commands.
+# Requires Debian or Ubuntu with python3 >= 3.11 (and python3-venv), make and git. Everything else is installed into
+# .venv, once, from requirements.lock.
 
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
@@ -14,11 +14,11 @@ PYTEST_WORKERS ?= 2
 STUDY := digits
 UV_VERSION := 0.13.8
 
-# Named by what it was installed from and where: a changed lock, changed metadata or a moved checkout asks for a new one.
+# Its name changes with the lock, the metadata and the directory, and a changed name asks for a new installation.
 STAMP := .venv/.installed-$(shell { cat requirements.lock pyproject.toml; pwd -P; } | sha256sum | cut -c1-16)
 INSTALLING := .venv/.installing
 
-# Snakemake's shell jobs find the environment's `python` by PATH; a PYTHONPATH from outside must not shadow the lock.
+# Snakemake's jobs find the environment's `python` on PATH; no PYTHONPATH from outside may shadow its packages.
 OUTSIDE_PATH := $(PATH)
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 export UV_HTTP_TIMEOUT ?= 300
@@ -41,33 +41,33 @@ demo demo-gc:
 reproduce: install
 	@CORES=$(CORES) exec python -m consistency reproduce --study config/studies/$(STUDY).yaml
 
-ui: install ## the MLflow page of what was recorded, on 127.0.0.1 (PORT=5000)
+ui: install ## the recorded runs in MLflow, on 127.0.0.1 (PORT=5000)
 	@store=$${MLFLOW_TRACKING_URI:-sqlite:///mlflow.db}
 	case "$$store" in http*) echo "MLFLOW_TRACKING_URI names a running server: open its address"; exit 0 ;; esac
 	[ "$$store" != sqlite:///mlflow.db ] || [ -e mlflow.db ] ||
 	  { echo "Nothing is recorded here yet: run \`make demo\` first." >&2; exit 1; }
 	echo "MLflow: http://127.0.0.1:$(PORT)/#/experiments?workflowType=machine_learning"
 	echo "(Ctrl-C ends it; another port: make ui PORT=5001)"
-	# By the environment: an address may hold a password, and a command line is everybody's to read.
+	# An address may hold a password, and everybody can read a command line.
 	export MLFLOW_BACKEND_STORE_URI="$$store"
-	# Its job runner would start six more processes, for features of language models.
+	# MLflow's job runner would start six more processes, for language models.
 	MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false exec mlflow ui --host 127.0.0.1 --port $(PORT) --workers 1
 
-# Snakemake goes by times, and a clone's are arbitrary: it is told that all is up to date when DVC says so, not before.
-pull: install ## what this commit made, from DVC's remote; nothing is computed (STUDY=digits)
+# Snakemake compares times, which are arbitrary in a clone: files are touched once DVC reports them up to date.
+pull: install ## the results of this commit from DVC's remote; computes nothing (STUDY=digits)
 	@dvc pull
-	dvc status --quiet || { dvc status; echo "Not all of it came: nothing was marked as up to date (docs/dvc.md)." >&2; exit 1; }
+	dvc status --quiet || { dvc status; echo "The pull is incomplete: nothing was marked as up to date (docs/dvc.md)." >&2; exit 1; }
 	snakemake --touch --forceall --cores 1 --quiet all --config studies=$(STUDY) -- results/$(STUDY)/report/report.html
 	exec snakemake --cores 1 --quiet all --config studies=$(STUDY)
 
 archive: install ## a finished study as one zip with SHA256SUMS, archives/NAME-KEY.zip (STUDY=digits)
 	@exec python -m consistency archive --study config/studies/$(STUDY).yaml
 
-test: install ## the tests (PYTEST_ARGS="-k coefficients" for some of them, PYTEST_WORKERS=4 for more at once)
+test: install ## the tests (PYTEST_ARGS="-k coefficients" to select, PYTEST_WORKERS=4 for more processes)
 	@export OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1}
 	exec python -m pytest -n $(PYTEST_WORKERS) --dist loadfile $(PYTEST_ARGS)
 
-test-processors: install ## the statistical tests, as each kind of processor that this one can play, with 20 seeds
+test-processors: install ## the statistical tests with 20 seeds and each instruction set of this processor
 	@export OMP_NUM_THREADS=1
 	files=$$(grep -rl --include=test_*.py mark.statistical tests)
 	for ATEN_CPU_CAPABILITY in default $$(grep -m1 flags /proc/cpuinfo | grep -owE 'avx2|avx512f' | tr -d f); do
@@ -93,7 +93,7 @@ format: install ## let ruff and snakefmt rewrite what they can
 install: $(STAMP) ## the environment in .venv (every target does this first, once)
 	@:
 
-# A marker stands while the environment is being filled: where it is found, the installation before was interrupted.
+# INSTALLING exists during an installation; if it is there before one, the last was interrupted.
 $(STAMP):
 	@export PATH="$(OUTSIDE_PATH)"
 	fail() { echo "error: $$*" >&2; exit 1; }
@@ -113,7 +113,7 @@ $(STAMP):
 	    "Run: sudo apt-get install python3.11 python3.11-venv (on Debian 12 or Ubuntu 22.04; a newer release may have" \
 	    "python3.12 instead), then the same command with PYTHON=python3.11 after make."
 	  echo "Installing the environment into .venv, once: about 260 packages, 5.6 GB on disk with PyTorch for CPU and GPU."
-	  echo "One to a few minutes, depending on the network; later commands start at once."
+	  echo "This takes one to a few minutes, depending on the network; later commands start at once."
 	  "$(PYTHON)" -m venv .venv || fail "$(PYTHON) cannot make virtual environments. Run: sudo apt-get install $$packages"
 	fi
 	touch $(INSTALLING)
@@ -126,8 +126,8 @@ $(STAMP):
 	  echo "[3/3] this repository's own package, in place" &&
 	  .venv/bin/uv pip install --quiet --python .venv/bin/python --no-deps --no-build-isolation --offline --editable .
 	} || fail "the installation stopped; the reason stands above." \
-	  "It needs the package registry within reach and 6 GB of free disk (free here:$$(df -h --output=avail . | tail -n 1))." \
-	  "Run the same command again: what was downloaded already is kept."
+	  "It needs access to the package registry and 6 GB of free disk (free here:$$(df -h --output=avail . | tail -n 1))." \
+	  "Run the same command again; earlier downloads are kept."
 	rm -f .venv/.installed-*
 	pwd -P >$@
 	rm $(INSTALLING)
@@ -137,7 +137,7 @@ lock: install ## compile requirements.in into requirements.lock (LOCK_ARGS=--upg
 	@set -x
 	uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-header $(LOCK_ARGS) requirements.in -o requirements.lock
 
-clean: ## remove results/, state/, mlflow.db and mlruns/: asks for CONFIRM=yes
+clean: ## remove results/, state/, mlflow.db and mlruns/ (requires CONFIRM=yes)
 	@[ "$(CONFIRM)" = yes ] || { echo "This removes results/, state/, mlflow.db and mlruns/, trained networks included." \
 	  "To do it: make clean CONFIRM=yes" >&2; exit 1; }
 	mkdir -p .snakemake

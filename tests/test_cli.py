@@ -81,7 +81,10 @@ def test_wrong_words_are_2_and_a_usage(words: str, capsys: pytest.CaptureFixture
         ([*SAMPLES, "--student", "ctm"], "error: --student and --seed go together: give both for a student"),
         ([*SAMPLES, "--seed", "0"], "error: --student and --seed go together: give both for a student"),
         (["coefficients", "--study", TINY, "--threads", "0"], "error: --threads must be positive, got 0\n"),
-        ([*SAMPLES, "--nodes", "2"], "error: --nodes 2 needs a Slurm job of 2 nodes\n"),
+        (
+            [*SAMPLES, "--nodes", "2"],
+            "error: --nodes 2 needs a Slurm job of 2 nodes: run it in one, or without --nodes\n",
+        ),
         (
             [*SAMPLES, "--nodes", "2", "--processes", "3"],
             "error: --processes 3 cannot be shared evenly by --nodes 2\n",

@@ -54,7 +54,7 @@ def test_a_full_disk_is_told_however_a_library_wraps_it(tmp_path: Path, raised: 
         temporary.write_bytes(b"half")
         raise raised
 
-    with pytest.raises(UserError, match=f"{reason}. What was there before is untouched"):
+    with pytest.raises(UserError, match=f"{reason}. Its previous version is untouched"):
         write_with(tmp_path / "file", fail)
     assert names(tmp_path) == []
 

@@ -63,7 +63,7 @@ def test_a_disk_without_locks_is_one_line(tmp_path: Path, monkeypatch: pytest.Mo
         raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
 
     monkeypatch.setattr(fcntl, "flock", refuse)
-    message = r"has no file locks \(Function not implemented\), .*: have it mounted with them"
+    message = r"does not support file locks \(Function not implemented\), .*: mount it with them"
     with pytest.raises(UserError, match=message), only_one(tmp_path / "state", "is working"):
         pass
 

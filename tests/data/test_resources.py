@@ -248,7 +248,7 @@ def test_a_full_disk_is_not_the_networks_fault(server: Server) -> None:
     with file_size_limit(150_000):
         message = refused(server)
     assert message.startswith(f"cannot write {PATH}: File too large. ")
-    assert "make room" in message
+    assert "free disk space" in message
     assert len(server.requests) == 1
 
 

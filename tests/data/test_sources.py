@@ -348,7 +348,7 @@ def test_an_edm_zip_without_labels_has_one_class(tmp_path: Path) -> None:
         (lambda f: f | {"00000/img00000001.png": encoded(noise(1, channels=1)[0, ..., 0])}, "16x16 pixels of mode L"),
         (
             lambda f: f | {"00000/img00000001.png": encoded(np.zeros((16, 16), np.uint16))},
-            "00000/img00000001.png in {path} has more than 8 bits a channel",
+            "00000/img00000001.png in {path} has more than 8 bits per channel",
         ),
     ],
 )
@@ -368,7 +368,7 @@ def test_a_16_bit_colour_png_is_refused_rather_than_halved(tmp_path: Path) -> No
     header = struct.pack(">IIBBBBB", 16, 16, 16, 2, 0, 0, 0)
     png = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
     files = edm_files(noise(3), None) | {"00000/img00000001.png": png}
-    assert "has more than 8 bits a channel" in mistake("edm_zip", write_zip(tmp_path / "edm.zip", files))
+    assert "has more than 8 bits per channel" in mistake("edm_zip", write_zip(tmp_path / "edm.zip", files))
 
 
 # --- CelebA
@@ -415,14 +415,14 @@ def test_celebas_partition_may_lie_where_the_original_has_it(celeba: Path) -> No
 def test_a_missing_partition_of_celeba_says_where_to_put_it(celeba: Path) -> None:
     (celeba.parent / "list_eval_partition.txt").unlink()
     message = mistake("celeba", celeba)
-    assert f"list_eval_partition.txt, which says what CelebA's splits are, is not in {celeba.parent}" in message
+    assert f"list_eval_partition.txt, which defines CelebA's splits, is not in {celeba.parent}" in message
 
 
 def test_missing_images_of_celeba_are_counted_and_the_first_is_named(celeba: Path) -> None:
     for number in (2, 5, 7):
         (celeba / f"{number:06d}.jpg").unlink()
     message = mistake("celeba", celeba)
-    assert f"{celeba} lacks 2 of the 5 images that" in message and "000005.jpg the first" in message
+    assert f"{celeba} lacks 2 of the 5 images that" in message and "first 000005.jpg" in message
     assert "lacks 1 of the 2 images" in mistake("celeba", celeba, split="valid")
 
 
@@ -458,7 +458,9 @@ def test_the_splits_of_the_real_celeba_are_all_its_images() -> None:
 
 def test_a_celeba_of_other_images_is_named(celeba: Path) -> None:
     (celeba / "000003.jpg").write_bytes(encoded(pixels(218, 218), "JPEG"))
-    assert f"{celeba}/000003.jpg has 218x218 pixels, and CelebA's aligned images 178x218" in mistake("celeba", celeba)
+    assert f"{celeba}/000003.jpg has 218x218 pixels, but CelebA's aligned images have 178x218" in mistake(
+        "celeba", celeba
+    )
     write_folder(celeba.parent / "again", celeba_files(""))
     assert f"{celeba.parent} has two images 000001.jpg" in mistake("celeba", celeba.parent)
 

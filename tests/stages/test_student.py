@@ -135,7 +135,7 @@ def test_coefficients_that_are_damaged_are_refused(tiny: Tiny, first_results: St
     try:
         for keep in (0, 3, 100, len(content) - 30):
             path.write_bytes(content[:keep])
-            with pytest.raises(UserError, match=r"is damaged .*: run `coefficients` again"):
+            with pytest.raises(UserError, match=r"is damaged .*: delete it and run `coefficients` again"):
                 training(tiny(), first_results, "analytic")
     finally:
         path.write_bytes(content)

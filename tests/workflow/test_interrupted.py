@@ -98,7 +98,7 @@ def test_a_student_stopped_thrice_has_the_same_bits(copied: Checkout, undisturbe
     student.stopped(run)
 
     assert student.checkout.reproduce(student.target).wait(timeout=600) == 0, student.checkout.output
-    assert "An earlier run was killed; going on where it stopped." in student.checkout.output
+    assert "An earlier run was killed; resuming it." in student.checkout.output
     assert "student ctm seed 0: continues from step" in student.log.read_text()
     found, expected = student.numbers(), undisturbed.numbers()
     assert len(found) >= 8

@@ -1,4 +1,4 @@
-# dataset, extractor, calibration and scores take from it what they do not say themselves.
+# dataset, extractor, calibration and scores inherit from this rule.
 rule coefficients:
     input:
         inputs("coefficients"),
@@ -16,7 +16,7 @@ rule coefficients:
         runtime=240,
         gpu=0,
     params:
-        **made_by("coefficients"),
+        verb=verb("coefficients"),
     shell:
         "python -m consistency {params.verb} --study config/studies/{wildcards.study}.yaml"
         " --threads {threads} 2>&1 | tee -i {log}"

@@ -8,10 +8,10 @@ from pathlib import Path
 from snakemake.exceptions import WorkflowError
 from snakemake_interface_executor_plugins.settings import DeploymentMethod
 
-# The jobs run this checkout's code with this interpreter, whether or not an environment is active.
+# Jobs run this checkout's code with this interpreter, even if no environment is active.
 SOURCE = str(Path(workflow.basedir) / "src")
 sys.path.insert(0, SOURCE)
-# A trainer whose Snakemake was killed (kill -9) saves and leaves, instead of training on beside the next run.
+# A training whose Snakemake is killed (kill -9) saves and exits, and does not run beside the next one.
 SUPERVISOR = f"{platform.node()}:{os.getpid()}"
 PATH = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
 os.environ.update(PYTHONPATH=SOURCE, PATH=PATH, CONSISTENCY_SUPERVISOR=SUPERVISOR)
@@ -31,24 +31,23 @@ join_run()
 
 @contextmanager
 def in_one_line():
-    """Stop with one line; Snakemake would print a WorkflowError between the lines of a traceback."""
+    """Turn a UserError into one line; Snakemake would print a WorkflowError within a traceback."""
     try:
         yield
     except UserError as error:
         raise SystemExit(f"error: {error}") from None
 
 
-# SIGTERM asks a job to save and leave: its shell, and tee, have to live on until that is done. The first half is what
-# Snakemake begins with of itself.
+# SIGTERM asks a job to save and exit; its shell and tee must outlive it. The first half is Snakemake's default.
 shell.prefix("set -euo pipefail; trap '' TERM; ")
 
 with in_one_line():
     for name in set(config) - {"studies"}:
-        raise UserError(f"unknown key {name!r} in the configuration (config/config.yaml, --config): there is studies")
-    # A study that is edited while its jobs run is read again by the next run, not by the next job.
+        raise UserError(f"unknown key {name!r} in config/config.yaml or --config: the only key is 'studies'")
+    # The jobs of a run read a copy of the study; edits take effect in the next run.
     STUDIES = load_studies(config.get("studies"), keep=workflow.is_main_process)
     RESOURCES = "|".join(map(re.escape, registry()))
-    # DVC has decided what is made again: everything else is taken as it is.
+    # DVC decides what is made again; everything else is up to date.
     DECIDED = TAKEN in os.environ
     if workflow.is_main_process and not DECIDED:
         for study in STUDIES.values():
@@ -63,7 +62,7 @@ wildcard_constraints:
 
 
 def job_of(wildcards) -> Job:
-    """The study of a job, and its student if it has one."""
+    """Return the Job of a rule's wildcards. Raises WorkflowError for an unknown study, student or seed."""
     study = STUDIES.get(wildcards.study)
     if study is None:
         raise WorkflowError(
@@ -80,13 +79,13 @@ def job_of(wildcards) -> Job:
 
 
 def inputs(stage: str):
-    """Input function: what the graph says that a job of the stage needs, its downloads, and the mark that makes it run
-    again when its settings or its code are others."""
+    """Return an input function: the files that the graph lists for a job of the stage, its downloads, and the mark that
+    makes it run again when its settings or code change."""
 
     def needed(wildcards):
         job = job_of(wildcards)
         settled = graph.settled(stage, job)
-        # Results of earlier versions have the table, and no calibration.passed.
+        # The gate is the calibration's table, because results of earlier versions have no calibration.passed.
         files = [*graph.needed(stage, job, job.of().scores), *map(resource_path, graph.fetched(stage, job))]
         marks = [] if DECIDED else [str(due_mark(stage, job))]
         return [ancient(str(path)) if DECIDED or path in settled else str(path) for path in files] + marks
@@ -94,14 +93,12 @@ def inputs(stage: str):
     return needed
 
 
-def made_by(stage: str) -> dict:
-    """The parameters of a rule: the words of its command."""
-    return {
-        "verb": lambda w: graph.verb_of(stage, job_of(w)),
-    }
+def verb(stage: str):
+    """Return a params function: the verb of a job of the stage, with its options."""
+    return lambda wildcards: graph.verb_of(stage, job_of(wildcards))
 
 
 def environment(wildcards) -> str | None:
-    """With `--sdm conda`, the environment that environment.yml made; without, the one that runs Snakemake."""
+    """Return the environment that environment.yml makes with `--sdm conda`, None (that of Snakemake) without."""
     wanted = DeploymentMethod.CONDA in workflow.deployment_settings.deployment_method
     return "consistency-distillation" if wanted else None

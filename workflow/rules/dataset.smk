@@ -15,4 +15,4 @@ use rule coefficients as dataset with:
         mem_mb=4000,
         runtime=720,
     params:
-        **made_by("dataset"),
+        verb=verb("dataset"),

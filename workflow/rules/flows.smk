@@ -1,4 +1,4 @@
-# The denoisers of the couplings are trained here, and go on from state/ where a job ended before them.
+# The couplings' denoisers are trained here and resume from state/.
 rule flows:
     input:
         inputs("flows"),
@@ -19,8 +19,6 @@ rule flows:
         mem_mb=16000,
         runtime=1440,
         gpu=0,
-    params:
-        **made_by("flows"),
     shell:
         "python -m consistency flows --study config/studies/{wildcards.study}.yaml --threads {threads}"
         " --job-minutes {resources.runtime} 2>&1 | tee -i {log}"

@@ -2,11 +2,7 @@ rule report:
     input:
         inputs("report"),
     output:
-        report(
-            "results/{study}/report/report.html",
-            caption="../report/report.rst",
-            category="{study}",
-        ),
+        report("results/{study}/report/report.html", caption="../report/report.rst", category="{study}"),
         report(
             directory("results/{study}/report/figures"),
             patterns=["{figure}.png"],
@@ -30,7 +26,5 @@ rule report:
     resources:
         mem_mb=4000,
         runtime=60,
-    params:
-        **made_by("report"),
     shell:
         "python -m consistency report --study config/studies/{wildcards.study}.yaml 2>&1 | tee -i {log}"

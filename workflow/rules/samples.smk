@@ -1,4 +1,4 @@
-# What was drawn lies under state/ until all is done: an interrupted job goes on where it stopped.
+# Images lie under state/ until all are drawn, so that an interrupted job resumes.
 use rule teacher as teacher_samples with:
     input:
         inputs("samples"),
@@ -10,7 +10,7 @@ use rule teacher as teacher_samples with:
     benchmark:
         "logs/{study}/samples/teacher.tsv"
     params:
-        **made_by("samples"),
+        verb=verb("samples"),
 
 
 use rule teacher as samples with:
@@ -23,4 +23,4 @@ use rule teacher as samples with:
     benchmark:
         "logs/{study}/samples/{student}-seed{seed}.tsv"
     params:
-        **made_by("samples"),
+        verb=verb("samples"),

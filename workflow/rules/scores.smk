@@ -8,10 +8,10 @@ use rule coefficients as extractor with:
     benchmark:
         "logs/{study}/extractor.tsv"
     params:
-        **made_by("extractor"),
+        verb=verb("extractor"),
 
 
-# Before any student is scored: what the same measure says of the data itself and of the teacher.
+# Scores data against data and the teacher against data, before any student is trained or scored.
 use rule coefficients as calibration with:
     input:
         inputs("scores"),
@@ -25,7 +25,7 @@ use rule coefficients as calibration with:
     benchmark:
         "logs/{study}/calibration.tsv"
     params:
-        **made_by("scores"),
+        verb=verb("scores"),
 
 
 use rule coefficients as scores with:
@@ -43,4 +43,4 @@ use rule coefficients as scores with:
         runtime=1440,
         gpu=0,
     params:
-        **made_by("scores"),
+        verb=verb("scores"),

@@ -1,5 +1,5 @@
-# No student is trained on a teacher that fails the calibration, nor again because the teacher was measured again.
-# The resumable state lies under state/, undeclared: Snakemake deletes declared outputs before it runs a job again.
+# A student needs a teacher that passed the calibration, but is not trained again when the teacher is scored again.
+# The resumable state lies under state/, undeclared: Snakemake deletes declared outputs before it reruns a job.
 use rule teacher as student with:
     input:
         inputs("student"),
@@ -13,4 +13,4 @@ use rule teacher as student with:
     benchmark:
         "logs/{study}/student/{student}-seed{seed}.tsv"
     params:
-        **made_by("student"),
+        verb=verb("student"),

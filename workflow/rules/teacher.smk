@@ -1,4 +1,4 @@
-# student, teacher_samples and samples take from it what they do not say themselves.
+# student, teacher_samples and samples inherit from this rule.
 rule teacher:
     input:
         inputs("teacher"),
@@ -19,7 +19,7 @@ rule teacher:
         gres="",
         nodes=1,
     params:
-        **made_by("teacher"),
+        verb=verb("teacher"),
     shell:
         "python -m consistency {params.verb} --study config/studies/{wildcards.study}.yaml"
         " --threads {threads} --processes {resources.gpu} --gres '{resources.gres}'"

@@ -1,22 +1,18 @@
-"""Arrays and tables as files: written completely or not at all, read with one clear error."""
+"""Arrays and tables as files: written atomically, read with one clear error."""
 
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
-from zipfile import BadZipFile
 
 import numpy as np
 
-from consistency.base.errors import UserError
-from consistency.base.files import atomic, require_output
+from consistency.base.files import atomic, reading
 
 
 def read_array(path: Path, verb: str) -> np.ndarray[Any, Any]:
-    """Open a memory-mapped .npy file. Raises UserError, naming the verb that makes it, if it is missing or damaged."""
-    try:
-        array: np.ndarray[Any, Any] = np.load(require_output(path, verb), mmap_mode="r")
-    except (OSError, ValueError, EOFError) as error:
-        raise UserError(f"{path} is damaged ({error}): run `{verb}` again") from None
+    """Open a memory-mapped .npy file. Raises UserError as `reading` does."""
+    with reading(path, verb):
+        array: np.ndarray[Any, Any] = np.load(path, mmap_mode="r")
     return array
 
 
@@ -31,14 +27,12 @@ def write_table(path: Path, rows: list[dict[str, Any]], columns: list[str]) -> N
 
 
 def read_arrays(path: Path, verb: str, *names: str) -> dict[str, np.ndarray[Any, Any]]:
-    """Read the arrays of a .npz file, which must include these names. Raises UserError as `read_array` does."""
-    try:
-        with np.load(require_output(path, verb)) as arrays:
+    """Read the arrays of a .npz file, which must include these names. Raises UserError as `reading` does."""
+    with reading(path, verb):
+        with np.load(path) as arrays:
             found = dict(arrays)
         if missing := set(names) - found.keys():
             raise ValueError(f"it has no array {min(missing)}")
-    except (OSError, ValueError, EOFError, BadZipFile) as error:
-        raise UserError(f"{path} is damaged ({error}): run `{verb}` again") from None
     return found
 
 

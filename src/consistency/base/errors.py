@@ -1,11 +1,11 @@
-"""The error type whose message is shown to the user."""
+"""Errors that the user can fix, and spelling suggestions for them."""
 
 import difflib
 from collections.abc import Iterable
 
 
 class UserError(Exception):
-    """An error that the user can fix. The message is one line that says what to change; the exit code is 2."""
+    """Error that the user can fix. The message is one line that says what to change; the exit code is 2."""
 
 
 def suggestion(word: object, known: Iterable[str]) -> str:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 from consistency.base.errors import UserError
 
@@ -29,11 +30,11 @@ def atomic(path: Path) -> Iterator[Path]:
         temporary.replace(path)
     except OSError as error:
         raise UserError(
-            f"cannot write {path}: {error.strerror or error}. What was there before is untouched; "
-            "make room (or mend the permission) and run the same command again"
+            f"cannot write {path}: {error.strerror or error}. Its previous version is untouched; "
+            "free disk space (or fix the permission) and run the same command again"
         ) from None
     finally:
-        # Whatever prevents this also made the write fail, and the user must see that error.
+        # If the removal fails too, the user must see the error of the write.
         with suppress(OSError):
             temporary.unlink()
 
@@ -56,32 +57,36 @@ def require_output(path: Path, verb: str) -> Path:
     return path
 
 
-def read_json(path: Path, made_by: str) -> Any:
-    """Read JSON. made_by names the verb that writes it, for the error."""
+@contextmanager
+def reading(path: Path, verb: str) -> Iterator[None]:
+    """Raise UserError, naming the verb that makes it, if a stage's output is missing or the block cannot read it."""
+    require_output(path, verb)
     try:
-        return json.loads(require_output(path, made_by).read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} is damaged ({error}): delete it and run `{made_by}` again") from None
+        yield
+    except (OSError, ValueError, EOFError, BadZipFile) as error:
+        raise UserError(f"{path} is damaged ({error}): delete it and run `{verb}` again") from None
 
 
-def read_lines(path: Path, made_by: str) -> list[str]:
-    """Read the lines of a text file. made_by names the verb that writes it, for the error."""
-    try:
+def read_json(path: Path, verb: str) -> Any:
+    """Read JSON. Raises UserError as `reading` does."""
+    with reading(path, verb):
+        return json.loads(path.read_text())
+
+
+def read_lines(path: Path, verb: str) -> list[str]:
+    """Read the lines of a text file. Raises UserError as `reading` does."""
+    with reading(path, verb):
         return path.read_text().splitlines()
-    except OSError as error:
-        raise UserError(f"cannot read {path} ({error.strerror}): run `python -m consistency {made_by}` first") from None
 
 
-def read_history(path: Path, made_by: str) -> list[dict[str, Any]]:
-    """Read a training's history.jsonl; empty for a teacher not trained here. made_by names the verb, for the error."""
-    try:
-        return [json.loads(line) for line in read_lines(path, made_by)]
-    except ValueError as error:
-        raise UserError(f"{path} is damaged ({error}): delete it and run `{made_by}` again") from None
+def read_history(path: Path, verb: str) -> list[dict[str, Any]]:
+    """Read a training's history.jsonl; empty for a teacher not trained here. Raises UserError as `reading` does."""
+    with reading(path, verb):
+        return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 def sha256(path: Path) -> str:
-    """Return the hex digest of a file, read in pieces."""
+    """Return a file's hex digest; it is read in chunks."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -95,18 +100,17 @@ def write_with(path: Path, writer: Callable[[Path], None]) -> None:
             raise
         except Exception as error:
             # safetensors and torch's zip writer wrap the system's error in their own.
-            number = re.search(r"\(os error (\d+)\)", str(error))
-            if number:
-                raise OSError(int(number[1]), os.strerror(int(number[1]))) from error
-            if "unexpected pos" in str(error):
-                raise OSError(errno.ENOSPC, "No space left on device") from error
-            raise
+            found = re.search(r"\(os error (\d+)\)|unexpected pos", str(error))
+            if found is None:
+                raise
+            number = int(found[1] or errno.ENOSPC)
+            raise OSError(number, os.strerror(number)) from error
 
 
 def link_file(source: Path, target: Path) -> None:
-    """Place a finished file of the state among the results: a hard link, or a copy on another disk.
+    """Publish a file of the state among the results, as a hard link or, on another disk, as a copy.
 
-    The state keeps it too, so that nothing is lost if Snakemake deletes the output of an interrupted job.
+    It stays in the state, so nothing is lost if Snakemake deletes the output of an interrupted job.
     """
     with atomic(target) as temporary:
         try:

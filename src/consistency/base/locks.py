@@ -17,15 +17,15 @@ PATIENCE = 60.0  # seconds for a process whose workflow was killed to notice and
 
 @contextmanager
 def held(path: Path, doing: str, patience: float = math.inf, advice: str = "", quiet: bool = False) -> Iterator[None]:
-    """Hold a file's lock, which is released however its process ends; the file stays.
+    """Hold a file lock. The operating system releases it however the process ends; the file stays.
 
-    doing: the other process's activity, such as 'is working in FOLDER', for the messages; patience: seconds to wait for
-    it; advice: the end of the error if the file cannot be written; quiet: wait without a message. Raises UserError.
+    doing: activity of another holder for the messages, such as 'is working in FOLDER'; patience: seconds to wait for
+    it; advice: end of the error if the file cannot be written; quiet: wait without a message. Raises UserError.
     """
     lock, deadline, told = FileLock(path, fallback_to_soft=False), time.monotonic() + patience, False
     try:
         while True:
-            # No such file: the previous holder has just removed the lock or the folder.
+            # FileNotFoundError: the previous holder has just removed the lock or the folder.
             with suppress(Timeout, FileNotFoundError):
                 lock.acquire(blocking=False)
                 break
@@ -40,8 +40,8 @@ def held(path: Path, doing: str, patience: float = math.inf, advice: str = "", q
         if error.filename is not None:
             raise UserError(f"cannot write {path}: {error.strerror or error}{advice}") from None
         raise UserError(
-            f"the disk of {path} has no file locks ({error.strerror}), without which two runs could damage one result: "
-            "have it mounted with them (Lustre: -o flock), or work on another disk"
+            f"the disk of {path} does not support file locks ({error.strerror}), which keep two runs out of one "
+            "result: mount it with them (Lustre: -o flock), or work on another disk"
         ) from None
     try:
         with suppress(OSError):  # A full disk is reported by the block's own writes.
@@ -54,14 +54,14 @@ def held(path: Path, doing: str, patience: float = math.inf, advice: str = "", q
 @contextmanager
 def only_one(folder: Path, doing: str) -> Iterator[None]:
     """Hold the folder's lock, so that two runs cannot write into it. The end of the block removes the lock, and the
-    folder too if it is empty. Otherwise as `held`."""
+    folder if it is empty. Otherwise as `held`."""
     path = folder / "lock"
-    with held(path, f"{doing} in {folder}", PATIENCE, "; mend the permission or choose another --state"):
+    with held(path, f"{doing} in {folder}", PATIENCE, "; fix the permission or choose another --state"):
         try:
             yield
         finally:
             path.unlink(missing_ok=True)
-            # Not empty: it holds a state to resume from, or the next process has arrived.
+            # A folder that is not empty holds a state to resume from, or the next process's lock.
             with suppress(OSError):
                 folder.rmdir()
 

@@ -19,9 +19,9 @@ def generator(seed: int, purpose: str, index: int = 0, device: torch.device | st
 
 
 class ImageNoise:
-    """Latents, labels and fresh noise of images from their seeds alone: image i comes from seed i.
+    """Latents, labels and fresh noise of images; image i depends on seed i alone.
 
-    Drawn on the CPU image by image, so that neither the batch size nor the device changes them.
+    They are drawn on the CPU image by image, so neither the batch size nor the device changes them.
     """
 
     def __init__(self, seeds: Sequence[int], shape: tuple[int, int, int], label_dim: int = 0) -> None:

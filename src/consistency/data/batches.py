@@ -1,4 +1,4 @@
-"""Batches of a training, drawn by step and gathered ahead of the device."""
+"""Training batches, drawn by step and gathered in advance."""
 
 from concurrent.futures import Future, ThreadPoolExecutor
 
@@ -11,12 +11,11 @@ from consistency.data.prepared import ImageData, to_signed
 
 
 class Batches:
-    """The batches of a training, drawn with replacement: those of step k depend on (seed, purpose, k) alone.
+    """Batches drawn with replacement; the batch of step k depends on (seed, purpose, k) alone.
 
-    count: images of the whole batch; share: this process's rows of it; flip: mirror each image with probability 1/2;
-    on_device: keep the dataset in the device's memory (None: on a GPU, if it takes less than a sixteenth of it).
-    Otherwise a thread gathers the next batches into pinned memory while the device computes; conversion to float and
-    the flip are always the device's work.
+    count: images in the global batch; share: this process's rows of it; flip: mirror each image with probability 1/2;
+    on_device: keep the dataset in the device's memory (None: on a GPU, if it takes less than 1/16 of it). Otherwise a
+    thread gathers the next batches into pinned memory while the device computes. The device converts and flips.
     """
 
     def __init__(
@@ -54,7 +53,7 @@ class Batches:
         return images, labels
 
     def _gather(self, step: int) -> "_Gathered":
-        """Gather (images uint8 or their rows, labels, mask of mirrored images) on the CPU."""
+        """Gather on the CPU: images (uint8, or rows of those on the device), labels and mask of mirrored images."""
         draws = generator(self._seed, f"{self._purpose} batch", step)
         rows = torch.randint(len(self.data), (self.count,), generator=draws)[self.share]
         mirror = (torch.rand(self.count, generator=draws) < 0.5)[self.share]
@@ -62,7 +61,7 @@ class Batches:
         labels = torch.from_numpy(self.data.labels[rows.numpy()])
         if self.device.type == "cpu":
             return source, labels, mirror
-        # Only copies from pinned memory overlap with the GPU's work.
+        # Only copies from pinned memory overlap with computation.
         return source.pin_memory(), labels.pin_memory(), mirror.pin_memory()
 
 
@@ -71,7 +70,7 @@ _Gathered = tuple[Tensor, Tensor, Tensor]
 
 
 def _copied(images: np.ndarray, device: torch.device) -> Tensor:
-    """Copy all images to the device, in pieces: the host never holds more than one."""
+    """Copy all images to the device in chunks, to bound the host's memory."""
     copy = torch.empty(images.shape, dtype=torch.uint8, device=device)
     for start in range(0, len(images), 8192):
         copy[start : start + 8192] = torch.from_numpy(np.array(images[start : start + 8192])).to(device)

@@ -1,5 +1,4 @@
-"""Containers of numbered files: a folder, a zip or a tar of tars. Each has an index of flat arrays and can be read at
-random by any number of threads."""
+"""Containers of numbered files: a folder, a zip or a tar of tars. Any number of threads can read one at random."""
 
 import hashlib
 import os
@@ -20,12 +19,12 @@ from consistency.base.progress import track
 Array = np.ndarray
 
 SUFFIXES = (b".png", b".jpg", b".jpeg")
-_LARGEST = 1 << 28  # bytes of a file in an archive; anything larger is no image
+_LARGEST = 1 << 28  # bytes of a file in an archive; anything larger is not an image
 
 
 @dataclass(frozen=True)
 class Container(ABC):
-    """Numbered files. path: of the folder or archive; members: structured [N], `name` and the fields of its kind."""
+    """Numbered files. path: folder or archive; members: structured [N], `name` and the fields of the subclass."""
 
     path: Path
     members: Array
@@ -37,8 +36,8 @@ class Container(ABC):
 
     @property
     def identity(self) -> bytes:
-        """A digest that changes when files come, go or (in an archive) change."""
-        # The whole width of a name is hashed, which another set of names may change: then their digest changes too.
+        """Digest that changes when files are added, removed or (in an archive) changed."""
+        # The padding of the names counts too; its width follows from the longest name.
         return hashlib.sha256(self.members.tobytes()).digest()
 
     def pick(self, rows: Array) -> Self:
@@ -69,7 +68,7 @@ class Folder(Container):
         try:
             return self._file(row).read_bytes()
         except OSError as error:
-            raise UserError(f"cannot read {self.where(row)} ({error.strerror}): mend or remove it") from None
+            raise UserError(f"cannot read {self.where(row)} ({error.strerror}): repair or remove it") from None
 
     def _file(self, row: int) -> Path:
         return self.path / os.fsdecode(bytes(self.names[row]))
@@ -87,10 +86,10 @@ class Zip(Container):
             if size > _LARGEST:
                 raise ValueError(f"it has {size} bytes")
             with self.archive.open(name.decode()) as file:
-                # No more than the declared size, so that a zip bomb is detected, not unpacked.
+                # At most the declared size, so that a zip bomb is detected and not unpacked.
                 return file.read(size)
         except (OSError, ValueError, RuntimeError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-            raise UserError(f"{self.where(row)} is damaged ({error}): get the zip again, or make it again") from None
+            raise UserError(f"{self.where(row)} is damaged ({error}): download or make the zip again") from None
 
 
 @dataclass(frozen=True)
@@ -104,14 +103,14 @@ class Tar(Container):
         try:
             content = os.pread(self.file, min(size, _LARGEST), offset)
         except OSError as error:
-            raise UserError(f"cannot read {self.where(row)}: {error.strerror}") from None
+            raise UserError(f"cannot read {self.where(row)} ({error.strerror}): download the tar again") from None
         if len(content) != size:
-            raise UserError(f"{self.where(row)} is cut off: get the tar again")
+            raise UserError(f"{self.where(row)} is truncated: download the tar again")
         return content
 
 
 def shown(name: bytes | str) -> str:
-    """Return a file name as shown in a one-line message."""
+    """Return a file name as printable text for a one-line message."""
     text = os.fsdecode(bytes(name)) if isinstance(name, bytes) else name
     return "".join(letter if letter.isprintable() else "?" for letter in text)
 
@@ -127,11 +126,11 @@ def open_folder(root: Path, names: Iterable[bytes]) -> Folder:
 
 
 def images_below(folder: Path) -> list[bytes]:
-    """List the images in a folder and its subfolders by their relative paths, in no order. Raises UserError."""
+    """List the relative paths of the images below a folder, unordered. Raises UserError if a folder is unreadable."""
     root, found = os.fsencode(folder), []
 
     def fail(error: OSError) -> None:
-        raise UserError(f"cannot look into the folder {shown(error.filename)}: {error.strerror}")
+        raise UserError(f"cannot read the folder {shown(error.filename)} ({error.strerror}): fix its permission")
 
     for place, _, files in os.walk(root, onerror=fail):
         below = os.path.relpath(place, root)
@@ -147,27 +146,25 @@ def open_zip(path: Path) -> Zip:
         rows = [(info.filename.encode(), info.file_size, info.CRC) for info in files]
         members = _table(rows, [("size", np.int64), ("crc", np.uint32)])
     except (zipfile.BadZipFile, OSError, NotImplementedError, ValueError, OverflowError) as error:
-        raise UserError(f"{path} is not a whole zip file ({error}): get it again") from None
+        raise UserError(f"{path} is not a whole zip file ({error}): download it again") from None
     members.sort(order="name")
-    twice = np.flatnonzero(members["name"][1:] == members["name"][:-1])
+    twice = members["name"][1:][members["name"][1:] == members["name"][:-1]]
     if len(twice):
-        raise UserError(f"{path} has {shown(members['name'][twice[0]])} twice: make the zip again")
+        raise UserError(f"{path} has {shown(twice[0])} twice: make the zip again")
     return Zip(path, members, archive)
 
 
 def open_tar_of_tars(path: Path, label: str) -> Tar:
     """Open the images in the tars inside a tar, sorted and named <name of the inner tar>/<name in it>.
 
-    Makes one pass over the headers and reads no content. Raises UserError for a truncated or compressed tar.
+    Reads the headers once, and no content. Raises UserError for a truncated or compressed tar.
     """
-    tables = []
     try:
         with tarfile.open(path, "r:") as outer:
             parts = [part for part in outer.getmembers() if part.isreg() and part.name.endswith(".tar")]
-            for part in track(label)(parts):
-                tables.append(_inner(outer, part))
+            tables = [_inner(outer, part) for part in track(label)(parts)]
     except (tarfile.TarError, EOFError, OSError, ValueError, OverflowError) as error:
-        raise UserError(f"{path} is not a whole, uncompressed tar of tars ({error}): get it again") from None
+        raise UserError(f"{path} is not a whole, uncompressed tar of tars ({error}): download it again") from None
     members = np.concatenate([_table([], _PLACE), *tables])
     members.sort(order="name")
     return Tar(path, members, os.open(path, os.O_RDONLY | os.O_CLOEXEC))
@@ -177,7 +174,7 @@ _PLACE = [("offset", np.int64), ("size", np.int64)]
 
 
 def _inner(outer: tarfile.TarFile, part: tarfile.TarInfo) -> Array:
-    """Return the images of an inner tar with their offsets in the outer one."""
+    """Return the images of an inner tar, with their offsets in the outer tar."""
     folder, start, rows = Path(part.name).stem, part.offset_data, []
     with tarfile.open(fileobj=outer.extractfile(part), mode="r:") as inner:
         for member in inner:

@@ -1,4 +1,4 @@
-"""The prepared dataset: a memory-mapped array that any number of processes read without copying it."""
+"""The prepared dataset, memory-mapped so that any number of processes share one copy."""
 
 import mmap
 from dataclasses import dataclass
@@ -9,13 +9,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from consistency.base.arrays import read_array
 from consistency.base.errors import UserError
 from consistency.base.files import read_json
 
 
 @dataclass(frozen=True)
 class ImageData:
-    """The dataset stage's output. images: uint8 [N, H, W, C], memory-mapped; labels: int64 [N]."""
+    """Output of the dataset stage. images: uint8 [N, H, W, C], memory-mapped; labels: int64 [N]."""
 
     images: np.ndarray
     labels: np.ndarray
@@ -47,20 +48,17 @@ def to_signed(images: Tensor) -> Tensor:
 
 
 def to_bytes(images: Tensor) -> np.ndarray:
-    """Convert float NCHW in [-1, 1] to uint8 NHWC with EDM's rounding (x 127.5 + 128, truncated)."""
+    """Convert float NCHW in [-1, 1] to uint8 NHWC, rounded as in EDM: 127.5 x + 128, truncated."""
     return (images * 127.5 + 128).clip(0, 255).to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
 
 
 def load_images(folder: Path) -> ImageData:
-    """Open the dataset in a folder. Raises UserError when a file is missing or damaged."""
+    """Open the dataset in a folder. Raises UserError if a file is missing, damaged or does not fit the others."""
     facts = read_json(folder / "dataset.json", "dataset")
-    try:
-        images = np.load(folder / "images.npy", mmap_mode="r")
-        labels = np.load(folder / "labels.npy")
-        # Rows are drawn at random: read-ahead (megabytes, on some machines) would fill the memory with unused ones.
-        images.base.madvise(mmap.MADV_RANDOM)
-    except (OSError, ValueError, EOFError) as error:
-        raise UserError(f"the dataset in {folder} is damaged ({error}): run `dataset` again") from None
+    images: Any = read_array(folder / "images.npy", "dataset")
+    labels = np.array(read_array(folder / "labels.npy", "dataset"))
+    # Rows are drawn at random, so read-ahead (megabytes, on some machines) would fill the memory with unused rows.
+    images.base.madvise(mmap.MADV_RANDOM)
     if images.dtype != np.uint8 or images.ndim != 4 or len(images) != facts.get("count") or len(labels) != len(images):
         raise UserError(f"the dataset in {folder} does not match its dataset.json: run `dataset` again")
     return ImageData(images, labels, facts)

@@ -1,6 +1,6 @@
-"""Downloads: a registry of files with their sources and digests. Each digest is checked before use.
+"""Downloads: a registry of files with their sources and digests.
 
-Digests are checked at every use and not cached: sha256 reads 1 GB/s, and no file here is larger than about that.
+The digest is checked at every use and not cached: sha256 reads 1 GB/s, and no file here is much larger.
 """
 
 import re
@@ -19,11 +19,11 @@ from consistency.config.explain import explain
 from consistency.config.fields import Section
 from consistency.config.reading import parse_yaml
 
-# Relative to the project's root, where every command runs.
+# relative to the project's root, where every command runs
 REGISTRY = Path("config/resources.yaml")
 RECORDED = Path("config/resources.lock")
 FOLDER = Path("resources")
-# Opened by the stages, beside official teachers.
+# opened by the stages, beside official teachers
 INCEPTION = "inception-2015-12-05.pt"
 
 Text = Annotated[str, Field(min_length=1)]
@@ -77,17 +77,16 @@ def resource_path(name: str) -> Path:
 def fetch(name: str) -> Path:
     """Download a resource unless it is there with the right digest. Waits for another process that fetches it.
 
-    Without a published sha256, that of the first download is recorded in config/resources.lock. Raises UserError if the
-    file cannot be downloaded or is not the right one.
+    If no sha256 is published, that of the first download is recorded in config/resources.lock. Raises UserError if the
+    file cannot be downloaded or has another digest.
     """
     resource, path = find(name), resource_path(name)
     with held(path.with_name(f".{name}.lock"), f"is fetching {name}"):
         if path.exists():
             fault = _fault(name, resource, path)
+            print(f"{path} {fault}: downloading it again" if fault else f"{path} is there already", flush=True)
             if fault is None:
-                print(f"{path} is there already", flush=True)
                 return path
-            print(f"{path} {fault}: fetching it again", flush=True)
         for stale in FOLDER.glob(f".{name}.*.tmp"):  # left by a killed process
             stale.unlink()
         with atomic(path) as part:
@@ -99,10 +98,10 @@ def fetch(name: str) -> Path:
 
 
 def open_resource(name: str) -> Path:
-    """Check the digest of a resource and return its path; nothing is downloaded.
+    """Check the digest of a resource and return its path. Downloads nothing.
 
-    A file placed by hand and without a published digest is recorded like a first download. Raises UserError that says
-    how to get the file if it is missing or not the right one.
+    Without a published digest, that of a file placed by hand is recorded like a first download's. Raises UserError,
+    saying how to get the file, if it is missing or has another digest.
     """
     resource, path = find(name), resource_path(name)
     if fault := _fault(name, resource, path) if path.is_file() else "is missing":
@@ -112,38 +111,34 @@ def open_resource(name: str) -> Path:
 
 
 def fetch_all(names: list[str]) -> None:
-    """Download those resources once all names are known; without a name, print which are there."""
+    """Download those resources, if the registry has them all; without a name, print the state of every resource."""
     for name in names:
         find(name)
     for name in names:
         fetch(name)
-    if not names:
-        print_states()
-
-
-def print_states() -> None:
-    """Print for each resource whether it is there, missing or damaged."""
-    resources = registry()
-    for name, resource in resources.items():
+    if names:
+        return
+    known = registry()
+    for name, resource in known.items():
         path, state = resource_path(name), "missing"
         if path.is_file():
             there = "there" if _known(name, resource) else "there; its digest is recorded at its first use"
             state = f"damaged: {fault}" if (fault := _fault(name, resource, path, record=False)) else there
-        print(f"{name:{max(map(len, resources))}}  {state}")
+        print(f"{name:{max(map(len, known))}}  {state}")
 
 
 def _download(name: str, resource: Resource, part: Path) -> None:
-    """Download the file in a few attempts. Raises UserError without a network, or if the server has no such file."""
+    """Download the file in a few attempts. Raises UserError if the last one fails or another would fail too."""
     from pooch import HTTPDownloader
     from requests import RequestException
 
-    # A file that is decompressed in transit has another digest.
+    # The digest is that of the file without a transfer encoding.
     options = {"timeout": _TIMEOUT, "headers": {"Accept-Encoding": "identity"}}
     for pause in (*_PAUSES, None):
         try:
             with Progress(f"download {name}", resource.size or 0, unit="B", unit_scale=True) as progress:
                 return HTTPDownloader(progress, _CHUNK, **options)(resource.url, str(part), None)
-        except (RequestException, ValueError) as error:  # the second: no such address or header
+        except (RequestException, ValueError) as error:  # ValueError: an invalid address or header
             reason, passing = _reason(error)
         if pause is None or not passing:
             problem = f"cannot download {resource.url} ({reason}). Run the same command again, or"
@@ -153,20 +148,20 @@ def _download(name: str, resource: Resource, part: Path) -> None:
 
 
 def _reason(error: Exception) -> tuple[str, bool]:
-    """Return the reason in one line, and whether another attempt may succeed."""
+    """Return the reason in one line, and True if another attempt may succeed."""
     response = getattr(error, "response", None)
     if response is not None:
         return f"HTTP {response.status_code} {response.reason}", response.status_code in _PASSING
     cause = error.args[0] if error.args else error
-    # Without a connection, urllib3's error has a reason: no network, or no such server.
+    # urllib3's error has a reason if there was no connection: no network, or no such server.
     reason = getattr(cause, "reason", None)
     return " ".join(str(reason or cause).split()), reason is None and not isinstance(error, ValueError)
 
 
 def _error(name: str, resource: Resource, problem: str) -> UserError:
-    """Build the error of a missing file, without the user and password of its address."""
+    """Build the error for a missing or wrong file, without the user and password of its address."""
     known = _known(name, resource)
-    digest = f"sha256 {known}" if known else f"its sha256 is not published: the first one's goes to {RECORDED}"
+    digest = f"sha256 {known}" if known else f"no sha256 is published; that of the first file goes to {RECORDED}"
     message = f"{problem} put the file ({digest}) at {resource_path(name)} by hand"
     return UserError(re.sub(r"//[^/\s]*@", "//", message))
 
@@ -180,12 +175,12 @@ def _known(name: str, resource: Resource) -> str | None:
 
 
 def known_sha256(name: str) -> str:
-    """Return the sha256 of a resource that was opened: the one it was checked against, or its own if there is none."""
+    """Return the sha256 that a resource was checked against, or its own if there is none."""
     return _known(name, find(name)) or sha256(resource_path(name))
 
 
 def _fault(name: str, resource: Resource, path: Path, record: bool = True) -> str | None:
-    """Return the fault of a file, or None; record: keep the digest of a good one that has no published digest."""
+    """Return a file's fault, or None. record: record the digest of a good file without a known one."""
     with path.open("rb") as file:
         start = file.read(100).lstrip().lower()
     if not start or start.startswith((b"<!doctype html", b"<html")):
@@ -201,13 +196,13 @@ def _fault(name: str, resource: Resource, path: Path, record: bool = True) -> st
 
 
 def recorded() -> dict[str, str]:
-    """Read the digests of first downloads, by file name. Raises UserError if the lock file is damaged."""
+    """Read the recorded digests by file name. Raises UserError if config/resources.lock is damaged."""
     text = RECORDED.read_text(errors="replace") if RECORDED.exists() else ""
     digests: dict[str, str] = {}
     for number, line in enumerate(text.splitlines(), 1):
         entry = re.fullmatch(r"([0-9a-f]{64})  (\S+)|#.*|\s*", line)
         if entry is None or entry[2] in digests:
-            raise UserError(f"{RECORDED}, line {number}: not one `<sha256>  <file name>` a file; mend or remove it")
+            raise UserError(f"{RECORDED}, line {number}: not one `<sha256>  <file name>` per file; fix or remove it")
         if entry[2]:
             digests[entry[2]] = entry[1]
     return digests
@@ -224,10 +219,10 @@ def _record(name: str, digest: str | None) -> None:
         lines = [f"{digests[known]}  {known}\n" for known in sorted(digests)]
         write_bytes(RECORDED, (_HEADER + "".join(lines)).encode())
     done = f"recorded sha256 {digest} of {name}, the first one seen; commit that file"
-    print(f"{RECORDED}: {done if digest else f'took back the sha256 of {name}'}", flush=True)
+    print(f"{RECORDED}: {done if digest else f'removed the sha256 of {name}'}", flush=True)
 
 
 def forget(name: str) -> None:
-    """Remove the digest of a wrong file, so that the right one is not refused."""
+    """Remove the recorded digest of a wrong file, so that the right one is not refused."""
     if name in recorded():
         _record(name, None)

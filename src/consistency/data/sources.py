@@ -1,4 +1,4 @@
-"""The datasets of a study: their images, order and classes."""
+"""Datasets: their images, order and classes."""
 
 import hashlib
 import json
@@ -24,15 +24,15 @@ from consistency.data.containers import Container, images_below, open_folder, op
 from consistency.data.resources import open_resource
 
 Array = np.ndarray
-Fit = Callable[[Image.Image, str, Dataset], Array]
+Fit = Callable[[Image.Image, str, Dataset], Image.Image]
 
 _CIFAR10_FOLDER = "cifar-10-batches-py"
 _CIFAR10_ARCHIVE = str(KINDS["cifar10"].download)
 _CIFAR10_PAGE = "https://www.cs.toronto.edu/~kriz/cifar.html"
-_BATCH_BYTES = 1 << 26  # more than any file of CIFAR-10 has
+_BATCH_BYTES = 1 << 26  # larger than any file of CIFAR-10
 _CELEBA_PAGE = "https://mmlab.ie.cuhk.edu.hk/projects/CelebA.html"
 _CELEBA_PARTITION = "list_eval_partition.txt"
-#: the splits of CelebA, in the order of their numbers in the partition, and their images
+#: CelebA's splits in the order of their numbers in the partition, with their image counts
 _CELEBA_SPLITS = {"train": 162_770, "valid": 19_867, "test": 19_962}
 _SYNSET = re.compile(r"n\d{8}")
 _MOST_CLASSES = 100_000
@@ -40,10 +40,10 @@ _MOST_CLASSES = 100_000
 
 @dataclass(frozen=True)
 class Source:
-    """Images in a fixed order, readable at random by any number of threads.
+    """Images in a fixed order; any number of threads can read them at random.
 
-    classes: their names; labels: int64 [N]; identity: hex digest that changes with the source; read(row): uint8
-    [R, R, C], raises UserError for an image that cannot be read.
+    classes: names; labels: int64 [N]; identity: hex digest that changes with the source; read(row): uint8 [R, R, C],
+    raises UserError for an unreadable image.
     """
 
     classes: list[str]
@@ -56,7 +56,7 @@ class Source:
 
 
 def open_source(settings: Dataset) -> Source:
-    """Open the images that a study names; with a limit, the first so many of each class. Raises UserError."""
+    """Open a study's images; with a limit, the first `limit` of each class. Raises UserError."""
     opened: Source = pkgutil.resolve_name(KINDS[settings.kind].source)(settings)
     if settings.limit is None:
         return opened
@@ -81,11 +81,12 @@ def _arrays(images: Array, labels: Array, classes: Iterable[str]) -> Source:
 
 
 def _files(container: Container, labels: Array, classes: list[str], fit: Fit, settings: Dataset) -> Source:
-    """Return a source of images that are decoded when they are read."""
+    """Return a source of image files, decoded when read."""
 
     def read(row: int) -> Array:
         where = container.where(row)
-        return fit(pictures.decode(container.read(row), where), where, settings)
+        square = fit(pictures.decode(container.read(row), where), where, settings)
+        return np.asarray(square).reshape(settings.resolution, settings.resolution, settings.channels)
 
     return Source(classes, labels, container.identity.hex(), read)
 
@@ -94,7 +95,7 @@ def _files(container: Container, labels: Array, classes: list[str], fit: Fit, se
 
 
 def digits(settings: Dataset) -> Source:
-    """Load the UCI optical digits: 17 grey levels, 0..16, spread over 0..255."""
+    """Load the UCI optical digits; their grey levels 0..16 are scaled to 0..255."""
     from sklearn.datasets import load_digits
 
     digits = load_digits()
@@ -103,7 +104,7 @@ def digits(settings: Dataset) -> Source:
 
 
 def cifar10(settings: Dataset) -> Source:
-    """Open CIFAR-10 from its python archive or folder, the training batches in their order."""
+    """Open CIFAR-10 from its python archive or folder, the training batches in order."""
     path = None if settings.path is None else Path(settings.path)
     if path is not None and path.is_dir():
         batches = path if (path / "data_batch_1").exists() else path / _CIFAR10_FOLDER
@@ -111,17 +112,17 @@ def cifar10(settings: Dataset) -> Source:
     if path is not None and not path.is_file():
         raise UserError(
             f"dataset.path: there is no {path}: put {_CIFAR10_ARCHIVE} of {_CIFAR10_PAGE} there, or its folder "
-            f"{_CIFAR10_FOLDER}; or remove dataset.path to have it downloaded"
+            f"{_CIFAR10_FOLDER}; or remove dataset.path to download it"
         )
     archive = path or open_resource(_CIFAR10_ARCHIVE)
     with TemporaryDirectory(prefix="cifar10-") as folder:
-        # A staged archive was checked against its sha256; any other is checked by torchvision's md5 of each file.
+        # open_resource has checked the sha256 of its archive; for any other, torchvision checks the md5 of each file.
         _unpack_cifar10(archive, Path(folder))
         return _read_cifar10(Path(folder) / _CIFAR10_FOLDER, settings, archive, vouched=path is None)
 
 
 def _unpack_cifar10(archive: Path, folder: Path) -> None:
-    """Unpack only the regular files that torchvision reads; all else in the archive, links included, is skipped."""
+    """Unpack only the regular files that torchvision reads; skip everything else, links included."""
     from torchvision.datasets import CIFAR10
 
     files = [*(name for name, _ in CIFAR10.train_list + CIFAR10.test_list), CIFAR10.meta["filename"]]
@@ -131,11 +132,11 @@ def _unpack_cifar10(archive: Path, folder: Path) -> None:
             members = (each for each in tar if each.name in wanted and each.isreg() and each.size <= _BATCH_BYTES)
             tar.extractall(folder, members, filter="data")
     except (tarfile.TarError, EOFError, OSError, zlib.error) as error:
-        raise UserError(f"{archive} cannot be unpacked ({error}): get it again from {_CIFAR10_PAGE}") from None
+        raise UserError(f"{archive} cannot be unpacked ({error}): download it again from {_CIFAR10_PAGE}") from None
 
 
 def _read_cifar10(batches: Path, settings: Dataset, given: Path, vouched: bool) -> Source:
-    """Read through torchvision, which unpickles: only files with its known md5, unless they are vouched for."""
+    """Read with torchvision, which unpickles: only files whose md5 it knows, unless they are vouched for."""
     from torchvision.datasets import CIFAR10
 
     attributes: dict[str, Any] = {"base_folder": batches.name}
@@ -148,8 +149,8 @@ def _read_cifar10(batches: Path, settings: Dataset, given: Path, vouched: bool) 
         data = here(batches.parent, train=settings.split == "train")
     except (RuntimeError, OSError, EOFError, KeyError, ValueError, pickle.UnpicklingError):
         raise UserError(
-            f"{given} does not hold the CIFAR-10 of {_CIFAR10_PAGE} (a file is missing or its md5 is another): "
-            f"get {_CIFAR10_ARCHIVE} again"
+            f"{given} does not hold the CIFAR-10 of {_CIFAR10_PAGE} (a file is missing or has another md5): "
+            f"download {_CIFAR10_ARCHIVE} again"
         ) from None
     return _arrays(data.data, np.array(data.targets), data.classes)
 
@@ -162,7 +163,7 @@ def image_folder(settings: Dataset) -> Source:
     root = Path(settings.path or "") / settings.split
     if not root.is_dir():
         raise UserError(
-            f"dataset.path: there is no folder {root} (it must hold one folder of images a class); "
+            f"dataset.path: there is no folder {root} (it must hold one folder of images per class); "
             "set dataset.path and dataset.split in the study"
         )
     classes = sorted(entry.name for entry in root.iterdir() if entry.is_dir())
@@ -178,7 +179,7 @@ def imagenet(settings: Dataset) -> Source:
     if not path.is_file():
         raise UserError(
             f"dataset.path: there is no {path}: put ILSVRC2012_img_train.tar of https://image-net.org there, or the "
-            "folder it unpacks to (one folder nXXXXXXXX a class)"
+            "folder it unpacks to (one folder nXXXXXXXX per class)"
         )
     tar = open_tar_of_tars(path, f"index of {path.name}")
     synsets = np.array([name.partition(b"/")[0].decode(errors="replace") for name in tar.names.tolist()], dtype="U")
@@ -192,31 +193,28 @@ def imagenet(settings: Dataset) -> Source:
 def _class_folders(root: Path, classes: list[str], settings: Dataset, empty: str) -> Source:
     """Open images in one folder per class: classes in the given order, images sorted by path."""
     names: list[bytes] = []
-    counts = []
-    for name in classes:
-        below = sorted(images_below(root / name), key=lambda path: path.split(b"/"))
-        # The limit is applied here, so that no more files are listed than needed.
-        names += [os.path.join(os.fsencode(name), path) for path in below[: settings.limit]]
-        counts.append(len(below[: settings.limit]))
+    labels: list[int] = []
+    for label, name in enumerate(classes):
+        # The limit is applied here too, to keep no more names than needed.
+        below = sorted(images_below(root / name), key=lambda path: path.split(b"/"))[: settings.limit]
+        names += [os.path.join(os.fsencode(name), path) for path in below]
+        labels += [label] * len(below)
     if not names:
         raise UserError(empty)
-    labels = np.repeat(np.arange(len(classes)), counts)
-    return _files(open_folder(root, names), labels, classes, pictures.crop_and_resize, settings)
+    return _files(open_folder(root, names), np.array(labels), classes, pictures.crop_and_resize, settings)
 
 
 def ffhq(settings: Dataset) -> Source:
     """Open FFHQ's aligned images, of one class: the folder or a zip of it, with the same result."""
-    path = Path(settings.path or "")
-    container = _folder_or_zip(
-        path, "FFHQ's images1024x1024 there (the folder, or a zip of it; https://github.com/NVlabs/ffhq-dataset)"
-    )
+    wanted = "FFHQ's images1024x1024 there (the folder, or a zip of it; https://github.com/NVlabs/ffhq-dataset)"
+    container = _folder_or_zip(Path(settings.path or ""), wanted)
     _rows_by_name(container, "images1024x1024 alone, without thumbnails")
     labels = np.zeros(len(container.names), np.int64)
     return _files(container, labels, ["ffhq"], pictures.resize, settings)
 
 
 def celeba(settings: Dataset) -> Source:
-    """Open CelebA's aligned images of a split, of one class, in the partition's order: a folder of them or a zip."""
+    """Open a split of CelebA's aligned images, of one class, in the partition's order: a folder or a zip."""
     path = Path(settings.path or "")
     container = _folder_or_zip(path, f"CelebA's img_align_celeba there (the folder, or its zip; {_CELEBA_PAGE})")
     partition = _celeba_partition(path)
@@ -226,46 +224,45 @@ def celeba(settings: Dataset) -> Source:
     if missing:
         raise UserError(
             f"{path} lacks {len(missing)} of the {len(wanted)} images that {partition} lists for {settings.split}, "
-            f"{shown(missing[0])} the first: get img_align_celeba.zip of {_CELEBA_PAGE} again"
+            f"first {shown(missing[0])}: download img_align_celeba.zip of {_CELEBA_PAGE} again"
         )
     chosen = container.pick(np.array([rows[name] for name in wanted]))
     return _files(chosen, np.zeros(len(wanted), np.int64), ["celeba"], pictures.shrink_and_crop, settings)
 
 
 def _celeba_partition(images: Path) -> Path:
-    """Find the partition: in the folder of the images, beside it or its zip, or at its place in the original tree."""
-    places = [images, images.parent, images.parent.parent / "Eval"]
-    for place in places:
+    """Find the partition: in the images' folder, beside it or its zip, or where the original tree has it."""
+    for place in (images, images.parent, images.parent.parent / "Eval"):
         if (place / _CELEBA_PARTITION).is_file():
             return place / _CELEBA_PARTITION
     raise UserError(
-        f"{_CELEBA_PARTITION}, which says what CelebA's splits are, is not in {images.parent}: put it beside "
+        f"{_CELEBA_PARTITION}, which defines CelebA's splits, is not in {images.parent}: put it beside "
         f"{images.name} (folder Eval of {_CELEBA_PAGE})"
     )
 
 
 def _celeba_names(partition: Path, split: str) -> list[bytes]:
-    """Return the images of a split from the partition's lines `000001.jpg 0`."""
+    """Read the image names of a split from the partition's lines `000001.jpg 0`."""
     import pandas as pd
 
     try:
         table = pd.read_csv(partition, sep=r"\s+", header=None, names=["name", "split"], dtype={"split": int})
     except OSError as error:
-        raise UserError(f"cannot read {partition}: {error.strerror}") from None
+        raise UserError(f"cannot read {partition} ({error.strerror}): fix its permission") from None
     except ValueError:
-        raise UserError(f"{partition} has a line that is not of the form `000001.jpg 0`: get it again") from None
+        raise UserError(f"{partition} has a line that is not of the form `000001.jpg 0`: download it again") from None
     names = [name.encode() for name in table.name[table.split == list(_CELEBA_SPLITS).index(split)]]
     different, count = len(set(names)), _CELEBA_SPLITS[split]
     if (len(names), different) != (count, count):
         raise UserError(
             f"{partition} lists {different} different images for {split} in {len(names)} lines, CelebA has {count}: "
-            f"get it again from {_CELEBA_PAGE} (for a part of CelebA: dataset.limit)"
+            f"download it again from {_CELEBA_PAGE} (for a part of CelebA: dataset.limit)"
         )
     return names
 
 
 def _folder_or_zip(path: Path, what: str) -> Container:
-    """Open the images below a folder or in a zip, sorted. what: to put there. Raises UserError if there are none."""
+    """Open the images below a folder or in a zip, sorted. what: the remedy. Raises UserError if there are none."""
     if path.is_dir():
         container: Container = open_folder(path, sorted(images_below(path)))
     elif path.is_file():
@@ -278,7 +275,7 @@ def _folder_or_zip(path: Path, what: str) -> Container:
 
 
 def _rows_by_name(container: Container, instead: str) -> dict[bytes, int]:
-    """Return the row of each file name. Raises UserError for one in two folders; instead: a better dataset.path."""
+    """Map file names to rows. Raises UserError for a name in two folders; instead: a better dataset.path."""
     rows: dict[bytes, int] = {}
     for row, path in enumerate(container.names.tolist()):
         name = path.rpartition(b"/")[2]
@@ -288,17 +285,17 @@ def _rows_by_name(container: Container, instead: str) -> dict[bytes, int]:
 
 
 def edm_zip(settings: Dataset) -> Source:
-    """Open the output of EDM's dataset tool, in the order and with the labels that EDM reads."""
+    """Open the output of EDM's dataset tool, with EDM's order and labels."""
     path = Path(settings.path or "")
     if not path.is_file():
         raise UserError(f"dataset.path: there is no file {path}: put the zip that EDM's dataset_tool.py wrote there")
     everything = open_zip(path)
     meta = np.flatnonzero(everything.names == b"dataset.json")
     if not len(meta):
-        raise UserError(f"{path} has no dataset.json: it is not what EDM's dataset_tool.py writes")
+        raise UserError(f"{path} has no dataset.json: make the zip with EDM's dataset_tool.py")
     images = everything.images()
     if not len(images.names):
-        raise UserError(f"{path} has no images in it")
+        raise UserError(f"{path} has no images in it: make the zip again with EDM's dataset_tool.py")
     labels = _edm_labels(everything.read(int(meta[0])), images.names, path)
     return _files(images, labels, [str(k) for k in range(int(labels.max()) + 1)], pictures.keep, settings)
 
@@ -311,13 +308,15 @@ def _edm_labels(content: bytes, names: Array, path: Path) -> Array:
             return np.zeros(len(names), np.int64)
         classes: dict[str, Any] = dict(pairs)
     except (ValueError, KeyError, TypeError, RecursionError):
-        raise UserError(f'dataset.json in {path} is not of the form {{"labels": [[name, class], ...]}}') from None
+        message = f'dataset.json in {path} is not of the form {{"labels": [[name, class], ...]}}: make the zip again'
+        raise UserError(message) from None
     labels = np.empty(len(names), np.int64)
     for row, raw in enumerate(names.tolist()):
         label = classes.get(raw.decode().replace("\\", "/"))
         if type(label) is not int or not 0 <= label < _MOST_CLASSES:
-            raise UserError(f"dataset.json in {path} has no class for {shown(raw)}, or one that is no whole number")
+            message = f"dataset.json in {path} has no class for {shown(raw)} that is a whole number: make the zip again"
+            raise UserError(message)
         labels[row] = label
     if len(classes) > len(names):
-        raise UserError(f"dataset.json in {path} names {len(classes)} images, the zip has {len(names)}: get it again")
+        raise UserError(f"dataset.json in {path} names {len(classes)} images, the zip has {len(names)}: make it again")
     return labels

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 
 import torch
@@ -20,7 +20,7 @@ from consistency.nets.layers import (
     PositionalEmbedding,
     UNetBlock,
 )
-from consistency.nets.songunet import Level, encoder, levels_of, skip_widths
+from consistency.nets.songunet import decoder, encoder, levels_of, skip_widths
 
 _INIT = Init("kaiming_uniform", weight=math.sqrt(1 / 3), bias=math.sqrt(1 / 3))
 _CHANNELS_PER_HEAD = 64
@@ -30,11 +30,8 @@ class DhariwalUNet(ConditionedNetwork):
     """U-Net F(x, c_noise[, c_noise_s]) of EDM's ImageNet-64 model (Karras et al. 2022): ADM.
 
     Every block at the levels listed in attn_resolutions, and the first block of the decoder, has attention with
-    one head per 64 channels, rounded down: below 64 channels there is none. label_dropout is the probability of
-    zeroing a label during training. With second_time the network also takes the end time s of a jump, embedded
-    like t but through its own map_layer0_s and map_layer1_s, and added in every block by affine_s, which starts
-    at zero. The label's embedding, which ADM adds after the two layers, is added there to both t's and s's
-    embedding through the one map_label. As in SongUNet, s is embedded like t, the label included.
+    one head per 64 channels, rounded down: below 64 channels there is none. label_dropout and second_time work as
+    in SongUNet, except that the label's embedding is added after the two layers.
 
     Shapes: x [N,in_channels,R,R] -> [N,out_channels,R,R]; noise_labels and second_noise_labels [N] or [1],
     ln(t)/4 and ln(s)/4; class_labels [N or 1, label_dim], one-hot; augment_labels [N or 1, augment_dim].
@@ -67,7 +64,8 @@ class DhariwalUNet(ConditionedNetwork):
         block = partial(UNetBlock, emb_channels=emb_channels, init=_INIT, second_time=second_time)
         first = levels[0].width
         self.enc = encoder(levels, block, partial(Conv2d, init=_INIT), in_channels, first)
-        self.dec = _decoder(levels, partial(block, dropout=dropout), skip_widths(self.enc))
+        skips = skip_widths(self.enc)
+        self.dec = decoder(levels, block, skips, in_heads=skips[-1] // _CHANNELS_PER_HEAD)
         self.out_norm = GroupNorm(first)
         self.out_conv = Conv2d(first, out_channels, 3, init=ZERO_INIT)
 
@@ -103,18 +101,3 @@ class DhariwalUNet(ConditionedNetwork):
                 x = torch.cat([x, skips.pop()], dim=1)
             x = layer(x, emb, emb_s)
         return self.out_conv(F.silu(self.out_norm(x)))
-
-
-def _decoder(levels: Sequence[Level], block: Callable[..., UNetBlock], skips: list[int]) -> nn.ModuleDict:
-    dec = nn.ModuleDict()
-    channels = skips[-1]
-    for level in reversed(levels):
-        if level is levels[-1]:
-            dec[level.name("in0")] = block(channels, channels, num_heads=channels // _CHANNELS_PER_HEAD)
-            dec[level.name("in1")] = block(channels, channels)
-        else:
-            dec[level.name("up")] = block(channels, channels, up=True)
-        for i in range(level.num_blocks + 1):
-            dec[level.name(f"block{i}")] = block(channels + skips.pop(), level.width, num_heads=level.num_heads)
-            channels = level.width
-    return dec

@@ -1,6 +1,7 @@
-"""Checkpoints that describe themselves: weights, architecture and origin in one safetensors file."""
+"""Self-describing checkpoints: weights, architecture and origin in one safetensors file."""
 
 import json
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,10 @@ CHECKPOINT = "consistency-denoiser-1"
 
 
 def save_denoiser(path: Path, denoiser: Denoiser, metadata: dict[str, Any]) -> None:
-    """Write weights with their architecture and the metadata given (key, study, step, git commit, parents)."""
+    """Write weights with their architecture and metadata (key, study, step, git commit, parents)."""
     described = {"format": CHECKPOINT, "architecture": denoiser.architecture, **metadata}
     texts = {name: json.dumps(value, sort_keys=True) for name, value in described.items()}
-    # A copy on the CPU, contiguous: safetensors refuses views, and EMA weights may be channels-last.
+    # Contiguous copies on the CPU: safetensors refuses views, and EMA weights may be channels-last.
     tensors = {name: value.detach().cpu().contiguous().clone() for name, value in denoiser.state_dict().items()}
 
     def write(temporary: Path) -> None:
@@ -31,7 +32,7 @@ def save_denoiser(path: Path, denoiser: Denoiser, metadata: dict[str, Any]) -> N
 
 
 def _sort_metadata(path: Path) -> None:
-    """Rewrite the header with sorted metadata: safetensors orders it at random, and equal files must be equal bytes."""
+    """Sort the header's metadata, which safetensors orders at random, so that equal contents are equal bytes."""
     with path.open("r+b") as file:
         size = int.from_bytes(file.read(8), "little")
         header = json.loads(file.read(size))
@@ -41,35 +42,33 @@ def _sort_metadata(path: Path) -> None:
 
 
 def read_metadata(path: Path) -> dict[str, Any]:
-    """Read a checkpoint's metadata. Raises UserError for a missing, truncated or foreign file."""
+    """Read a checkpoint's metadata. Raises UserError for a missing, damaged or foreign file."""
     try:
         with safe_open(path, "pt") as file:
             texts = file.metadata() or {}
     except FileNotFoundError:
         raise UserError(f"{path} is missing: run the stage that makes it first") from None
     except (SafetensorError, OSError) as error:
-        raise UserError(
-            f"{path} is not a whole safetensors file ({error}): delete it and run its stage again"
-        ) from None
-    try:
+        message = f"{path} is not a whole safetensors file ({error}): delete it and run its stage again"
+        raise UserError(message) from None
+    metadata: dict[str, Any] = {}
+    with suppress(ValueError):
         metadata = {name: json.loads(text) for name, text in texts.items()}
-    except ValueError:
-        metadata = {}
     if metadata.get("format") != CHECKPOINT:
-        raise UserError(f"{path} was not written by this project (no {CHECKPOINT} metadata): put our checkpoint there")
+        raise UserError(f"{path} was not written by this project (no {CHECKPOINT} metadata): run its stage again")
     return metadata
 
 
 def load_denoiser(path: Path, key: str | None = None) -> tuple[Denoiser, dict[str, Any]]:
     """Build the denoiser of a checkpoint, in eval mode, and return it with its metadata.
 
-    key: the settings key that the file must have. Raises UserError for a missing, truncated or foreign file, one of
-    other settings, or one whose tensors do not fit its architecture.
+    key: the settings key that the file must have. Raises UserError for a missing, damaged or foreign file, another
+    key, and tensors that do not fit the architecture or are not finite.
     """
     metadata = read_metadata(path)
     if key is not None and metadata.get("key") != key:
         raise UserError(
-            f"{path} was made by study {metadata.get('study')!r} with other settings than this study has: "
+            f"{path} was made by study {metadata.get('study')!r} with other settings: "
             "run its stage again, or give this study another --results folder"
         )
     try:

@@ -1,4 +1,4 @@
-"""The small classifier whose features stand in for Inception's where Inception makes no sense (8x8 digits)."""
+"""A small classifier whose features replace Inception's on images too small for Inception (8x8 digits)."""
 
 import torch
 import torch.nn.functional as F
@@ -30,7 +30,7 @@ class Classifier(nn.Module):
         return self._embedding(x) * self.scale
 
     def forward(self, x: Tensor) -> Tensor:
-        """Class logits, [N, classes]."""
+        """Return class logits [N, classes]."""
         return self.head(self._embedding(x))
 
     def _embedding(self, x: Tensor) -> Tensor:

@@ -1,8 +1,8 @@
-"""Official EDM checkpoints, read as data: nothing in the file is imported, called or executed.
+"""Reader of official EDM checkpoints as data: nothing in the file is imported, called or executed.
 
-Names in the file are replaced by stand-ins from a table of this module; a name outside the table makes it refuse the
-file. The unpickler is the standard library's, in Python. The C version cannot be kept from allocating a memo as long as
-an index says, or from hashing nested tuples until the stack overflows.
+A table of stand-ins replaces the names in the file, which is refused if it has any other name. The unpickler is the
+standard library's Python one. The C version cannot be kept from allocating a memo as large as an index says, or from
+hashing nested tuples until the stack overflows.
 """
 
 from __future__ import annotations
@@ -28,15 +28,15 @@ from consistency.base.errors import UserError
 from consistency.nets.denoiser import Denoiser, build_denoiser
 from consistency.nets.layers import Conv2d
 
-#: ten times the count of an imitation of the largest official file (51,000); bounds memory for empty lists and marks
+#: ten times those of an imitation of the largest official file; bounds the memory of empty lists and marks
 _MAX_INSTRUCTIONS = 500_000
-#: EDMPrecond, U-Net, encoder, block and convolution are five
+#: true files have five: EDMPrecond, U-Net, encoder, block, convolution
 _MAX_DEPTH = 8
 _MAX_NAME = 64
-_MAX_ARGUMENTS = 8  # of a call; a tensor has 6
+_MAX_ARGUMENTS = 8  # a tensor has 6
 _NETWORKS = {"SongUNet": "songunet", "DhariwalUNet": "adm"}
 
-# Errors raised by malformed streams and impossible networks.
+# raised by malformed streams and impossible networks
 _DAMAGED = (
     *(ArithmeticError, AttributeError, LookupError, MemoryError, RuntimeError, TypeError, ValueError),
     *(pickle.UnpicklingError, struct.error),
@@ -48,13 +48,13 @@ class _Refused(Exception):
 
 
 def read_edm_pickle(path: Path) -> Denoiser:
-    """Read an official EDM checkpoint (edm-*.pkl): the denoiser of its EMA weights, in eval mode, frozen, float32.
+    """Read an official EDM checkpoint (edm-*.pkl). Returns its EMA denoiser in float32, in eval mode, frozen.
 
-    Networks: SongUNet (DDPM++ in the -vp files, NCSN++ in -ve) and DhariwalUNet (-adm), inside an EDMPrecond, whose
-    sigma_data becomes the architecture's. Raises UserError for a file that is missing, damaged, hostile or foreign.
+    The network is a SongUNet (DDPM++ in the -vp files, NCSN++ in -ve) or DhariwalUNet (-adm) inside an EDMPrecond.
+    Raises UserError for a file that is missing, damaged, hostile or foreign.
     """
     try:
-        # A memory map returns no more bytes than there are; a file allocates as many as are asked for.
+        # A file's read allocates as many bytes as asked for; a memory map's at most those that are there.
         with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
             return _denoiser(_Unpickler(content).load(), len(content))
     except FileNotFoundError:
@@ -64,9 +64,9 @@ def read_edm_pickle(path: Path) -> Denoiser:
     except _Refused as error:
         reason = str(error)
     except EOFError:
-        reason = "it is cut short"
+        reason = "it is truncated"
     except _DAMAGED as error:
-        reason = f"it makes no sense: {type(error).__name__} {ascii(str(error))[:120]}"
+        reason = f"it is malformed: {type(error).__name__} {ascii(str(error))[:120]}"
     raise UserError(f"{path} is not an official EDM checkpoint ({reason}): download it again, or use another edm-*.pkl")
 
 
@@ -75,14 +75,14 @@ def read_edm_pickle(path: Path) -> Denoiser:
 
 @dataclass(slots=True, eq=False)
 class _Object:
-    """Stand-in for an instance of a class: the class's name and the attributes."""
+    """Stand-in for an object: the name of its class and its attributes."""
 
     class_name: object
     state: dict[Any, Any]
 
 
 def _persistent(meta: object) -> _Object:
-    # meta["module_src"], the source that the official reader would execute, stays a string that nobody reads.
+    # meta["module_src"], the source that the official reader executes, is ignored.
     if not isinstance(meta, dict) or not isinstance(meta.get("state"), dict):
         raise _Refused("a persistent object without a state")
     return _Object(meta.get("class_name"), meta["state"])
@@ -90,7 +90,7 @@ def _persistent(meta: object) -> _Object:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Tensor:
-    """A tensor as the file describes it: torch's stream of its storage; offset and strides in elements."""
+    """Tensor as described by the file. stream: torch's stream of its storage; offset, strides: in elements."""
 
     stream: bytes | str
     offset: int
@@ -98,11 +98,11 @@ class _Tensor:
     strides: tuple[int, ...]
 
     def read(self) -> Tensor:
-        """Return the values as float32 in memory of their own."""
+        """Return a float32 copy of the values."""
         values = _read_storage(self.stream)
         if math.prod(self.shape) > len(values):
             raise _Refused("a tensor larger than its storage")
-        # Refuses strides and an offset that lead out of the storage.
+        # Raises RuntimeError for strides and an offset that lead out of the storage.
         view = values.as_strided(self.shape, self.strides, self.offset)
         return view.clone(memory_format=torch.contiguous_format)
 
@@ -114,18 +114,18 @@ def _tensor(stream: object, offset: object, shape: object, strides: object, *_: 
 
 
 def _counts(values: object) -> tuple[int, ...]:
-    """Read sizes, strides or an offset: a few integers."""
+    """Check that sizes, strides or an offset are a few integers."""
     if not isinstance(values, tuple) or len(values) > 8 or any(type(v) is not int or v >> 48 for v in values):
         raise _Refused("a tensor with an impossible shape, stride or offset")
     return values
 
 
 def _empty_dict() -> dict[Any, Any]:
-    # Not dict itself, which would convert any argument.
+    # dict itself would convert any argument.
     return {}
 
 
-#: stand-ins by name. A call may not copy: the file could ask for a million copies of one value.
+#: stand-ins by name. None may copy its argument: the file could ask for a million copies of one value.
 _STAND_INS: Mapping[str, Callable[..., object]] = {
     **dict.fromkeys(("collections.OrderedDict", "dnnlib.util.EasyDict"), _empty_dict),
     "torch.nn.modules.container.ModuleDict": lambda: _Object("ModuleDict", {}),
@@ -134,7 +134,7 @@ _STAND_INS: Mapping[str, Callable[..., object]] = {
     "torch._utils._rebuild_parameter": lambda data, *_: data,
     "torch.storage._load_from_bytes": lambda stream: stream,
     "_codecs.encode": lambda text, _: text,  # bytes, in protocol 2
-    # Sets, and NumPy's numbers (as NumPy 1 and 2 write them), say nothing about a network.
+    # Sets, and the numbers of NumPy 1 and 2, do not matter for a network.
     **dict.fromkeys(("__builtin__.set", "builtins.set", "numpy.dtype"), lambda *_: None),
     **dict.fromkeys(("numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar"), lambda *_: None),
 }
@@ -147,9 +147,9 @@ _INSTRUCTIONS = """
 
 
 class _Unpickler(pickle._Unpickler):
-    """Python's unpickler, limited to the instructions found in EDM checkpoints.
+    """Python's unpickler with only the instructions found in EDM checkpoints.
 
-    `load` raises _Refused for a forbidden stream and EOFError or one of _DAMAGED for a malformed one.
+    `load` raises _Refused for a forbidden stream, EOFError or one of _DAMAGED for a malformed one.
     """
 
     stack: list[Any]
@@ -169,7 +169,7 @@ class _Unpickler(pickle._Unpickler):
         if isinstance(target, _Object) and isinstance(state, dict):
             target.state = state
         elif target is not None:  # a NumPy dtype
-            raise _Refused("it gives a state to what has none")
+            raise _Refused("it sets the state of an object without one")
 
 
 _KNOWN: Mapping[int, Any] = pickle._Unpickler.dispatch
@@ -180,7 +180,7 @@ def _with_plain_keys(code: int, keys: slice) -> Callable[[_Unpickler], None]:
 
     def load(self: _Unpickler) -> None:
         for key in self.stack[keys]:
-            # Hashing deeply nested tuples would take for ever or overflow the C stack; large numbers collide.
+            # Hashing deeply nested tuples takes for ever or overflows the C stack; large numbers collide.
             if type(key) is not str and (type(key) is not int or key >> 31):
                 raise _Refused(f"it uses a value {_shown(key)} as a key")
         _KNOWN[code](self)
@@ -189,10 +189,10 @@ def _with_plain_keys(code: int, keys: slice) -> Callable[[_Unpickler], None]:
 
 
 def _call(self: _Unpickler) -> None:
-    """Call a stand-in with a short tuple of arguments; a text would be expanded to one argument per character."""
+    """Call a stand-in with a short tuple of arguments; a string would become one argument per character."""
     arguments = self.stack[-1]
     if type(arguments) is not tuple or len(arguments) > _MAX_ARGUMENTS:
-        raise _Refused("it calls something with what are no arguments")
+        raise _Refused("it calls something without a short tuple of arguments")
     _KNOWN[pickle.REDUCE[0]](self)
 
 
@@ -206,7 +206,7 @@ _LOADERS = {code: _KNOWN[code] for code in (getattr(pickle, name)[0] for name in
 
 
 class _Dispatch(dict[int, Any]):
-    """The loader of each instruction, by its code; hands out at most _MAX_INSTRUCTIONS."""
+    """Loaders by instruction code, for at most _MAX_INSTRUCTIONS instructions."""
 
     left = _MAX_INSTRUCTIONS
 
@@ -221,16 +221,16 @@ class _Dispatch(dict[int, Any]):
 
 
 def _read_storage(content: bytes | str) -> Tensor:
-    """Read the elements of a storage from torch's pre-zip stream: five small pickles, then the bytes."""
+    """Read a storage from torch's pre-zip stream: five small pickles, then the bytes."""
     content = content.encode("latin1") if isinstance(content, str) else content
     stream = io.BytesIO(content)
     for _ in range(5):  # parsed only to find the end
         deque(pickletools.genops(stream), maxlen=0)
     if b"ctorch\nFloatStorage\n" not in content[: stream.tell()]:
-        raise _Refused("a tensor storage of other than float32 values")
+        raise _Refused("a tensor storage of another type than float32")
     (length,) = struct.unpack("<q", stream.read(8))
     if len(content) - stream.tell() != 4 * length:
-        raise _Refused("a tensor storage that is cut short")
+        raise _Refused("a tensor storage of the wrong length")
     return torch.from_numpy(np.frombuffer(content, "<f4", offset=stream.tell()).astype(np.float32))
 
 
@@ -248,7 +248,7 @@ _Word = Annotated[str, Field(max_length=_MAX_NAME)]
 
 
 class _Precond(BaseModel, strict=True):
-    """Attributes of an EDMPrecond. use_fp16 is ignored: the weights are float32 in any case."""
+    """Attributes of an EDMPrecond; use_fp16 is ignored, because the weights are float32."""
 
     img_resolution: _Whole
     img_channels: _Whole
@@ -269,7 +269,7 @@ class _UNet(BaseModel, strict=True, extra="forbid"):
     channel_mult: _Wholes = []
     channel_mult_emb: _Whole = 0
     channel_mult_noise: _Whole = 0
-    num_blocks: Annotated[int, Field(ge=0, le=16)] = 0  # building takes time by it
+    num_blocks: Annotated[int, Field(ge=0, le=16)] = 0  # bounds the time to build the network
     attn_resolutions: _Wholes = []
     dropout: _Probability = 0
     label_dropout: _Probability = 0
@@ -287,10 +287,10 @@ def _denoiser(content: object, size: int) -> Denoiser:
         kind = _shown(precond.class_name)
         raise _Refused(f"its network is of class {kind}, not EDMPrecond; baselines are not supported")
     tensors = dict(_tensors(precond, "", 1, set()))
-    # Each tensor of a true file has a storage of its own.
+    # The tensors of a true file do not share storages.
     if sum(len(tensor.stream) for tensor in tensors.values()) > size:
         raise _Refused("its tensors are larger than the file")
-    with torch.device("meta"):  # allocates no weights, whatever the description asks for
+    with torch.device("meta"):  # allocates no weights, whatever the file describes
         denoiser = build_denoiser(_architecture(precond))
     _check_shapes(denoiser, tensors)
     denoiser.load_state_dict({name: tensor.read() for name, tensor in tensors.items()}, assign=True)
@@ -299,15 +299,15 @@ def _denoiser(content: object, size: int) -> Denoiser:
 
 
 def _tensors(module: object, prefix: str, depth: int, seen: set[int]) -> Iterator[tuple[str, _Tensor]]:
-    """Yield the parameters and buffers of a module and its submodules under the names of its state_dict."""
+    """Yield the parameters and buffers of a module and its submodules under their state_dict names."""
     if not isinstance(module, _Object) or depth > _MAX_DEPTH:
-        raise _Refused("its modules are no tree of modules")
+        raise _Refused("its modules do not form a tree")
     for section in ("_parameters", "_buffers", "_modules"):
         entries = module.state.get(section)
         if not isinstance(entries, dict) or not all(isinstance(n, str) and len(n) <= _MAX_NAME for n in entries):
             raise _Refused(f"a module without proper {section}")
         if id(entries) in seen:
-            raise _Refused("its modules are no tree of modules")
+            raise _Refused("its modules do not form a tree")
         seen.add(id(entries))
         for name, value in entries.items():
             if value is None:
@@ -317,11 +317,11 @@ def _tensors(module: object, prefix: str, depth: int, seen: set[int]) -> Iterato
             elif isinstance(value, _Tensor):
                 yield prefix + name, value
             else:
-                raise _Refused(f"{_shown(prefix + name)} is no tensor")
+                raise _Refused(f"{_shown(prefix + name)} is not a tensor")
 
 
 def _architecture(precond: _Object) -> dict[str, Any]:
-    """Return the architecture for the inner network's constructor arguments, every number within bounds."""
+    """Return the architecture that the inner network's constructor arguments describe, every number within bounds."""
     unet = precond.state["_modules"].get("model")
     kind = unet.class_name if isinstance(unet, _Object) else unet
     if not isinstance(kind, str) or kind not in _NETWORKS:
@@ -334,7 +334,7 @@ def _checked(kind: type[BaseModel], values: object) -> dict[str, Any]:
     try:
         return kind.model_validate(values).model_dump(exclude_unset=True)
     except ValidationError as error:
-        # The error's own text would quote all values, however many.
+        # The text of the error itself would quote every value.
         first = error.errors(include_url=False, include_context=False, include_input=False)[0]
         raise _Refused(f"{_shown(first['loc'][0]) if first['loc'] else 'network'}: {first['msg']}") from None
 
@@ -352,7 +352,7 @@ def _check_values(denoiser: Denoiser) -> None:
     for name, value in denoiser.state_dict().items():
         if not bool(torch.isfinite(value).all()):
             raise _Refused(f"NaN or infinity in {name}")
-    # The resampling filter follows from the options; where it is the box filter, the layers never look at the buffer.
+    # The options define the resampling filter; for the box filter the layers ignore the buffer.
     taps = denoiser.architecture.get("resample_filter", (1, 1))
     expected = Conv2d(1, 1, 0, down=True, resample_filter=taps).get_buffer("resample_filter")
     for name, value in denoiser.named_buffers():

@@ -26,10 +26,8 @@ _INIT_RULES: dict[str, tuple[Callable[[int, int], float], Callable[[Sequence[int
 
 @dataclass(frozen=True)
 class Init:
-    """Initial values of a layer's parameters: a rule, and the gains applied to the weight and to the bias.
-
-    Rules: xavier_uniform, kaiming_uniform, kaiming_normal. A gain of 0 gives exact zeros.
-    """
+    """Initial values of a layer's parameters. mode: xavier_uniform, kaiming_uniform or kaiming_normal; weight, bias:
+    gains of the weight and of the bias. A gain of 0 gives exact zeros."""
 
     mode: str = "kaiming_normal"
     weight: float = 1.0
@@ -56,16 +54,16 @@ class Linear(nn.Module):
         self.bias = init.sample([out_features], in_features, out_features, init.bias) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, _cast(self.weight, x), _cast_bias(self.bias, x))
+        return F.linear(x, self.weight.to(x.dtype), _cast_bias(self.bias, x))
 
 
 class Conv2d(nn.Module):
     """Same-size convolution, with an optional x2 resampling by a separable low-pass filter.
 
     Shapes: [N,C_in,H,W] -> [N,C_out,H,W], times 2 (`up`) or divided by 2 (`down`) in H and W.
-    kernel 0 resamples only. `resample_filter` holds the filter's 1-D taps; it is normalised to sum 1.
+    kernel 0 resamples only. `resample_filter` gives the filter's 1-D taps, which are normalised to sum 1.
     fused_resample (with `down` only) filters after the convolution instead of before it.
-    Raises ValueError if both directions are asked for, or a fused upsampling.
+    Raises ValueError for both directions at once, or a fused upsampling.
     """
 
     resample_filter: Tensor | None
@@ -85,7 +83,7 @@ class Conv2d(nn.Module):
     ) -> None:
         super().__init__()
         if (up and down) or (fused_resample and not down):
-            raise ValueError("a convolution resamples either up or down, and only `down` can be fused")
+            raise ValueError("a convolution resamples up or down, not both, and only `down` can be fused")
         self.in_channels, self.out_channels, self.kernel = in_channels, out_channels, kernel
         self.up, self.down, self.fused_resample = up, down, fused_resample
         fan_in, fan_out = in_channels * kernel**2, out_channels * kernel**2
@@ -108,9 +106,9 @@ class Conv2d(nn.Module):
     def _convolve(self, x: Tensor, pad: int) -> Tensor:
         if self.weight is None:
             return x
-        return F.conv2d(x, _cast(self.weight, x), _cast_bias(self.bias, x), padding=pad)
+        return F.conv2d(x, self.weight.to(x.dtype), _cast_bias(self.bias, x), padding=pad)
 
-    # The box filter is a 2x2 mean going down and a repeat going up: faster kernels than the depthwise ones.
+    # Pooling and repeating apply the box filter faster than a depthwise convolution.
     def _downsample(self, x: Tensor, pad: int) -> Tensor:
         if self._is_box:
             return F.avg_pool2d(x, 2)
@@ -127,37 +125,35 @@ class Conv2d(nn.Module):
         return self.resample_filter.to(x.dtype).expand(x.shape[1], -1, -1, -1)
 
 
-class GroupNorm(nn.Module):
+class GroupNorm(nn.GroupNorm):
     """Group normalisation over min(32, channels // 4) groups, shape preserving.
 
     Raises ValueError if the channels do not split evenly: multiples of 4 up to 128 do, of 32 above.
     """
 
     def __init__(self, num_channels: int, eps: float = 1e-5) -> None:
-        super().__init__()
-        self.num_groups, self.eps = min(32, num_channels // 4), eps
-        if self.num_groups == 0 or num_channels % self.num_groups:
+        num_groups = min(32, num_channels // 4)
+        if num_groups == 0 or num_channels % num_groups:
             raise ValueError(
                 f"group normalisation cannot split {num_channels} channels into groups: use a multiple of 4 "
                 "up to 128 channels, of 32 above (change model_channels or channel_mult)"
             )
-        self.weight = nn.Parameter(torch.ones(num_channels))
-        self.bias = nn.Parameter(torch.zeros(num_channels))
+        super().__init__(num_groups, num_channels, eps)
 
     def forward(self, x: Tensor) -> Tensor:
         if not x.is_contiguous() and fwAD.unpack_dual(x).tangent is not None:
             x = x.contiguous()  # the forward-mode rule takes no channels-last input
-        # The kernel sums in float32 whatever it is given; autocast would make float32 copies of the activations.
+        # The kernel sums in float32 in any case; autocast would make float32 copies of the activations.
         with _no_autocast(x):
-            return F.group_norm(x, self.num_groups, _cast(self.weight, x), _cast(self.bias, x), self.eps)
+            return F.group_norm(x, self.num_groups, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Softmax attention of every query position over all key positions.
 
     Shapes: q, k, v and the result are [B, C, P] with P positions. The weights softmax(q.k / sqrt(C)) are computed in at
-    least float32. Forward mode needs plain operations, because fused kernels lack its rules. Otherwise a GPU uses the
-    fused kernels: the weights of all graphs of a step would fill its memory.
+    least float32. Forward mode uses plain operations, because fused kernels lack its rules. Otherwise a GPU uses fused
+    kernels, because the weights of all graphs of a step would fill its memory.
     """
     dtype = torch.promote_types(q.dtype, torch.float32)
     if q.is_cuda and fwAD.unpack_dual(q).tangent is None:
@@ -169,13 +165,13 @@ def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def fused_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Compute the same with PyTorch's fused kernels, which store no weights. Shapes as in `attention`."""
+    """Compute `attention` with PyTorch's fused kernels, which store no weights."""
     q, k, v = (a.transpose(1, 2).unsqueeze(1).contiguous() for a in (q, k, v))
     return F.scaled_dot_product_attention(q, k, v).squeeze(1).transpose(1, 2)
 
 
 def _no_autocast(x: Tensor) -> torch.autocast:
-    """Return a block in which the ambient autocast is off."""
+    """Return a context manager that turns autocast off."""
     # The meta device, used to count shapes and operations, has no autocast.
     return torch.autocast("cpu" if x.is_meta else x.device.type, enabled=False)
 
@@ -297,8 +293,8 @@ class FourierEmbedding(nn.Module):
 
 
 class ConditionedNetwork(nn.Module):
-    """Base of all networks. It embeds the conditions for the time t and, with second_time, through separate layers for
-    s; then `body` maps the image. A subclass builds map_noise, map_layer0, ... and joins them."""
+    """Base of all networks. `embed` maps the conditions to the embedding of t and, with second_time and layers of its
+    own, of s; `body` maps the image. A subclass builds map_noise, map_layer0, ... and defines both."""
 
     map_label: nn.Module
     map_layer0: nn.Module
@@ -329,7 +325,7 @@ class ConditionedNetwork(nn.Module):
         return self.body(x, emb, emb_s)
 
     def _labels(self, class_labels: Tensor | None, like: Tensor) -> Tensor:
-        """Return one-hot labels [N or 1, label_dim] in the dtype of `like`, zeros for None; training drops some."""
+        """Return one-hot labels [N or 1, label_dim] in the dtype of `like`, zeros for None; drop some in training."""
         labels = like.new_zeros(1, self.label_dim) if class_labels is None else class_labels.to(like.dtype)
         dropout = self.label_dropout if self.training else 0.0
         return labels * (torch.rand_like(labels[:, :1]) >= dropout) if dropout else labels
@@ -346,7 +342,7 @@ class ConditionedNetwork(nn.Module):
 
 
 def half_channels(num_channels: int) -> int:
-    """Return half the channels of a sine-cosine embedding; ValueError unless they are even and at least 4."""
+    """Return half the channels of a sine-cosine embedding. Raises ValueError unless they are even and at least 4."""
     if num_channels % 2 or num_channels < 4:
         raise ValueError(f"a time embedding needs an even number of channels, at least 4; got {num_channels}")
     return num_channels // 2
@@ -357,9 +353,5 @@ def _low_pass(taps: Sequence[float]) -> Tensor:
     return (torch.outer(taps_1d, taps_1d) / taps_1d.sum() ** 2)[None, None]
 
 
-def _cast(parameter: Tensor, like: Tensor) -> Tensor:
-    return parameter if parameter.dtype == like.dtype else parameter.to(like.dtype)
-
-
 def _cast_bias(bias: Tensor | None, like: Tensor) -> Tensor | None:
-    return None if bias is None else _cast(bias, like)
+    return None if bias is None else bias.to(like.dtype)

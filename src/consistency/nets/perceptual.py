@@ -1,4 +1,4 @@
-"""LPIPS, the distance of CTM: differences of VGG16's features, weighted by human judgements of similarity."""
+"""LPIPS, CTM's distance: differences of VGG16 features, weighted by fits to human judgements of similarity."""
 
 from pathlib import Path
 
@@ -9,26 +9,25 @@ from torchmetrics.functional.image.lpips import _LPIPS, _normalize_tensor
 
 from consistency.base.errors import UserError
 
-# CTM's image sizes: images smaller than 256 pixels are resized to VGG's 224.
+# As in CTM, images smaller than 256 pixels are resized to VGG's 224.
 _SMALL, _SIZE = 256, 224
 
 
 class PerceptualDistance(nn.Module):
-    """LPIPS (v0.1, VGG16 with average pooling) of images in [-1, 1], one number per image; nothing is downloaded.
+    """LPIPS v0.1 by VGG16 with average pooling (Zhang et al. 2018; Gatys et al. 2016). Downloads nothing.
 
-    weights: torchvision's VGG16, of which only the convolutions are read. Maps images [N, 1 or 3, H, W] to [N]. The
-    weights are frozen; gradients reach the images. Raises UserError if the file is not a VGG16. Zhang et al. 2018;
-    Gatys et al. 2016 for the pooling.
+    Maps pairs of images [N, 1 or 3, H, W] in [-1, 1] to distances [N]. weights: torchvision's VGG16, of which only the
+    convolutions are read. The weights are frozen; gradients reach the images. Raises UserError for another file.
     """
 
     def __init__(self, weights: Path) -> None:
         super().__init__()
-        # Built from parts: torchmetrics' public class would download the backbone. Its random initial weights, which
-        # the file's replace, must not advance the training's generator.
+        # torchmetrics' public class would download the backbone. The random initial weights, which the file's replace,
+        # must not advance the training's generator.
         with torch.random.fork_rng(devices=[]):
             lpips = _LPIPS(net="vgg", pnet_rand=True)
         self.scaling, self.slices = lpips.scaling_layer, nn.ModuleList(lpips.net.children())
-        # The layers' dropout is left out: it is for fitting them.
+        # The last layer of each: the dropout before it is for fitting.
         self.linear = nn.ModuleList(layer.model[-1] for layer in lpips.lins)
         _read_convolutions(self.slices, weights)
         _average_pooling(self.slices)
@@ -36,8 +35,7 @@ class PerceptualDistance(nn.Module):
 
     def forward(self, a: Tensor, b: Tensor) -> Tensor:
         """Return distances [N] of images a and b. VGG runs in the ambient autocast, all else in the weights' dtype."""
-        images = self._prepared(a), self._prepared(b)
-        features = zip(self._features(images[0]), self._features(images[1]), strict=True)
+        features = zip(self._features(self._prepared(a)), self._features(self._prepared(b)), strict=True)
         with torch.autocast(a.device.type, enabled=False):
             return torch.stack([self._layer(k, u, v) for k, (u, v) in enumerate(features)]).sum(0)
 
@@ -57,7 +55,7 @@ class PerceptualDistance(nn.Module):
         return features
 
     def _layer(self, k: int, u: Tensor, v: Tensor) -> Tensor:
-        """Return the weighted squared difference of unit-length features, a mean over the pixels: [N]."""
+        """Return the weighted squared difference of unit-length features, averaged over the pixels, [N]."""
         dtype = self.scaling.shift.dtype
         difference = _normalize_tensor(u.to(dtype)) - _normalize_tensor(v.to(dtype))
         return self.linear[k](difference.square()).mean((1, 2, 3))
@@ -71,7 +69,7 @@ def _average_pooling(slices: nn.ModuleList) -> None:
 
 
 def _read_convolutions(slices: nn.ModuleList, path: Path) -> None:
-    """Fill the convolutions from torchvision's state dict, where they are features.<layer>.weight and .bias."""
+    """Load the convolutions from torchvision's state dict, whose keys are features.<layer>.weight and .bias."""
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # errors of unpickling a foreign file have no common class

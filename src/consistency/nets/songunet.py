@@ -40,16 +40,16 @@ class SongUNet(ConditionedNetwork):
 
     NCSN++ is embedding_type="fourier", encoder_type="residual", channel_mult_noise=2,
     resample_filter=(1, 3, 3, 1). Levels listed in attn_resolutions have one-head attention; the first block
-    of the decoder always has it. num_blocks and dropout are one number, or a list with one for each level of
-    channel_mult, from full resolution down (Issenhuth et al. 2025); a level's dropout is that of all its blocks,
-    those that change the resolution included. label_dropout is the probability of zeroing a label during training.
+    of the decoder always has it. num_blocks and dropout are one number, or a list with one per level of
+    channel_mult, from full resolution down (Issenhuth et al. 2025); a level's dropout applies to all its blocks,
+    resampling ones included. label_dropout is the probability of zeroing a label during training.
     With second_time the network also takes the end time s of a jump, embedded like t but through its own
     map_layer0_s and map_layer1_s, and added in every block by affine_s, which starts at zero.
 
     Shapes: x [N,in_channels,R,R] -> [N,out_channels,R,R]; noise_labels and second_noise_labels [N] or [1],
     ln(t)/4 and ln(s)/4; class_labels [N or 1, label_dim], one-hot; augment_labels [N or 1, augment_dim].
-    Raises ValueError for unknown types, a list that is not as long as channel_mult, a resolution that cannot be
-    halved often enough, and channels that group normalisation cannot split.
+    Raises ValueError for unknown types, a list not as long as channel_mult, a resolution that cannot be halved
+    often enough, and channels that group normalisation cannot split.
     """
 
     def __init__(
@@ -94,7 +94,15 @@ class SongUNet(ConditionedNetwork):
             second_time=second_time,
         )
         self.enc = encoder(levels, block, conv, in_channels, model_channels, encoder_type)
-        self.dec = _decoder(levels, block, conv, skip_widths(self.enc), out_channels, decoder_type)
+
+        def add_image(dec: nn.ModuleDict, level: Level) -> None:
+            if decoder_type == "skip" and level is not levels[-1]:
+                dec[level.name("aux_up")] = conv(out_channels, out_channels, 0, up=True)
+            if decoder_type == "skip" or level is levels[0]:
+                dec[level.name("aux_norm")] = GroupNorm(level.width, _EPS)
+                dec[level.name("aux_conv")] = conv(level.width, out_channels, 3, init=_INIT_ZERO)
+
+        self.dec = decoder(levels, block, skip_widths(self.enc), 1, attend_last=True, finish=add_image)
 
     def _build_mapping(self, noise_channels: int, emb_channels: int, embedding_type: str) -> None:
         self.map_noise: nn.Module = (
@@ -160,8 +168,8 @@ class SongUNet(ConditionedNetwork):
 
 
 class Level(NamedTuple):
-    """One resolution of a U-Net: its side in pixels, its channels, its attention heads (0: none), its blocks in the
-    encoder (the decoder has one more), and the dropout of all of them."""
+    """One resolution of a U-Net. size: side in pixels; width: channels; num_heads: attention heads (0: none);
+    num_blocks: blocks in the encoder (the decoder has one more); dropout: that of all of them."""
 
     size: int
     width: int
@@ -175,12 +183,11 @@ class Level(NamedTuple):
 
 
 def _per_level(name: str, value: Number | Sequence[Number], levels: int) -> list[Number]:
-    """Return a value for each level: those of a list, or the one number. ValueError for a list of another length."""
-    if not isinstance(value, Sequence):
-        return [value] * levels
-    if len(value) != levels:
-        raise ValueError(f"{name} lists {len(value)} levels and channel_mult {levels}: give one number a level, or one")
-    return list(value)
+    """Return a value per level: those of a list, or the one number. Raises ValueError for a list of another length."""
+    values = list(value) if isinstance(value, Sequence) else [value] * levels
+    if len(values) != levels:
+        raise ValueError(f"{name} lists {len(values)} levels and channel_mult {levels}: give one per level, or one")
+    return values
 
 
 def levels_of(
@@ -192,7 +199,7 @@ def levels_of(
     dropout: float | Sequence[float],
     channels_per_head: int | None = None,
 ) -> list[Level]:
-    """Return the levels from full resolution down. channels_per_head: for attention, rounded down; None for one head.
+    """Return the levels from full resolution down. channels_per_head: None for one attention head.
 
     Raises ValueError if the resolution cannot be halved between all levels, or a list is not as long as channel_mult.
     """
@@ -239,37 +246,36 @@ def encoder(
 
 
 def skip_widths(enc: nn.ModuleDict) -> list[int]:
-    """Return the channels of every activation that the encoder hands to the decoder, in the order they are made."""
+    """Return the channels of every activation that the encoder passes to the decoder, in order."""
     layers = [layer for name, layer in enc.items() if "aux" not in name]
     return [layer.out_channels for layer in layers if isinstance(layer, Conv2d | UNetBlock)]
 
 
-def _decoder(
+def decoder(
     levels: Sequence[Level],
     block: Callable[..., UNetBlock],
-    conv: Callable[..., Conv2d],
     skips: list[int],
-    out_channels: int,
-    decoder_type: str,
+    in_heads: int,
+    attend_last: bool = False,
+    finish: Callable[[nn.ModuleDict, Level], None] | None = None,
 ) -> nn.ModuleDict:
+    """Build the decoder under its published names. in_heads: attention heads of its first block; attend_last: only the
+    last block of a level has attention; finish: adds layers after a level's blocks."""
     dec = nn.ModuleDict()
     channels = skips[-1]
     for level in reversed(levels):
         here = partial(block, dropout=level.dropout)
         if level is levels[-1]:
-            dec[level.name("in0")] = here(channels, channels, num_heads=1)
+            dec[level.name("in0")] = here(channels, channels, num_heads=in_heads)
             dec[level.name("in1")] = here(channels, channels)
         else:
             dec[level.name("up")] = here(channels, channels, up=True)
         for i in range(level.num_blocks + 1):
-            num_heads = level.num_heads if i == level.num_blocks else 0
+            num_heads = level.num_heads if i == level.num_blocks or not attend_last else 0
             dec[level.name(f"block{i}")] = here(channels + skips.pop(), level.width, num_heads=num_heads)
             channels = level.width
-        if decoder_type == "skip" and level is not levels[-1]:
-            dec[level.name("aux_up")] = conv(out_channels, out_channels, 0, up=True)
-        if decoder_type == "skip" or level is levels[0]:
-            dec[level.name("aux_norm")] = GroupNorm(channels, _EPS)
-            dec[level.name("aux_conv")] = conv(channels, out_channels, 3, init=_INIT_ZERO)
+        if finish:
+            finish(dec, level)
     return dec
 
 

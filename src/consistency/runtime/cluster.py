@@ -14,7 +14,7 @@ from consistency.base.errors import UserError
 
 
 def require_cluster() -> None:
-    """Raise UserError without sbatch, or if a job of Snakemake's profile would wait for ever."""
+    """Raise UserError if sbatch is missing or a job of Snakemake's profile would wait for ever."""
     if shutil.which("sbatch") is None:
         raise UserError("Slurm's sbatch is not on the PATH: run this on a login node, or without --profile slurm")
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
@@ -27,7 +27,7 @@ def require_cluster() -> None:
 
 
 def partition_limits() -> dict[str, float]:
-    """Return the time limits in minutes of the partitions visible to this user. Raises UserError without an answer."""
+    """Return the time limits, in minutes, of this user's partitions. Raises UserError if Slurm does not answer."""
     try:
         done = subprocess.run(["sinfo", "-h", "-o", "%R %l"], capture_output=True, text=True, check=True, timeout=60)
     except (OSError, subprocess.SubprocessError) as error:
@@ -37,16 +37,16 @@ def partition_limits() -> dict[str, float]:
 
 
 def minutes_of(limit: str) -> float:
-    """Convert Slurm's D-HH:MM:SS, HH:MM:SS or MM:SS to minutes; infinite for any other word."""
+    """Convert Slurm's D-HH:MM:SS, HH:MM:SS or MM:SS to minutes; any other word is infinite."""
     found = re.fullmatch(r"(?:(\d+)-)?(?:(\d+):)?(\d+):(\d+)", limit)
     days, hours, minutes, seconds = (int(part or 0) for part in found.groups()) if found else (math.inf, 0, 0, 0)
     return 1440 * days + 60 * hours + minutes + seconds / 60
 
 
 def require_possible(profile: Path, limits: dict[str, float]) -> None:
-    """Raise UserError if a partition of the profile does not exist or has a lower limit than a rule's last attempt.
+    """Raise UserError if a partition of the profile does not exist, or its limit is below a rule's last attempt.
 
-    Lists of name=value, and expressions other than `60 * attempt`, are left to Slurm.
+    Slurm itself judges lists of name=value, and expressions other than `60 * attempt`.
     """
     settings = yaml.safe_load(profile.read_text()) or {}
     parts = [settings.get(key) or {} for key in ("default-resources", "set-resources")]

@@ -1,4 +1,4 @@
-"""The processes of one training, started by torchrun: shared gradients, figures and stop requests."""
+"""Communication of the processes of one training, which torchrun starts."""
 
 import os
 from collections.abc import Sequence
@@ -11,7 +11,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process (rank, from 0) among the world of processes that train one model together."""
+    """Rank of this process among the `world` processes that train one model together."""
 
     rank: int = 0
     world: int = 1
@@ -22,10 +22,10 @@ class Ranks:
         return self.rank == 0
 
     def mean_(self, tensors: Sequence[Tensor]) -> None:
-        """Replace each tensor, in place, by its mean over all processes; same dtype, shapes and order everywhere.
+        """Replace each tensor, in place, by its mean over all processes; dtypes, shapes and order must agree.
 
-        One flat all-reduce. DDP would overlap it with the backward pass, which here is a small part of a step: most
-        of it is the teacher's Heun steps.
+        One flat all-reduce. DDP would overlap it with the backward pass, a small part of a step beside the teacher's
+        Heun steps.
         """
         if self.world == 1 or not tensors:
             return
@@ -36,7 +36,7 @@ class Ranks:
             tensor.copy_(part.view(tensor.shape))
 
     def gathered(self, tensor: Tensor) -> Tensor:
-        """Return the rows of all processes, in rank order; every process must have equally many."""
+        """Return the rows of all processes in rank order; every process must have equally many."""
         if self.world == 1:
             return tensor
         here = tensor.contiguous()
@@ -45,7 +45,7 @@ class Ranks:
         return torch.cat(rows)
 
     def largest(self, value: int) -> int:
-        """Return the largest of a number over all processes, through the CPU, so that no GPU's queue is waited for."""
+        """Return the maximum over all processes, reduced on the CPU so that no GPU queue is waited for."""
         if self.world == 1:
             return value
         tensor = torch.tensor(value)
@@ -53,7 +53,7 @@ class Ranks:
         return int(tensor)
 
     def wait(self) -> None:
-        """Wait until all processes are here."""
+        """Wait for all processes."""
         self.largest(0)
 
 
@@ -62,12 +62,12 @@ ALONE = Ranks()
 
 
 def join(device: torch.device) -> tuple[Ranks, torch.device]:
-    """Join the processes that torchrun started, and take the GPU of this one; a single process without torchrun.
+    """Join the processes that torchrun started, if it did.
 
-    Returns the ranks and the device (cuda:<local rank> if it was cuda).
+    Returns the ranks and this process's device (cuda:<local rank> for cuda).
     """
     if "TORCHELASTIC_RUN_ID" not in os.environ:
-        return Ranks(), device
+        return ALONE, device
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
@@ -76,6 +76,6 @@ def join(device: torch.device) -> tuple[Ranks, torch.device]:
 
 
 def leave() -> None:
-    """Leave the group once all processes do; does nothing without a group."""
+    """Leave the group once all processes do. Does nothing without a group."""
     if dist.is_initialized():
         dist.destroy_process_group()

@@ -1,4 +1,4 @@
-"""GPUs and processes of a verb: free GPUs of this machine, and a process for each, on one or more nodes."""
+"""GPUs and processes of a verb: it claims free GPUs and starts one process per GPU, on one or more nodes."""
 
 import fcntl
 import logging
@@ -12,6 +12,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from itertools import islice
 from pathlib import Path
 from typing import IO
@@ -19,12 +20,12 @@ from typing import IO
 from consistency.base.errors import UserError
 from consistency.runtime import slurm_job
 
-#: set for the task of each node to "nodes host:port": the number of nodes and the rendezvous address
+#: set for each node's task to "nodes host:port": the number of nodes and the rendezvous address
 _RENDEZVOUS = "CONSISTENCY_RENDEZVOUS"
-#: seconds that torchrun gives its processes to save before it kills them
+#: seconds to save before torchrun kills a process
 _TO_SAVE = 600
 _POLL = 1.0  # seconds
-# Locks of this process's GPUs, held while it, or a process that it became or started, is alive.
+# Locks of the claimed GPUs, held while this process, or one that it started, is alive.
 _held: list[IO[str]] = []
 
 
@@ -39,36 +40,36 @@ def is_task() -> bool:
 
 
 def gpus_of_gres(gres: str) -> int:
-    """Return the GPUs per node that a request such as gpu:4 or gpu:a100:4 names; 0 if it names none."""
+    """Return the GPUs per node of a request such as gpu:4 or gpu:a100:4; 0 if it names none."""
     found = re.fullmatch(r"gpu(?::[A-Za-z]\w*)?(?::(\d+))?", gres)
     return int(found[1] or 1) if found else 0
 
 
 def whose() -> str:
-    """Return ' (process k)' for the messages of every process of a training but the first, else ''."""
+    """Return ' (process k)' for messages of process k of a training, '' for the first."""
     rank = os.environ.get("RANK", "0") if is_worker() else "0"
     return "" if rank == "0" else f" (process {rank})"
 
 
 def claim_gpus(count: int) -> None:
-    """Claim that many GPUs that no other job of ours on this machine holds, waiting for them if need be, and let CUDA
-    see only those.
+    """Claim GPUs that no other job of ours on this machine holds, waiting if need be, and let CUDA see only those.
 
-    Does nothing on a machine without GPUs. Under Slurm the GPUs of CUDA_VISIBLE_DEVICES already belong to the job.
-    Raises UserError if there are fewer than count.
+    Does nothing without GPUs. Under Slurm the GPUs of CUDA_VISIBLE_DEVICES already belong to the job. Raises UserError
+    if there are fewer than count.
     """
     gpus = visible_gpus()
     if not gpus:
         return
     if len(gpus) < count:
-        raise UserError(f"--processes {count} needs {count} GPUs, this job sees {len(gpus)} ({', '.join(gpus)})")
+        there = f"this job sees {len(gpus)} ({', '.join(gpus)})"
+        raise UserError(f"--processes {count} needs {count} GPUs, {there}: lower it or request more GPUs")
     mine = gpus[:count] if slurm_job.in_job() else _free(gpus, count)
     os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(mine)
 
 
 def visible_gpus() -> list[str]:
-    """Return CUDA's names of the GPUs: those in CUDA_VISIBLE_DEVICES, else all of the machine. CUDA is not started,
-    which would fix the devices that this process sees."""
+    """Return CUDA's names of the GPUs in CUDA_VISIBLE_DEVICES, or of all GPUs, without starting CUDA: that would fix
+    the devices that this process sees."""
     given = os.environ.get("CUDA_VISIBLE_DEVICES")
     if given is not None:
         return [name.strip() for name in given.split(",") if name.strip() not in ("", "-1", "NoDevFiles")]
@@ -76,7 +77,7 @@ def visible_gpus() -> list[str]:
 
 
 def _free(gpus: Sequence[str], count: int) -> list[str]:
-    """Lock count of the GPUs, in order; wait until that many are free."""
+    """Wait until count of the GPUs are free, and lock them."""
     folder = Path(tempfile.gettempdir()) / f"consistency-gpus-{os.getuid()}"
     folder.mkdir(mode=0o700, exist_ok=True)
     told = False
@@ -88,7 +89,7 @@ def _free(gpus: Sequence[str], count: int) -> list[str]:
                 os.set_inheritable(lock.fileno(), True)
             _held.extend(locks.values())
             return list(locks)
-        # Holding some while waiting for others could deadlock two jobs.
+        # Two jobs that each hold some GPUs and wait for more would deadlock.
         for lock in locks.values():
             lock.close()
         if not told:
@@ -99,57 +100,54 @@ def _free(gpus: Sequence[str], count: int) -> list[str]:
 
 def _try_lock(path: Path) -> IO[str] | None:
     lock = path.open("a")
-    try:
+    with suppress(BlockingIOError):
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        lock.close()
-        return None
-    return lock
+        return lock
+    lock.close()
+    return None
 
 
 def run_on_nodes(nodes: int, words: Sequence[str]) -> int:
-    """Run the same verb once on each node of this Slurm job with srun, and return its exit code. Signals that ask to
-    save and exit are forwarded, and srun is waited for."""
+    """Run the same verb once on each node of this Slurm job with srun. Forwards the signals that ask to save and exit.
+    Returns srun's exit code."""
     if not slurm_job.in_job():
-        raise UserError(f"--nodes {nodes} needs a Slurm job of {nodes} nodes")
-    # All tasks exit together with one code; a task left alone is killed, but only after the time needed to save.
+        raise UserError(f"--nodes {nodes} needs a Slurm job of {nodes} nodes: run it in one, or without --nodes")
+    # When a task fails, the others get the time to save before they are killed.
     patience = ["--kill-on-bad-exit=0", f"--wait={_TO_SAVE}"]
     command = ["srun", f"--nodes={nodes}", f"--ntasks={nodes}", "--ntasks-per-node=1", *patience]
     command += ["--export=ALL", sys.executable, "-m", "consistency", *words]
     with socket.create_server(("", 0)) as unused:
         port = unused.getsockname()[1]
-    # The other nodes must be able to reach the first node's process under this name.
+    # The other nodes must be able to reach this node by its name.
     meeting = {_RENDEZVOUS: f"{nodes} {platform.node()}:{port}"}
     try:
         process = subprocess.Popen(command, stdin=subprocess.DEVNULL, env={**os.environ, **meeting})
     except FileNotFoundError:
-        raise UserError(f"--nodes {nodes} needs Slurm's srun on the PATH") from None
+        raise UserError(f"--nodes {nodes} needs Slurm's srun: put it on the PATH") from None
     for signum in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
         signal.signal(signum, lambda signum, frame: process.send_signal(signum))
     return process.wait()
 
 
 def run_processes(processes: int, words: Sequence[str]) -> int:
-    """Run the same verb in that many processes on this node with torchrun, and return the exit code of the first
-    failure. The processes of all nodes of a job form one group. torchrun forwards signals that ask to save and exit,
-    and waits for the processes."""
+    """Run the same verb in that many processes on this node with torchrun, which forwards the signals that ask to save
+    and exit. The processes of all nodes form one group. Returns the exit code of the first failure, or 0."""
     import torch.distributed.run as torchrun
     from torch.distributed.elastic.multiprocessing import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    # The processes report their own errors; torchrun would add a traceback.
+    # The processes report their errors; torchrun would add a traceback.
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     meeting = ["--standalone"]
     if is_task():
-        # The rendezvous of the processes of all nodes.
         nodes, endpoint = os.environ[_RENDEZVOUS].split()
         meeting = [f"--nnodes={nodes}", "--rdzv-backend=c10d", f"--rdzv-endpoint={endpoint}"]
         meeting += [f"--rdzv-id={slurm_job.number()}"]
     options = [*meeting, f"--nproc-per-node={processes}", f"--shutdown-timeout={_TO_SAVE}"]
     options += ["--signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGUSR1"]
     try:
-        # After the dashes torchrun does not parse our options.
+        # torchrun does not parse options after the dashes.
         torchrun.main([*options, "-m", "--", "consistency", *words])
     except SignalException as error:
         return 128 + int(error.sigval)

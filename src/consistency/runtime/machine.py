@@ -1,23 +1,23 @@
-"""The device of this process, and its rank among those that share its work."""
+"""The device of this process, and its rank."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 
 from consistency.base.errors import UserError
-from consistency.runtime.distributed import Ranks
+from consistency.runtime.distributed import ALONE, Ranks
 
 
 @dataclass(frozen=True)
 class Machine:
-    """The machine of a training: the device of this process, and its rank among the processes."""
+    """Machine of a training: the device of this process, and its rank among the processes."""
 
     device: torch.device
-    ranks: Ranks = field(default_factory=Ranks)
+    ranks: Ranks = ALONE
 
 
 def pick_device(name: str) -> torch.device:
-    """Return the device; 'auto' is the GPU if there is one. Raises UserError if the device does not exist."""
+    """Return the device; 'auto' is a GPU if there is one. Raises UserError if the device does not exist."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:

@@ -4,7 +4,7 @@ import os
 import subprocess
 
 _JOB = "SLURM_JOB_ID"
-_MARGIN = 10.0  # minutes before a job's end, or a tenth of its time if that is less
+_MARGIN = 10.0  # minutes before the time limit, or a tenth of it if that is less
 _LEAST = 0.5  # minutes
 _PATIENCE = 60  # seconds for the controller
 
@@ -20,14 +20,14 @@ def in_job() -> bool:
 
 
 def working_minutes(minutes: float) -> float:
-    """Return the minutes after which a job with that time limit has to save and exit. Slurm kills it at the limit, and
-    the start before the verb, the last step and saving take time too."""
+    """Return the minutes after which a job with that time limit must save and exit. Slurm kills it at the limit;
+    starting up, the last step and saving take time too."""
     return minutes - max(min(_MARGIN, minutes / 10), _LEAST)
 
 
 def requeue() -> str:
-    """Requeue this job under its own number, so that Snakemake keeps waiting for it and uses up no retry. Slurm then
-    ends all processes of the job. Returns Slurm's objection, '' if there is none."""
+    """Requeue this job under its own number, so that Snakemake keeps waiting and counts no retry. Slurm then ends the
+    job's processes. Returns Slurm's error message, '' on success."""
     words = ["scontrol", "requeue", os.environ[_JOB]]
     try:
         done = subprocess.run(words, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=_PATIENCE)

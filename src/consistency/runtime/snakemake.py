@@ -1,6 +1,6 @@
-"""Snakemake as started by `make demo` and DVC: alone in this directory, and resuming after a killed run.
+"""Start of Snakemake for `make demo` and DVC: alone in this directory, and resuming after a killed run.
 
-Snakemake's own lock keeps two runs apart, but it outlives a `kill -9`. AT_WORK tells a live run from a killed one: the
+Snakemake's own lock keeps two runs apart but outlives a `kill -9`. AT_WORK tells a live run from a killed one: the
 operating system releases it when Snakemake ends, however that happens.
 """
 
@@ -23,29 +23,29 @@ from consistency.runtime.supervision import watch
 LOCKS = Path(".snakemake/locks")
 AT_WORK = Path(".snakemake/at-work.lock")
 PATIENCE = 60.0  # seconds for a run whose caller was killed to notice, save and exit
-#: set for a Snakemake that takes everything as it is, whatever its age and settings
+#: set for a Snakemake that accepts existing files whatever their age and settings
 TAKEN = "CONSISTENCY_TAKEN"
 _POLL = 0.5
-#: set for Snakemake: the process that it ends with; set for `snakemake --unlock`, which is called with the lock held
+#: set for Snakemake to the process that it ends with; set for `snakemake --unlock`, which runs with the lock held
 _CALLER, _UNLOCKING = "CONSISTENCY_CALLER", "CONSISTENCY_UNLOCKING"
 
 
 def reproduce(study: Study, rules: list[str] | None, targets: list[str]) -> NoReturn:
-    """Become Snakemake, which makes the targets by those rules alone, or the whole study if none are named.
+    """Become Snakemake and make the targets by those rules alone, or the whole study without any.
 
-    It uses $CORES cores (default: all), and is interrupted when its caller is gone. With rules, everything that is
-    there is taken as it is, since the caller (DVC) decides what is made again. Raises UserError if another run works in
-    this directory and does not exit within PATIENCE seconds, and if a run on a cluster was killed.
+    Uses $CORES cores (default: all); is interrupted when its caller is gone. With rules, existing files are up to date,
+    because the caller (DVC) decides what to make again. Raises UserError if another run in this directory does not exit
+    within PATIENCE seconds, or a run on a cluster was killed.
     """
     lock = _alone()
     snakemake, config = [sys.executable, "-m", "snakemake"], ["--config", f"studies={study.name}"]
     if LOCKS.is_dir() and any(LOCKS.iterdir()):
         if os.environ.get("SNAKEMAKE_PROFILE"):
             raise UserError(
-                "an earlier run was killed, and jobs of it may still be in Slurm's queue: when `squeue --me` has none "
+                "an earlier run was killed, and its jobs may still be in Slurm's queue: when `squeue --me` has none "
                 "of this directory, run `snakemake --unlock` and then the same command again"
             )
-        print("An earlier run was killed; going on where it stopped.", flush=True)
+        print("An earlier run was killed; resuming it.", flush=True)
         words = [*snakemake, "--unlock", "--quiet", "all", *config]
         subprocess.run(words, env=os.environ | {_UNLOCKING: "1"}, check=True)
     fcntl.flock(lock, fcntl.LOCK_SH)
@@ -57,12 +57,12 @@ def reproduce(study: Study, rules: list[str] | None, targets: list[str]) -> NoRe
 
 
 def join_run() -> None:
-    """Record, until this process ends, that a Snakemake is at work here; end it when its caller is gone."""
+    """Mark this directory as in use until this process ends; interrupt it when its caller is gone."""
     if caller := os.environ.pop(_CALLER, ""):
-        signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's `&` has had ignored
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's `&` ignores it
         watch(int(caller), _interrupt)
     if _UNLOCKING not in os.environ:
-        # A disk without locks, or one that cannot be written, is reproduce()'s to tell.
+        # reproduce() reports a disk that has no locks or is not writable.
         with suppress(OSError):
             fcntl.flock(_open(), fcntl.LOCK_SH)
 
@@ -73,7 +73,7 @@ def _open() -> int:
 
 
 def _alone() -> int:
-    """Wait until no Snakemake is at work in this directory. Returns the lock, held."""
+    """Wait until no Snakemake is at work in this directory. Returns the held lock."""
     deadline, told = time.monotonic() + PATIENCE, False
     try:
         lock = _open()
@@ -82,7 +82,7 @@ def _alone() -> int:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 return lock
             if not told:
-                print(f"Another run is at work in this directory; waiting {PATIENCE:g} s for it to leave.", flush=True)
+                print(f"Another run is at work in this directory; waiting {PATIENCE:g} s for its end.", flush=True)
             told = True
             if time.monotonic() > deadline:
                 raise UserError(
@@ -95,7 +95,7 @@ def _alone() -> int:
 
 
 def _interrupt() -> None:
-    """Act like Ctrl-C: send SIGINT to this process and to all that it has started."""
+    """Send SIGINT to this process and its descendants, as Ctrl-C does."""
     process = psutil.Process()
     for each in [*process.children(recursive=True), process]:
         with suppress(psutil.NoSuchProcess):

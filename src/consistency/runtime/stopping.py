@@ -1,4 +1,4 @@
-"""Signals that ask a training or a sampling to save and stop."""
+"""Signals that ask a training or sampling to save and stop."""
 
 import signal
 from collections.abc import Callable, Iterator
@@ -10,7 +10,7 @@ _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP, signal
 
 
 class Interrupted(Exception):
-    """A training was asked to stop and its state is saved. signum: the signal."""
+    """Interruption of a training or sampling whose state is saved. signum: the signal."""
 
     def __init__(self, message: str, signum: int) -> None:
         super().__init__(message)
@@ -19,7 +19,7 @@ class Interrupted(Exception):
 
 @contextmanager
 def stop_requests() -> Iterator[Callable[[], int]]:
-    """Yield a function that returns the signal that asked to stop, or 0."""
+    """Yield a function that returns the first signal received, or 0."""
     received: list[int] = []
 
     def note(signum: int, frame: FrameType | None) -> None:

@@ -1,4 +1,4 @@
-"""Watchdog of a job: it ends with its Snakemake, so that it does not work beside the next run."""
+"""Watchdog that ends a job with its Snakemake, so that it does not work beside the next run."""
 
 import os
 import platform
@@ -13,9 +13,9 @@ _POLL = 0.5  # seconds
 
 
 def watch_supervisor() -> None:
-    """Send this process SIGTERM when its Snakemake is killed (a kill -9 leaves its jobs running).
+    """Send this process SIGTERM once its Snakemake is gone: a kill -9 leaves jobs running.
 
-    Does nothing without a supervisor, or with one on another machine.
+    Does nothing without a supervisor on this machine.
     """
     host, _, pid = os.environ.get(SUPERVISOR, "").rpartition(":")
     if host == platform.node() and pid.isdigit():
@@ -23,7 +23,7 @@ def watch_supervisor() -> None:
 
 
 def watch(pid: int, then: Callable[[], None]) -> None:
-    """Call a function, in a thread of its own, once a process of this machine has ended."""
+    """Call a function, in a thread, once a process of this machine has ended."""
 
     def wait() -> None:
         while _alive(pid):
@@ -34,8 +34,8 @@ def watch(pid: int, then: Callable[[], None]) -> None:
 
 
 def _alive(pid: int) -> bool:
-    """Tell whether a process is running. A zombie, which stays where there is no init, is not."""
-    import psutil  # a fifth of the time of --help, which watches nobody
+    """Tell whether a process is running. A zombie is not; without an init it stays."""
+    import psutil  # slow, and --help does not need it
 
     try:
         return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
