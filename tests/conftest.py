@@ -13,7 +13,9 @@ import pytest
 import torch
 import yaml
 from tests.draws import SEED
+from tests.processes import ROOT, SOURCE
 
+from consistency.base.errors import UserError
 from consistency.base.files import sha256, write_bytes
 from consistency.config.job import Job
 from consistency.config.paths import StudyPaths
@@ -33,12 +35,13 @@ os.environ["SLURM_CONF"] = os.devnull
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
-ROOT = Path(__file__).parents[1]
 TINY = yaml.safe_load((ROOT / "config/studies/tiny.yaml").read_text())
 #: in place of a value: the key is taken out
 ABSENT = object()
 
 Changes = dict[str, Any]
+Tiny = Callable[..., Study]
+WriteStudy = Callable[..., Path]
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -82,6 +85,14 @@ def put(content: dict[str, Any], changes: Changes) -> dict[str, Any]:
     return content
 
 
+def mistake(action: Callable[..., Any], *arguments: Any, **options: Any) -> str:
+    """The message of what must fail by a person's mistake: one line."""
+    with pytest.raises(UserError) as error:
+        action(*arguments, **options)
+    assert str(error.value).isprintable()
+    return str(error.value)
+
+
 def vouch_for(path: Path) -> None:
     """Give the working directory a registry of nothing but that file, with its digest."""
     entry = {"url": "http://127.0.0.1:9/x", "about": "a miniature", "licence": "none", "digest_source": "the test"}
@@ -111,7 +122,7 @@ def untaught(couplings: Changes) -> Changes:
 
 
 @pytest.fixture(scope="session")
-def tiny() -> Callable[..., Study]:
+def tiny() -> Tiny:
     """tiny({"student.steps": 9}): the tiny study with changes."""
 
     def make(changes: Changes | None = None) -> Study:
@@ -121,7 +132,7 @@ def tiny() -> Callable[..., Study]:
 
 
 @pytest.fixture
-def write_study(tmp_path: Path) -> Callable[..., Path]:
+def write_study(tmp_path: Path) -> WriteStudy:
     """write_study({"student.steps": 9}): the path of the tiny study's file with changes, named tiny.yaml."""
 
     def write(changes: Changes | None = None) -> Path:
@@ -173,7 +184,7 @@ def client(small_project: Study) -> Any:
 
 
 @pytest.fixture(scope="session")
-def first_results(tmp_path_factory: pytest.TempPathFactory, tiny: Callable[..., Study]) -> StudyPaths:
+def first_results(tmp_path_factory: pytest.TempPathFactory, tiny: Tiny) -> StudyPaths:
     """Dataset, an untrained teacher and made-up coefficients of the tiny study."""
     import numpy as np
 
@@ -196,6 +207,13 @@ def first_results(tmp_path_factory: pytest.TempPathFactory, tiny: Callable[..., 
     np.savez(layout.fit, times=times, l=l, s=4 * l - 2)
     Card(Job(study, layout), "coefficients").write()
     return layout
+
+
+@pytest.fixture
+def package(tmp_path: Path) -> Path:
+    """A copy of the package, to change it."""
+    source = Path(SOURCE) / "consistency"
+    return Path(shutil.copytree(source, tmp_path / "consistency", ignore=shutil.ignore_patterns("__pycache__")))
 
 
 @pytest.fixture

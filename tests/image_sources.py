@@ -15,6 +15,11 @@ CIFAR10_CLASSES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog
 SYNSETS = ["n01440764", "n01443537", "n02105855"]
 
 
+def noise(*shape: int, seed: int = 0) -> np.ndarray:
+    """Random bytes of a shape."""
+    return np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
+
+
 def pixels(height: int, width: int, channels: int = 3, seed: int = 0) -> np.ndarray:
     """A smooth random image with some noise, uint8."""
     rng = np.random.default_rng(seed)

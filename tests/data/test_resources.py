@@ -5,25 +5,24 @@ import os
 import socket
 import struct
 import subprocess
-import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from tests.conftest import mistake
 from tests.dangers import file_size_limit
 from tests.loopback import CONTENT, Server
+from tests.processes import PROXIES, ROOT, run_python
 from tests.workflow.checkout import fresh
 
 from consistency import __main__ as cli
-from consistency.base.errors import UserError
 from consistency.data import resources as module
 from consistency.data.resources import fetch, find, open_resource, recorded, registry, resource_path
 
-ROOT = Path(__file__).parents[2]
 NAME = "weights.pt"
 DIGEST = hashlib.sha256(CONTENT).hexdigest()
 OTHER = b"another file"
@@ -33,17 +32,16 @@ ENTRY = {"url": "http://127.0.0.1:9/weights.pt", "about": "w", "licence": "MIT",
 
 
 @pytest.fixture(autouse=True)
-def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty project."""
+def empty_project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The working directory is a project without a file."""
     (tmp_path / "config").mkdir()
     monkeypatch.chdir(tmp_path)
-    return tmp_path
 
 
 @pytest.fixture
 def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
     """A server at work, no proxy in between, and no pause before a second attempt."""
-    for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
+    for name in PROXIES:
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(module, "_PAUSES", (0.0, 0.0))
     with Server() as http:
@@ -61,13 +59,6 @@ def register(**entries: dict[str, Any]) -> None:
 def by_hand(content: bytes = CONTENT, name: str = NAME) -> None:
     resource_path(name).parent.mkdir(exist_ok=True)
     resource_path(name).write_bytes(content)
-
-
-def mistake(action: Callable[[], Any]) -> str:
-    with pytest.raises(UserError) as error:
-        action()
-    assert "\n" not in str(error.value)
-    return str(error.value)
 
 
 # --- the registry
@@ -127,8 +118,8 @@ def test_outside_a_project_it_is_said_where_to_run() -> None:
 
 def test_an_unknown_name_gets_the_nearest() -> None:
     register(weights_pt={})
-    assert mistake(lambda: find("weigths.pt")).endswith("did you mean 'weights.pt'?")
-    assert mistake(lambda: find("x")).endswith("there are weights.pt")
+    assert mistake(find, "weigths.pt").endswith("did you mean 'weights.pt'?")
+    assert mistake(find, "x").endswith("there are weights.pt")
 
 
 # --- fetching
@@ -136,7 +127,7 @@ def test_an_unknown_name_gets_the_nearest() -> None:
 
 def refused(server: Server) -> str:
     """The download ends in an error of one line, and leaves neither a file nor a digest."""
-    message = mistake(lambda: fetch(NAME))
+    message = mistake(fetch, NAME)
     assert {path.name for path in PATH.parent.iterdir()} == {f".{NAME}.lock"}
     assert not LOCK.exists()
     return message
@@ -236,8 +227,8 @@ def test_a_password_in_an_address_is_not_told(server: Server, capsys: pytest.Cap
     url = server.url.replace("http://", "http://me:secret@")
     register(weights_pt={"url": url, "sha256": "0" * 64}, nowhere_pt={"url": "http://me:secret@127.0.0.1:9/x"})
     server.statuses = [503, 404]
-    messages = [mistake(lambda: fetch(NAME)), mistake(lambda: fetch(NAME)), mistake(lambda: open_resource(NAME))]
-    messages += [mistake(lambda: fetch("nowhere.pt")), *capsys.readouterr()]
+    messages = [mistake(fetch, NAME), mistake(fetch, NAME), mistake(open_resource, NAME)]
+    messages += [mistake(fetch, "nowhere.pt"), *capsys.readouterr()]
     assert f"cannot download {server.url} (HTTP 404 Not Found)" in messages[0]
     assert not [message for message in messages if "secret" in message or "me:" in message]
     assert "Authorization" in server.requests[0]
@@ -258,11 +249,11 @@ def test_a_full_disk_is_not_the_networks_fault(server: Server) -> None:
 @pytest.mark.parametrize("known", [{"sha256": "0" * 64}, {"size": 5}, {"sha256": DIGEST, "size": 5}])
 def test_whatever_is_published_must_agree(server: Server, known: dict[str, Any]) -> None:
     register(weights_pt={"url": server.url} | known)
-    assert "it was removed" in mistake(lambda: fetch(NAME))
+    assert "it was removed" in mistake(fetch, NAME)
     assert not PATH.exists()
     assert not LOCK.exists()
     by_hand()
-    assert f"{PATH} has " in mistake(lambda: open_resource(NAME))
+    assert f"{PATH} has " in mistake(open_resource, NAME)
 
 
 def test_the_first_digest_is_recorded_and_enforced_ever_after(
@@ -276,7 +267,7 @@ def test_the_first_digest_is_recorded_and_enforced_ever_after(
     PATH.unlink()
     server.content = OTHER
     register(weights_pt={"url": server.url})
-    message = mistake(lambda: fetch(NAME))
+    message = mistake(fetch, NAME)
     assert f"not {DIGEST}: it was removed" in message
     assert not PATH.exists()
     assert recorded() == {NAME: DIGEST}
@@ -287,7 +278,7 @@ def test_a_damaged_lock_file_is_named_with_its_line(line: str) -> None:
     register(weights_pt={})
     LOCK.write_text(f"# digests\n{DIGEST}  b.pt\n{line}\n")
     by_hand()
-    assert mistake(lambda: open_resource(NAME)).startswith(f"{LOCK}, line 3: ")
+    assert mistake(open_resource, NAME).startswith(f"{LOCK}, line 3: ")
 
 
 # --- opening
@@ -295,7 +286,7 @@ def test_a_damaged_lock_file_is_named_with_its_line(line: str) -> None:
 
 def test_a_missing_file_is_named_with_how_to_get_it(no_network: None) -> None:
     register(weights_pt={"sha256": DIGEST})
-    assert mistake(lambda: open_resource(NAME)) == (
+    assert mistake(open_resource, NAME) == (
         f"resources/weights.pt is missing: run `python -m consistency fetch weights.pt` where there is a network, "
         f"or get {ENTRY['url']} elsewhere and put the file (sha256 {DIGEST}) at resources/weights.pt by hand"
     )
@@ -316,7 +307,7 @@ def test_a_changed_file_is_noticed_whatever_its_size_and_time_say() -> None:
     before = PATH.stat()
     by_hand(CONTENT[:-1] + b"?")
     os.utime(PATH, ns=(before.st_atime_ns, before.st_mtime_ns))
-    message = mistake(lambda: open_resource(NAME))
+    message = mistake(open_resource, NAME)
     assert f"{PATH} has sha256 " in message
     assert f"not {DIGEST}: run `python -m consistency fetch weights.pt`" in message
 
@@ -387,8 +378,7 @@ def test_fetching_waits_for_no_heavy_import() -> None:
         "heavy = {'torch', 'numpy', 'scipy', 'mlflow', 'matplotlib', 'pandas', 'PIL'}\n"
         "assert not heavy & set(sys.modules), heavy & set(sys.modules)\n"
     )
-    environment = os.environ | {"PYTHONPATH": str(ROOT / "src")}
-    subprocess.run([sys.executable, "-c", code], env=environment, check=True)
+    run_python("-c", code)
 
 
 @pytest.mark.slow

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 from tests.fake_results import make_study
+from tests.processes import ROOT
 
 from consistency.__main__ import main
 from consistency.base.errors import UserError
@@ -19,8 +20,6 @@ from consistency.config.keys import key_of
 from consistency.config.paths import StudyPaths
 from consistency.provenance.archive import make_archive
 from consistency.provenance.verification import verify
-
-ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(autouse=True)

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import yaml
 from tests.conftest import changed
+from tests.processes import ROOT
 
 from consistency.base.errors import UserError
 from consistency.config.job import Job
@@ -19,7 +20,6 @@ from consistency.config.study import Study
 from consistency.provenance import graph
 from consistency.provenance.dvc import pipeline, write_plan
 
-ROOT = Path(__file__).parents[2]
 STUDIES = sorted(path.stem for path in (ROOT / "config/studies").glob("*.yaml"))
 ANALYTIC = {f"{stage}/analytic/seed0" for stage in ("student", "samples", "scores")}
 Plan = Callable[..., dict[str, Any]]

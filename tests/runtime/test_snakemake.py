@@ -4,18 +4,16 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from tests.tracking.servers import wait_until
+from tests.conftest import Tiny
+from tests.processes import wait_until
 
 from consistency.base.errors import UserError
-from consistency.config.study import Study
 from consistency.runtime.snakemake import AT_WORK, LOCKS, join_run, reproduce
 
-Tiny = Callable[..., Study]
 SOURCE = str(Path(__file__).parents[2] / "src")
 
 

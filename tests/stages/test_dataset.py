@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tests.conftest import Tiny, WriteStudy
 from tests.dangers import file_size_limit
 from tests.image_sources import imagenet_files, imagenet_tar
 
@@ -25,12 +26,10 @@ from consistency.config.job import Job
 from consistency.config.keys import key_of
 from consistency.config.paths import StudyPaths
 from consistency.config.reading import load_study
-from consistency.config.study import Study
 from consistency.data.prepared import ImageData, load_images
 from consistency.stages import dataset as stage
 from consistency.stages.dataset import make_dataset
 
-Tiny = Callable[..., Study]
 Make = Callable[..., ImageData]
 Mistake = Callable[..., str]
 
@@ -312,7 +311,7 @@ def test_a_full_disk_is_one_line_and_leaves_what_was_there(
 
 
 @pytest.fixture
-def slow(tmp_path: Path, write_study: Callable[..., Path]) -> Path:
+def slow(tmp_path: Path, write_study: WriteStudy) -> Path:
     """A study that takes some seconds: ImageNet's tar, scaled up to 256 pixels."""
     files = imagenet_files(40)
     files = {f"{name[:10]}{k}{name[10:]}": content for k in range(3) for name, content in files.items()}

@@ -1,17 +1,16 @@
 """R_t by the teacher, and what a study with one writes beside the couplings."""
 
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
+from tests.conftest import Tiny
 from tests.nets.small import make_denoiser
 
 from consistency.config.job import Job
 from consistency.config.paths import StudyPaths
-from consistency.config.study import Study
 from consistency.provenance.card import read_card
 from consistency.report import figures
 from consistency.runtime.machine import Machine
@@ -19,7 +18,6 @@ from consistency.stages.flows import make_flows
 from consistency.stages.student import make_student
 from consistency.training.discrepancy import ImagePairs, by_teacher
 
-Tiny = Callable[..., Study]
 CPU = Machine(torch.device("cpu"))
 
 

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from tests.conftest import Tiny, WriteStudy
 from tests.nets.small import make_denoiser
 from tests.stages.conftest import save_students
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -34,7 +35,6 @@ from consistency.runtime.stopping import Interrupted
 from consistency.stages.samples import make_samples
 from consistency.theory.preconditioning import build_preconditioning
 
-Tiny = Callable[..., Study]
 CPU = torch.device("cpu")
 CTM = build_preconditioning("ctm", 0.5)
 
@@ -351,7 +351,7 @@ def start(folder: Path, rank: int = 0, world: int = 1, kill_at: int = -1) -> sub
 
 
 def test_a_killed_sampling_and_a_shared_one_have_the_same_bits(
-    write_study: Callable[..., Path], tiny: Tiny, results: StudyPaths, tmp_path: Path
+    write_study: WriteStudy, tiny: Tiny, results: StudyPaths, tmp_path: Path
 ) -> None:
     """kill -9 in the middle; then two processes do the rest between them."""
     write_study(SMALL_BATCHES)

@@ -4,13 +4,14 @@ import json
 import os
 import shutil
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from tests.conftest import Tiny
 from tests.nets.small import make_denoiser
 from tests.stages.conftest import OWN
 
@@ -32,7 +33,6 @@ from consistency.training.loop import Training, train
 from consistency.training.objective import Term
 from consistency.training.trajectory import Trajectory
 
-Tiny = Callable[..., Study]
 Changes = dict[str, Any]
 CPU = Machine(torch.device("cpu"))
 

@@ -2,7 +2,6 @@
 
 import json
 import re
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from tests.conftest import Tiny
 from tests.stages.conftest import OWN
 
 from consistency.base.errors import UserError
@@ -37,7 +37,6 @@ from consistency.training.fits import time_grid
 from consistency.training.own_fit import covariance_fit
 from consistency.training.toy import train_toy
 
-Tiny = Callable[..., Study]
 CPU = torch.device("cpu")
 
 

@@ -3,8 +3,9 @@
 from collections.abc import Iterator
 
 import pytest
+from tests.processes import PROXIES
 from tests.tracking.debian import needs_debian
-from tests.tracking.servers import PROXIES, Postgres, TrackingServer, postgres, tracking_server
+from tests.tracking.servers import Postgres, TrackingServer, postgres, tracking_server
 
 
 @pytest.fixture(autouse=True)

@@ -14,8 +14,8 @@ from typing import Any
 
 import pytest
 from tests.fake_results import SMALL, UNTAUGHT, edit_card, make_finished, make_student, make_study, read_scores
+from tests.processes import SOURCE, free_port
 from tests.tracking.comparison import by_name, planned_points, points_of, runs_of
-from tests.tracking.servers import free_port
 from tests.tracking.trainings import history_of
 
 from consistency.base.arrays import write_table
@@ -31,7 +31,6 @@ from consistency.tracking.records import Record, plan
 from consistency.tracking.server import tracking_uri, without_credentials
 from consistency.tracking.upload import track_study
 
-ROOT = Path(__file__).resolve().parents[2]
 NAMES = {"teacher", "ctm", "ctm seed 0", "ctm seed 1", "analytic", "analytic seed 0", "analytic seed 1", "report"}
 
 
@@ -398,4 +397,4 @@ def test_nothing_phones_home() -> None:
     shell = {name: os.environ[name] for name in ("PATH", "HOME") if name in os.environ}
     command = "from consistency.tracking.server import connect; connect('sqlite:///mlflow.db')\n"
     command += "from mlflow.telemetry import get_telemetry_client; assert get_telemetry_client() is None"
-    subprocess.run([sys.executable, "-c", command], env=shell | {"PYTHONPATH": str(ROOT / "src")}, check=True)
+    subprocess.run([sys.executable, "-c", command], env=shell | {"PYTHONPATH": SOURCE}, check=True)

@@ -16,7 +16,7 @@ import psutil
 import yaml
 from safetensors.numpy import load_file
 from tests.conftest import put
-from tests.tracking.servers import ROOT, environment, start_in
+from tests.processes import ROOT, environment, run_python, start_in
 
 COPIED = ["Snakefile", "Makefile", "environment.yml", "config", "profiles", "slurm", "workflow", "src"]
 #: keys of a history that no run can repeat begin so: times, speeds, memory
@@ -39,7 +39,7 @@ class Checkout:
     def environment(self) -> dict[str, str]:
         """The outside's, without what a surrounding workflow, make or MLflow would bring in."""
         # Snakemake asks an installed Slurm at every start; one that is not running answers after 9 seconds.
-        return environment(CONSISTENCY_LIVE="0", SLURM_CONF=os.devnull) | self.variables
+        return environment() | self.variables
 
     def start(self, *words: str) -> subprocess.Popen[str]:
         """Snakemake in a process group of its own, as a shell starts it; its output goes to output.txt."""
@@ -52,6 +52,11 @@ class Checkout:
     def _start(self, *words: str) -> subprocess.Popen[str]:
         environment = {"PYTHONPATH": str(self.path / "src"), "CORES": "2"} | self.environment
         return start_in(self.path, [sys.executable, "-m", *words], environment, self.path / "output.txt")
+
+    def verb(self, *words: str) -> str:
+        """Run a verb, which must end well. Returns what it printed."""
+        variables = {"PYTHONPATH": str(self.path / "src")} | self.variables
+        return run_python("-m", "consistency", *words, folder=self.path, **variables).stdout
 
     @property
     def output(self) -> str:

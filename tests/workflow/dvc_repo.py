@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from tests.tracking.servers import start_in
+from tests.processes import start_in
 from tests.workflow.checkout import Checkout, fresh
 
 #: what a repository has beside what the workflow needs
@@ -100,10 +100,7 @@ class Repo:
     def set(self, changes: dict[str, Any], name: str = "tiny") -> None:
         """Set dotted keys of the study, or of a copy of another name, and write its pipeline."""
         self.checkout.change(changes, name)
-        words = [sys.executable, "-m", "consistency", "dvc", name]
-        environment = self.environment | {"PYTHONPATH": str(self.path / "src")}
-        text = subprocess.run(words, cwd=self.path, env=environment, capture_output=True, text=True, check=True).stdout
-        (self.path / "dvc.yaml").write_text(text)
+        (self.path / "dvc.yaml").write_text(self.checkout.verb("dvc", name))
 
     def commit(self, message: str) -> None:
         self.git("add", "--all")

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import yaml
 from moto.server import ThreadedMotoServer
-from tests.tracking.servers import wait_until
+from tests.processes import wait_until
 from tests.workflow.dvc_repo import JOBS, PLAN, Repo, origin
 from tests.workflow.miniatures import Site
 

@@ -5,7 +5,7 @@ import signal
 import subprocess
 
 import pytest
-from tests.tracking.servers import wait_until
+from tests.processes import wait_until
 from tests.workflow.checkout import LONGER, NUMBERS, Checkout
 
 pytestmark = pytest.mark.slow

@@ -17,8 +17,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import psutil
+from tests.processes import ROOT, environment, free_port, start_in, wait_until
 from tests.tracking.debian import needs_debian
-from tests.tracking.servers import ROOT, environment, free_port, start_in, wait_until
 
 NODES = ("one", "two")
 #: the programs that a cluster needs, and the packages they are in

@@ -12,7 +12,7 @@ from typing import Any, Self
 import psutil
 import torch
 import yaml
-from tests.tracking.servers import start_in, wait_until
+from tests.processes import start_in, wait_until
 from tests.workflow.checkout import Checkout
 from tests.workflow.slurm.cluster import Cluster
 

@@ -8,7 +8,7 @@ from threading import Thread
 from typing import Any
 
 import pytest
-from tests.tracking.servers import wait_until
+from tests.processes import wait_until
 from tests.workflow.checkout import LONGER, Checkout
 from tests.workflow.slurm.cluster import NODES, Cluster
 from tests.workflow.slurm.submitting import LoginNode, differing, login, scored, thaw, thaw_when_called

@@ -5,7 +5,7 @@ import signal
 from typing import Any
 
 import pytest
-from tests.tracking.servers import wait_until
+from tests.processes import wait_until
 from tests.workflow.checkout import LONGER, Checkout
 from tests.workflow.slurm.cluster import NODES, Cluster
 from tests.workflow.slurm.submitting import differing, login, scored, thaw

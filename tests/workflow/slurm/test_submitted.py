@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.tracking.servers import PROXIES, TrackingServer, tracking_server, wait_until
+from tests.processes import PROXIES, wait_until
+from tests.tracking.servers import TrackingServer, tracking_server
 from tests.workflow.checkout import LONGER, NUMBERS, Checkout, fresh
 from tests.workflow.dvc_repo import origin
 from tests.workflow.slurm.cluster import Cluster
