@@ -9,12 +9,10 @@ from pathlib import Path
 
 import pytest
 from tests.conftest import Tiny
-from tests.processes import wait_until
+from tests.processes import SOURCE, environment, start_python, wait_until
 
 from consistency.base.errors import UserError
 from consistency.runtime.snakemake import AT_WORK, LOCKS, join_run, reproduce
-
-SOURCE = str(Path(__file__).parents[2] / "src")
 
 
 @pytest.fixture
@@ -75,7 +73,7 @@ def test_another_run_is_not_disturbed(
 ) -> None:
     monkeypatch.setattr("consistency.runtime.snakemake.PATIENCE", 0.0)
     leave_a_lock()
-    other = subprocess.Popen([sys.executable, "-c", OTHER], env=os.environ | {"PYTHONPATH": SOURCE})
+    other = start_python("-c", OTHER)
     try:
         wait_until(Path("joined").exists, "the other run")
         with pytest.raises(UserError, match="another run is at work in this directory: wait until it ends, or stop it"):
@@ -130,7 +128,7 @@ subprocess.run(["bash", "-c", "sleep 60; true"])
 
 def test_snakemake_and_its_jobs_end_with_the_caller(tmp_path: Path) -> None:
     words = [sys.executable, "-c", CALLER, SNAKEMAKE]
-    caller = subprocess.Popen(words, cwd=tmp_path, start_new_session=True, env=os.environ | {"PYTHONPATH": SOURCE})
+    caller = subprocess.Popen(words, cwd=tmp_path, start_new_session=True, env=environment(PYTHONPATH=SOURCE))
 
     def at_work() -> list[str]:
         shown = subprocess.run(["ps", "-o", "args=", "-g", str(caller.pid)], capture_output=True, text=True)

@@ -1,12 +1,10 @@
-"""Image i comes from seed i: the same in whatever batch, however many others are drawn."""
+"""The samples stage: image i comes from seed i, the same in whatever batch, however many others are drawn."""
 
 import errno
 import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +14,7 @@ import pytest
 import torch
 from tests.conftest import Tiny, WriteStudy
 from tests.nets.small import make_denoiser
+from tests.processes import start_python
 from tests.stages.conftest import save_students
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -43,40 +42,17 @@ def images(study: Study, model: Denoiser, sampler: Sampler, count: int) -> torch
     return torch.cat([batch for _, batch in draw(study, model, sampler, count)])
 
 
-@pytest.mark.parametrize("label_dim", [0, 10])
-@pytest.mark.parametrize("batch", [1, 7, 64])
-def test_latents_labels_and_fresh_noise_are_each_images_own(batch: int, label_dim: int) -> None:
-    shape = (3, 4, 4)
-    whole = ImageNoise(range(64), shape, label_dim)
-    parts = [ImageNoise(range(i, min(i + batch, 64)), shape, label_dim) for i in range(0, 64, batch)]
-    assert torch.equal(whole.latents, torch.cat([part.latents for part in parts]))
-    for _ in range(3):
-        assert torch.equal(whole.fresh(), torch.cat([part.fresh() for part in parts]))
-    assert (whole.labels is None) == (label_dim == 0)
-    if whole.labels is not None:
-        assert torch.equal(whole.labels, torch.cat([part.labels for part in parts]))
-
-
-def test_latents_are_standard_normal_and_unlike_each_other() -> None:
-    latents = ImageNoise(range(2000), (1, 4, 4)).latents.flatten(1)
-    assert latents.mean().item() == pytest.approx(0, abs=0.02)
-    assert latents.std().item() == pytest.approx(1, abs=0.02)
-    # Neighbouring seeds must not be correlated, in pixels or in images.
-    assert (latents[:-1] * latents[1:]).mean().abs() < 0.02
-
-
-def test_conditional_labels_are_uniform_and_beside_the_same_latents() -> None:
-    labelled = ImageNoise(range(2000), (1, 1, 1), 10)
-    assert torch.bincount(labelled.labels, minlength=10).min() > 150  # type: ignore[arg-type]
-    assert torch.equal(labelled.latents, ImageNoise(range(2000), (1, 1, 1)).latents)
+def of_ctm(study: Study) -> Job:
+    """The student ctm of the tiny study."""
+    return Job(study, StudyPaths("tiny"), "ctm", 0)
 
 
 SAMPLERS: dict[str, Callable[[Study, Denoiser], Sampler]] = {
     "heun": lambda study, model: heun_sampler(study, model),
     "churn": lambda study, model: heun_sampler(study, model),
-    "nfe1": lambda study, model: jump_sampler(Job(study, StudyPaths("tiny"), "ctm"), model, CTM, 1),
-    "nfe3": lambda study, model: jump_sampler(Job(study, StudyPaths("tiny"), "ctm"), model, CTM, 3),
-    "gamma": lambda study, model: jump_sampler(Job(study, StudyPaths("tiny"), "ctm"), model, CTM, 3, 0.8),
+    "nfe1": lambda study, model: jump_sampler(of_ctm(study), model, CTM, 1),
+    "nfe3": lambda study, model: jump_sampler(of_ctm(study), model, CTM, 3),
+    "gamma": lambda study, model: jump_sampler(of_ctm(study), model, CTM, 3, 0.8),
 }
 CHURN = {"s_churn": 3.0, "s_min": 0.05, "s_max": 50.0, "s_noise": 1.003}
 
@@ -153,7 +129,7 @@ def test_one_jump_is_the_consistency_function(tiny: Tiny) -> None:
     t, s = (torch.full((4,), v, dtype=torch.float64) for v in (80.0, 0.002))
     with torch.inference_mode():
         expected = CTM.jump(model, 80 * noise.latents, t, s)
-        assert torch.equal(jump_sampler(Job(tiny(), StudyPaths(tiny().name), "ctm"), model, CTM, 1)(noise), expected)
+        assert torch.equal(jump_sampler(of_ctm(tiny()), model, CTM, 1)(noise), expected)
 
 
 def test_churn_changes_the_images_but_not_the_endpoints_of_the_ode(tiny: Tiny) -> None:
@@ -185,12 +161,8 @@ def test_gamma_samplers_are_of_the_main_rate_of_trajectory_students(tiny: Tiny) 
     names = [*(f"ema{rate}-nfe{n}" for rate in (0.9, 0.9999) for n in (1, 2, 5)), "nfe1", "nfe2", "nfe5"]
     gammas = [f"gamma{g}-nfe{n}" for g in (0.5, 1.0) for n in (2, 4)]
     trajectory, endpoint = tiny(gamma), tiny(gamma | {"student.objective": "endpoint", "report": {}})
-    assert [sampler.name for sampler in student_samplers(Job(trajectory, StudyPaths("tiny"), "ctm"))] == [
-        *names[:6],
-        *gammas,
-        *names[6:],
-    ]
-    assert [sampler.name for sampler in student_samplers(Job(endpoint, StudyPaths("tiny"), "ctm"))] == names
+    found = [[sampler.name for sampler in student_samplers(of_ctm(study))] for study in (trajectory, endpoint)]
+    assert found == [[*names[:6], *gammas, *names[6:]], names]
 
 
 # --- the stage
@@ -207,14 +179,14 @@ def test_the_stage_writes_every_sampler_as_bytes(tiny: Tiny, results: StudyPaths
     by_teacher = np.load(Job(study, results).samples / "heun.npy")
     assert by_teacher.shape == (80, 8, 8, 1)
     assert by_teacher.dtype == np.uint8
-    save_students(Job(study, results, "analytic", 0))
-    make_samples(Job(study, results, "analytic", 0), CPU)
-    folder = Job(study, results, "analytic", 0).samples
+    student = Job(study, results, "analytic", 0)
+    save_students(student)
+    make_samples(student, CPU)
     names = {"nfe1.npy", "nfe2.npy", "nfe5.npy", "gamma1.0-nfe2.npy", "card.json"}
-    assert {entry.name for entry in folder.iterdir()} == names
-    card = read_card(Job(study, results, "analytic", 0), "samples")
+    assert {entry.name for entry in student.samples.iterdir()} == names
+    card = read_card(student, "samples")
     assert {Path(path).name for path in card["inputs"]} == {"student.safetensors", "coefficients.npz"}
-    assert not Job(study, results, "analytic", 0).sampling_state.exists()
+    assert not student.sampling_state.exists()
 
 
 def test_each_rates_samples_come_from_its_own_weights(tiny: Tiny, results: StudyPaths) -> None:
@@ -343,13 +315,6 @@ print("evaluations", seen)
 """
 
 
-def start(folder: Path, rank: int = 0, world: int = 1, kill_at: int = -1) -> subprocess.Popen[str]:
-    words = [sys.executable, "-c", PROCESS, str(folder), str(rank), str(world), str(kill_at)]
-    source = str(Path(__file__).parents[2] / "src")
-    variables = os.environ | {"PYTHONPATH": source, "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(words, env=variables, stdout=subprocess.PIPE, text=True)
-
-
 def test_a_killed_sampling_and_a_shared_one_have_the_same_bits(
     write_study: WriteStudy, tiny: Tiny, results: StudyPaths, tmp_path: Path
 ) -> None:
@@ -359,11 +324,11 @@ def test_a_killed_sampling_and_a_shared_one_have_the_same_bits(
     make_samples(Job(study, results), CPU)
     expected = drawn(results)
     shutil.rmtree(Job(study, results).samples)
-    killed = start(tmp_path, kill_at=31)
+    killed = start_python("-c", PROCESS, tmp_path, 0, 1, 31)
     killed.communicate(timeout=120)
     assert killed.returncode == -signal.SIGKILL
     assert json.loads((Job(tiny(), results).sampling_state / "progress.json").read_text())["done"] == {"heun": 28}
-    both = [start(tmp_path, rank, 2) for rank in (0, 1)]
+    both = [start_python("-c", PROCESS, tmp_path, rank, 2, -1) for rank in (0, 1)]
     said = [process.communicate(timeout=120)[0] for process in both]
     assert [process.returncode for process in both] == [0, 0]
     # 8 batches are left: 4 a process.
