@@ -67,7 +67,9 @@ def images(opened: Source) -> np.ndarray:
 
 def refused(*arguments: Any, **settings: Any) -> str:
     """The message of a source that must fail when it is opened or read."""
-    return mistake(lambda: images(source(*arguments, **settings)))
+    message = mistake(lambda: images(source(*arguments, **settings)))
+    assert message.isprintable()
+    return message
 
 
 def lanczos(content: bytes, size: int) -> np.ndarray:

@@ -10,7 +10,6 @@ import torch
 import torch.nn.functional as F
 
 from consistency.nets.layers import (
-    ConditionedNetwork,
     Conv2d,
     FourierEmbedding,
     GroupNorm,
@@ -34,12 +33,10 @@ def test_initial_variance_is_the_rule_s(mode: str, variance: float) -> None:
     assert weight.var().item() == pytest.approx(4 * variance, rel=0.03)
 
 
-def test_box_filter_fast_path_equals_the_depthwise_filter() -> None:
-    x = torch.randn(2, 5, 8, 8)
-    for up in (False, True):
-        fast, slow = (Conv2d(5, 5, 0, up=up, down=not up) for _ in range(2))
-        slow._is_box = False
-        torch.testing.assert_close(fast(x), slow(x))
+def test_resampling_with_two_equal_taps_is_a_convolution_of_each_channel_with_them() -> None:
+    x, taps = torch.randn(2, 5, 8, 8), torch.full((5, 1, 2, 2), 0.25)
+    torch.testing.assert_close(Conv2d(5, 5, 0, down=True)(x), F.conv2d(x, taps, stride=2, groups=5))
+    torch.testing.assert_close(Conv2d(5, 5, 0, up=True)(x), F.conv_transpose2d(x, 4 * taps, stride=2, groups=5))
 
 
 @pytest.mark.parametrize("taps", [(1, 1), (1, 3, 3, 1)])
@@ -96,6 +93,7 @@ def test_attention_weights_are_float32_under_half_precision() -> None:
 
 
 def test_qkv_channels_are_laid_out_by_head_then_channel() -> None:
+    """As in the published weights. The block's last convolution is zero at first: what is added is the attention."""
     block = UNetBlock(8, 8, 4, num_heads=2).eval()
     for weight in (block.qkv.weight, block.proj.weight):
         assert weight is not None
@@ -103,14 +101,8 @@ def test_qkv_channels_are_laid_out_by_head_then_channel() -> None:
     x = torch.randn(2, 8, 3, 3)
     qkv = block.qkv(block.norm2(x)).reshape(2, 2, 4, 3, 9)
     heads = [attention(*(qkv[:, h, :, i] for i in range(3))) for h in range(2)]
-    torch.testing.assert_close(block._attend(x), block.proj(torch.cat(heads, dim=1).reshape(2, 8, 3, 3)))
-
-
-def test_adaptive_scale_modulates_by_scale_and_shift() -> None:
-    block = UNetBlock(8, 8, 4, adaptive_scale=True)
-    h, emb = torch.randn(2, 8, 3, 3), torch.randn(2, 4)
-    scale, shift = block.affine(emb)[:, :, None, None].chunk(2, dim=1)
-    torch.testing.assert_close(block._modulate(h, emb, None), block.norm1(h) * (scale + 1) + shift)
+    expected = x + block.proj(torch.cat(heads, dim=1).reshape(2, 8, 3, 3))
+    torch.testing.assert_close(block(x, torch.randn(2, 4)), expected)
 
 
 def test_heads_must_divide_channels() -> None:
@@ -138,20 +130,6 @@ def test_fourier_embedding_is_cosines_then_sines() -> None:
 def test_odd_embedding_is_an_error(make: Callable[[int], object]) -> None:
     with pytest.raises(ValueError, match="even number"):
         make(7)
-
-
-@pytest.mark.statistical
-def test_label_dropout_zeroes_whole_labels_at_its_rate() -> None:
-    network = ConditionedNetwork(3, 0, 0.25, second_time=False)
-    assert (network.eval()._labels(torch.ones(4000, 3), torch.zeros(())) == 1).all()
-    labels = network.train()._labels(torch.ones(4000, 3), torch.zeros(()))
-    assert ((labels == 0).all(1) | (labels == 1).all(1)).all()
-    assert labels[:, 0].mean().item() == pytest.approx(0.75, abs=0.04)  # 6 standard errors
-
-
-def test_no_label_is_a_label_of_zeros() -> None:
-    labels = ConditionedNetwork(3, 0, 0.0, second_time=False)._labels(None, torch.zeros(2, dtype=torch.float64))
-    assert torch.equal(labels, torch.zeros(1, 3).double())
 
 
 def test_fused_attention_is_the_plain_one() -> None:
