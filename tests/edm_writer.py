@@ -4,8 +4,6 @@ The form is that of NVlabs' training loop: a pickle of protocol 4 of dict(ema, l
 whose networks reduce to torch_utils.persistence._reconstruct_persistent_obj with source text, class name and state.
 """
 
-from __future__ import annotations
-
 import pickle
 import sys
 from collections import OrderedDict

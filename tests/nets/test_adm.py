@@ -1,7 +1,5 @@
 """What DhariwalUNet has of its own; test_songunet.py holds both U-Nets against the official networks."""
 
-from __future__ import annotations
-
 import torch
 from tests.nets.small import ARCHITECTURES, batch, make
 

@@ -1,7 +1,5 @@
 """Layers against their definitions."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 

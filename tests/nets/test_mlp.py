@@ -1,7 +1,5 @@
 """The perceptron for vectors."""
 
-from __future__ import annotations
-
 import torch
 
 from consistency.nets.mlp import MLP

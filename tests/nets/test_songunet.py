@@ -1,7 +1,5 @@
 """The U-Nets against the official networks: outputs of small ones, names and shapes of the published ones."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any

@@ -1,5 +1,6 @@
 """Snakemake as make and DVC start it: alone, going on after a killed run, and no longer than its caller."""
 
+import errno
 import os
 import signal
 import subprocess
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from tests.conftest import Tiny
+from tests.dangers import refused
 from tests.processes import ROOT, SOURCE, environment, run_python, start_python, wait_until
 
 from consistency.base.errors import UserError
@@ -83,10 +85,7 @@ def test_dry_runs_beside_a_run_are_allowed() -> None:
 
 
 def test_a_disk_without_locks_is_one_line(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(file: object, operation: int) -> None:
-        raise OSError(38, "Function not implemented")
-
-    monkeypatch.setattr("fcntl.flock", refuse)
+    monkeypatch.setattr("fcntl.flock", refused(errno.ENOSYS))
     join_run()
     with pytest.raises(UserError, match=f"cannot lock {AT_WORK}: Function not implemented; work on a disk that has"):
         reproduce(tiny(), None, [])

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-from tests.fake_results import SMALL, SWEEP, UNTAUGHT, make_results, make_study
+from tests.fake_results import OFFICIAL, SMALL, SWEEP, UNTAUGHT, make_results, make_study
 
 from consistency.config.job import Job
 from consistency.config.paths import StudyPaths
@@ -36,15 +36,6 @@ LARGE = (
     .replace("{trajectory: ctm}", "{trajectory: ctm, endpoint: cm}")
 )
 RATES = SMALL.replace("steps: 60,", "steps: 60, evaluation_ema: [0.9, 0.9999],")
-OFFICIAL = (
-    SMALL.replace("noise: {sigma_data: measured}", "noise: {sigma_data: 0.5}")
-    .replace(
-        "{kind: trained, network: {kind: mlp, width: 32, depth: 2}, steps: 400, batch: 32, log_every: 100}",
-        "{kind: edm, checkpoint: edm-cifar10-32x32-uncond-vp.pkl}",
-    )
-    .replace("scores: {extractor: classifier,", "calibration: {published_fid: 1.05}\nscores: {extractor: inception,")
-)
-
 BOTH = SMALL.replace("students:\n", "varies: [preconditioning, objective, coupling]\nstudents:\n").replace(
     "seeds: [0, 1]", "  gc: {preconditioning: cm, objective: consistency, coupling: gc}\nseeds: [0, 1]"
 )

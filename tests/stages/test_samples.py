@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from tests.conftest import Tiny, WriteStudy
+from tests.dangers import refused
 from tests.nets.small import make_denoiser
 from tests.processes import start_python
 from tests.stages.conftest import save_students
@@ -273,10 +274,7 @@ def test_what_other_weights_or_settings_drew_is_not_used(tiny: Tiny, results: St
 def test_a_disk_that_is_too_small_is_said_before_anything_is_drawn(
     tiny: Tiny, results: StudyPaths, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def full(*_: object) -> None:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    monkeypatch.setattr(os, "posix_fallocate", full)
+    monkeypatch.setattr(os, "posix_fallocate", refused(errno.ENOSPC))
     monkeypatch.setattr(MLP, "forward", lambda *_: pytest.fail("it draws"))
     with pytest.raises(UserError, match=r"cannot write .*heun\.npy: No space left on device"):
         make_samples(Job(tiny(), results), CPU)

@@ -8,12 +8,11 @@ from typing import Any
 import pytest
 from tests.fake_results import edit_card
 from tests.tracking.comparison import by_name, ids, planned_points, points_of, runs_of
-from tests.tracking.trainings import history_of
+from tests.tracking.trainings import LAYOUT, history_of
 
 from consistency.base.errors import UserError
 from consistency.config.job import Job
 from consistency.config.keys import key_of
-from consistency.config.paths import StudyPaths
 from consistency.config.study import Study
 from consistency.tracking import live
 from consistency.tracking.records import plan
@@ -21,10 +20,6 @@ from consistency.tracking.upload import track_study
 from consistency.training import folder as files
 
 Line = dict[str, Any]
-
-
-#: of the project that is the working directory
-LAYOUT = StudyPaths("small")
 
 
 def write(study: Study, lines: list[Line], run: str = "ctm", seed: int = 0) -> Path:

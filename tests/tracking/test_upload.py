@@ -13,10 +13,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.fake_results import SMALL, UNTAUGHT, edit_card, make_finished, make_student, make_study, read_scores
+from tests.fake_results import (
+    OFFICIAL,
+    SMALL,
+    UNTAUGHT,
+    edit_card,
+    make_finished,
+    make_student,
+    make_study,
+    read_scores,
+)
 from tests.processes import SOURCE, free_port
 from tests.tracking.comparison import by_name, planned_points, points_of, runs_of
-from tests.tracking.trainings import history_of
+from tests.tracking.trainings import LAYOUT, history_of
 
 from consistency.base.arrays import write_table
 from consistency.base.errors import UserError
@@ -32,10 +41,6 @@ from consistency.tracking.server import tracking_uri, without_credentials
 from consistency.tracking.upload import track_study
 
 NAMES = {"teacher", "ctm", "ctm seed 0", "ctm seed 1", "analytic", "analytic seed 0", "analytic seed 1", "report"}
-
-
-#: of the project that is the working directory
-LAYOUT = StudyPaths("small")
 
 
 def track(study: Study, layout: StudyPaths = LAYOUT) -> dict[str, Any]:
@@ -292,11 +297,7 @@ def test_further_ema_rates_are_metrics_with_a_suffix(tmp_path: Path) -> None:
 
 
 def test_an_official_teacher_has_no_history_and_no_training_time(tmp_path: Path) -> None:
-    text = SMALL.replace("{sigma_data: measured}", "{sigma_data: 0.5}").replace(
-        "{kind: trained, network: {kind: mlp, width: 32, depth: 2}, steps: 400, batch: 32, log_every: 100}",
-        "{kind: edm, checkpoint: edm-cifar10-32x32-uncond-vp.pkl}",
-    )
-    _, uploads = planned(tmp_path, text)
+    _, uploads = planned(tmp_path, OFFICIAL)
     teacher = uploads["teacher"]
     assert teacher.params["checkpoint"] == "edm-cifar10-32x32-uncond-vp.pkl"
     assert teacher.params["dataset.kind"] == "digits"
