@@ -1,4 +1,4 @@
-"""What many tests need: a tiny denoiser, the tiny study with changes, and its first results."""
+"""Fixtures of many rooms: the tiny study with changes, its first results, and a finished small study."""
 
 import copy
 import os
@@ -54,7 +54,7 @@ def _no_live_tracking() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def _same_draws_in_any_order() -> None:
-    """What a test draws without a generator must not depend on the tests before it."""
+    """A test that draws without a generator must not depend on the tests before it."""
     torch.manual_seed(SEED)
 
 
@@ -102,7 +102,7 @@ def vouch_for(path: Path) -> None:
 
 @pytest.fixture(scope="session")
 def couplings() -> Changes:
-    """What makes the tiny study one of consistency training: students ic, ot and gc."""
+    """Changes that make the tiny study one of consistency training: students ic, ot and gc."""
     return {
         "student.objective": "consistency",
         "student.preconditioning": "cm",
@@ -116,7 +116,7 @@ def couplings() -> Changes:
 
 @pytest.fixture(scope="session")
 def untaught(couplings: Changes) -> Changes:
-    """What makes it a study without a teacher."""
+    """Changes that make it a study without a teacher."""
     network = {"kind": "mlp", "width": 32, "depth": 1, "embedding": 16}
     return couplings | {"teacher": {"kind": "none", "network": network, "conditional": True}}
 

@@ -1,4 +1,4 @@
-"""What hurts a program, for tests that it does not: pickles that call something, and a disk that is full."""
+"""Dangers that a program must survive: pickles that call something, calls that fail, and a disk that is full."""
 
 import os
 import resource

@@ -56,7 +56,7 @@ def test_many_take_turns_in_a_folder_that_each_removes(tmp_path: Path) -> None:
 
 
 def test_a_disk_without_locks_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As Lustre mounted without them; no lock of another kind is taken in its place."""
+    """Lustre may be mounted without them; no lock of another kind is taken in its place."""
     monkeypatch.setattr("fcntl.flock", refused(errno.ENOSYS))
     message = r"has no file locks \(Function not implemented\), .*: have it mounted with them"
     with pytest.raises(UserError, match=message), only_one(tmp_path / "state", "is working"):

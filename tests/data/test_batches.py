@@ -71,7 +71,7 @@ def batches(data: ImageData, count: int = 64, share: slice = slice(None), **sett
 
 
 def test_the_batch_of_a_step_depends_on_seed_purpose_and_step_alone(folder: Path) -> None:
-    """Not on the batches asked for before, nor on where the dataset lies."""
+    """It depends neither on the batches asked for before, nor on where the dataset lies."""
     data = load_images(folder)
     first = batches(data, flip=True)
     wanted = [first(step) for step in range(4)]

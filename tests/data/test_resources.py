@@ -1,4 +1,4 @@
-"""What is downloaded: the registry, downloads, digests and their enforcement, the verb and the rule that fetch."""
+"""Downloads: the registry, digests and their enforcement, and the verb and the rule that fetch."""
 
 import hashlib
 import os
@@ -181,7 +181,7 @@ def test_a_web_page_is_not_taken_for_the_file(server: Server, content: bytes) ->
 
 @pytest.mark.parametrize(("status", "attempts"), [(404, 1), (503, 3), (429, 3)])
 def test_an_error_of_the_server_is_told(server: Server, status: int, attempts: int) -> None:
-    """At once, or after a few attempts when it may pass."""
+    """It is told at once, or after a few attempts when it may pass."""
     server.statuses = [status] * 10
     register(weights_pt={"url": server.url, "sha256": DIGEST})
     message = refused(server)
@@ -259,7 +259,7 @@ def test_whatever_is_published_must_agree(server: Server, known: dict[str, Any])
 def test_the_first_digest_is_recorded_and_enforced_ever_after(
     server: Server, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Also on another machine, which has the lock file from the repository."""
+    """It is enforced on another machine too, which has the lock file from the repository."""
     register(weights_pt={"url": server.url})
     fetch(NAME)
     assert f"{LOCK}: recorded sha256 {DIGEST} of {NAME}" in capsys.readouterr().out

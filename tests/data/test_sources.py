@@ -73,7 +73,7 @@ def refused(*arguments: Any, **settings: Any) -> str:
 
 
 def lanczos(content: bytes, size: int) -> np.ndarray:
-    """What EDM's tool does to a colour image, by numpy and Pillow."""
+    """A colour image as EDM's tool makes it, by numpy and Pillow."""
     pixels = np.array(Image.open(io.BytesIO(content)).convert("RGB"))
     height, width = pixels.shape[:2]
     side = min(height, width)
@@ -126,7 +126,7 @@ def test_cifar10_is_its_batches_in_order(archived: Path, split: str, names: list
     assert opened.classes == CIFAR10_CLASSES
 
 
-def test_a_cifar10_archive_or_folder_of_ones_own(tmp_path: Path, known: Files) -> None:
+def test_cifar10_may_be_an_archive_or_folder_of_ones_own(tmp_path: Path, known: Files) -> None:
     archive, parent = tmp_path / "given.tar.gz", tmp_path / "parent"
     cifar10_archive(archive, known)
     folder = write_folder(parent / "cifar-10-batches-py", known)
@@ -214,7 +214,7 @@ def test_a_folder_or_zip_without_images_is_named(tmp_path: Path, kind: str, word
 
 
 def test_ffhq_is_resized_by_lanczos_in_the_order_of_its_numbers(tmp_path: Path) -> None:
-    """From the folder or a zip of it."""
+    """The folder and a zip of it are read alike."""
     files, terms = ffhq_files(), {"LICENSE.txt": b"terms"}
     expected = np.stack([lanczos(files[name], 16) for name in sorted(files)])
     backwards = terms | {"images1024x1024/": b""} | {f"images1024x1024/{name}": files[name] for name in reversed(files)}
@@ -249,7 +249,7 @@ def test_thumbnails_beside_ffhqs_images_are_not_taken_for_more_images(tmp_path: 
 def test_imagenet_is_cropped_and_resized_class_by_class(
     tmp_path: Path, write: Callable[[Path, Files], Path], limit: int | None
 ) -> None:
-    """From the tree or the tar of tars; grey and CMYK as Pillow converts them."""
+    """The tree and the tar of tars are read alike, grey and CMYK as Pillow converts them."""
     files = imagenet_files()
     path = write(tmp_path / "train", files | {"readme/a.JPEG": encoded(pixels(9, 9), "JPEG")})
     opened = source("imagenet", path, limit=limit)
@@ -380,7 +380,7 @@ def celeba(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def shrunk(number: int, size: int) -> np.ndarray:
-    """What GC's code does to an image of CelebA: torchvision's Resize (Lanczos) and CenterCrop."""
+    """An image of CelebA as GC's code makes it: torchvision's Resize (Lanczos) and CenterCrop."""
     transform = Compose([Resize(size, interpolation=InterpolationMode.LANCZOS), CenterCrop(size)])
     with Image.open(io.BytesIO(celeba_files()[f"img_align_celeba/{number:06d}.jpg"])) as picture:
         return np.array(transform(picture))
@@ -398,7 +398,7 @@ def test_celeba_is_resized_and_then_cropped_as_gc_does(celeba: Path, size: int, 
 
 
 def test_celebas_partition_may_lie_where_the_original_has_it(celeba: Path) -> None:
-    """In the folder above (torchvision), with the images, or as Img/ and Eval/."""
+    """It may lie in the folder above (torchvision), with the images, or as Img/ and Eval/."""
     expected, partition = images(source("celeba", celeba)), celeba.parent / "list_eval_partition.txt"
     assert np.array_equal(images(source("celeba", celeba.parent)), expected)
     write_folder(celeba.parent / "original/Eval", celeba_partition())
@@ -503,7 +503,7 @@ def test_an_encrypted_zip_is_named(tmp_path: Path) -> None:
     assert "is encrypted" in refused("edm_zip", path)
 
 
-def test_a_name_twice_in_a_zip_is_named(tmp_path: Path) -> None:
+def test_a_name_that_a_zip_has_twice_is_named(tmp_path: Path) -> None:
     path = write_zip(tmp_path / "edm.zip", edm_files(noise(3, 16, 16, 3), None))
     with zipfile.ZipFile(path, "a") as archive, pytest.warns(UserWarning, match="Duplicate"):
         archive.writestr("00000/img00000001.png", b"")

@@ -52,7 +52,7 @@ def test_a_round_trip_keeps_every_bit_and_freezes(tmp_path: Path, options: dict[
 
 
 def test_the_same_weights_make_the_same_file(saved: Path) -> None:
-    """To the last byte, names in other alphabets included: digests of checkpoints are compared."""
+    """It is the same to the last byte, with names in other alphabets too: digests of checkpoints are compared."""
     for metadata in (
         {"key": "abc", "study": "tiny", "step": 7},
         {"title": 'é "quoted" \\ \n 数', "a": 1, "b": 2, "c": 3},

@@ -34,13 +34,13 @@ WEIGHT = "model.map_layer0.weight"  # [32, 8] in the tiny network
 
 @pytest.fixture(scope="module")
 def tiny_denoiser() -> Denoiser:
-    """As small as a U-Net can be."""
+    """A U-Net as small as one can be."""
     return init_denoiser(TINY, 0).eval()
 
 
 @pytest.fixture
 def path(tmp_path: Path) -> Path:
-    """Where the file lies."""
+    """The place of the file."""
     return tmp_path / "edm.pkl"
 
 

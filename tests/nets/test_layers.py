@@ -91,7 +91,7 @@ def test_attention_weights_are_float32_under_half_precision() -> None:
 
 
 def test_qkv_channels_are_laid_out_by_head_then_channel() -> None:
-    """As in the published weights. The block's last convolution is zero at first: what is added is the attention."""
+    """The published weights are so. The block's last convolution is zero at first: what is added is the attention."""
     block = UNetBlock(8, 8, 4, num_heads=2).eval()
     for weight in (block.qkv.weight, block.proj.weight):
         assert weight is not None
@@ -131,7 +131,7 @@ def test_odd_embedding_is_an_error(make: Callable[[int], object]) -> None:
 
 
 def test_fused_attention_is_the_plain_one() -> None:
-    """What a GPU computes, on the CPU: values and gradients."""
+    """Values and gradients are those that a GPU computes, here on the CPU."""
     q, k, v = (torch.randn(3, 8, 10, dtype=torch.float64, requires_grad=True) for _ in range(3))
     plain, fused = attention(q, k, v), fused_attention(q, k, v)
     torch.testing.assert_close(fused, plain)
@@ -141,7 +141,7 @@ def test_fused_attention_is_the_plain_one() -> None:
 
 @pytest.mark.statistical
 def test_group_normalisation_under_autocast_keeps_the_low_precision() -> None:
-    """And its sums are float32's: near the result in full precision."""
+    """Its sums are float32's: the result is near the one in full precision."""
     norm, x = GroupNorm(32), 3 + torch.randn(2, 32, 16, 16)
     with torch.autocast("cpu", torch.bfloat16):
         low = norm(x.bfloat16())

@@ -130,7 +130,7 @@ def test_the_gradient_at_equality_is_finite(lpips: Distance, small: None) -> Non
 
 
 def test_under_autocast_the_distance_is_float32_and_close(lpips: Distance, small: None) -> None:
-    """And VGG runs in the autocast's type: the result is not the one of float32."""
+    """VGG runs in the autocast's type: the result is not the one of float32."""
     a, b = pair(1)
     exact = lpips(a, b)
     with torch.autocast("cpu", torch.bfloat16):

@@ -19,7 +19,7 @@ SMALL = ARCHITECTURES["ddpmpp"]
 
 
 @pytest.mark.parametrize("name", ["ddpmpp_uncond", "ddpmpp_cond", "ncsnpp_uncond", "adm_cond"])
-def test_output_of_the_official_network(name: str) -> None:
+def test_the_output_is_that_of_the_official_network(name: str) -> None:
     denoiser, data = golden(name)
     with torch.no_grad():
         denoised = denoiser(data["x"], data["sigma"], labels=data.get("labels"))
@@ -47,7 +47,7 @@ def test_channels_last_gives_the_same_output_and_stays(name: str) -> None:
         "edm-imagenet-64x64-cond-adm",
     ],
 )
-def test_names_and_shapes_of_the_official_file(name: str) -> None:
+def test_names_and_shapes_are_those_of_the_official_file(name: str) -> None:
     with torch.device("meta"):
         denoiser = build_denoiser(translate(OFFICIAL[name]["init_kwargs"]))
     shapes = {key: list(value.shape) for key, value in denoiser.state_dict().items()}
@@ -55,7 +55,7 @@ def test_names_and_shapes_of_the_official_file(name: str) -> None:
     assert count(denoiser) == OFFICIAL[name]["parameters"]
 
 
-def test_size_of_the_ctm_student() -> None:
+def test_the_ctm_student_has_its_published_size() -> None:
     # CTM's CIFAR-10 student: the unconditional DDPM++ without augmentation labels, plus the second time.
     with torch.device("meta"):
         student = SongUNet(32, 3, 3, channel_mult=[2, 2, 2], second_time=True)
@@ -115,7 +115,7 @@ def test_each_level_has_the_blocks_that_a_list_says() -> None:
 
 
 def test_a_block_more_at_one_level_is_its_parameters_more() -> None:
-    """On the lowest level of [1, 2]: one block of 32 channels in the encoder, one of 64 to 32 in the decoder."""
+    """The lowest level of [1, 2] gets one block of 32 channels in the encoder, one of 64 to 32 in the decoder."""
     options: dict[str, Any] = {"model_channels": 16, "channel_mult": [1, 2], "attn_resolutions": [], "dropout": 0.0}
     one, more = SongUNet(8, 1, 1, num_blocks=[1, 1], **options), SongUNet(8, 1, 1, num_blocks=[1, 2], **options)
 

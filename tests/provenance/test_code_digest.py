@@ -22,7 +22,7 @@ ASK_TORCH = {"provenance.environment", "runtime.launch", "training.stopwatch", "
 
 @pytest.fixture(scope="module", autouse=True)
 def _read_once() -> Iterator[None]:
-    """What a copy leaves as it is is parsed, and said, once for all tests."""
+    """Modules that a copy leaves as they are are parsed once for all tests."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ast, "parse", functools.cache(ast.parse))
         yield

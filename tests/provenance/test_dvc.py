@@ -104,7 +104,7 @@ def test_the_committed_pipeline_is_that_of_the_digits(monkeypatch: pytest.Monkey
 
 
 def jobs_of(study: Study, gate: str) -> dict[str, tuple[set[str], set[str]]]:
-    """What the graph says: the needed and the written files of each job, by a written file."""
+    """The needed and the written files of each job as the graph says them, by a written file."""
     found = {}
     sign = StudyPaths(study.name).root / "scores" / gate
     for stage, each in graph.artifacts(Job(study, StudyPaths(study.name))).values():
@@ -138,7 +138,7 @@ def _within(path: str, outs: set[str]) -> bool:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", STUDIES)
 def test_snakemake_has_the_graph_of_every_study(name: str, tmp_path: Path) -> None:
-    """By its own summary of a dry run."""
+    """Its own summary of a dry run says so."""
     for file in ("Snakefile", "workflow", "config", "src", "profiles"):
         (tmp_path / file).symlink_to(ROOT / file)
     words = ["-n", "--cores", "1", "--printshellcmds", "--config", f"studies={name}"]

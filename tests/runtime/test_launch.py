@@ -84,7 +84,7 @@ def test_more_gpus_than_there_are_is_an_error() -> None:
 
 
 def test_under_slurm_the_gpus_are_the_jobs_own(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """There, two jobs may both be told '0' and have different ones."""
+    """Under Slurm two jobs may both be told '0' and have different ones."""
     monkeypatch.setenv("SLURM_JOB_ID", "7")
     launch.claim_gpus(2)
     assert os.environ["CUDA_VISIBLE_DEVICES"] == "0,1"
@@ -103,5 +103,5 @@ def test_a_job_that_sees_no_gpu_claims_none(monkeypatch: pytest.MonkeyPatch, tmp
     ("gres", "gpus"),
     [("", 0), ("gpu", 1), ("gpu:4", 4), ("gpu:a100:8", 8), ("gpu:h200", 1), ("nvme:2", 0), ("shard:4", 0)],
 )
-def test_the_gpus_of_a_request(gres: str, gpus: int) -> None:
+def test_a_request_names_its_gpus(gres: str, gpus: int) -> None:
     assert launch.gpus_of_gres(gres) == gpus

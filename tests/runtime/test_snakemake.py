@@ -25,7 +25,7 @@ def in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def told(*words: str) -> list[str]:
-    """What the verb tells Snakemake, which is played by a module that writes down its words."""
+    """The words of the verb to Snakemake, which is played by a module that writes them down."""
     program = Path("fake/snakemake/__main__.py")
     program.parent.mkdir(parents=True)
     program.with_name("__init__.py").touch()
@@ -47,7 +47,7 @@ def test_snakemake_is_told_the_study_the_rules_and_the_targets(words: list[str],
 
 
 def leave_a_lock() -> None:
-    """What a Snakemake that is at work, or was killed, has in its folder."""
+    """Write what a Snakemake that is at work, or was killed, has in its folder."""
     LOCKS.mkdir(parents=True)
     (LOCKS / "0.input.lock").touch()
 

@@ -39,7 +39,7 @@ def job(supervisor: str, seconds: float) -> subprocess.Popen[str]:
 
 @pytest.mark.parametrize("reaped", [True, False])
 def test_a_job_ends_with_its_supervisor(supervisor: subprocess.Popen[bytes], reaped: bool) -> None:
-    """Also with one that nobody waits for: a zombie, as in a container without an init."""
+    """It ends too with one that nobody waits for: a zombie, as in a container without an init."""
     process = job(f"{platform.node()}:{supervisor.pid}", 50)
     assert process.poll() is None
     supervisor.kill()

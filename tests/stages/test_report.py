@@ -177,7 +177,7 @@ def test_the_tables_are_numbers_for_machines(tmp_path: Path) -> None:
 
 
 def text_of(study: Study, layout: StudyPaths) -> str:
-    """What a reader of the page reads, without pictures and tags."""
+    """The text that a reader of the page reads, without pictures and tags."""
     job = Job(study, layout)
     page = write_page(job, read_results(job), read_cards(job), read_histories(job), pictures=[])
     page = re.sub(r"<style.*?</style>", "", page, flags=re.S)
@@ -224,7 +224,7 @@ def test_where_the_time_of_a_step_goes_is_said(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("published", [{}, {"published": np.nan}])
-def test_the_teachers_line(tmp_path: Path, published: dict[str, float]) -> None:
+def test_the_teachers_line_says_its_score_and_its_images(tmp_path: Path, published: dict[str, float]) -> None:
     says = "Teacher: FD 12.35, not FID (1,797 images, classifier features, seeds 0-1796)"
     assert teacher_line({"fd": 12.3456, "images": 1797, **published}, make_study(tmp_path)) == says
 
@@ -258,7 +258,7 @@ def found(bound: str, value: float, low: float, high: float) -> SpeedUp:
         (found("", 1.5, np.nan, np.nan), "one seed, no interval"),
     ],
 )
-def test_a_speed_up_in_words(item: SpeedUp, says: str) -> None:
+def test_a_speed_up_is_put_into_words(item: SpeedUp, says: str) -> None:
     assert re.search(says, sentence(item, "classifier"))
 
 

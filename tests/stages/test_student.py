@@ -47,7 +47,7 @@ def weights(*models: torch.nn.Module) -> torch.Tensor:
 
 @dataclass
 class Seen:
-    """What the objective of a step is given."""
+    """Images, labels and draws that the objective of a step is given."""
 
     images: torch.Tensor
     labels: torch.Tensor | None
@@ -56,7 +56,7 @@ class Seen:
 
 @pytest.fixture
 def seen(monkeypatch: pytest.MonkeyPatch) -> list[Seen]:
-    """What every step is given."""
+    """A list that every step's objective adds to."""
     steps: list[Seen] = []
 
     def watch(objective: type[Any]) -> None:

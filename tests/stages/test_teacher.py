@@ -85,7 +85,7 @@ def test_a_checkpoint_that_does_not_fit_the_study_is_refused(
 
 
 def test_a_file_that_is_no_checkpoint_does_not_keep_the_right_one_out(tiny: Tiny, checkpoint: Path) -> None:
-    """Put by hand under a name whose digest nobody publishes: what was recorded of it is taken back."""
+    """It was put by hand under a name whose digest nobody publishes: what was recorded of it is taken back."""
     entries = yaml.safe_load(REGISTRY.read_text())
     entries[NAME]["sha256"] = None
     REGISTRY.write_text(yaml.safe_dump(entries))

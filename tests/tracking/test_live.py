@@ -32,7 +32,7 @@ def write(study: Study, lines: list[Line], run: str = "ctm", seed: int = 0) -> P
 
 
 def follow(study: Study, run: str = "ctm", seed: int = 0) -> live.Follower:
-    """What follows a training, to be called by hand."""
+    """The follower of a training, to be called by hand."""
     job = Job(study, LAYOUT, run, seed)
     return live.Follower(job, job.state, every=1.0)
 
@@ -196,7 +196,7 @@ def test_the_machines_figures_can_be_turned_off(
 def test_a_request_that_fails_half_way_doubles_nothing(
     small_project: Study, client: Any, monkeypatch: pytest.MonkeyPatch, method: str, arrives: bool
 ) -> None:
-    """Whether or not the server had done what it was asked, before the answer was lost."""
+    """The server may or may not have done what it was asked, before the answer was lost."""
     from mlflow import MlflowClient
     from mlflow.exceptions import MlflowException
 

@@ -13,10 +13,10 @@ import pytest
 import torch
 from tests.conftest import Tiny
 from tests.processes import ROOT, SOURCE, run_python, wait_until
+from tests.repeatable import repeatable
 from tests.tracking.comparison import assert_complete, expected_points, ids, points_of, runs_of
 from tests.tracking.servers import PASSWORD, TrackingServer, dead_server, full_server, silent_server
 from tests.tracking.trainings import FOUR, finished_study, replayed
-from tests.workflow.checkout import said
 
 from consistency.config.job import Job
 from consistency.config.paths import StudyPaths
@@ -40,7 +40,7 @@ def quick(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def result(job: Job) -> list[Any]:
     """The student's weights and history, without what no run can repeat."""
-    return [said(job.folder / name) for name in ("student.safetensors", "history.jsonl")]
+    return [repeatable(job.folder / name) for name in ("student.safetensors", "history.jsonl")]
 
 
 def train_in(folder: Path, study: Study, results: StudyPaths) -> Job:
@@ -53,9 +53,9 @@ def train_in(folder: Path, study: Study, results: StudyPaths) -> Job:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(tiny: Tiny, first_results: StudyPaths, tmp_path_factory: pytest.TempPathFactory) -> Job:
+def unfollowed(tiny: Tiny, first_results: StudyPaths, tmp_path_factory: pytest.TempPathFactory) -> Job:
     """The student of a training that nobody follows."""
-    return train_in(tmp_path_factory.mktemp("undisturbed"), tiny(), first_results)
+    return train_in(tmp_path_factory.mktemp("unfollowed"), tiny(), first_results)
 
 
 @pytest.mark.parametrize("server", [None, dead_server, silent_server, full_server])
@@ -64,7 +64,7 @@ def test_a_training_does_not_notice_its_server(
     tmp_path: Path,
     tiny: Tiny,
     first_results: StudyPaths,
-    undisturbed: Job,
+    unfollowed: Job,
     empty_database: Path,
     monkeypatch: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture[str],
@@ -91,7 +91,7 @@ def test_a_training_does_not_notice_its_server(
         capfd.readouterr()
         disturbed = train_in(tmp_path / "disturbed", tiny(), first_results)
         assert states == [random.getstate(), np.random.get_state()[1].tobytes()]  # noqa: NPY002
-    assert result(disturbed) == result(undisturbed)
+    assert result(disturbed) == result(unfollowed)
     assert not disturbed.state.exists()
     assert waited[0] < GRACE + 1
     lines = [line for line in capfd.readouterr().err.splitlines() if "live tracking" in line]

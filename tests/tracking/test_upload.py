@@ -65,7 +65,7 @@ def planned(folder: Path, text: str) -> tuple[StudyPaths, dict[str, Record]]:
 
 @contextmanager
 def killed(method: str, call: int) -> Iterator[None]:
-    """Within the block, that call of a client's method is met by a Ctrl-C."""
+    """Meet that call of a client's method by a Ctrl-C, within the block."""
     from mlflow import MlflowClient
 
     calls, original = itertools.count(1), getattr(MlflowClient, method)
@@ -394,7 +394,7 @@ def test_a_sqlite_address_is_absolute(monkeypatch: pytest.MonkeyPatch, tmp_path:
 
 
 def test_nothing_phones_home() -> None:
-    """As in a person's shell: no sign of continuous integration, which would end telemetry by itself."""
+    """The shell is a person's: no sign of continuous integration, which would end telemetry by itself."""
     shell = {name: os.environ[name] for name in ("PATH", "HOME") if name in os.environ}
     command = "from consistency.tracking.server import connect; connect('sqlite:///mlflow.db')\n"
     command += "from mlflow.telemetry import get_telemetry_client; assert get_telemetry_client() is None"

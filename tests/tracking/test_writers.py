@@ -53,7 +53,7 @@ def test_eight_writers(
     if server is not None:
         assert PASSWORD not in server.log
     if store == "postgres_server":
-        assert request.getfixturevalue("cluster").tables_holding(server.store, PASSWORD) == []
+        assert request.getfixturevalue("postgresql").tables_holding(server.store, PASSWORD) == []
 
 
 def eight_writers(folder: Path, **variables: str) -> str:

@@ -90,7 +90,7 @@ class Repo:
         return ran
 
     def snakemakes(self) -> int:
-        """How often Snakemake has run jobs here."""
+        """The number of times that Snakemake has run jobs here."""
         return sum("Job stats:" in log.read_text() for log in (self.path / ".snakemake/log").glob("*.log"))
 
     def changed(self) -> set[str]:
@@ -110,7 +110,7 @@ class Repo:
         return replace(self, path=shutil.copytree(self.path, path, symlinks=True))
 
     def clone(self, path: Path) -> "Repo":
-        """What somebody else gets: what is committed, and nothing of DVC's."""
+        """The clone that somebody else gets: what is committed, and nothing of DVC's."""
         self.git("clone", "--quiet", ".", str(path))
         return replace(self, path=path)
 

@@ -58,7 +58,7 @@ BY_CLASSIFIER = {
 
 @dataclass
 class Site:
-    """Where the files of a checkout's registry are published, and what was asked for."""
+    """A place where the files of a checkout's registry are published, and what was asked for."""
 
     folder: Path
     url: str

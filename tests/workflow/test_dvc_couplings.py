@@ -41,7 +41,7 @@ def reproduced(home: Path, untaught: dict[str, Any]) -> Repo:
 
 
 def card(repo: Repo, run: str) -> dict[str, Any]:
-    """What a student's card says."""
+    """The content of a student's card."""
     return json.loads((repo.path / f"results/tiny/students/{run}/seed0/card.json").read_text())  # type: ignore[no-any-return]
 
 

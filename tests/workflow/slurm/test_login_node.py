@@ -1,4 +1,4 @@
-"""What happens on the login node: Snakemake is killed or interrupted, and the next run goes on."""
+"""Snakemake is killed or interrupted on the login node, and the next run goes on."""
 
 import os
 import signal
