@@ -164,19 +164,19 @@ def finished_small(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def small_project(finished_small: Path, empty_database: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Study:
-    """The small study of a project that is the working directory: its results, and an empty database."""
+def small_project(finished_small: Path, empty_database: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Job:
+    """The finished small study of a project that is the working directory, with an empty database."""
     from tests.fake_results import make_study
 
     shutil.copytree(finished_small / "results", tmp_path / "results")
     shutil.copy(empty_database, tmp_path)
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    return make_study(tmp_path / "studies")
+    return Job(make_study(tmp_path / "studies"), StudyPaths("small"))
 
 
 @pytest.fixture
-def client(small_project: Study) -> Any:
+def client(small_project: Job) -> Any:
     """MLflow's client of the database in that project."""
     from consistency.tracking.server import connect, tracking_uri
 
