@@ -17,6 +17,20 @@ OWN = {"OMP_NUM_THREADS": "1", "MLFLOW_DISABLE_TELEMETRY": "true", "DO_NOT_TRACK
 OWN |= {"CONSISTENCY_LIVE": "0", "SLURM_CONF": os.devnull}
 
 
+#: a verb after which nothing heavy has been imported
+LIGHT = """
+import os, sys
+from consistency.__main__ import main
+try:
+    code = main(sys.argv[1:])
+except SystemExit as end:
+    code = end.code
+assert code == 0
+heavy = {"torch", "numpy", "scipy", "mlflow", "matplotlib", "pandas", "PIL", *os.environ["HEAVY"].split()}
+assert not heavy & set(sys.modules), heavy & set(sys.modules)
+"""
+
+
 def environment(**more: str) -> dict[str, str]:
     """The outside's variables, without what would lead a child elsewhere: one thread, no telemetry, no proxy."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith(OUTSIDE) and name not in PROXIES}
@@ -54,6 +68,11 @@ def run_python(
     )
     assert done.returncode == code, done.stdout + done.stderr
     return done
+
+
+def run_light(*words: str, more: str = "") -> str:
+    """Run a verb, which must end well and import nothing slow, nor more modules. Returns what it printed."""
+    return run_python("-c", LIGHT, *words, HEAVY=more).stdout
 
 
 def start_in(

@@ -9,6 +9,7 @@ import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,7 +17,7 @@ import yaml
 from tests.conftest import mistake
 from tests.dangers import file_size_limit
 from tests.loopback import CONTENT, Server
-from tests.processes import PROXIES, ROOT, run_python
+from tests.processes import PROXIES, ROOT, run_light
 from tests.workflow.checkout import fresh
 
 from consistency import __main__ as cli
@@ -39,11 +40,18 @@ def empty_project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
-    """A server at work, no proxy in between, and no pause before a second attempt."""
+def pauses(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """The pauses before further attempts; they take no time."""
+    made: list[float] = []
+    monkeypatch.setattr(module, "time", SimpleNamespace(sleep=made.append))
+    return made
+
+
+@pytest.fixture
+def server(monkeypatch: pytest.MonkeyPatch, pauses: list[float]) -> Iterator[Server]:
+    """A server at work, and no proxy in between."""
     for name in PROXIES:
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(module, "_PAUSES", (0.0, 0.0))
     with Server() as http:
         threading.Thread(target=http.serve_forever, args=(0.01,)).start()
         yield http
@@ -162,13 +170,13 @@ def test_a_proxy_of_the_environment_is_used(server: Server, monkeypatch: pytest.
 def test_no_piece_is_taken_for_the_file_and_what_passes_is_tried_again(
     server: Server, chunked: bool, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    server.chunked, server.cuts = chunked, [100_000, 1000, 100_000]
+    server.chunked, server.cuts = chunked, [100_000, 1000, 100_000, 0]
     register(weights_pt={"url": server.url})
     assert f"cannot download {server.url} (" in refused(server)
-    assert len(server.requests) == 3
+    assert len(server.requests) == 4
     server.statuses, server.cuts = [503], [100_000]
     assert fetch(NAME).read_bytes() == CONTENT
-    assert "HTTP 503 Service Unavailable; trying again in 0 s" in capsys.readouterr().err
+    assert "HTTP 503 Service Unavailable; trying again in 1 s" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("content", [b"\n<!DOCTYPE html><html>please log in</html>", b""])
@@ -179,8 +187,8 @@ def test_a_web_page_is_not_taken_for_the_file(server: Server, content: bytes) ->
     assert len(server.requests) == 1
 
 
-@pytest.mark.parametrize(("status", "attempts"), [(404, 1), (503, 3), (429, 3)])
-def test_an_error_of_the_server_is_told(server: Server, status: int, attempts: int) -> None:
+@pytest.mark.parametrize(("status", "attempts"), [(404, 1), (503, 4), (429, 4)])
+def test_an_error_of_the_server_is_told(server: Server, pauses: list[float], status: int, attempts: int) -> None:
     """It is told at once, or after a few attempts when it may pass."""
     server.statuses = [status] * 10
     register(weights_pt={"url": server.url, "sha256": DIGEST})
@@ -188,6 +196,7 @@ def test_an_error_of_the_server_is_told(server: Server, status: int, attempts: i
     assert message.startswith(f"cannot download {server.url} (HTTP {status} ")
     assert message.endswith(f"Run the same command again, or put the file (sha256 {DIGEST}) at {PATH} by hand")
     assert len(server.requests) == attempts
+    assert pauses == [1, 4, 15][: attempts - 1]
 
 
 def test_a_connection_that_is_reset_is_tried_again(server: Server) -> None:
@@ -200,7 +209,7 @@ def test_a_connection_that_is_reset_is_tried_again(server: Server) -> None:
     server.before = reset
     register(weights_pt={"url": server.url})
     assert "Connection reset by peer" in refused(server)
-    assert len(server.requests) == 3
+    assert len(server.requests) == 4
 
 
 def test_silence_is_an_error(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -212,15 +221,15 @@ def test_silence_is_an_error(server: Server, monkeypatch: pytest.MonkeyPatch) ->
         assert "timed out" in refused(server)
     finally:
         over.set()
-    assert len(server.requests) == 3
+    assert len(server.requests) == 4
 
 
-def test_without_a_network_it_is_said_at_once(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module.time, "sleep", lambda seconds: pytest.fail("it waited"))
+def test_without_a_network_it_is_said_at_once(server: Server, pauses: list[float]) -> None:
     register(weights_pt={})
     message = refused(server)
     assert message.startswith(f"cannot download {ENTRY['url']} (")
     assert "Connection refused" in message
+    assert pauses == []
 
 
 def test_a_password_in_an_address_is_not_told(server: Server, capsys: pytest.CaptureFixture[str]) -> None:
@@ -371,14 +380,7 @@ def test_the_verb_fetches_nothing_when_a_name_is_wrong(server: Server, capsys: p
 def test_fetching_waits_for_no_heavy_import() -> None:
     register(weights_pt={"sha256": DIGEST})
     by_hand()
-    code = (
-        "import sys\n"
-        "from consistency.__main__ import main\n"
-        "assert main(['fetch', 'weights.pt']) == 0\n"
-        "heavy = {'torch', 'numpy', 'scipy', 'mlflow', 'matplotlib', 'pandas', 'PIL'}\n"
-        "assert not heavy & set(sys.modules), heavy & set(sys.modules)\n"
-    )
-    run_python("-c", code)
+    run_light("fetch", "weights.pt")
 
 
 @pytest.mark.slow

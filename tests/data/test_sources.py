@@ -4,6 +4,7 @@ import hashlib
 import io
 import os
 import pickle
+import re
 import resource
 import struct
 import tarfile
@@ -449,8 +450,10 @@ def test_a_partition_of_another_count_or_form_is_refused(
     assert str(partition) in message and words.format(partition) in message
 
 
-def test_the_splits_of_the_real_celeba_are_all_its_images() -> None:
-    assert sum(datasets._CELEBA_SPLITS.values()) == 202_599
+def test_the_splits_of_the_real_celeba_are_all_its_images(tmp_path: Path) -> None:
+    write_folder(tmp_path, celeba_files() | {"list_eval_partition.txt": b""})
+    said = [refused("celeba", tmp_path, split=split) for split in ("train", "valid", "test")]
+    assert sum(int(re.findall(r"CelebA has (\d+)", message)[0]) for message in said) == 202_599
 
 
 def test_a_celeba_of_other_images_is_named(celeba: Path) -> None:

@@ -1,8 +1,6 @@
 """The pipeline of DVC: what it compares changes with exactly the jobs that depend on a key, and dvc.yaml is in step."""
 
 import json
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,7 +8,7 @@ from typing import Any
 import pytest
 import yaml
 from tests.conftest import changed
-from tests.processes import ROOT
+from tests.processes import ROOT, run_python
 
 from consistency.base.errors import UserError
 from consistency.config.job import Job
@@ -142,8 +140,7 @@ def test_snakemake_has_the_graph_of_every_study(name: str, tmp_path: Path) -> No
     for file in ("Snakefile", "workflow", "config", "src", "profiles"):
         (tmp_path / file).symlink_to(ROOT / file)
     words = ["-n", "--cores", "1", "--printshellcmds", "--config", f"studies={name}"]
-    done = subprocess.run([sys.executable, "-m", "snakemake", *words], cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    done = run_python("-m", "snakemake", *words, folder=tmp_path)
     blocks = [block for block in (done.stdout + done.stderr).split("\n\n") if "    output: " in block]
     found = {}
     for block in blocks:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from tests.conftest import Tiny
 from tests.dangers import refused
-from tests.processes import ROOT, SOURCE, environment, run_python, start_python, wait_until
+from tests.processes import ROOT, SOURCE, environment, run_python, start_in, start_python, wait_until
 
 from consistency.base.errors import UserError
 from consistency.runtime.snakemake import AT_WORK, LOCKS, join_run, reproduce
@@ -114,7 +114,7 @@ subprocess.run(["bash", "-c", "sleep 60; true"])
 
 def test_snakemake_and_its_jobs_end_with_the_caller(tmp_path: Path) -> None:
     words = [sys.executable, "-c", CALLER, SNAKEMAKE]
-    caller = subprocess.Popen(words, cwd=tmp_path, start_new_session=True, env=environment(PYTHONPATH=SOURCE))
+    caller = start_in(tmp_path, words, environment(PYTHONPATH=SOURCE), tmp_path / "output.txt")
 
     def at_work() -> list[str]:
         shown = subprocess.run(["ps", "-o", "args=", "-g", str(caller.pid)], capture_output=True, text=True)

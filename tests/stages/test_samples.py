@@ -1,7 +1,6 @@
 """The samples stage: image i comes from seed i, the same in whatever batch, however many others are drawn."""
 
 import errno
-import json
 import os
 import shutil
 import signal
@@ -20,6 +19,7 @@ from tests.stages.conftest import save_students
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from consistency.base.errors import UserError
+from consistency.base.files import read_json
 from consistency.base.seeding import ImageNoise
 from consistency.config.job import Job
 from consistency.config.paths import StudyPaths
@@ -169,18 +169,18 @@ def test_gamma_samplers_are_of_the_main_rate_of_trajectory_students(tiny: Tiny) 
 # --- the stage
 
 
-def drawn(layout: StudyPaths, run: str | None = None) -> dict[str, bytes]:
-    folder = layout.root / "samples" / ("teacher" if run is None else f"{run}/seed0")
-    return {path.name: path.read_bytes() for path in folder.glob("*.npy")}
+def drawn(job: Job) -> dict[str, bytes]:
+    """The samples of the teacher or a student."""
+    return {path.name: path.read_bytes() for path in job.samples.glob("*.npy")}
 
 
 def test_the_stage_writes_every_sampler_as_bytes(tiny: Tiny, results: StudyPaths) -> None:
-    study = tiny()
-    make_samples(Job(study, results), CPU)
-    by_teacher = np.load(Job(study, results).samples / "heun.npy")
+    job = Job(tiny(), results)
+    make_samples(job, CPU)
+    by_teacher = np.load(job.samples / "heun.npy")
     assert by_teacher.shape == (80, 8, 8, 1)
     assert by_teacher.dtype == np.uint8
-    student = Job(study, results, "analytic", 0)
+    student = job.of("analytic", 0)
     save_students(student)
     make_samples(student, CPU)
     names = {"nfe1.npy", "nfe2.npy", "nfe5.npy", "gamma1.0-nfe2.npy", "card.json"}
@@ -191,26 +191,24 @@ def test_the_stage_writes_every_sampler_as_bytes(tiny: Tiny, results: StudyPaths
 
 
 def test_each_rates_samples_come_from_its_own_weights(tiny: Tiny, results: StudyPaths) -> None:
-    study = tiny({"student.evaluation_ema": [0.9]})
-    save_students(Job(study, results, "analytic", 0))
-    make_samples(Job(study, results, "analytic", 0), CPU)
-    found = drawn(results, "analytic")
+    job = Job(tiny({"student.evaluation_ema": [0.9]}), results, "analytic", 0)
+    save_students(job)
+    make_samples(job, CPU)
+    found = drawn(job)
     assert set(found) == {"nfe1.npy", "nfe2.npy", "nfe5.npy", "gamma1.0-nfe2.npy"} | {
         f"ema0.9-nfe{n}.npy" for n in (1, 2, 5)
     }
     assert found["nfe1.npy"] != found["ema0.9-nfe1.npy"]
-    alone = tiny()
-    save_students(Job(alone, results, "analytic", 0))
-    make_samples(Job(alone, results, "analytic", 0), CPU)
-    assert drawn(results, "analytic")["nfe2.npy"] == found["nfe2.npy"]
+    alone = Job(tiny(), results, "analytic", 0)
+    save_students(alone)
+    make_samples(alone, CPU)
+    assert drawn(alone)["nfe2.npy"] == found["nfe2.npy"]
 
 
 SMALL_BATCHES = {"sampling.batch": 7}  # 80 images in 12 batches, of 7 evaluations for the teacher
 
 
-def evaluations(
-    study: Study, layout: StudyPaths, run: str | None = None, stop_at: int = 0, signum: int = signal.SIGTERM
-) -> int:
+def evaluations(job: Job, stop_at: int = 0, signum: int = signal.SIGTERM) -> int:
     """Draw the samples, and count the evaluations of any network; a signal comes before the one of that number."""
     count = 0
 
@@ -223,52 +221,57 @@ def evaluations(
 
     hook = torch.nn.modules.module.register_module_forward_pre_hook(before)
     try:
-        make_samples(Job(study, layout, run, None if run is None else 0), CPU)
+        make_samples(job, CPU)
     finally:
         hook.remove()
     return count
 
 
+def done(job: Job) -> dict[str, int]:
+    """The images of each sampler that a stopped sampling has drawn."""
+    found: dict[str, int] = read_json(job.sampling_state / "progress.json", "samples")["done"]
+    return found
+
+
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
 def test_a_stopped_sampling_goes_on_where_it_was(tiny: Tiny, results: StudyPaths, signum: int) -> None:
-    study = tiny(SMALL_BATCHES)
-    make_samples(Job(study, results), CPU)
-    expected = drawn(results)
-    shutil.rmtree(Job(study, results).samples)
+    job = Job(tiny(SMALL_BATCHES), results)
+    make_samples(job, CPU)
+    expected = drawn(job)
+    shutil.rmtree(job.samples)
     with pytest.raises(Interrupted, match="samples teacher: stopped at image 35 of 80, state saved") as caught:
-        evaluations(study, results, stop_at=40, signum=signum)
+        evaluations(job, stop_at=40, signum=signum)
     # In the middle of the sixth batch: it leaves at the next evaluation.
     assert caught.value.signum == signum
-    assert not Job(study, results).samples.exists()
-    assert evaluations(study, results) == 7 * (12 - 5)
-    assert drawn(results) == expected
-    assert not Job(study, results).sampling_state.exists()
+    assert not job.samples.exists()
+    assert evaluations(job) == 7 * (12 - 5)
+    assert drawn(job) == expected
+    assert not job.sampling_state.exists()
 
 
 def test_a_stopped_student_keeps_the_samplers_that_are_done(tiny: Tiny, results: StudyPaths) -> None:
-    study = tiny({**SMALL_BATCHES, "student.evaluation_ema": [0.9]})
-    save_students(Job(study, results, "analytic", 0))
-    whole = evaluations(study, results, "analytic")
-    expected = drawn(results, "analytic")
-    shutil.rmtree(Job(study, results, "analytic", 0).samples)
+    job = Job(tiny({**SMALL_BATCHES, "student.evaluation_ema": [0.9]}), results, "analytic", 0)
+    save_students(job)
+    whole = evaluations(job)
+    expected = drawn(job)
+    shutil.rmtree(job.samples)
     with pytest.raises(Interrupted):
-        evaluations(study, results, "analytic", stop_at=whole - 100)
-    assert 100 <= evaluations(study, results, "analytic") <= 100 + 5
-    assert drawn(results, "analytic") == expected
+        evaluations(job, stop_at=whole - 100)
+    assert 100 <= evaluations(job) <= 100 + 5
+    assert drawn(job) == expected
 
 
 def test_what_other_weights_or_settings_drew_is_not_used(tiny: Tiny, results: StudyPaths) -> None:
+    job, other = (Job(tiny(SMALL_BATCHES | more), results) for more in ({}, {"calibration.churn": CHURN}))
     with pytest.raises(Interrupted):
-        evaluations(tiny(SMALL_BATCHES), results, stop_at=40)
-    assert json.loads((Job(tiny(), results).sampling_state / "progress.json").read_text())["done"] == {"heun": 35}
-    other = tiny({**SMALL_BATCHES, "calibration.churn": CHURN})
-    assert evaluations(other, results) == 7 * 12
+        evaluations(job, stop_at=40)
+    assert done(job) == {"heun": 35}
+    assert evaluations(other) == 7 * 12
     with pytest.raises(Interrupted):
-        evaluations(other, results, stop_at=40)
-    path = results.teacher / "teacher.safetensors"
-    model, metadata = load_denoiser(path)
-    save_denoiser(path, model, {"key": metadata["key"], "study": "of another day"})
-    assert evaluations(other, results) == 7 * 12
+        evaluations(other, stop_at=40)
+    model, metadata = load_denoiser(results.teacher_weights)
+    save_denoiser(results.teacher_weights, model, {"key": metadata["key"], "study": "of another day"})
+    assert evaluations(other) == 7 * 12
 
 
 def test_a_disk_that_is_too_small_is_said_before_anything_is_drawn(
@@ -318,18 +321,18 @@ def test_a_killed_sampling_and_a_shared_one_have_the_same_bits(
 ) -> None:
     """kill -9 in the middle; then two processes do the rest between them."""
     write_study(SMALL_BATCHES)
-    study = tiny(SMALL_BATCHES)
-    make_samples(Job(study, results), CPU)
-    expected = drawn(results)
-    shutil.rmtree(Job(study, results).samples)
+    job = Job(tiny(SMALL_BATCHES), results)
+    make_samples(job, CPU)
+    expected = drawn(job)
+    shutil.rmtree(job.samples)
     killed = start_python("-c", PROCESS, tmp_path, 0, 1, 31)
     killed.communicate(timeout=120)
     assert killed.returncode == -signal.SIGKILL
-    assert json.loads((Job(tiny(), results).sampling_state / "progress.json").read_text())["done"] == {"heun": 28}
+    assert done(job) == {"heun": 28}
     both = [start_python("-c", PROCESS, tmp_path, rank, 2, -1) for rank in (0, 1)]
     said = [process.communicate(timeout=120)[0] for process in both]
     assert [process.returncode for process in both] == [0, 0]
     # 8 batches are left: 4 a process.
     assert said == ["evaluations 28\n"] * 2
-    assert drawn(results) == expected
-    read_card(Job(study, results), "samples")
+    assert drawn(job) == expected
+    read_card(job, "samples")

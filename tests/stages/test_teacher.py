@@ -8,7 +8,7 @@ import torch
 import yaml
 from tests.conftest import Tiny, vouch_for
 from tests.edm_writer import write_edm_pickle
-from tests.nets.small import make_denoiser
+from tests.nets.small import ARCHITECTURES, make_denoiser
 
 from consistency.base.errors import UserError
 from consistency.base.files import sha256
@@ -32,8 +32,7 @@ NAME = "edm-cifar10-32x32-uncond-vp.pkl"
 @pytest.fixture
 def official() -> Denoiser:
     """A small network of the official kind, for the digits' shape."""
-    size = {"img_resolution": 8, "img_channels": 1, "model_channels": 8, "channel_mult": [1, 2], "num_blocks": 1}
-    return init_denoiser({"network": "songunet", "attn_resolutions": [4], "augment_dim": 9, **size}, 0).eval()
+    return init_denoiser(ARCHITECTURES["ddpmpp"] | {"model_channels": 8, "augment_dim": 9}, 0).eval()
 
 
 @pytest.fixture

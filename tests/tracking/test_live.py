@@ -48,6 +48,11 @@ def attempt(follower: live.Follower, ended: str = "") -> str:
     return follower.trouble
 
 
+def followed_run(client: Any) -> Any:
+    """The run of the training ctm seed 0."""
+    return by_name(runs_of(client))["ctm seed 0"]
+
+
 def losses(client: Any, run: Any) -> list[tuple[int, float]]:
     return [(m.step, m.value) for m in client.get_metric_history(run.info.run_id, "training/loss")]
 
@@ -64,7 +69,7 @@ def test_new_lines_arrive_once(ctm: Job, client: Any) -> None:
     state = write(ctm, lines[:2])
     follower = follow(ctm)
     assert not attempt(follower)
-    run = by_name(runs_of(client))["ctm seed 0"]
+    run = followed_run(client)
     assert losses(client, run) == as_losses(lines[:2])
     assert run.info.status == "RUNNING"
     with (state / "history.jsonl").open("a") as file:
@@ -126,14 +131,14 @@ def test_what_is_trained_again_after_a_kill_stands_there_once(ctm: Job, client: 
     lines = history_of(ctm)
     write(ctm, lines[:4])
     assert not attempt(follow(ctm), "KILLED")
-    assert by_name(runs_of(client))["ctm seed 0"].info.status == "KILLED"
+    assert followed_run(client).info.status == "KILLED"
     again = [line | {"images_per_second": 1.0} for line in lines[2:]]
     write(ctm, lines[:2] + again)
     resumed = follow(ctm)
     assert not attempt(resumed)
-    assert by_name(runs_of(client))["ctm seed 0"].info.status == "RUNNING"
+    assert followed_run(client).info.status == "RUNNING"
     assert not attempt(resumed, "FINISHED")
-    run = by_name(runs_of(client))["ctm seed 0"]
+    run = followed_run(client)
     assert losses(client, run) == as_losses(lines)
     speeds = client.get_metric_history(run.info.run_id, "training/images_per_second")
     assert [m.step for m in speeds] == [line["step"] for line in lines]
@@ -154,7 +159,7 @@ def test_the_state_may_be_gone_before_it_was_looked_at(ctm: Job, client: Any) ->
     follower = follow(ctm)
     shutil.rmtree(ctm.state)
     assert not attempt(follower, "FINISHED")
-    assert losses(client, by_name(runs_of(client))["ctm seed 0"]) == as_losses(history_of(ctm))
+    assert losses(client, followed_run(client)) == as_losses(history_of(ctm))
 
 
 # --- the machine
@@ -174,7 +179,7 @@ def test_the_machines_figures_go_on_after_an_earlier_training_and_after_a_failur
         bad.setattr(CPUMonitor, "collect_metrics", lambda self: 1 / 0)
         assert "division" in attempt(follower)
     assert not attempt(follower)
-    run = by_name(runs_of(client))["ctm seed 0"]
+    run = followed_run(client)
     for key in ("system/cpu_utilization_percentage", "system/system_memory_usage_megabytes"):
         assert [m.step for m in client.get_metric_history(run.info.run_id, key)] == [0, 1, 2, 3, 4]
 
@@ -183,7 +188,7 @@ def test_the_machines_figures_can_be_turned_off(ctm: Job, client: Any, monkeypat
     monkeypatch.setenv("MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING", "false")
     write(ctm, [])
     assert not attempt(follow(ctm))
-    assert not by_name(runs_of(client))["ctm seed 0"].data.metrics
+    assert not followed_run(client).data.metrics
 
 
 # --- a server that fails
@@ -241,7 +246,7 @@ def test_mlflow_hears_how_the_training_ended(
                 raise error
     except BaseException as raised:
         assert raised is error
-    run = by_name(runs_of(client))["ctm seed 0"]
+    run = followed_run(client)
     assert run.info.status == status
     assert losses(client, run) == as_losses(history_of(ctm))
 

@@ -22,7 +22,6 @@ pytestmark = pytest.mark.slow
 
 REPORT = "report@tiny"
 CTM = {"student@tiny-ctm-0", "samples@tiny-ctm-0", "scores@tiny-ctm-0"}
-ANALYTIC = {"student@tiny-analytic-0", "samples@tiny-analytic-0", "scores@tiny-analytic-0"}
 STUDY = "config/studies/tiny.yaml"
 SUMMARY = "results/tiny/report/summary.json"
 
@@ -136,13 +135,6 @@ def test_a_change_of_the_students_training_runs_the_students(repo: Repo) -> None
     planned = repo.checkout.planned()
     students = {f"{stage} {run}" for stage in ("student", "samples", "scores") for run in ("ctm", "analytic")}
     assert planned == students | {"report", "track"}
-
-
-def test_a_changed_coefficient_key_does_not_retrain_the_teacher(repo: Repo) -> None:
-    repo.set({"coefficients.probes": 2})
-    assert repo.repro(PLAN) == {PLAN}
-    # Not the other student either, nor its samples and scores.
-    assert repo.changed() == {"coefficients@tiny", REPORT} | ANALYTIC
 
 
 def test_an_older_commit_recomputes_nothing(changed: Repo, tmp_path: Path) -> None:
