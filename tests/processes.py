@@ -52,22 +52,16 @@ def start_python(
     )
 
 
-def run_python(
-    *words: object, folder: Path | None = None, code: int = 0, **variables: str
-) -> subprocess.CompletedProcess[str]:
-    """Run this Python on the source tree to its end, which must have that exit code."""
-    done = subprocess.run(
-        [sys.executable, *map(str, words)],
-        cwd=folder,
-        env=environment(**{"PYTHONPATH": SOURCE, **variables}),
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert done.returncode == code, done.stdout + done.stderr
-    return done
+def run_python(*words: object, folder: Path | None = None, **variables: str) -> subprocess.CompletedProcess[str]:
+    """Run this Python on the source tree to its end, which must be a good one."""
+    with start_python(*words, folder=folder, stderr=subprocess.PIPE, **variables) as process:
+        try:
+            output, errors = process.communicate(timeout=300)
+        except BaseException:
+            process.kill()
+            raise
+    assert process.returncode == 0, output + errors
+    return subprocess.CompletedProcess(process.args, 0, output, errors)
 
 
 def run_light(*words: str, more: str = "") -> str:

@@ -3,11 +3,10 @@
 import hashlib
 import shutil
 from pathlib import Path
-from typing import Any
 
 import pytest
 import yaml
-from tests.conftest import changed
+from tests.conftest import Changes, changed
 from tests.processes import ROOT
 
 from consistency.__main__ import main
@@ -37,7 +36,7 @@ class Project:
     def path(self, name: str) -> Path:
         return self.home / "results/tiny" / name
 
-    def change(self, changes: dict[str, Any]) -> None:
+    def change(self, changes: Changes) -> None:
         """Set dotted keys of the study."""
         self.study.write_text(yaml.safe_dump(changed(changes), sort_keys=False))
 
@@ -170,7 +169,7 @@ def test_a_changed_score_table_is_named(spoilt: Project) -> None:
     ids=str,
 )
 def test_results_of_other_settings_name_the_key(
-    spoilt: Project, changes: dict[str, Any], words: tuple[str, ...], difference: str
+    spoilt: Project, changes: Changes, words: tuple[str, ...], difference: str
 ) -> None:
     spoilt.change(changes)
     assert difference in spoilt.error(*words)

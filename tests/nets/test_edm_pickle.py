@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tests.conftest import mistake
+from tests.conftest import Changes, mistake
 from tests.dangers import Call
 from tests.edm_writer import SOURCE, Persistent, edm_pickle, foreign_modules, write_edm_pickle
 from tests.nets.small import ARCHITECTURES, batch, make
@@ -81,7 +81,7 @@ def refused(path: Path, content: bytes | None = None, match: str = "", megabytes
     ids=["plain", "all"],
 )
 @pytest.mark.parametrize("network", ["ddpmpp", "ncsnpp", "adm"])
-def test_a_round_trip_keeps_every_bit(path: Path, network: str, changes: dict[str, Any], numpy: int) -> None:
+def test_a_round_trip_keeps_every_bit(path: Path, network: str, changes: Changes, numpy: int) -> None:
     written = make(ARCHITECTURES[network], **changes)
     write_edm_pickle(path, written, numpy=numpy)
     read = read_edm_pickle(path)
@@ -414,7 +414,7 @@ def test_many_names_of_one_storage_are_no_bomb(path: Path, tiny_denoiser: Denois
         {"options": {"resample_filter": [0, 0]}},
     ],
 )
-def test_a_filter_other_than_its_description_is_refused(path: Path, changes: dict[str, Any]) -> None:
+def test_a_filter_other_than_its_description_is_refused(path: Path, changes: Changes) -> None:
     content = edm_pickle(make(ARCHITECTURES["ddpmpp"]), **changes)
     refused(path, content, r"model.enc.4x4_down.conv0.resample_filter is not the filter")
 
@@ -499,7 +499,7 @@ def test_modules_that_are_no_tree_are_refused(
         ({"options": {"network": "mlp"}}, "'network': Extra inputs are not permitted"),
     ],
 )
-def test_another_network_is_refused(path: Path, tiny_denoiser: Denoiser, changes: dict[str, Any], match: str) -> None:
+def test_another_network_is_refused(path: Path, tiny_denoiser: Denoiser, changes: Changes, match: str) -> None:
     refused(path, edm_pickle(tiny_denoiser, **changes), match)
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import yaml
-from tests.conftest import changed
+from tests.conftest import Changes, changed
 from tests.processes import ROOT, run_python
 
 from consistency.base.errors import UserError
@@ -31,7 +31,7 @@ def plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Plan:
     (tmp_path / "config/resources.yaml").symlink_to(ROOT / "config/resources.yaml")
     (tmp_path / "config/studies").mkdir()
 
-    def write(changes: dict[str, Any] | None = None) -> dict[str, Any]:
+    def write(changes: Changes | None = None) -> dict[str, Any]:
         content = changed(changes or {})
         Path("config/studies/tiny.yaml").write_text(yaml.safe_dump(content))
         Path("dvc.yaml").write_text(pipeline(["tiny"]))
@@ -70,12 +70,12 @@ def test_another_seed_keeps_the_first_and_leaves_no_file_behind(plan: Plan) -> N
     assert plan() == before
 
 
-def test_what_a_study_does_not_ask_for_has_no_job(plan: Plan, untaught: dict[str, Any]) -> None:
+def test_what_a_study_does_not_ask_for_has_no_job(plan: Plan, untaught: Changes) -> None:
     assert {"coefficients", "flows"} & plan(untaught).keys() == set()
     assert "flows" in plan(untaught | {"flows": {}})
 
 
-def test_flows_are_a_job_that_depends_on_the_students(plan: Plan, couplings: dict[str, Any]) -> None:
+def test_flows_are_a_job_that_depends_on_the_students(plan: Plan, couplings: Changes) -> None:
     study = couplings | {"flows": {}}
     before = plan(study)
     assert changed_jobs(before, plan(study | {"flows.times": 12})) == {"flows", "report"}

@@ -1,12 +1,10 @@
 """The flows stage: what it measures of students without a teacher, and beside them of one with a teacher."""
 
-from typing import Any
-
 import numpy as np
 import pandas as pd
 import pytest
 import torch
-from tests.conftest import Tiny
+from tests.conftest import Changes, Tiny
 
 from consistency.base.seeding import generator
 from consistency.config.job import Job
@@ -26,7 +24,7 @@ CPU = Machine(torch.device("cpu"))
 
 
 def test_a_study_with_a_teacher_sets_it_beside_its_couplings(
-    tiny: Tiny, couplings: dict[str, Any], results: StudyPaths
+    tiny: Tiny, couplings: Changes, results: StudyPaths
 ) -> None:
     settings = {"images": 20, "times": 3, "toy_steps": 2, "pairs": 64, "intervals": 10, "discrepancy": ["full", "ic"]}
     students = {"ic": {}, "full": {"coupling": "gc", "predictor": {"run": "ic"}}}

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from tests.conftest import Tiny, vouch_for
+from tests.conftest import Changes, Tiny, vouch_for
 from tests.edm_writer import write_edm_pickle
 from tests.nets.small import ARCHITECTURES, make_denoiser
 
@@ -76,7 +76,7 @@ def test_a_checkpoint_is_converted_with_its_provenance(tiny: Tiny, checkpoint: P
     ],
 )
 def test_a_checkpoint_that_does_not_fit_the_study_is_refused(
-    tiny: Tiny, checkpoint: Path, changes: dict[str, Any], message: str
+    tiny: Tiny, checkpoint: Path, changes: Changes, message: str
 ) -> None:
     with pytest.raises(UserError, match=f"{NAME} does not fit the study: {message}"):
         make_teacher(Job(study_of(tiny, **changes), StudyPaths("tiny")), CPU)

@@ -3,13 +3,12 @@
 import json
 import re
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
-from tests.conftest import Tiny
+from tests.conftest import Changes, Tiny
 
 from consistency.base.errors import UserError
 from consistency.config.job import Job
@@ -99,7 +98,7 @@ def test_the_report_has_no_teacher_in_its_pictures(job: Job) -> None:
         assert "seed" in caption
 
 
-def test_what_the_study_does_not_ask_for_is_not_made(tiny: Tiny, couplings: dict[str, Any], tmp_path: Path) -> None:
+def test_what_the_study_does_not_ask_for_is_not_made(tiny: Tiny, couplings: Changes, tmp_path: Path) -> None:
     job = Job(tiny(couplings), StudyPaths("tiny", tmp_path / "results", tmp_path / "state"))
     with pytest.raises(UserError, match="study tiny has no section flows"):
         make_flows(job, Machine(CPU))

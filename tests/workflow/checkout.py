@@ -13,7 +13,7 @@ from typing import Any, Self
 
 import psutil
 import yaml
-from tests.conftest import put
+from tests.conftest import Changes, put
 from tests.processes import ROOT, environment, run_python, start_in, wait_until
 from tests.repeatable import repeatable
 
@@ -83,7 +83,7 @@ class Checkout:
         runs = [(name, re.search(r"student=([\w-]+)", text)) for name, text in blocks if name != "all"]
         return {f"{name} {run[1]}" if run else name for name, run in runs}
 
-    def change(self, changes: dict[str, Any], name: str = "tiny") -> Self:
+    def change(self, changes: Changes, name: str = "tiny") -> Self:
         """Set dotted keys of the study, here or in a copy of another name."""
         file = self.path / f"config/studies/{self.study}.yaml"
         content = put(yaml.safe_load(file.read_text()), {"name": name, **changes})

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from tests.conftest import Changes
 from tests.processes import start_in
 from tests.workflow.checkout import Checkout, fresh
 
@@ -97,7 +98,7 @@ class Repo:
         """The stages that `dvc status` would run."""
         return set(re.findall(r"(?m)^(\S+):$", self.dvc("status")))
 
-    def set(self, changes: dict[str, Any], name: str = "tiny") -> None:
+    def set(self, changes: Changes, name: str = "tiny") -> None:
         """Set dotted keys of the study, or of a copy of another name, and write its pipeline."""
         self.checkout.change(changes, name)
         (self.path / "dvc.yaml").write_text(self.checkout.verb("dvc", name))

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from tests.conftest import Changes
 from tests.nets.small import UNET
 from tests.tracking.servers import web_server
 from tests.workflow.checkout import Checkout
@@ -97,5 +98,5 @@ def teacher(**architecture: Any) -> Denoiser:
     return init_denoiser(UNET | {"img_channels": 3, "model_channels": 8} | architecture, 0).eval()
 
 
-def miniature(checkout: Checkout, study: str, changes: dict[str, Any]) -> Checkout:
+def miniature(checkout: Checkout, study: str, changes: Changes) -> Checkout:
     return Checkout(checkout.path, study).change({**SMALL, **changes}, study)
