@@ -14,7 +14,6 @@ from tests.dangers import Call
 from tests.draws import seeded
 from torch import Tensor
 
-from consistency.nets import perceptual
 from consistency.nets.perceptual import PerceptualDistance
 from consistency.theory.distance import Distance
 
@@ -58,13 +57,6 @@ def pair(count: int = 2, channels: int = 3, size: int = 32) -> tuple[Tensor, Ten
     return a, b
 
 
-@pytest.fixture
-def small(monkeypatch: pytest.MonkeyPatch) -> None:
-    """VGG sees 32 pixels and not 224: fifty times faster."""
-    monkeypatch.setattr(perceptual, "_SMALL", 48)
-    monkeypatch.setattr(perceptual, "_SIZE", 32)
-
-
 def written_out(vgg16: Weights, a: Tensor, b: Tensor) -> Tensor:
     """LPIPS as CTM calls it, on [0, 1]: sum over layers of the pixels' mean of w . (unit features' difference)^2."""
     linear = torch.load(LINEAR, map_location="cpu", weights_only=True)
@@ -90,7 +82,7 @@ def test_the_distance_is_lpips_written_out(lpips: Distance, vgg16: Weights, no_n
     torch.testing.assert_close(found, written_out(vgg16, a, b), rtol=1e-4, atol=0)
 
 
-def test_the_distance_is_symmetric_positive_and_0_at_equality(lpips: Distance, small: None) -> None:
+def test_the_distance_is_symmetric_positive_and_0_at_equality(lpips: Distance) -> None:
     a, b = pair()
     forth, back = lpips(a, b), lpips(b, a)
     torch.testing.assert_close(forth, back, rtol=1e-5, atol=0)
@@ -98,12 +90,12 @@ def test_the_distance_is_symmetric_positive_and_0_at_equality(lpips: Distance, s
     assert torch.equal(lpips(a, a), torch.zeros(2))
 
 
-def test_an_image_counts_for_itself(lpips: Distance, small: None) -> None:
+def test_an_image_counts_for_itself(lpips: Distance) -> None:
     a, b = pair()
     torch.testing.assert_close(lpips(a[1:], b[1:])[0], lpips(a, b)[1], rtol=1e-4, atol=0)
 
 
-def test_grey_images_are_repeated(lpips: Distance, small: None) -> None:
+def test_grey_images_are_repeated(lpips: Distance) -> None:
     a, b = pair(1, channels=1, size=8)
     torch.testing.assert_close(lpips(a, b), lpips(a.repeat(1, 3, 1, 1), b.repeat(1, 3, 1, 1)))
 
@@ -114,14 +106,15 @@ def test_images_of_256_pixels_are_not_resized(lpips: Distance) -> None:
     assert lpips(a, b).item() != pytest.approx(lpips(*resized).item(), rel=1e-3)
 
 
-def test_the_gradient_is_the_difference_quotient(path: Path, small: None) -> None:
+@pytest.mark.slow
+def test_the_gradient_is_the_difference_quotient(path: Path) -> None:
     distance = PerceptualDistance(path).double()
     a, b = (image.double() for image in pair(1, channels=1, size=8))
     assert torch.autograd.gradcheck(distance, (a.requires_grad_(), b), eps=1e-7, atol=1e-9, rtol=1e-5, fast_mode=True)
     assert not any(parameter.requires_grad for parameter in distance.parameters())
 
 
-def test_the_gradient_at_equality_is_finite(lpips: Distance, small: None) -> None:
+def test_the_gradient_at_equality_is_finite(lpips: Distance) -> None:
     a, _ = pair(1)
     b = a.clone().requires_grad_()
     lpips(b, a).sum().backward()
@@ -129,7 +122,7 @@ def test_the_gradient_at_equality_is_finite(lpips: Distance, small: None) -> Non
     assert torch.equal(b.grad, torch.zeros_like(b))
 
 
-def test_under_autocast_the_distance_is_float32_and_close(lpips: Distance, small: None) -> None:
+def test_under_autocast_the_distance_is_float32_and_close(lpips: Distance) -> None:
     """VGG runs in the autocast's type: the result is not the one of float32."""
     a, b = pair(1)
     exact = lpips(a, b)
@@ -140,7 +133,7 @@ def test_under_autocast_the_distance_is_float32_and_close(lpips: Distance, small
     torch.testing.assert_close(found, exact, rtol=0.03, atol=0)
 
 
-def test_making_it_draws_no_random_number_and_training_changes_nothing(path: Path, small: None) -> None:
+def test_making_it_draws_no_random_number_and_training_changes_nothing(path: Path) -> None:
     state = torch.random.get_rng_state()
     distance = PerceptualDistance(path).train()
     a, b = pair(1, size=8)
