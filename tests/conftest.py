@@ -1,4 +1,4 @@
-"""What many tests need: a tiny denoiser, the tiny study with changes, and its first results."""
+"""Fixtures of many rooms: the tiny study with changes, its first results, and a finished small study."""
 
 import copy
 import os
@@ -13,7 +13,9 @@ import pytest
 import torch
 import yaml
 from tests.draws import SEED
+from tests.processes import ROOT, SOURCE
 
+from consistency.base.errors import UserError
 from consistency.base.files import sha256, write_bytes
 from consistency.config.job import Job
 from consistency.config.paths import StudyPaths
@@ -33,12 +35,13 @@ os.environ["SLURM_CONF"] = os.devnull
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
-ROOT = Path(__file__).parents[1]
 TINY = yaml.safe_load((ROOT / "config/studies/tiny.yaml").read_text())
 #: in place of a value: the key is taken out
 ABSENT = object()
 
 Changes = dict[str, Any]
+Tiny = Callable[..., Study]
+WriteStudy = Callable[..., Path]
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -51,7 +54,7 @@ def _no_live_tracking() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def _same_draws_in_any_order() -> None:
-    """What a test draws without a generator must not depend on the tests before it."""
+    """A test that draws without a generator must not depend on the tests before it."""
     torch.manual_seed(SEED)
 
 
@@ -82,6 +85,14 @@ def put(content: dict[str, Any], changes: Changes) -> dict[str, Any]:
     return content
 
 
+def mistake(action: Callable[..., Any], *arguments: Any, **options: Any) -> str:
+    """The message of what must fail by a person's mistake: one line."""
+    with pytest.raises(UserError) as error:
+        action(*arguments, **options)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
 def vouch_for(path: Path) -> None:
     """Give the working directory a registry of nothing but that file, with its digest."""
     entry = {"url": "http://127.0.0.1:9/x", "about": "a miniature", "licence": "none", "digest_source": "the test"}
@@ -91,7 +102,7 @@ def vouch_for(path: Path) -> None:
 
 @pytest.fixture(scope="session")
 def couplings() -> Changes:
-    """What makes the tiny study one of consistency training: students ic, ot and gc."""
+    """Changes that make the tiny study one of consistency training: students ic, ot and gc."""
     return {
         "student.objective": "consistency",
         "student.nodes": ABSENT,
@@ -107,13 +118,13 @@ def couplings() -> Changes:
 
 @pytest.fixture(scope="session")
 def untaught(couplings: Changes) -> Changes:
-    """What makes it a study without a teacher."""
+    """Changes that make it a study without a teacher."""
     network = {"kind": "mlp", "width": 32, "depth": 1, "embedding": 16}
     return couplings | {"teacher": {"kind": "none", "network": network, "conditional": True}}
 
 
 @pytest.fixture(scope="session")
-def tiny() -> Callable[..., Study]:
+def tiny() -> Tiny:
     """tiny({"student.steps": 9}): the tiny study with changes."""
 
     def make(changes: Changes | None = None) -> Study:
@@ -123,7 +134,7 @@ def tiny() -> Callable[..., Study]:
 
 
 @pytest.fixture
-def write_study(tmp_path: Path) -> Callable[..., Path]:
+def write_study(tmp_path: Path) -> WriteStudy:
     """write_study({"student.steps": 9}): the path of the tiny study's file with changes, named tiny.yaml."""
 
     def write(changes: Changes | None = None) -> Path:
@@ -155,19 +166,19 @@ def finished_small(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def small_project(finished_small: Path, empty_database: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Study:
-    """The small study of a project that is the working directory: its results, and an empty database."""
+def small_project(finished_small: Path, empty_database: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Job:
+    """The finished small study of a project that is the working directory, with an empty database."""
     from tests.fake_results import make_study
 
     shutil.copytree(finished_small / "results", tmp_path / "results")
     shutil.copy(empty_database, tmp_path)
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    return make_study(tmp_path / "studies")
+    return Job(make_study(tmp_path / "studies"), StudyPaths("small"))
 
 
 @pytest.fixture
-def client(small_project: Study) -> Any:
+def client(small_project: Job) -> Any:
     """MLflow's client of the database in that project."""
     from consistency.tracking.server import connect, tracking_uri
 
@@ -175,7 +186,7 @@ def client(small_project: Study) -> Any:
 
 
 @pytest.fixture(scope="session")
-def first_results(tmp_path_factory: pytest.TempPathFactory, tiny: Callable[..., Study]) -> StudyPaths:
+def first_results(tmp_path_factory: pytest.TempPathFactory, tiny: Tiny) -> StudyPaths:
     """Dataset, an untrained teacher and made-up coefficients of the tiny study."""
     import numpy as np
 
@@ -198,6 +209,13 @@ def first_results(tmp_path_factory: pytest.TempPathFactory, tiny: Callable[..., 
     np.savez(layout.fit, times=times, l=l, s=4 * l - 2)
     Card(Job(study, layout), "coefficients").write()
     return layout
+
+
+@pytest.fixture
+def package(tmp_path: Path) -> Path:
+    """A copy of the package, to change it."""
+    source = Path(SOURCE) / "consistency"
+    return Path(shutil.copytree(source, tmp_path / "consistency", ignore=shutil.ignore_patterns("__pycache__")))
 
 
 @pytest.fixture

@@ -1,5 +1,6 @@
-"""What hurts a program, for tests that it does not: pickles that call something, and a disk that is full."""
+"""Dangers that a program must survive: pickles that call something, calls that fail, and a disk that is full."""
 
+import os
 import resource
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,6 +15,15 @@ class Call:
 
     def __reduce__(self) -> tuple[Any, ...]:
         return self.call
+
+
+def refused(number: int) -> Callable[..., Any]:
+    """A call of the system that fails with that error number."""
+
+    def fail(*_: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    return fail
 
 
 @contextmanager

@@ -4,8 +4,6 @@ The form is that of NVlabs' training loop: a pickle of protocol 4 of dict(ema, l
 whose networks reduce to torch_utils.persistence._reconstruct_persistent_obj with source text, class name and state.
 """
 
-from __future__ import annotations
-
 import pickle
 import sys
 from collections import OrderedDict
@@ -58,7 +56,7 @@ def write_edm_pickle(path: Path, denoiser: Denoiser, **changes: Any) -> None:
 def edm_pickle(
     denoiser: Denoiser, *, entries: dict[str, Any] | None = None, protocol: int = 4, **changes: Any
 ) -> bytes:
-    """What the official training would have written of this network.
+    """The bytes that the official training would have written of this network.
 
     entries: of the outermost dictionary, replaced; protocol: of pickle; changes: fields of `_Writer`.
     """
@@ -76,7 +74,7 @@ def edm_pickle(
 
 @dataclass(frozen=True, kw_only=True)
 class _Writer:
-    """What a file has that differs from the true one.
+    """A writer of files that differ from the true one in what it is given.
 
     source: the text under module_src; class_name: of the preconditioning; state, options: entries of the
     preconditioning's state and of the inner network's arguments that replace the true ones; tensors: a value for the

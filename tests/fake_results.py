@@ -49,6 +49,15 @@ scores: {extractor: classifier, curve_count: 96, kid_subset_size: 50, alignment_
 report: {baseline: {trajectory: ctm}, bootstrap: 100}
 """
 
+#: a teacher that is downloaded, and its published score
+OFFICIAL = (
+    SMALL.replace("{sigma_data: measured}", "{sigma_data: 0.5}")
+    .replace(
+        "{kind: trained, network: {kind: mlp, width: 32, depth: 2}, steps: 400, batch: 32, log_every: 100}",
+        "{kind: edm, checkpoint: edm-cifar10-32x32-uncond-vp.pkl}",
+    )
+    .replace("scores: {extractor: classifier,", "calibration: {published_fid: 1.05}\nscores: {extractor: inception,")
+)
 
 #: three arms of consistency training, without a teacher
 UNTAUGHT = """
@@ -69,7 +78,6 @@ sampling: {count: 96, nfe: [1, 2]}
 scores: {extractor: classifier, curve_nfe: [1, 2], curve_count: 96, kid_subset_size: 50, alignment_count: 64}
 report: {baseline: {consistency: ic}, grid_nfe: [1, 2], bootstrap: 100}
 """
-
 
 #: and a sweep of mu
 SWEEP = UNTAUGHT.replace("  gc: {", "  gc1: {coupling: gc, mu: 1.0}\n  gc3: {coupling: gc, mu: 0.3}\n  gc: {")

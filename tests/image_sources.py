@@ -15,6 +15,11 @@ CIFAR10_CLASSES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog
 SYNSETS = ["n01440764", "n01443537", "n02105855"]
 
 
+def noise(*shape: int, seed: int = 0) -> np.ndarray:
+    """Random bytes of a shape."""
+    return np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
+
+
 def pixels(height: int, width: int, channels: int = 3, seed: int = 0) -> np.ndarray:
     """A smooth random image with some noise, uint8."""
     rng = np.random.default_rng(seed)
@@ -86,7 +91,7 @@ def ffhq_files(count: int = 6, size: int = 40) -> dict[str, bytes]:
 
 
 def write_folder(root: Path, files: dict[str, bytes]) -> Path:
-    """Those files below a folder."""
+    """Write those files below a folder."""
     for name, content in files.items():
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         (root / name).write_bytes(content)
@@ -94,7 +99,7 @@ def write_folder(root: Path, files: dict[str, bytes]) -> Path:
 
 
 def write_zip(path: Path, files: dict[str, bytes], method: int = zipfile.ZIP_STORED) -> Path:
-    """Those files in a zip, in the given order."""
+    """Write those files into a zip, in the given order."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with zipfile.ZipFile(path, "w", method) as archive:
         for name, content in files.items():
@@ -157,7 +162,7 @@ def celeba_partition() -> dict[str, bytes]:
 
 
 def edm_files(images: np.ndarray, labels: list[int] | None) -> dict[str, bytes]:
-    """What EDM's dataset tool writes: 00000/img00000000.png, ..., uncompressed, then dataset.json."""
+    """The files that EDM's dataset tool writes: 00000/img00000000.png, ..., uncompressed, then dataset.json."""
     names = [f"{i // 1000:05d}/img{i:08d}.png" for i in range(len(images))]
     files = {
         name: encoded(image.squeeze(-1) if image.shape[-1] == 1 else image, compress_level=0, optimize=False)

@@ -11,7 +11,7 @@ CONTENT = bytes(range(256)) * 1000
 
 
 class Server(ThreadingHTTPServer):
-    """What the server does, and what it was asked."""
+    """A server that says what it was asked, and does what it is told."""
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), Handler)

@@ -3,18 +3,17 @@
 import hashlib
 import shutil
 from pathlib import Path
-from typing import Any
 
 import pytest
 import yaml
-from tests.conftest import changed
+from tests.conftest import Changes, changed
+from tests.processes import ROOT
 
 from consistency.__main__ import main
 from consistency.base.progress import Progress
 
 pytestmark = pytest.mark.usefixtures("handlers")
 
-ROOT = Path(__file__).parents[1]
 STUDENT = ("--student", "ctm", "--seed", "0")
 ANALYTIC = ("--student", "analytic", "--seed", "0")
 VERBS = [
@@ -37,7 +36,7 @@ class Project:
     def path(self, name: str) -> Path:
         return self.home / "results/tiny" / name
 
-    def change(self, changes: dict[str, Any]) -> None:
+    def change(self, changes: Changes) -> None:
         """Set dotted keys of the study."""
         self.study.write_text(yaml.safe_dump(changed(changes), sort_keys=False))
 
@@ -76,10 +75,9 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def project(whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Project:
-    """A copy of the whole study to spoil."""
-    shutil.copytree(whole, tmp_path / "project")
-    return Project(tmp_path / "project", capsys)
+def spoilt(whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Project:
+    """A copy of the whole study, to spoil it."""
+    return Project(Path(shutil.copytree(whole, tmp_path / "copy")), capsys)
 
 
 # --- files of the stages before ------------------------------------------------------------------
@@ -115,11 +113,11 @@ def project(whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     ],
 )
 def test_a_missing_file_names_the_verb_that_makes_it(
-    project: Project, gone: str, words: tuple[str, ...], verb: str
+    spoilt: Project, gone: str, words: tuple[str, ...], verb: str
 ) -> None:
-    path = project.path(gone)
+    path = spoilt.path(gone)
     shutil.rmtree(path) if path.is_dir() else path.unlink()
-    error = project.error(*words)
+    error = spoilt.error(*words)
     assert "is missing" in error and f"run `python -m consistency {verb}`" in error
 
 
@@ -142,18 +140,18 @@ def test_a_missing_file_names_the_verb_that_makes_it(
         ("scores/endpoints.npy", ("scores", *STUDENT)),
     ],
 )
-def test_a_damaged_file_is_named(project: Project, name: str, words: tuple[str, ...]) -> None:
-    path = project.path(name)
+def test_a_damaged_file_is_named(spoilt: Project, name: str, words: tuple[str, ...]) -> None:
+    path = spoilt.path(name)
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-    error = project.error(*words)
-    assert str(project.path(name)) in error or str(project.path(name).parent) in error
+    error = spoilt.error(*words)
+    assert str(spoilt.path(name)) in error or str(spoilt.path(name).parent) in error
     assert "again" in error
 
 
-def test_a_changed_score_table_is_named(project: Project) -> None:
-    table = project.path("scores/ctm/seed0.csv")
+def test_a_changed_score_table_is_named(spoilt: Project) -> None:
+    table = spoilt.path("scores/ctm/seed0.csv")
     table.write_text(table.read_text() + "\n")
-    error = project.error("report")
+    error = spoilt.error("report")
     assert str(table) in error and "scores --student ctm --seed 0` again" in error
 
 
@@ -171,18 +169,18 @@ def test_a_changed_score_table_is_named(project: Project) -> None:
     ids=str,
 )
 def test_results_of_other_settings_name_the_key(
-    project: Project, changes: dict[str, Any], words: tuple[str, ...], difference: str
+    spoilt: Project, changes: Changes, words: tuple[str, ...], difference: str
 ) -> None:
-    project.change(changes)
-    assert difference in project.error(*words)
+    spoilt.change(changes)
+    assert difference in spoilt.error(*words)
 
 
 # --- training ------------------------------------------------------------------------------------
 
 
-def test_a_training_that_diverges_says_at_which_step(project: Project) -> None:
-    project.change({"teacher.learning_rate": 1e30})
-    error = project.error("teacher")
+def test_a_training_that_diverges_says_at_which_step(spoilt: Project) -> None:
+    spoilt.change({"teacher.learning_rate": 1e30})
+    error = spoilt.error("teacher")
     assert "not finite at step" in error and "Lower the learning rate" in error
 
 
@@ -194,13 +192,13 @@ def test_a_training_that_diverges_says_at_which_step(project: Project) -> None:
     [("dataset",), ("coefficients",), ("samples",), ("samples", *STUDENT), ("extractor",), ("scores", *STUDENT)],
 )
 def test_ctrl_c_leaves_no_litter_and_the_old_results(
-    project: Project, words: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+    spoilt: Project, words: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def pressed(self: Progress, steps: int = 1) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(Progress, "update", pressed)
-    before = project.kept()
-    assert project.run(*words) == 130
-    assert project.kept() == before
-    assert not list(project.home.rglob("*.tmp"))
+    before = spoilt.kept()
+    assert spoilt.run(*words) == 130
+    assert spoilt.kept() == before
+    assert not list(spoilt.home.rglob("*.tmp"))

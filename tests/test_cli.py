@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from tests.processes import ROOT, SOURCE, environment, run_light
 
 from consistency import __main__ as cli
 from consistency import __version__
@@ -18,7 +19,6 @@ from consistency.config.job import Job
 
 pytestmark = pytest.mark.usefixtures("handlers")
 
-ROOT = Path(__file__).parents[1]
 TINY = str(ROOT / "config/studies/tiny.yaml")
 SAMPLES = ["samples", "--study", TINY, "--device", "cpu"]
 
@@ -30,18 +30,7 @@ def replaced(monkeypatch: pytest.MonkeyPatch, function: Callable[..., None]) -> 
 
 
 def test_help_waits_for_no_heavy_import() -> None:
-    code = (
-        "import sys\n"
-        "from consistency.__main__ import main\n"
-        "try:\n    main(['--help'])\n"
-        "except SystemExit as end:\n    assert end.code == 0\n"
-        "heavy = {'torch', 'numpy', 'scipy', 'mlflow', 'matplotlib', 'pandas', 'pydantic', 'PIL'}\n"
-        "assert not heavy & set(sys.modules), heavy & set(sys.modules)\n"
-    )
-    environment = os.environ | {"PYTHONPATH": str(ROOT / "src")}
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert set(cli.VERBS) <= set(done.stdout.split())
+    assert set(cli.VERBS) <= set(run_light("--help", more="pydantic").split())
 
 
 @pytest.mark.parametrize(
@@ -192,7 +181,6 @@ def test_sigterm_unwinds_like_an_error_and_is_143(monkeypatch: pytest.MonkeyPatc
 
 def test_a_reader_who_leaves_is_141_without_a_traceback() -> None:
     command = f"{sys.executable} -m consistency check --study {TINY} | true; exit ${{PIPESTATUS[0]}}"
-    environment = os.environ | {"PYTHONPATH": str(ROOT / "src"), "PYTHONUNBUFFERED": "1"}
-    done = subprocess.run(["bash", "-c", command], env=environment, capture_output=True, text=True)
-    assert done.returncode == 141
-    assert done.stderr == ""
+    variables = environment(PYTHONPATH=SOURCE, PYTHONUNBUFFERED="1")
+    done = subprocess.run(["bash", "-c", command], env=variables, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (141, "")

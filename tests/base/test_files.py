@@ -1,9 +1,11 @@
-"""Files are whole or absent."""
+"""Files are whole or absent, and what is cut short is named."""
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from consistency.base.arrays import read_arrays, write_arrays
 from consistency.base.errors import UserError
 from consistency.base.files import atomic, read_json, write_bytes, write_json, write_with
 
@@ -82,3 +84,16 @@ def test_json_that_is_missing_or_damaged_names_the_verb_that_writes_it(tmp_path:
         path.write_bytes(content)
         with pytest.raises(UserError, match=r"is damaged .*: delete it and run `teacher` again"):
             read_json(path, "teacher")
+
+
+@pytest.mark.filterwarnings("ignore::ResourceWarning")  # numpy leaves a damaged archive open
+@pytest.mark.parametrize("keep", [0, 3, 100, -30])
+def test_arrays_that_are_cut_short_anywhere_name_the_verb_that_writes_them(tmp_path: Path, keep: int) -> None:
+    path = tmp_path / "coefficients.npz"
+    write_arrays(path, {"l": np.arange(5.0), "s": np.arange(5.0)})
+    assert read_arrays(path, "coefficients", "l", "s")["s"].tolist() == [0, 1, 2, 3, 4]
+    with pytest.raises(UserError, match=r"is damaged .*it has no array t.*: run `coefficients` again"):
+        read_arrays(path, "coefficients", "t")
+    path.write_bytes(path.read_bytes()[:keep])
+    with pytest.raises(UserError, match=r"is damaged .*: run `coefficients` again"):
+        read_arrays(path, "coefficients")

@@ -1,16 +1,15 @@
 """One process at a time, where the disk can tell."""
 
 import errno
-import fcntl
 import os
 import signal
-import subprocess
-import sys
 import threading
 import time
 from pathlib import Path
 
 import pytest
+from tests.dangers import refused
+from tests.processes import start_python
 
 from consistency.base import locks
 from consistency.base.errors import UserError
@@ -26,7 +25,7 @@ def test_a_second_process_waits_and_then_is_told_whose_the_folder_is_until_that_
         "import sys, time; from pathlib import Path; from consistency.base.locks import only_one\n"
         "with only_one(Path(sys.argv[1]), 'is working'): print(flush=True); time.sleep(60)"
     )
-    with subprocess.Popen([sys.executable, "-c", code, folder], stdout=subprocess.PIPE) as other:
+    with start_python("-c", code, folder) as other:
         assert other.stdout is not None and other.stdout.readline()
         whose = rf"another process \(pid {other.pid} on \S+\) is working in {folder}: wait for it or stop it"
         with pytest.raises(UserError, match=whose), only_one(folder, "is working"):
@@ -57,12 +56,8 @@ def test_many_take_turns_in_a_folder_that_each_removes(tmp_path: Path) -> None:
 
 
 def test_a_disk_without_locks_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As Lustre mounted without them; no lock of another kind is taken in its place."""
-
-    def refuse(file: object, operation: int) -> None:
-        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
-
-    monkeypatch.setattr(fcntl, "flock", refuse)
+    """Lustre may be mounted without them; no lock of another kind is taken in its place."""
+    monkeypatch.setattr("fcntl.flock", refused(errno.ENOSYS))
     message = r"does not support file locks \(Function not implemented\), .*: mount it with them"
     with pytest.raises(UserError, match=message), only_one(tmp_path / "state", "is working"):
         pass

@@ -39,7 +39,7 @@ def test_a_line_holds_label_count_time_left_and_note(capsys: pytest.CaptureFixtu
 
 
 def test_lines_are_rare(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """What ends before it is complete has no line of its own: its error is the last word."""
+    """A count that ends before it is complete has no line of its own: its error is the last word."""
     monkeypatch.setattr(progress, "LINE_EVERY", 3600.0)
     Progress("interrupted", 2).update()
     shown = Progress("teacher", 1000)

@@ -1,7 +1,8 @@
-"""Seeds: functions of what they are for, and the same for ever."""
+"""Seeds are functions of what they are for, and the same for ever; the noise of an image is its own."""
 
 import itertools
 
+import pytest
 import torch
 
 from consistency.base.seeding import ImageNoise, derived_seed, generator
@@ -37,3 +38,31 @@ def test_image_noise_leaves_the_global_generator_alone() -> None:
     before = torch.get_rng_state()
     ImageNoise(range(3), (1, 2, 2), 10).fresh()
     assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("label_dim", [0, 10])
+@pytest.mark.parametrize("batch", [1, 7, 64])
+def test_latents_labels_and_fresh_noise_are_each_images_own(batch: int, label_dim: int) -> None:
+    shape = (3, 4, 4)
+    whole = ImageNoise(range(64), shape, label_dim)
+    parts = [ImageNoise(range(i, min(i + batch, 64)), shape, label_dim) for i in range(0, 64, batch)]
+    assert torch.equal(whole.latents, torch.cat([part.latents for part in parts]))
+    for _ in range(3):
+        assert torch.equal(whole.fresh(), torch.cat([part.fresh() for part in parts]))
+    assert (whole.labels is None) == (label_dim == 0)
+    if whole.labels is not None:
+        assert torch.equal(whole.labels, torch.cat([part.labels for part in parts]))
+
+
+def test_latents_are_standard_normal_and_unlike_each_other() -> None:
+    latents = ImageNoise(range(2000), (1, 4, 4)).latents.flatten(1)
+    assert latents.mean().item() == pytest.approx(0, abs=0.02)
+    assert latents.std().item() == pytest.approx(1, abs=0.02)
+    # Neighbouring seeds must not be correlated, in pixels or in images.
+    assert (latents[:-1] * latents[1:]).mean().abs() < 0.02
+
+
+def test_conditional_labels_are_uniform_and_beside_the_same_latents() -> None:
+    labelled = ImageNoise(range(2000), (1, 1, 1), 10)
+    assert torch.bincount(labelled.labels, minlength=10).min() > 150  # type: ignore[arg-type]
+    assert torch.equal(labelled.latents, ImageNoise(range(2000), (1, 1, 1)).latents)

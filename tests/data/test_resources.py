@@ -1,29 +1,29 @@
-"""What is downloaded: the registry, downloads, digests and their enforcement, the verb and the rule that fetch."""
+"""Downloads: the registry, digests and their enforcement, and the verb and the rule that fetch."""
 
 import hashlib
 import os
 import socket
 import struct
 import subprocess
-import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import yaml
+from tests.conftest import mistake
 from tests.dangers import file_size_limit
 from tests.loopback import CONTENT, Server
+from tests.processes import PROXIES, ROOT, run_light
 from tests.workflow.checkout import fresh
 
 from consistency import __main__ as cli
-from consistency.base.errors import UserError
 from consistency.data import resources as module
 from consistency.data.resources import fetch, find, open_resource, recorded, registry, resource_path
 
-ROOT = Path(__file__).parents[2]
 NAME = "weights.pt"
 DIGEST = hashlib.sha256(CONTENT).hexdigest()
 OTHER = b"another file"
@@ -33,19 +33,25 @@ ENTRY = {"url": "http://127.0.0.1:9/weights.pt", "about": "w", "licence": "MIT",
 
 
 @pytest.fixture(autouse=True)
-def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty project."""
+def empty_project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The working directory is a project without a file."""
     (tmp_path / "config").mkdir()
     monkeypatch.chdir(tmp_path)
-    return tmp_path
 
 
 @pytest.fixture
-def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
-    """A server at work, no proxy in between, and no pause before a second attempt."""
-    for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
+def pauses(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """The pauses before further attempts; they take no time."""
+    made: list[float] = []
+    monkeypatch.setattr(module, "time", SimpleNamespace(sleep=made.append))
+    return made
+
+
+@pytest.fixture
+def server(monkeypatch: pytest.MonkeyPatch, pauses: list[float]) -> Iterator[Server]:
+    """A server at work, and no proxy in between."""
+    for name in PROXIES:
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(module, "_PAUSES", (0.0, 0.0))
     with Server() as http:
         threading.Thread(target=http.serve_forever, args=(0.01,)).start()
         yield http
@@ -61,13 +67,6 @@ def register(**entries: dict[str, Any]) -> None:
 def by_hand(content: bytes = CONTENT, name: str = NAME) -> None:
     resource_path(name).parent.mkdir(exist_ok=True)
     resource_path(name).write_bytes(content)
-
-
-def mistake(action: Callable[[], Any]) -> str:
-    with pytest.raises(UserError) as error:
-        action()
-    assert "\n" not in str(error.value)
-    return str(error.value)
 
 
 # --- the registry
@@ -127,8 +126,8 @@ def test_outside_a_project_it_is_said_where_to_run() -> None:
 
 def test_an_unknown_name_gets_the_nearest() -> None:
     register(weights_pt={})
-    assert mistake(lambda: find("weigths.pt")).endswith("did you mean 'weights.pt'?")
-    assert mistake(lambda: find("x")).endswith("there are weights.pt")
+    assert mistake(find, "weigths.pt").endswith("did you mean 'weights.pt'?")
+    assert mistake(find, "x").endswith("there are weights.pt")
 
 
 # --- fetching
@@ -136,7 +135,7 @@ def test_an_unknown_name_gets_the_nearest() -> None:
 
 def refused(server: Server) -> str:
     """The download ends in an error of one line, and leaves neither a file nor a digest."""
-    message = mistake(lambda: fetch(NAME))
+    message = mistake(fetch, NAME)
     assert {path.name for path in PATH.parent.iterdir()} == {f".{NAME}.lock"}
     assert not LOCK.exists()
     return message
@@ -171,13 +170,13 @@ def test_a_proxy_of_the_environment_is_used(server: Server, monkeypatch: pytest.
 def test_no_piece_is_taken_for_the_file_and_what_passes_is_tried_again(
     server: Server, chunked: bool, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    server.chunked, server.cuts = chunked, [100_000, 1000, 100_000]
+    server.chunked, server.cuts = chunked, [100_000, 1000, 100_000, 0]
     register(weights_pt={"url": server.url})
     assert f"cannot download {server.url} (" in refused(server)
-    assert len(server.requests) == 3
+    assert len(server.requests) == 4
     server.statuses, server.cuts = [503], [100_000]
     assert fetch(NAME).read_bytes() == CONTENT
-    assert "HTTP 503 Service Unavailable; trying again in 0 s" in capsys.readouterr().err
+    assert "HTTP 503 Service Unavailable; trying again in 1 s" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("content", [b"\n<!DOCTYPE html><html>please log in</html>", b""])
@@ -188,15 +187,16 @@ def test_a_web_page_is_not_taken_for_the_file(server: Server, content: bytes) ->
     assert len(server.requests) == 1
 
 
-@pytest.mark.parametrize(("status", "attempts"), [(404, 1), (503, 3), (429, 3)])
-def test_an_error_of_the_server_is_told(server: Server, status: int, attempts: int) -> None:
-    """At once, or after a few attempts when it may pass."""
+@pytest.mark.parametrize(("status", "attempts"), [(404, 1), (503, 4), (429, 4)])
+def test_an_error_of_the_server_is_told(server: Server, pauses: list[float], status: int, attempts: int) -> None:
+    """It is told at once, or after a few attempts when it may pass."""
     server.statuses = [status] * 10
     register(weights_pt={"url": server.url, "sha256": DIGEST})
     message = refused(server)
     assert message.startswith(f"cannot download {server.url} (HTTP {status} ")
     assert message.endswith(f"Run the same command again, or put the file (sha256 {DIGEST}) at {PATH} by hand")
     assert len(server.requests) == attempts
+    assert pauses == [1, 4, 15][: attempts - 1]
 
 
 def test_a_connection_that_is_reset_is_tried_again(server: Server) -> None:
@@ -209,7 +209,7 @@ def test_a_connection_that_is_reset_is_tried_again(server: Server) -> None:
     server.before = reset
     register(weights_pt={"url": server.url})
     assert "Connection reset by peer" in refused(server)
-    assert len(server.requests) == 3
+    assert len(server.requests) == 4
 
 
 def test_silence_is_an_error(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -221,23 +221,23 @@ def test_silence_is_an_error(server: Server, monkeypatch: pytest.MonkeyPatch) ->
         assert "timed out" in refused(server)
     finally:
         over.set()
-    assert len(server.requests) == 3
+    assert len(server.requests) == 4
 
 
-def test_without_a_network_it_is_said_at_once(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module.time, "sleep", lambda seconds: pytest.fail("it waited"))
+def test_without_a_network_it_is_said_at_once(server: Server, pauses: list[float]) -> None:
     register(weights_pt={})
     message = refused(server)
     assert message.startswith(f"cannot download {ENTRY['url']} (")
     assert "Connection refused" in message
+    assert pauses == []
 
 
 def test_a_password_in_an_address_is_not_told(server: Server, capsys: pytest.CaptureFixture[str]) -> None:
     url = server.url.replace("http://", "http://me:secret@")
     register(weights_pt={"url": url, "sha256": "0" * 64}, nowhere_pt={"url": "http://me:secret@127.0.0.1:9/x"})
     server.statuses = [503, 404]
-    messages = [mistake(lambda: fetch(NAME)), mistake(lambda: fetch(NAME)), mistake(lambda: open_resource(NAME))]
-    messages += [mistake(lambda: fetch("nowhere.pt")), *capsys.readouterr()]
+    messages = [mistake(fetch, NAME), mistake(fetch, NAME), mistake(open_resource, NAME)]
+    messages += [mistake(fetch, "nowhere.pt"), *capsys.readouterr()]
     assert f"cannot download {server.url} (HTTP 404 Not Found)" in messages[0]
     assert not [message for message in messages if "secret" in message or "me:" in message]
     assert "Authorization" in server.requests[0]
@@ -258,17 +258,17 @@ def test_a_full_disk_is_not_the_networks_fault(server: Server) -> None:
 @pytest.mark.parametrize("known", [{"sha256": "0" * 64}, {"size": 5}, {"sha256": DIGEST, "size": 5}])
 def test_whatever_is_published_must_agree(server: Server, known: dict[str, Any]) -> None:
     register(weights_pt={"url": server.url} | known)
-    assert "it was removed" in mistake(lambda: fetch(NAME))
+    assert "it was removed" in mistake(fetch, NAME)
     assert not PATH.exists()
     assert not LOCK.exists()
     by_hand()
-    assert f"{PATH} has " in mistake(lambda: open_resource(NAME))
+    assert f"{PATH} has " in mistake(open_resource, NAME)
 
 
 def test_the_first_digest_is_recorded_and_enforced_ever_after(
     server: Server, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Also on another machine, which has the lock file from the repository."""
+    """It is enforced on another machine too, which has the lock file from the repository."""
     register(weights_pt={"url": server.url})
     fetch(NAME)
     assert f"{LOCK}: recorded sha256 {DIGEST} of {NAME}" in capsys.readouterr().out
@@ -276,7 +276,7 @@ def test_the_first_digest_is_recorded_and_enforced_ever_after(
     PATH.unlink()
     server.content = OTHER
     register(weights_pt={"url": server.url})
-    message = mistake(lambda: fetch(NAME))
+    message = mistake(fetch, NAME)
     assert f"not {DIGEST}: it was removed" in message
     assert not PATH.exists()
     assert recorded() == {NAME: DIGEST}
@@ -287,7 +287,7 @@ def test_a_damaged_lock_file_is_named_with_its_line(line: str) -> None:
     register(weights_pt={})
     LOCK.write_text(f"# digests\n{DIGEST}  b.pt\n{line}\n")
     by_hand()
-    assert mistake(lambda: open_resource(NAME)).startswith(f"{LOCK}, line 3: ")
+    assert mistake(open_resource, NAME).startswith(f"{LOCK}, line 3: ")
 
 
 # --- opening
@@ -295,7 +295,7 @@ def test_a_damaged_lock_file_is_named_with_its_line(line: str) -> None:
 
 def test_a_missing_file_is_named_with_how_to_get_it(no_network: None) -> None:
     register(weights_pt={"sha256": DIGEST})
-    assert mistake(lambda: open_resource(NAME)) == (
+    assert mistake(open_resource, NAME) == (
         f"resources/weights.pt is missing: run `python -m consistency fetch weights.pt` where there is a network, "
         f"or get {ENTRY['url']} elsewhere and put the file (sha256 {DIGEST}) at resources/weights.pt by hand"
     )
@@ -316,7 +316,7 @@ def test_a_changed_file_is_noticed_whatever_its_size_and_time_say() -> None:
     before = PATH.stat()
     by_hand(CONTENT[:-1] + b"?")
     os.utime(PATH, ns=(before.st_atime_ns, before.st_mtime_ns))
-    message = mistake(lambda: open_resource(NAME))
+    message = mistake(open_resource, NAME)
     assert f"{PATH} has sha256 " in message
     assert f"not {DIGEST}: run `python -m consistency fetch weights.pt`" in message
 
@@ -380,15 +380,7 @@ def test_the_verb_fetches_nothing_when_a_name_is_wrong(server: Server, capsys: p
 def test_fetching_waits_for_no_heavy_import() -> None:
     register(weights_pt={"sha256": DIGEST})
     by_hand()
-    code = (
-        "import sys\n"
-        "from consistency.__main__ import main\n"
-        "assert main(['fetch', 'weights.pt']) == 0\n"
-        "heavy = {'torch', 'numpy', 'scipy', 'mlflow', 'matplotlib', 'pandas', 'PIL'}\n"
-        "assert not heavy & set(sys.modules), heavy & set(sys.modules)\n"
-    )
-    environment = os.environ | {"PYTHONPATH": str(ROOT / "src")}
-    subprocess.run([sys.executable, "-c", code], env=environment, check=True)
+    run_light("fetch", "weights.pt")
 
 
 @pytest.mark.slow

@@ -4,6 +4,7 @@ import hashlib
 import io
 import os
 import pickle
+import re
 import resource
 import struct
 import tarfile
@@ -17,7 +18,7 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
-from tests.conftest import vouch_for
+from tests.conftest import mistake, vouch_for
 from tests.dangers import Call
 from tests.image_sources import (
     CELEBA_SPLITS,
@@ -34,6 +35,7 @@ from tests.image_sources import (
     ffhq_files,
     imagenet_files,
     imagenet_tar,
+    noise,
     pixels,
     write_folder,
     write_zip,
@@ -64,17 +66,15 @@ def images(opened: Source) -> np.ndarray:
     return np.stack([opened.read(row) for row in range(len(opened))])
 
 
-def mistake(*arguments: Any, **settings: Any) -> str:
-    """The message of a source that must fail when it is opened or read: one line."""
-    with pytest.raises(UserError) as error:
-        images(source(*arguments, **settings))
-    message = str(error.value)
+def refused(*arguments: Any, **settings: Any) -> str:
+    """The message of a source that must fail when it is opened or read."""
+    message = mistake(lambda: images(source(*arguments, **settings)))
     assert message.isprintable()
     return message
 
 
 def lanczos(content: bytes, size: int) -> np.ndarray:
-    """What EDM's tool does to a colour image, by numpy and Pillow."""
+    """A colour image as EDM's tool makes it, by numpy and Pillow."""
     pixels = np.array(Image.open(io.BytesIO(content)).convert("RGB"))
     height, width = pixels.shape[:2]
     side = min(height, width)
@@ -86,13 +86,13 @@ def lanczos(content: bytes, size: int) -> np.ndarray:
 
 
 @pytest.fixture
-def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A project of its own, whose registry vouches for a miniature archive in resources/."""
+def archived(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A miniature archive in resources/, for which the working directory's registry vouches."""
     monkeypatch.chdir(tmp_path)
     archive = tmp_path / "resources/cifar-10-python.tar.gz"
     cifar10_archive(archive, cifar10_files())
     vouch_for(archive)
-    return tmp_path
+    return archive
 
 
 @pytest.fixture
@@ -119,7 +119,7 @@ def _no_temporary_files_stay(
 
 
 @pytest.mark.parametrize(("split", "names"), [("train", TRAIN), ("test", ["test_batch"])])
-def test_cifar10_is_its_batches_in_order(project: Path, split: str, names: list[str]) -> None:
+def test_cifar10_is_its_batches_in_order(archived: Path, split: str, names: list[str]) -> None:
     opened = source("cifar10", None, 32, split=split)
     expected, labels = cifar10_content(cifar10_files(), names)
     assert np.array_equal(images(opened), expected)
@@ -127,7 +127,7 @@ def test_cifar10_is_its_batches_in_order(project: Path, split: str, names: list[
     assert opened.classes == CIFAR10_CLASSES
 
 
-def test_a_cifar10_archive_or_folder_of_ones_own(tmp_path: Path, known: Files) -> None:
+def test_cifar10_may_be_an_archive_or_folder_of_ones_own(tmp_path: Path, known: Files) -> None:
     archive, parent = tmp_path / "given.tar.gz", tmp_path / "parent"
     cifar10_archive(archive, known)
     folder = write_folder(parent / "cifar-10-batches-py", known)
@@ -140,16 +140,18 @@ def test_a_cifar10_archive_or_folder_of_ones_own(tmp_path: Path, known: Files) -
 
 
 @pytest.mark.parametrize("name", ["data_batch_1", "test_batch", "batches.meta"])
-def test_a_cifar10_pickle_of_another_digest_is_not_opened(project: Path, known: Files, name: str) -> None:
-    mark = project / "exploded"
+def test_a_cifar10_pickle_of_another_digest_is_not_opened(
+    archived: Path, tmp_path: Path, known: Files, name: str
+) -> None:
+    mark = tmp_path / "exploded"
     files = known | {name: pickle.dumps(Call(os.mkdir, str(mark)))}
-    staged, given = project / "resources/cifar-10-python.tar.gz", project / "given.tar.gz"
-    cifar10_archive(staged, files)
-    assert "has sha256" in mistake("cifar10", None, 32)
+    given = tmp_path / "given.tar.gz"
+    cifar10_archive(archived, files)
+    assert "has sha256" in refused("cifar10", None, 32)
     cifar10_archive(given, files)
-    folder = write_folder(project / "cifar-10-batches-py", files)
-    for path in (given, folder, project):
-        assert f"{path} does not hold the CIFAR-10" in mistake("cifar10", path, 32)
+    folder = write_folder(tmp_path / "cifar-10-batches-py", files)
+    for path in (given, folder, tmp_path):
+        assert f"{path} does not hold the CIFAR-10" in refused("cifar10", path, 32)
     assert not mark.exists()
     # The bomb is a real one.
     pickle.loads(files[name])
@@ -160,13 +162,13 @@ def test_an_incomplete_or_truncated_cifar10_is_named(tmp_path: Path, known: File
     for name in ("data_batch_3", "batches.meta"):
         less = {key: content for key, content in known.items() if key != name}
         folder = write_folder(tmp_path / f"without-{name}", less)
-        assert f"{folder} does not hold the CIFAR-10" in mistake("cifar10", folder, 32)
+        assert f"{folder} does not hold the CIFAR-10" in refused("cifar10", folder, 32)
     archive = tmp_path / "short.tar.gz"
     cifar10_archive(archive, known)
     archive.write_bytes(archive.read_bytes()[:20_000])
-    assert f"{archive} cannot be unpacked" in mistake("cifar10", archive, 32)
+    assert f"{archive} cannot be unpacked" in refused("cifar10", archive, 32)
     archive.write_bytes(b"<html>404</html>")
-    assert f"{archive} cannot be unpacked" in mistake("cifar10", archive, 32)
+    assert f"{archive} cannot be unpacked" in refused("cifar10", archive, 32)
 
 
 def test_what_else_is_in_a_cifar10_archive_goes_nowhere(tmp_path: Path, known: Files) -> None:
@@ -195,7 +197,7 @@ def test_what_else_is_in_a_cifar10_archive_goes_nowhere(tmp_path: Path, known: F
     ],
 )
 def test_where_there_is_nothing_it_is_said_what_to_put_there(tmp_path: Path, kind: str, words: str) -> None:
-    message = mistake(kind, tmp_path / "nowhere", 32)
+    message = refused(kind, tmp_path / "nowhere", 32)
     assert f"{tmp_path / 'nowhere'}: put {words}" in message
 
 
@@ -204,16 +206,16 @@ def test_where_there_is_nothing_it_is_said_what_to_put_there(tmp_path: Path, kin
 )
 def test_a_folder_or_zip_without_images_is_named(tmp_path: Path, kind: str, words: str) -> None:
     (tmp_path / "empty").mkdir()
-    assert f"{tmp_path / 'empty'} {words}" in mistake(kind, tmp_path / "empty")
+    assert f"{tmp_path / 'empty'} {words}" in refused(kind, tmp_path / "empty")
     path = write_zip(tmp_path / "empty.zip", {"readme.txt": b""})
-    assert f"{path} has no *.png or *.jpg" in mistake("ffhq", path)
+    assert f"{path} has no *.png or *.jpg" in refused("ffhq", path)
 
 
 # --- FFHQ
 
 
 def test_ffhq_is_resized_by_lanczos_in_the_order_of_its_numbers(tmp_path: Path) -> None:
-    """From the folder or a zip of it."""
+    """The folder and a zip of it are read alike."""
     files, terms = ffhq_files(), {"LICENSE.txt": b"terms"}
     expected = np.stack([lanczos(files[name], 16) for name in sorted(files)])
     backwards = terms | {"images1024x1024/": b""} | {f"images1024x1024/{name}": files[name] for name in reversed(files)}
@@ -229,15 +231,15 @@ def test_ffhq_is_resized_by_lanczos_in_the_order_of_its_numbers(tmp_path: Path) 
 def test_an_ffhq_image_that_is_not_square_is_named(tmp_path: Path) -> None:
     files = ffhq_files() | {"00000/00001.png": encoded(pixels(40, 41))}
     folder = write_folder(tmp_path / "wild", files)
-    assert f"{folder}/00000/00001.png has 41x40 pixels" in mistake("ffhq", folder)
+    assert f"{folder}/00000/00001.png has 41x40 pixels" in refused("ffhq", folder)
     path = write_zip(tmp_path / "wild.zip", files)
-    assert f"00000/00001.png in {path} has 41x40 pixels" in mistake("ffhq", path)
+    assert f"00000/00001.png in {path} has 41x40 pixels" in refused("ffhq", path)
 
 
 def test_thumbnails_beside_ffhqs_images_are_not_taken_for_more_images(tmp_path: Path) -> None:
     write_folder(tmp_path / "ffhq/images1024x1024", ffhq_files())
     write_folder(tmp_path / "ffhq/thumbnails128x128", ffhq_files())
-    assert "has two images 00000.png: set dataset.path to images1024x1024" in mistake("ffhq", tmp_path / "ffhq")
+    assert "has two images 00000.png: set dataset.path to images1024x1024" in refused("ffhq", tmp_path / "ffhq")
 
 
 # --- ImageNet
@@ -248,7 +250,7 @@ def test_thumbnails_beside_ffhqs_images_are_not_taken_for_more_images(tmp_path: 
 def test_imagenet_is_cropped_and_resized_class_by_class(
     tmp_path: Path, write: Callable[[Path, Files], Path], limit: int | None
 ) -> None:
-    """From the tree or the tar of tars; grey and CMYK as Pillow converts them."""
+    """The tree and the tar of tars are read alike, grey and CMYK as Pillow converts them."""
     files = imagenet_files()
     path = write(tmp_path / "train", files | {"readme/a.JPEG": encoded(pixels(9, 9), "JPEG")})
     opened = source("imagenet", path, limit=limit)
@@ -263,17 +265,17 @@ def test_a_tar_of_imagenet_that_is_cut_off_anywhere_is_named(tmp_path: Path) -> 
     content = path.read_bytes()
     for share in (0.02, 0.3, 0.7, 0.85):
         path.write_bytes(content[: int(share * len(content))])
-        assert f"{path} is not a whole, uncompressed tar of tars" in mistake("imagenet", path)
+        assert f"{path} is not a whole, uncompressed tar of tars" in refused("imagenet", path)
 
 
 def test_what_is_not_imagenets_tar_is_named(tmp_path: Path) -> None:
     path = tmp_path / "train.tar"
     with tarfile.open(path, "w:gz") as tar:
         add(tar, "n01440764.tar", b"")
-    assert f"{path} is not a whole, uncompressed tar of tars" in mistake("imagenet", path)
+    assert f"{path} is not a whole, uncompressed tar of tars" in refused("imagenet", path)
     with tarfile.open(path, "w") as tar:
         add(tar, "n01440764/n01440764_1.JPEG", imagenet_files()["n01440764/n01440764_0.JPEG"])
-    assert f"{path} has no nXXXXXXXX.tar" in mistake("imagenet", path)
+    assert f"{path} has no nXXXXXXXX.tar" in refused("imagenet", path)
 
 
 def test_names_in_a_tar_are_never_followed(tmp_path: Path) -> None:
@@ -300,13 +302,9 @@ def test_names_in_a_tar_are_never_followed(tmp_path: Path) -> None:
 # --- EDM's zip
 
 
-def noise(count: int, size: int = 16, channels: int = 3) -> np.ndarray:
-    return np.random.default_rng(1).integers(0, 256, (count, size, size, channels), dtype=np.uint8)
-
-
 @pytest.mark.parametrize("method", METHODS)
 def test_an_edm_zip_is_read_as_edm_reads_it(tmp_path: Path, method: int) -> None:
-    expected, labels = noise(7), [3, 0, 1, 0, 3, 2, 0]
+    expected, labels = noise(7, 16, 16, 3), [3, 0, 1, 0, 3, 2, 0]
     files = edm_files(expected, labels)
     path = write_zip(tmp_path / "edm.zip", {name: files[name] for name in reversed(files)}, method)
     opened = source("edm_zip", path)
@@ -319,10 +317,10 @@ def test_an_edm_zip_is_read_as_edm_reads_it(tmp_path: Path, method: int) -> None
 
 
 def test_an_edm_zip_without_labels_has_one_class(tmp_path: Path) -> None:
-    opened = source("edm_zip", write_zip(tmp_path / "edm.zip", edm_files(noise(3, channels=1), None)), channels=1)
+    opened = source("edm_zip", write_zip(tmp_path / "edm.zip", edm_files(noise(3, 16, 16, 1), None)), channels=1)
     assert opened.labels.tolist() == [0, 0, 0]
     assert opened.classes == ["0"]
-    assert np.array_equal(images(opened), noise(3, channels=1))
+    assert np.array_equal(images(opened), noise(3, 16, 16, 1))
 
 
 @pytest.mark.parametrize(
@@ -344,8 +342,8 @@ def test_an_edm_zip_without_labels_has_one_class(tmp_path: Path) -> None:
         ),
         (lambda f: f | {"00000/img00000001.png": b"no image"}, "00000/img00000001.png in {path} is not a readable"),
         (lambda f: f | {"00000/img00000001.png": f["00000/img00000001.png"][:200]}, "is not a readable image"),
-        (lambda f: f | {"00000/img00000001.png": encoded(noise(1, 8)[0])}, "has 8x8 pixels of mode RGB"),
-        (lambda f: f | {"00000/img00000001.png": encoded(noise(1, channels=1)[0, ..., 0])}, "16x16 pixels of mode L"),
+        (lambda f: f | {"00000/img00000001.png": encoded(noise(8, 8, 3))}, "has 8x8 pixels of mode RGB"),
+        (lambda f: f | {"00000/img00000001.png": encoded(noise(16, 16))}, "16x16 pixels of mode L"),
         (
             lambda f: f | {"00000/img00000001.png": encoded(np.zeros((16, 16), np.uint16))},
             "00000/img00000001.png in {path} has more than 8 bits per channel",
@@ -353,8 +351,8 @@ def test_an_edm_zip_without_labels_has_one_class(tmp_path: Path) -> None:
     ],
 )
 def test_an_edm_zip_of_another_form_is_named(tmp_path: Path, files: Callable[[Files], Files], words: str) -> None:
-    path = write_zip(tmp_path / "edm.zip", files(edm_files(noise(3), [0, 1, 2])))
-    message = mistake("edm_zip", path)
+    path = write_zip(tmp_path / "edm.zip", files(edm_files(noise(3, 16, 16, 3), [0, 1, 2])))
+    message = refused("edm_zip", path)
     assert words.format(path=path) in message
     assert str(path) in message
 
@@ -367,8 +365,8 @@ def test_a_16_bit_colour_png_is_refused_rather_than_halved(tmp_path: Path) -> No
     rows = b"".join(b"\0" + bytes(16 * 6) for _ in range(16))
     header = struct.pack(">IIBBBBB", 16, 16, 16, 2, 0, 0, 0)
     png = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
-    files = edm_files(noise(3), None) | {"00000/img00000001.png": png}
-    assert "has more than 8 bits per channel" in mistake("edm_zip", write_zip(tmp_path / "edm.zip", files))
+    files = edm_files(noise(3, 16, 16, 3), None) | {"00000/img00000001.png": png}
+    assert "has more than 8 bits per channel" in refused("edm_zip", write_zip(tmp_path / "edm.zip", files))
 
 
 # --- CelebA
@@ -383,7 +381,7 @@ def celeba(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def shrunk(number: int, size: int) -> np.ndarray:
-    """What GC's code does to an image of CelebA: torchvision's Resize (Lanczos) and CenterCrop."""
+    """An image of CelebA as GC's code makes it: torchvision's Resize (Lanczos) and CenterCrop."""
     transform = Compose([Resize(size, interpolation=InterpolationMode.LANCZOS), CenterCrop(size)])
     with Image.open(io.BytesIO(celeba_files()[f"img_align_celeba/{number:06d}.jpg"])) as picture:
         return np.array(transform(picture))
@@ -401,7 +399,7 @@ def test_celeba_is_resized_and_then_cropped_as_gc_does(celeba: Path, size: int, 
 
 
 def test_celebas_partition_may_lie_where_the_original_has_it(celeba: Path) -> None:
-    """In the folder above (torchvision), with the images, or as Img/ and Eval/."""
+    """It may lie in the folder above (torchvision), with the images, or as Img/ and Eval/."""
     expected, partition = images(source("celeba", celeba)), celeba.parent / "list_eval_partition.txt"
     assert np.array_equal(images(source("celeba", celeba.parent)), expected)
     write_folder(celeba.parent / "original/Eval", celeba_partition())
@@ -414,16 +412,16 @@ def test_celebas_partition_may_lie_where_the_original_has_it(celeba: Path) -> No
 
 def test_a_missing_partition_of_celeba_says_where_to_put_it(celeba: Path) -> None:
     (celeba.parent / "list_eval_partition.txt").unlink()
-    message = mistake("celeba", celeba)
+    message = refused("celeba", celeba)
     assert f"list_eval_partition.txt, which defines CelebA's splits, is not in {celeba.parent}" in message
 
 
 def test_missing_images_of_celeba_are_counted_and_the_first_is_named(celeba: Path) -> None:
     for number in (2, 5, 7):
         (celeba / f"{number:06d}.jpg").unlink()
-    message = mistake("celeba", celeba)
+    message = refused("celeba", celeba)
     assert f"{celeba} lacks 2 of the 5 images that" in message and "first 000005.jpg" in message
-    assert "lacks 1 of the 2 images" in mistake("celeba", celeba, split="valid")
+    assert "lacks 1 of the 2 images" in refused("celeba", celeba, split="valid")
 
 
 @pytest.mark.parametrize(
@@ -448,21 +446,23 @@ def test_a_partition_of_another_count_or_form_is_refused(
 ) -> None:
     partition = celeba.parent / "list_eval_partition.txt"
     partition.write_bytes(change(partition.read_bytes()))
-    message = mistake("celeba", celeba)
+    message = refused("celeba", celeba)
     assert str(partition) in message and words.format(partition) in message
 
 
-def test_the_splits_of_the_real_celeba_are_all_its_images() -> None:
-    assert sum(datasets._CELEBA_SPLITS.values()) == 202_599
+def test_the_splits_of_the_real_celeba_are_all_its_images(tmp_path: Path) -> None:
+    write_folder(tmp_path, celeba_files() | {"list_eval_partition.txt": b""})
+    said = [refused("celeba", tmp_path, split=split) for split in ("train", "valid", "test")]
+    assert sum(int(re.findall(r"CelebA has (\d+)", message)[0]) for message in said) == 202_599
 
 
 def test_a_celeba_of_other_images_is_named(celeba: Path) -> None:
     (celeba / "000003.jpg").write_bytes(encoded(pixels(218, 218), "JPEG"))
-    assert f"{celeba}/000003.jpg has 218x218 pixels, but CelebA's aligned images have 178x218" in mistake(
+    assert f"{celeba}/000003.jpg has 218x218 pixels, but CelebA's aligned images have 178x218" in refused(
         "celeba", celeba
     )
     write_folder(celeba.parent / "again", celeba_files(""))
-    assert f"{celeba.parent} has two images 000001.jpg" in mistake("celeba", celeba.parent)
+    assert f"{celeba.parent} has two images 000001.jpg" in refused("celeba", celeba.parent)
 
 
 # --- zips
@@ -470,53 +470,55 @@ def test_a_celeba_of_other_images_is_named(celeba: Path) -> None:
 
 @pytest.mark.parametrize("kind", ["ffhq", "edm_zip"])
 def test_a_zip_that_is_cut_off_or_none_is_named(tmp_path: Path, kind: str) -> None:
-    path = write_zip(tmp_path / "images.zip", edm_files(noise(3), None))
+    path = write_zip(tmp_path / "images.zip", edm_files(noise(3, 16, 16, 3), None))
     content = path.read_bytes()
     for wrong in (content[: len(content) // 2], content[:-30], b"", b"<html>404</html>"):
         path.write_bytes(wrong)
-        assert f"{path} is not a whole zip file" in mistake(kind, path)
+        assert f"{path} is not a whole zip file" in refused(kind, path)
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_one_flipped_bit_in_a_zip_is_found(tmp_path: Path, method: int) -> None:
-    files = edm_files(noise(3), None)
+    files = edm_files(noise(3, 16, 16, 3), None)
     path = write_zip(tmp_path / "edm.zip", files, method)
     with zipfile.ZipFile(path) as archive:
         info = archive.getinfo("00000/img00000001.png")
     content = bytearray(path.read_bytes())
     content[info.header_offset + 100 + info.compress_size // 2] ^= 16
     path.write_bytes(content)
-    assert f"00000/img00000001.png in {path} is damaged" in mistake("edm_zip", path)
+    assert f"00000/img00000001.png in {path} is damaged" in refused("edm_zip", path)
 
 
 def test_a_zip_bomb_is_not_unpacked(tmp_path: Path) -> None:
-    bomb = write_zip(tmp_path / "edm.zip", edm_files(noise(1), None) | {"00000/z.png": bytes(1 << 29)}, 8)
+    bomb = write_zip(tmp_path / "edm.zip", edm_files(noise(1, 16, 16, 3), None) | {"00000/z.png": bytes(1 << 29)}, 8)
     assert bomb.stat().st_size < 1 << 20
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    assert f"00000/z.png in {bomb} is damaged (it has {1 << 29} bytes)" in mistake("edm_zip", bomb)
+    assert f"00000/z.png in {bomb} is damaged (it has {1 << 29} bytes)" in refused("edm_zip", bomb)
     # The same, with a directory that lies about the size.
     bomb.write_bytes(bomb.read_bytes().replace(struct.pack("<I", 1 << 29), struct.pack("<I", 1000)))
-    assert f"00000/z.png in {bomb} is damaged (Bad CRC-32" in mistake("edm_zip", bomb)
+    assert f"00000/z.png in {bomb} is damaged (Bad CRC-32" in refused("edm_zip", bomb)
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100 << 10  # KiB
 
 
 def test_an_encrypted_zip_is_named(tmp_path: Path) -> None:
-    path = write_zip(tmp_path / "edm.zip", edm_files(noise(3), None))
+    path = write_zip(tmp_path / "edm.zip", edm_files(noise(3, 16, 16, 3), None))
     content = bytearray(path.read_bytes())
     content[content.index(b"PK\x01\x02") + 8] |= 1
     path.write_bytes(content)
-    assert "is encrypted" in mistake("edm_zip", path)
+    assert "is encrypted" in refused("edm_zip", path)
 
 
-def test_a_name_twice_in_a_zip_is_named(tmp_path: Path) -> None:
-    path = write_zip(tmp_path / "edm.zip", edm_files(noise(3), None))
+def test_a_name_that_a_zip_has_twice_is_named(tmp_path: Path) -> None:
+    path = write_zip(tmp_path / "edm.zip", edm_files(noise(3, 16, 16, 3), None))
     with zipfile.ZipFile(path, "a") as archive, pytest.warns(UserWarning, match="Duplicate"):
         archive.writestr("00000/img00000001.png", b"")
-    assert "has 00000/img00000001.png twice" in mistake("edm_zip", path)
+    assert "has 00000/img00000001.png twice" in refused("edm_zip", path)
 
 
 def test_names_in_a_zip_are_never_followed(tmp_path: Path) -> None:
-    files = {f"../../{name}": content for name, content in ffhq_files().items()} | {"/etc/0.png": encoded(noise(1)[0])}
+    files = {f"../../{name}": content for name, content in ffhq_files().items()} | {
+        "/etc/0.png": encoded(noise(16, 16, 3))
+    }
     path = write_zip(tmp_path / "in/ffhq.zip", files)
     before = set(tmp_path.rglob("*"))
     assert len(images(source("ffhq", path))) == 7
@@ -538,6 +540,6 @@ def test_the_identity_of_a_source_changes_with_its_files(tmp_path: Path) -> None
     assert source("ffhq", folder).identity == first
     (folder / "00000/00002.png").rename(folder / "00000/00003.png")
     assert source("ffhq", folder).identity != first
-    one = write_zip(tmp_path / "one.zip", edm_files(noise(3), [0, 1, 2]))
-    two = write_zip(tmp_path / "two.zip", edm_files(255 - noise(3), [0, 1, 2]))
+    one = write_zip(tmp_path / "one.zip", edm_files(noise(3, 16, 16, 3), [0, 1, 2]))
+    two = write_zip(tmp_path / "two.zip", edm_files(255 - noise(3, 16, 16, 3), [0, 1, 2]))
     assert source("edm_zip", one).identity != source("edm_zip", two).identity

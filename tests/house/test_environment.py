@@ -2,7 +2,6 @@
 
 import re
 import tomllib
-from pathlib import Path
 
 import pytest
 import yaml
@@ -10,8 +9,8 @@ from packaging.markers import Marker
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 from packaging.version import Version
+from tests.processes import ROOT
 
-ROOT = Path(__file__).resolve().parents[2]
 PRESCRIBED = ["snakemake", "snakemake-executor-plugin-slurm", "torch", "torchvision", "dvc", "mlflow", "numpy"]
 PRESCRIBED += ["clean-fid", "pyyaml"]
 ENVIRONMENT = yaml.safe_load((ROOT / "environment.yml").read_text())

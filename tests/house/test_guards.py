@@ -1,11 +1,10 @@
 """docs/guards.md names modules and tests that exist."""
 
 import re
-from pathlib import Path
 
 import pytest
+from tests.processes import ROOT
 
-ROOT = Path(__file__).resolve().parents[2]
 ROWS = [line.strip("| ").split(" | ") for line in (ROOT / "docs/guards.md").read_text().splitlines() if "::" in line]
 
 

@@ -10,7 +10,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from tests.tracking.servers import ROOT, environment, start_in, wait_until
+from tests.processes import ROOT, environment, start_in, wait_until
 
 from consistency.runtime.snakemake import AT_WORK
 

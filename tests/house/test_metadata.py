@@ -4,12 +4,11 @@ import os
 import re
 import subprocess
 import tomllib
-from pathlib import Path
 
 import pytest
 import yaml
+from tests.processes import ROOT
 
-ROOT = Path(__file__).resolve().parents[2]
 HOUSE = ["Makefile", "pyproject.toml", "environment.yml", "requirements.in", "requirements.lock", "CITATION.cff"]
 HOUSE += ["CHANGELOG.md", "CONTRIBUTING.md", "NOTICE", "LICENSE", ".ci/run", ".gitignore", ".gitattributes"]
 HOUSE += [".pre-commit-config.yaml"]

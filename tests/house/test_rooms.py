@@ -1,16 +1,15 @@
 """The rooms of the package: their order, their sentences, and the picture of them in docs/architecture.md."""
 
 import ast
-import shutil
 from collections.abc import Iterator
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
+from tests.processes import ROOT
 
 from consistency import ROOMS
 
-ROOT = Path(__file__).resolve().parents[2]
 SOURCE = ROOT / "src/consistency"
 
 
@@ -45,13 +44,6 @@ def upward(source: Path) -> list[str]:
         for name, other, room, below in rooms
         if room in ROOMS and (below not in ROOMS or ROOMS.index(below) > ROOMS.index(room))
     ]
-
-
-@pytest.fixture
-def package(tmp_path: Path) -> Path:
-    """A copy of the package, to change it."""
-    shutil.copytree(SOURCE, tmp_path / "consistency", ignore=shutil.ignore_patterns("__pycache__"))
-    return tmp_path / "consistency"
 
 
 def test_every_module_lies_in_a_room() -> None:

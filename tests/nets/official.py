@@ -1,7 +1,5 @@
 """The official networks: names and shapes of the published ones, weights and outputs of small ones."""
 
-from __future__ import annotations
-
 import ast
 import json
 from pathlib import Path

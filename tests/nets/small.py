@@ -1,7 +1,5 @@
 """Small denoisers of every kind, with weights large enough that every part of the network acts."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch
@@ -9,46 +7,13 @@ from tests.draws import SEED, seeded
 
 from consistency.nets.denoiser import Denoiser, init_denoiser
 
+UNET = {"img_resolution": 8, "channel_mult": [1, 2], "num_blocks": 1, "model_channels": 16, "attn_resolutions": [4]}
+VE = {"embedding_type": "fourier", "encoder_type": "residual", "channel_mult_noise": 2, "resample_filter": [1, 3, 3, 1]}
 ARCHITECTURES: dict[str, dict[str, Any]] = {
-    "ddpmpp": {
-        "network": "songunet",
-        "img_resolution": 8,
-        "img_channels": 1,
-        "model_channels": 16,
-        "channel_mult": [1, 2],
-        "num_blocks": 1,
-        "attn_resolutions": [4],
-    },
-    "ncsnpp": {
-        "network": "songunet",
-        "img_resolution": 8,
-        "img_channels": 2,
-        "model_channels": 16,
-        "channel_mult": [1, 2],
-        "num_blocks": 1,
-        "attn_resolutions": [],
-        "embedding_type": "fourier",
-        "encoder_type": "residual",
-        "channel_mult_noise": 2,
-        "resample_filter": [1, 3, 3, 1],
-    },
-    "adm": {
-        "network": "adm",
-        "img_resolution": 8,
-        "img_channels": 3,
-        "model_channels": 32,
-        "channel_mult": [1, 2],
-        "num_blocks": 1,
-        "attn_resolutions": [4],
-    },
-    "mlp": {
-        "network": "mlp",
-        "img_resolution": 4,
-        "img_channels": 2,
-        "width": 32,
-        "depth": 2,
-        "embedding": 16,
-    },
+    "ddpmpp": {"network": "songunet", "img_channels": 1} | UNET,
+    "ncsnpp": {"network": "songunet", "img_channels": 2} | UNET | {"attn_resolutions": []} | VE,
+    "adm": {"network": "adm", "img_channels": 3} | UNET | {"model_channels": 32},
+    "mlp": {"network": "mlp", "img_resolution": 4, "img_channels": 2, "width": 32, "depth": 2, "embedding": 16},
 }
 
 

@@ -1,6 +1,4 @@
-"""What DhariwalUNet has of its own; test_songunet.py holds both U-Nets against the official networks."""
-
-from __future__ import annotations
+"""DhariwalUNet's own: heads, first output, labels; test_songunet.py holds both U-Nets against the official networks."""
 
 import torch
 from tests.nets.small import ARCHITECTURES, batch, make
@@ -9,7 +7,7 @@ from consistency.nets.adm import DhariwalUNet
 from consistency.nets.layers import UNetBlock
 
 
-def test_heads_of_the_official_network() -> None:
+def test_attention_has_the_heads_of_the_official_network() -> None:
     with torch.device("meta"):
         net = DhariwalUNet(64, 3, 3, label_dim=1000)
     blocks = [block for block in [*net.enc.values(), *net.dec.values()] if isinstance(block, UNetBlock)]
@@ -20,7 +18,7 @@ def test_heads_of_the_official_network() -> None:
     assert sum(block.num_heads > 0 for block in blocks) == 3 * 3 + 1 + 3 * 4
 
 
-def test_starts_at_zero() -> None:
+def test_the_network_starts_at_zero() -> None:
     net = DhariwalUNet(8, 1, 1, model_channels=16, channel_mult=(1,), num_blocks=1)
     assert not net(torch.randn(2, 1, 8, 8), torch.zeros(2)).any()
 

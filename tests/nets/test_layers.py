@@ -1,7 +1,5 @@
 """Layers against their definitions."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 
@@ -10,7 +8,6 @@ import torch
 import torch.nn.functional as F
 
 from consistency.nets.layers import (
-    ConditionedNetwork,
     Conv2d,
     FourierEmbedding,
     GroupNorm,
@@ -34,12 +31,10 @@ def test_initial_variance_is_the_rule_s(mode: str, variance: float) -> None:
     assert weight.var().item() == pytest.approx(4 * variance, rel=0.03)
 
 
-def test_box_filter_fast_path_equals_the_depthwise_filter() -> None:
-    x = torch.randn(2, 5, 8, 8)
-    for up in (False, True):
-        fast, slow = (Conv2d(5, 5, 0, up=up, down=not up) for _ in range(2))
-        slow._is_box = False
-        torch.testing.assert_close(fast(x), slow(x))
+def test_resampling_with_two_equal_taps_is_a_convolution_of_each_channel_with_them() -> None:
+    x, taps = torch.randn(2, 5, 8, 8), torch.full((5, 1, 2, 2), 0.25)
+    torch.testing.assert_close(Conv2d(5, 5, 0, down=True)(x), F.conv2d(x, taps, stride=2, groups=5))
+    torch.testing.assert_close(Conv2d(5, 5, 0, up=True)(x), F.conv_transpose2d(x, 4 * taps, stride=2, groups=5))
 
 
 @pytest.mark.parametrize("taps", [(1, 1), (1, 3, 3, 1)])
@@ -96,6 +91,7 @@ def test_attention_weights_are_float32_under_half_precision() -> None:
 
 
 def test_qkv_channels_are_laid_out_by_head_then_channel() -> None:
+    """The published weights are so. The block's last convolution is zero at first: what is added is the attention."""
     block = UNetBlock(8, 8, 4, num_heads=2).eval()
     for weight in (block.qkv.weight, block.proj.weight):
         assert weight is not None
@@ -103,14 +99,8 @@ def test_qkv_channels_are_laid_out_by_head_then_channel() -> None:
     x = torch.randn(2, 8, 3, 3)
     qkv = block.qkv(block.norm2(x)).reshape(2, 2, 4, 3, 9)
     heads = [attention(*(qkv[:, h, :, i] for i in range(3))) for h in range(2)]
-    torch.testing.assert_close(block._attend(x), block.proj(torch.cat(heads, dim=1).reshape(2, 8, 3, 3)))
-
-
-def test_adaptive_scale_modulates_by_scale_and_shift() -> None:
-    block = UNetBlock(8, 8, 4, adaptive_scale=True)
-    h, emb = torch.randn(2, 8, 3, 3), torch.randn(2, 4)
-    scale, shift = block.affine(emb)[:, :, None, None].chunk(2, dim=1)
-    torch.testing.assert_close(block._modulate(h, emb, None), block.norm1(h) * (scale + 1) + shift)
+    expected = x + block.proj(torch.cat(heads, dim=1).reshape(2, 8, 3, 3))
+    torch.testing.assert_close(block(x, torch.randn(2, 4)), expected)
 
 
 def test_heads_must_divide_channels() -> None:
@@ -140,22 +130,8 @@ def test_odd_embedding_is_an_error(make: Callable[[int], object]) -> None:
         make(7)
 
 
-@pytest.mark.statistical
-def test_label_dropout_zeroes_whole_labels_at_its_rate() -> None:
-    network = ConditionedNetwork(3, 0, 0.25, second_time=False)
-    assert (network.eval()._labels(torch.ones(4000, 3), torch.zeros(())) == 1).all()
-    labels = network.train()._labels(torch.ones(4000, 3), torch.zeros(()))
-    assert ((labels == 0).all(1) | (labels == 1).all(1)).all()
-    assert labels[:, 0].mean().item() == pytest.approx(0.75, abs=0.04)  # 6 standard errors
-
-
-def test_no_label_is_a_label_of_zeros() -> None:
-    labels = ConditionedNetwork(3, 0, 0.0, second_time=False)._labels(None, torch.zeros(2, dtype=torch.float64))
-    assert torch.equal(labels, torch.zeros(1, 3).double())
-
-
 def test_fused_attention_is_the_plain_one() -> None:
-    """What a GPU computes, on the CPU: values and gradients."""
+    """Values and gradients are those that a GPU computes, here on the CPU."""
     q, k, v = (torch.randn(3, 8, 10, dtype=torch.float64, requires_grad=True) for _ in range(3))
     plain, fused = attention(q, k, v), fused_attention(q, k, v)
     torch.testing.assert_close(fused, plain)
@@ -165,7 +141,7 @@ def test_fused_attention_is_the_plain_one() -> None:
 
 @pytest.mark.statistical
 def test_group_normalisation_under_autocast_keeps_the_low_precision() -> None:
-    """And its sums are float32's: near the result in full precision."""
+    """Its sums are float32's: the result is near the one in full precision."""
     norm, x = GroupNorm(32), 3 + torch.randn(2, 32, 16, 16)
     with torch.autocast("cpu", torch.bfloat16):
         low = norm(x.bfloat16())

@@ -1,7 +1,5 @@
 """The perceptron for vectors."""
 
-from __future__ import annotations
-
 import torch
 
 from consistency.nets.mlp import MLP
@@ -12,7 +10,7 @@ def test_a_number_of_dimensions_means_a_vector() -> None:
     assert MLP(1, 5, 5, width=16, depth=1)(x, torch.zeros(1)).shape == x.shape
 
 
-def test_starts_near_zero_with_gradients_everywhere() -> None:
+def test_the_perceptron_starts_near_zero_with_gradients_everywhere() -> None:
     net = MLP(1, 6, 6, width=16, depth=2, label_dim=3)
     out = net(torch.randn(8, 6, 1, 1), torch.linspace(-1.5, 1.1, 8), torch.eye(3)[torch.arange(8) % 3])
     assert out.abs().max() < 1e-3

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.conftest import changed
+from tests.conftest import Tiny, changed
 from tests.fake_results import make_study
 
 from consistency.base.errors import UserError
@@ -111,9 +111,7 @@ def test_what_only_another_name_changes_is_said_to_be_that(study: Study, layout:
     assert other_settings(card, Job(study, layout), "report") == "made for the study 'tiny', not 'small'"
 
 
-def test_another_studys_card_is_refused_with_the_first_difference(
-    study: Study, layout: StudyPaths, tiny: Callable[..., Study]
-) -> None:
+def test_another_studys_card_is_refused_with_the_first_difference(study: Study, layout: StudyPaths, tiny: Tiny) -> None:
     Card(Job(study, layout), "dataset").write([])
     with pytest.raises(UserError, match=r"\(dataset\.limit: there None, here 20\): run `dataset` again"):
         read_card(Job(tiny(), layout), "dataset")

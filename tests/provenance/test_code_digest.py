@@ -4,15 +4,14 @@ import ast
 import functools
 import re
 import shutil
-import subprocess
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from tests.conftest import Tiny, WriteStudy
+from tests.processes import run_python
 
 from consistency.config.paths import StudyPaths
-from consistency.config.study import Study
 from consistency.provenance.code_digest import ENTRIES, INERT, SOURCE, code_digest, is_inert, parse, reached
 
 STAGES = set(ENTRIES)
@@ -21,16 +20,9 @@ TRAINING = {"teacher", "student", "flows"}
 ASK_TORCH = {"provenance.environment", "runtime.launch", "training.stopwatch", "tracking"}
 
 
-@pytest.fixture
-def package(tmp_path: Path) -> Path:
-    """A copy of the package, to change it."""
-    shutil.copytree(SOURCE, tmp_path / "consistency", ignore=shutil.ignore_patterns("__pycache__"))
-    return tmp_path / "consistency"
-
-
 @pytest.fixture(scope="module", autouse=True)
 def _read_once() -> Iterator[None]:
-    """What a copy leaves as it is is parsed, and said, once for all tests."""
+    """Modules that a copy leaves as they are are parsed once for all tests."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ast, "parse", functools.cache(ast.parse))
         yield
@@ -145,15 +137,13 @@ sys.exit(code)
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", ["student", "samples"])
 def test_what_a_stage_enters_was_reached(
-    stage: str, first_results: StudyPaths, write_study: Callable[..., Path], tiny: Callable[..., Study], tmp_path: Path
+    stage: str, first_results: StudyPaths, write_study: WriteStudy, tiny: Tiny, tmp_path: Path
 ) -> None:
     results = tmp_path / "results"
     shutil.copytree(first_results.results, results)
     words = [stage, "--study", str(write_study()), "--results", str(results), "--state", str(tmp_path / "state")]
     words += ["--student", "analytic", "--seed", "0"] if stage == "student" else []
-    command = [sys.executable, "-c", ENTERED, str(tmp_path / "entered.txt"), *words]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 0, done.stderr
+    run_python("-c", ENTERED, tmp_path / "entered.txt", *words)
     found = reached(stage)
     entered = [line.split() for line in (tmp_path / "entered.txt").read_text().splitlines()]
     entered = [(module.removeprefix("consistency").removeprefix("."), name) for module, name in entered]

@@ -1,15 +1,14 @@
 """The pipeline of DVC: what it compares changes with exactly the jobs that depend on a key, and dvc.yaml is in step."""
 
 import json
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
-from tests.conftest import changed
+from tests.conftest import Changes, changed
+from tests.processes import ROOT, run_python
 
 from consistency.base.errors import UserError
 from consistency.config.job import Job
@@ -19,7 +18,6 @@ from consistency.config.study import Study
 from consistency.provenance import graph
 from consistency.provenance.dvc import pipeline, write_plan
 
-ROOT = Path(__file__).parents[2]
 STUDIES = sorted(path.stem for path in (ROOT / "config/studies").glob("*.yaml"))
 ANALYTIC = {f"{stage}/analytic/seed0" for stage in ("student", "samples", "scores")}
 Plan = Callable[..., dict[str, Any]]
@@ -33,7 +31,7 @@ def plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Plan:
     (tmp_path / "config/resources.yaml").symlink_to(ROOT / "config/resources.yaml")
     (tmp_path / "config/studies").mkdir()
 
-    def write(changes: dict[str, Any] | None = None) -> dict[str, Any]:
+    def write(changes: Changes | None = None) -> dict[str, Any]:
         content = changed(changes or {})
         Path("config/studies/tiny.yaml").write_text(yaml.safe_dump(content))
         Path("dvc.yaml").write_text(pipeline(["tiny"]))
@@ -72,12 +70,12 @@ def test_another_seed_keeps_the_first_and_leaves_no_file_behind(plan: Plan) -> N
     assert plan() == before
 
 
-def test_what_a_study_does_not_ask_for_has_no_job(plan: Plan, untaught: dict[str, Any]) -> None:
+def test_what_a_study_does_not_ask_for_has_no_job(plan: Plan, untaught: Changes) -> None:
     assert {"coefficients", "flows"} & plan(untaught).keys() == set()
     assert "flows" in plan(untaught | {"flows": {}})
 
 
-def test_flows_are_a_job_that_depends_on_the_students(plan: Plan, couplings: dict[str, Any]) -> None:
+def test_flows_are_a_job_that_depends_on_the_students(plan: Plan, couplings: Changes) -> None:
     study = couplings | {"flows": {}}
     before = plan(study)
     assert changed_jobs(before, plan(study | {"flows.times": 12})) == {"flows", "report"}
@@ -102,7 +100,7 @@ def test_the_committed_pipeline_is_that_of_the_digits(monkeypatch: pytest.Monkey
 
 
 def jobs_of(study: Study, gate: str) -> dict[str, tuple[set[str], set[str]]]:
-    """What the graph says: the needed and the written files of each job, by a written file."""
+    """The needed and the written files of each job as the graph says them, by a written file."""
     found = {}
     sign = StudyPaths(study.name).root / "scores" / gate
     for stage, each in graph.artifacts(Job(study, StudyPaths(study.name))).values():
@@ -136,12 +134,11 @@ def _within(path: str, outs: set[str]) -> bool:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", STUDIES)
 def test_snakemake_has_the_graph_of_every_study(name: str, tmp_path: Path) -> None:
-    """By its own summary of a dry run."""
+    """Its own summary of a dry run says so."""
     for file in ("Snakefile", "workflow", "config", "src", "profiles"):
         (tmp_path / file).symlink_to(ROOT / file)
     words = ["-n", "--cores", "1", "--printshellcmds", "--config", f"studies={name}"]
-    done = subprocess.run([sys.executable, "-m", "snakemake", *words], cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    done = run_python("-m", "snakemake", *words, folder=tmp_path)
     blocks = [block for block in (done.stdout + done.stderr).split("\n\n") if "    output: " in block]
     found = {}
     for block in blocks:

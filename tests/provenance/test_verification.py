@@ -1,4 +1,4 @@
-"""What verify finds in a study's folder: changed, missing and stale files, and those of another study."""
+"""Findings of verify in a study's folder: changed, missing and stale files, and those of another study."""
 
 import shutil
 from pathlib import Path
@@ -21,7 +21,7 @@ def root(finished_small: Path, tmp_path: Path) -> Path:
 
 
 def faults(root: Path, study: Study | None = None) -> dict[str, str]:
-    """What is wrong, by artifact."""
+    """The faults by artifact."""
     findings = verify(root, study or make_study(root.parents[1]))
     return {finding.artifact: "\n".join(finding.faults) for finding in findings if finding.faults}
 
@@ -34,7 +34,7 @@ def flip(path: Path, position: int = -1) -> None:
 
 
 def made_again(card: Path, name: str) -> None:
-    """As if the stage had been run again and had written something else."""
+    """Act as if the stage had been run again and had written something else."""
     flip(card.parent / name)
     edit_card(card, lambda content: content["outputs"].update({name: sha256(card.parent / name)}))
 

@@ -1,4 +1,4 @@
-"""What is asked of Slurm, against commands that answer as its own do; tests/workflow/slurm has the real ones."""
+"""Questions to Slurm, against commands that answer as its own do; tests/workflow/slurm has the real ones."""
 
 import math
 import shutil
@@ -50,7 +50,7 @@ def profile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     ("limit", "minutes"),
     [("infinite", math.inf), ("7-00:00:00", 10080), ("1:30:00", 90), ("30:00", 30), ("0:30", 0.5)],
 )
-def test_slurms_times_in_minutes(limit: str, minutes: float) -> None:
+def test_slurms_times_are_read_as_minutes(limit: str, minutes: float) -> None:
     assert minutes_of(limit) == minutes
 
 
@@ -101,13 +101,13 @@ def test_the_profile_of_the_environment_is_read(answer: Answer, profile: Path, m
         require_cluster()
 
 
-def test_a_machine_without_slurm(answer: Answer, profile: Path, tmp_path: Path) -> None:
+def test_a_machine_without_slurm_is_named(answer: Answer, profile: Path, tmp_path: Path) -> None:
     (tmp_path / "bin/sbatch").unlink()
     with pytest.raises(UserError, match="Slurm's sbatch is not on the PATH: run this on a login node"):
         require_cluster()
 
 
-def test_a_controller_that_is_down(answer: Answer, profile: Path, tmp_path: Path) -> None:
+def test_a_controller_that_is_down_is_named(answer: Answer, profile: Path, tmp_path: Path) -> None:
     answer("sinfo", "slurm_load_partitions: Unable to contact slurm controller\n(connect failure)\n", 1)
     with pytest.raises(
         UserError, match=r"does not answer \(slurm_load_partitions: Unable .* \(connect failure\)\): try"

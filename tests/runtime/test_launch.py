@@ -1,12 +1,12 @@
 """GPUs are handed out to the jobs of one machine without collision; no GPU is needed to see it."""
 
 import os
+import signal
 import subprocess
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from tests.processes import run_python, start_python
 
 from consistency.base.errors import UserError
 from consistency.runtime import launch
@@ -21,22 +21,17 @@ sys.stdin.readline()
 
 
 @pytest.fixture(autouse=True)
-def four_gpus(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
+def four_gpus(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """A machine that says it has four, with locks of its own."""
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,2,3")
     monkeypatch.delenv("SLURM_JOB_ID", raising=False)
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     monkeypatch.setattr("tempfile.tempdir", None)
-    yield
-    for lock in launch._held:
-        lock.close()
-    launch._held.clear()
 
 
 def job(count: int) -> subprocess.Popen[str]:
     """Another process that takes so many GPUs, says which, and keeps them until it is told to end."""
-    command = [sys.executable, "-c", JOB, str(count)]
-    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    return start_python("-c", JOB, count)
 
 
 def said(process: subprocess.Popen[str]) -> str:
@@ -66,18 +61,21 @@ def test_a_killed_job_gives_its_gpus_back() -> None:
     assert said(first) == "0,1,2,3"
     first.kill()
     first.communicate()
-    launch.claim_gpus(3)
-    assert os.environ["CUDA_VISIBLE_DEVICES"] == "0,1,2"
+    second = job(3)
+    assert said(second) == "0,1,2"
+    end(second)
 
 
-def test_what_a_job_starts_keeps_its_gpus(tmp_path: Path) -> None:
+def test_what_a_job_starts_keeps_its_gpus() -> None:
     """A worker of a killed torchrun may still be saving."""
-    code = JOB.replace("sys.stdin.readline()", "import subprocess; subprocess.Popen(['sleep', '61'], close_fds=False)")
-    done = subprocess.run([sys.executable, "-c", code, "4"], stdout=subprocess.DEVNULL, check=True, timeout=60)
-    assert done.returncode == 0
-    folder = next(tmp_path.glob("consistency-gpus-*"))
-    assert launch._try_lock(folder / "0.lock") is None
-    subprocess.run(["pkill", "-f", "^sleep 61$"], check=True)
+    sleep = "import subprocess as s; p = s.Popen(['sleep', '60'], close_fds=False, stdout=s.DEVNULL, stderr=s.DEVNULL)"
+    gpus, worker = run_python("-c", JOB.replace("sys.stdin.readline()", f"{sleep}; print(p.pid)"), 4).stdout.split()
+    assert gpus == "0,1,2,3"
+    second = job(1)
+    assert said(second) == "waiting for 1 of 4 GPUs: other jobs hold 4"
+    os.kill(int(worker), signal.SIGKILL)
+    assert said(second) == "0"
+    end(second)
 
 
 def test_more_gpus_than_there_are_is_an_error() -> None:
@@ -86,7 +84,7 @@ def test_more_gpus_than_there_are_is_an_error() -> None:
 
 
 def test_under_slurm_the_gpus_are_the_jobs_own(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """There, two jobs may both be told '0' and have different ones."""
+    """Under Slurm two jobs may both be told '0' and have different ones."""
     monkeypatch.setenv("SLURM_JOB_ID", "7")
     launch.claim_gpus(2)
     assert os.environ["CUDA_VISIBLE_DEVICES"] == "0,1"
@@ -105,5 +103,5 @@ def test_a_job_that_sees_no_gpu_claims_none(monkeypatch: pytest.MonkeyPatch, tmp
     ("gres", "gpus"),
     [("", 0), ("gpu", 1), ("gpu:4", 4), ("gpu:a100:8", 8), ("gpu:h200", 1), ("nvme:2", 0), ("shard:4", 0)],
 )
-def test_the_gpus_of_a_request(gres: str, gpus: int) -> None:
+def test_a_request_names_its_gpus(gres: str, gpus: int) -> None:
     assert launch.gpus_of_gres(gres) == gpus

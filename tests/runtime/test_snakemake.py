@@ -1,109 +1,91 @@
 """Snakemake as make and DVC start it: alone, going on after a killed run, and no longer than its caller."""
 
+import errno
 import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from tests.tracking.servers import wait_until
+from tests.conftest import Tiny
+from tests.dangers import refused
+from tests.processes import ROOT, SOURCE, environment, run_python, start_in, start_python, wait_until
 
 from consistency.base.errors import UserError
-from consistency.config.study import Study
 from consistency.runtime.snakemake import AT_WORK, LOCKS, join_run, reproduce
 
-Tiny = Callable[..., Study]
-SOURCE = str(Path(__file__).parents[2] / "src")
 
-
-@pytest.fixture
-def started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
-    """The commands that would have been run, in an empty folder."""
-    words: list[list[str]] = []
+@pytest.fixture(autouse=True)
+def in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is at work in the working directory, and no test becomes a Snakemake."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("CORES", "3")
+    monkeypatch.setattr("os.execve", lambda *_: pytest.fail("Snakemake was started"))
 
-    def execute(program: str, command: list[str], environment: dict[str, str]) -> None:
-        words.append(command)
-        raise SystemExit
 
-    monkeypatch.setattr("os.execve", execute)
-    monkeypatch.setattr("subprocess.run", lambda command, **options: words.append(command))
-    return words
+def told(*words: str) -> list[str]:
+    """The words of the verb to Snakemake, which is played by a module that writes them down."""
+    program = Path("fake/snakemake/__main__.py")
+    program.parent.mkdir(parents=True)
+    program.with_name("__init__.py").touch()
+    program.write_text("import sys; print(' '.join(sys.argv[1:]), file=open('told', 'a'))")
+    verb = ["-m", "consistency", "reproduce", "--study", ROOT / "config/studies/tiny.yaml", *words]
+    run_python(*verb, PYTHONPATH=f"fake:{SOURCE}", CORES="3")
+    return Path("told").read_text().splitlines()
 
 
 @pytest.mark.parametrize(
-    ("rules", "targets", "said"),
+    ("words", "said"),
     [
-        (None, [], "studies=tiny --"),
-        (["student", "resource"], ["a", "b"], "studies=tiny --allowed-rules student resource -- a b"),
+        ([], "studies=tiny --"),
+        (["--rules", "student", "resource", "--", "a", "b"], "studies=tiny --allowed-rules student resource -- a b"),
     ],
 )
-def test_what_snakemake_is_told(
-    tiny: Tiny, started: list[list[str]], rules: list[str] | None, targets: list[str], said: str
-) -> None:
-    with pytest.raises(SystemExit):
-        reproduce(tiny(), rules, targets)
-    (words,) = started
-    assert " ".join(words[1:]) == f"-m snakemake --cores 3 --config {said}"
+def test_snakemake_is_told_the_study_the_rules_and_the_targets(words: list[str], said: str) -> None:
+    assert told(*words) == [f"--cores 3 --config {said}"]
 
 
 def leave_a_lock() -> None:
-    """What a Snakemake that is at work, or was killed, has in its folder."""
+    """Write what a Snakemake that is at work, or was killed, has in its folder."""
     LOCKS.mkdir(parents=True)
     (LOCKS / "0.input.lock").touch()
 
 
-def test_a_killed_run_is_unlocked(tiny: Tiny, started: list[list[str]]) -> None:
+def test_a_killed_run_is_unlocked() -> None:
     leave_a_lock()
-    with pytest.raises(SystemExit):
-        reproduce(tiny(), None, [])
-    assert "--unlock" in started[0] and "--unlock" not in started[1]
+    assert ["--unlock" in words for words in told()] == [True, False]
 
 
-def test_a_cluster_is_unlocked_by_hand(tiny: Tiny, started: list[list[str]], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_cluster_is_unlocked_by_hand(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
     leave_a_lock()
     monkeypatch.setenv("SNAKEMAKE_PROFILE", "slurm")
     with pytest.raises(UserError, match="when `squeue --me` has none of this directory, run `snakemake --unlock`"):
         reproduce(tiny(), None, [])
-    assert started == []
 
 
 def test_another_run_is_not_disturbed(
-    tiny: Tiny, started: list[list[str]], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    tiny: Tiny, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("consistency.runtime.snakemake.PATIENCE", 0.0)
     leave_a_lock()
-    other = subprocess.Popen([sys.executable, "-c", OTHER], env=os.environ | {"PYTHONPATH": SOURCE})
-    try:
-        wait_until(Path("joined").exists, "the other run")
-        with pytest.raises(UserError, match="another run is at work in this directory: wait until it ends, or stop it"):
-            reproduce(tiny(), None, [])
-        assert started == []
-        assert len(capsys.readouterr().out.splitlines()) == 1
-    finally:
-        other.kill()
-        other.wait()
-    with pytest.raises(SystemExit):
-        reproduce(tiny(), None, [])
-    assert "--unlock" in started[0]
+    with start_python("-c", OTHER) as other:
+        try:
+            wait_until(Path("joined").exists, "the other run")
+            with pytest.raises(UserError, match="another run is at work in this directory: wait until it ends, or"):
+                reproduce(tiny(), None, [])
+            assert len(capsys.readouterr().out.splitlines()) == 1
+        finally:
+            other.kill()
 
 
-def test_dry_runs_beside_a_run_are_allowed(started: list[list[str]]) -> None:
+def test_dry_runs_beside_a_run_are_allowed() -> None:
     join_run()
     join_run()
 
 
-def test_a_disk_without_locks_is_one_line(
-    tiny: Tiny, started: list[list[str]], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def refuse(file: object, operation: int) -> None:
-        raise OSError(38, "Function not implemented")
-
-    monkeypatch.setattr("fcntl.flock", refuse)
+def test_a_disk_without_locks_is_one_line(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fcntl.flock", refused(errno.ENOSYS))
     join_run()
     with pytest.raises(UserError, match=f"cannot lock {AT_WORK}: Function not implemented; work on a disk that has"):
         reproduce(tiny(), None, [])
@@ -132,7 +114,7 @@ subprocess.run(["bash", "-c", "sleep 60; true"])
 
 def test_snakemake_and_its_jobs_end_with_the_caller(tmp_path: Path) -> None:
     words = [sys.executable, "-c", CALLER, SNAKEMAKE]
-    caller = subprocess.Popen(words, cwd=tmp_path, start_new_session=True, env=os.environ | {"PYTHONPATH": SOURCE})
+    caller = start_in(tmp_path, words, environment(PYTHONPATH=SOURCE), tmp_path / "output.txt")
 
     def at_work() -> list[str]:
         shown = subprocess.run(["ps", "-o", "args=", "-g", str(caller.pid)], capture_output=True, text=True)

@@ -1,18 +1,15 @@
 """A job whose Snakemake is gone gets SIGTERM, and one without a Snakemake never does."""
 
-import os
 import platform
 import signal
 import subprocess
-import sys
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
+from tests.processes import start_python
 
 from consistency.base.progress import SUPERVISOR
 
-SOURCE = str(Path(__file__).parents[2] / "src")
 # Says when it is watched, then works on; ends by itself well before the tests' patience does.
 JOB = """
 import time
@@ -33,12 +30,8 @@ def supervisor() -> Iterator[subprocess.Popen[bytes]]:
     process.wait()
 
 
-def job(supervisor: str | None, seconds: float) -> subprocess.Popen[str]:
-    environment = {k: v for k, v in os.environ.items() if k != SUPERVISOR} | {"PYTHONPATH": SOURCE}
-    if supervisor is not None:
-        environment[SUPERVISOR] = supervisor
-    command = [sys.executable, "-c", JOB.format(seconds=seconds)]
-    process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
+def job(supervisor: str, seconds: float) -> subprocess.Popen[str]:
+    process = start_python("-c", JOB.format(seconds=seconds), **{SUPERVISOR: supervisor})
     assert process.stdout is not None
     assert process.stdout.readline() == "watched\n"
     return process
@@ -46,7 +39,7 @@ def job(supervisor: str | None, seconds: float) -> subprocess.Popen[str]:
 
 @pytest.mark.parametrize("reaped", [True, False])
 def test_a_job_ends_with_its_supervisor(supervisor: subprocess.Popen[bytes], reaped: bool) -> None:
-    """Also with one that nobody waits for: a zombie, as in a container without an init."""
+    """It ends too with one that nobody waits for: a zombie, as in a container without an init."""
     process = job(f"{platform.node()}:{supervisor.pid}", 50)
     assert process.poll() is None
     supervisor.kill()

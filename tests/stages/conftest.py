@@ -1,16 +1,34 @@
-"""The tiny study's first results in folders of one's own, and students that were never trained."""
+"""The tiny study's first results in folders of one's own, a finished study, images to prepare, untrained students."""
 
 import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from tests.conftest import Changes, Tiny, mistake
+from tests.draws import seeded
 
 from consistency.config.job import Job
 from consistency.config.paths import StudyPaths
+from consistency.data.prepared import ImageData, load_images
 from consistency.nets.checkpoint import load_denoiser, save_denoiser
 from consistency.nets.denoiser import student_from_teacher
 from consistency.provenance.card import Card
+from consistency.runtime.machine import Machine
+from consistency.stages.dataset import make_dataset
+from consistency.stages.extractor import make_extractor
+from consistency.stages.flows import make_flows
+from consistency.stages.report import make_report
+from consistency.stages.samples import make_samples
+from consistency.stages.scores import make_calibration, make_scores
+from consistency.stages.student import make_student
+from consistency.stages.teacher import make_teacher
+
+Prepare = Callable[..., ImageData]
+Refusal = Callable[..., str]
+CPU = torch.device("cpu")
 
 #: students with coefficients of their own: of the data's moments, and of their average, refitted before steps 2 and 4
 OWN = {
@@ -28,11 +46,67 @@ def results(first_results: StudyPaths, tmp_path: Path) -> StudyPaths:
     return StudyPaths("tiny", tmp_path / "results", tmp_path / "state")
 
 
+@pytest.fixture
+def tree(tmp_path: Path) -> Path:
+    """An empty image folder <tmp>/images/train."""
+    folder = tmp_path / "images" / "train"
+    folder.mkdir(parents=True)
+    return folder
+
+
+@pytest.fixture
+def prepare(tiny: Tiny, tmp_path: Path) -> Prepare:
+    """prepare(channels=3, ...): run the stage dataset on that image folder and load what it wrote."""
+
+    def run(workers: int = 1, **settings: Any) -> ImageData:
+        path = str(tmp_path / "images")
+        study = tiny({"dataset": {"kind": "image_folder", "path": path, "resolution": 8, "channels": 3, **settings}})
+        layout = StudyPaths(study.name, tmp_path / "results", tmp_path / "state")
+        make_dataset(Job(study, layout), workers)
+        return load_images(layout.dataset)
+
+    return run
+
+
+@pytest.fixture
+def refusal(prepare: Prepare, tmp_path: Path) -> Refusal:
+    """refusal(channels=3, ...): the message of a preparation that must fail, and leaves no half-written array."""
+
+    def fail(**settings: Any) -> str:
+        message = mistake(prepare, **settings)
+        assert not list((tmp_path / "results").rglob("*images.npy*"))
+        return message
+
+    return fail
+
+
+@pytest.fixture(scope="session")
+def job(tiny: Tiny, untaught: Changes, tmp_path_factory: pytest.TempPathFactory) -> Job:
+    """A finished study without a teacher, and with flows."""
+    # One image fewer than a whole number of batches.
+    flows = {"images": 47, "times": 5, "toy_steps": 12, "toy_seeds": [0, 1], "pairs": 512, "intervals": 40}
+    flows |= {"discrepancy": ["ic", "ot", "gc", "own"], "denoiser_steps": 40, "denoiser_batch": 64}
+    study, folder = tiny(untaught | OWN | {"flows": flows}), tmp_path_factory.mktemp("untaught")
+    job, machine = Job(study, StudyPaths(study.name, folder / "results", folder / "state")), Machine(CPU)
+    make_dataset(job)
+    make_teacher(job, machine)
+    make_extractor(job, CPU)
+    make_samples(job, CPU)
+    make_calibration(job, CPU)
+    for student in job.trainings:
+        make_student(student, machine)
+        make_samples(student, CPU)
+        make_scores(student, CPU)
+    make_flows(job, machine)
+    make_report(job)
+    return job
+
+
 def save_students(job: Job, steps: tuple[int | None, ...] = (None,)) -> None:
     """A student at every rate and step, None the end of training, each with weights of its own."""
     teacher = load_denoiser(job.paths.teacher_weights)[0]
     for k, path in enumerate(job.weights(rate, step) for rate in job.settings.rates for step in steps):
-        student, generator = student_from_teacher(teacher), torch.Generator().manual_seed(k)
+        student, generator = student_from_teacher(teacher), seeded(k)
         with torch.no_grad():
             for weight in student.parameters():
                 weight += 0.05 * torch.randn(weight.shape, generator=generator)

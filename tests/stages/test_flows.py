@@ -1,30 +1,30 @@
-"""R_t by the teacher, and what a study with one writes beside the couplings."""
-
-from collections.abc import Callable
-from typing import Any
+"""The flows stage: what it measures of students without a teacher, and beside them of one with a teacher."""
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
-from tests.nets.small import make_denoiser
+from tests.conftest import Changes, Tiny
 
+from consistency.base.seeding import generator
 from consistency.config.job import Job
 from consistency.config.paths import StudyPaths
-from consistency.config.study import Study
+from consistency.data.prepared import load_images
+from consistency.nets.checkpoint import load_denoiser
 from consistency.provenance.card import read_card
 from consistency.report import figures
 from consistency.runtime.machine import Machine
 from consistency.stages.flows import make_flows
 from consistency.stages.student import make_student
-from consistency.training.discrepancy import ImagePairs, by_teacher
+from consistency.training.discrepancy import discrepancy_of
+from consistency.training.fits import time_grid
+from consistency.training.toy import train_toy
 
-Tiny = Callable[..., Study]
 CPU = Machine(torch.device("cpu"))
 
 
 def test_a_study_with_a_teacher_sets_it_beside_its_couplings(
-    tiny: Tiny, couplings: dict[str, Any], results: StudyPaths
+    tiny: Tiny, couplings: Changes, results: StudyPaths
 ) -> None:
     settings = {"images": 20, "times": 3, "toy_steps": 2, "pairs": 64, "intervals": 10, "discrepancy": ["full", "ic"]}
     students = {"ic": {}, "full": {"coupling": "gc", "predictor": {"run": "ic"}}}
@@ -49,18 +49,90 @@ def test_a_study_with_a_teacher_sets_it_beside_its_couplings(
     assert not list(results.state.rglob("state.pt"))
 
 
-@pytest.mark.parametrize("batch", [3, 64])
-@pytest.mark.parametrize("labelled", [True, False])
-def test_the_teachers_discrepancy_is_its_denoising_error(batch: int, labelled: bool) -> None:
-    """A network that is zero: D = c_skip x_t, and R_t is ||x - c_skip (x + t z)||^2 / t^2."""
-    teacher = make_denoiser(0, label_dim=10 if labelled else 0)
-    with torch.no_grad():
-        for weight in teacher.parameters():
-            weight.zero_()
-    images, noise = torch.randn(7, 1, 4, 4), torch.randn(7, 1, 4, 4)
-    labels = torch.arange(7) if labelled else None
-    for t in (0.002, 0.7, 80.0):
-        kept = 0.25 / (0.25 + t**2)
-        expected = ((images - kept * (images + t * noise)) / t).square().flatten(1).sum(1)
-        found: Any = by_teacher(teacher, ImagePairs(images, labels, noise, batch), t)
-        np.testing.assert_allclose(found, expected.numpy(), rtol=2e-3)
+def transport(job: Job) -> pd.DataFrame:
+    return pd.read_csv(job.paths.flows / "transport.csv")
+
+
+def test_at_eps_every_student_leaves_x_where_it_is(job: Job) -> None:
+    """The boundary condition: f(x_eps, eps) = x + eps z, so the cost is known, whatever the weights."""
+    table, eps = transport(job), job.study.noise.sigma_min
+    data = load_images(job.paths.dataset)
+    draws = generator(0, "flows")
+    images, _ = data.take(torch.randperm(len(data), generator=draws)[:47])
+    noise = torch.randn(images.shape, generator=draws)
+    exact = (images + (eps - 1) * noise).double().square().flatten(1).sum(1)
+    first = table[(table.kind == "student") & (table.t == table.t.min())]
+    assert table.t.min() == pytest.approx(eps)
+    np.testing.assert_allclose(first.cost, exact.mean().item(), rtol=1e-5)
+    np.testing.assert_allclose(first.cost_se, exact.std().item() / 47**0.5, rtol=1e-5)
+
+
+def test_every_student_has_a_cost_of_its_own_at_every_time(job: Job) -> None:
+    table = transport(job)
+    rows = table[table.kind == "student"]
+    grid = time_grid(job.study, 5, CPU.device).tolist()
+    assert set(rows.run) == set(job.study.students) and set(rows.seed) == {0}
+    for _, times in rows.groupby("run").t:
+        np.testing.assert_allclose(times.sort_values(ascending=False), grid, rtol=1e-12)
+    assert rows[rows.t == rows.t.max()].cost.nunique() == len(job.study.students)
+
+
+def test_the_pairs_of_ot_are_cheaper_than_those_of_ic(job: Job) -> None:
+    pairs = transport(job)[lambda table: table.kind == "pairs"].set_index("run").cost
+    assert list(pairs.index) == ["ic", "ot"]
+    assert pairs["ot"] < pairs["ic"]
+
+
+def test_the_discrepancy_is_a_number_for_each_coupling_that_is_named(job: Job) -> None:
+    table = pd.read_csv(job.paths.flows / "discrepancy.csv")
+    assert list(dict.fromkeys(table.run)) == ["ic", "ot", "gc", "own"]
+    assert len(table) == 20 and set(table.seed) == {0}
+    assert (table.discrepancy > 0).all() and (table.discrepancy_se > 0).all()
+    last = table[table.t == table.t.max()].set_index("run").discrepancy
+    # At T the data hide under the noise: R_t is about the data's variance over t^2, for any denoiser near its mean.
+    assert (last < 64 * 4 / 80**2).all()
+
+
+def test_the_denoisers_of_couplings_differ_in_the_coupling_alone(job: Job) -> None:
+    """They begin as one network, and end with errors of their own."""
+    data, settings = load_images(job.paths.dataset), job.study.flows
+    assert settings is not None
+    found = {run: discrepancy_of(job.of(run, 0), settings, data, CPU) for run in ("ic", "ot", "gc")}
+    first = [next(measure.training.update.model.parameters()) for measure in found.values()]
+    assert torch.equal(first[0], first[1]) and torch.equal(first[0], first[2])
+    table = pd.read_csv(job.paths.flows / "discrepancy.csv")
+    assert (table[table.run != "own"].groupby("t").discrepancy.nunique() == 3).all()
+    assert found["ic"].objective.coupling.mu == 0 and found["gc"].objective.coupling.mu == 0.5
+    own = next(load_denoiser(job.of("gc", 0).weights())[0].parameters())
+    predictor = found["gc"].objective.coupling.predictor
+    assert predictor is not None and torch.equal(next(predictor.parameters()), own)
+
+
+def test_the_toys_are_those_of_their_seeds(job: Job) -> None:
+    with np.load(job.paths.flows / "toy.npz") as arrays:
+        toy = train_toy("gc", 1, steps=12)
+        np.testing.assert_array_equal(arrays["gc_paths"][1], toy.paths)
+        np.testing.assert_array_equal(arrays["gc_cost"][1], toy.cost)
+        np.testing.assert_array_equal(arrays["times"], toy.times)
+        assert arrays["ic_samples"].shape == (2, 64, 2)
+
+
+def test_on_the_toys_data_the_discrepancy_of_ic_is_the_closed_one(job: Job) -> None:
+    """Where t is large against the modes' distance, the data are one Gaussian: R_t = sum c / (c + t^2)."""
+    table = pd.read_csv(job.paths.flows / "plane.csv")
+    assert list(dict.fromkeys(table.coupling)) == ["ic", "ot", "gc"]
+    last = table[table.t == table.t.max()].set_index("coupling")
+    t, c = last.t["ic"], np.array([1e-4, 0.25 + 1e-4])
+    assert t == 5.0
+    assert last.discrepancy["ic"] == pytest.approx((c / (c + t**2)).sum(), rel=0.1)
+    exact = 0.25 + 2 * 1e-4 + 2  # E||x||^2 + E||z||^2
+    assert last.cost["ic"] == pytest.approx(exact, abs=0.2)  # 4 deviations of a mean of 2,048 pairs
+    assert last.cost["gc"] < 0.8 * exact and last.cost["ot"] < 0.8 * exact
+    assert table[table.coupling == "ic"].cost.nunique() == 1
+
+
+def test_the_losses_near_their_limits(job: Job) -> None:
+    table = pd.read_csv(job.paths.flows / "limit.csv")
+    assert list(table.intervals) == [10, 20, 40]
+    ratio = table.intervals**2 * table.ct / table.ct_limit
+    assert (np.diff(ratio) > 0).all() and 0.98 < ratio.iloc[-1] < 1

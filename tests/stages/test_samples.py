@@ -1,12 +1,9 @@
-"""Image i comes from seed i: the same in whatever batch, however many others are drawn."""
+"""The samples stage: image i comes from seed i, the same in whatever batch, however many others are drawn."""
 
 import errno
-import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,12 +11,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tests.conftest import ABSENT
+from tests.conftest import ABSENT, Tiny, WriteStudy
+from tests.dangers import refused
 from tests.nets.small import make_denoiser
+from tests.processes import start_python
 from tests.stages.conftest import save_students
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from consistency.base.errors import UserError
+from consistency.base.files import read_json
 from consistency.base.seeding import ImageNoise
 from consistency.config.job import Job
 from consistency.config.paths import StudyPaths
@@ -35,7 +35,6 @@ from consistency.runtime.stopping import Interrupted
 from consistency.stages.samples import make_samples
 from consistency.theory.preconditioning import build_preconditioning
 
-Tiny = Callable[..., Study]
 CPU = torch.device("cpu")
 CTM = build_preconditioning("ctm", 0.5)
 
@@ -44,40 +43,17 @@ def images(study: Study, model: Denoiser, sampler: Sampler, count: int) -> torch
     return torch.cat([batch for _, batch in draw(study, model, sampler, count)])
 
 
-@pytest.mark.parametrize("label_dim", [0, 10])
-@pytest.mark.parametrize("batch", [1, 7, 64])
-def test_latents_labels_and_fresh_noise_are_each_images_own(batch: int, label_dim: int) -> None:
-    shape = (3, 4, 4)
-    whole = ImageNoise(range(64), shape, label_dim)
-    parts = [ImageNoise(range(i, min(i + batch, 64)), shape, label_dim) for i in range(0, 64, batch)]
-    assert torch.equal(whole.latents, torch.cat([part.latents for part in parts]))
-    for _ in range(3):
-        assert torch.equal(whole.fresh(), torch.cat([part.fresh() for part in parts]))
-    assert (whole.labels is None) == (label_dim == 0)
-    if whole.labels is not None:
-        assert torch.equal(whole.labels, torch.cat([part.labels for part in parts]))
-
-
-def test_latents_are_standard_normal_and_unlike_each_other() -> None:
-    latents = ImageNoise(range(2000), (1, 4, 4)).latents.flatten(1)
-    assert latents.mean().item() == pytest.approx(0, abs=0.02)
-    assert latents.std().item() == pytest.approx(1, abs=0.02)
-    # Neighbouring seeds must not be correlated, in pixels or in images.
-    assert (latents[:-1] * latents[1:]).mean().abs() < 0.02
-
-
-def test_conditional_labels_are_uniform_and_beside_the_same_latents() -> None:
-    labelled = ImageNoise(range(2000), (1, 1, 1), 10)
-    assert torch.bincount(labelled.labels, minlength=10).min() > 150  # type: ignore[arg-type]
-    assert torch.equal(labelled.latents, ImageNoise(range(2000), (1, 1, 1)).latents)
+def of_ctm(study: Study) -> Job:
+    """The student ctm of the tiny study."""
+    return Job(study, StudyPaths("tiny"), "ctm", 0)
 
 
 SAMPLERS: dict[str, Callable[[Study, Denoiser], Sampler]] = {
     "heun": lambda study, model: heun_sampler(study, model),
     "churn": lambda study, model: heun_sampler(study, model),
-    "nfe1": lambda study, model: jump_sampler(Job(study, StudyPaths("tiny"), "ctm"), model, CTM, 1),
-    "nfe3": lambda study, model: jump_sampler(Job(study, StudyPaths("tiny"), "ctm"), model, CTM, 3),
-    "gamma": lambda study, model: jump_sampler(Job(study, StudyPaths("tiny"), "ctm"), model, CTM, 3, 0.8),
+    "nfe1": lambda study, model: jump_sampler(of_ctm(study), model, CTM, 1),
+    "nfe3": lambda study, model: jump_sampler(of_ctm(study), model, CTM, 3),
+    "gamma": lambda study, model: jump_sampler(of_ctm(study), model, CTM, 3, 0.8),
 }
 CHURN = {"s_churn": 3.0, "s_min": 0.05, "s_max": 50.0, "s_noise": 1.003}
 
@@ -154,7 +130,7 @@ def test_one_jump_is_the_consistency_function(tiny: Tiny) -> None:
     t, s = (torch.full((4,), v, dtype=torch.float64) for v in (80.0, 0.002))
     with torch.inference_mode():
         expected = CTM.jump(model, 80 * noise.latents, t, s)
-        assert torch.equal(jump_sampler(Job(tiny(), StudyPaths(tiny().name), "ctm"), model, CTM, 1)(noise), expected)
+        assert torch.equal(jump_sampler(of_ctm(tiny()), model, CTM, 1)(noise), expected)
 
 
 def test_churn_changes_the_images_but_not_the_endpoints_of_the_ode(tiny: Tiny) -> None:
@@ -187,59 +163,53 @@ def test_gamma_samplers_are_of_the_main_rate_of_trajectory_students(tiny: Tiny) 
     gammas = [f"gamma{g}-nfe{n}" for g in (0.5, 1.0) for n in (2, 4)]
     changes = {"student.objective": "endpoint", "student.max_heun_steps": ABSENT, "report": {}}
     trajectory, endpoint = tiny(gamma), tiny(gamma | changes)
-    assert [sampler.name for sampler in student_samplers(Job(trajectory, StudyPaths("tiny"), "ctm"))] == [
-        *names[:6],
-        *gammas,
-        *names[6:],
-    ]
-    assert [sampler.name for sampler in student_samplers(Job(endpoint, StudyPaths("tiny"), "ctm"))] == names
+    found = [[sampler.name for sampler in student_samplers(of_ctm(study))] for study in (trajectory, endpoint)]
+    assert found == [[*names[:6], *gammas, *names[6:]], names]
 
 
 # --- the stage
 
 
-def drawn(layout: StudyPaths, run: str | None = None) -> dict[str, bytes]:
-    folder = layout.root / "samples" / ("teacher" if run is None else f"{run}/seed0")
-    return {path.name: path.read_bytes() for path in folder.glob("*.npy")}
+def drawn(job: Job) -> dict[str, bytes]:
+    """The samples of the teacher or a student."""
+    return {path.name: path.read_bytes() for path in job.samples.glob("*.npy")}
 
 
 def test_the_stage_writes_every_sampler_as_bytes(tiny: Tiny, results: StudyPaths) -> None:
-    study = tiny()
-    make_samples(Job(study, results), CPU)
-    by_teacher = np.load(Job(study, results).samples / "heun.npy")
+    job = Job(tiny(), results)
+    make_samples(job, CPU)
+    by_teacher = np.load(job.samples / "heun.npy")
     assert by_teacher.shape == (80, 8, 8, 1)
     assert by_teacher.dtype == np.uint8
-    save_students(Job(study, results, "analytic", 0))
-    make_samples(Job(study, results, "analytic", 0), CPU)
-    folder = Job(study, results, "analytic", 0).samples
+    student = job.of("analytic", 0)
+    save_students(student)
+    make_samples(student, CPU)
     names = {"nfe1.npy", "nfe2.npy", "nfe5.npy", "gamma1.0-nfe2.npy", "card.json"}
-    assert {entry.name for entry in folder.iterdir()} == names
-    card = read_card(Job(study, results, "analytic", 0), "samples")
+    assert {entry.name for entry in student.samples.iterdir()} == names
+    card = read_card(student, "samples")
     assert {Path(path).name for path in card["inputs"]} == {"student.safetensors", "coefficients.npz"}
-    assert not Job(study, results, "analytic", 0).sampling_state.exists()
+    assert not student.sampling_state.exists()
 
 
 def test_each_rates_samples_come_from_its_own_weights(tiny: Tiny, results: StudyPaths) -> None:
-    study = tiny({"student.evaluation_ema": [0.9]})
-    save_students(Job(study, results, "analytic", 0))
-    make_samples(Job(study, results, "analytic", 0), CPU)
-    found = drawn(results, "analytic")
+    job = Job(tiny({"student.evaluation_ema": [0.9]}), results, "analytic", 0)
+    save_students(job)
+    make_samples(job, CPU)
+    found = drawn(job)
     assert set(found) == {"nfe1.npy", "nfe2.npy", "nfe5.npy", "gamma1.0-nfe2.npy"} | {
         f"ema0.9-nfe{n}.npy" for n in (1, 2, 5)
     }
     assert found["nfe1.npy"] != found["ema0.9-nfe1.npy"]
-    alone = tiny()
-    save_students(Job(alone, results, "analytic", 0))
-    make_samples(Job(alone, results, "analytic", 0), CPU)
-    assert drawn(results, "analytic")["nfe2.npy"] == found["nfe2.npy"]
+    alone = Job(tiny(), results, "analytic", 0)
+    save_students(alone)
+    make_samples(alone, CPU)
+    assert drawn(alone)["nfe2.npy"] == found["nfe2.npy"]
 
 
 SMALL_BATCHES = {"sampling.batch": 7}  # 80 images in 12 batches, of 7 evaluations for the teacher
 
 
-def evaluations(
-    study: Study, layout: StudyPaths, run: str | None = None, stop_at: int = 0, signum: int = signal.SIGTERM
-) -> int:
+def evaluations(job: Job, stop_at: int = 0, signum: int = signal.SIGTERM) -> int:
     """Draw the samples, and count the evaluations of any network; a signal comes before the one of that number."""
     count = 0
 
@@ -252,61 +222,63 @@ def evaluations(
 
     hook = torch.nn.modules.module.register_module_forward_pre_hook(before)
     try:
-        make_samples(Job(study, layout, run, None if run is None else 0), CPU)
+        make_samples(job, CPU)
     finally:
         hook.remove()
     return count
 
 
+def done(job: Job) -> dict[str, int]:
+    """The images of each sampler that a stopped sampling has drawn."""
+    found: dict[str, int] = read_json(job.sampling_state / "progress.json", "samples")["done"]
+    return found
+
+
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
 def test_a_stopped_sampling_goes_on_where_it_was(tiny: Tiny, results: StudyPaths, signum: int) -> None:
-    study = tiny(SMALL_BATCHES)
-    make_samples(Job(study, results), CPU)
-    expected = drawn(results)
-    shutil.rmtree(Job(study, results).samples)
+    job = Job(tiny(SMALL_BATCHES), results)
+    make_samples(job, CPU)
+    expected = drawn(job)
+    shutil.rmtree(job.samples)
     with pytest.raises(Interrupted, match="samples teacher: stopped at image 35 of 80, state saved") as caught:
-        evaluations(study, results, stop_at=40, signum=signum)
+        evaluations(job, stop_at=40, signum=signum)
     # In the middle of the sixth batch: it leaves at the next evaluation.
     assert caught.value.signum == signum
-    assert not Job(study, results).samples.exists()
-    assert evaluations(study, results) == 7 * (12 - 5)
-    assert drawn(results) == expected
-    assert not Job(study, results).sampling_state.exists()
+    assert not job.samples.exists()
+    assert evaluations(job) == 7 * (12 - 5)
+    assert drawn(job) == expected
+    assert not job.sampling_state.exists()
 
 
 def test_a_stopped_student_keeps_the_samplers_that_are_done(tiny: Tiny, results: StudyPaths) -> None:
-    study = tiny({**SMALL_BATCHES, "student.evaluation_ema": [0.9]})
-    save_students(Job(study, results, "analytic", 0))
-    whole = evaluations(study, results, "analytic")
-    expected = drawn(results, "analytic")
-    shutil.rmtree(Job(study, results, "analytic", 0).samples)
+    job = Job(tiny({**SMALL_BATCHES, "student.evaluation_ema": [0.9]}), results, "analytic", 0)
+    save_students(job)
+    whole = evaluations(job)
+    expected = drawn(job)
+    shutil.rmtree(job.samples)
     with pytest.raises(Interrupted):
-        evaluations(study, results, "analytic", stop_at=whole - 100)
-    assert 100 <= evaluations(study, results, "analytic") <= 100 + 5
-    assert drawn(results, "analytic") == expected
+        evaluations(job, stop_at=whole - 100)
+    assert 100 <= evaluations(job) <= 100 + 5
+    assert drawn(job) == expected
 
 
 def test_what_other_weights_or_settings_drew_is_not_used(tiny: Tiny, results: StudyPaths) -> None:
+    job, other = (Job(tiny(SMALL_BATCHES | more), results) for more in ({}, {"calibration.churn": CHURN}))
     with pytest.raises(Interrupted):
-        evaluations(tiny(SMALL_BATCHES), results, stop_at=40)
-    assert json.loads((Job(tiny(), results).sampling_state / "progress.json").read_text())["done"] == {"heun": 35}
-    other = tiny({**SMALL_BATCHES, "calibration.churn": CHURN})
-    assert evaluations(other, results) == 7 * 12
+        evaluations(job, stop_at=40)
+    assert done(job) == {"heun": 35}
+    assert evaluations(other) == 7 * 12
     with pytest.raises(Interrupted):
-        evaluations(other, results, stop_at=40)
-    path = results.teacher / "teacher.safetensors"
-    model, metadata = load_denoiser(path)
-    save_denoiser(path, model, {"key": metadata["key"], "study": "of another day"})
-    assert evaluations(other, results) == 7 * 12
+        evaluations(other, stop_at=40)
+    model, metadata = load_denoiser(results.teacher_weights)
+    save_denoiser(results.teacher_weights, model, {"key": metadata["key"], "study": "of another day"})
+    assert evaluations(other) == 7 * 12
 
 
 def test_a_disk_that_is_too_small_is_said_before_anything_is_drawn(
     tiny: Tiny, results: StudyPaths, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def full(*_: object) -> None:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    monkeypatch.setattr(os, "posix_fallocate", full)
+    monkeypatch.setattr(os, "posix_fallocate", refused(errno.ENOSPC))
     monkeypatch.setattr(MLP, "forward", lambda *_: pytest.fail("it draws"))
     with pytest.raises(UserError, match=r"cannot write .*heun\.npy: No space left on device"):
         make_samples(Job(tiny(), results), CPU)
@@ -345,30 +317,23 @@ print("evaluations", seen)
 """
 
 
-def start(folder: Path, rank: int = 0, world: int = 1, kill_at: int = -1) -> subprocess.Popen[str]:
-    words = [sys.executable, "-c", PROCESS, str(folder), str(rank), str(world), str(kill_at)]
-    source = str(Path(__file__).parents[2] / "src")
-    variables = os.environ | {"PYTHONPATH": source, "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(words, env=variables, stdout=subprocess.PIPE, text=True)
-
-
 def test_a_killed_sampling_and_a_shared_one_have_the_same_bits(
-    write_study: Callable[..., Path], tiny: Tiny, results: StudyPaths, tmp_path: Path
+    write_study: WriteStudy, tiny: Tiny, results: StudyPaths, tmp_path: Path
 ) -> None:
     """kill -9 in the middle; then two processes do the rest between them."""
     write_study(SMALL_BATCHES)
-    study = tiny(SMALL_BATCHES)
-    make_samples(Job(study, results), CPU)
-    expected = drawn(results)
-    shutil.rmtree(Job(study, results).samples)
-    killed = start(tmp_path, kill_at=31)
+    job = Job(tiny(SMALL_BATCHES), results)
+    make_samples(job, CPU)
+    expected = drawn(job)
+    shutil.rmtree(job.samples)
+    killed = start_python("-c", PROCESS, tmp_path, 0, 1, 31)
     killed.communicate(timeout=120)
     assert killed.returncode == -signal.SIGKILL
-    assert json.loads((Job(tiny(), results).sampling_state / "progress.json").read_text())["done"] == {"heun": 28}
-    both = [start(tmp_path, rank, 2) for rank in (0, 1)]
+    assert done(job) == {"heun": 28}
+    both = [start_python("-c", PROCESS, tmp_path, rank, 2, -1) for rank in (0, 1)]
     said = [process.communicate(timeout=120)[0] for process in both]
     assert [process.returncode for process in both] == [0, 0]
     # 8 batches are left: 4 a process.
     assert said == ["evaluations 28\n"] * 2
-    assert drawn(results) == expected
-    read_card(Job(study, results), "samples")
+    assert drawn(job) == expected
+    read_card(job, "samples")

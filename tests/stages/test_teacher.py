@@ -1,15 +1,14 @@
 """The teacher stage with an official checkpoint: converted as it is, or one clear error. Training: tests/training."""
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import yaml
-from tests.conftest import vouch_for
+from tests.conftest import Changes, Tiny, vouch_for
 from tests.edm_writer import write_edm_pickle
-from tests.nets.small import make_denoiser
+from tests.nets.small import ARCHITECTURES, make_denoiser
 
 from consistency.base.errors import UserError
 from consistency.base.files import sha256
@@ -18,6 +17,7 @@ from consistency.config.keys import key_of
 from consistency.config.paths import StudyPaths
 from consistency.config.study import Study
 from consistency.data.prepared import load_images
+from consistency.data.resources import REGISTRY, recorded
 from consistency.nets.checkpoint import load_denoiser
 from consistency.nets.denoiser import Denoiser, init_denoiser
 from consistency.provenance.card import read_card
@@ -25,7 +25,6 @@ from consistency.runtime.machine import Machine
 from consistency.stages.teacher import make_teacher
 from consistency.training import students
 
-Tiny = Callable[..., Study]
 CPU = Machine(torch.device("cpu"))
 NAME = "edm-cifar10-32x32-uncond-vp.pkl"
 
@@ -33,19 +32,18 @@ NAME = "edm-cifar10-32x32-uncond-vp.pkl"
 @pytest.fixture
 def official() -> Denoiser:
     """A small network of the official kind, for the digits' shape."""
-    size = {"img_resolution": 8, "img_channels": 1, "model_channels": 8, "channel_mult": [1, 2], "num_blocks": 1}
-    return init_denoiser({"network": "songunet", "attn_resolutions": [4], "augment_dim": 9, **size}, 0).eval()
+    return init_denoiser(ARCHITECTURES["ddpmpp"] | {"model_channels": 8, "augment_dim": 9}, 0).eval()
 
 
 @pytest.fixture
-def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, official: Denoiser) -> Path:
-    """A folder with that checkpoint under resources/ and its digest in the registry."""
+def checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, official: Denoiser) -> Path:
+    """That network's file in resources/, for which the working directory's registry vouches."""
     monkeypatch.chdir(tmp_path)
     file = tmp_path / "resources" / NAME
     file.parent.mkdir()
     write_edm_pickle(file, official)
     vouch_for(file)
-    return tmp_path
+    return file
 
 
 def study_of(tiny: Tiny, **changes: Any) -> Study:
@@ -53,14 +51,14 @@ def study_of(tiny: Tiny, **changes: Any) -> Study:
     return tiny({"teacher": teacher, "noise.sigma_data": 0.5, **changes})
 
 
-def test_a_checkpoint_is_converted_with_its_provenance(tiny: Tiny, project: Path, official: Denoiser) -> None:
+def test_a_checkpoint_is_converted_with_its_provenance(tiny: Tiny, checkpoint: Path, official: Denoiser) -> None:
     study, layout = study_of(tiny), StudyPaths("tiny")
     make_teacher(Job(study, layout), CPU)
     found, metadata = load_denoiser(layout.teacher_weights, key_of(study, "teacher"))
     torch.testing.assert_close(found.state_dict(), official.state_dict(), rtol=0, atol=0)
     x = torch.randn(2, 1, 8, 8)
     assert torch.equal(found(x, 3.0), official(x, 3.0))
-    assert metadata["parents"] == {NAME: sha256(project / "resources" / NAME)}
+    assert metadata["parents"] == {NAME: sha256(checkpoint)}
     card = read_card(Job(study, layout), "teacher")
     assert card["measured"]["parameters"] == sum(p.numel() for p in official.parameters())
     assert (layout.teacher / "history.jsonl").read_text() == ""
@@ -78,27 +76,25 @@ def test_a_checkpoint_is_converted_with_its_provenance(tiny: Tiny, project: Path
     ],
 )
 def test_a_checkpoint_that_does_not_fit_the_study_is_refused(
-    tiny: Tiny, project: Path, changes: dict[str, Any], message: str
+    tiny: Tiny, checkpoint: Path, changes: Changes, message: str
 ) -> None:
     with pytest.raises(UserError, match=f"{NAME} does not fit the study: {message}"):
         make_teacher(Job(study_of(tiny, **changes), StudyPaths("tiny")), CPU)
     assert not Path("results").exists()
 
 
-def test_a_file_that_is_no_checkpoint_does_not_keep_the_right_one_out(tiny: Tiny, project: Path) -> None:
-    """Put by hand under a name whose digest nobody publishes: what was recorded of it is taken back."""
-    registry = project / "config/resources.yaml"
-    entries = yaml.safe_load(registry.read_text())
+def test_a_file_that_is_no_checkpoint_does_not_keep_the_right_one_out(tiny: Tiny, checkpoint: Path) -> None:
+    """It was put by hand under a name whose digest nobody publishes: what was recorded of it is taken back."""
+    entries = yaml.safe_load(REGISTRY.read_text())
     entries[NAME]["sha256"] = None
-    registry.write_text(yaml.safe_dump(entries))
-    path = project / "resources" / NAME
-    right = path.read_bytes()
-    path.write_bytes(right[: len(right) // 2])
+    REGISTRY.write_text(yaml.safe_dump(entries))
+    right = checkpoint.read_bytes()
+    checkpoint.write_bytes(right[: len(right) // 2])
     with pytest.raises(UserError, match=f"{NAME} is not an official EDM checkpoint"):
         make_teacher(Job(study_of(tiny), StudyPaths("tiny")), CPU)
-    path.write_bytes(right)
+    checkpoint.write_bytes(right)
     make_teacher(Job(study_of(tiny), StudyPaths("tiny")), CPU)
-    assert sha256(path) in (project / "config/resources.lock").read_text()
+    assert recorded() == {NAME: sha256(checkpoint)}
 
 
 def test_an_official_teachers_key_does_not_depend_on_the_data(tiny: Tiny) -> None:

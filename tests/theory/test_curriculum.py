@@ -142,7 +142,7 @@ def test_shrinking_levels_are_ordered_within_the_times_and_weighed(seed: int) ->
 
 @pytest.mark.parametrize(("q", "stages"), [(2.0, 48), (4.0, 24), (256.0, 6), (1.5, 82)])
 def test_as_far_as_a_study_may_go_numbers_tell_the_levels_apart(q: float, stages: int) -> None:
-    """48 bits (Study._check_levels): float64 has 53."""
+    """A study may use 48 bits (config/rules.py); float64 has 53."""
     t, u, weight = ShrinkingCurriculum(1, q=q).levels(stages - 1, 10_000, seeded())
     assert bool((u < t)[t > EPS].all())
     assert bool(torch.isfinite(weight).all())

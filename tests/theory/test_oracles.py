@@ -26,7 +26,7 @@ def table() -> dict[str, dict[int, float]]:
 
 
 @pytest.mark.parametrize(("name", "steps"), [(name, steps) for name, row in MIXTURE_TABLE.items() for steps in row])
-def test_the_fifteen_numbers_of_the_mixture(table: dict[str, dict[int, float]], name: str, steps: int) -> None:
+def test_the_mixture_has_the_fifteen_printed_numbers(table: dict[str, dict[int, float]], name: str, steps: int) -> None:
     like = MIXTURE_TABLE[name][steps]
     if (name, steps) == ("ctm", 3):
         # Printed 0.745; the converged value is 0.744474 (the same with 5x the quadrature), so that cell was
@@ -36,7 +36,7 @@ def test_the_fifteen_numbers_of_the_mixture(table: dict[str, dict[int, float]], 
         assert printed(table[name][steps], like) == like
 
 
-def test_the_mixture_s_coefficients() -> None:
+def test_the_mixture_has_the_printed_coefficients() -> None:
     fit = mixture_coefficients(log_grid(1000, 0.002, 80.0))
     lam = -np.log(fit.times)
     for time, l, s in (

@@ -70,7 +70,7 @@ def test_cm_is_the_published_pair_at_s_eps() -> None:
 
 @pytest.mark.parametrize("form", ["backward", "forward"])
 def test_coefficients_are_the_integrals_they_stand_for(form: str) -> None:
-    """Against AP (11)-(14) written out with a fine trapezoid rule and no logarithms."""
+    """AP (11)-(14) are written out with a fine trapezoid rule and no logarithms."""
     ode = wiggly_ode()
     for t, s in ((80.0, 0.002), (2.5, 0.4), (0.05, 0.04)):
         lam = torch.linspace(-torch.tensor(t).log(), -torch.tensor(s).log(), 200_001, dtype=torch.float64)

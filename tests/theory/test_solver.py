@@ -137,7 +137,7 @@ def test_two_steps_of_it_written_out() -> None:
 @pytest.mark.statistical
 @pytest.mark.parametrize(("deviation", "right"), [(1.0, True), (1.3, False)])
 def test_churn_keeps_the_marginals(deviation: float, right: bool) -> None:
-    """Of an exact teacher, with many steps: noise is added and removed in equal amounts. With too much of it the data
+    """An exact teacher adds and removes noise in equal amounts, over many steps. With too much of it the data
     is too wide."""
     count = 50_000
     x = torch.sqrt(TEACHER.variances + 20**2) * noise_of(0, count)()
@@ -160,7 +160,7 @@ def test_each_step_costs_two_evaluations_and_the_last_one() -> None:
 
 
 @pytest.mark.statistical
-def test_edm_weight_and_ctm_s_levels() -> None:
+def test_edm_s_weight_and_ctm_s_levels_are_the_published_ones() -> None:
     torch.testing.assert_close(edm_weight(torch.tensor([0.5]), 0.5), torch.tensor([8.0]))
     sigma = ctm_dsm_sigma(4001, 0.002, 80.0, seeded())
     assert len(sigma) == 4001

@@ -1,4 +1,4 @@
-"""What a tracking server holds, against the histories of the trainings."""
+"""Comparison of a tracking server's content with the histories of the trainings."""
 
 from typing import Any
 
@@ -24,7 +24,7 @@ def expected_points(job: Job) -> Points:
 
 
 def planned_points(upload: Record) -> Points:
-    """What the upload of a run has planned."""
+    """The points that the upload of a run has planned."""
     return sorted((point.key, point.step, point.time, point.value) for point in upload.points)
 
 

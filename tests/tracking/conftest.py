@@ -3,8 +3,9 @@
 from collections.abc import Iterator
 
 import pytest
+from tests.processes import PROXIES
 from tests.tracking.debian import needs_debian
-from tests.tracking.servers import PROXIES, Postgres, TrackingServer, postgres, tracking_server
+from tests.tracking.servers import Postgres, TrackingServer, postgres, tracking_server
 
 
 @pytest.fixture(autouse=True)
@@ -15,7 +16,7 @@ def no_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(scope="session")
-def cluster() -> Iterator[Postgres]:
+def postgresql() -> Iterator[Postgres]:
     """PostgreSQL, really started."""
     package = "postgresql"
     with postgres(needs_debian(package, "initdb"), needs_debian(package, "postgres")) as started:
@@ -30,7 +31,7 @@ def sqlite_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Tracking
 
 
 @pytest.fixture(scope="module")
-def postgres_server(cluster: Postgres, tmp_path_factory: pytest.TempPathFactory) -> Iterator[TrackingServer]:
+def postgres_server(postgresql: Postgres, tmp_path_factory: pytest.TempPathFactory) -> Iterator[TrackingServer]:
     """A server on a fresh PostgreSQL database."""
-    with tracking_server(tmp_path_factory.mktemp("server"), cluster.create("mlflow")) as server:
+    with tracking_server(tmp_path_factory.mktemp("server"), postgresql.create("mlflow")) as server:
         yield server

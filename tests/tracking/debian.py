@@ -1,4 +1,4 @@
-"""What a test needs from Debian: installed by it where that is possible, else a reason to skip."""
+"""Debian's packages for a test: installed by it where that is possible, else a reason to skip."""
 
 import os
 import shutil

@@ -9,8 +9,7 @@ import subprocess
 import sys
 import tempfile
 import threading
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, closing, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -18,49 +17,11 @@ from pathlib import Path
 from typing import Any
 from urllib.request import ProxyHandler, build_opener
 
-ROOT = Path(__file__).resolve().parents[2]
-OUTSIDE = ("CONSISTENCY_", "SNAKEMAKE_", "MLFLOW_", "PYTEST_", "SLURM_", "MAKE", "MFLAGS")
-PROXIES = ("http_proxy", "HTTP_PROXY", "https_proxy", "HTTPS_PROXY", "all_proxy", "ALL_PROXY")
+from tests.processes import environment, free_port, start_in, wait_until
+
 #: stands in no log, card, param or tag, wherever it was given
 PASSWORD = "canary-4711"
 DIRECT = build_opener(ProxyHandler({}))
-
-
-def environment(**more: str) -> dict[str, str]:
-    """The outside's, without what would lead a child elsewhere: one thread, no telemetry, no proxy."""
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(OUTSIDE) and name not in PROXIES}
-    return kept | {"OMP_NUM_THREADS": "1", "MLFLOW_DISABLE_TELEMETRY": "true", "DO_NOT_TRACK": "true"} | more
-
-
-def start_in(
-    folder: Path, words: Sequence[str], variables: dict[str, str], output: Path, mode: str = "w"
-) -> subprocess.Popen[str]:
-    """A command in a process group of its own, as a shell starts it. mode: of the file that its output goes to."""
-    with output.open(mode) as file:
-        return subprocess.Popen(
-            words,
-            cwd=folder,
-            env=variables,
-            stdin=subprocess.DEVNULL,
-            stdout=file,
-            stderr=subprocess.STDOUT,
-            text=True,
-            start_new_session=True,
-        )
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
-def wait_until(condition: Callable[[], object], what: str, patience: float = 600) -> None:
-    """Wait until the condition holds; fail saying what never came."""
-    deadline = time.monotonic() + patience
-    while not condition():
-        assert time.monotonic() < deadline, f"never came: {what}"
-        time.sleep(0.05)
 
 
 @dataclass

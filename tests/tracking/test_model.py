@@ -1,7 +1,6 @@
 """A registered student samples what the stage samples, from the files that its model holds."""
 
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from tests.conftest import Tiny
 from tests.fake_results import edit_card
 
 from consistency.base.errors import UserError
@@ -20,7 +20,6 @@ from consistency.stages.samples import make_samples
 from consistency.stages.student import make_student
 from consistency.tracking import registry, server
 
-Tiny = Callable[..., Study]
 CPU = torch.device("cpu")
 SEED = 0
 

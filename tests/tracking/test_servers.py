@@ -2,8 +2,6 @@
 
 import random
 import shutil
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -13,19 +11,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from tests.conftest import Tiny
+from tests.processes import ROOT, SOURCE, run_python, wait_until
+from tests.repeatable import repeatable
 from tests.tracking.comparison import assert_complete, expected_points, ids, points_of, runs_of
-from tests.tracking.servers import (
-    PASSWORD,
-    ROOT,
-    TrackingServer,
-    dead_server,
-    environment,
-    full_server,
-    silent_server,
-    wait_until,
-)
+from tests.tracking.servers import PASSWORD, TrackingServer, dead_server, full_server, silent_server
 from tests.tracking.trainings import FOUR, finished_study, replayed
-from tests.workflow.checkout import said
 
 from consistency.config.job import Job
 from consistency.config.paths import StudyPaths
@@ -49,7 +40,7 @@ def quick(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def result(job: Job) -> list[Any]:
     """The student's weights and history, without what no run can repeat."""
-    return [said(job.folder / name) for name in ("student.safetensors", "history.jsonl")]
+    return [repeatable(job.folder / name) for name in ("student.safetensors", "history.jsonl")]
 
 
 def train_in(folder: Path, study: Study, results: StudyPaths) -> Job:
@@ -62,18 +53,18 @@ def train_in(folder: Path, study: Study, results: StudyPaths) -> Job:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(tiny: Callable[..., Study], first_results: StudyPaths, tmp_path_factory: pytest.TempPathFactory) -> Job:
+def unfollowed(tiny: Tiny, first_results: StudyPaths, tmp_path_factory: pytest.TempPathFactory) -> Job:
     """The student of a training that nobody follows."""
-    return train_in(tmp_path_factory.mktemp("undisturbed"), tiny(), first_results)
+    return train_in(tmp_path_factory.mktemp("unfollowed"), tiny(), first_results)
 
 
 @pytest.mark.parametrize("server", [None, dead_server, silent_server, full_server])
 def test_a_training_does_not_notice_its_server(
     server: Callable[[], AbstractContextManager[str]] | None,
     tmp_path: Path,
-    tiny: Callable[..., Study],
+    tiny: Tiny,
     first_results: StudyPaths,
-    undisturbed: Job,
+    unfollowed: Job,
     empty_database: Path,
     monkeypatch: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture[str],
@@ -100,7 +91,7 @@ def test_a_training_does_not_notice_its_server(
         capfd.readouterr()
         disturbed = train_in(tmp_path / "disturbed", tiny(), first_results)
         assert states == [random.getstate(), np.random.get_state()[1].tobytes()]  # noqa: NPY002
-    assert result(disturbed) == result(undisturbed)
+    assert result(disturbed) == result(unfollowed)
     assert not disturbed.state.exists()
     assert waited[0] < GRACE + 1
     lines = [line for line in capfd.readouterr().err.splitlines() if "live tracking" in line]
@@ -134,16 +125,9 @@ print("done")
 @pytest.mark.parametrize("module", ["mlflow", "mlflow.store.tracking.rest_store"])
 def test_python_ends_while_the_thread_is_busy(module: str, tmp_path: Path) -> None:
     with silent_server() as address:
-        variables = {LIVE: "1", EVERY: "0.01", "MLFLOW_TRACKING_URI": address, "PYTHONPATH": f"{ROOT / 'src'}:{ROOT}"}
-        ended = subprocess.run(
-            [sys.executable, "-c", ENDING, module],
-            cwd=tmp_path,
-            env=environment(**variables),
-            capture_output=True,
-            text=True,
-            timeout=200,
-        )
-    assert (ended.returncode, ended.stdout) == (0, "done\n"), ended.stderr
+        variables = {LIVE: "1", EVERY: "0.01", "MLFLOW_TRACKING_URI": address, "PYTHONPATH": f"{SOURCE}:{ROOT}"}
+        ended = run_python("-c", ENDING, module, folder=tmp_path, **variables)
+    assert ended.stdout == "done\n"
     (line,) = ended.stderr.splitlines()
     assert line.startswith("live tracking: the tracking server did not take everything within 0.2 s")
 

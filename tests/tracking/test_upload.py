@@ -13,10 +13,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.fake_results import SMALL, UNTAUGHT, edit_card, make_finished, make_student, make_study, read_scores
+from tests.conftest import mistake
+from tests.fake_results import (
+    OFFICIAL,
+    SMALL,
+    UNTAUGHT,
+    edit_card,
+    make_finished,
+    make_student,
+    make_study,
+    read_scores,
+)
+from tests.processes import SOURCE, free_port
 from tests.tracking.comparison import by_name, planned_points, points_of, runs_of
-from tests.tracking.servers import free_port
-from tests.tracking.trainings import history_of
+from tests.tracking.trainings import LAYOUT, history_of
 
 from consistency.base.arrays import write_table
 from consistency.base.errors import UserError
@@ -24,25 +34,19 @@ from consistency.base.files import read_json
 from consistency.config.job import Job
 from consistency.config.keys import key_of
 from consistency.config.paths import StudyPaths
-from consistency.config.study import Study
 from consistency.evaluation.scores import COLUMNS
 from consistency.tracking import server as tracking
 from consistency.tracking.records import Record, plan
 from consistency.tracking.server import tracking_uri, without_credentials
 from consistency.tracking.upload import track_study
 
-ROOT = Path(__file__).resolve().parents[2]
 NAMES = {"teacher", "ctm", "ctm seed 0", "ctm seed 1", "analytic", "analytic seed 0", "analytic seed 1", "report"}
 
 
-#: of the project that is the working directory
-LAYOUT = StudyPaths("small")
-
-
-def track(study: Study, layout: StudyPaths = LAYOUT) -> dict[str, Any]:
+def track(study: Job) -> dict[str, Any]:
     """Upload a study. Returns what tracked.json says."""
-    track_study(Job(study, layout))
-    return read_json(layout.track / "tracked.json", "track")
+    track_study(study)
+    return read_json(study.paths.track / "tracked.json", "track")
 
 
 def everything(client: Any) -> dict[str, Any]:
@@ -61,7 +65,7 @@ def planned(folder: Path, text: str) -> tuple[StudyPaths, dict[str, Record]]:
 
 @contextmanager
 def killed(method: str, call: int) -> Iterator[None]:
-    """Within the block, that call of a client's method is met by a Ctrl-C."""
+    """Meet that call of a client's method by a Ctrl-C, within the block."""
     from mlflow import MlflowClient
 
     calls, original = itertools.count(1), getattr(MlflowClient, method)
@@ -82,7 +86,7 @@ def artifacts(client: Any, run_id: str, folder: str = "") -> set[str]:
     return {item.path for item in found if not item.is_dir}.union(*below)
 
 
-def test_a_first_upload_makes_every_run(small_project: Study, client: Any) -> None:
+def test_a_first_upload_makes_every_run(small_project: Job, client: Any) -> None:
     tracked = track(small_project)
     runs = by_name(runs_of(client))
     assert set(runs) == NAMES == set(tracked["runs"])
@@ -98,7 +102,7 @@ def test_a_first_upload_makes_every_run(small_project: Study, client: Any) -> No
     assert f"/experiments/{tracked['experiment_id']}/" in tracked["url_hint"]
 
 
-def test_params_tags_and_data_say_what_a_run_is(small_project: Study, client: Any) -> None:
+def test_params_tags_and_data_say_what_a_run_is(small_project: Job, client: Any) -> None:
     track(small_project)
     runs = by_name(runs_of(client))
     seed = runs["analytic seed 1"]
@@ -108,10 +112,10 @@ def test_params_tags_and_data_say_what_a_run_is(small_project: Study, client: An
     assert runs["analytic"].data.params["seeds"] == "0, 1"
     assert {"network.kind": "mlp", "dataset.kind": "digits"}.items() <= runs["teacher"].data.params.items()
     card = read_json(LAYOUT.root / "students/analytic/seed1/card.json", "student")
-    assert seed.data.tags["study_hash"] == key_of(small_project, "report")
+    assert seed.data.tags["study_hash"] == key_of(small_project.study, "report")
     assert seed.data.tags["host"] == card["hardware"]["host"]
     # Those in which the students differ come first.
-    assert next(iter(plan(Job(small_project, LAYOUT))[2].params)) == "preconditioning"
+    assert next(iter(plan(small_project)[2].params)) == "preconditioning"
     facts, data = read_json(LAYOUT.dataset / "dataset.json", "dataset"), seed.inputs.dataset_inputs[0].dataset
     assert (data.name, data.digest) == ("digits", facts["sha256"][:32])
     assert json.loads(data.source) == {"uri": str((LAYOUT.dataset / "images.npy").resolve())}
@@ -133,10 +137,10 @@ def test_students_may_differ_in_sections_of_other_kinds(tmp_path: Path) -> None:
     assert (layout.flows, "flows") in uploads["report"].files
 
 
-def test_metrics_are_the_results(small_project: Study, client: Any) -> None:
+def test_metrics_are_the_results(small_project: Job, client: Any) -> None:
     ids = track(small_project)["runs"]
     runs = by_name(runs_of(client))
-    history = history_of(Job(small_project, LAYOUT, "ctm", 0))
+    history = history_of(small_project.of("ctm", 0))
     losses = client.get_metric_history(runs["ctm seed 0"].info.run_id, "training/dsm")
     assert [(m.step, m.value) for m in losses] == [(line["step"], line["dsm"]) for line in history]
     started = runs["ctm seed 0"].info.start_time
@@ -159,7 +163,7 @@ def test_metrics_are_the_results(small_project: Study, client: Any) -> None:
         assert [m.value for m in mean] == pytest.approx([(a.value + b.value) / 2 for a, b in zip(*seeds, strict=True)])
 
 
-def test_artifacts_hold_the_report_the_coefficients_and_the_cards(small_project: Study, client: Any) -> None:
+def test_artifacts_hold_the_report_the_coefficients_and_the_cards(small_project: Job, client: Any) -> None:
     ids = track(small_project)["runs"]
     assert artifacts(client, ids["report"]) == {
         "report.html",
@@ -181,7 +185,7 @@ def test_artifacts_hold_the_report_the_coefficients_and_the_cards(small_project:
 
 
 def test_a_second_upload_changes_nothing_that_a_person_has_edited_either(
-    small_project: Study, client: Any, capsys: pytest.CaptureFixture[str]
+    small_project: Job, client: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
     first = track(small_project)
     client.set_tag(first["runs"]["ctm"], "mlflow.note.content", "look here")
@@ -194,7 +198,7 @@ def test_a_second_upload_changes_nothing_that_a_person_has_edited_either(
 
 @pytest.mark.parametrize(("method", "call"), [("log_batch", 4), ("log_artifact", 6), ("set_terminated", 2)])
 def test_a_killed_upload_is_completed_without_doubles(
-    small_project: Study, client: Any, monkeypatch: pytest.MonkeyPatch, method: str, call: int
+    small_project: Job, client: Any, monkeypatch: pytest.MonkeyPatch, method: str, call: int
 ) -> None:
     monkeypatch.setattr(tracking, "BATCH", 10)
     with killed(method, call):
@@ -206,7 +210,7 @@ def test_a_killed_upload_is_completed_without_doubles(
     assert {run.info.run_id for run in left} <= {run.info.run_id for run in runs}
     assert sorted(run.info.run_name for run in runs) == sorted(NAMES)
     assert {run.info.status for run in runs} == {"FINISHED"}
-    for upload in plan(Job(small_project, LAYOUT)):
+    for upload in plan(small_project):
         run = next(run for run in runs if run.info.run_name == upload.name)
         assert points_of(client, run) == planned_points(upload)
         assert {path.name for path, _ in upload.files if path.is_file()} <= {
@@ -214,11 +218,11 @@ def test_a_killed_upload_is_completed_without_doubles(
         }
 
 
-def test_changed_results_make_new_runs_keep_the_old_and_may_come_back(small_project: Study, client: Any) -> None:
+def test_changed_results_make_new_runs_keep_the_old_and_may_come_back(small_project: Job, client: Any) -> None:
     shutil.copytree(LAYOUT.results, "aside")
     old = track(small_project)["runs"]
     kept = {name: points_of(client, client.get_run(old[name])) for name in ("ctm", "ctm seed 1")}
-    make_student(Job(small_project, LAYOUT, "ctm", 1), level=0.5)
+    make_student(small_project.of("ctm", 1), level=0.5)
     new = track(small_project)["runs"]
     assert {name for name in NAMES if new[name] != old[name]} == {"ctm", "ctm seed 1"}
     assert client.get_run(new["ctm seed 0"]).data.tags["mlflow.parentRunId"] == new["ctm"]
@@ -237,7 +241,7 @@ def test_changed_results_make_new_runs_keep_the_old_and_may_come_back(small_proj
     assert len(runs_of(client)) == len(NAMES) + 2
 
 
-def test_a_killed_upload_of_older_results_does_not_run_for_ever(small_project: Study, client: Any) -> None:
+def test_a_killed_upload_of_older_results_does_not_run_for_ever(small_project: Job, client: Any) -> None:
     with killed("log_artifact", 1):
         track(small_project)
     edit_card(LAYOUT.teacher / "card.json", lambda card: card["outputs"].update({"teacher.safetensors": "another"}))
@@ -245,17 +249,17 @@ def test_a_killed_upload_of_older_results_does_not_run_for_ever(small_project: S
     assert {run.info.status for run in runs_of(client)} == {"FINISHED", "KILLED"}
 
 
-def test_results_of_another_folder_are_left_alone(small_project: Study, client: Any) -> None:
+def test_results_of_another_folder_are_left_alone(small_project: Job, client: Any) -> None:
     first = track(small_project)["runs"]
-    other = StudyPaths(small_project.name, Path("elsewhere"))
-    shutil.copytree(LAYOUT.results, other.results)
-    make_student(Job(small_project, other, "ctm", 1), level=0.5)
-    second = track(small_project, other)["runs"]
+    other = Job(small_project.study, StudyPaths("small", Path("elsewhere")))
+    shutil.copytree(LAYOUT.results, other.paths.results)
+    make_student(other.of("ctm", 1), level=0.5)
+    second = track(other)["runs"]
     assert second["ctm seed 1"] != first["ctm seed 1"]
     assert client.get_run(first["ctm seed 1"]).data.tags["state"] == "current"
 
 
-def test_values_that_are_not_finite_are_left_out(small_project: Study, client: Any) -> None:
+def test_values_that_are_not_finite_are_left_out(small_project: Job, client: Any) -> None:
     path = LAYOUT.root / "scores/ctm/seed0.csv"
     rows: list[dict[str, Any]] = list(read_scores(path))
     rows[0]["fd"], rows[1]["kid"] = "inf", "nan"
@@ -293,11 +297,7 @@ def test_further_ema_rates_are_metrics_with_a_suffix(tmp_path: Path) -> None:
 
 
 def test_an_official_teacher_has_no_history_and_no_training_time(tmp_path: Path) -> None:
-    text = SMALL.replace("{sigma_data: measured}", "{sigma_data: 0.5}").replace(
-        "{kind: trained, network: {kind: mlp, width: 32, depth: 2}, steps: 400, batch: 32, log_every: 100}",
-        "{kind: edm, checkpoint: edm-cifar10-32x32-uncond-vp.pkl}",
-    )
-    _, uploads = planned(tmp_path, text)
+    _, uploads = planned(tmp_path, OFFICIAL)
     teacher = uploads["teacher"]
     assert teacher.params["checkpoint"] == "edm-cifar10-32x32-uncond-vp.pkl"
     assert teacher.params["dataset.kind"] == "digits"
@@ -313,25 +313,24 @@ def test_an_official_teacher_has_no_history_and_no_training_time(tmp_path: Path)
         ("teacher/card.json", "teacher"),
     ],
 )
-def test_missing_results_name_the_verb(small_project: Study, missing: str, verb: str) -> None:
+def test_missing_results_name_the_verb(small_project: Job, missing: str, verb: str) -> None:
     (LAYOUT.root / missing).unlink()
     with pytest.raises(UserError, match=f"`python -m consistency {verb}`"):
         track(small_project)
 
 
-def test_stale_results_are_refused(small_project: Study) -> None:
-    longer = make_study(Path("studies"), "small", SMALL.replace("batch: 16", "batch: 8"))
-    with pytest.raises(UserError, match=r"student\.batch: there 16, here 8"):
-        track(longer)
+def test_stale_results_are_refused(small_project: Job) -> None:
+    other = Job(make_study(Path("studies"), "small", SMALL.replace("batch: 16", "batch: 8")), small_project.paths)
+    assert "student.batch: there 16, here 8" in mistake(track, other)
 
 
-def test_a_deleted_experiment_is_not_revived_silently(small_project: Study, client: Any) -> None:
+def test_a_deleted_experiment_is_not_revived_silently(small_project: Job, client: Any) -> None:
     client.delete_experiment(track(small_project)["experiment_id"])
     with pytest.raises(UserError, match="mlflow experiments restore"):
         track(small_project)
 
 
-def test_a_server_that_is_down_is_one_line_soon(small_project: Study, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_server_that_is_down_is_one_line_soon(small_project: Job, monkeypatch: pytest.MonkeyPatch) -> None:
     port = free_port()
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://me:hunter2@127.0.0.1:{port}")
     started = time.monotonic()
@@ -347,7 +346,7 @@ POSTGRES = "postgresql://me:hunter2@127.0.0.1:1/db?x=hunter2"
 
 @pytest.mark.parametrize("uri", ["file:///tmp/nowhere", "nonsense://x", "sqlite:///broken.db", POSTGRES])
 def test_an_address_mlflow_cannot_use_is_one_line(
-    small_project: Study, monkeypatch: pytest.MonkeyPatch, uri: str
+    small_project: Job, monkeypatch: pytest.MonkeyPatch, uri: str
 ) -> None:
     Path("broken.db").write_text("this is not a database, and it is long enough to be looked at " * 20)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
@@ -394,8 +393,8 @@ def test_a_sqlite_address_is_absolute(monkeypatch: pytest.MonkeyPatch, tmp_path:
 
 
 def test_nothing_phones_home() -> None:
-    """As in a person's shell: no sign of continuous integration, which would end telemetry by itself."""
+    """The shell is a person's: no sign of continuous integration, which would end telemetry by itself."""
     shell = {name: os.environ[name] for name in ("PATH", "HOME") if name in os.environ}
     command = "from consistency.tracking.server import connect; connect('sqlite:///mlflow.db')\n"
     command += "from mlflow.telemetry import get_telemetry_client; assert get_telemetry_client() is None"
-    subprocess.run([sys.executable, "-c", command], env=shell | {"PYTHONPATH": str(ROOT / "src")}, check=True)
+    subprocess.run([sys.executable, "-c", command], env=shell | {"PYTHONPATH": SOURCE}, check=True)

@@ -1,15 +1,14 @@
 """Eight trainings at once into one place: nothing is lost, nothing is there twice, and there is one of everything."""
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from tests.processes import ROOT, SOURCE, run_python
 from tests.tracking.comparison import assert_complete, ids
-from tests.tracking.servers import PASSWORD, ROOT, TrackingServer, environment
+from tests.tracking.servers import PASSWORD, TrackingServer
 from tests.tracking.trainings import EIGHT, finished_study
 
-from consistency.tracking.live import EVERY
+from consistency.tracking.live import EVERY, LIVE
 from consistency.tracking.records import plan
 from consistency.tracking.server import connect, send_points
 from consistency.tracking.upload import track_study
@@ -54,20 +53,11 @@ def test_eight_writers(
     if server is not None:
         assert PASSWORD not in server.log
     if store == "postgres_server":
-        assert request.getfixturevalue("cluster").tables_holding(server.store, PASSWORD) == []
+        assert request.getfixturevalue("postgresql").tables_holding(server.store, PASSWORD) == []
 
 
 def eight_writers(folder: Path, **variables: str) -> str:
     """Run them to their good end. Returns what they said."""
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.tracking.writers"],
-        cwd=folder,
-        env=environment(PYTHONPATH=f"{ROOT / 'src'}:{ROOT}", **{EVERY: "0.2"}, **variables),
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stdout
-    return done.stdout
+    variables |= {LIVE: "1", EVERY: "0.2", "PYTHONPATH": f"{SOURCE}:{ROOT}"}
+    done = run_python("-m", "tests.tracking.writers", folder=folder, **variables)
+    return done.stdout + done.stderr

@@ -11,9 +11,12 @@ from tests.fake_results import SMALL, edit_card, make_finished
 
 from consistency.base.files import read_history
 from consistency.config.job import Job
+from consistency.config.paths import StudyPaths
 from consistency.tracking.live import Follower, followed
 from consistency.training.folder import append, prepare, read_identity
 
+#: of the project that is the working directory
+LAYOUT = StudyPaths("small")
 #: two students with two or four seeds: trainings of 50 lines
 FOUR = SMALL.replace("steps: 60, ", "steps: 500, ")
 EIGHT = FOUR.replace("seeds: [0, 1]", "seeds: [0, 1, 2, 3]")

@@ -1,13 +1,11 @@
 """Several processes train as one would: torchrun on the CPU, with gloo, through the real verb."""
 
 import json
-import os
 import re
 import shutil
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,11 +14,10 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from tests.conftest import WriteStudy
+from tests.processes import SOURCE, environment, start_in, wait_until
 
 from consistency.config.paths import StudyPaths
-
-ROOT = Path(__file__).parents[2]
-WriteStudy = Callable[..., Path]
 
 
 @dataclass
@@ -33,18 +30,8 @@ class Trainer:
 
     def start(self, *words: str) -> subprocess.Popen[str]:
         command = [sys.executable, "-m", "consistency", "student", "--study", str(self.study), "--student", self.name]
-        command += ["--seed", "0", "--device", "cpu", "--results", str(self.folder / "results")]
-        variables = {k: v for k, v in os.environ.items() if not k.startswith(("CONSISTENCY_", "TORCHELASTIC", "SLURM"))}
-        with (self.folder / "output.txt").open("a") as output:
-            return subprocess.Popen(
-                [*command, "--state", str(self.folder / "state"), *words],
-                cwd=ROOT,
-                env=variables | {"PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1"},
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                text=True,
-                start_new_session=True,
-            )
+        command += ["--seed", "0", "--device", "cpu", *words]
+        return start_in(self.folder, command, environment(PYTHONPATH=SOURCE), self.folder / "output.txt", mode="a")
 
     def run(self, *words: str) -> None:
         process = self.start(*words)
@@ -105,11 +92,7 @@ def test_stopped_on_two_processes_it_goes_on_with_one(trainer: Callable[..., Tra
     whole.run()
     process = parts.start("--processes", "2")
     history = StudyPaths("tiny", state=parts.folder / "state").training_state("ctm", 0) / "history.jsonl"
-    deadline = time.monotonic() + 120
-    while not (history.exists() and history.read_text()):
-        assert time.monotonic() < deadline, parts.output
-        assert process.poll() is None, parts.output
-        time.sleep(0.02)
+    wait_until(lambda: (history.exists() and history.read_text()) or process.poll() is not None, "a line of it", 120)
     process.send_signal(signal.SIGTERM)
     assert process.wait(timeout=120) == 128 + signal.SIGTERM
     assert "state saved" in parts.output

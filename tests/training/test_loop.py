@@ -1,6 +1,5 @@
 """The training loop: interrupted anywhere it gives the same bits, and it never trains on from a bad state."""
 
-import json
 import math
 import os
 import shutil
@@ -16,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from tests.nets.small import make_denoiser
+from tests.repeatable import repeatable
 
 from consistency.base import locks
 from consistency.base.errors import UserError
@@ -129,9 +129,8 @@ def result(folder: Path) -> dict[str, Any]:
 
 
 def history(folder: Path) -> list[dict[str, float]]:
-    timed = ("seconds", "images_per_second", "time_", "peak_")
-    lines = [json.loads(line) for line in (folder / "history.jsonl").read_text().splitlines()]
-    return [{name: value for name, value in line.items() if not name.startswith(timed)} for line in lines]
+    lines: list[dict[str, float]] = repeatable(folder / "history.jsonl")
+    return lines
 
 
 #: bit for bit, through dictionaries and lists

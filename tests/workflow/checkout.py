@@ -11,16 +11,13 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Self
 
-import numpy as np
 import psutil
 import yaml
-from safetensors.numpy import load_file
-from tests.conftest import put
-from tests.tracking.servers import ROOT, environment, start_in
+from tests.conftest import Changes, put
+from tests.processes import ROOT, environment, run_python, start_in, wait_until
+from tests.repeatable import repeatable
 
 COPIED = ["Snakefile", "Makefile", "environment.yml", "config", "profiles", "slurm", "workflow", "src"]
-#: keys of a history that no run can repeat begin so: times, speeds, memory
-UNREPEATABLE = ("seconds", "images_per_second", "time_", "peak_")
 #: the files of results that the same study has bit for bit
 NUMBERS = ["dataset/*.npy", "**/*.safetensors", "**/*.npz", "**/*.csv", "samples/**/*.npy", "**/history.jsonl"]
 #: a student that trains long enough to be disturbed
@@ -39,7 +36,7 @@ class Checkout:
     def environment(self) -> dict[str, str]:
         """The outside's, without what a surrounding workflow, make or MLflow would bring in."""
         # Snakemake asks an installed Slurm at every start; one that is not running answers after 9 seconds.
-        return environment(CONSISTENCY_LIVE="0", SLURM_CONF=os.devnull) | self.variables
+        return environment() | self.variables
 
     def start(self, *words: str) -> subprocess.Popen[str]:
         """Snakemake in a process group of its own, as a shell starts it; its output goes to output.txt."""
@@ -53,9 +50,15 @@ class Checkout:
         environment = {"PYTHONPATH": str(self.path / "src"), "CORES": "2"} | self.environment
         return start_in(self.path, [sys.executable, "-m", *words], environment, self.path / "output.txt")
 
+    def verb(self, *words: str) -> str:
+        """Run a verb, which must end well. Returns what it printed."""
+        variables = {"PYTHONPATH": str(self.path / "src")} | self.variables
+        return run_python("-m", "consistency", *words, folder=self.path, **variables).stdout
+
     @property
     def output(self) -> str:
-        return (self.path / "output.txt").read_text()
+        file = self.path / "output.txt"
+        return file.read_text() if file.exists() else ""
 
     def interrupt(self, run: subprocess.Popen[str]) -> int:
         """Press Ctrl-C if it is at work, and wait for its end, on a cluster for its next look at the jobs. Returns its
@@ -80,7 +83,7 @@ class Checkout:
         runs = [(name, re.search(r"student=([\w-]+)", text)) for name, text in blocks if name != "all"]
         return {f"{name} {run[1]}" if run else name for name, run in runs}
 
-    def change(self, changes: dict[str, Any], name: str = "tiny") -> Self:
+    def change(self, changes: Changes, name: str = "tiny") -> Self:
         """Set dotted keys of the study, here or in a copy of another name."""
         file = self.path / f"config/studies/{self.study}.yaml"
         content = put(yaml.safe_load(file.read_text()), {"name": name, **changes})
@@ -103,25 +106,29 @@ class Checkout:
         folders = [self.path / name for name in ("results", "state", "logs")]
         return [file for folder in folders for file in folder.rglob("*.tmp")]
 
+    def states(self) -> list[Path]:
+        """The files of trainings and samplings that go on; the marks of what is due are none."""
+        files = (file for file in (self.path / "state").rglob("*") if file.is_file())
+        return [file for file in files if "due" not in file.relative_to(self.path).parts]
+
+    def reaches(self, run: subprocess.Popen[str], step: int) -> None:
+        """Wait until the student ctm of a run has passed that step."""
+        wait_until(lambda: self.step("ctm") >= step or run.poll() is not None, f"step {step}")
+        assert run.poll() is None, self.output
+
+    def ends(self, run: subprocess.Popen[str]) -> None:
+        """Wait for the end of every process of a stopped run, Snakemake too, which nobody waits for until then."""
+        wait_until(lambda: self.processes() == [], "the end of every process")
+        assert run.wait(timeout=60) != 0
+
     def processes(self) -> list[psutil.Process]:
         """Processes at work in this copy."""
         return processes_in(self.path)
 
     def results(self, *patterns: str) -> dict[str, Any]:
-        """What the result files of those patterns say, without what no run can repeat: times and speeds."""
+        """The contents of the result files of those patterns, without what no run can repeat: times and speeds."""
         root = self.path / "results" / self.study
-        return {str(file.relative_to(root)): said(file) for pattern in patterns for file in root.glob(pattern)}
-
-
-def said(file: Path) -> Any:
-    """What a result file says, bit for bit, without what no run can repeat."""
-    if file.suffix in (".safetensors", ".npz"):
-        arrays = load_file(file) if file.suffix == ".safetensors" else np.load(file)
-        return {name: array.tobytes() for name, array in arrays.items()}
-    if file.suffix == ".jsonl":
-        lines = [json.loads(line) for line in file.read_text().splitlines()]
-        return [{k: v for k, v in line.items() if not k.startswith(UNREPEATABLE)} for line in lines]
-    return file.read_bytes()
+        return {str(file.relative_to(root)): repeatable(file) for pattern in patterns for file in root.glob(pattern)}
 
 
 def processes_in(folder: Path) -> list[psutil.Process]:

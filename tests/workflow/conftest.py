@@ -22,14 +22,14 @@ def end_all_in(folder: Path) -> None:
 
 @pytest.fixture(autouse=True)
 def nothing_runs_on(tmp_path: Path) -> Iterator[None]:
-    """What a failing test has left at work ends with it."""
+    """Processes that a failing test has left at work end with it."""
     yield
     end_all_in(tmp_path)
 
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """Where the repositories of a module's tests lie; nothing is at work there in the end."""
+    """The folder of the repositories of a module's tests; nothing is at work there in the end."""
     folder = tmp_path_factory.mktemp("dvc").resolve()
     yield folder
     end_all_in(folder)

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from tests.tracking.servers import start_in
+from tests.conftest import Changes
+from tests.processes import start_in
 from tests.workflow.checkout import Checkout, fresh
 
 #: what a repository has beside what the workflow needs
@@ -90,20 +91,17 @@ class Repo:
         return ran
 
     def snakemakes(self) -> int:
-        """How often Snakemake has run jobs here."""
+        """The number of times that Snakemake has run jobs here."""
         return sum("Job stats:" in log.read_text() for log in (self.path / ".snakemake/log").glob("*.log"))
 
     def changed(self) -> set[str]:
         """The stages that `dvc status` would run."""
         return set(re.findall(r"(?m)^(\S+):$", self.dvc("status")))
 
-    def set(self, changes: dict[str, Any], name: str = "tiny") -> None:
+    def set(self, changes: Changes, name: str = "tiny") -> None:
         """Set dotted keys of the study, or of a copy of another name, and write its pipeline."""
         self.checkout.change(changes, name)
-        words = [sys.executable, "-m", "consistency", "dvc", name]
-        environment = self.environment | {"PYTHONPATH": str(self.path / "src")}
-        text = subprocess.run(words, cwd=self.path, env=environment, capture_output=True, text=True, check=True).stdout
-        (self.path / "dvc.yaml").write_text(text)
+        (self.path / "dvc.yaml").write_text(self.checkout.verb("dvc", name))
 
     def commit(self, message: str) -> None:
         self.git("add", "--all")
@@ -113,7 +111,7 @@ class Repo:
         return replace(self, path=shutil.copytree(self.path, path, symlinks=True))
 
     def clone(self, path: Path) -> "Repo":
-        """What somebody else gets: what is committed, and nothing of DVC's."""
+        """The clone that somebody else gets: what is committed, and nothing of DVC's."""
         self.git("clone", "--quiet", ".", str(path))
         return replace(self, path=path)
 

@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from tests.conftest import Changes
+from tests.nets.small import UNET
 from tests.tracking.servers import web_server
 from tests.workflow.checkout import Checkout
 
@@ -58,7 +60,7 @@ BY_CLASSIFIER = {
 
 @dataclass
 class Site:
-    """Where the files of a checkout's registry are published, and what was asked for."""
+    """A place where the files of a checkout's registry are published, and what was asked for."""
 
     folder: Path
     url: str
@@ -93,9 +95,8 @@ def serving(folder: Path) -> Iterator[Site]:
 
 def teacher(**architecture: Any) -> Denoiser:
     """A small network of an official kind."""
-    small = {"img_channels": 3, "model_channels": 8, "channel_mult": [1, 2], "num_blocks": 1, "attn_resolutions": [4]}
-    return init_denoiser({**small, **architecture}, 0).eval()
+    return init_denoiser(UNET | {"img_channels": 3, "model_channels": 8} | architecture, 0).eval()
 
 
-def miniature(checkout: Checkout, study: str, changes: dict[str, Any]) -> Checkout:
+def miniature(checkout: Checkout, study: str, changes: Changes) -> Checkout:
     return Checkout(checkout.path, study).change({**SMALL, **changes}, study)

@@ -34,7 +34,7 @@ def cifar10(checkout: Checkout, site: Site) -> Checkout:
 
 
 @pytest.mark.slow
-def test_cifar10_with_an_official_teacher(cifar10: Checkout, site: Site) -> None:
+def test_cifar10_runs_with_an_official_teacher(cifar10: Checkout, site: Site) -> None:
     """A teacher whose FID is off stops the study before a student is trained; a larger tolerance lets it go on."""
     assert cifar10.run() != 0
     assert "error: the teacher's FID is" in cifar10.output

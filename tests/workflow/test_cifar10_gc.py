@@ -36,7 +36,7 @@ def small(checkout: Checkout, site: Site) -> Checkout:
 
 
 @pytest.mark.slow
-def test_cifar10_without_a_teacher(small: Checkout, site: Site) -> None:
+def test_cifar10_runs_without_a_teacher(small: Checkout, site: Site) -> None:
     """Only the archive is asked for; every arm is trained, scored and in the report; then nothing is left to do."""
     small.done()
     assert site.asked == {"cifar-10-python.tar.gz": 1}

@@ -1,13 +1,11 @@
 """Consistency training in the workflow: which student waits for which."""
 
-from typing import Any
-
 import yaml
-from tests.conftest import changed
+from tests.conftest import Changes, changed
 from tests.workflow.checkout import Checkout
 
 
-def test_a_student_waits_for_the_one_that_it_is_made_from(checkout: Checkout, untaught: dict[str, Any]) -> None:
+def test_a_student_waits_for_the_one_that_it_is_made_from(checkout: Checkout, untaught: Changes) -> None:
     students = {
         "full": {"coupling": "gc", "mu": 1.0, "predictor": {"run": "ic"}},
         "weak": {"coupling": "gc", "mu": 1.0, "predictor": {"run": "ic", "step": 3}},

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.conftest import Changes
 from tests.workflow.dvc_repo import JOBS, PLAN, Repo, origin
 
 pytestmark = pytest.mark.slow
@@ -19,7 +20,7 @@ def of(*runs: str) -> set[str]:
 
 
 @pytest.fixture(scope="module")
-def reproduced(home: Path, untaught: dict[str, Any]) -> Repo:
+def reproduced(home: Path, untaught: Changes) -> Repo:
     """The study of couplings in which `dvc repro` ran, its dvc.lock committed, all pushed to a remote in a folder.
 
     The student that is made from another comes first in the study's file.
@@ -41,7 +42,7 @@ def reproduced(home: Path, untaught: dict[str, Any]) -> Repo:
 
 
 def card(repo: Repo, run: str) -> dict[str, Any]:
-    """What a student's card says."""
+    """The content of a student's card."""
     return json.loads((repo.path / f"results/tiny/students/{run}/seed0/card.json").read_text())  # type: ignore[no-any-return]
 
 

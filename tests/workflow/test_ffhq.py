@@ -11,7 +11,7 @@ from consistency.nets.checkpoint import read_metadata
 
 
 @pytest.mark.slow
-def test_ffhq_from_a_zip_with_every_student(checkout: Checkout, site: Site) -> None:
+def test_ffhq_runs_from_a_zip_with_every_student(checkout: Checkout, site: Site) -> None:
     """ffhq64: a zip of images, the five students, two EMA rates."""
     files = {f"images1024x1024/{name}": content for name, content in ffhq_files(24, size=20).items()}
     write_zip(checkout.path / "ffhq.zip", files)

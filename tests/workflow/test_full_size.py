@@ -25,7 +25,7 @@ PROFILE = Path("workflow/profiles/slurm/config.yaml")
 
 @pytest.mark.parametrize("study", FIRST_PAPER | SECOND_PAPER)
 def test_a_dry_run_shows_every_job_of_the_study(checkout: Checkout, study: str) -> None:
-    """With neither data nor teacher at hand."""
+    """It needs neither data nor teacher."""
     downloads, trainings = (FIRST_PAPER | SECOND_PAPER)[study]
     text = Checkout(checkout.path, study).done("-n", "--quiet", "rules")
     jobs = {name: int(count) for name, count in re.findall(r"(?m)^(\w+) +(\d+)$", text)}

@@ -10,7 +10,7 @@ from tests.workflow.miniatures import BY_CLASSIFIER, Site, miniature, teacher
 
 
 @pytest.mark.slow
-def test_imagenet_from_its_tar_on_two_processes(checkout: Checkout, site: Site) -> None:
+def test_imagenet_runs_from_its_tar_on_two_processes(checkout: Checkout, site: Site) -> None:
     """imagenet64: the tar of tars, an ADM teacher with labels, churn, and torchrun as the student rule starts it."""
     imagenet_tar(checkout.path / "train.tar", imagenet_files(6))
     network = {"network": "adm", "img_resolution": 8, "label_dim": 3, "model_channels": 8, "attn_resolutions": []}

@@ -5,7 +5,7 @@ import signal
 import subprocess
 
 import pytest
-from tests.tracking.servers import wait_until
+from tests.processes import wait_until
 from tests.workflow.checkout import LONGER, NUMBERS, Checkout
 
 pytestmark = pytest.mark.slow
@@ -50,14 +50,8 @@ class Trainee:
     def start(self, until: int) -> subprocess.Popen[str]:
         """Run until the training has passed that step. Returns Snakemake, which leads its process group."""
         run = self.checkout.reproduce(self.target)
-        wait_until(lambda: self.checkout.step("ctm") >= until or run.poll() is not None, f"step {until}")
-        assert run.poll() is None, self.checkout.output
+        self.checkout.reaches(run, until)
         return run
-
-    def stopped(self, run: subprocess.Popen[str]) -> None:
-        """Wait for the end of every process, Snakemake's too, which nobody waits for until then."""
-        wait_until(lambda: self.checkout.processes() == [], "the end of every process")
-        assert run.wait(timeout=60) != 0
 
     def numbers(self) -> dict[str, object]:
         return self.checkout.results(
@@ -66,19 +60,19 @@ class Trainee:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(finished: Checkout, tmp_path_factory: pytest.TempPathFactory) -> Trainee:
-    trainee = Trainee(finished.copy(tmp_path_factory.mktemp("undisturbed") / "copied"))
+def uninterrupted(finished: Checkout, tmp_path_factory: pytest.TempPathFactory) -> Trainee:
+    trainee = Trainee(finished.copy(tmp_path_factory.mktemp("uninterrupted") / "copied"))
     trainee.checkout.done(trainee.target)
     return trainee
 
 
-def test_a_student_stopped_thrice_has_the_same_bits(copied: Checkout, undisturbed: Trainee) -> None:
+def test_a_student_stopped_thrice_has_the_same_bits(copied: Checkout, uninterrupted: Trainee) -> None:
     student = Trainee(copied)
 
     # Ctrl-C: the terminal sends it to the whole group.
     run = student.start(until=100)
     os.killpg(run.pid, signal.SIGINT)
-    student.stopped(run)
+    student.checkout.ends(run)
     assert "student ctm seed 0: stopped at step" in student.checkout.output
     assert "Traceback" not in student.checkout.output
     assert (student.state / "state.pt").exists()
@@ -87,7 +81,7 @@ def test_a_student_stopped_thrice_has_the_same_bits(copied: Checkout, undisturbe
     # kill -9 of Snakemake alone: the trainer notices, saves and leaves.
     run = student.start(until=300)
     run.kill()
-    student.stopped(run)
+    student.checkout.ends(run)
     assert "student ctm seed 0: continues from step" in student.log.read_text()
     assert "student ctm seed 0: stopped at step" in student.log.read_text()
     assert student.checkout.litter() == []
@@ -95,12 +89,12 @@ def test_a_student_stopped_thrice_has_the_same_bits(copied: Checkout, undisturbe
     # kill -9 of everything: what was trained since the last save is trained again.
     run = student.start(until=500)
     os.killpg(run.pid, signal.SIGKILL)
-    student.stopped(run)
+    student.checkout.ends(run)
 
     assert student.checkout.reproduce(student.target).wait(timeout=600) == 0, student.checkout.output
     assert "An earlier run was killed; resuming it." in student.checkout.output
     assert "student ctm seed 0: continues from step" in student.log.read_text()
-    found, expected = student.numbers(), undisturbed.numbers()
+    found, expected = student.numbers(), uninterrupted.numbers()
     assert len(found) >= 8
     assert found == expected
     assert not student.state.exists()

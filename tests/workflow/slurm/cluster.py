@@ -17,8 +17,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import psutil
+from tests.processes import ROOT, environment, free_port, start_in, wait_until
 from tests.tracking.debian import needs_debian
-from tests.tracking.servers import ROOT, environment, free_port, start_in, wait_until
 
 NODES = ("one", "two")
 #: the programs that a cluster needs, and the packages they are in
@@ -112,14 +112,14 @@ class Cluster:
         process.wait(60)
 
     def ask(self, *words: str) -> str:
-        """What one of Slurm's commands says."""
+        """Ask one of Slurm's commands. Returns what it says."""
         done = subprocess.run(
             [str(self.folder / "bin" / words[0]), *words[1:]], capture_output=True, text=True, timeout=60, check=True
         )
         return done.stdout
 
     def answers(self) -> bool:
-        """Whether the controller is there."""
+        """Tell whether the controller is there."""
         with suppress(subprocess.CalledProcessError):
             return "UP" in self.ask("scontrol", "ping")
         return False
@@ -130,7 +130,7 @@ class Cluster:
         return {node for node, state in map(str.split, lines) if state == "idle"}
 
     def jobs(self) -> list[dict[str, str]]:
-        """What `scontrol show job` says of all that ran in the last minutes, oldest first."""
+        """The fields that `scontrol show job` has of all that ran in the last minutes, oldest first."""
         lines = self.ask("scontrol", "--oneliner", "show", "job").splitlines()
         fields = [dict(re.findall(r"(\S+?)=(.*?) *(?= \S+=|$)", line)) for line in lines]
         return sorted((job for job in fields if "JobId" in job), key=lambda job: int(job["JobId"]))
@@ -141,7 +141,7 @@ class Cluster:
 
     @contextmanager
     def drained(self, node: str) -> Iterator[None]:
-        """Within the block, no job starts on a node."""
+        """Let no job start on a node, within the block."""
         self.ask("scontrol", "update", f"NodeName={node}", "State=DRAIN", "Reason=a test")
         try:
             yield

@@ -12,7 +12,7 @@ from typing import Any, Self
 import psutil
 import torch
 import yaml
-from tests.tracking.servers import start_in, wait_until
+from tests.processes import start_in, wait_until
 from tests.workflow.checkout import Checkout
 from tests.workflow.slurm.cluster import Cluster
 
@@ -73,7 +73,7 @@ class LoginNode(Checkout):
         return replace(self, variables=self.variables | variables)
 
     def jobs(self, name: str = "") -> list[dict[str, str]]:
-        """What Slurm says of the jobs of this checkout whose rule and wildcards hold a name, oldest first."""
+        """Slurm's fields of the jobs of this checkout whose rule and wildcards hold a name, oldest first."""
         jobs = [job for job in self.cluster.jobs() if job["WorkDir"] == str(self.path)]
         return [job for job in jobs if name in job["Comment"]]
 
@@ -87,7 +87,7 @@ class LoginNode(Checkout):
         return f"results/{self.study}/students/{run}/seed0/student.safetensors"
 
     def log(self, run: str) -> str:
-        """What the last job of a student has said."""
+        """The output of the last job of a student."""
         return (self.path / f"logs/{self.study}/student/{run}-seed0.log").read_text()
 
     def trainers(self, run: str) -> list[psutil.Process]:
@@ -133,7 +133,7 @@ def thaw_when_called(trainers: list[psutil.Process], signum: int) -> None:
 
 
 def _called(process: psutil.Process, signum: int) -> bool:
-    """Whether a signal waits for a process, or the process is gone."""
+    """Tell whether a signal waits for a process, or the process is gone."""
     try:
         status = Path(f"/proc/{process.pid}/status").read_text()
     except FileNotFoundError:
@@ -143,8 +143,8 @@ def _called(process: psutil.Process, signum: int) -> bool:
 
 
 def scored(checkout: Checkout, run: str) -> dict[str, Any]:
-    """What a student is and makes: its weights at all snapshots, its history, and, drawn and scored here, its samples
-    and scores. Its name is taken out."""
+    """The numbers that a student is and makes: its weights at all snapshots, its history, and, drawn and scored here,
+    its samples and scores. Its name is taken out."""
     study = load_study(checkout.path / f"config/studies/{checkout.study}.yaml")
     layout = StudyPaths(study.name, checkout.path / "results", checkout.path / "state")
     make_samples(Job(study, layout, run, 0), torch.device("cpu"))

@@ -8,7 +8,7 @@ from threading import Thread
 from typing import Any
 
 import pytest
-from tests.tracking.servers import wait_until
+from tests.processes import wait_until
 from tests.workflow.checkout import LONGER, Checkout
 from tests.workflow.slurm.cluster import NODES, Cluster
 from tests.workflow.slurm.submitting import LoginNode, differing, login, scored, thaw, thaw_when_called
@@ -54,34 +54,34 @@ def disturbed(cluster: Cluster, finished: Checkout, tmp_path_factory: pytest.Tem
 
 
 @pytest.mark.parametrize("run", STUDENTS)
-def test_the_same_bits(disturbed: LoginNode, undisturbed: dict[str, Any], run: str) -> None:
+def test_every_result_has_the_same_bits(disturbed: LoginNode, undisturbed: dict[str, Any], run: str) -> None:
     assert differing(scored(disturbed, run), undisturbed) == []
 
 
 def ends(node: LoginNode, run: str) -> list[str]:
-    """How a student's jobs ended."""
+    """The ends of a student's jobs."""
     return [job["JobState"] for job in node.jobs(f"_{run}_")]
 
 
 def restarts(node: LoginNode, run: str) -> list[int]:
-    """How often Slurm started each of a student's jobs again."""
+    """The number of times that Slurm started each of a student's jobs again."""
     return [int(job["Restarts"]) for job in node.jobs(f"_{run}_")]
 
 
-def said(node: LoginNode, run: str) -> list[str]:
-    """What the jobs of a student have said, every time that they were started."""
+def logs_of(node: LoginNode, run: str) -> list[str]:
+    """The output of a student's jobs, every time that they were started."""
     return [Path(job["StdOut"]).read_text() for job in node.jobs(f"_{run}_")]
 
 
 def test_daemons_that_restart_disturb_no_job(disturbed: LoginNode) -> None:
     assert ends(disturbed, "ctm") == ["COMPLETED"]
     assert restarts(disturbed, "ctm") == [0]
-    assert "continues from step" not in said(disturbed, "ctm")[0]
+    assert "continues from step" not in logs_of(disturbed, "ctm")[0]
 
 
 def test_a_cancelled_training_saves_and_is_submitted_again(disturbed: LoginNode) -> None:
     assert ends(disturbed, "cancelled") == ["CANCELLED", "COMPLETED"]
-    first, second = said(disturbed, "cancelled")
+    first, second = logs_of(disturbed, "cancelled")
     assert "student cancelled seed 0: stopped at step" in first
     assert "student cancelled seed 0: continues from step" in second
 
@@ -94,7 +94,7 @@ def test_a_killed_training_is_submitted_again(disturbed: LoginNode) -> None:
 def test_a_training_whose_time_is_over_goes_on_in_the_same_job(disturbed: LoginNode) -> None:
     assert ends(disturbed, "limited")[-1] == "COMPLETED"
     assert restarts(disturbed, "limited")[0] >= 1
-    first = said(disturbed, "limited")[0]
+    first = logs_of(disturbed, "limited")[0]
     assert "student limited seed 0: stopped at step" in first
     assert "time limit reached: Slurm has requeued the job" in first
     assert "student limited seed 0: continues from step" in first
@@ -104,7 +104,7 @@ def test_where_slurm_does_not_start_it_again_snakemake_submits_it_again(disturbe
     assert ends(disturbed, "refused")[0] in ("FAILED", "TIMEOUT")
     assert restarts(disturbed, "refused")[0] == 0
     assert ends(disturbed, "refused")[-1] == "COMPLETED"
-    logs = said(disturbed, "refused")
+    logs = logs_of(disturbed, "refused")
     assert "Slurm did not requeue this job" in logs[0]
     assert any("student refused seed 0: continues from step" in log for log in logs[1:])
 
@@ -114,4 +114,4 @@ def test_jobs_leave_a_database_on_a_shared_disk_alone_and_nothing_behind(
 ) -> None:
     assert (disturbed.path / "mlflow.db").read_bytes() == (finished.path / "mlflow.db").read_bytes()
     assert disturbed.litter() == []
-    assert [file for file in (disturbed.path / "state").rglob("*") if file.is_file() and "due" not in file.parts] == []
+    assert disturbed.states() == []

@@ -1,11 +1,11 @@
-"""What happens on the login node: Snakemake is killed or interrupted, and the next run goes on."""
+"""Snakemake is killed or interrupted on the login node, and the next run goes on."""
 
 import os
 import signal
 from typing import Any
 
 import pytest
-from tests.tracking.servers import wait_until
+from tests.processes import wait_until
 from tests.workflow.checkout import LONGER, Checkout
 from tests.workflow.slurm.cluster import NODES, Cluster
 from tests.workflow.slurm.submitting import differing, login, scored, thaw

@@ -1,15 +1,13 @@
-"""What cannot work is said in one line, and before anything is submitted if Slurm knows it before."""
+"""A request that cannot work is one line, before anything is submitted if Slurm knows it before."""
 
-import os
 import re
 import subprocess
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
 from tests.workflow.checkout import Checkout, fresh
-from tests.workflow.slurm.cluster import COMMANDS, Cluster
+from tests.workflow.slurm.cluster import Cluster
 from tests.workflow.slurm.submitting import LoginNode, login
 
 pytestmark = [pytest.mark.slow, pytest.mark.slurm]
@@ -50,21 +48,10 @@ def refusal(node: LoginNode) -> str:
         ({"slurm_partition": "short"}, "rule dataset asks for 720 minutes, but partition short gives 2 at most"),
     ],
 )
-def test_what_the_cluster_cannot_give(
+def test_what_the_cluster_cannot_give_is_not_submitted(
     cluster: Cluster, checkout: Checkout, resources: dict[str, Any], said: str
 ) -> None:
     assert re.search(said, refusal(login(checkout, cluster).site(dataset=resources)))
-
-
-def test_a_machine_without_slurm(cluster: Cluster, checkout: Checkout, tmp_path: Path) -> None:
-    bare = tmp_path / "bin"
-    bare.mkdir()
-    for program in Path("/usr/bin").iterdir():
-        if program.name not in COMMANDS:
-            (bare / program.name).symlink_to(program)
-    node = login(checkout, cluster)
-    python = node.environment["PATH"].split(os.pathsep)[0]
-    assert "sbatch is not on the PATH" in refusal(node.with_variables(PATH=f"{python}{os.pathsep}{bare}"))
 
 
 def test_a_job_that_always_fails_ends_with_its_error_and_its_log(

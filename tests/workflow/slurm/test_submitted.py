@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.tracking.servers import PROXIES, TrackingServer, tracking_server, wait_until
+from tests.processes import PROXIES, wait_until
+from tests.tracking.servers import TrackingServer, tracking_server
 from tests.workflow.checkout import LONGER, NUMBERS, Checkout, fresh
 from tests.workflow.dvc_repo import origin
 from tests.workflow.slurm.cluster import Cluster
@@ -87,7 +88,7 @@ def test_a_stage_of_dvc_goes_through_sbatch(cluster: Cluster, tmp_path: Path) ->
     assert repo.repro("dataset@tiny") == set()
 
 
-def test_the_same_bits(submitted: LoginNode, finished: Checkout) -> None:
+def test_every_result_has_the_same_bits(submitted: LoginNode, finished: Checkout) -> None:
     found, expected = submitted.results(*NUMBERS), finished.results(*NUMBERS)
     assert len(found) > 30
     assert differing(found, expected) == []

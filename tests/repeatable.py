@@ -1,0 +1,22 @@
+"""The part of a result that the same study has bit for bit."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors.numpy import load_file
+
+#: keys of a history that no run can repeat begin so: times, speeds, memory
+UNREPEATABLE = ("seconds", "images_per_second", "time_", "peak_")
+
+
+def repeatable(file: Path) -> Any:
+    """The content of a result file, bit for bit, without what no run can repeat."""
+    if file.suffix in (".safetensors", ".npz"):
+        arrays = load_file(file) if file.suffix == ".safetensors" else np.load(file)
+        return {name: array.tobytes() for name, array in arrays.items()}
+    if file.suffix == ".jsonl":
+        lines = [json.loads(line) for line in file.read_text().splitlines()]
+        return [{k: v for k, v in line.items() if not k.startswith(UNREPEATABLE)} for line in lines]
+    return file.read_bytes()
