@@ -92,8 +92,8 @@ def test_arrays_that_are_cut_short_anywhere_name_the_verb_that_writes_them(tmp_p
     path = tmp_path / "coefficients.npz"
     write_arrays(path, {"l": np.arange(5.0), "s": np.arange(5.0)})
     assert read_arrays(path, "coefficients", "l", "s")["s"].tolist() == [0, 1, 2, 3, 4]
-    with pytest.raises(UserError, match=r"is damaged .*it has no array t.*: run `coefficients` again"):
+    with pytest.raises(UserError, match=r"is damaged .*it has no array t.*: delete it and run `coefficients` again"):
         read_arrays(path, "coefficients", "t")
     path.write_bytes(path.read_bytes()[:keep])
-    with pytest.raises(UserError, match=r"is damaged .*: run `coefficients` again"):
+    with pytest.raises(UserError, match=r"is damaged .*: delete it and run `coefficients` again"):
         read_arrays(path, "coefficients")

@@ -98,7 +98,7 @@ def test_a_full_disk_is_one_line_and_leaves_what_was_there(
     big: Path, prepared: Callable[..., Contents], prepare: Prepare, tmp_path: Path, workers: int
 ) -> None:
     expected = prepared()
-    message = r"images\.npy: File too large\. What was there before is untouched; make room"
+    message = r"images\.npy: File too large\. Its previous version is untouched; free disk space"
     # 100 rows and a half: the limit of a file's size stands in for the disk's.
     with file_size_limit(128 + 100 * 192 + 96), pytest.raises(UserError, match=message):
         prepare(workers)

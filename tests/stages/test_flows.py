@@ -70,7 +70,7 @@ def test_at_eps_every_student_leaves_x_where_it_is(job: Job) -> None:
 def test_every_student_has_a_cost_of_its_own_at_every_time(job: Job) -> None:
     table = transport(job)
     rows = table[table.kind == "student"]
-    grid = time_grid(job.study, 5, CPU.device).tolist()
+    grid = time_grid(job.study.noise, 5).tolist()
     assert set(rows.run) == set(job.study.students) and set(rows.seed) == {0}
     for _, times in rows.groupby("run").t:
         np.testing.assert_allclose(times.sort_values(ascending=False), grid, rtol=1e-12)

@@ -72,8 +72,8 @@ def _read_convolutions(slices: nn.ModuleList, path: Path) -> None:
     """Load the convolutions from torchvision's state dict, whose keys are features.<layer>.weight and .bias."""
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # errors of unpickling a foreign file have no common class
-        raise UserError(f"{path} is not a file of VGG16 weights ({' '.join(str(error).split())[:200]})") from None
+    except Exception:  # errors of unpickling a foreign file have no common class; torch's text suggests unsafe loading
+        raise UserError(f"{path} is not a file of VGG16 weights: it is damaged or holds more than tensors") from None
     if not isinstance(content, dict):
         raise UserError(f"{path} is not a file of VGG16 weights: it holds no state dict")
     for name, parameter in (named for layers in slices for named in layers.named_parameters()):
