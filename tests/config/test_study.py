@@ -149,13 +149,13 @@ MISTAKES: list[tuple[dict[str, Any], str]] = [
         "students must share snapshot_every",
     ),
     ({"report.baseline": {"trajectory": "ctn"}}, "report.baseline.trajectory names 'ctn', which is not one"),
-    ({"report.baseline": {"endpoint": "ctm"}}, "report.baseline.endpoint names 'ctm', whose objective is another"),
+    ({"report.baseline": {"endpoint": "ctm"}}, "report.baseline.endpoint names 'ctm', whose objective differs"),
     ({"report.against": {"analytic": "ctn"}}, "report.against names 'ctn', which is not one of the students"),
     ({"report.against": {"analytc": "ctm"}}, "report.against names 'analytc', which is not one of the students"),
     (
         {"varies": ["preconditioning", "objective"], "report.against": {"analytic": "cm"}}
         | {"students.cm": {"preconditioning": "cm", "objective": "endpoint"}},
-        "report.against.analytic names 'cm', whose objective is another",
+        "report.against.analytic names 'cm', whose objective differs",
     ),
     ({"students": {"teacher": {}}, "report": {}}, "students.teacher: that name is taken"),
     ({"students": {"extractor": {}}, "report": {}}, "students.extractor: that name is taken"),
@@ -247,7 +247,7 @@ def test_a_study_without_a_teacher_is_held_to_what_it_can_do(
         ({"run": "ic", "step": 9}, "names step 9 of 'ic', which keeps a snapshot every 3 steps up to 6: name one"),
         ({"run": "gc"}, "students.gc: predictor leads round in a circle (gc -> gc): one must come first"),
         ({"run": "other"}, "predictor leads round in a circle (other -> gc -> other): one must come first"),
-        ({"run": "ctm"}, "students.gc: predictor names 'ctm', whose preconditioning is another: they must agree"),
+        ({"run": "ctm"}, "students.gc: predictor names 'ctm', whose preconditioning differs: they must agree"),
     ],
 )
 def test_a_frozen_predictor_is_a_student_that_can_come_first(

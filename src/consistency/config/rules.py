@@ -62,7 +62,7 @@ def _predictor_comes_first(study: Study) -> Iterator[str]:
             continue
         other = study.students[frozen.run]
         if any(getattr(other, fact) != getattr(student, fact) for fact in ("preconditioning", "has_own_fit", "refits")):
-            yield f"{where} names {frozen.run!r}, whose preconditioning is another: they must agree"
+            yield f"{where} names {frozen.run!r}, whose preconditioning differs: they must agree"
         if frozen.step is not None and (frozen.step > other.steps or frozen.step % other.snapshot_every):
             yield (
                 f"{where} names step {frozen.step} of {frozen.run!r}, which keeps a snapshot every "
@@ -98,13 +98,13 @@ def _compared_students_are_alike(study: Study) -> Iterator[str]:
         if name not in students:
             yield f"report.baseline.{objective} names {name!r}, which is not one of the students"
         elif students[name].objective != objective:
-            yield f"report.baseline.{objective} names {name!r}, whose objective is another"
+            yield f"report.baseline.{objective} names {name!r}, whose objective differs"
     for pair in study.report.against.items():
         unknown = [name for name in pair if name not in students]
         if unknown:
             yield f"report.against names {unknown[0]!r}, which is not one of the students"
         elif students[pair[0]].objective != students[pair[1]].objective:
-            yield f"report.against.{pair[0]} names {pair[1]!r}, whose objective is another"
+            yield f"report.against.{pair[0]} names {pair[1]!r}, whose objective differs"
 
 
 def _teacher_fits_the_images(study: Study) -> Iterator[str]:

@@ -61,11 +61,13 @@ class Student(Section):
                 f"preconditioning {self.preconditioning!r} is defined for s = eps only: use it with objective: endpoint"
             )
         if self.steps % self.snapshot_every:
-            raise ValueError(f"snapshot_every {self.snapshot_every} does not divide steps {self.steps}")
+            raise ValueError(f"snapshot_every {self.snapshot_every} does not divide steps {self.steps}: use a divisor")
         if self.snapshot_every % self.log_every:
-            raise ValueError(f"log_every {self.log_every} does not divide snapshot_every {self.snapshot_every}")
+            raise ValueError(
+                f"log_every {self.log_every} does not divide snapshot_every {self.snapshot_every}: use a divisor"
+            )
         if len({self.ema_rate, *self.evaluation_ema}) < 1 + len(self.evaluation_ema):
-            raise ValueError("evaluation_ema lists a rate twice, or ema_rate itself, which is evaluated anyway")
+            raise ValueError("evaluation_ema lists a rate twice, or ema_rate, which is evaluated anyway: remove it")
         return self
 
     @property

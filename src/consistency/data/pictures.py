@@ -49,7 +49,7 @@ def resize(picture: Image.Image, where: str, settings: Dataset) -> Image.Image:
 def shrink_and_crop(picture: Image.Image, where: str, settings: Dataset) -> Image.Image:
     """Resize an aligned CelebA image by Lanczos on uint8 until its shorter side has the study's size, then crop the
     centred square, as in GC. Unlike `crop_and_resize` it first rounds the longer side down to whole pixels.
-    Raises UserError for an image of another size."""
+    Raises UserError for other sizes."""
     if picture.size != _ALIGNED_CELEBA:
         raise UserError(
             f"{where} has {picture.width}x{picture.height} pixels, but CelebA's aligned images have 178x218: set "

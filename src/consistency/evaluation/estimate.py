@@ -140,9 +140,7 @@ def print_estimate(job: Job, tflops: float) -> None:
     for stage, operations, size in rows:
         print(f"{stage:20}{operations:12.2g}{operations / hour:12,.1f}{size / 1e9:12,.1f}")
     print(f"Of the students' disk, {found.snapshots / 1e9:,.1f} GB are the snapshots of the learning curves.")
-    print(
-        f"While a training goes on, its state takes {found.state / 1e9:,.1f} GB more, twice that while it is written."
-    )
+    print(f"A running training keeps a state of {found.state / 1e9:,.1f} GB, twice that while it is written.")
     if study.needs_coefficients:
         share = found.operations["coefficients"] / found.operations["students"] * len(study.trainings)
         print(f"The coefficient fit is {share:.2%} of the mean training of one student, and is made once for all.")

@@ -183,7 +183,7 @@ class Level(NamedTuple):
 
 
 def _per_level(name: str, value: Number | Sequence[Number], levels: int) -> list[Number]:
-    """Return a value per level: those of a list, or the one number. Raises ValueError for a list of another length."""
+    """Return a value per level: those of a list, or the one number. Raises ValueError for a wrong length."""
     values = list(value) if isinstance(value, Sequence) else [value] * levels
     if len(values) != levels:
         raise ValueError(f"{name} lists {len(values)} levels and channel_mult {levels}: give one per level, or one")

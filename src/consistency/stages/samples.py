@@ -121,7 +121,7 @@ class _Work:
     def _interrupted(self, signum: int) -> Interrupted:
         if signum == signal.SIGALRM and self.progress.n == self.progress.initial:
             raise UserError(
-                f"{self.label}: the time was over before a single batch was drawn: give the job more (runtime)"
+                f"{self.label}: the time limit came before the first batch: increase `runtime` for this rule"
             )
         where = f"stopped at image {self.progress.n} of {self.progress.total}"
         return Interrupted(f"{self.label}: {where}, state saved", signum)
