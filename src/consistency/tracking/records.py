@@ -249,8 +249,8 @@ def _data(job: Job) -> dict[str, str]:
 
 
 def _times(card: dict[str, Any]) -> tuple[int, int]:
-    """Return start and end of a stage, milliseconds since 1970. Interruptions of a training are left out; while it runs,
-    both are its start."""
+    """Return start and end of a stage, milliseconds since 1970. Interruptions of a training are left out. While it
+    runs, both are its start."""
     duration = round(1000 * card.get("measured", {}).get("seconds", card.get("seconds", 0)))
     if card.get("training"):
         started: int = card["training"]["started"]
