@@ -78,7 +78,7 @@ def test_what_would_wait_for_ever_is_not_submitted(
         require_cluster()
 
 
-@pytest.mark.parametrize("partition", ['"short,gpu"', '\'"short" if wildcards.run == "a" else "gpu"\''])
+@pytest.mark.parametrize("partition", ['"short,gpu"', '\'"short" if wildcards.student == "a" else "gpu"\''])
 def test_several_partitions_and_expressions_are_left_to_slurm(answer: Answer, profile: Path, partition: str) -> None:
     profile.write_text(profile.read_text().replace('slurm_partition: "gpu"', f"slurm_partition: {partition}"))
     require_cluster()

@@ -28,7 +28,7 @@ def disturbed(cluster: Cluster, finished: Checkout, tmp_path_factory: pytest.Tem
     fates. None is quick enough to escape."""
     checkout = finished.copy(tmp_path_factory.mktemp("disturbed") / "copied")
     checkout.change({**LONGER, "students": {name: {"preconditioning": "ctm"} for name in STUDENTS}})
-    short = f"wildcards.run in {SHORT}"
+    short = f"wildcards.student in {SHORT}"
     resources = {"slurm_partition": f'"short" if {short} else "gpu"', "runtime": f"2 if {short} else 60"}
     node = login(checkout, cluster).site(student=resources).with_variables(CONSISTENCY_LIVE="1")
     cluster.ask("scontrol", "update", "PartitionName=gpu", "State=DOWN")

@@ -14,7 +14,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.slurm]
 
 SHORTER = {**LONGER, "student.steps": 400, "student.snapshot_every": 200}
 #: ctm has jobs of two minutes, and two nodes always; narrowed has one node when it is submitted again
-CTM = 'wildcards.run == "ctm"'
+CTM = 'wildcards.student == "ctm"'
 RESOURCES = {
     "slurm_partition": f'"short" if {CTM} else "gpu"',
     "runtime": f"2 if {CTM} else 60",
