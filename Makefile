@@ -65,7 +65,7 @@ archive: install ## a finished study as one zip with SHA256SUMS, archives/NAME-K
 
 test: install ## the tests (PYTEST_ARGS="-k coefficients" to select, PYTEST_WORKERS=4 for more processes)
 	@export OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1}
-	exec python -m pytest -n $(PYTEST_WORKERS) --dist loadfile $(PYTEST_ARGS)
+	exec python -m pytest -n $(PYTEST_WORKERS) --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
 
 test-processors: install ## the statistical tests with 20 seeds and each instruction set of this processor
 	@export OMP_NUM_THREADS=1

@@ -44,6 +44,12 @@ Tiny = Callable[..., Study]
 WriteStudy = Callable[..., Path]
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with the files that take longest, so that no worker of pytest-xdist is left with one of them at the end."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: (item.path not in slow, "workflow" not in item.path.parts))
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _no_live_tracking() -> Iterator[None]:
     """Hundreds of tiny trainings must not import MLflow each; the tests of live tracking turn it on."""
