@@ -6,6 +6,11 @@ from pydantic import Field
 
 from consistency.config.fields import Count, Name, Positive, Precision, Section
 
+#: columns of the score tables that are measured
+MEASURES = ("fd", "kid", "alignment")
+#: students' own samplers in the score tables; others are named gamma=...
+OWN_SAMPLERS = ("jumps", "multistep")
+
 
 class Coefficients(Section):
     """The fit of l_t and s_t."""

@@ -11,11 +11,9 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
-Array = np.ndarray
+from consistency.config.measures import MEASURES, OWN_SAMPLERS
 
-MEASURES = ("fd", "kid", "alignment")
-#: students' own samplers; others are named gamma=...
-OWN_SAMPLERS = ("jumps", "multistep")
+Array = np.ndarray
 
 
 def mean_interval(values: Array, level: float = 0.95) -> tuple[float, float]:

@@ -10,7 +10,8 @@ import pandas as pd
 import torch
 from torchvision.utils import make_grid
 
-from consistency.evaluation.analysis import OWN_SAMPLERS, SpeedUp, curves_of
+from consistency.config.measures import OWN_SAMPLERS
+from consistency.evaluation.analysis import SpeedUp, curves_of
 from consistency.report.lines import line_of
 from consistency.theory.generalized_ode import GeneralizedODE
 

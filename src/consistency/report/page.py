@@ -11,8 +11,9 @@ import yaml
 
 from consistency.base.files import read_json
 from consistency.config.job import Job
+from consistency.config.measures import MEASURES
 from consistency.config.study import Study
-from consistency.evaluation.analysis import MEASURES, ema_table, step_costs
+from consistency.evaluation.analysis import ema_table, step_costs
 from consistency.provenance.environment import git_state
 from consistency.report import figures, wording
 from consistency.report.pictures import Picture

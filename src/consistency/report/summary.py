@@ -8,7 +8,7 @@ import numpy as np
 
 from consistency.base.files import read_json
 from consistency.config.job import Job
-from consistency.evaluation.analysis import MEASURES
+from consistency.config.measures import MEASURES
 from consistency.report.figures import measure_label
 from consistency.report.results import Results, read_results, records
 from consistency.report.wording import coarse, plus_minus, ratio, speed, teacher_line

@@ -13,10 +13,10 @@ from typing import Any, NamedTuple
 
 from consistency.base.files import read_history, read_json, read_lines
 from consistency.config.job import Job
+from consistency.config.measures import MEASURES, OWN_SAMPLERS
 from consistency.provenance.card import read_card
 from consistency.report.lines import line_of
 
-MEASURES = ("fd", "kid", "alignment")
 #: tag that identifies a run created during its training
 TRAINING = "consistency.training"
 
@@ -272,7 +272,7 @@ def history_points(history: list[dict[str, Any]], started: int) -> list[Point]:
 def _sampler(row: dict[str, str], main: float) -> str:
     """Return nfe2 for the student's own sampler, gamma1-nfe2 for another, nfe2-ema0.9999 for a further EMA rate. Names
     in MLflow may not contain '='."""
-    own = row["sampler"] in ("jumps", "multistep")
+    own = row["sampler"] in OWN_SAMPLERS
     rate = "" if float(row["ema"]) == main else f"-ema{row['ema']}"
     return ("" if own else re.sub(r"[^\w.-]", "", row["sampler"]) + "-") + f"nfe{row['nfe']}{rate}"
 
