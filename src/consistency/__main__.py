@@ -8,9 +8,9 @@ import sys
 import time
 import traceback
 from dataclasses import dataclass
-from importlib import import_module
 from inspect import signature
 from pathlib import Path
+from pkgutil import resolve_name
 from types import FrameType
 from typing import Any
 
@@ -46,8 +46,7 @@ class Verb:
 
     def run(self, args: Arguments) -> int:
         """Import the function and call it."""
-        module, name = self.function.split(":")
-        function = getattr(import_module(f"consistency.{module}"), name)
+        function = resolve_name(f"consistency.{self.function}")
         return function(**{each: getattr(args, each) for each in signature(function).parameters}) or 0
 
 

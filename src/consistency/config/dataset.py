@@ -10,12 +10,11 @@ from consistency.config.fields import Count, Name, OneOf, Positive, Section
 
 @dataclass(frozen=True)
 class Kind:
-    """An entry of KINDS. source: "module:function" that opens the images (Dataset -> Source); about: for the reference;
-    path: whether dataset.path is required, optional or impossible; size: images and classes of the training set; shape:
-    the only resolution and channels; splits: the only ones; download: the file of config/resources.yaml that is read
+    """An entry of KINDS; the function of that name in data/sources.py opens the images. about: for the reference; path:
+    whether dataset.path is required, optional or impossible; size: images and classes of the training set; shape: the
+    only resolution and channels; splits: the only ones; download: the file of config/resources.yaml that is read
     without a path."""
 
-    source: str
     about: str
     path: Literal["required", "optional", "none"] = "required"
     size: tuple[int, int] | None = None
@@ -27,15 +26,13 @@ class Kind:
 #: sources of images by their names in a study
 KINDS: dict[str, Kind] = {
     "digits": Kind(
-        "consistency.data.sources:digits",
         "the 1,797 UCI 8x8 images that come with scikit-learn",
         path="none",
         size=(1_797, 10),
         shape=(8, 1),
     ),
-    "image_folder": Kind("consistency.data.sources:image_folder", "a tree `<path>/<split>/<class>/*.{png,jpg}`"),
+    "image_folder": Kind("a tree `<path>/<split>/<class>/*.{png,jpg}`"),
     "cifar10": Kind(
-        "consistency.data.sources:cifar10",
         "its archive, downloaded, or `path` (the archive or the folder cifar-10-batches-py)",
         path="optional",
         size=(50_000, 10),
@@ -43,19 +40,14 @@ KINDS: dict[str, Kind] = {
         splits=("train", "test"),
         download="cifar-10-python.tar.gz",
     ),
-    "ffhq": Kind("consistency.data.sources:ffhq", "the official aligned images, a folder or a zip", size=(70_000, 1)),
-    "imagenet": Kind(
-        "consistency.data.sources:imagenet", "the ILSVRC2012 training set, its tree or its tar", size=(1_281_167, 1000)
-    ),
+    "ffhq": Kind("the official aligned images, a folder or a zip", size=(70_000, 1)),
+    "imagenet": Kind("the ILSVRC2012 training set, its tree or its tar", size=(1_281_167, 1000)),
     "celeba": Kind(
-        "consistency.data.sources:celeba",
         "img_align_celeba, a folder or a zip, and list_eval_partition.txt in or beside it",
         size=(162_770, 1),
         splits=("train", "valid", "test"),
     ),
-    "edm_zip": Kind(
-        "consistency.data.sources:edm_zip", "the zip of PNGs with dataset.json that EDM's dataset tool writes"
-    ),
+    "edm_zip": Kind("the zip of PNGs with dataset.json that EDM's dataset tool writes"),
 }
 
 

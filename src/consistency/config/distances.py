@@ -15,9 +15,9 @@ class Distance:
 
 
 DISTANCES: dict[str, Distance] = {
-    "pseudo_huber": Distance("consistency.theory.distance:pseudo_huber"),
-    "l2": Distance("consistency.theory.distance:squared_l2"),
-    "euclidean": Distance("consistency.theory.distance:euclidean"),
+    "pseudo_huber": Distance("theory.distance:pseudo_huber"),
+    "l2": Distance("theory.distance:squared_l2"),
+    "euclidean": Distance("theory.distance:euclidean"),
     # 30.7e9 operations of VGG16's convolutions at 224x224: forward for both images, back through one of them.
-    "lpips": Distance("consistency.nets.perceptual:PerceptualDistance", "vgg16-397923af.pth", 4 * 30.7e9),
+    "lpips": Distance("nets.perceptual:PerceptualDistance", "vgg16-397923af.pth", 4 * 30.7e9),
 }

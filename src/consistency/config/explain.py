@@ -8,8 +8,8 @@ from pydantic import BaseModel, ValidationError
 from consistency.base.errors import suggestion
 from consistency.config.fields import Section
 from consistency.config.networks import NETWORKS, NoTeacher, OfficialTeacher, Teacher
-from consistency.config.objectives import OBJECTIVES, Doubling, Shrinking
-from consistency.config.student import Frozen, Student
+from consistency.config.objectives import OBJECTIVES, Doubling, Shrinking, objective_of
+from consistency.config.student import Frozen
 
 
 def explain(error: ValidationError, model: type[BaseModel], content: Any = None) -> str:
@@ -26,7 +26,7 @@ def explain(error: ValidationError, model: type[BaseModel], content: Any = None)
     if student and len(location) > 2 and location[2] != "[key]":
         own, shared = (content["students"].get(location[1]) or {}, content["student"]) if content else ({}, {})
         prefix = f"students.{location[1]}." if location[2] in own else "student."
-        model = OBJECTIVES.get({**shared, **own}.get("objective", "trajectory"), Student)
+        model = objective_of({**shared, **own})
         location = location[2:]
     # The member of a union is a step of pydantic's location that the file does not have.
     key = prefix + ".".join(

@@ -54,7 +54,7 @@ class WithDenoising(Student):
 class Trajectory(Distillation, WithDenoising):
     """Keys of `objective: trajectory`, trajectory distillation (CTM, AP (7)): jumps between any two times."""
 
-    loss: ClassVar[str] = "consistency.training.trajectory:Trajectory"
+    loss: ClassVar[str] = "training.trajectory:Trajectory"
     terms: ClassVar[dict[str, str]] = {"distillation": "distillation term", "dsm": "denoising score matching term"}
     claim: ClassVar[str] = _AP
     only_to_eps: ClassVar[bool] = False
@@ -85,7 +85,7 @@ class Trajectory(Distillation, WithDenoising):
 class Endpoint(Distillation):
     """Keys of `objective: endpoint`, endpoint distillation (CM): every jump ends at eps. AP (5)."""
 
-    loss: ClassVar[str] = "consistency.training.endpoint:Endpoint"
+    loss: ClassVar[str] = "training.endpoint:Endpoint"
     terms: ClassVar[dict[str, str]] = {"distillation": "distillation term"}
     claim: ClassVar[str] = _AP
 
@@ -128,7 +128,7 @@ class Consistency(WithDenoising):
     """Keys of `objective: consistency`, consistency training (iCT, ECT, GC), which needs no teacher. The papers have no
     DSM term."""
 
-    loss: ClassVar[str] = "consistency.training.consistency_training:ConsistencyTraining"
+    loss: ClassVar[str] = "training.consistency_training:ConsistencyTraining"
     terms: ClassVar[dict[str, str]] = {"consistency": "consistency term", "dsm": "denoising score matching term"}
     claim: ClassVar[str] = _GC
 
@@ -205,13 +205,19 @@ class Consistency(WithDenoising):
 OBJECTIVES: dict[str, type[Student]] = {"trajectory": Trajectory, "endpoint": Endpoint, "consistency": Consistency}
 
 
+def objective_of(settings: dict[str, Any]) -> type[Student]:
+    """Return the class of a student's settings, given as plain data; Student itself for an unknown objective."""
+    return OBJECTIVES.get(settings.get("objective", Student.model_fields["objective"].default), Student)
+
+
 def _of_its_objective(given: Any, build: ValidatorFunctionWrapHandler) -> Student:
     if not isinstance(given, dict):
         return build(given)
-    name = given.get("objective", "trajectory")
-    if name not in OBJECTIVES:
+    objective = objective_of(given)
+    if objective is Student:
+        name = given["objective"]
         raise ValueError(f"unknown objective {name!r}{suggestion(name, OBJECTIVES)}")
-    return OBJECTIVES[name].model_validate(given)
+    return objective.model_validate(given)
 
 
 #: a student of any objective
@@ -222,7 +228,7 @@ def merged(shared: dict[str, Any], students: dict[str, Any]) -> dict[str, Any]:
     """Return the keys of each student: the shared ones and its own. A shared key is left out where only the objective
     of other students has it."""
     whole = {name: {**shared, **own} for name, own in students.items() if isinstance(own, dict)}
-    classes = {name: OBJECTIVES.get(each.get("objective", "trajectory"), Student) for name, each in whole.items()}
+    classes = {name: objective_of(each) for name, each in whole.items()}
     known = {key for each in classes.values() for key in each.model_fields}
     for name, each in classes.items():
         others = known - each.model_fields.keys() - students[name].keys()

@@ -20,7 +20,7 @@ class Student(Section):
     """One student, whatever its objective. The study's `student` section gives the values that all share. An entry of
     `students` may replace only the keys listed in `varies`."""
 
-    #: the loss, "module:class"; its `build` is called with these settings
+    #: the loss, "module:class" of this package; its `build` is called with these settings
     loss: ClassVar[str]
     #: titles of the loss's terms
     terms: ClassVar[dict[str, str]]

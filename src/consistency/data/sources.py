@@ -57,7 +57,7 @@ class Source:
 
 def open_source(settings: Dataset) -> Source:
     """Open a study's images; with a limit, the first `limit` of each class. Raises UserError."""
-    opened: Source = pkgutil.resolve_name(KINDS[settings.kind].source)(settings)
+    opened: Source = pkgutil.resolve_name(f"{__name__}:{settings.kind}")(settings)
     if settings.limit is None:
         return opened
     import pandas as pd

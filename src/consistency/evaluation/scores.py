@@ -100,9 +100,10 @@ class Scorer:
                 flush=True,
             )
 
-    def write(self, scores: list[Score], columns: list[str]) -> None:
+    def write(self, scores: list[Score]) -> None:
         """Write the table and its card."""
         self.progress.close()
+        columns = CALIBRATION_COLUMNS if self.job.student is None else COLUMNS
         write_table(self.job.scores, [asdict(score) for score in scores], columns)
         self.card.write()
 

@@ -23,7 +23,7 @@ SOURCE = Path(__file__).parents[1]
 
 #: code that a study chooses by name, by the stage that does so
 CHOSEN = {
-    "dataset": tuple(kind.source for kind in KINDS.values()),
+    "dataset": tuple(f"data.sources:{kind}" for kind in KINDS),
     "student": (*(each.loss for each in OBJECTIVES.values()), *(each.function for each in DISTANCES.values())),
 }
 
@@ -86,7 +86,7 @@ def code_digest(stage: str, source: Path = SOURCE) -> str:
 def reached(stage: str, source: Path = SOURCE) -> frozenset[Definition]:
     """Return every definition that a stage of Study.key can reach. Raises KeyError for an unknown stage."""
     found: set[Definition] = set()
-    waiting = [entry.removeprefix(f"{PACKAGE}.").partition(":")[::2] for entry in ENTRIES[stage]]
+    waiting = [entry.partition(":")[::2] for entry in ENTRIES[stage]]
     while waiting:
         module, name = waiting.pop()
         if (module, name) not in found and not is_inert(module):

@@ -11,7 +11,7 @@ from consistency.base.files import write_bytes, write_json
 from consistency.config.job import Job
 from consistency.config.samplers import student_samplers
 from consistency.evaluation.samplers import prepared
-from consistency.evaluation.scores import CALIBRATION_COLUMNS, COLUMNS, Score, Scorer, StudentScorer, teacher_endpoints
+from consistency.evaluation.scores import Score, Scorer, StudentScorer, teacher_endpoints
 from consistency.provenance.inputs import read_ode, read_student, read_teacher
 
 
@@ -34,7 +34,7 @@ def make_calibration(job: Job, device: torch.device) -> None:
         ends = teacher_endpoints(study, teacher)
     write_array(job.paths.endpoints, ends)
     write_bytes(job.paths.passed, b"The teacher passed its calibration.\n")
-    scorer.write(scores, CALIBRATION_COLUMNS)
+    scorer.write(scores)
     job.paths.measured_calibration.unlink(missing_ok=True)
 
 
@@ -54,7 +54,7 @@ def make_scores(job: Job, device: torch.device) -> None:
         for step in settings.snapshots:
             model = prepared(study, read_student(job, device, rate, step))
             rows += [scored.curve(model, step, nfe) for nfe in scores.curve_nfe]
-    scorer.write(rows, COLUMNS)
+    scorer.write(rows)
 
 
 def _published(job: Job, score: Score) -> Score:

@@ -53,7 +53,7 @@ def build_optimizer(name: str, learning_rate: float, model: Denoiser) -> torch.o
 def build_distance(name: str, device: torch.device) -> Distance:
     """Build the distance of that name in DISTANCES, with its weights if it has any."""
     known = DISTANCES[name]
-    found: Any = pkgutil.resolve_name(known.function)
+    found: Any = pkgutil.resolve_name(f"consistency.{known.function}")
     return found(open_resource(known.weights)).to(device) if known.weights else found
 
 

@@ -64,7 +64,7 @@ def build_objective(job: Job, models: Models, device: torch.device, stopwatch: S
     settings = job.settings
     preconditioning, distance = read_preconditioning(job, models.student), build_distance(settings.distance, device)
     basis = Basis(models, preconditioning, distance, job.study.noise, device, stopwatch or Stopwatch(device))
-    return pkgutil.resolve_name(settings.loss).build(settings, basis)
+    return pkgutil.resolve_name(f"consistency.{settings.loss}").build(settings, basis)
 
 
 def predictor_of(job: Job, ema: Denoiser, device: torch.device) -> Denoiser:
