@@ -5,6 +5,7 @@ import json
 import pandas as pd
 import pytest
 import yaml
+from tests.conftest import ABSENT
 from tests.image_sources import cifar10_archive, cifar10_files
 from tests.workflow.checkout import Checkout
 from tests.workflow.miniatures import BY_CLASSIFIER, Site, miniature
@@ -29,6 +30,7 @@ def small(checkout: Checkout, site: Site) -> Checkout:
         "teacher.network.num_blocks": [1, 1, 2],
         "students": students,
         "student.steps": 4,
+        "student.nodes": ABSENT,
         "student.dropout": [0.0, 0.1, 0.3],
         "flows": study["flows"] | FLOWS | {"denoiser_batch": 4},
     }
