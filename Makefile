@@ -26,6 +26,8 @@ export DO_NOT_TRACK := 1
 export DVC_NO_ANALYTICS := 1
 export MLFLOW_DISABLE_TELEMETRY := true
 unexport PYTHONPATH PYTHONHOME VIRTUAL_ENV
+# Container images set it, and then each of a study's processes compiles torch again, 3 s.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: help demo demo-gc reproduce ui pull archive test test-processors lint format install lock clean
 

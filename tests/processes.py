@@ -11,6 +11,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 SOURCE = str(ROOT / "src")
 OUTSIDE = ("CONSISTENCY_", "SNAKEMAKE_", "MLFLOW_", "PYTEST_", "SLURM_", "TORCHELASTIC_", "MAKE", "MFLAGS")
+OUTSIDE += ("PYTHONDONTWRITEBYTECODE",)  # each process would compile torch again, 3 s
 PROXIES = ("http_proxy", "HTTP_PROXY", "https_proxy", "HTTPS_PROXY", "all_proxy", "ALL_PROXY")
 #: an installed Slurm is asked at every start of Snakemake, and one that is not running answers after 9 seconds
 OWN = {"OMP_NUM_THREADS": "1", "MLFLOW_DISABLE_TELEMETRY": "true", "DO_NOT_TRACK": "true"}
