@@ -1,11 +1,14 @@
 """Two compared students start from the same weights and see the same images, times and noise."""
 
+import copy
 import json
 import os
 import shutil
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +21,10 @@ from tests.stages.conftest import OWN
 from consistency.base.errors import UserError
 from consistency.config.job import Job
 from consistency.config.keys import key_of
-from consistency.config.paths import StudyPaths, snapshot_name
+from consistency.config.paths import StudyPaths
 from consistency.config.study import Study
 from consistency.data.prepared import load_images
 from consistency.nets.checkpoint import load_denoiser
-from consistency.nets.denoiser import Denoiser
 from consistency.runtime.machine import Machine
 from consistency.runtime.stopping import Interrupted
 from consistency.stages.student import make_student
@@ -33,6 +35,8 @@ from consistency.training.objective import Term
 from consistency.training.trajectory import Trajectory
 
 CPU = Machine(torch.device("cpu"))
+#: bit for bit, through dictionaries and lists
+assert_same = partial(torch.testing.assert_close, rtol=0, atol=0)
 
 
 def training(study: Study, layout: StudyPaths, run: str, seed: int = 0) -> Training:
@@ -172,25 +176,33 @@ def test_a_student_that_starts_from_its_teacher_is_its_denoiser(
         assert torch.equal(training(study, first_results, run).update.model(x, t, s), teacher(x, t))
 
 
-def at_the_end(study: Study, results: Path, state: Path, run: str, interrupted: bool) -> list[Denoiser]:
-    """A training that SIGTERM stopped in its fourth step, or nothing did: its model, averages and three snapshots."""
-    layout = StudyPaths("tiny", results, state)
-    job = training(study, layout, run)
-    if interrupted:
-        step = job.update.step
-
-        def stopping(k: int) -> Any:
-            if k == 3:
-                os.kill(os.getpid(), signal.SIGTERM)
-            return step(k)
-
-        job.update.step = stopping  # type: ignore[method-assign]
-        with pytest.raises(Interrupted):
-            train(job)
+def trained(
+    study: Study, layout: StudyPaths, run: str, seen: list[Seen], stops: tuple[int, ...] = ()
+) -> tuple[Training, dict[int, Any]]:
+    """A training that SIGTERM stopped in each of these steps, and what each of its steps started from."""
+    starts: dict[int, Any] = {}
+    for stop in (*stops, None):
         job = training(study, layout, run)
-    train(job)
-    snapshots = [load_denoiser(job.folder / "snapshots" / snapshot_name(step))[0] for step in (0, 3, 6)]
-    return [job.update.model, *(average.model for average in job.emas), *snapshots]
+        job.update.step = noting(job, seen, starts, stop)  # type: ignore[method-assign]
+        with pytest.raises(Interrupted) if stop is not None else nullcontext():
+            train(job)
+    return job, starts
+
+
+def noting(job: Training, seen: list[Seen], starts: dict[int, Any], stop: int | None) -> Callable[[int], Any]:
+    """The step of a training that notes what decides it; that of one number sends SIGTERM."""
+    step = job.update.step
+
+    def noted(k: int) -> Any:
+        networks = [job.update.model, *(average.model for average in job.emas)]
+        starts[k] = copy.deepcopy([job.update.optimizer.state_dict(), *(each.state_dict() for each in networks)])
+        if k == stop:
+            os.kill(os.getpid(), signal.SIGTERM)
+        taken = step(k)
+        starts[k] += [vars(seen[-1]) | {"draws": vars(seen[-1].draws)}, torch.get_rng_state()]
+        return taken
+
+    return noted
 
 
 def warming_up(optimizer: str, predictor: Any) -> Changes:
@@ -212,26 +224,38 @@ def warming_up(optimizer: str, predictor: Any) -> Changes:
         ),
     ],
 )
-def test_an_interrupted_arm_ends_with_the_bits_of_an_uninterrupted_one(
-    tiny: Tiny, couplings: Changes, results: StudyPaths, tmp_path: Path, run: str, changes: Changes
+def test_an_interrupted_arm_starts_every_step_as_an_uninterrupted_one(
+    tiny: Tiny, couplings: Changes, results: StudyPaths, tmp_path: Path, seen: list[Seen], run: str, changes: Changes
 ) -> None:
-    """The student own is stopped between two refits of its coefficients."""
+    """Weights, averages, the optimiser's tensors, images, draws and dropout's random state are the same before each
+    update, and so are the results. The student own is stopped between two refits of its coefficients."""
     study = tiny(couplings | changes)
-    frozen = study.students[run].frozen
-    if frozen:
+    if study.students[run].frozen:
         make_student(Job(study, results, "ic", 0), CPU)
-    whole, same = (at_the_end(study, results.results, tmp_path / f"{k}", run, k) for k in (False, True))
-    assert torch.equal(weights(*same), weights(*whole))
+    whole, expected = trained(study, StudyPaths("tiny", results.results, tmp_path / "whole"), run, seen)
+    parts, found = trained(study, StudyPaths("tiny", results.results, tmp_path / "parts"), run, seen, stops=(0, 3))
+    assert list(found) == list(expected) == list(range(6))
+    for step, start in expected.items():
+        assert_same(found[step], start, msg=lambda said, step=step: f"before update {step}: {said}")
+    names = ["step-000000.safetensors", "step-000003.safetensors", "step-000006.safetensors"]
+    for name in names:
+        assert (parts.folder / "snapshots" / name).read_bytes() == (whole.folder / "snapshots" / name).read_bytes()
+    assert torch.equal(weights(parts.update.model), weights(whole.update.model))
     if run == "own":
-        fits = [model.fit for model in same[-3:]]
-        assert not torch.equal(fits[0], fits[1])
-        assert not torch.equal(fits[1], fits[2])
-        assert torch.equal(fits[2], same[0].fit)
-    if study.students[run].ema_warm_up and not frozen:
-        cold = tiny(couplings | changes | {"student.ema_warm_up": None})
-        assert not torch.equal(
-            weights(*at_the_end(cold, results.results, tmp_path / "cold", run, False)), weights(*whole)
-        )
+        fits = [load_denoiser(parts.folder / "snapshots" / name)[0].fit for name in names]
+        assert not torch.equal(fits[0], fits[1]) and not torch.equal(fits[1], fits[2])
+
+
+def test_a_warm_up_of_the_averages_changes_them(
+    tiny: Tiny, couplings: Changes, first_results: StudyPaths, tmp_path: Path
+) -> None:
+    jobs = []
+    for warm_up in (0.75, None):
+        study = tiny(couplings | {"student.ema_rate": 0.999, "student.ema_warm_up": warm_up})
+        job = training(study, StudyPaths("tiny", first_results.results, tmp_path / str(warm_up)), "gc")
+        train(job)
+        jobs.append(job)
+    assert not torch.equal(weights(jobs[0].emas[0].model), weights(jobs[1].emas[0].model))
 
 
 def test_a_frozen_predictor_is_the_other_students_and_stays_what_it_is(

@@ -1,10 +1,15 @@
 """The closed forms that the method must give, to the printed digits (docs/method.md, Oracles)."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
+from tests.conftest import mistake
 from tests.draws import seeded
 
+from consistency.evaluation import validate
+from consistency.theory.estimators import CoefficientFit
 from consistency.theory.noise import log_grid
 from consistency.theory.oracles import (
     MIXTURE_TABLE,
@@ -21,8 +26,13 @@ def printed(value: float, like: str) -> str:
 
 
 @pytest.fixture(scope="module")
-def table() -> dict[str, dict[int, float]]:
-    return mixture_table(nodes=1000)
+def fit() -> CoefficientFit:
+    return mixture_coefficients(log_grid(1000, 0.002, 80.0))
+
+
+@pytest.fixture(scope="module")
+def table(fit: CoefficientFit) -> dict[str, dict[int, float]]:
+    return mixture_table(fit)
 
 
 @pytest.mark.parametrize(("name", "steps"), [(name, steps) for name, row in MIXTURE_TABLE.items() for steps in row])
@@ -36,8 +46,7 @@ def test_the_mixture_has_the_fifteen_printed_numbers(table: dict[str, dict[int, 
         assert printed(table[name][steps], like) == like
 
 
-def test_the_mixture_has_the_printed_coefficients() -> None:
-    fit = mixture_coefficients(log_grid(1000, 0.002, 80.0))
+def test_the_mixture_has_the_printed_coefficients(fit: CoefficientFit) -> None:
     lam = -np.log(fit.times)
     for time, l, s in (
         (80, "0.9996", "1.998"),
@@ -55,3 +64,14 @@ def test_the_gaussian_flow_is_the_solver_s() -> None:
     teacher = GaussianTeacher(torch.tensor([0.01, 0.1, 0.25, 1.0, 2.0], dtype=torch.float64))
     x = 80 * torch.randn(4, 5, dtype=torch.float64, generator=seeded())
     np.testing.assert_allclose(exact_endpoint(teacher, x, 80.0, 0.002), teacher.flow(x, 80.0, 0.002), rtol=1e-7)
+
+
+def test_validate_prints_what_it_compares_and_names_what_is_off(
+    fit: CoefficientFit, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(validate, "mixture_coefficients", lambda times, progress: fit)
+    validate.validate()
+    assert "ctm               1: 2.40164 / 2.402" in capsys.readouterr().out
+    fit_of_another = replace(fit, s=fit.s + 0.1)
+    monkeypatch.setattr(validate, "mixture_coefficients", lambda times, progress: fit_of_another)
+    assert "the oracles disagree: analytic at 2 steps" in mistake(validate.validate)
