@@ -2,7 +2,6 @@
 
 import json
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -10,8 +9,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from tests.processes import ROOT, environment, run_python
-from tests.workflow.checkout import Checkout, fresh
+from tests.processes import environment, run_python
+from tests.workflow.checkout import Checkout, as_module, fresh
 
 pytestmark = pytest.mark.slow
 
@@ -48,9 +47,7 @@ def by_hand(clone: Checkout, tmp_path: Path) -> Checkout:
     """A folder with what the page says to put there."""
     for name in ("config", "profiles"):
         shutil.copytree(clone.path / name, tmp_path / name)
-    (code,) = re.findall(r"```python\n(.+?)```", (ROOT / "docs/module.md").read_text(), re.DOTALL)
-    (tmp_path / "workflow").mkdir()
-    (tmp_path / "workflow/Snakefile").write_text(code.replace("CLONE", str(clone.path)))
+    as_module(tmp_path, clone.path)
     return Checkout(tmp_path)
 
 
