@@ -103,7 +103,7 @@ VERBS = {
     "reproduce": Verb("run Snakemake for a study (resumes)", "runtime.snakemake:reproduce", (*HERE, RULES, TARGETS)),
     "fetch": Verb("download and check files of resources/, or list them", "data.resources:fetch_all", (NAMES,)),
     "validate": Verb("check this machine against the method's closed-form oracles", "evaluation.validate:validate"),
-    "reference": Verb("write the field reference of a study", "config.reference:write_reference"),
+    "reference": Verb("write the reference of the configuration", "config.reference:write_reference"),
 }
 
 # Exit code of a verb that reached its time limit and saved its state.

@@ -1,11 +1,11 @@
 """A tracked study and its report, opened in a real browser: the runs, the curves and the figures are there."""
 
 import re
-import subprocess
 from pathlib import Path
 from urllib.parse import urlsplit
 
 import pytest
+from tests.browser import opened
 from tests.fake_results import make_results, make_study
 from tests.tracking.debian import needs_debian
 from tests.tracking.servers import tracking_server
@@ -16,25 +16,8 @@ from consistency.config.paths import StudyPaths
 from consistency.stages.report import make_report
 from consistency.tracking.upload import track_study
 
-FLAGS = [
-    "--headless",
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-dev-shm-usage",
-    "--disable-background-networking",
-    "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1",
-    "--window-size=1400,900",
-    "--virtual-time-budget=300000",  # milliseconds in which nothing is waited for; a tenth is too few for the charts
-    "--dump-dom",
-]
 #: writes the width of every picture, 0 for a broken one, into the page's title
 MEASURE = "<script>onload = () => document.title = [...document.images].map(image => image.naturalWidth)</script>"
-
-
-def opened(chromium: str, address: str, profile: Path) -> str:
-    """Return the page's HTML after its scripts have run. profile: an empty folder, for a person who was never there."""
-    words = [chromium, *FLAGS, f"--user-data-dir={profile}", address]
-    return subprocess.run(words, capture_output=True, text=True, timeout=200, check=True).stdout
 
 
 @pytest.mark.slow

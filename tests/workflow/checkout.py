@@ -147,3 +147,10 @@ def fresh(path: Path, *more: str) -> Checkout:
         else:
             shutil.copy2(source, path / name, follow_symlinks=False)
     return Checkout(path.resolve())
+
+
+def as_module(folder: Path, clone: Path) -> None:
+    """Write the Snakefile that docs/module.md has for a clone."""
+    (code,) = re.findall(r"```python\n(.+?)```", (ROOT / "docs/module.md").read_text(), re.DOTALL)
+    (folder / "workflow").mkdir(exist_ok=True)
+    (folder / "workflow/Snakefile").write_text(code.replace("CLONE", str(clone)))

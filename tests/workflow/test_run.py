@@ -6,9 +6,12 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from zipfile import ZipFile
 
 import pytest
+from tests.browser import opened
 from tests.processes import wait_until
+from tests.tracking.debian import needs_debian
 from tests.workflow.checkout import Checkout
 
 pytestmark = pytest.mark.slow
@@ -127,13 +130,41 @@ def test_a_failing_job_shows_its_error_last(checkout: Checkout) -> None:
     assert nowhere.litter() == []
 
 
-def test_snakemake_makes_its_report_without_a_network(finished: Checkout, tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def offline(finished: Checkout, tmp_path_factory: pytest.TempPathFactory) -> Checkout:
+    """A finished run without a network."""
     # Snakemake fetches what is not in its package; a proxy that nobody serves is as good as no network.
     proxies = {f"{scheme}_proxy": "http://127.0.0.1:9" for scheme in ("http", "https")}
-    offline = replace(finished.copy(tmp_path / "copied"), variables=proxies)
+    return replace(finished.copy(tmp_path_factory.mktemp("offline") / "copied"), variables=proxies)
+
+
+@pytest.fixture(scope="module")
+def unpacked(offline: Checkout) -> Path:
+    """The folder in Snakemake's report.zip."""
+    offline.done("--report", "report.zip")
+    with ZipFile(offline.path / "report.zip") as file:
+        file.extractall(offline.path / "unpacked")
+    (folder,) = (offline.path / "unpacked").iterdir()
+    return folder
+
+
+def test_snakemake_makes_its_report_as_one_page(offline: Checkout) -> None:
     offline.done("--report", "page.html")
-    figures = [path.stem for path in (offline.path / "results/tiny/report/figures").glob("*.png")]
+    figures = list((offline.path / "results/tiny/report/figures").glob("*.png"))
     assert len(figures) >= 5
-    for figure in figures:
-        assert f"Adding {figure}.png" in offline.output
-    offline.done("--report", "page.zip")
+    assert all(f"Adding {figure.name}" in offline.output for figure in figures)
+
+
+def test_snakemakes_report_as_a_zip_holds_the_report_and_its_figures(offline: Checkout, unpacked: Path) -> None:
+    report = offline.path / "results/tiny/report"
+    expected = [report / "report.html", *(report / "figures").glob("*.png")]
+    found = {file.name: file.read_bytes() for file in unpacked.glob("data/raw/*/*")}
+    assert found == {file.name: file.read_bytes() for file in expected}
+
+
+def test_snakemakes_report_opens_in_a_browser(unpacked: Path, tmp_path: Path) -> None:
+    chromium = needs_debian("chromium", "chromium")
+    page = opened(chromium, (unpacked / "report.html").as_uri(), tmp_path / "profile")
+    # The menu is written by the page's own script.
+    menu = re.sub("<[^>]*>", " ", page.partition('<div id="app">')[2].partition("<script")[0]).split()
+    assert {"Workflow", "Statistics", "Results"} <= set(menu)

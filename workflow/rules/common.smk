@@ -8,23 +8,33 @@ from pathlib import Path
 from snakemake.exceptions import WorkflowError
 from snakemake_interface_executor_plugins.settings import DeploymentMethod
 
-# Jobs run this checkout's code with this interpreter, even if no environment is active.
-SOURCE = str(Path(workflow.basedir) / "src")
-sys.path.insert(0, SOURCE)
+# The code lies beside this file in a clone, whichever file of it is the main one. Jobs run it with this interpreter, even
+# if no environment is active. A module that is read from its address has no code beside it: the package is installed.
+HERE = workflow.current_basedir
+SOURCE = Path(HERE.get_path_or_uri(secret_free=True)).parents[1] / "src"
+if SOURCE.is_dir():
+    sys.path.insert(0, str(SOURCE))
+    os.environ.update(PYTHONPATH=str(SOURCE))
 # A training whose Snakemake is killed (kill -9) saves and exits, and does not run beside the next one.
 SUPERVISOR = f"{platform.node()}:{os.getpid()}"
 PATH = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
-os.environ.update(PYTHONPATH=SOURCE, PATH=PATH, CONSISTENCY_SUPERVISOR=SUPERVISOR)
+os.environ.update(PATH=PATH, CONSISTENCY_SUPERVISOR=SUPERVISOR)
 
-from consistency.base.errors import UserError
-from consistency.config.job import Job
-from consistency.config.paths import StudyPaths
-from consistency.config.reading import load_studies
-from consistency.data.resources import registry, resource_path
-from consistency.provenance import graph
-from consistency.provenance.due import due_mark, mark_due
-from consistency.runtime.cluster import require_cluster
-from consistency.runtime.snakemake import TAKEN, join_run
+try:
+    from consistency.base.errors import UserError
+    from consistency.config.job import Job
+    from consistency.config.paths import StudyPaths
+    from consistency.config.reading import load_studies
+    from consistency.data.resources import registry, resource_path
+    from consistency.provenance import graph
+    from consistency.provenance.due import due_mark, mark_due
+    from consistency.runtime.cluster import require_cluster
+    from consistency.runtime.snakemake import TAKEN, join_run
+except ModuleNotFoundError as error:
+    origin = f"git+https://{HERE.host}/{HERE.repo}@{HERE.ref}" if hasattr(HERE, "repo") else SOURCE.parent
+    raise SystemExit(
+        f"error: {error}: install this workflow's package where Snakemake runs, pip install '{origin}'"
+    ) from None
 
 join_run()
 

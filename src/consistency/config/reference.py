@@ -1,4 +1,4 @@
-"""The field reference of a study, generated from the classes of study.py."""
+"""The reference of the configuration, whose tables are generated from the classes of study.py."""
 
 import json
 from pathlib import Path
@@ -10,25 +10,38 @@ from consistency.config.objectives import OBJECTIVES
 from consistency.config.student import Student
 from consistency.config.study import Study
 
-REFERENCE = Path("config/studies/README.md")
+# The Snakemake workflow catalog shows this page as the instructions of the workflow.
+REFERENCE = Path("config/README.md")
 
-_HEAD = """# The fields of a study
+_HEAD = """# Configuration
 
-A study is one YAML file in this folder: one dataset, one teacher, and the students distilled from it. `name` is the
-file's name. Unknown keys, wrong types and impossible combinations are errors before any work begins. To make a study
-of your own, copy `digits.yaml`, change `name` and what you like, and check it:
+These files say what a run makes, and where it runs. Used as a module (`docs/module.md`), the workflow reads those in
+your folder.
 
+- `config/config.yaml` has one key, `studies`: the name of a study, or a list of names. The command line replaces it:
+  `--config studies=tiny`, `--config 'studies=[digits,tiny]'`.
+- `config/studies/NAME.yaml` is a study: one dataset, one teacher, and the students distilled from it. The tables below
+  have its keys.
+- `config/resources.yaml` lists the downloads by file name, with address, licence and digest (`docs/data.md`).
+  `config/resources.lock` records digests that nobody publishes.
+- `profiles/default/config.yaml` has the options of every run; Snakemake takes it by itself.
+- `profiles/slurm/config.yaml` describes the site: partitions, GPUs, memory and minutes of each rule
+  (`docs/cluster.md`). `--profile profiles/slurm` selects it.
+
+To make a study of your own, copy one, set `name` to the new file's name, change what you like, and check it:
+
+    cp config/studies/digits.yaml config/studies/NAME.yaml
     python -m consistency check --study config/studies/NAME.yaml
     snakemake --cores all --config studies=NAME
 
-Students take the values of `student`. Each entry of `students` may replace only the keys named in `varies`, so that two
-compared students differ in nothing else. Each kind of section has a table below. `python -m consistency reference`
-generates this page.
+Unknown keys, wrong types and impossible combinations are errors before any work begins. Students take the values of
+`student`. Each entry of `students` may replace only the keys named in `varies`, so that two compared students differ in
+nothing else. Each kind of section has a table below. `python -m consistency reference` generates this page.
 """
 
 
 def write_reference() -> None:
-    """Write the field reference, relative to the project's root: one table for the study and one per section."""
+    """Write the reference, relative to the project's root: one table for the study and one per section."""
     schema = Study.model_json_schema()
     sections = schema["$defs"]
     for base, registry in ((Network, NETWORKS), (Student, OBJECTIVES)):

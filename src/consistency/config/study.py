@@ -1,7 +1,7 @@
 """The study as a whole: its sections, its students, and queries on them.
 
-A study is one dataset, one teacher and the students distilled from it. The field reference, config/studies/README.md,
-is generated from these classes (`python -m consistency reference`).
+A study is one dataset, one teacher and the students distilled from it. The tables of config/README.md are generated
+from these classes (`python -m consistency reference`).
 """
 
 from collections.abc import Callable

@@ -1,0 +1,22 @@
+"""The two files that Snakemake can be started with: the root's and the main one."""
+
+import json
+
+import pytest
+from tests.processes import run_python
+from tests.workflow.checkout import Checkout
+
+MAIN = ("-s", "workflow/Snakefile")
+
+
+def test_both_files_make_the_same_graph_up_to_the_rule_all(checkout: Checkout) -> None:
+    words = ["-m", "snakemake", "--d3dag", "--config", "studies=tiny"]
+    root, main = (run_python(*words, *file, folder=checkout.path).stdout for file in ((), MAIN))
+    assert json.loads(root) == json.loads(main)
+    rules = [node["value"]["rule"] for node in json.loads(root)["nodes"]]
+    assert rules.count("all") == rules.count("track") == 1
+
+
+@pytest.mark.slow
+def test_a_run_that_is_finished_with_one_file_is_finished_with_the_other(copied: Checkout) -> None:
+    assert "Nothing to be done" in copied.done(*MAIN)
