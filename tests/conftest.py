@@ -6,6 +6,7 @@ import shutil
 import signal
 import socket
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +67,14 @@ def _same_draws_in_any_order() -> None:
 
 @pytest.fixture
 def handlers() -> Iterator[None]:
-    """main() sets a handler of SIGTERM and the number of threads; the tests' own come back."""
+    """The tests' own handlers come back after main()."""
+    with own_handlers():
+        yield
+
+
+@contextmanager
+def own_handlers() -> Iterator[None]:
+    """main() sets a handler of SIGTERM and the number of threads; the tests' own come back after the block."""
     handler, threads = signal.getsignal(signal.SIGTERM), torch.get_num_threads()
     yield
     signal.signal(signal.SIGTERM, handler)

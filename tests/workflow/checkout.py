@@ -12,10 +12,17 @@ from pathlib import Path
 from typing import Any, Self
 
 import psutil
+import torch
 import yaml
 from tests.conftest import Changes, put
 from tests.processes import ROOT, environment, run_python, start_in, wait_until
 from tests.repeatable import repeatable
+
+from consistency.config.job import Job
+from consistency.config.paths import StudyPaths
+from consistency.config.reading import load_study
+from consistency.stages.samples import make_samples
+from consistency.stages.scores import make_scores
 
 COPIED = ["Snakefile", "Makefile", "environment.yml", "config", "profiles", "slurm", "workflow", "src"]
 #: the files of results that the same study has bit for bit
@@ -154,3 +161,21 @@ def as_module(folder: Path, clone: Path) -> None:
     (code,) = re.findall(r"```python\n(.+?)```", (ROOT / "docs/module.md").read_text(), re.DOTALL)
     (folder / "workflow").mkdir(exist_ok=True)
     (folder / "workflow/Snakefile").write_text(code.replace("CLONE", str(clone)))
+
+
+def job_of(checkout: Checkout, student: str, seed: int = 0) -> Job:
+    """The job of a student of a checkout, for the stages in this process."""
+    study = load_study(checkout.path / f"config/studies/{checkout.study}.yaml")
+    return Job(study, StudyPaths(study.name, checkout.path / "results", checkout.path / "state"), student, seed)
+
+
+def scored(checkout: Checkout, run: str) -> dict[str, Any]:
+    """The numbers that a student is and makes: its weights at all snapshots, its history, and, drawn and scored here,
+    its samples and scores. Its name is taken out."""
+    for make in (make_samples, make_scores):
+        make(job_of(checkout, run), torch.device("cpu"))
+    numbers = ["students/{}/**/*.safetensors", "students/{}/**/*.jsonl", "samples/{}/**/*.npy", "scores/{}/*.csv"]
+    found = checkout.results(*(pattern.format(run) for pattern in numbers))
+    tables = {name for name in found if name.endswith(".csv")}
+    found |= {name: found[name].replace(run.encode(), b"") for name in tables}
+    return {name.replace(f"/{run}/", "/"): value for name, value in found.items()}

@@ -1,4 +1,4 @@
-"""Real git and DVC repositories in which `dvc repro` runs the tiny study, made smaller still."""
+"""Real git and DVC repositories in which `dvc repro` runs the tiny study."""
 
 import hashlib
 import os
@@ -18,17 +18,7 @@ from tests.workflow.checkout import Checkout, fresh
 #: what a repository has beside what the workflow needs
 TRACKED = ["dvc.yaml", ".dvc/config", ".dvc/.gitignore", ".dvc/plots", ".dvcignore", ".gitattributes", ".gitignore"]
 TRACKED += ["resources/.gitignore"]
-SMALLER: dict[str, Any] = {
-    "teacher.steps": 20,
-    "coefficients.times": 8,
-    "coefficients.samples": 16,
-    "sampling.nfe": [1],
-    "sampling.gamma": [],
-    "scores.curve_nfe": [1],
-    "report.grid_nfe": [1],
-    "varies": ["preconditioning", "learning_rate"],
-}
-#: the stages that start Snakemake, as the small study has them
+#: the stages that start Snakemake, as the tiny study has them
 ONCE = ["dataset", "teacher", "coefficients", "extractor", "teacher-samples", "calibration", "report"]
 JOBS = {f"{stage}@tiny" for stage in ONCE} | {
     f"{stage}@tiny-{run}-0" for stage in ("student", "samples", "scores") for run in ("ctm", "analytic")
@@ -128,9 +118,9 @@ class Repo:
 
 
 def origin(path: Path) -> Repo:
-    """A repository of this checkout's files, committed, whose study is the small one."""
+    """A repository of this checkout's files, committed, whose pipeline is the tiny study."""
     repo = Repo(fresh(path, *TRACKED).path)
-    repo.set(SMALLER)
+    repo.set({"varies": ["preconditioning", "learning_rate"]})
     repo.git("init", "--quiet", "--initial-branch", "main")
     repo.commit("a study")
     return repo

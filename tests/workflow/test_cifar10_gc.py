@@ -1,6 +1,7 @@
 """cifar10-gc in miniature: from a loopback server's archive, without any teacher, to the report."""
 
 import json
+import shutil
 
 import pandas as pd
 import pytest
@@ -8,6 +9,7 @@ import yaml
 from tests.conftest import ABSENT
 from tests.image_sources import cifar10_archive, cifar10_files
 from tests.workflow.checkout import Checkout
+from tests.workflow.conftest import RunVerbs
 from tests.workflow.miniatures import BY_CLASSIFIER, Site, miniature
 
 from consistency.nets.checkpoint import load_denoiser
@@ -37,10 +39,12 @@ def small(checkout: Checkout, site: Site) -> Checkout:
     return miniature(checkout, "cifar10-gc", {**BY_CLASSIFIER, **changes})
 
 
-@pytest.mark.slow
-def test_cifar10_runs_without_a_teacher(small: Checkout, site: Site) -> None:
-    """Only the archive is asked for; every arm is trained, scored and in the report; then nothing is left to do."""
-    small.done()
+def test_cifar10_runs_without_a_teacher(small: Checkout, site: Site, run_verbs: RunVerbs) -> None:
+    """Only the archive is asked for; every arm is trained, scored and in the report. Snakemake takes what the verbs
+    made, and makes what is missing."""
+    assert run_verbs(small) == 0
+    shutil.rmtree(small.path / "results/cifar10-gc/flows")
+    small.done("results/cifar10-gc/flows/transport.csv")
     assert site.asked == {"cifar-10-python.tar.gz": 1}
     results = small.path / "results/cifar10-gc"
     architectures = {}
@@ -62,4 +66,4 @@ def test_cifar10_runs_without_a_teacher(small: Checkout, site: Site) -> None:
     assert all(run in page for run in RUNS)
     card = json.loads((results / "flows/card.json").read_text())
     assert "--job-minutes" in card["command"]
-    assert "Nothing to be done" in small.done("-n")
+    assert small.planned() == {"report", "track"}

@@ -5,7 +5,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.conftest import Changes
+from tests.conftest import Changes, own_handlers
+from tests.workflow.conftest import by_verbs
 from tests.workflow.dvc_repo import JOBS, PLAN, Repo, origin
 
 pytestmark = pytest.mark.slow
@@ -21,7 +22,7 @@ def of(*runs: str) -> set[str]:
 
 @pytest.fixture(scope="module")
 def reproduced(home: Path, untaught: Changes) -> Repo:
-    """The study of couplings in which `dvc repro` ran, its dvc.lock committed, all pushed to a remote in a folder.
+    """The study of couplings, made by the verbs, of which DVC took note, committed and pushed to a remote in a folder.
 
     The student that is made from another comes first in the study's file.
     """
@@ -33,8 +34,11 @@ def reproduced(home: Path, untaught: Changes) -> Repo:
     varies = ["coupling", "predictor", "learning_rate"]
     repo = origin(home / "repo")
     repo.set(untaught | {"students": students, "varies": varies, "report.grid_nfe": [1]})
-    repo.commit("couplings")
-    assert repo.repro() == ONCE | of(*RUNS) | {PLAN}
+    with own_handlers():
+        assert by_verbs(repo.checkout) == 0
+    repo.checkout.verb("plan", "--study", "config/studies/tiny.yaml", "--unused", "1")
+    repo.dvc("commit", "--force")
+    assert set(repo.locked()) == ONCE | of(*RUNS) | {PLAN}
     repo.dvc("remote", "add", "--default", "folder", str(home / "remote"))
     repo.commit("reproduced")
     repo.dvc("push")
@@ -72,7 +76,9 @@ def test_a_fresh_clone_pulls_and_trains_one_student_on_what_it_pulled(reproduced
 def test_a_changed_student_runs_what_is_made_from_it_and_no_other(reproduced: Repo, tmp_path: Path) -> None:
     repo = reproduced.copy(tmp_path / "repo")
     repo.set({"students.ic.learning_rate": 0.02})
-    assert repo.repro() == of("ic", "full") | {"report@tiny", PLAN}
+    students = {"student@tiny-ic-0", "student@tiny-full-0"}
+    assert repo.repro("student@tiny-full-0") == students | {PLAN}
+    assert repo.changed() == of("ic", "full") - students | {"report@tiny"}
     name = "students/ic/seed0/student.safetensors"
     assert card(repo, "full")["inputs"][name] == card(repo, "ic")["outputs"]["student.safetensors"]
     assert card(repo, "full")["inputs"][name] != card(reproduced, "full")["inputs"][name]

@@ -1,17 +1,16 @@
 """ffhq64 in miniature: from a zip of images and a loopback server to the report."""
 
 import pandas as pd
-import pytest
 from tests.edm_writer import write_edm_pickle
 from tests.image_sources import ffhq_files, write_zip
 from tests.workflow.checkout import Checkout
+from tests.workflow.conftest import RunVerbs
 from tests.workflow.miniatures import BY_CLASSIFIER, Site, miniature, teacher
 
 from consistency.nets.checkpoint import read_metadata
 
 
-@pytest.mark.slow
-def test_ffhq_runs_from_a_zip_with_every_student(checkout: Checkout, site: Site) -> None:
+def test_ffhq_runs_from_a_zip_with_every_student(checkout: Checkout, site: Site, run_verbs: RunVerbs) -> None:
     """ffhq64: a zip of images, the five students, two EMA rates."""
     files = {f"images1024x1024/{name}": content for name, content in ffhq_files(24, size=20).items()}
     write_zip(checkout.path / "ffhq.zip", files)
@@ -19,7 +18,7 @@ def test_ffhq_runs_from_a_zip_with_every_student(checkout: Checkout, site: Site)
     site.publish(checkout)
     changes = {"dataset.path": "ffhq.zip", "dataset.resolution": 8, "student.evaluation_ema": [0.5], **BY_CLASSIFIER}
     ffhq = miniature(checkout, "ffhq64", changes)
-    ffhq.done()
+    assert run_verbs(ffhq) == 0
     results = ffhq.path / "results/ffhq64"
     scores = pd.concat(pd.read_csv(file) for file in (results / "scores").glob("*/seed0.csv"))
     assert set(scores["run"]) == {"ctm", "bcm", "analytic", "analytic-forward", "cm"}

@@ -88,16 +88,18 @@ def test_the_cards_decide_where_snakemake_remembers_nothing(copied: Checkout) ->
     assert copied.change({"coefficients.probes": 1}).planned() == set()
 
 
-def test_a_study_edited_during_a_run_is_read_by_the_next_run(checkout: Checkout) -> None:
-    run = checkout.start()
-    wait_until(lambda: (checkout.path / "results/tiny/dataset/card.json").exists(), "the dataset")
-    checkout.change({"title": "Edited", "student.learning_rate": 0.5})
-    assert run.wait(timeout=600) == 0, checkout.output
-    for name in ("report/card.json", "students/ctm/seed0/card.json"):
-        card = json.loads((checkout.path / "results/tiny" / name).read_text())
+def test_a_study_edited_during_a_run_is_read_by_the_next_run(copied: Checkout) -> None:
+    log = copied.path / "logs/tiny/coefficients.log"
+    log.unlink()
+    run = copied.change({"coefficients.probes": 2}).start()
+    wait_until(log.exists, "the first job")
+    copied.change({"title": "Edited", "student.learning_rate": 0.5})
+    assert run.wait(timeout=600) == 0, copied.output
+    for name in ("report/card.json", "students/analytic/seed0/card.json"):
+        card = json.loads((copied.path / "results/tiny" / name).read_text())
         assert card["resolved"]["title"] != "Edited"
         assert card["resolved"]["student"].get("learning_rate") != 0.5
-    assert checkout.planned() == CTM | ANALYTIC | LAST
+    assert copied.planned() == CTM | ANALYTIC | LAST
 
 
 def says_one_line(checkout: Checkout) -> str:

@@ -10,17 +10,10 @@ from pathlib import Path
 from typing import Any, Self
 
 import psutil
-import torch
 import yaml
 from tests.processes import start_in, wait_until
 from tests.workflow.checkout import Checkout
 from tests.workflow.slurm.cluster import Cluster
-
-from consistency.config.job import Job
-from consistency.config.paths import StudyPaths
-from consistency.config.reading import load_study
-from consistency.stages.samples import make_samples
-from consistency.stages.scores import make_scores
 
 PROFILE = Path("workflow/profiles/slurm/config.yaml")
 #: what somebody edits in the profile for a cluster of two small nodes that keeps no accounts
@@ -140,20 +133,6 @@ def _called(process: psutil.Process, signum: int) -> bool:
         return True
     pending = next(line for line in status.splitlines() if line.startswith("ShdPnd:"))
     return bool(int(pending.split()[1], 16) >> (signum - 1) & 1)
-
-
-def scored(checkout: Checkout, run: str) -> dict[str, Any]:
-    """The numbers that a student is and makes: its weights at all snapshots, its history, and, drawn and scored here,
-    its samples and scores. Its name is taken out."""
-    study = load_study(checkout.path / f"config/studies/{checkout.study}.yaml")
-    layout = StudyPaths(study.name, checkout.path / "results", checkout.path / "state")
-    make_samples(Job(study, layout, run, 0), torch.device("cpu"))
-    make_scores(Job(study, layout, run, 0), torch.device("cpu"))
-    numbers = ["students/{}/**/*.safetensors", "students/{}/**/*.jsonl", "samples/{}/**/*.npy", "scores/{}/*.csv"]
-    found = checkout.results(*(pattern.format(run) for pattern in numbers))
-    tables = {name for name in found if name.endswith(".csv")}
-    found |= {name: found[name].replace(run.encode(), b"") for name in tables}
-    return {name.replace(f"/{run}/", "/"): value for name, value in found.items()}
 
 
 def differing(found: dict[str, Any], expected: dict[str, Any]) -> list[str]:

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 from tests.processes import wait_until
-from tests.workflow.checkout import LONGER, Checkout
+from tests.workflow.checkout import LONGER, Checkout, scored
 from tests.workflow.slurm.cluster import NODES, Cluster
-from tests.workflow.slurm.submitting import LoginNode, differing, login, scored, thaw, thaw_when_called
+from tests.workflow.slurm.submitting import LoginNode, differing, login, thaw, thaw_when_called
 
 pytestmark = [pytest.mark.slow, pytest.mark.slurm]
 

@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 from tests.processes import wait_until
-from tests.workflow.checkout import LONGER, Checkout
+from tests.workflow.checkout import LONGER, Checkout, scored
 from tests.workflow.slurm.cluster import NODES, Cluster
-from tests.workflow.slurm.submitting import differing, login, scored, thaw
+from tests.workflow.slurm.submitting import differing, login, thaw
 
 pytestmark = [pytest.mark.slow, pytest.mark.slurm]
 
