@@ -1,4 +1,4 @@
-"""The commands: `python -m consistency VERB --study config/studies/digits.yaml`, one per stage and a few tools."""
+"""The commands: `consistency VERB --study config/studies/digits.yaml`, one per stage and a few tools."""
 
 import argparse
 import os
@@ -13,6 +13,8 @@ from pathlib import Path
 from pkgutil import resolve_name
 from types import FrameType
 from typing import Any
+
+import shtab
 
 from consistency import __version__
 from consistency.base.errors import UserError
@@ -50,7 +52,7 @@ class Verb:
         return function(**{each: getattr(args, each) for each in signature(function).parameters}) or 0
 
 
-STUDY = Option("--study", required=True, metavar="FILE", help="study file, config/studies/NAME.yaml")
+STUDY = Option("--study", required=True, metavar="FILE", help="study file, or the name of a study")
 RESULTS = Option("--results", type=Path, default=Path("results"), metavar="DIR", help="default: results")
 STATE = Option("--state", type=Path, default=Path("state"), metavar="DIR", help="default: state")
 ARCHIVES = Option("--archives", type=Path, default=Path("archives"), metavar="DIR", help="default: archives")
@@ -106,6 +108,9 @@ VERBS = {
     "reference": Verb("write the field reference of a study", "config.reference:write_reference"),
 }
 
+# Completed by the shell from the files that are there, by the option's placeholder.
+COMPLETED = {"FILE": shtab.FILE, "DIR": shtab.DIRECTORY, "FOLDER": shtab.DIRECTORY}
+
 # Exit code of a verb that reached its time limit and saved its state.
 _OUT_OF_TIME = 128 + signal.SIGALRM
 
@@ -114,11 +119,14 @@ def build_parser() -> argparse.ArgumentParser:
     """Build the parser of all verbs."""
     parser = argparse.ArgumentParser("consistency", description=__doc__)
     parser.add_argument("--version", action="version", version=__version__)
+    shtab.add_argument_to(parser)
     commands = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
     for name, verb in VERBS.items():
         command = commands.add_parser(name, help=verb.help, description=verb.help)
         for option in verb.options:
-            command.add_argument(*option.flags, **option.settings)
+            argument = command.add_argument(*option.flags, **option.settings)
+            if (placeholder := option.settings.get("metavar")) in COMPLETED:
+                argument.complete = COMPLETED[placeholder]  # type: ignore[attr-defined]
     return parser
 
 
@@ -214,9 +222,9 @@ def _open_study(args: Arguments) -> None:
     """Add study_file, study and job to the arguments; --student and --seed together name a student of the study."""
     from consistency.config.job import Job
     from consistency.config.paths import StudyPaths
-    from consistency.config.reading import load_study
+    from consistency.config.reading import find_study, load_study
 
-    args.study_file, args.study = Path(args.study), load_study(args.study)
+    args.study_file, args.study = find_study(args.study), load_study(args.study)
     student, seed = getattr(args, "student", None), getattr(args, "seed", None)
     if student is not None and seed is not None:
         args.study.require(student, seed)

@@ -155,7 +155,7 @@ class StudentScorer:
 
     def _drawn(self, model: Denoiser, nfe: int, count: int) -> Iterator[tuple[slice, torch.Tensor]]:
         jumps = jump_sampler(self.job, model, preconditioning_of(self.settings, model, self.ode), nfe)
-        return draw(self.job.study, model, jumps, count)
+        return draw(self.job.study.sampling.batch, model, jumps, count)
 
 
 class _AlignmentError:
@@ -179,5 +179,5 @@ class _AlignmentError:
 def teacher_endpoints(study: Study, teacher: Denoiser) -> Array:
     """Draw the teacher's ODE endpoints at eps of the first alignment_count seeds, float32 [n, C, H, W]."""
     sampler = heun_sampler(study, teacher, study.scores.alignment_nodes)
-    batches = draw(study, teacher, sampler, study.scores.alignment_count)
+    batches = draw(study.sampling.batch, teacher, sampler, study.scores.alignment_count)
     return torch.cat([batch.cpu() for _, batch in batches]).numpy()
