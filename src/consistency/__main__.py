@@ -76,12 +76,20 @@ UNUSED = Option("--unused", type=int, default=0, help="number of empty files for
 STUDIES = Option("studies", nargs="+", metavar="NAME", help="studies, each config/studies/NAME.yaml")
 RULES = Option("--rules", nargs="+", metavar="RULE", help="rules of workflow/rules that may run (default: all)")
 TARGETS = Option("targets", nargs="*", metavar="FILE", help="files to make (default: all)")
+STUDENT_FILE = Option("--student", dest="student_file", required=True, type=Path, metavar="FILE", help="its file")
+NFE = Option("--nfe", type=int, default=1, help="number of jumps (default: 1)")
+COUNT = Option("--count", type=int, default=64, help="number of images (default: 64)")
+OUT = Option("--out", required=True, type=Path, metavar="FILE", help="a grid (.png), or the uint8 array (.npy)")
+FIRST_SEED = Option("--seed", dest="first_seed", type=int, default=0, help="seed of the first image (default: 0)")
+LABEL = Option("--label", type=int, help="class of all images (default: each seed draws its own)")
+IMAGES = Option("--images", required=True, type=Path, metavar="FOLDER", help="a folder of png or jpg, or a .npy")
 NAMES = Option("names", nargs="*", metavar="NAME", help="file of config/resources.yaml")
 
 HERE = (STUDY, RESULTS, STATE)
 COMPUTES = (*HERE, DEVICE, THREADS, TIME_LIMIT)
 RESUMES = (*COMPUTES, JOB_MINUTES)
 SHARED = (*RESUMES, PROCESSES, NODES, GRES)
+ALONE = (STUDENT_FILE, NFE, COUNT, OUT, FIRST_SEED, LABEL, DEVICE, THREADS, TIME_LIMIT)
 
 VERBS = {
     "check": Verb("check a study and print it with all defaults", "config.reading:print_study", HERE),
@@ -96,6 +104,8 @@ VERBS = {
     "scores": Verb("score one student", "stages.scores:make_scores", (*COMPUTES, STUDENT, SEED)),
     "flows": Verb("measure what each coupling does to the flow", "stages.flows:make_flows", RESUMES),
     "report": Verb("write tables, figures and report.html", "stages.report:make_report", HERE),
+    "sample": Verb("sample a student from its file alone", "api:write_samples", ALONE),
+    "score": Verb("score images of your own by a study's measure", "api:print_score", (*COMPUTES, IMAGES)),
     "track": Verb("upload the results to MLflow (idempotent)", "tracking.upload:track_study", HERE),
     "summary": Verb("print the score table and the report's path", "report.summary:print_summary", HERE),
     "archive": Verb("pack a study as a zip", "provenance.archive:make_archive", (*HERE, ARCHIVES, SNAPSHOTS)),
