@@ -1,4 +1,4 @@
-"""How a student jumps, as its file says beside its weights, so that a student can be sampled from its file alone."""
+"""Settings of a student's jumps, which its file holds beside the weights: the file alone is enough to sample it."""
 
 from pathlib import Path
 from typing import Annotated, Any, Self
