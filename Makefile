@@ -29,7 +29,7 @@ unexport PYTHONPATH PYTHONHOME VIRTUAL_ENV
 # Container images set it, and then each of a study's processes compiles torch again, 3 s.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help demo demo-gc reproduce ui pull archive test test-processors lint format install lock clean
+.PHONY: help demo demo-gc reproduce ui pull archive test test-processors lint format docs install lock clean
 
 help: ## this list
 	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' Makefile | expand -t 18
@@ -92,6 +92,20 @@ format: install ## let ruff and snakefmt rewrite what they can
 	ruff format .
 	snakefmt Snakefile workflow
 
+# The pages link to one another as they do in the repository, so they are laid out in the same way. The packages have
+# an environment of their own: they are of no use to a study.
+docs: .venv-docs/.installed ## the documentation as a site, build/site/index.html; a warning is an error
+	@rm -rf build/docs
+	mkdir -p build/docs
+	cp -r --parents *.md CITATION.cff LICENSE NOTICE dvc.yaml environment.yml config docs src workflow build/docs
+	.venv-docs/bin/zensical build --strict --clean
+	echo "build/site/index.html"
+
+.venv-docs/.installed: requirements-docs.lock
+	@"$(PYTHON)" -m venv --clear .venv-docs
+	.venv-docs/bin/python -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements-docs.lock
+	touch $@
+
 install: $(STAMP) ## the environment in .venv (every target does this first, once)
 	@:
 
@@ -135,9 +149,11 @@ $(STAMP):
 	rm $(INSTALLING)
 	echo "The environment is ready."
 
-lock: install ## compile requirements.in into requirements.lock (LOCK_ARGS=--upgrade for newer indirect packages)
+lock: install ## compile each requirements*.in into its lock (LOCK_ARGS=--upgrade for newer indirect packages)
 	@set -x
-	uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-header $(LOCK_ARGS) requirements.in -o requirements.lock
+	for name in requirements requirements-docs; do
+	  uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-header $(LOCK_ARGS) $$name.in -o $$name.lock
+	done
 
 clean: ## remove results/, state/, mlflow.db and mlruns/ (requires CONFIRM=yes)
 	@[ "$(CONFIRM)" = yes ] || { echo "This removes results/, state/, mlflow.db and mlruns/, trained networks included." \

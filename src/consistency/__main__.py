@@ -1,4 +1,4 @@
-"""The commands: `python -m consistency VERB --study config/studies/digits.yaml`, one per stage and a few tools."""
+"""The commands: `consistency VERB --study config/studies/digits.yaml`, one per stage and a few tools."""
 
 import argparse
 import os
@@ -13,6 +13,8 @@ from pathlib import Path
 from pkgutil import resolve_name
 from types import FrameType
 from typing import Any
+
+import shtab
 
 from consistency import __version__
 from consistency.base.errors import UserError
@@ -50,7 +52,7 @@ class Verb:
         return function(**{each: getattr(args, each) for each in signature(function).parameters}) or 0
 
 
-STUDY = Option("--study", required=True, metavar="FILE", help="study file, config/studies/NAME.yaml")
+STUDY = Option("--study", required=True, metavar="FILE", help="study file, or the name of a study")
 RESULTS = Option("--results", type=Path, default=Path("results"), metavar="DIR", help="default: results")
 STATE = Option("--state", type=Path, default=Path("state"), metavar="DIR", help="default: state")
 ARCHIVES = Option("--archives", type=Path, default=Path("archives"), metavar="DIR", help="default: archives")
@@ -74,12 +76,20 @@ UNUSED = Option("--unused", type=int, default=0, help="number of empty files for
 STUDIES = Option("studies", nargs="+", metavar="NAME", help="studies, each config/studies/NAME.yaml")
 RULES = Option("--rules", nargs="+", metavar="RULE", help="rules of workflow/rules that may run (default: all)")
 TARGETS = Option("targets", nargs="*", metavar="FILE", help="files to make (default: all)")
+STUDENT_FILE = Option("--student", dest="student_file", required=True, type=Path, metavar="FILE", help="its file")
+NFE = Option("--nfe", type=int, default=1, help="number of jumps (default: 1)")
+COUNT = Option("--count", type=int, default=64, help="number of images (default: 64)")
+OUT = Option("--out", required=True, type=Path, metavar="FILE", help="a grid (.png), or the uint8 array (.npy)")
+FIRST_SEED = Option("--seed", dest="first_seed", type=int, default=0, help="seed of the first image (default: 0)")
+LABEL = Option("--label", type=int, help="class of all images (default: each seed draws its own)")
+IMAGES = Option("--images", required=True, type=Path, metavar="FOLDER", help="a folder of png or jpg, or a .npy")
 NAMES = Option("names", nargs="*", metavar="NAME", help="file of config/resources.yaml")
 
 HERE = (STUDY, RESULTS, STATE)
 COMPUTES = (*HERE, DEVICE, THREADS, TIME_LIMIT)
 RESUMES = (*COMPUTES, JOB_MINUTES)
 SHARED = (*RESUMES, PROCESSES, NODES, GRES)
+ALONE = (STUDENT_FILE, NFE, COUNT, OUT, FIRST_SEED, LABEL, DEVICE, THREADS, TIME_LIMIT)
 
 VERBS = {
     "check": Verb("check a study and print it with all defaults", "config.reading:print_study", HERE),
@@ -94,6 +104,8 @@ VERBS = {
     "scores": Verb("score one student", "stages.scores:make_scores", (*COMPUTES, STUDENT, SEED)),
     "flows": Verb("measure what each coupling does to the flow", "stages.flows:make_flows", RESUMES),
     "report": Verb("write tables, figures and report.html", "stages.report:make_report", HERE),
+    "sample": Verb("sample a student from its file alone", "api:write_samples", ALONE),
+    "score": Verb("score images of your own by a study's measure", "api:print_score", (*COMPUTES, IMAGES)),
     "track": Verb("upload the results to MLflow (idempotent)", "tracking.upload:track_study", HERE),
     "summary": Verb("print the score table and the report's path", "report.summary:print_summary", HERE),
     "archive": Verb("pack a study as a zip", "provenance.archive:make_archive", (*HERE, ARCHIVES, SNAPSHOTS)),
@@ -106,6 +118,9 @@ VERBS = {
     "reference": Verb("write the reference of the configuration", "config.reference:write_reference"),
 }
 
+# Completed by the shell from the files that are there, by the option's placeholder.
+COMPLETED = {"FILE": shtab.FILE, "DIR": shtab.DIRECTORY, "FOLDER": shtab.DIRECTORY}
+
 # Exit code of a verb that reached its time limit and saved its state.
 _OUT_OF_TIME = 128 + signal.SIGALRM
 
@@ -114,11 +129,14 @@ def build_parser() -> argparse.ArgumentParser:
     """Build the parser of all verbs."""
     parser = argparse.ArgumentParser("consistency", description=__doc__)
     parser.add_argument("--version", action="version", version=__version__)
+    shtab.add_argument_to(parser)
     commands = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
     for name, verb in VERBS.items():
         command = commands.add_parser(name, help=verb.help, description=verb.help)
         for option in verb.options:
-            command.add_argument(*option.flags, **option.settings)
+            argument = command.add_argument(*option.flags, **option.settings)
+            if (placeholder := option.settings.get("metavar")) in COMPLETED:
+                argument.complete = COMPLETED[placeholder]  # type: ignore[attr-defined]
     return parser
 
 
@@ -214,9 +232,9 @@ def _open_study(args: Arguments) -> None:
     """Add study_file, study and job to the arguments; --student and --seed together name a student of the study."""
     from consistency.config.job import Job
     from consistency.config.paths import StudyPaths
-    from consistency.config.reading import load_study
+    from consistency.config.reading import find_study, load_study
 
-    args.study_file, args.study = Path(args.study), load_study(args.study)
+    args.study_file, args.study = find_study(args.study), load_study(args.study)
     student, seed = getattr(args, "student", None), getattr(args, "seed", None)
     if student is not None and seed is not None:
         args.study.require(student, seed)

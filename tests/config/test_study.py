@@ -7,15 +7,16 @@ from typing import Any
 import pytest
 import yaml
 from tests.conftest import ABSENT
+from tests.processes import ROOT
 
 from consistency.base.errors import UserError
 from consistency.config.keys import key_of
 from consistency.config.objectives import OBJECTIVES, Consistency
-from consistency.config.reading import load_study
+from consistency.config.paths import SHIPPED
+from consistency.config.reading import find_study, load_study
 from consistency.config.reference import REFERENCE, write_reference
 from consistency.config.study import Study
 
-ROOT = Path(__file__).parents[2]
 STUDIES = sorted((ROOT / "config/studies").glob("*.yaml"))
 
 WriteStudy = Callable[..., Path]
@@ -386,7 +387,29 @@ def test_a_missing_file_is_named_with_the_nearest_there_is(write_study: WriteStu
     path = write_study()
     message = mistake(path.with_name("tinny.yaml"))
     assert message == f"no study file {path.with_name('tinny.yaml')}; did you mean {path.name!r}?"
-    assert "did you mean" not in mistake(path.parent / "nowhere" / "tiny.yaml")
+    path = path.parent / "nowhere" / "tinny.yaml"
+    assert mistake(path) == f"no study file {path}; did you mean 'tiny'?"  # shipped
+
+
+def test_a_name_is_a_file_then_a_study_of_the_working_directory_then_a_shipped_one(
+    write_study: WriteStudy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert load_study("tiny") == load_study(ROOT / "config/studies/tiny.yaml")
+    assert mistake(Path("tinny")) == "no study file tinny; did you mean 'tiny'?"
+    assert mistake(Path("config/studies/digits.yaml")).startswith("no study file config/studies/digits.yaml")
+    here = tmp_path / "config/studies"
+    here.mkdir(parents=True)
+    write_study({"student.steps": 9}).rename(here / "tiny.yaml")
+    assert load_study("tiny").student["steps"] == 9
+    write_study({"student.steps": 12}).rename("tiny")
+    assert find_study("tiny") == Path("tiny")
+
+
+def test_every_study_and_its_reference_are_shipped() -> None:
+    studies = {path.name: path.read_bytes() for path in (ROOT / "config/studies").glob("*.yaml")}
+    assert {path.name: path.read_bytes() for path in (SHIPPED / "studies").glob("*.yaml")} == studies
+    assert (SHIPPED / "resources.yaml").read_bytes() == (ROOT / "config/resources.yaml").read_bytes()
 
 
 # --- keys

@@ -120,8 +120,10 @@ def test_a_registry_of_another_form_is_refused(text: str, message: str) -> None:
     assert mistake(registry).startswith(message)
 
 
-def test_outside_a_project_it_is_said_where_to_run() -> None:
-    assert "commands run in the project's root" in mistake(registry)
+def test_without_a_registry_the_shipped_one_is_read() -> None:
+    assert "inception-2015-12-05.pt" in registry()
+    register(weights_pt={})
+    assert list(registry()) == ["weights.pt"]
 
 
 def test_an_unknown_name_gets_the_nearest() -> None:

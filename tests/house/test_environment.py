@@ -18,14 +18,14 @@ PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 CAPS = {"mlflow": "<3.18", "scipy": "<1.18"}
 
 
-def requirements_in() -> dict[str, Requirement]:
-    lines = (line.split("#")[0].strip() for line in (ROOT / "requirements.in").read_text().splitlines())
+def requirements_in(name: str = "requirements") -> dict[str, Requirement]:
+    lines = (line.split("#")[0].strip() for line in (ROOT / f"{name}.in").read_text().splitlines())
     return {requirement.name: requirement for requirement in map(Requirement, filter(None, lines))}
 
 
-def lock_entries() -> list[tuple[Requirement, list[str]]]:
-    """Every requirement of the lock with its hashes."""
-    text = re.sub(r"(?m)^\s*#.*\n?", "", (ROOT / "requirements.lock").read_text())
+def lock_entries(name: str = "requirements") -> list[tuple[Requirement, list[str]]]:
+    """Every requirement of a lock with its hashes."""
+    text = re.sub(r"(?m)^\s*#.*\n?", "", (ROOT / f"{name}.lock").read_text())
     entries = []
     for block in text.replace("\\\n", " ").splitlines():
         requirement, *hashes = block.split(" --hash=")
@@ -62,9 +62,18 @@ def test_the_lock_names_requirements_in_as_the_source_of_exactly_its_entries() -
     assert direct == set(requirements_in()), "run `make lock`"
 
 
-def test_every_locked_package_has_hashes() -> None:
-    entries = lock_entries()
-    assert len(entries) > 200
+def test_the_documentations_lock_pins_what_it_is_asked_for() -> None:
+    pinned = {requirement.name: pinned_version(requirement) for requirement, _ in lock_entries("requirements-docs")}
+    asked = requirements_in("requirements-docs")
+    assert asked
+    assert {name: pinned_version(requirement) for name, requirement in asked.items()}.items() <= pinned.items()
+    assert "torch" not in pinned
+
+
+@pytest.mark.parametrize(("name", "at_least"), [("requirements", 200), ("requirements-docs", 20)])
+def test_every_locked_package_has_hashes(name: str, at_least: int) -> None:
+    entries = lock_entries(name)
+    assert len(entries) > at_least
     bare = [str(requirement) for requirement, hashes in entries if not hashes]
     malformed = [v for _, hashes in entries for v in hashes if not re.fullmatch(r"sha256:[0-9a-f]{64}", v)]
     assert bare == []
@@ -79,7 +88,7 @@ def test_the_lock_holds_one_version_of_a_package_for_a_given_machine() -> None:
 
 
 def test_no_registry_is_named() -> None:
-    for file in ["requirements.in", "requirements.lock"]:
+    for file in ["requirements.in", "requirements.lock", "requirements-docs.in", "requirements-docs.lock"]:
         text = (ROOT / file).read_text()
         assert re.findall(r"\S*(?:https?|file|ssh|git)://\S*", text) == []
         assert re.findall(r"(?m)^\s*--?(?:index-url|extra-index-url|find-links|i|f)\b.*$", text) == []

@@ -29,7 +29,7 @@ def checkout(tmp_path: Path) -> Path:
     """A directory with the files that `make` reads, in a path with a space."""
     directory = tmp_path / "a checkout"
     directory.mkdir()
-    for name in ["Makefile", "pyproject.toml", "requirements.in", "requirements.lock"]:
+    for name in ["Makefile", "pyproject.toml", "requirements.in", "requirements.lock", "requirements-docs.lock"]:
         shutil.copy(ROOT / name, directory)
     return directory
 
@@ -106,9 +106,30 @@ def test_lint_runs_every_tool_and_changes_nothing(installed: Path) -> None:
 
 def test_lock_compiles_for_every_platform_with_hashes(installed: Path) -> None:
     assert make(installed, "lock").returncode == 0
-    (call,) = calls(installed)
-    assert call.startswith("uv pip compile --quiet --universal --python-version 3.11 --generate-hashes")
-    assert call.endswith("requirements.in -o requirements.lock")
+    made = calls(installed)
+    assert len(made) == 2
+    for call, name in zip(made, ("requirements", "requirements-docs"), strict=True):
+        assert call.startswith("uv pip compile --quiet --universal --python-version 3.11 --generate-hashes")
+        assert call.endswith(f" {name}.in -o {name}.lock")
+
+
+def test_docs_builds_the_pages_in_an_environment_of_its_own(checkout: Path) -> None:
+    for name in ["config", "docs", "src", "workflow"]:
+        (checkout / name).mkdir()
+    for name in ["README.md", "CITATION.cff", "LICENSE", "NOTICE", "dvc.yaml", "environment.yml"]:
+        (checkout / name).touch()
+    (checkout / "docs/page.md").touch()
+    for name in ["python", "zensical"]:
+        script(checkout / f"ready/{name}", f'echo "{name} $*" >>"$PWD/calls"')
+    script(checkout / "fake/python3", 'echo "python3 $*" >>calls; mkdir .venv-docs; cp -r ready .venv-docs/bin')
+    assert make(checkout, "docs", path=f"{checkout}/fake:{SYSTEM_PATH}").returncode == 0
+    assert (checkout / "build/docs/docs/page.md").exists()
+    build = "zensical build --strict --clean"
+    install = "python -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements-docs.lock"
+    assert calls(checkout) == ["python3 -m venv --clear .venv-docs", install, build]
+    assert make(checkout, "docs").returncode == 0
+    assert calls(checkout)[3:] == [build]
+    assert not (checkout / ".venv").exists()
 
 
 def test_ui_serves_the_local_database_on_the_loopback(installed: Path) -> None:

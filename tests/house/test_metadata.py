@@ -11,7 +11,7 @@ from tests.processes import ROOT
 
 HOUSE = ["Makefile", "pyproject.toml", "environment.yml", "requirements.in", "requirements.lock", "CITATION.cff"]
 HOUSE += ["CHANGELOG.md", "CONTRIBUTING.md", "NOTICE", "LICENSE", ".ci/run", ".gitignore", ".gitattributes"]
-HOUSE += [".pre-commit-config.yaml"]
+HOUSE += [".pre-commit-config.yaml", "mkdocs.yml", "requirements-docs.in", "requirements-docs.lock"]
 
 
 def test_the_citation_has_what_its_format_requires_and_refers_to_both_papers() -> None:
@@ -51,7 +51,10 @@ def test_no_absolute_path_of_a_machine(name: str) -> None:
     assert found == []
 
 
-@pytest.mark.parametrize("path", ["results/x", "state/x", ".snakemake/x", "mlflow.db", "mlruns/x", ".venv/x"])
+IGNORED = ["results/x", "state/x", ".snakemake/x", "mlflow.db", "mlruns/x", ".venv/x", ".venv-docs/x", "build/x"]
+
+
+@pytest.mark.parametrize("path", IGNORED)
 def test_what_a_study_makes_is_ignored(path: str) -> None:
     if not (ROOT / ".git").exists():
         pytest.skip("not a git checkout")

@@ -47,7 +47,8 @@ def upward(source: Path) -> list[str]:
 
 
 def test_every_module_lies_in_a_room() -> None:
-    assert {name.split(".")[0] for name in modules(SOURCE)} == {*ROOMS, "__main__"}
+    # The commands and the Python interface are the package's two doors: they use every room, and none uses them.
+    assert {name.split(".")[0] for name in modules(SOURCE)} == {*ROOMS, "__main__", "api"}
     assert len(ROOMS) <= 12
 
 

@@ -21,6 +21,7 @@ from consistency.runtime.snakemake import AT_WORK, LOCKS, join_run, reproduce
 def in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing is at work in the working directory, and no test becomes a Snakemake."""
     monkeypatch.chdir(tmp_path)
+    Path("Snakefile").touch()
     monkeypatch.setattr("os.execve", lambda *_: pytest.fail("Snakemake was started"))
 
 
@@ -44,6 +45,12 @@ def told(*words: str) -> list[str]:
 )
 def test_snakemake_is_told_the_study_the_rules_and_the_targets(words: list[str], said: str) -> None:
     assert told(*words) == [f"--cores 3 --config {said}"]
+
+
+def test_outside_a_checkout_it_is_said_where_to_run(tiny: Tiny) -> None:
+    Path("Snakefile").unlink()
+    with pytest.raises(UserError, match="no Snakefile here: run this in a checkout's root, or the stages one by one"):
+        reproduce(tiny(), None, [])
 
 
 def leave_a_lock() -> None:

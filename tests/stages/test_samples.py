@@ -40,7 +40,7 @@ CTM = build_preconditioning("ctm", 0.5)
 
 
 def images(study: Study, model: Denoiser, sampler: Sampler, count: int) -> torch.Tensor:
-    return torch.cat([batch for _, batch in draw(study, model, sampler, count)])
+    return torch.cat([batch for _, batch in draw(study.sampling.batch, model, sampler, count)])
 
 
 def of_ctm(study: Study) -> Job:

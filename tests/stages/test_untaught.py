@@ -16,6 +16,7 @@ from consistency.config.keys import key_of
 from consistency.config.paths import StudyPaths
 from consistency.data.prepared import load_images
 from consistency.evaluation.estimate import estimate, training_operations
+from consistency.evaluation.trained import open_student
 from consistency.nets.checkpoint import load_denoiser
 from consistency.provenance.verification import verify
 from consistency.runtime.machine import Machine
@@ -54,6 +55,18 @@ def test_the_arms_are_scored_the_same_before_training_alone(job: Job) -> None:
         for nfe in job.study.scores.curve_nfe:
             assert table["curve", 0, nfe] == tables[0]["curve", 0, nfe]
             assert table["curve", 6, nfe] != tables[0]["curve", 6, nfe]
+
+
+@pytest.mark.parametrize("run", ["ic", "gc", "data", "own"])
+def test_a_students_file_alone_samples_the_same(job: Job, run: str) -> None:
+    """Those that jump to eps alone, and those with coefficients of their own."""
+    student = open_student(job.of(run, 0).weights(), CPU, "float32", 512)
+    for nfe in job.study.sampling.nfe:
+        assert np.array_equal(student.sample(80, nfe), np.load(job.of(run, 0).samples / f"nfe{nfe}.npy"))
+    x = torch.randn(2, 1, 8, 8)
+    assert torch.equal(student(x, 0.002, 0.002), x)
+    with pytest.raises(UserError, match=r"this student jumps only to s = 0\.002"):
+        student(x, 2.0, 1.0)
 
 
 def test_what_was_made_agrees_with_its_cards(job: Job) -> None:

@@ -2,6 +2,9 @@
 
 from pathlib import Path
 
+#: the files of config/ as the package ships them, for an installation outside a checkout
+SHIPPED = Path(__file__).parents[1] / "shipped"
+
 
 def ema_suffix(rate: float | None) -> str:
     """Return the suffix of a further EMA rate in a file's name; '' for the main rate (None)."""

@@ -12,6 +12,7 @@ from ruamel.yaml import YAML, YAMLError
 from consistency.base.errors import UserError, suggestion
 from consistency.base.files import write_bytes
 from consistency.config.explain import explain
+from consistency.config.paths import SHIPPED
 from consistency.config.rules import RULES
 from consistency.config.study import Study
 
@@ -48,20 +49,32 @@ def load_studies(names: Any, keep: bool) -> dict[str, Study]:
     return studies
 
 
-def load_study(path: str | Path) -> Study:
-    """Read and check a study file, or its copy in a job of a run that has kept one (`load_studies`).
+def find_study(given: str | Path) -> Path:
+    """Return the file of a study: the given one or, for a name where no such file exists, config/studies/NAME.yaml or
+    the file that the package ships."""
+    path = Path(given)
+    if path.is_file() or path.name != str(given) or path.suffix in (".yaml", ".yml"):
+        return path
+    found = (folder / f"{given}.yaml" for folder in (Path("config/studies"), SHIPPED / "studies"))
+    return next(filter(Path.is_file, found), path)
+
+
+def load_study(given: str | Path) -> Study:
+    """Read and check a study, a file or a name (`find_study`), or its copy in a job of a run that has kept one
+    (`load_studies`).
 
     Raises UserError with one line that names the file, the key and what to change.
     """
-    path = Path(path)
+    path = find_study(given)
     kept = Path(os.environ.get(KEPT, ""), path.name)
     path = kept if KEPT in os.environ and kept.is_file() else path
     try:
         content = parse_yaml(path.read_text(), path)
     except FileNotFoundError:
-        raise UserError(
-            f"no study file {path}{suggestion(path.name, sorted(each.name for each in path.parent.glob('*.yaml')))}"
-        ) from None
+        beside = sorted(each.name for each in path.parent.glob("*.yaml"))
+        shipped = sorted(each.stem for each in (SHIPPED / "studies").glob("*.yaml"))
+        near = suggestion(path.name, beside) if beside and path.suffix else suggestion(path.stem, shipped)
+        raise UserError(f"no study file {path}{near}") from None
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read the study file {path}: {error}") from None
     if not isinstance(content, dict):

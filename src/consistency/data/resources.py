@@ -17,9 +17,10 @@ from consistency.base.locks import held
 from consistency.base.progress import Progress
 from consistency.config.explain import explain
 from consistency.config.fields import Section
+from consistency.config.paths import SHIPPED
 from consistency.config.reading import parse_yaml
 
-# relative to the project's root, where every command runs
+# relative to the working directory
 REGISTRY = Path("config/resources.yaml")
 RECORDED = Path("config/resources.lock")
 FOLDER = Path("resources")
@@ -50,22 +51,28 @@ class Resource(Section):
     size: Annotated[int, Field(gt=0)] | None = None
 
 
+def registry_file() -> Path:
+    """Return config/resources.yaml or, where there is none, the file that the package ships."""
+    return REGISTRY if REGISTRY.exists() else SHIPPED / REGISTRY.name
+
+
 def registry() -> dict[str, Resource]:
     """Return the resources by file name. Raises UserError with the file and the key if the registry is not valid."""
+    file = registry_file()
     try:
-        content = parse_yaml(REGISTRY.read_text(), REGISTRY)
+        content = parse_yaml(file.read_text(), file)
         return TypeAdapter(dict[FileName, Resource]).validate_python(content)
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read {REGISTRY}: {error}; commands run in the project's root") from None
+        raise UserError(f"cannot read {file}: {error}") from None
     except ValidationError as error:
-        raise UserError(f"{REGISTRY}: {explain(error, Resource)}") from None
+        raise UserError(f"{file}: {explain(error, Resource)}") from None
 
 
 def find(name: str) -> Resource:
     """Return the resource of that file name. Raises UserError with the nearest name if there is none."""
     known = registry()
     if name not in known:
-        raise UserError(f"there is no resource {name!r} in {REGISTRY}{suggestion(name, known)}")
+        raise UserError(f"there is no resource {name!r} in {registry_file()}{suggestion(name, known)}")
     return known[name]
 
 

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from consistency.base.seeding import ImageNoise
+from consistency.config.dataset import Noise
 from consistency.config.job import Job
 from consistency.config.study import Study
 from consistency.nets.denoiser import Denoiser
@@ -23,11 +24,10 @@ Sampler = Callable[[ImageNoise], Tensor]
 
 @torch.inference_mode()
 def draw(
-    study: Study, model: Denoiser, sampler: Sampler, count: int, start: int = 0, ranks: Ranks = ALONE
+    size: int, model: Denoiser, sampler: Sampler, count: int, start: int = 0, ranks: Ranks = ALONE
 ) -> Iterator[tuple[slice, Tensor]]:
-    """Yield this process's images of seeds start to count-1 in batches: (rows, float [n, C, H, W])."""
+    """Yield this process's images of seeds start to count-1 in batches of that size: (rows, float [n, C, H, W])."""
     shape = (model.img_channels, model.img_resolution, model.img_resolution)
-    size = study.sampling.batch
     for first in range(start + ranks.rank * size, count, ranks.world * size):
         rows = slice(first, min(first + size, count))
         noise = ImageNoise(range(rows.start, rows.stop), shape, model.label_dim)
@@ -43,7 +43,7 @@ def prepared(study: Study, model: Denoiser) -> Denoiser:
 def heun_sampler(study: Study, teacher: Denoiser, nodes: int | None = None) -> Sampler:
     """Return EDM's sampler with the study's settings; with nodes, the ODE's endpoint at eps through that many nodes."""
     device = next(teacher.parameters()).device
-    times = _times(study, nodes or study.calibration.steps) + ([0.0] if nodes is None else [])
+    times = _times(study.noise, nodes or study.calibration.steps) + ([0.0] if nodes is None else [])
     settings = study.calibration.churn if nodes is None else None
 
     def sample(noise: ImageNoise) -> Tensor:
@@ -63,10 +63,14 @@ def heun_sampler(study: Study, teacher: Denoiser, nodes: int | None = None) -> S
 
 
 def jump_sampler(job: Job, model: Denoiser, preconditioning: Preconditioning, nfe: int, gamma: float = 0.0) -> Sampler:
+    """Return a sampler of a study's student: nfe jumps along the study's rho grid."""
+    return jumps_along(job.study.noise, model, preconditioning, nfe, 1.0 if job.settings.only_to_eps else gamma)
+
+
+def jumps_along(noise: Noise, model: Denoiser, preconditioning: Preconditioning, nfe: int, gamma: float) -> Sampler:
     """Return a sampler of nfe jumps along the rho grid from sigma_max to sigma_min."""
     device = next(model.parameters()).device
-    times = _times(job.study, nfe + 1)
-    gamma = 1.0 if job.settings.only_to_eps else gamma
+    times = _times(noise, nfe + 1)
 
     def sample(noise: ImageNoise) -> Tensor:
         labels = _labels(noise, device)
@@ -79,9 +83,9 @@ def jump_sampler(job: Job, model: Denoiser, preconditioning: Preconditioning, nf
     return sample
 
 
-def _times(study: Study, nodes: int) -> list[float]:
-    """Return the study's rho grid as numbers: reading each back from a GPU would stall it."""
-    return time_grid(study.noise, nodes).tolist()
+def _times(noise: Noise, nodes: int) -> list[float]:
+    """Return the rho grid as numbers: reading each back from a GPU would stall it."""
+    return time_grid(noise, nodes).tolist()
 
 
 def _labels(noise: ImageNoise, device: torch.device) -> Tensor | None:

@@ -48,6 +48,34 @@ class Score:
     tolerance: float | None = None
 
 
+@dataclass(frozen=True)
+class Distances:
+    """Distances of images to a study's data. extractor: whose features; fd: Frechet distance, which is FID if the
+    features are Inception's; kid: kernel distance; images: N."""
+
+    fd: float
+    kid: float
+    images: int
+    extractor: str
+
+
+class Measures:
+    """The measures of a study: its extractor, and the statistics of its data's features."""
+
+    def __init__(self, job: Job, device: torch.device) -> None:
+        self.settings, self.data = job.study.scores, read_data_statistics(job)
+        self.extractor = open_extractor(job, read_dataset(job), device)
+
+    def statistics(self, pieces: Iterable[Array], count: int) -> Statistics:
+        """Return the statistics of the features of `count` images, which come in pieces [n, d]."""
+        return Statistics.gather(pieces, count, self.settings.kid_images)
+
+    def distances(self, a: Statistics, b: Statistics, images: int) -> Distances:
+        """Compare two sets of features, the first of that many images."""
+        kid = kernel_distance(a, b, self.settings.kid_subsets, self.settings.kid_subset_size)
+        return Distances(frechet_distance(a, b), kid, images, self.extractor.name)
+
+
 CALIBRATION_COLUMNS = [column.name for column in fields(Score)]
 COLUMNS = CALIBRATION_COLUMNS[:-2]
 
@@ -58,20 +86,19 @@ class Scorer:
 
     def __init__(self, job: Job, device: torch.device, label: str, total: int) -> None:
         self.job, self.study, self.card = job, job.study, Card(job, "scores")
-        self.extractor = open_extractor(job, read_dataset(job), device)
-        self.data = read_data_statistics(job)
+        self.measures = Measures(job, device)
         self.progress = Progress(label, total)
 
     def score(self, chunks: Iterable[Array], count: int, **place: Any) -> Score:
         """Compare `count` uint8 images, which come in chunks [n, H, W, C], with the data. place: what is scored, as
         fields of Score."""
-        pieces = self.progress.counted(self.extractor.pieces(chunks))
-        images = Statistics.gather(pieces, count, self.study.scores.kid_images)
-        return self._score(images, self.data, count, **place)
+        pieces = self.progress.counted(self.measures.extractor.pieces(chunks))
+        images = self.measures.statistics(pieces, count)
+        return self._score(images, self.measures.data, count, **place)
 
     def halves(self) -> Score:
         """Compare one half of the data's kept features with the other."""
-        features = self.data.features
+        features = self.measures.data.features
         # The halves must not depend on the dataset's order.
         order = torch.randperm(len(features), generator=generator(0, "halves")).numpy()
         half = len(order) // 2
@@ -79,18 +106,12 @@ class Scorer:
         return self._score(second, first, half, kind="calibration", run="data", sampler="halves", nfe=0)
 
     def _score(self, a: Statistics, b: Statistics, images: int, **place: Any) -> Score:
-        settings = self.study.scores
-        measured: dict[str, Any] = {
-            "fd": frechet_distance(a, b),
-            "kid": kernel_distance(a, b, settings.kid_subsets, settings.kid_subset_size),
-            "images": images,
-        }
-        known: dict[str, Any] = {"study": self.study.name, "seed": self.job.seed, "extractor": self.extractor.name}
-        return Score(**known, **place, **measured)
+        measured = asdict(self.measures.distances(a, b, images))
+        return Score(study=self.study.name, seed=self.job.seed, **place, **measured)
 
     def warn_of_singular(self, samples: int) -> None:
         """Warn if there are too few images for the covariance of the features."""
-        features, half = len(self.data.mean), len(self.data.features) // 2
+        features, half = len(self.measures.data.mean), len(self.measures.data.features) // 2
         counts = {"sampling.count": samples, "scores.curve_count": self.study.scores.curve_count, "data halves": half}
         few = ", ".join(f"{name} {count:,}" for name, count in counts.items() if count <= features)
         if few:
@@ -155,7 +176,7 @@ class StudentScorer:
 
     def _drawn(self, model: Denoiser, nfe: int, count: int) -> Iterator[tuple[slice, torch.Tensor]]:
         jumps = jump_sampler(self.job, model, preconditioning_of(self.settings, model, self.ode), nfe)
-        return draw(self.job.study, model, jumps, count)
+        return draw(self.job.study.sampling.batch, model, jumps, count)
 
 
 class _AlignmentError:
@@ -179,5 +200,5 @@ class _AlignmentError:
 def teacher_endpoints(study: Study, teacher: Denoiser) -> Array:
     """Draw the teacher's ODE endpoints at eps of the first alignment_count seeds, float32 [n, C, H, W]."""
     sampler = heun_sampler(study, teacher, study.scores.alignment_nodes)
-    batches = draw(study, teacher, sampler, study.scores.alignment_count)
+    batches = draw(study.sampling.batch, teacher, sampler, study.scores.alignment_count)
     return torch.cat([batch.cpu() for _, batch in batches]).numpy()

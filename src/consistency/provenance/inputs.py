@@ -14,6 +14,7 @@ from consistency.config.study import Study
 from consistency.data.prepared import ImageData, load_images
 from consistency.nets.checkpoint import load_denoiser
 from consistency.nets.denoiser import Denoiser
+from consistency.nets.jumps import Fit, Jumps
 from consistency.nets.own_preconditioning import own_preconditioning
 from consistency.provenance.card import read_card
 from consistency.theory.generalized_ode import GeneralizedODE
@@ -78,3 +79,14 @@ def preconditioning_of(settings: Student, model: Denoiser, ode: GeneralizedODE |
 def read_preconditioning(job: Job, model: Denoiser) -> Preconditioning:
     """Read the preconditioning of a student, given its network."""
     return preconditioning_of(job.settings, model, read_ode(job, next(model.parameters()).device))
+
+
+def jumps_of(job: Job) -> Jumps:
+    """Return the settings of a student's jumps, with the teacher's coefficients if it uses them."""
+    settings, fit = job.settings, None
+    if settings.needs_coefficients:
+        arrays = read_coefficients(job)
+        fit = Fit(**{letter: arrays[letter].tolist() for letter in ("times", "l", "s")})
+    return Jumps(
+        preconditioning=settings.preconditioning, only_to_eps=settings.only_to_eps, noise=job.study.noise, fit=fit
+    )

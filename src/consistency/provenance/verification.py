@@ -12,7 +12,7 @@ from consistency.base.files import sha256
 from consistency.config.explain import explain
 from consistency.config.job import Job
 from consistency.config.keys import settings_key
-from consistency.config.paths import StudyPaths
+from consistency.config.paths import SHIPPED, StudyPaths
 from consistency.config.reading import load_study
 from consistency.config.study import Study
 from consistency.provenance.card import first_difference
@@ -67,13 +67,17 @@ def verify(root: Path, study: Study) -> list[Finding]:
 
 
 def print_verified(root: Path, study_file: Path | None) -> None:
-    """Print the findings of verify. The default study file is the one in the same checkout or unzipped archive.
+    """Print the findings of verify. The default study file is the one in the same checkout or unzipped archive, then
+    the one that the package ships.
 
     Raises UserError unless everything is consistent, and when there is no study file.
     """
-    path = study_file or root.resolve().parent.parent / "config/studies" / f"{root.resolve().name}.yaml"
-    if study_file is None and not path.is_file():
-        raise UserError(f"{root} has no study file {path}: name it with --study, or give a folder like results/digits")
+    beside = root.resolve().parent.parent / "config/studies" / f"{root.resolve().name}.yaml"
+    path = study_file or next(filter(Path.is_file, (beside, SHIPPED / "studies" / beside.name)), None)
+    if path is None:
+        raise UserError(
+            f"{root} has no study file {beside}: name it with --study, or give a folder like results/digits"
+        )
     require_consistent(root, load_study(path))
 
 

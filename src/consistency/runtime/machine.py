@@ -1,5 +1,7 @@
 """The device of this process, and its rank."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -14,6 +16,19 @@ class Machine:
 
     device: torch.device
     ranks: Ranks = ALONE
+
+
+@contextmanager
+def as_in_a_stage(threads: int = 1) -> Iterator[None]:
+    """Compute in the block as a stage does: the number of threads affects a CPU's last bits, TF32 those of a GPU."""
+    before, tf32 = torch.get_num_threads(), torch.backends.cudnn.allow_tf32
+    torch.set_num_threads(threads)
+    torch.backends.cudnn.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+        torch.backends.cudnn.allow_tf32 = tf32
 
 
 def pick_device(name: str) -> torch.device:

@@ -34,9 +34,11 @@ def reproduce(study: Study, rules: list[str] | None, targets: list[str]) -> NoRe
     """Become Snakemake and make the targets by those rules alone, or the whole study without any.
 
     Uses $CORES cores (default: all); is interrupted when its caller is gone. With rules, existing files are up to date,
-    because the caller (DVC) decides what to make again. Raises UserError if another run in this directory does not exit
-    within PATIENCE seconds, or a run on a cluster was killed.
+    because the caller (DVC) decides what to make again. Raises UserError outside a checkout, if another run in this
+    directory does not exit within PATIENCE seconds, or if a run on a cluster was killed.
     """
+    if not Path("Snakefile").is_file():
+        raise UserError("no Snakefile here: run this in a checkout's root, or the stages one by one (`--help`)")
     lock = _alone()
     snakemake, config = [sys.executable, "-m", "snakemake"], ["--config", f"studies={study.name}"]
     if LOCKS.is_dir() and any(LOCKS.iterdir()):

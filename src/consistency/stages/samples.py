@@ -95,7 +95,7 @@ class _Work:
         if done == count:
             return
         images = self.parts.open(name)
-        batches = draw(self.study, model, sampler, count, done, self.ranks)
+        batches = draw(self.study.sampling.batch, model, sampler, count, done, self.ranks)
         hook = model.model.register_forward_pre_hook(self._leave)
         try:
             while done < count:

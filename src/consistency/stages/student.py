@@ -35,6 +35,7 @@ def _publish(card: Card, training: Training, measured: dict[str, float]) -> None
     job = card.job
     digests = {path: digest_of(path, job.paths) for path in graph.inputs("student", job)}
     metadata = {"study": job.study.name, "stage": "student", "run": job.student, "seed": job.seed, "key": training.key}
+    metadata |= training.metadata
     parents = {path.name: digest for path, digest in digests.items()}
     made = {"step": training.steps, "git": git_state(), "parents": parents}
     checkpoints = [job.weights(rate) for rate in job.settings.rates]

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,7 +31,8 @@ SAVE_SHARE = 0.02  # largest share of the time spent on saving
 class Training:
     """A training run: model, length, schedule and folder. emas: EMA copies; the first names snapshots and results;
     learning_rate: maps a step to a rate, None keeps the optimiser's. snapshot_every: None for no snapshots.
-    before_step: called before every step (from 0) on all ranks; returns the evaluations that it made."""
+    before_step: called before every step (from 0) on all ranks; returns the evaluations that it made.
+    metadata: further metadata of its checkpoints."""
 
     label: str
     key: str
@@ -42,6 +44,7 @@ class Training:
     learning_rate: Callable[[int], float] | None = None
     snapshot_every: int | None = None
     before_step: Callable[[int], int] | None = None
+    metadata: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass
@@ -186,7 +189,7 @@ def _snapshot(job: Training, step: int) -> None:
         return
     for k, ema in enumerate(job.emas):
         path = job.folder / "snapshots" / snapshot_name(step, ema.constant if k else None)
-        save_denoiser(path, ema.model, {"key": job.key, "step": step, "ema": ema.constant})
+        save_denoiser(path, ema.model, {**job.metadata, "key": job.key, "step": step, "ema": ema.constant})
 
 
 def _save(job: Training, clock: _Clock, window: _Window) -> float:

@@ -10,7 +10,14 @@ from consistency.config.job import Job
 from consistency.config.objectives import Consistency
 from consistency.data.prepared import ImageData
 from consistency.nets.denoiser import Denoiser, init_denoiser, student_from_teacher
-from consistency.provenance.inputs import read_preconditioning, read_student, read_teacher, require_classes
+from consistency.nets.jumps import JUMPS
+from consistency.provenance.inputs import (
+    jumps_of,
+    read_preconditioning,
+    read_student,
+    read_teacher,
+    require_classes,
+)
 from consistency.runtime.machine import Machine
 from consistency.training.build import build_distance, build_optimizer, compile_networks, open_stream, place
 from consistency.training.consistency_training import schedule_of
@@ -56,6 +63,7 @@ def student_training(job: Job, data: ImageData, machine: Machine) -> Training:
         folder=job.state,
         snapshot_every=settings.snapshot_every,
         before_step=_refits(job, data, machine, student, [ema.model for ema in emas]),
+        metadata={JUMPS: jumps_of(job).model_dump(mode="json")},
     )
 
 

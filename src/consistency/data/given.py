@@ -1,0 +1,59 @@
+"""Images that a person gives to be scored: an array, a .npy file, or a folder of pictures."""
+
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import numpy as np
+
+from consistency.base.errors import UserError
+from consistency.config.dataset import Dataset
+from consistency.data.containers import Folder, images_below, open_folder
+from consistency.data.pictures import decode
+
+Array = np.ndarray
+
+
+def open_given(images: Array | str | Path, settings: Dataset) -> tuple[int, Iterable[Array]]:
+    """Return the number of images, and the images as uint8 chunks [n, H, W, C]; a folder's in sorted order, decoded one
+    at a time.
+
+    Raises UserError if there are none, if one is unreadable, and if they have not the dataset's size and channels:
+    resizing here would change what is measured.
+    """
+    shape = (settings.resolution, settings.resolution, settings.channels)
+    if isinstance(images, str | Path):
+        path = Path(images)
+        if path.is_dir():
+            names = sorted(images_below(path))
+            if not names:
+                raise UserError(f"{path} has no *.png or *.jpg in it")
+            return len(names), _decoded(open_folder(path, names), shape)
+        images, where = _array_of(path), str(path)
+    else:
+        where = "the array"
+    if images.dtype != np.uint8 or images.shape[1:] != shape or not len(images):
+        found, wanted = f"{images.dtype} {list(images.shape)}", ", ".join(map(str, ("N", *shape)))
+        raise UserError(f"{where} is {found}, but the study's images are uint8 [{wanted}]: convert it first")
+    return len(images), [images]
+
+
+def _array_of(path: Path) -> Array:
+    try:
+        array: Array = np.load(path, mmap_mode="r")  # refuses pickles
+        return array if isinstance(array, np.ndarray) else np.empty(0)
+    except (OSError, ValueError, EOFError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"{path} is neither a folder of images nor a .npy file ({reason})") from None
+
+
+def _decoded(folder: Folder, shape: tuple[int, int, int]) -> Iterator[Array]:
+    height, width, channels = shape
+    wanted = ("RGB" if channels == 3 else "L", width, height)
+    for row in range(len(folder.names)):
+        picture = decode(folder.read(row), folder.where(row))
+        if (picture.mode, *picture.size) != wanted:
+            raise UserError(
+                f"{folder.where(row)} has {picture.width}x{picture.height} pixels of mode {picture.mode}, the study's "
+                f"images have {width}x{height} of {wanted[0]}: convert it first"
+            )
+        yield np.array(picture).reshape(1, *shape)

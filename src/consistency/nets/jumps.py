@@ -1,0 +1,68 @@
+"""Settings of a student's jumps, which its file holds beside the weights: the file alone is enough to sample it."""
+
+from pathlib import Path
+from typing import Annotated, Any, Self
+
+import torch
+from pydantic import ValidationError, model_validator
+
+from consistency.base.errors import UserError
+from consistency.config.dataset import Noise
+from consistency.config.fields import OneOf, Section
+from consistency.nets.denoiser import Denoiser
+from consistency.nets.own_preconditioning import own_preconditioning
+from consistency.theory.generalized_ode import GeneralizedODE
+from consistency.theory.preconditioning import FORMS, Preconditioning, build_preconditioning
+
+#: its name in the metadata of a checkpoint
+JUMPS = "jumps"
+
+
+class Fit(Section):
+    """The teacher's l_t and s_t on nodes t, as `coefficients.npz` has them. JSON keeps every bit of a float64."""
+
+    times: list[float]
+    l: list[float]
+    s: list[float]
+
+    @model_validator(mode="after")
+    def _as_long(self) -> Self:
+        if not len(self.times) == len(self.l) == len(self.s):
+            raise ValueError("times, l and s are not equally long")
+        return self
+
+
+class Jumps(Section):
+    """Settings of a student's jumps. fit: of a student that uses the teacher's l_t and s_t; a student's own lie in the
+    buffer `fit` beside its weights."""
+
+    preconditioning: Annotated[str, OneOf(FORMS)]
+    only_to_eps: bool
+    noise: Noise
+    fit: Fit | None = None
+
+    def of(self, model: Denoiser) -> Preconditioning:
+        """Return the preconditioning of a network. Raises ValueError if the coefficients are missing or not usable."""
+        if "own_fit" in model.architecture:
+            return own_preconditioning(self.preconditioning, model)
+        ode = None
+        if self.fit is not None:
+            times, l, s = torch.tensor([self.fit.times, self.fit.l, self.fit.s], dtype=torch.float64)
+            ode = GeneralizedODE(times, l, s, next(model.parameters()).device)
+        return build_preconditioning(self.preconditioning, model.sigma_data, ode)
+
+
+def read_jumps(path: Path, metadata: dict[str, Any]) -> Jumps:
+    """Read the settings of a student's jumps from its metadata. Raises UserError if it has none, or wrong ones."""
+    if JUMPS not in metadata:
+        raise UserError(
+            f"{path} does not say how it jumps: it is a teacher, or a student of an earlier version; train the student "
+            "again (`python -m consistency student`), or draw its images by `python -m consistency samples`"
+        )
+    try:
+        return Jumps.model_validate(metadata[JUMPS])
+    except ValidationError as error:
+        # Without the input, which may be long.
+        problem = error.errors()[0]
+        reason = f"{'.'.join(map(str, problem['loc']))}: {problem['msg']}"
+        raise UserError(f"{path} does not say rightly how it jumps ({reason}): train the student again") from None
