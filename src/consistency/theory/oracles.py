@@ -15,7 +15,7 @@ from torch import Tensor
 
 from consistency.theory.estimators import Array, CoefficientFit, fit_coefficients, image_moments, solve_moments
 from consistency.theory.generalized_ode import GeneralizedODE
-from consistency.theory.noise import log_grid, rho_grid
+from consistency.theory.noise import rho_grid
 from consistency.theory.preconditioning import build_preconditioning
 
 
