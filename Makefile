@@ -29,7 +29,7 @@ unexport PYTHONPATH PYTHONHOME VIRTUAL_ENV
 # Container images set it, and then each of a study's processes compiles torch again, 3 s.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help demo demo-gc reproduce ui pull archive test test-processors lint format docs install lock clean
+.PHONY: help demo demo-gc reproduce ui pull archive test test-all test-processors lint format docs install lock clean
 
 help: ## this list
 	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' Makefile | expand -t 18
@@ -65,9 +65,14 @@ pull: install ## the results of this commit from DVC's remote; computes nothing 
 archive: install ## a finished study as one zip with SHA256SUMS, archives/NAME-KEY.zip (STUDY=digits)
 	@exec python -m consistency archive --study config/studies/$(STUDY).yaml
 
-test: install ## the tests (PYTEST_ARGS="-k coefficients" to select, PYTEST_WORKERS=4 for more processes)
+# The last -m counts, so PYTEST_ARGS may select others.
+test: SELECTED := -m "not slow"
+test: install ## the quick tests, with the tiny study through DVC, Snakemake and an MLflow server (PYTEST_ARGS="-k fit")
+test-all: SELECTED := --cov --cov-report=term:skip-covered
+test-all: install ## every test, with the branch coverage, as continuous integration runs them (PYTEST_WORKERS=4)
+test test-all:
 	@export OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1}
-	exec python -m pytest -n $(PYTEST_WORKERS) --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
+	exec python -m pytest -n $(PYTEST_WORKERS) --dist loadfile --no-loadscope-reorder $(SELECTED) $(PYTEST_ARGS)
 
 test-processors: install ## the statistical tests with 20 seeds and each instruction set of this processor
 	@export OMP_NUM_THREADS=1

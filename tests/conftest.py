@@ -46,9 +46,15 @@ WriteStudy = Callable[..., Path]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Begin with the files that take longest, so that no worker of pytest-xdist is left with one of them at the end."""
-    slow = {item.path for item in items if item.get_closest_marker("slow")}
-    items.sort(key=lambda item: (item.path not in slow, "workflow" not in item.path.parts))
+    """Order the files so that no worker of pytest-xdist waits for another: one file makes the finished study; those
+    that take long and do without it come next, then those that copy it, then all others."""
+    long = {item.path for item in items if item.get_closest_marker("slow") or "workflow" in item.path.parts}
+    copying = {item.path for item in items if "finished" in getattr(item, "fixturenames", ())}
+
+    def rank(item: pytest.Item) -> tuple[bool, bool, bool]:
+        return item.path.name != "test_end_to_end.py", item.path not in long, item.path in copying
+
+    items.sort(key=rank)
 
 
 @pytest.fixture(scope="session", autouse=True)

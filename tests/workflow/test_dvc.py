@@ -67,15 +67,6 @@ def repo(reproduced: Repo, tmp_path: Path) -> Repo:
     return reproduced.copy(tmp_path / "repo")
 
 
-def test_everything_is_there_git_sees_the_lock_alone_and_again_nothing_runs(reproduced: Repo) -> None:
-    assert (reproduced.path / "results/tiny/report/report.html").stat().st_size > 10_000
-    assert set(reproduced.locked()) == JOBS | {PLAN}
-    assert set(reproduced.git("show", "--name-only", "--format=", "HEAD~1").split()) == {"dvc.lock"}
-    assert reproduced.unsound() == []
-    assert reproduced.repro() == set()
-    assert "up to date" in reproduced.dvc("status")
-
-
 def test_dvc_takes_note_of_what_snakemake_made(repo: Repo) -> None:
     before = repo.locked()
     (repo.path / "dvc.lock").unlink()

@@ -14,8 +14,6 @@ from tests.processes import wait_until
 from tests.tracking.debian import needs_debian
 from tests.workflow.checkout import Checkout
 
-pytestmark = pytest.mark.slow
-
 LAST = {"report", "track"}
 CTM = {"student ctm", "samples ctm", "scores ctm"}
 ANALYTIC = {"student analytic", "samples analytic", "scores analytic"}
@@ -66,6 +64,7 @@ AGAIN: dict[str, tuple[Any, set[str]]] = {
 
 
 # It also says that a finished run which is moved, as `copied` is, does not run again.
+@pytest.mark.slow
 @pytest.mark.parametrize("key", AGAIN)
 def test_a_changed_key_runs_what_depends_on_it(copied: Checkout, key: str) -> None:
     value, jobs = AGAIN[key]
@@ -77,6 +76,7 @@ def test_another_seed_keeps_the_first(copied: Checkout) -> None:
     assert set(re.findall(r"seed=(\d+)", copied.output)) == {"1"}
 
 
+@pytest.mark.slow
 def test_the_cards_decide_where_snakemake_remembers_nothing(copied: Checkout) -> None:
     shutil.rmtree(copied.path / ".snakemake")
     assert copied.planned() == set()
@@ -88,6 +88,7 @@ def test_the_cards_decide_where_snakemake_remembers_nothing(copied: Checkout) ->
     assert copied.change({"coefficients.probes": 1}).planned() == set()
 
 
+@pytest.mark.slow
 def test_a_study_edited_during_a_run_is_read_by_the_next_run(copied: Checkout) -> None:
     log = copied.path / "logs/tiny/coefficients.log"
     log.unlink()
