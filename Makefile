@@ -69,6 +69,8 @@ archive: install ## a finished study as one zip with SHA256SUMS, archives/NAME-K
 test: SELECTED := -m "not slow"
 test: install ## the quick tests, with the tiny study through DVC, Snakemake and an MLflow server (PYTEST_ARGS="-k fit")
 test-all: SELECTED := --cov --cov-report=term:skip-covered
+# One more than cores: the tests of Slurm wait most of the time.
+test-all: PYTEST_WORKERS = 3
 test-all: install ## every test, with the branch coverage, as continuous integration runs them (PYTEST_WORKERS=4)
 test test-all:
 	@export OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1}
