@@ -29,7 +29,8 @@ def test_a_killed_and_an_interrupted_run_are_gone_on_with_on_another_node(
     thaw(frozen)
     cluster.ask("scancel", job["JobId"])
     wait_until(lambda: node.queued() == [], "the end of the job", 60)
-    assert "student ctm seed 0: stopped at step" in node.log("ctm")
+    # Slurm may call the job cancelled a moment before its processes have ended.
+    wait_until(lambda: "student ctm seed 0: stopped at step" in node.log("ctm"), "the saved state", 60)
     copied.done("--unlock")
 
     # Ctrl-C: Snakemake cancels its job, which saves.
@@ -40,8 +41,8 @@ def test_a_killed_and_an_interrupted_run_are_gone_on_with_on_another_node(
     assert run.wait(120) != 0
     wait_until(lambda: node.queued() == [], "the end of the job", 60)
     assert "student ctm seed 0: continues from step" in node.log("ctm")
-    assert "student ctm seed 0: stopped at step" in node.log("ctm")
-    assert node.processes() == []
+    wait_until(lambda: "student ctm seed 0: stopped at step" in node.log("ctm"), "the saved state", 60)
+    wait_until(lambda: node.processes() == [], "the end of its processes", 60)
 
     (other,) = set(NODES) - {node.jobs()[-1]["NodeList"]}
     with cluster.drained(node.jobs()[-1]["NodeList"]):
