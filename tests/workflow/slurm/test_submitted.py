@@ -67,14 +67,15 @@ def seen(url: str) -> tuple[str, str, list[int]]:
 def test_a_job_is_followed_by_a_server(cluster: Cluster, copied: Checkout, tracking: TrackingServer) -> None:
     database = (copied.path / "mlflow.db").read_bytes()
     live = {"CONSISTENCY_LIVE": "1", "CONSISTENCY_LIVE_EVERY": "0.2", "MLFLOW_TRACKING_URI": tracking.url}
-    longer = LONGER | {"student.steps": 1500, "student.snapshot_every": 750}
+    longer = LONGER | {"student.steps": 2000, "student.snapshot_every": 1000}
     followed = login(copied.change(longer), cluster).with_variables(**live)
     with followed.running("--", followed.student("ctm")) as training:
-        wait_until(lambda: seen(tracking.url)[2] != [], "its points while it goes on", 300)
+        wait_until(lambda: seen(tracking.url)[2] or training.poll() is not None, "its points while it goes on", 300)
+        assert training.poll() is None, followed.output
         assert seen(tracking.url)[:2] == ("RUNNING", followed.jobs()[0]["JobId"])
         assert training.wait(600) == 0, followed.output
     wait_until(lambda: seen(tracking.url)[0] == "FINISHED", "its end", 60)
-    assert seen(tracking.url)[2] == list(range(20, 1501, 20))
+    assert seen(tracking.url)[2] == list(range(20, 2001, 20))
     assert (followed.path / "mlflow.db").read_bytes() == database
 
 
