@@ -16,6 +16,9 @@ PROXIES = ("http_proxy", "HTTP_PROXY", "https_proxy", "HTTPS_PROXY", "all_proxy"
 #: an installed Slurm is asked at every start of Snakemake, and one that is not running answers after 9 seconds
 OWN = {"OMP_NUM_THREADS": "1", "MLFLOW_DISABLE_TELEMETRY": "true", "DO_NOT_TRACK": "true"}
 OWN |= {"CONSISTENCY_LIVE": "0", "SLURM_CONF": os.devnull}
+#: for git: somebody, and none of the machine's settings
+GIT = {f"GIT_{who}_{what}": "someone@example.org" for who in ("AUTHOR", "COMMITTER") for what in ("NAME", "EMAIL")}
+GIT |= {"GIT_CONFIG_GLOBAL": os.devnull, "GIT_CONFIG_SYSTEM": os.devnull}
 
 
 #: a verb after which nothing heavy has been imported

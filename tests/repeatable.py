@@ -1,14 +1,18 @@
 """The part of a result that the same study has bit for bit."""
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from safetensors.numpy import load_file
 
 #: keys of a history that no run can repeat begin so: times, speeds, memory
 UNREPEATABLE = ("seconds", "images_per_second", "time_", "peak_")
+#: bit for bit, through dictionaries and lists
+assert_same = partial(torch.testing.assert_close, rtol=0, atol=0)
 
 
 def repeatable(file: Path) -> Any:

@@ -16,6 +16,7 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tests.conftest import Tiny, mistake
+from tests.made import make_all
 from tests.processes import ROOT
 
 from consistency import api
@@ -24,15 +25,6 @@ from consistency.config.job import Job
 from consistency.config.paths import StudyPaths
 from consistency.nets.jumps import JUMPS
 from consistency.provenance.inputs import read_preconditioning
-from consistency.runtime.machine import Machine
-from consistency.stages.coefficients import make_coefficients
-from consistency.stages.dataset import make_dataset
-from consistency.stages.extractor import make_extractor
-from consistency.stages.report import make_report
-from consistency.stages.samples import make_samples
-from consistency.stages.scores import make_calibration, make_scores
-from consistency.stages.student import make_student
-from consistency.stages.teacher import make_teacher
 
 pytestmark = pytest.mark.slow
 
@@ -45,17 +37,7 @@ def finished_tiny(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the results of the tiny study."""
     folder = tmp_path_factory.mktemp("finished")
     job = Job(tiny(), StudyPaths("tiny", folder / "results", folder / "state"))
-    make_dataset(job)
-    make_teacher(job, Machine(CPU))
-    make_coefficients(job, CPU)
-    make_extractor(job, CPU)
-    make_samples(job, CPU)
-    make_calibration(job, CPU)
-    for student in job.trainings:
-        make_student(student, Machine(CPU))
-        make_samples(student, CPU)
-        make_scores(student, CPU)
-    make_report(job)
+    make_all(job)
     return folder
 
 

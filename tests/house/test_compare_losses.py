@@ -1,20 +1,18 @@
 """benchmarks/compare_losses.py on two commits of a repository whose trainings are lines that are committed."""
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from tests.processes import ROOT, environment
+from tests.processes import GIT, ROOT, environment
 
 SNAKEFILE = """
 rule student:
     output: "results/small/students/{student}/seed{seed}/history.jsonl"
     shell: "cp losses.jsonl {output}"
 """
-PEOPLE = {f"GIT_{who}_{what}": "me@example.org" for who in ("AUTHOR", "COMMITTER") for what in ("NAME", "EMAIL")}
 
 
 @pytest.fixture
@@ -33,7 +31,7 @@ def repository(tmp_path: Path) -> Path:
 
 
 def git(folder: Path, *words: str) -> None:
-    subprocess.run(["git", *words], cwd=folder, env=environment(GIT_CONFIG_GLOBAL=os.devnull, **PEOPLE), check=True)
+    subprocess.run(["git", *words], cwd=folder, env=environment(**GIT), check=True)
 
 
 def test_a_difference_beyond_the_tolerance_fails_and_every_step_is_in_the_table(repository: Path) -> None:

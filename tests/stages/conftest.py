@@ -9,6 +9,7 @@ import pytest
 import torch
 from tests.conftest import Changes, Tiny, mistake
 from tests.draws import seeded
+from tests.made import make_all
 
 from consistency.config.job import Job
 from consistency.config.paths import StudyPaths
@@ -16,15 +17,7 @@ from consistency.data.prepared import ImageData, load_images
 from consistency.nets.checkpoint import load_denoiser, save_denoiser
 from consistency.nets.denoiser import student_from_teacher
 from consistency.provenance.card import Card
-from consistency.runtime.machine import Machine
 from consistency.stages.dataset import make_dataset
-from consistency.stages.extractor import make_extractor
-from consistency.stages.flows import make_flows
-from consistency.stages.report import make_report
-from consistency.stages.samples import make_samples
-from consistency.stages.scores import make_calibration, make_scores
-from consistency.stages.student import make_student
-from consistency.stages.teacher import make_teacher
 
 Prepare = Callable[..., ImageData]
 Refusal = Callable[..., str]
@@ -87,18 +80,8 @@ def job(tiny: Tiny, untaught: Changes, tmp_path_factory: pytest.TempPathFactory)
     flows = {"images": 47, "times": 5, "toy_steps": 12, "toy_seeds": [0, 1], "pairs": 512, "intervals": 40}
     flows |= {"discrepancy": ["ic", "ot", "gc", "own"], "denoiser_steps": 40, "denoiser_batch": 64}
     study, folder = tiny(untaught | OWN | {"flows": flows}), tmp_path_factory.mktemp("untaught")
-    job, machine = Job(study, StudyPaths(study.name, folder / "results", folder / "state")), Machine(CPU)
-    make_dataset(job)
-    make_teacher(job, machine)
-    make_extractor(job, CPU)
-    make_samples(job, CPU)
-    make_calibration(job, CPU)
-    for student in job.trainings:
-        make_student(student, machine)
-        make_samples(student, CPU)
-        make_scores(student, CPU)
-    make_flows(job, machine)
-    make_report(job)
+    job = Job(study, StudyPaths(study.name, folder / "results", folder / "state"))
+    make_all(job)
     return job
 
 

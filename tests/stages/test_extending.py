@@ -12,6 +12,7 @@ from typing import Any
 import pandas as pd
 import pytest
 import torch
+from tests.made import make_all
 
 from consistency.config.dataset import KINDS
 from consistency.config.distances import DISTANCES
@@ -20,14 +21,6 @@ from consistency.config.objectives import OBJECTIVES
 from consistency.config.paths import StudyPaths
 from consistency.config.study import Study
 from consistency.evaluation.estimate import print_estimate
-from consistency.runtime.machine import Machine
-from consistency.stages.dataset import make_dataset
-from consistency.stages.extractor import make_extractor
-from consistency.stages.report import make_report
-from consistency.stages.samples import make_samples
-from consistency.stages.scores import make_calibration, make_scores
-from consistency.stages.student import make_student
-from consistency.stages.teacher import make_teacher
 
 ROOT, CPU = Path(__file__).parents[2], torch.device("cpu")
 PAGE = (ROOT / "docs/extending.md").read_text()
@@ -72,16 +65,7 @@ def test_the_tiny_study_runs_with_what_the_page_adds(
         }
     )
     job = Job(study, StudyPaths(study.name, tmp_path / "results", tmp_path / "state"))
-    make_dataset(job)
-    make_teacher(job, Machine(CPU))
-    make_extractor(job, CPU)
-    make_samples(job, CPU)
-    make_calibration(job, CPU)
-    for student in job.trainings:
-        make_student(student, Machine(CPU))
-        make_samples(student, CPU)
-        make_scores(student, CPU)
-    make_report(job)
+    make_all(job)
 
     assert "The paper on" not in (job.paths.report / "report.html").read_text()
     assert (job.paths.report / "figures/losses.svg").exists()

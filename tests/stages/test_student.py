@@ -8,7 +8,6 @@ import signal
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ import pytest
 import torch
 from tests.conftest import Changes, Tiny
 from tests.nets.small import make_denoiser
+from tests.repeatable import assert_same
 from tests.stages.conftest import OWN
 
 from consistency.base.errors import UserError
@@ -35,8 +35,6 @@ from consistency.training.objective import Term
 from consistency.training.trajectory import Trajectory
 
 CPU = Machine(torch.device("cpu"))
-#: bit for bit, through dictionaries and lists
-assert_same = partial(torch.testing.assert_close, rtol=0, atol=0)
 
 
 def training(study: Study, layout: StudyPaths, run: str, seed: int = 0) -> Training:

@@ -7,7 +7,6 @@ import signal
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from tests.nets.small import make_denoiser
-from tests.repeatable import repeatable
+from tests.repeatable import assert_same, repeatable
 
 from consistency.base import locks
 from consistency.base.errors import UserError
@@ -131,10 +130,6 @@ def result(folder: Path) -> dict[str, Any]:
 def history(folder: Path) -> list[dict[str, float]]:
     lines: list[dict[str, float]] = repeatable(folder / "history.jsonl")
     return lines
-
-
-#: bit for bit, through dictionaries and lists
-assert_same = partial(torch.testing.assert_close, rtol=0, atol=0)
 
 
 # --- resuming

@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 from tests.conftest import Changes
-from tests.processes import start_in
+from tests.processes import GIT, start_in
 from tests.workflow.checkout import Checkout, fresh
 
 #: what a repository has beside what the workflow needs
@@ -42,12 +42,9 @@ class Repo:
     def environment(self) -> dict[str, str]:
         private = self.path.parent / f"{self.path.name}-private"
         folders = {f"DVC_{name}_DIR": str(private / name) for name in ("GLOBAL_CONFIG", "SYSTEM_CONFIG", "SITE_CACHE")}
-        people = [f"GIT_{who}_{what}" for who in ("AUTHOR", "COMMITTER") for what in ("NAME", "EMAIL")]
-        git = dict.fromkeys(people, "someone@example.org")
-        git |= {"GIT_CONFIG_GLOBAL": os.devnull, "GIT_CONFIG_SYSTEM": os.devnull}
         path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
         own = {"PATH": path, "CORES": "1", "SHELL": "/bin/bash"}
-        return self.checkout.environment | folders | git | own | self.variables
+        return self.checkout.environment | folders | GIT | own | self.variables
 
     def start(self, *words: str) -> subprocess.Popen[str]:
         """A command in a process group of its own, as a shell starts it; its output goes to output.txt."""

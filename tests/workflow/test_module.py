@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from tests.processes import environment, run_python
+from tests.processes import GIT, environment, run_python
 from tests.workflow.checkout import Checkout, as_module, fresh
 
 pytestmark = pytest.mark.slow
@@ -22,8 +22,7 @@ WITHOUT = "import sys; sys.modules['consistency'] = None; from snakemake.cli imp
 
 
 def git(folder: Path, *words: str) -> str:
-    people = {f"GIT_{who}_{what}": "me@example.org" for who in ("AUTHOR", "COMMITTER") for what in ("NAME", "EMAIL")}
-    variables = environment(GIT_CONFIG_GLOBAL=os.devnull, **people)
+    variables = environment(**GIT)
     return subprocess.run(["git", *words], cwd=folder, env=variables, check=True, capture_output=True, text=True).stdout
 
 
