@@ -98,7 +98,7 @@ class Checkout:
         return replace(self, study=name)
 
     def copy(self, path: Path) -> Self:
-        return replace(self, path=shutil.copytree(self.path, path, symlinks=True))
+        return replace(self, path=shutil.copytree(self.path, path, symlinks=True), variables=dict(self.variables))
 
     def step(self, run: str) -> int:
         """The last step in the history of a student's training at work; 0 before there is one."""
