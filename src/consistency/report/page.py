@@ -13,7 +13,7 @@ from consistency.base.files import read_json
 from consistency.config.job import Job
 from consistency.config.measures import MEASURES
 from consistency.config.study import Study
-from consistency.evaluation.analysis import ema_table, step_costs
+from consistency.evaluation.analysis import Comparison, ema_table, step_costs
 from consistency.provenance.environment import git_state
 from consistency.report import figures, wording
 from consistency.report.pictures import Picture
@@ -46,10 +46,10 @@ def write_page(
         calibration=results.calibration,
         rows=_table_rows(results.table),
         rates=_table_rows(ema_table(results.scores)) if results.several_rates else [],
-        found=[asdict(item) | {"text": wording.speed(item)} for item in results.found],
-        paired=[asdict(item) | {"text": wording.ratio(item)} for item in results.paired],
+        found=[_said(item) | {"text": wording.speed(item), "final": wording.final(item)} for item in results.found],
+        paired=[_said(item) | {"text": wording.ratio(item)} for item in results.paired],
         verdicts=_verdicts(study, results),
-        coarse=wording.coarse(study),
+        varied=wording.varied(study),
         cost=_cost(job, cards),
         steps=_step_table(histories),
         times=_times(cards, study.taught),
@@ -60,6 +60,11 @@ def write_page(
         commands=sorted({card["command"] for card in cards.values()}),
         resolved=yaml.safe_dump(study.model_dump(mode="json"), sort_keys=False),
     )
+
+
+def _said(item: Comparison) -> dict[str, Any]:
+    """Return a comparison as a row of the page."""
+    return asdict(item) | {"verdict": wording.verdict(item), "by": wording.by_unit(item.unit)}
 
 
 def _verdicts(study: Study, results: Results) -> list[str]:
