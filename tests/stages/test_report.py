@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
-from tests.fake_results import OFFICIAL, SMALL, SWEEP, UNTAUGHT, make_results, make_study
+from tests.fake_results import OFFICIAL, SMALL, SWEEP, UNTAUGHT, make_finished, make_results, make_study
+from tests.processes import ROOT
 
 from consistency.config.job import Job
 from consistency.config.paths import StudyPaths
@@ -211,6 +212,21 @@ def test_an_official_teacher_and_its_published_score_come_first(tmp_path: Path) 
     assert "not FID" not in page
     calibration = summary_of(read_results(job))["calibration"]
     assert calibration["teacher heun"] == {"fd": 1.1, "kid": 0.0008, "published": 1.05}
+
+
+def test_published_scores_stand_beside_ours_and_on_their_page(tmp_path: Path) -> None:
+    page = text_of(make_finished(tmp_path, name="cifar10-uncond"))
+    assert re.search(r"ctm jumps 2 \S+ ± \S+ 3.83 ", page) and re.search(r"ctm jumps 1 \S+ ± \S+ 0\.", page)
+    assert "Published:" not in text_of(made(tmp_path / "other"))
+    written = (ROOT / "docs/full-size.md").read_text()
+    table = pd.read_csv(ROOT / "src/consistency/report/published.csv", dtype=str)
+    assert len(table) == 49
+    for study, rows in table[table.spread.isna()].groupby("study", sort=False):
+        for run, cells in rows.groupby("run", sort=False):
+            said = [f"{cell.fid}{'' if cell.read == 'twice' else ' ?'}" for cell in cells.itertuples()]
+            assert f"| `{study}` | `{run}` | {' | '.join(said)} |" in written
+    for cell in table.dropna().itertuples():
+        assert f"{cell.fid} +- {cell.spread} /" in written
 
 
 def test_where_the_time_of_a_step_goes_is_said(tmp_path: Path) -> None:
