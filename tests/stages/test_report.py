@@ -140,7 +140,7 @@ def test_the_claims_are_those_of_the_paper_that_a_student_is_of(tmp_path: Path) 
 
 def test_verdicts_hold_each_coupling_against_independent_noise(tmp_path: Path) -> None:
     job = made(tmp_path, UNTAUGHT)
-    said = r"At NFE 1, (\w+)'s FD over the second half of training differs from ic's, .*?: 2 seeds: no verdict"
+    said = r"At NFE 1, (\w+)'s FD over the second half of training differs from ic's, .*?: no verdict from 2 seeds"
     assert re.findall(said, text_of(job)) == ["ot", "gc"]
 
 
@@ -279,8 +279,8 @@ def found(value: float, low: float, high: float, p: float = 0.01, seeds: int = 5
         (found(0.5, 0.0, 0.8), "0.50 (0 to 0.80): a difference"),
         (found(0.0, 0.0, 0.4), "is too low to measure (0 to 0.40): a difference"),
         (found(np.nan, 0.0, np.inf), "is not determined (0 to ∞): no difference is shown"),
-        (found(1.5, 1.2, 1.9, seeds=2, p=np.nan), "1.50 (range 1.20 to 1.90): 2 seeds: no verdict."),
-        (found(1.5, np.nan, np.nan, seeds=1, p=np.nan), "1.50: 1 seed: no verdict."),
+        (found(1.5, 1.2, 1.9, seeds=2, p=np.nan), "1.50 (range 1.20 to 1.90): no verdict from 2 seeds."),
+        (found(1.5, np.nan, np.nan, seeds=1, p=np.nan), "1.50: no verdict from 1 seed."),
         (found(1, 1, 1, unit="evaluations"), "over ctm by FD by network evaluations is 1.00"),
         (found(1, 1, 1), "It reaches ctm's final FD after 0.67 times ctm's iterations."),
         (found(1, 1, 1, reached="<", steps=900.0), "It never reaches ctm's final FD (ratio < 1.00)."),

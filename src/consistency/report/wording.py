@@ -100,7 +100,7 @@ def final(item: SpeedUp) -> str:
 def verdict(item: Comparison) -> str:
     """Say what a comparison shows: a difference, none, or nothing."""
     if item.seeds < 3:
-        return f"{item.seeds} seed{'s' if item.seeds > 1 else ''}: no verdict"
+        return f"no verdict from {item.seeds} seed{'s' if item.seeds > 1 else ''}"
     if item.equal:
         return f"equal within {100 * item.tolerance:g} %"
     if item.shown:
