@@ -12,12 +12,12 @@ import yaml
 from consistency.base.files import read_json
 from consistency.config.job import Job
 from consistency.config.measures import MEASURES
-from consistency.config.study import Study
 from consistency.evaluation.analysis import ema_table, step_costs
 from consistency.provenance.environment import git_state
 from consistency.report import figures, wording
 from consistency.report.pictures import Picture
 from consistency.report.results import Cards, Results, records
+from consistency.report.verdicts import verdicts
 
 
 def write_page(
@@ -48,7 +48,7 @@ def write_page(
         rates=_table_rows(ema_table(results.scores)) if results.several_rates else [],
         found=[asdict(item) | {"text": wording.speed(item)} for item in results.found],
         paired=[asdict(item) | {"text": wording.ratio(item)} for item in results.paired],
-        verdicts=_verdicts(study, results),
+        verdicts=verdicts(study, results),
         coarse=wording.coarse(study),
         cost=_cost(job, cards),
         steps=_step_table(histories),
@@ -60,22 +60,6 @@ def write_page(
         commands=sorted({card["command"] for card in cards.values()}),
         resolved=yaml.safe_dump(study.model_dump(mode="json"), sort_keys=False),
     )
-
-
-def _verdicts(study: Study, results: Results) -> list[str]:
-    """Return sentences on the papers' claims; the tables hold the rest. Distillation: the analytic students' speed-up
-    at NFE 1 and 2, and their alignment. Consistency training: every coupling's FD at the lowest NFE."""
-    coupled = study.coupled
-    distilled = {name for name in study.students if study.students[name].preconditioning == "analytic"} - coupled.keys()
-    at = {1, 2} & set(study.scores.curve_nfe) or set(study.scores.curve_nfe)
-    first = {min(study.scores.curve_nfe)}
-    faster = [item for item in results.found if item.run in distilled and item.nfe in at]
-    better = [item for item in results.paired if item.run in distilled and item.measure != "fd"]
-    better += [item for item in results.paired if item.run in coupled and item.measure == "fd" and item.nfe in first]
-    return [
-        *(wording.sentence(item, results.extractor) for item in faster),
-        *(wording.paired_sentence(item, results.extractor) for item in better),
-    ]
 
 
 def _table_rows(table: pd.DataFrame) -> list[dict[str, Any]]:

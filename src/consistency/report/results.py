@@ -60,8 +60,12 @@ def read_results(job: Job) -> Results:
 
     Raises UserError, naming the verb, if one is missing, damaged or of other settings.
     """
-    study = job.study
     scores = pd.concat([_table(each) for each in (job.of(), *job.trainings)], ignore_index=True)
+    return results_of(job.study, scores)
+
+
+def results_of(study: Study, scores: pd.DataFrame) -> Results:
+    """Compute the numbers of a study from its score rows, the calibration's and every student's."""
     main = of_main_rate(scores, {name: student.ema_rate for name, student in study.students.items()})
     against, nfes = baselines(study), study.scores.curve_nfe
     found = speed_ups(main, against, nfes, study.report.bootstrap)

@@ -1,0 +1,21 @@
+"""Sentences on the papers' claims, for the report and for published pages."""
+
+from consistency.config.study import Study
+from consistency.report import wording
+from consistency.report.results import Results
+
+
+def verdicts(study: Study, results: Results) -> list[str]:
+    """Return sentences on the papers' claims; the tables hold the rest. Distillation: the analytic students' speed-up
+    at NFE 1 and 2, and their alignment. Consistency training: every coupling's FD at the lowest NFE."""
+    coupled = study.coupled
+    distilled = {name for name in study.students if study.students[name].preconditioning == "analytic"} - coupled.keys()
+    at = {1, 2} & set(study.scores.curve_nfe) or set(study.scores.curve_nfe)
+    first = {min(study.scores.curve_nfe)}
+    faster = [item for item in results.found if item.run in distilled and item.nfe in at]
+    better = [item for item in results.paired if item.run in distilled and item.measure != "fd"]
+    better += [item for item in results.paired if item.run in coupled and item.measure == "fd" and item.nfe in first]
+    return [
+        *(wording.sentence(item, results.extractor) for item in faster),
+        *(wording.paired_sentence(item, results.extractor) for item in better),
+    ]
