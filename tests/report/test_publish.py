@@ -41,16 +41,16 @@ def made(folder: Path, text: str = SMALL) -> Job:
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def published(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("published")
     made(folder)
     return folder
 
 
 @pytest.fixture
-def home(finished: Path, tmp_path: Path) -> Path:
+def home(published: Path, tmp_path: Path) -> Path:
     """A checkout of one's own with a published study."""
-    return Path(shutil.copytree(finished, tmp_path / "home"))
+    return Path(shutil.copytree(published, tmp_path / "home"))
 
 
 def job_of(home: Path) -> Job:
@@ -85,8 +85,8 @@ def replace_in(path: Path, old: str, new: str) -> None:
     path.write_text(text.replace(old, new, 1))
 
 
-def test_a_page_holds_all_that_its_numbers_come_from(finished: Path) -> None:
-    folder, report = finished / "docs/results/small", finished / "results/small/report"
+def test_a_page_holds_all_that_its_numbers_come_from(published: Path) -> None:
+    folder, report = published / "docs/results/small", published / "results/small/report"
     tables = {"scores.csv", "table.csv", "speedup.csv", "paired.csv", "summary.json"}
     figures = {path.name for path in (report / "figures").glob("*.png")}
     assert {path.name for path in folder.iterdir()} == tables | figures | {
@@ -105,7 +105,7 @@ def test_a_page_holds_all_that_its_numbers_come_from(finished: Path) -> None:
     assert not re.search(r"\bnan\b", page, re.I)
 
 
-def test_cards_name_neither_host_nor_user_nor_folders(finished: Path, home: Path) -> None:
+def test_cards_name_neither_host_nor_user_nor_folders(home: Path) -> None:
     command = f"python -m consistency report --study {home}/small.yaml --state=/mnt/x --results ../y/z"
     edit_card(home / "results/small/report/card.json", lambda card: card.update(command=command))
     again(home)
@@ -196,6 +196,28 @@ def test_a_changed_missing_or_further_file_is_found(home: Path) -> None:
     found = faults(home)
     assert found.keys() == {"table.csv", "losses.png", "more.csv"}
     assert found["table.csv"].startswith("tampered with: not the file of SHA256SUMS")
+
+
+def test_what_the_cards_do_not_have_is_found_whatever_sha256sums_says(home: Path) -> None:
+    folder = home / "docs/results/small"
+    (folder / "summary.json").unlink()
+    shutil.copy(folder / "losses.png", folder / "mine.png")
+    replace_in(folder / "README.md", "(losses.png)", "(gone.png)")
+    vouch(folder)
+    assert faults(home) == {
+        "summary.json": "missing: publish the study again",
+        "mine.png": "tampered with: no card names this file",
+        "README.md": "gone.png is missing\nlosses.png is not named: publish the study again\n"
+        "mine.png is not named: publish the study again",
+    }
+
+
+def test_a_table_of_another_version_is_one_line(home: Path) -> None:
+    folder = home / "docs/results/small"
+    replace_in(folder / "speedup.csv", "run,", "name,")
+    vouch(folder)
+    said = mistake(verify_published, folder, job_of(home).study)
+    assert "speedup.csv has other columns than this version's report" in said
 
 
 def test_a_number_changed_with_its_digest_is_found(home: Path) -> None:

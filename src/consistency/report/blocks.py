@@ -1,6 +1,7 @@
 """The generated blocks of a published page, `<!-- begin: NAME -->` to `<!-- end -->`, as Markdown."""
 
 import re
+from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -88,8 +89,9 @@ def _made_by(published: Published) -> str:
     }
     threads: dict[str, set[str]] = {}
     for each in made.machines:
-        parts = f"{each['cores']} cores of {each['processor']}", f"{each['memory_gib']:g} GiB", *each["gpus"]
-        threads.setdefault(", ".join(parts) + (", no GPU" * (not each["gpus"])), set()).add(str(each["threads"]))
+        gpus = [f"{count} x {name}" for name, count in Counter(each["gpus"]).items()] or ["no GPU"]
+        parts = f"{each['cores']} cores of {each['processor']}", f"{each['memory_gib']:g} GiB", *gpus
+        threads.setdefault(", ".join(parts), set()).add(str(each["threads"]))
     machines = [f"{machine}, threads a job: {' or '.join(sorted(found))}" for machine, found in threads.items()]
     shown = ("python", "torch", "numpy", "scipy", "pandas", "scikit-learn")
     packages = [", ".join(f"{name} {each[name]}" for name in shown if name in each) for each in made.packages]
