@@ -56,6 +56,7 @@ STUDY = Option("--study", required=True, metavar="FILE", help="study file, or th
 RESULTS = Option("--results", type=Path, default=Path("results"), metavar="DIR", help="default: results")
 STATE = Option("--state", type=Path, default=Path("state"), metavar="DIR", help="default: state")
 ARCHIVES = Option("--archives", type=Path, default=Path("archives"), metavar="DIR", help="default: archives")
+PAGES = Option("--pages", type=Path, default=Path("docs/results"), metavar="DIR", help="default: docs/results")
 STUDENT = Option("--student", required=True, metavar="NAME", help="student")
 SEED = Option("--seed", type=int, required=True, help="seed of the student")
 ANY_STUDENT = Option("--student", metavar="NAME", help="student (default: the teacher)")
@@ -70,7 +71,7 @@ NODES = Option("--nodes", type=int, default=1, help="nodes of the Slurm job, whi
 GRES = Option("--gres", default="", help="GPUs per node, gpu:4 or gpu:a100:4: a process each, instead of --processes")
 SNAPSHOTS = Option("--snapshots", action="store_true", help="include the students' snapshots")
 TFLOPS = Option("--tflops", type=float, default=100.0, help="sustained TFLOP/s per GPU (default: 100)")
-FOLDER = Option("root", type=Path, metavar="FOLDER", help="results/NAME, of a checkout or an unzipped archive")
+FOLDER = Option("root", type=Path, metavar="FOLDER", help="results/NAME, or a page docs/results/NAME")
 STUDY_FILE = Option("--study", dest="study_file", type=Path, metavar="FILE", help="default: config/studies/NAME.yaml")
 UNUSED = Option("--unused", type=int, default=0, help="number of empty files for dvc.yaml (default: 0)")
 STUDIES = Option("studies", nargs="+", metavar="NAME", help="studies, each config/studies/NAME.yaml")
@@ -109,7 +110,8 @@ VERBS = {
     "track": Verb("upload the results to MLflow (idempotent)", "tracking.upload:track_study", HERE),
     "summary": Verb("print the score table and the report's path", "report.summary:print_summary", HERE),
     "archive": Verb("pack a study as a zip", "provenance.archive:make_archive", (*HERE, ARCHIVES, SNAPSHOTS)),
-    "verify": Verb("check results against their cards", "provenance.verification:print_verified", (FOLDER, STUDY_FILE)),
+    "verify": Verb("check results against their cards", "report.verification:print_verified", (FOLDER, STUDY_FILE)),
+    "publish": Verb("write a study's page of results", "report.publish:publish", (*HERE, ARCHIVES, PAGES)),
     "plan": Verb("write the files that DVC compares", "provenance.dvc:write_plan", (*HERE, UNUSED)),
     "dvc": Verb("print dvc.yaml of some studies", "provenance.dvc:print_pipeline", (STUDIES,)),
     "reproduce": Verb("run Snakemake for a study (resumes)", "runtime.snakemake:reproduce", (*HERE, RULES, TARGETS)),

@@ -23,6 +23,7 @@ RUN = {
     r"(python -m )?consistency (dataset|student)\b": "house/test_installed.py",
     r"(python -m )?consistency validate": "house/test_installed.py",
     r"(python -m )?consistency verify": "workflow/test_provenance.py",
+    r"(python -m )?consistency publish": "report/test_publish.py",
     r"consistency (sample|score)\b": "test_api.py",
     r"snakemake (--cores all|-n)( --config studies=\S+)?$": "workflow/test_run.py",
     r"snakemake --cores all --profile slurm( --dry-run| --config \S+)?$": "workflow/slurm/test_submitted.py",

@@ -19,6 +19,8 @@ from consistency.evaluation.estimate import estimate, training_operations
 from consistency.evaluation.trained import open_student
 from consistency.nets.checkpoint import load_denoiser
 from consistency.provenance.verification import verify
+from consistency.report.publish import publish
+from consistency.report.verification import verify_published
 from consistency.runtime.machine import Machine
 from consistency.stages.coefficients import make_coefficients
 from consistency.stages.flows import make_flows
@@ -117,3 +119,15 @@ def test_what_the_study_does_not_ask_for_is_not_made(tiny: Tiny, couplings: Chan
         make_flows(job, Machine(CPU))
     with pytest.raises(UserError, match="no student of tiny reads coefficients"):
         make_coefficients(job, CPU)
+
+
+def test_its_page_has_the_tables_of_flows_and_own_fits(job: Job, tmp_path: Path) -> None:
+    publish(job, tmp_path / "pages", tmp_path / "archives")
+    folder = tmp_path / "pages/tiny"
+    for name in ("transport.csv", "discrepancy.csv", "plane.csv", "limit.csv"):
+        assert (folder / name).read_bytes() == (job.paths.flows / name).read_bytes()
+    fits = pd.read_csv(folder / "own_fits.csv")
+    assert list(fits) == ["run", "step", "times", "l", "s"]
+    assert set(fits.run) == set(job.study.with_own_fit)
+    assert not (folder / "coefficients.csv").exists()
+    assert [finding for finding in verify_published(folder, job.study) if finding.faults] == []

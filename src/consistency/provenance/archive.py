@@ -12,6 +12,11 @@ from consistency.provenance.verification import SUMS, require_consistent, result
 _FROM_ROOT = ("requirements.lock", "LICENSE", "NOTICE")
 
 
+def archive_of(job: Job, archives: Path) -> Path:
+    """Return the path of a study's archive, NAME-KEY.zip."""
+    return archives / f"{job.study.name}-{job.key('report')[:8]}.zip"
+
+
 def make_archive(job: Job, study_file: Path, archives: Path, snapshots: bool = False) -> None:
     """Write archives/NAME-KEY.zip and print its sha256. It leaves out arrays of images and features and, by default,
     the students' snapshots.
@@ -27,7 +32,7 @@ def make_archive(job: Job, study_file: Path, archives: Path, snapshots: bool = F
     for name in result_files(root):
         if not stays_out(name, snapshots):
             members[f"results/{study.name}/{name}"] = root / name
-    path = archives / f"{study.name}-{job.key('report')[:8]}.zip"
+    path = archive_of(job, archives)
     with atomic(path) as temporary, ZipFile(temporary, "w", ZIP_DEFLATED, strict_timestamps=False) as archive:
         for name, source in members.items():
             archive.write(source, name)

@@ -1,6 +1,6 @@
 """Check of a study's results against their cards, one another and the study file."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -32,7 +32,7 @@ class Finding(NamedTuple):
     left_out: int = 0
 
 
-class _Card(BaseModel):
+class CheckedCard(BaseModel):
     """The part of a card that is checked."""
 
     study: str
@@ -49,16 +49,21 @@ def verify(root: Path, study: Study) -> list[Finding]:
     """
     if not root.is_dir():
         raise UserError(f"{root} is not a folder: give a study's results, such as results/digits (unzip an archive)")
-    files = _hash(root)
+    files = hashes(root)
     expected = artifacts(Job(study, StudyPaths(root.name, root.parent)))
     places = {name: job.card(stage).relative_to(root) for name, (stage, job) in expected.items()}
     cards = {name: _read(root, place) for name, place in places.items()}
-    made = {name: digest for card in cards.values() if isinstance(card, _Card) for name, digest in card.outputs.items()}
+    made = {
+        name: digest
+        for card in cards.values()
+        if isinstance(card, CheckedCard)
+        for name, digest in card.outputs.items()
+    }
     left_out = _left_out(root, made.keys() - files.keys())
     findings = []
     for name, card in cards.items():
-        if isinstance(card, _Card):
-            faults = [*_stale(card, *expected[name], made), *_damaged(card, files, left_out)]
+        if isinstance(card, CheckedCard):
+            faults = [*stale(card, *expected[name], made), *_damaged(card, files, left_out)]
             findings.append(Finding(name, faults, len(left_out & card.outputs.keys())))
         else:
             findings.append(Finding(name, [card]))
@@ -66,24 +71,27 @@ def verify(root: Path, study: Study) -> list[Finding]:
     return findings + [Finding(name, ["has no card: nothing in this study made it"]) for name in strays]
 
 
-def print_verified(root: Path, study_file: Path | None) -> None:
-    """Print the findings of verify. The default study file is the one in the same checkout or unzipped archive, then
-    the one that the package ships.
-
-    Raises UserError unless everything is consistent, and when there is no study file.
-    """
-    beside = root.resolve().parent.parent / "config/studies" / f"{root.resolve().name}.yaml"
-    path = study_file or next(filter(Path.is_file, (beside, SHIPPED / "studies" / beside.name)), None)
+def study_of(root: Path, study_file: Path | None) -> Study:
+    """Read the study of a folder results/NAME or docs/results/NAME. The default file is the one in the same checkout or
+    unzipped archive, then the one that the package ships. Raises UserError when there is none."""
+    folder = root.resolve()
+    places = [place / "config/studies" for place in folder.parents[1:3]] + [SHIPPED / "studies"]
+    files = [place / f"{folder.name}.yaml" for place in places]
+    path = study_file or next(filter(Path.is_file, files), None)
     if path is None:
         raise UserError(
-            f"{root} has no study file {beside}: name it with --study, or give a folder like results/digits"
+            f"{root} has no study file {files[0]}: name it with --study, or give a folder like results/digits"
         )
-    require_consistent(root, load_study(path))
+    return load_study(path)
 
 
 def require_consistent(root: Path, study: Study) -> None:
     """Print the findings of verify. Raises UserError unless everything is consistent."""
-    findings = verify(root, study)
+    require_none(root, verify(root, study))
+
+
+def require_none(root: Path, findings: Sequence[Finding]) -> None:
+    """Print findings. Raises UserError unless none has a fault."""
     width = max(len(finding.artifact) for finding in findings)
     for finding in findings:
         left_out = f" (left out of the archive: {finding.left_out} files)" if finding.left_out else ""
@@ -105,7 +113,7 @@ def stays_out(name: str, snapshots: bool = False) -> bool:
     return name.endswith(".npy") or ("/snapshots/" in name and not snapshots)
 
 
-def _hash(root: Path) -> dict[str, str]:
+def hashes(root: Path) -> dict[str, str]:
     """Return the sha256 of each result and card, or the reason why it cannot be read."""
 
     def digest(name: str) -> str:
@@ -119,14 +127,14 @@ def _hash(root: Path) -> dict[str, str]:
         return dict(zip(names, pool.map(digest, names), strict=True))
 
 
-def _read(root: Path, place: Path) -> _Card | str:
+def _read(root: Path, place: Path) -> CheckedCard | str:
     """Read a card, its outputs named relative to the study's folder like its inputs. Returns the fault of a bad one."""
     try:
-        card = _Card.model_validate_json((root / place).read_bytes())
+        card = CheckedCard.model_validate_json((root / place).read_bytes())
     except OSError as error:
         return f"missing: {place} ({error.strerror}); pull it, or run its stage"
     except ValidationError as error:
-        return f"damaged: {place}: {explain(error, _Card):.200}; run its stage again"
+        return f"damaged: {place}: {explain(error, CheckedCard):.200}; run its stage again"
     outputs = {(place.parent / name).as_posix(): digest for name, digest in card.outputs.items()}
     return card.model_copy(update={"outputs": outputs})
 
@@ -140,7 +148,7 @@ def _left_out(root: Path, absent: set[str]) -> set[str]:
     return {name for name in absent if archived and stays_out(name) and prefix + name not in held}
 
 
-def _stale(card: _Card, stage: str, job: Job, made: dict[str, str]) -> Iterator[str]:
+def stale(card: CheckedCard, stage: str, job: Job, made: dict[str, str]) -> Iterator[str]:
     """Compare a card with the study file, and its inputs with the outputs of all cards. made: output -> digest."""
     settings = job.depends_on(stage)
     if card.study != job.study.name:
@@ -152,7 +160,7 @@ def _stale(card: _Card, stage: str, job: Job, made: dict[str, str]) -> Iterator[
             yield f"stale: no card names the {name} that it was made from; run its stage again"
 
 
-def _damaged(card: _Card, files: dict[str, str], left_out: set[str]) -> Iterator[str]:
+def _damaged(card: CheckedCard, files: dict[str, str], left_out: set[str]) -> Iterator[str]:
     """Compare the files of a card with its digests."""
     for name, digest in card.outputs.items():
         if name in files and files[name] != digest:

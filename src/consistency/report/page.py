@@ -19,6 +19,7 @@ from consistency.provenance.environment import git_state
 from consistency.report import figures, wording
 from consistency.report.pictures import Picture
 from consistency.report.results import Cards, Results, records
+from consistency.report.verdicts import verdicts
 
 
 def write_page(
@@ -51,7 +52,7 @@ def write_page(
         rates=_table_rows(ema_table(results.scores)) if results.several_rates else [],
         found=[_said(item) | {"text": wording.speed(item), "final": wording.final(item)} for item in results.found],
         paired=[_said(item) | {"text": wording.ratio(item)} for item in results.paired],
-        verdicts=_verdicts(study, results),
+        verdicts=verdicts(study, results),
         varied=wording.varied(study),
         cost=_cost(job, cards),
         steps=_step_table(histories),
@@ -68,22 +69,6 @@ def write_page(
 def _said(item: Comparison) -> dict[str, Any]:
     """Return a comparison as a row of the page."""
     return asdict(item) | {"verdict": wording.verdict(item), "by": wording.by_unit(item.unit)}
-
-
-def _verdicts(study: Study, results: Results) -> list[str]:
-    """Return sentences on the papers' claims; the tables hold the rest. Distillation: the analytic students' speed-up
-    at NFE 1 and 2, and their alignment. Consistency training: every coupling's FD at the lowest NFE."""
-    coupled = study.coupled
-    distilled = {name for name in study.students if study.students[name].preconditioning == "analytic"} - coupled.keys()
-    at = {1, 2} & set(study.scores.curve_nfe) or set(study.scores.curve_nfe)
-    first = {min(study.scores.curve_nfe)}
-    faster = [item for item in results.found if item.run in distilled and item.nfe in at]
-    better = [item for item in results.paired if item.run in distilled and item.measure != "fd"]
-    better += [item for item in results.paired if item.run in coupled and item.measure == "fd" and item.nfe in first]
-    return [
-        *(wording.sentence(item, results.extractor) for item in faster),
-        *(wording.paired_sentence(item, results.extractor) for item in better),
-    ]
 
 
 def _table_rows(table: pd.DataFrame) -> list[dict[str, Any]]:

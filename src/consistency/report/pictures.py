@@ -82,16 +82,22 @@ def draw_pictures(job: Job, results: Results, histories: dict[str, list[pd.DataF
     return pictures
 
 
-def _own_fits_picture(job: Job) -> Picture:
-    study, fits = job.study, dict[str, dict[int, np.ndarray]]()
+def read_own_fits(job: Job) -> dict[str, dict[int, np.ndarray]]:
+    """Read the coefficients that students fitted themselves, by the first snapshot that has them: student -> step ->
+    [3, N] (times, l_t, s_t). Raises UserError if a snapshot is missing."""
+    fits: dict[str, dict[int, np.ndarray]] = {}
     for name, paths in shown_fits(job).items():
         kept = fits.setdefault(name, {})
         for step, path in paths.items():
-            model, _ = load_denoiser(require_output(path, f"student{job.of(name, study.seeds[0]).options}"))
+            model, _ = load_denoiser(require_output(path, f"student{job.of(name, job.study.seeds[0]).options}"))
             fit = model.fit.numpy()
             if not kept or not np.array_equal(fit, list(kept.values())[-1]):
                 kept[step] = fit
-    teacher = None
+    return fits
+
+
+def _own_fits_picture(job: Job) -> Picture:
+    study, teacher = job.study, None
     if study.needs_coefficients:
         arrays = read_coefficients(job)
         teacher = np.stack([arrays[name] for name in ("times", "l", "s")])
@@ -101,7 +107,7 @@ def _own_fits_picture(job: Job) -> Picture:
         f"of the student's own average, N = {study.coefficients.samples} noised images at "
         f"{study.coefficients.times} times."
     )
-    return Picture.of("own_fits", "coefficients", caption, figures.own_fits(fits, teacher))
+    return Picture.of("own_fits", "coefficients", caption, figures.own_fits(read_own_fits(job), teacher))
 
 
 def _samples_picture(job: Job) -> Picture:

@@ -1,5 +1,6 @@
 """Inputs of the report: score tables, cards and histories of a finished study."""
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -68,10 +69,16 @@ def read_results(job: Job) -> Results:
 
     Raises UserError, naming the verb, if one is missing, damaged or of other settings.
     """
-    study = job.study
     scores = pd.concat([_table(each) for each in (job.of(), *job.trainings)], ignore_index=True)
+    return results_of(job, scores, lambda training: read_card(training, "student")["measured"])
+
+
+def results_of(job: Job, scores: pd.DataFrame, measured: Callable[[Job], Mapping[str, Any]]) -> Results:
+    """Compute the numbers of a study from its score rows, the calibration's and every student's. measured: what a
+    training's card says."""
+    study = job.study
     main = of_main_rate(scores, {name: student.ema_rate for name, student in study.students.items()})
-    pairs, nfes = pairs_of(job), study.scores.curve_nfe
+    pairs, nfes = _pairs(job, measured), study.scores.curve_nfe
     return Results(scores, main, final_table(main), speed_ups(main, pairs, nfes), paired_ratios(main, pairs, nfes))
 
 
@@ -88,26 +95,25 @@ def _table(job: Job) -> pd.DataFrame:
     return pd.read_csv(path)
 
 
-def pairs_of(job: Job) -> list[Pair]:
+def _pairs(job: Job, measured: Callable[[Job], Mapping[str, Any]]) -> list[Pair]:
     """Return the students that have a baseline, by themselves or by their objective. An iteration of another objective
     costs something else, so such a pair is compared by network evaluations and by wall time."""
     students, report, pairs = job.study.students, job.study.report, []
+
+    def cost(student: str, unit: str) -> float:
+        """Return the mean cost of an iteration over a student's trainings."""
+        spent = [measured(job.of(student, seed))[unit] for seed in job.study.seeds]
+        return float(np.mean(spent)) / students[student].steps
+
     for name, student in students.items():
         baseline = report.against.get(name) or report.baseline.get(student.objective)
         if baseline is None or baseline == name:
             continue
         costs = {"iterations": (1.0, 1.0)}
         if students[baseline].objective != student.objective:
-            costs = {unit: (_cost(job, baseline, unit), _cost(job, name, unit)) for unit in ("evaluations", "seconds")}
+            costs = {unit: (cost(baseline, unit), cost(name, unit)) for unit in ("network_evaluations", "seconds")}
         pairs.append(Pair(name, baseline, costs))
     return pairs
-
-
-def _cost(job: Job, student: str, unit: str) -> float:
-    """Return the mean cost of an iteration over a student's trainings, as their cards say."""
-    name = {"evaluations": "network_evaluations", "seconds": "seconds"}[unit]
-    spent = [read_card(job.of(student, seed), "student")["measured"][name] for seed in job.study.seeds]
-    return float(np.mean(spent)) / job.study.students[student].steps
 
 
 def read_histories(job: Job) -> dict[str, list[pd.DataFrame]]:

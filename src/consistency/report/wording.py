@@ -62,7 +62,7 @@ def what_of(measure: str, extractor: str) -> str:
 
 def by_unit(unit: str) -> str:
     """Name the unit of training's length, unless it is iterations."""
-    return {"iterations": "", "evaluations": " by network evaluations", "seconds": " by wall time"}[unit]
+    return {"iterations": "", "network_evaluations": " by network evaluations", "seconds": " by wall time"}[unit]
 
 
 def speed(item: SpeedUp) -> str:
@@ -126,7 +126,7 @@ def _final_sentence(item: SpeedUp, what: str) -> str:
         return f"It has {score} before training (ratio {final(item)})."
     if item.reached == "<":
         return f"It never reaches {score} (ratio {final(item)})."
-    return f"It reaches {score} after {item.steps / item.baseline_steps:.2f} times {item.baseline}'s {item.unit}."
+    return f"It reaches {score} after {item.steps / item.baseline_steps:.2f} times as long."
 
 
 def paired_sentence(item: Paired, extractor: str) -> str:

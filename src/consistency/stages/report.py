@@ -1,15 +1,11 @@
 """Stage report: tables, figures and one self-contained page from all results of the study."""
 
-from dataclasses import asdict
-
-import pandas as pd
-
 from consistency.base.files import write_bytes, write_json
 from consistency.config.job import Job
-from consistency.evaluation.analysis import ema_table
 from consistency.provenance.card import Card
 from consistency.report.page import write_page
 from consistency.report.pictures import draw_pictures
+from consistency.report.published import tables_of
 from consistency.report.results import read_cards, read_histories, read_results
 from consistency.report.summary import summary_of
 
@@ -23,16 +19,9 @@ def make_report(job: Job) -> None:
     card, folder = Card(job, "report"), job.paths.report
     results, cards, histories = read_results(job), read_cards(job), read_histories(job)
     pictures = draw_pictures(job, results, histories)
-    texts = {
-        "scores.csv": results.scores.to_csv(index=False),
-        "table.csv": results.table.to_csv(index=False),
-        "speedup.csv": pd.DataFrame([asdict(item) for item in results.found]).to_csv(index=False),
-        "paired.csv": pd.DataFrame([asdict(item) for item in results.paired]).to_csv(index=False),
-        "report.html": write_page(job, results, cards, histories, pictures),
-    }
-    if results.several_rates:
-        texts["ema.csv"] = ema_table(results.scores).to_csv(index=False)
-    else:
+    texts = {name: table.to_csv(index=False) for name, table in tables_of(results).items()}
+    texts["report.html"] = write_page(job, results, cards, histories, pictures)
+    if "ema.csv" not in texts:
         (folder / "ema.csv").unlink(missing_ok=True)
     for stale in (folder / "figures").glob("*"):
         if stale.stem not in {picture.name for picture in pictures}:
