@@ -19,9 +19,9 @@ import torch
 from PIL import Image
 from torchvision.utils import make_grid
 
-from consistency.base.arrays import write_array
+from consistency.base.arrays import read_table, write_array
 from consistency.base.errors import UserError
-from consistency.base.files import atomic, require_output
+from consistency.base.files import atomic
 from consistency.config import reading
 from consistency.config.job import Job
 from consistency.config.paths import StudyPaths
@@ -33,6 +33,7 @@ from consistency.nets.denoiser import Denoiser
 from consistency.provenance.card import read_card
 from consistency.provenance.graph import REPORT_FILES
 from consistency.provenance.inputs import read_teacher
+from consistency.report.results import TEXT
 from consistency.runtime.machine import as_in_a_stage, pick_device
 
 __all__ = [
@@ -147,7 +148,7 @@ def read_tables(study: Study | str | Path, results: str | Path = "results") -> d
     job = _job(study, results)
     read_card(job, "report")
     paths = [job.paths.report / name for name in REPORT_FILES if name.endswith(".csv")]
-    return {path.stem: _table(require_output(path, "report")) for path in paths}
+    return {path.stem: read_table(path, "report", TEXT) for path in paths}
 
 
 def save_images(images: Images, file: str | Path) -> None:
@@ -176,13 +177,6 @@ def _job(study: Study | str | Path, results: str | Path) -> Job:
 
 def _device(device: str | torch.device) -> torch.device:
     return device if isinstance(device, torch.device) else pick_device(device)
-
-
-def _table(path: Path) -> pd.DataFrame:
-    try:
-        return pd.read_csv(path)
-    except pd.errors.EmptyDataError:  # no student has a baseline
-        return pd.DataFrame()
 
 
 def _writable(file: str | Path) -> Path:
