@@ -11,7 +11,7 @@ this module imports PyTorch.
 
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
@@ -95,9 +95,9 @@ def load_student(
 
     The student is a function, student(x, t, s), and has a method `sample`. device: auto, cpu, cuda or cuda:N;
     precision: arithmetic of its network, float32, bfloat16 or float16; batch: images an evaluation. To repeat the
-    images of a study's stage bit for bit, give the study's sampling.precision and sampling.batch. No code of the file
-    is ever run. Raises UserError for a missing, damaged or foreign file, for a teacher, and for a student of an earlier
-    version, whose file does not say how it jumps.
+    images of a study's stage bit for bit, give the study's sampling.precision and sampling.batch here, and its
+    sampling.labels to `sample`. No code of the file is ever run. Raises UserError for a missing, damaged or foreign
+    file, for a teacher, and for a student of an earlier version, whose file does not say how it jumps.
 
     Examples:
         >>> student = load_student("results/tiny/students/analytic/seed0/student.safetensors")
@@ -195,13 +195,14 @@ def write_samples(
     nfe: int,
     first_seed: int,
     label: int | None,
+    labels: Literal["data", "balanced"],
     device: torch.device,
     threads: int,
 ) -> None:
     """Sample a student from its file and write the images."""
     _writable(out)  # before the work
     student = load_student(student_file, device)
-    save_images(student.sample(count, nfe, first_seed, label, threads=threads), out)
+    save_images(student.sample(count, nfe, first_seed, label, threads=threads, labels=labels), out)
     print(f"{out}: {count} images, {nfe} jumps each, seeds {first_seed} to {first_seed + count - 1}")
 
 

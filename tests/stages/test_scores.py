@@ -24,7 +24,7 @@ from consistency.evaluation.features import Extractor, Statistics, frechet_dista
 from consistency.evaluation.samplers import draw, jump_sampler
 from consistency.evaluation.scores import CALIBRATION_COLUMNS, COLUMNS
 from consistency.nets.checkpoint import load_denoiser
-from consistency.provenance.inputs import read_preconditioning
+from consistency.provenance.inputs import read_label_weights, read_preconditioning
 from consistency.stages.extractor import make_extractor
 from consistency.stages.samples import make_samples
 from consistency.stages.scores import make_calibration, make_scores
@@ -88,7 +88,9 @@ def test_a_row_is_what_one_computes_from_all_its_images_at_once_in_whatever_batc
     job = Job(study, layout, "analytic", 0)
     model = load_denoiser(job.weights(step=3))[0]
     jumps = jump_sampler(job, model, read_preconditioning(job, model), 2)
-    images = torch.cat([batch for _, batch in draw(study.sampling.batch, model, jumps, 80)])
+    images = torch.cat(
+        [batch for _, batch in draw(study.sampling.batch, model, jumps, 80, read_label_weights(job, model))]
+    )
     features = open_extractor(job, load_images(layout.dataset), CPU)(to_bytes(images)).astype(np.float64)
     data = read_data_statistics(Job(study, layout))
     whole = Statistics(features.mean(0), np.cov(features, rowvar=False), features)

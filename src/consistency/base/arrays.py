@@ -46,11 +46,11 @@ def read_table(path: Path, verb: str, text: Container[str]) -> "pd.DataFrame":
 
     with reading(path, verb):
         try:
-            columns = list(pd.read_csv(path, nrows=0))
+            columns = [str(name) for name in pd.read_csv(path, nrows=0)]
         except pd.errors.EmptyDataError:
             return pd.DataFrame()
         kinds = {name: str for name in columns if name in text}
-        empty = {name: [""] for name in columns if name not in text}
+        empty: dict[str, list[str]] = {name: [""] for name in columns if name not in text}
         table = pd.read_csv(path, dtype=kinds, na_values=empty, keep_default_na=False)
         for name in empty:
             if not pd.api.types.is_numeric_dtype(table[name]):

@@ -44,6 +44,11 @@ class Sampling(Section):
         [], description="Further samplers with fresh noise between jumps; 1 is CM's multistep sampler."
     )
     gamma_nfe: list[Count] = Field([2], description="Numbers of jumps of the gamma samplers.")
+    labels: Literal["data", "balanced"] = Field(
+        "data",
+        description="Classes of a conditional network's images: drawn in the data's class proportions, or `balanced`, "
+        "uniform over the classes, as EDM, CTM and CM do.",
+    )
     precision: Precision = Field(
         "float32", description="Arithmetic of the networks; with churn the sampler's state is float64."
     )

@@ -12,14 +12,13 @@ from consistency.base.progress import Progress
 from consistency.base.seeding import generator
 from consistency.config.job import Job
 from consistency.config.samplers import StudentSampler
-from consistency.config.study import Study
 from consistency.data.prepared import to_bytes
 from consistency.evaluation.extractor import open_extractor, read_data_statistics
 from consistency.evaluation.features import Statistics, frechet_distance, kernel_distance
 from consistency.evaluation.samplers import draw, heun_sampler, jump_sampler
 from consistency.nets.denoiser import Denoiser
 from consistency.provenance.card import Card
-from consistency.provenance.inputs import preconditioning_of, read_dataset
+from consistency.provenance.inputs import preconditioning_of, read_dataset, read_label_weights
 from consistency.theory.generalized_ode import GeneralizedODE
 
 Array = np.ndarray
@@ -176,7 +175,7 @@ class StudentScorer:
 
     def _drawn(self, model: Denoiser, nfe: int, count: int) -> Iterator[tuple[slice, torch.Tensor]]:
         jumps = jump_sampler(self.job, model, preconditioning_of(self.settings, model, self.ode), nfe)
-        return draw(self.job.study.sampling.batch, model, jumps, count)
+        return draw(self.job.study.sampling.batch, model, jumps, count, read_label_weights(self.job, model))
 
 
 class _AlignmentError:
@@ -197,8 +196,9 @@ class _AlignmentError:
         return self._sum / self.teacher_endpoints.size
 
 
-def teacher_endpoints(study: Study, teacher: Denoiser) -> Array:
+def teacher_endpoints(job: Job, teacher: Denoiser) -> Array:
     """Draw the teacher's ODE endpoints at eps of the first alignment_count seeds, float32 [n, C, H, W]."""
+    study, classes = job.study, read_label_weights(job, teacher)
     sampler = heun_sampler(study, teacher, study.scores.alignment_nodes)
-    batches = draw(study.sampling.batch, teacher, sampler, study.scores.alignment_count)
+    batches = draw(study.sampling.batch, teacher, sampler, study.scores.alignment_count, classes)
     return torch.cat([batch.cpu() for _, batch in batches]).numpy()

@@ -31,7 +31,7 @@ def make_calibration(job: Job, device: torch.device) -> None:
         teacher = prepared(study, read_teacher(job, device))
         place = {"kind": "calibration", "run": "teacher", "sampler": "heun", "nfe": 2 * study.calibration.steps - 1}
         scores.append(_published(job, scorer.score([images], len(images), **place)))
-        ends = teacher_endpoints(study, teacher)
+        ends = teacher_endpoints(job, teacher)
     write_array(job.paths.endpoints, ends)
     write_bytes(job.paths.passed, b"The teacher passed its calibration.\n")
     scorer.write(scores)
