@@ -217,6 +217,12 @@ def test_an_official_teacher_and_its_published_score_come_first(tmp_path: Path) 
     assert "not FID" not in page
     calibration = summary_of(read_results(job))["calibration"]
     assert calibration["teacher heun"] == {"fd": 1.1, "kid": 0.0008, "published": 1.05}
+    # The half rows are of other numbers of images than the students'.
+    assert set(calibration) == {"data halves", "teacher heun", "teacher heun against half"}
+    rows = page.split("Calibration What the measure says")[1].split("Samples")[0]
+    assert "one half of the data against the other 0.4 0.0001 48" in rows
+    assert "teacher, Heun, NFE 35, against all the data 1.1 0.0008 96" in rows
+    assert "teacher, Heun, NFE 35, against one half of the data 1.6 0.0008 48" in rows
 
 
 def test_where_the_time_of_a_step_goes_is_said(tmp_path: Path) -> None:
@@ -235,6 +241,14 @@ def test_where_the_time_of_a_step_goes_is_said(tmp_path: Path) -> None:
 def test_the_teachers_line_says_its_score_and_its_images(tmp_path: Path, published: dict[str, float]) -> None:
     says = "Teacher: FD 12.35, not FID (1,797 images, classifier features, seeds 0-1796)"
     assert teacher_line({"fd": 12.3456, "images": 1797, **published}, make_study(tmp_path)) == says
+
+
+def test_the_curves_show_the_teacher_of_all_its_images_alone(tmp_path: Path) -> None:
+    results = read_results(made(tmp_path))
+    figure = figures.learning_curves(results.main, ["ctm"], [1], "fd", results.extractor)
+    constant = [line for line in figure.axes[0].get_lines() if len(set(line.get_ydata())) == 1]
+    assert [(line.get_ydata()[0], line.get_label()) for line in constant] == [(1.1, "teacher (Heun), N = 96")]
+    figures.close(figure)
 
 
 def test_a_second_report_is_the_same_and_keeps_nothing_of_an_earlier_one(tmp_path: Path) -> None:

@@ -10,6 +10,9 @@ from consistency.config.fields import Count, Name, Positive, Precision, Section
 MEASURES = ("fd", "kid", "alignment")
 #: students' own samplers in the score tables; others are named gamma=...
 OWN_SAMPLERS = ("jumps", "multistep")
+#: samplers of the calibration's rows: the teacher's images against all data, and one half of the data against the other
+#: half and against the teacher's images, at equal numbers
+HEUN, HALVES, AGAINST_HALF = "heun", "halves", "heun against half"
 
 
 class Coefficients(Section):

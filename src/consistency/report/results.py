@@ -11,7 +11,7 @@ from consistency.base.arrays import read_table, text_columns
 from consistency.base.errors import UserError
 from consistency.base.files import read_history, require_output, sha256
 from consistency.config.job import Job
-from consistency.config.measures import MEASURES
+from consistency.config.measures import HEUN, MEASURES
 from consistency.config.study import Study
 from consistency.evaluation.analysis import Paired, SpeedUp, final_table, of_main_rate, paired_ratios, speed_ups
 from consistency.evaluation.scores import Score
@@ -59,8 +59,8 @@ class Results:
 
     @property
     def teacher(self) -> dict[str, Any] | None:
-        """The teacher's row of the calibration, if there is a teacher."""
-        return next((row for row in self.calibration if row["run"] == "teacher"), None)
+        """The calibration's row of all the teacher's images, if there is a teacher."""
+        return next((row for row in self.calibration if row["sampler"] == HEUN), None)
 
 
 def read_results(job: Job) -> Results:

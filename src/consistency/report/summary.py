@@ -27,7 +27,8 @@ def print_summary(job: Job) -> None:
         first, second = (plus_minus(getattr(row, m), getattr(row, f"{m}_half_width")) for m in measures)
         print(f"{row.run:18} {row.sampler:10} {row.nfe:3}  {first:>36}  {second:>24}")
     for known in results.calibration:
-        print(f"{known['run']:18} {known['sampler']:10} {known['nfe'] or '':3}  {known['fd']:36.4g}")
+        scored = f"{known['run']} {known['sampler']}"
+        print(f"{scored:29} {known['nfe'] or '':3}  {known['fd']:36.4g}  {'N = ' + format(known['images'], ','):>24}")
     if results.found:
         print(f"\nspeed-up: the baseline's iterations to its own final score over the student's{coarse(study)}\n")
     what = {"fd": "FD", "alignment": "alignment"}
