@@ -50,8 +50,8 @@ def _load_pyfunc(path: str) -> RegisteredStudent:
     student, metadata = load_denoiser(job.weights(), job.key("student"))
     model = prepared(study, student.to(pick_device("auto")))
     preconditioning, only_to_eps = read_preconditioning(job, model), job.settings.only_to_eps
-    balanced = study.sampling.labels == "balanced"
-    classes = [1] * model.label_dim if balanced else read_jumps(job.weights(), metadata).class_counts
+    weighted = model.label_dim and study.sampling.labels == "data"
+    classes = read_jumps(job.weights(), metadata).class_counts if weighted else [1] * model.label_dim
     return RegisteredStudent(
         TrainedStudent(model, preconditioning, study.noise, only_to_eps, study.sampling.batch, classes)
     )
