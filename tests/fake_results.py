@@ -46,7 +46,7 @@ students:
 seeds: [0, 1]
 sampling: {count: 96, nfe: [1, 2, 5], gamma: [1.0]}
 scores: {extractor: classifier, curve_count: 96, kid_subset_size: 50, alignment_count: 64}
-report: {baseline: {trajectory: ctm}, bootstrap: 100}
+report: {baseline: {trajectory: ctm}}
 """
 
 #: a teacher that is downloaded, and its published score
@@ -76,7 +76,7 @@ students:
 seeds: [0, 1]
 sampling: {count: 96, nfe: [1, 2]}
 scores: {extractor: classifier, curve_nfe: [1, 2], curve_count: 96, kid_subset_size: 50, alignment_count: 64}
-report: {baseline: {consistency: ic}, grid_nfe: [1, 2], bootstrap: 100}
+report: {baseline: {consistency: ic}, grid_nfe: [1, 2]}
 """
 
 #: and a sweep of mu

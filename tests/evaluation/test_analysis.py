@@ -3,24 +3,24 @@
 import numpy as np
 import pandas as pd
 import pytest
-from scipy import stats
 from tests.draws import numpy_draws
 
 from consistency.evaluation.analysis import (
     Curves,
-    bootstrap,
+    Pair,
+    SpeedUp,
     curves_of,
     ema_table,
     final_table,
     iterations_to,
-    mean_interval,
     of_main_rate,
     paired_ratio,
     paired_ratios,
-    speed_up,
     speed_ups,
     step_costs,
+    to_final_score,
 )
+from consistency.theory.comparison import mean_interval
 
 STEPS = np.arange(0, 1100, 100)
 
@@ -38,55 +38,20 @@ def table(curves: dict[str, Curves]) -> pd.DataFrame:
     return rows.assign(kind="curve", nfe=2, sampler="jumps", alignment=np.nan)
 
 
-@pytest.mark.parametrize("noise", [0.0, 0.2])
-def test_a_baseline_against_itself_is_exactly_one(noise: float) -> None:
-    value, bound, _, own, other = speed_up(falling(1, noise=noise), falling(1, noise=noise))
-    assert (value, bound) == (1.0, "")
-    assert own == other
+def pair(run: str = "other", **costs: tuple[float, float]) -> list[Pair]:
+    return [Pair(run, "cm", costs or {"iterations": (1.0, 1.0)})]
 
 
-@pytest.mark.parametrize("pace", [1.25, 2.0, 4.0])
-def test_a_faster_curve_gives_its_pace(pace: float) -> None:
-    value, bound, *_ = speed_up(falling(1), falling(pace))
-    assert bound == ""
-    assert value == pytest.approx(pace, rel=0.1)  # linear between snapshots, on a curve that is not
-
-
-def test_a_score_never_reached_is_a_bound_below_one() -> None:
-    value, bound, *_ = speed_up(falling(1), falling(0.5))
-    assert (value, bound) == (1.0, "<")
-
-
-def test_a_score_there_before_training_is_a_bound_above() -> None:
-    better = Curves(STEPS, np.full((3, len(STEPS)), 0.01), [0, 1, 2])
-    value, bound, *_, steps = speed_up(falling(1), better)
-    assert (value, bound, steps) == (10.0, ">", 100.0)
-
-
-def test_the_target_is_the_last_point_not_the_luckiest() -> None:
-    """On the way there, the best so far counts on both sides."""
+def test_the_final_score_counts_on_the_best_so_far_and_may_never_be_reached() -> None:
     dip = Curves(np.array([0, 100, 200, 300, 400]), np.array([[8.0, 4.0, 1.0, 3.0, 2.0]]), [0])
-    value, bound, target, own, _ = speed_up(dip, dip)
-    assert (value, bound, target) == (1.0, "", 2.0)
-    assert own == pytest.approx(100 + 100 * 2 / 3)
-
-
-@pytest.mark.statistical
-def test_equal_students_miss_the_target_no_more_often_than_not() -> None:
-    """With noise of which every point has its own, as in the curves of two equal students."""
-    draws, missed = numpy_draws(), 0
-    for _ in range(1000):
-        noisy = [falling(1).values.mean(0) + 0.5 + draws.normal(0, 0.05, (2, len(STEPS))) for _ in range(2)]
-        missed += speed_up(*(Curves(STEPS, values, [0, 1]) for values in noisy))[1] == "<"
-    assert missed < 500  # 5 standard errors above the 430 of many draws
-
-
-def test_a_baseline_that_does_not_improve_gives_no_speed_up() -> None:
-    worse = Curves(STEPS, np.linspace(1, 2, len(STEPS))[None].repeat(2, 0), [0, 1])
-    value, bound, *_ = speed_up(worse, falling(1, seeds=2))
-    assert np.isnan(value)
-    assert bound == "?"
-    assert bootstrap(worse, falling(1, seeds=2), 20) == (0.0, np.inf)
+    found = to_final_score(dip, dip)
+    assert (found["target"], found["reached"]) == (2.0, "")
+    assert found["steps"] == found["baseline_steps"] == pytest.approx(100 + 100 * 2 / 3)
+    assert to_final_score(falling(1), falling(0.5))["reached"] == "<"
+    better = Curves(STEPS, np.full((3, len(STEPS)), 0.01), [0, 1, 2])
+    assert to_final_score(falling(1), better)["reached"] == ">"
+    rising = Curves(STEPS, 1 / falling(1).values, [0, 1, 2])
+    assert to_final_score(rising, falling(1))["reached"] == "?"
 
 
 def test_iterations_are_linear_between_snapshots() -> None:
@@ -94,48 +59,59 @@ def test_iterations_are_linear_between_snapshots() -> None:
     assert (reached.steps, reached.bound) == (175.0, "")
 
 
-@pytest.mark.statistical
-def test_the_bootstrap_is_deterministic_and_holds_the_truth() -> None:
-    baseline, student = falling(1, seeds=6, noise=0.01), falling(2, seeds=6, noise=0.01)
-    first, second = bootstrap(baseline, student, 300), bootstrap(baseline, student, 300)
-    assert first == second
-    assert first[0] <= speed_up(baseline, student)[0] <= first[1]
-    assert first[1] - first[0] > 0
+def test_a_student_of_another_objective_is_compared_by_what_its_iterations_cost() -> None:
+    """Twice as fast by iterations that cost four times as many evaluations and as much time."""
+    scores = table({"cm": falling(1), "other": falling(2)})
+    evaluations, seconds = speed_ups(scores, pair(evaluations=(10, 40), seconds=(0.5, 0.5)), [2])
+    assert (evaluations.unit, seconds.unit) == ("evaluations", "seconds")
+    assert evaluations.value == pytest.approx(0.5, rel=0.01)
+    assert seconds.value == pytest.approx(2, rel=0.01)
+    assert evaluations.steps == pytest.approx(4 * 10 * 500, rel=0.01)
+    cheap, _ = paired_ratios(scores, pair(evaluations=(10, 40), seconds=(0.5, 0.5)), [2])
+    # At the same cost the student has made a quarter of the iterations: exp(-t / 2) against exp(-t).
+    late = 4 * STEPS[(STEPS > 125) & (STEPS <= 250)]
+    assert cheap.value == pytest.approx(np.exp((late / 1000).mean()), rel=0.02)
 
 
-def test_equal_arms_have_an_interval_of_exactly_one() -> None:
-    """Paired by seed: the noise of a seed is in both arms."""
-    arm = falling(1, seeds=4, noise=0.1)
-    assert bootstrap(arm, arm, 200) == (1.0, 1.0)
+def test_only_seeds_of_both_are_compared() -> None:
+    baseline = falling(1, seeds=4, noise=0.01)
+    few = Curves(STEPS, baseline.values[[3, 1, 2]], [3, 1, 2])
+    (item,) = speed_ups(table({"cm": baseline, "other": few}), pair(), [2])
+    assert (item.seeds, item.value, item.equal, item.shown) == (3, 1, True, False)
 
 
-def test_an_interval_is_open_where_resamples_are_bounds() -> None:
-    """One seed of the student never reaches the target, the other has it before training."""
-    baseline = falling(1, seeds=2)
-    never = np.stack([falling(0.2).values[0], np.full(len(STEPS), 1e-3)])
-    assert bootstrap(baseline, Curves(STEPS, never, [0, 1]), 200) == (0.0, np.inf)
-    slow = falling(0.5, seeds=2)
-    assert bootstrap(baseline, slow, 50) == (0.0, 1.0)
+def test_many_comparisons_make_a_claim_harder() -> None:
+    curves = {"cm": falling(1, 4, 0.02), "other": falling(1.6, 4, 0.02), "one": falling(1.1, 4, 0.02)}
+    (alone,) = speed_ups(table(curves), pair(), [2])
+    first, second = speed_ups(table(curves), pair() + pair("one"), [2])
+    assert first.p == 2 * alone.p and first.p < second.p
+    assert first.low == alone.low
 
 
-def test_one_seed_has_no_interval() -> None:
-    assert all(np.isnan(bootstrap(falling(1, seeds=1), falling(2, seeds=1), 50)))
-    mean, half = mean_interval(np.array([3.0]))
-    assert mean == 3
-    assert np.isnan(half)
-
-
-def test_the_t_interval_is_scipy_s() -> None:
-    values = np.array([1.0, 2.0, 4.0])
-    mean, half = mean_interval(values)
-    low, high = stats.t.interval(0.95, 2, loc=values.mean(), scale=stats.sem(values))
-    assert (mean - half, mean + half) == pytest.approx((low, high))
+@pytest.mark.parametrize(
+    ("low", "high", "p", "shown", "equal"),
+    [
+        (1.2, 1.9, 0.01, True, False),
+        (1.2, 1.9, 0.06, False, False),  # others were looked at as well
+        (0.9, 1.9, 0.01, False, False),
+        (1.001, 1.008, 0.001, False, True),  # no more than rounding
+        (0.2, 0.9, 0.01, True, False),
+        (np.nan, np.nan, np.nan, False, False),
+    ],
+)
+def test_a_difference_is_shown_beyond_chance_and_rounding(
+    low: float, high: float, p: float, shown: bool, equal: bool
+) -> None:
+    place = {"run": "a", "baseline": "b", "measure": "fd", "nfe": 1, "unit": "iterations", "seeds": 5}
+    final = {"target": 1.0, "baseline_steps": 1.0, "steps": 1.0, "reached": ""}
+    item = SpeedUp(**place, **final, value=1.5, low=low, high=high, p=p)  # type: ignore[arg-type]
+    assert (item.shown, item.equal) == (shown, equal)
 
 
 def test_a_measure_that_was_not_taken_gives_no_row() -> None:
     scores = table({"cm": falling(1), "other": falling(2)})
     assert curves_of(scores, "cm", 2, "alignment") is None
-    found = speed_ups(scores, {"cm": "cm", "other": "cm"}, [2], 20)
+    found = speed_ups(scores, pair(), [2])
     assert [(item.run, item.measure, item.nfe) for item in found] == [("other", "fd", 2)]
 
 
@@ -144,26 +120,14 @@ def test_the_paired_ratio_is_free_of_the_noise_both_share() -> None:
     noise = np.exp(numpy_draws().normal(0, 0.3, (4, len(STEPS))))
     baseline = Curves(STEPS, noise, [0, 1, 2, 3])
     student = Curves(STEPS, 0.97 * noise[::-1], [3, 2, 1, 0])
-    ratio, low, high, seeds = paired_ratio(baseline, student)
-    assert (ratio, low, high) == pytest.approx((0.97, 0.97, 0.97))
-    assert seeds == 4
-
-
-def test_the_paired_interval_is_the_t_interval_of_the_logs() -> None:
-    baseline = Curves(STEPS, np.ones((3, len(STEPS))), [0, 1, 2])
-    student = Curves(STEPS, np.repeat([[0.9], [1.0], [1.2]], len(STEPS), 1), [0, 1, 2])
-    ratio, low, high, _ = paired_ratio(baseline, student)
-    mean, half = mean_interval(np.log([0.9, 1.0, 1.2]))
-    assert (ratio, low, high) == pytest.approx((np.exp(mean), np.exp(mean - half), np.exp(mean + half)))
-    assert low < 1 < high
+    (item,) = paired_ratios(table({"cm": baseline, "other": student}), pair(), [2])
+    assert (item.value, item.low, item.high, item.seeds) == pytest.approx((0.97, 0.97, 0.97, 4))
 
 
 def test_only_the_second_half_counts() -> None:
     baseline = falling(1)
     student = Curves(STEPS, baseline.values * np.where(STEPS > 500, 0.5, 7), baseline.seeds)
-    assert paired_ratio(baseline, student)[0] == pytest.approx(0.5)
-    found = paired_ratios(table({"cm": baseline, "other": student}), {"cm": "cm", "other": "cm"}, [2])
-    assert [(item.run, item.measure) for item in found] == [("other", "fd")]
+    assert paired_ratio(baseline, student).value == pytest.approx(0.5)
 
 
 def several_rates() -> pd.DataFrame:

@@ -79,7 +79,7 @@ def test_a_definition_may_move_to_another_module_and_may_not_change(package: Pat
         ("theory/estimators.py", "def fit_coefficients(", "def fit_coefficients(*,\n    ", {"coefficients"}),
         ("nets/layers.py", "class Linear", "class Linear(object, )", STAGES - {"dataset", "extractor"}),
         ("nets/classifier.py", "class Classifier", "class Classifier(object, )", {"extractor", "scores"}),
-        ("report/wording.py", "def coarse(", "def coarse(*,\n    ", {"report"}),
+        ("report/wording.py", "def varied(", "def varied(*,\n    ", {"report"}),
         ("report/templates/report.html.j2", "<", "<!-- -->\n<", {"report"}),
         ("__main__.py", "allow_tf32 = False", "allow_tf32 = True", STAGES - {"dataset", "report"}),
         ("__main__.py", "def _open_study(", "def _open_study(_=0, *,\n    ", set()),

@@ -100,7 +100,7 @@ def test_a_content_has_one_version(tiny: Tiny, client: Any, layout: StudyPaths) 
     moved = StudyPaths("tiny", Path("elsewhere"))
     shutil.copytree(layout.results, moved.results)
     assert register(client, study, moved) == first
-    assert register(client, tiny({"report.bootstrap": 51}), layout) == first
+    assert register(client, tiny({"report.grid_nfe": [1]}), layout) == first
     card = layout.root / "students/ctm/seed0/card.json"
     edit_card(card, lambda content: content["outputs"].update({"student.safetensors": 64 * "0"}))
     assert register(client, study, layout) == first | {"ctm": "models:/tiny-ctm/2"}

@@ -46,7 +46,6 @@ SMALL: dict[str, Any] = {
     "scores.alignment_count": 4,
     "scores.alignment_nodes": 4,
     "report.grid_nfe": [1, 2],
-    "report.bootstrap": 20,
     "compute.batch_per_device": 2,
 }
 #: instead of Inception, whose 2048 features take a quarter of a minute a score

@@ -57,7 +57,7 @@ def experiment(changed: Repo, home: Path) -> Repo:
     study = repo.path / STUDY
     study.write_text(f"# A remark.\n{study.read_text()}")
     repo.commit("a remark")
-    repo.dvc("exp", "run", "--name", "more", "--set-param", f"{STUDY}:report.bootstrap=60")
+    repo.dvc("exp", "run", "--name", "more", "--set-param", f"{STUDY}:report.grid_nfe=[1]")
     return repo
 
 
@@ -198,15 +198,15 @@ def test_an_experiment_changes_one_key_and_keeps_the_file_readable(experiment: R
     assert set(re.findall(r"Running stage '(\S+)':", experiment.output)) == {PLAN, REPORT}
     study = experiment.path / STUDY
     assert study.read_text().startswith("# A remark.\n")
-    assert load_study(study).report.bootstrap == 60
+    assert load_study(study).report.grid_nfe == [1]
     assert "more" in experiment.dvc("exp", "list")
     shown = json.loads(experiment.dvc("params", "diff", "--json"))[STUDY]
-    assert shown == {"report.bootstrap": {"old": 50, "new": 60, "diff": 10}}
+    assert shown == {"report.grid_nfe": {"old": "[1, 2]", "new": "[1]"}}
 
 
 def test_two_branches_merge_into_a_valid_lock_and_only_the_report_runs(experiment: Repo, tmp_path: Path) -> None:
     repo = experiment.copy(tmp_path / "repo")
-    repo.commit("more resamples")
+    repo.commit("another grid")
     ours = repo.locked()
 
     said = repo.git("merge", "faster", code=1)

@@ -54,7 +54,7 @@ def test_the_same_command_again_does_nothing(copied: Checkout) -> None:
 # key: (its new value, the jobs that run again)
 AGAIN: dict[str, tuple[Any, set[str]]] = {
     "sampling.batch": (32, set()),
-    "report.bootstrap": (60, LAST),
+    "report.grid_nfe": ([1], LAST),
     "students.ctm.preconditioning": ("bcm", CTM | LAST),
     "coefficients.probes": (2, {"coefficients"} | ANALYTIC | LAST),
     "calibration.tolerance": (0.2, {"calibration"} | LAST),

@@ -16,8 +16,8 @@ _AP = (
 )
 _GC = (
     "The paper on generator-induced flows (GC) compares FID against iterations at NFE 1, gc below ot below ic: on "
-    "CIFAR-10 after 100,000 iterations 7.42 ± 0.04 with ic, 6.75 ± 0.04 with ot, 5.95 ± 0.05 with gc at mu 0.5 (mean ± "
-    "standard deviation); mu from 0.3 to 0.7 beats both, and mu 1 is fast, then diverges."
+    "CIFAR-10 after 100,000 iterations 7.42 ± 0.04 with ic, 6.75 ± 0.04 with ot, 5.95 ± 0.05 with gc at mu 0.5 (± over "
+    "five samplings of one model); mu from 0.3 to 0.7 beats both, and mu 1 is fast, then diverges."
 )
 
 

@@ -15,7 +15,8 @@ class Report(Section):
         {}, description="The student against which each objective's speed-up is measured."
     )
     against: dict[Name, Name] = Field(
-        {}, description="Students measured against another one than their objective's baseline."
+        {},
+        description="Students measured against another one than their objective's baseline; one of another objective "
+        "by network evaluations and by wall time of training.",
     )
     grid_nfe: list[Count] = Field([1, 2, 5], min_length=1, description="Numbers of jumps of the sample grids.")
-    bootstrap: Count = Field(2000, description="Resamples of the intervals.")

@@ -103,8 +103,6 @@ def _compared_students_are_alike(study: Study) -> Iterator[str]:
         unknown = [name for name in pair if name not in students]
         if unknown:
             yield f"report.against names {unknown[0]!r}, which is not one of the students"
-        elif students[pair[0]].objective != students[pair[1]].objective:
-            yield f"report.against.{pair[0]} names {pair[1]!r}, whose objective differs"
 
 
 def _teacher_fits_the_images(study: Study) -> Iterator[str]:

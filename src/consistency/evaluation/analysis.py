@@ -1,28 +1,24 @@
-"""Numbers of the report from score tables: means with intervals over seeds, and speed-ups. No files, no figures.
+"""Numbers of the report from score tables: means with intervals over seeds, and comparisons of students. No files, no
+figures; the statistics are in theory/comparison.py.
 
 A score table has the columns study, kind, run, seed, ema, step, sampler, nfe, fd, kid, alignment, images, extractor.
 All comparisons use one EMA rate per student, the main one.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import numpy as np
 import pandas as pd
-from scipy import stats
 
 from consistency.config.measures import MEASURES, OWN_SAMPLERS
+from consistency.theory import comparison
+from consistency.theory.comparison import holm, mean_interval, mean_ratio
 
 Array = np.ndarray
 
-
-def mean_interval(values: Array, level: float = 0.95) -> tuple[float, float]:
-    """Mean and half-width of Student's t interval over seeds; the half-width of a single value is NaN."""
-    values = np.asarray(values, float)
-    if len(values) < 2:
-        return float(values.mean()), float("nan")
-    spread = values.std(ddof=1) / np.sqrt(len(values))
-    return float(values.mean()), float(stats.t.ppf(0.5 + level / 2, len(values) - 1) * spread)
+_SIGNIFICANT = 0.05
 
 
 def of_main_rate(scores: pd.DataFrame, rates: Mapping[str, float]) -> pd.DataFrame:
@@ -52,8 +48,7 @@ def final_table(scores: pd.DataFrame) -> pd.DataFrame:
             "images": int(group.images.iloc[0]),
         }
         for measure in MEASURES:
-            values = group[measure].dropna().to_numpy()
-            mean, half = mean_interval(values) if len(values) else (float("nan"), float("nan"))
+            mean, half = mean_interval(group[measure].to_numpy())
             row |= {measure: mean, f"{measure}_half_width": half}
         rows.append(row)
     return pd.DataFrame(rows)
@@ -77,32 +72,43 @@ def step_costs(histories: Mapping[str, Sequence[pd.DataFrame]]) -> pd.DataFrame:
 
 @dataclass(frozen=True)
 class Curves:
-    """Learning curves of one student: steps [P] and values [seeds, P], seeds in the order of `seeds`."""
+    """Learning curves of one student: steps [P] and values [seeds, P], seeds in the order of `seeds`. Steps are
+    iterations, or what they cost: network evaluations, seconds."""
 
     steps: Array
     values: Array
     seeds: list[int]
 
+    def of(self, seeds: list[int], cost: float) -> "Curves":
+        """Return the curves of those seeds, with steps of another unit."""
+        return Curves(self.steps * cost, self.values[[self.seeds.index(seed) for seed in seeds]], seeds)
+
+    @property
+    def trained(self) -> tuple[Array, Array]:
+        """The positive steps and the logarithms of their values."""
+        later = self.steps > 0
+        return self.steps[later], np.log(self.values[:, later])
+
 
 def curves_of(scores: pd.DataFrame, run: str, nfe: int, measure: str) -> Curves | None:
     """Return the curves of a student at a number of jumps, or None if the measure was not taken."""
     rows = scores[(scores.kind == "curve") & (scores.run == run) & (scores.nfe == nfe)]
-    wide = rows.pivot(index="seed", columns="step", values=measure).dropna()
-    if wide.empty:
+    wide = rows.pivot(index="seed", columns="step", values=measure)
+    if wide.isna().all(axis=None):
         return None
     return Curves(wide.columns.to_numpy(int), wide.to_numpy(float), list(wide.index.to_numpy(int)))
 
 
 @dataclass(frozen=True)
 class Reached:
-    """Iterations to a score. bound: '' if they are known, '<' before the first snapshot, '>' never."""
+    """Steps to a score. bound: '' if they are known, '<' before the first snapshot, '>' never."""
 
     steps: float
     bound: str
 
 
 def iterations_to(steps: Array, values: Array, target: float) -> Reached:
-    """Return the first iteration at which the best value so far is at most target, linear between snapshots.
+    """Return the first step at which the best value so far is at most target, linear between snapshots.
 
     steps, values: [P]. A target reached before training counts as reached at the next snapshot, bound '<'.
     """
@@ -117,127 +123,141 @@ def iterations_to(steps: Array, values: Array, target: float) -> Reached:
     return Reached(float(steps[k - 1] + share * (steps[k] - steps[k - 1])), "")
 
 
-@dataclass(frozen=True)
-class SpeedUp:
-    """Baseline's iterations over the student's. bound: '' known, '>' at least, '<' at most, '?' undefined.
+class Pair(NamedTuple):
+    """A student and its baseline. costs: unit -> cost of an iteration of the baseline and of the student, such as
+    {"iterations": (1, 1)}, in which they are compared."""
 
-    low, high: 95 % bootstrap interval over seeds; NaN with one seed. low is 0 if a resample does not reach the target,
-    high is infinite if one has reached it before training.
+    run: str
+    baseline: str
+    costs: dict[str, tuple[float, float]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """A student against its baseline, by a measure at a number of jumps; unit: of training's length.
+
+    value, low, high: a ratio and its interval, as in `comparison.Estimate`; p: that of no difference, adjusted by Holm
+    for all comparisons of its kind in the study.
     """
 
     run: str
     baseline: str
     measure: str
     nfe: int
+    unit: str
+    value: float
+    low: float
+    high: float
+    p: float
+    seeds: int
+
+    #: a ratio closer to 1 is no difference: rounding, which training amplifies, separates students of equal mathematics
+    tolerance: ClassVar[float]
+
+    @property
+    def shown(self) -> bool:
+        """True if a difference is shown."""
+        return self.p < _SIGNIFICANT and (self.low > 1 + self.tolerance or self.high < 1 - self.tolerance)
+
+    @property
+    def equal(self) -> bool:
+        """True if the interval has no difference in it."""
+        return self.low >= 1 - self.tolerance and self.high <= 1 + self.tolerance
+
+
+@dataclass(frozen=True, kw_only=True)
+class SpeedUp(Comparison):
+    """The factor by which a student trains faster than its baseline.
+
+    Papers count to the baseline's final score instead: target is the last point of its mean curve over seeds;
+    baseline_steps, steps: where the best so far of the mean curves reach it; reached: '' if both are known, '<' never
+    (the ratio is below 1), '>' before training, '?' the baseline has it before training.
+    """
+
     target: float
     baseline_steps: float
     steps: float
-    value: float
-    bound: str
-    low: float
-    high: float
-    seeds: int
+    reached: str
+
+    tolerance: ClassVar[float] = 0.01
 
 
-def speed_up(baseline: Curves, student: Curves) -> tuple[float, str, float, float, float]:
-    """Return (speed-up, bound, target, the baseline's iterations, the student's).
+@dataclass(frozen=True, kw_only=True)
+class Paired(Comparison):
+    """Ratio of a student's score to its baseline's, seed by seed: geometric mean over the second half of training;
+    below 1 is better than the baseline."""
 
-    The target is the last point of the baseline's mean curve over seeds. The minimum would be the luckiest of many
-    noisy points, which an equal student would miss more often than not. Iterations are counted on the best-so-far of
-    the mean curves, so an improving baseline has exactly 1 against itself.
+    tolerance: ClassVar[float] = 0.001
+
+
+Found = TypeVar("Found", SpeedUp, Paired)
+
+
+def to_final_score(baseline: Curves, student: Curves) -> dict[str, Any]:
+    """Return the fields target, baseline_steps, steps and reached of `SpeedUp`.
+
+    The minimum of the baseline's curve would be the luckiest of many noisy points, which an equal student would miss
+    more often than not. The last point is missed by every second one, so this is no statistic to judge by.
     """
     mean_baseline, mean_student = baseline.values.mean(0), student.values.mean(0)
     target = float(mean_baseline[-1])
     own = iterations_to(baseline.steps, mean_baseline, target)
     other = iterations_to(student.steps, mean_student, target)
-    # A baseline that has its final score before training did not improve: the speed-up is undefined.
-    bound = "?" if own.bound else {"": "", "<": ">", ">": "<"}[other.bound]
-    value = float("nan") if bound == "?" else own.steps / other.steps
-    return value, bound, target, own.steps, other.steps
+    # A baseline that has its final score before training did not improve: the ratio is undefined.
+    reached = "?" if own.bound else {"": "", "<": ">", ">": "<"}[other.bound]
+    return {"target": target, "baseline_steps": own.steps, "steps": other.steps, "reached": reached}
 
 
-def _of_shared_seeds(baseline: Curves, student: Curves) -> tuple[Curves, Curves]:
-    """Restrict both to their shared seeds, in the order of the baseline's."""
-    shared = [seed for seed in baseline.seeds if seed in student.seeds]
-    first, second = (Curves(c.steps, c.values[[c.seeds.index(s) for s in shared]], shared) for c in (baseline, student))
-    return first, second
+def speed_up(baseline: Curves, student: Curves) -> comparison.Estimate:
+    """Return the speed-up of a student over its baseline; both have the same seeds."""
+    (steps, values), (own_steps, own_values) = baseline.trained, student.trained
+    return comparison.speed_up((steps, own_steps), values, own_values)
 
 
-def bootstrap(baseline: Curves, student: Curves, resamples: int) -> tuple[float, float]:
-    """Return the 95 % percentile interval of the speed-up over resampled seeds; NaN with one seed.
-
-    Seeds are paired, because students of one seed see the same images, noise and times. A resample with a bound counts
-    with its whole range: from 0 if the target is not reached, to infinity if it is reached before training.
-    """
-    first, second = _of_shared_seeds(baseline, student)
-    count = len(first.seeds)
-    if count < 2:
-        return float("nan"), float("nan")
-    generator = np.random.default_rng(0)
-    lows, highs = [], []
-    for _ in range(resamples):
-        picked = generator.integers(count, size=count)
-        value, bound, *_ = speed_up(*(replace(curves, values=curves.values[picked]) for curves in (first, second)))
-        lows.append(value if bound in ("", ">") else 0.0)
-        highs.append(value if bound in ("", "<") else float("inf"))
-    # No interpolation between resamples: half-way to infinity is undefined.
-    low, high = np.percentile(lows, 2.5, method="lower"), np.percentile(highs, 97.5, method="higher")
-    return float(low), float(high)
-
-
-def speed_ups(scores: pd.DataFrame, baseline_of: dict[str, str], nfes: list[int], resamples: int) -> list[SpeedUp]:
-    """Return the speed-up of every student over its baseline, as in `compared`."""
-    found = []
-    for place, reference, own in compared(scores, baseline_of, nfes):
-        value, bound, target, reference_steps, steps = speed_up(reference, own)
-        low, high = bootstrap(reference, own, resamples)
-        found.append(SpeedUp(*place, target, reference_steps, steps, value, bound, low, high, len(own.seeds)))
-    return found
-
-
-def compared(
-    scores: pd.DataFrame, baseline_of: dict[str, str], nfes: list[int]
-) -> Iterator[tuple[tuple[str, str, str, int], Curves, Curves]]:
-    """Yield (student, baseline, measure, jumps), the baseline's curves and the student's, for FD and, if measured, the
-    alignment error. baseline_of: student -> baseline."""
-    for measure in ("fd", "alignment"):
-        for nfe in nfes:
-            for run, baseline in baseline_of.items():
-                reference, own = (curves_of(scores, name, nfe, measure) for name in (baseline, run))
-                if run != baseline and reference is not None and own is not None:
-                    yield (run, baseline, measure, nfe), reference, own
-
-
-@dataclass(frozen=True)
-class Paired:
-    """Ratio of a student's score to its baseline's, seed by seed: geometric mean over the second half of training.
-
-    ratio: below 1 is better than the baseline; low, high: its 95 % t interval over seeds, NaN with one seed.
-    """
-
-    run: str
-    baseline: str
-    measure: str
-    nfe: int
-    ratio: float
-    low: float
-    high: float
-    seeds: int
-
-
-def paired_ratio(baseline: Curves, student: Curves) -> tuple[float, float, float, int]:
-    """Return (ratio, low, high, seeds) of `Paired`.
+def paired_ratio(baseline: Curves, student: Curves) -> comparison.Estimate:
+    """Return the estimate of `Paired`, at the student's snapshots in the second half of what both were trained for.
 
     Students of one seed see the same images, noise and times, so most of the variation is common to both curves and
     cancels in the ratio. It shows differences far below the noise of either curve.
     """
-    first, second = _of_shared_seeds(baseline, student)
-    late = baseline.steps > baseline.steps[-1] / 2
-    logs = np.log(second.values.compress(late, axis=1) / first.values.compress(late, axis=1))
-    mean, half = mean_interval(logs.mean(1))
-    return float(np.exp(mean)), float(np.exp(mean - half)), float(np.exp(mean + half)), len(first.seeds)
+    (steps, values), (own_steps, own_values) = baseline.trained, student.trained
+    end = min(steps[-1], own_steps[-1])
+    late = (own_steps > end / 2) & (own_steps <= end)
+    there = np.stack([np.interp(own_steps[late], steps, each) for each in values])
+    return mean_ratio((own_values[:, late] - there).mean(1))
 
 
-def paired_ratios(scores: pd.DataFrame, baseline_of: dict[str, str], nfes: list[int]) -> list[Paired]:
+def speed_ups(scores: pd.DataFrame, pairs: Sequence[Pair], nfes: Sequence[int]) -> list[SpeedUp]:
+    """Return the speed-up of every student over its baseline, as in `compared`."""
+    return _adjusted(
+        SpeedUp(**place, **vars(speed_up(*curves)), **to_final_score(*curves))
+        for place, curves in compared(scores, pairs, nfes)
+    )
+
+
+def paired_ratios(scores: pd.DataFrame, pairs: Sequence[Pair], nfes: Sequence[int]) -> list[Paired]:
     """Return the paired ratio of every student and its baseline, as in `compared`."""
-    return [Paired(*place, *paired_ratio(first, own)) for place, first, own in compared(scores, baseline_of, nfes)]
+    return _adjusted(Paired(**place, **vars(paired_ratio(*curves))) for place, curves in compared(scores, pairs, nfes))
+
+
+def _adjusted(each: Iterable[Found]) -> list[Found]:
+    """Adjust the p values for their number."""
+    found = list(each)
+    return [replace(item, p=float(p)) for item, p in zip(found, holm([item.p for item in found]), strict=True)]
+
+
+def compared(
+    scores: pd.DataFrame, pairs: Sequence[Pair], nfes: Sequence[int]
+) -> Iterator[tuple[dict[str, Any], tuple[Curves, Curves]]]:
+    """Yield where a student is compared, as fields of `Comparison`, and the baseline's curves and the student's of
+    their shared seeds, for FD and, if measured, the alignment error."""
+    for measure in ("fd", "alignment"):
+        for nfe in nfes:
+            for run, baseline, costs in pairs:
+                reference, own = (curves_of(scores, name, nfe, measure) for name in (baseline, run))
+                if reference is None or own is None:
+                    continue
+                shared = [seed for seed in reference.seeds if seed in own.seeds]
+                place = {"run": run, "baseline": baseline, "measure": measure, "nfe": nfe, "seeds": len(shared)}
+                for unit, (cost, own_cost) in costs.items():
+                    yield place | {"unit": unit}, (reference.of(shared, cost), own.of(shared, own_cost))

@@ -195,8 +195,9 @@ def training_losses(histories: dict[str, list[pd.DataFrame]], runs: Sequence[str
 
 
 def speed_up_bars(found: Sequence[SpeedUp], runs: Sequence[str], measure: str, extractor: str) -> Figure:
-    """Speed-up over the baseline at each number of jumps, with bootstrap intervals; 1 is the baseline."""
-    rows = [item for item in found if item.measure == measure]
+    """Speed-up over the baseline at each number of jumps, with its interval; 1 is the baseline. Wall time is left
+    out."""
+    rows = [item for item in found if item.measure == measure and item.unit != "seconds"]
     nfes = sorted({item.nfe for item in rows})
     shown = [run for run in runs if any(item.run == run for item in rows)]
     figure, axis = plt.subplots(figsize=(1.6 * max(len(nfes), 2) + 3, 3.6))
@@ -208,8 +209,9 @@ def speed_up_bars(found: Sequence[SpeedUp], runs: Sequence[str], measure: str, e
         for item in (item for item in rows if item.run == run):
             x = nfes.index(item.nfe) + (k - (len(shown) - 1) / 2) * 0.8 / len(shown)
             colour = line_of(runs, run)["color"]
-            if item.bound != "?":
-                axis.plot([x], [item.value], {"": "o", ">": "^", "<": "v"}[item.bound], color=colour)
+            if not np.isnan(item.value):
+                marker = {0.0: "v", np.inf: "^"}.get(item.value, "o")
+                axis.plot([x], np.clip([item.value], bottom, top), marker, color=colour, clip_on=False)
             if not np.isnan(item.low):
                 axis.vlines(x, max(item.low, bottom), min(item.high, top), color=colour, lw=2, alpha=0.6)
     axis.yaxis.set_major_locator(LogLocator(base=2, subs=(1, 1.5) if top / bottom > 3 else (1, 1.25, 1.5, 1.75)))
@@ -217,7 +219,7 @@ def speed_up_bars(found: Sequence[SpeedUp], runs: Sequence[str], measure: str, e
     axis.axhline(1, color="#444444", lw=1, ls="--")
     axis.set_xticks(range(len(nfes)), [f"NFE {nfe}" for nfe in nfes])
     axis.set_ylabel("speed-up over the baseline")
-    axis.set_title(f"iterations to the baseline's final {_short(measure, extractor)}")
+    axis.set_title(f"for the same {_short(measure, extractor)}")
     dots = [Line2D([], [], marker="o", ls="", color=line_of(runs, run)["color"], label=run) for run in shown]
     figure.legend(handles=dots, loc="outside right upper")
     return figure

@@ -3,6 +3,7 @@
 import base64
 from dataclasses import asdict
 from importlib.resources import files
+from io import StringIO
 from typing import Any
 
 import jinja2
@@ -10,10 +11,10 @@ import pandas as pd
 
 from consistency.base.files import read_json
 from consistency.config.job import Job
-from consistency.config.measures import MEASURES
+from consistency.config.measures import MEASURES, OWN_SAMPLERS
 from consistency.config.reading import dump_yaml
 from consistency.config.study import Study
-from consistency.evaluation.analysis import ema_table, step_costs
+from consistency.evaluation.analysis import Comparison, ema_table, step_costs
 from consistency.provenance.environment import git_state
 from consistency.report import figures, wording
 from consistency.report.pictures import Picture
@@ -31,6 +32,7 @@ def write_page(
     for picture in pictures:
         entry = {"name": picture.name, "caption": picture.caption, "data": base64.b64encode(picture.png).decode()}
         chapters.setdefault(picture.chapter, []).append(entry)
+    rows = [row | {"published": _published(study, row)} for row in _table_rows(results.table)]
     return environment.from_string(template).render(
         study=study,
         teacher_line=wording.teacher_line(results.teacher, study),
@@ -44,12 +46,13 @@ def write_page(
         fd_label=figures.measure_label("fd", extractor),
         accuracy=cards["extractor"]["measured"].get("held_out_accuracy"),
         calibration=results.calibration,
-        rows=_table_rows(results.table),
+        rows=rows,
+        published=any(row["published"] for row in rows),
         rates=_table_rows(ema_table(results.scores)) if results.several_rates else [],
-        found=[asdict(item) | {"text": wording.speed(item)} for item in results.found],
-        paired=[asdict(item) | {"text": wording.ratio(item)} for item in results.paired],
+        found=[_said(item) | {"text": wording.speed(item), "final": wording.final(item)} for item in results.found],
+        paired=[_said(item) | {"text": wording.ratio(item)} for item in results.paired],
         verdicts=_verdicts(study, results),
-        coarse=wording.coarse(study),
+        varied=wording.varied(study),
         cost=_cost(job, cards),
         steps=_step_table(histories),
         times=_times(cards, study.taught),
@@ -60,6 +63,11 @@ def write_page(
         commands=sorted({card["command"] for card in cards.values()}),
         resolved=dump_yaml(study.model_dump(mode="json")),
     )
+
+
+def _said(item: Comparison) -> dict[str, Any]:
+    """Return a comparison as a row of the page."""
+    return asdict(item) | {"verdict": wording.verdict(item), "by": wording.by_unit(item.unit)}
 
 
 def _verdicts(study: Study, results: Results) -> list[str]:
@@ -84,6 +92,17 @@ def _table_rows(table: pd.DataFrame) -> list[dict[str, Any]]:
         row | {measure: wording.plus_minus(row[measure], row[f"{measure}_half_width"]) for measure in MEASURES}
         for row in records(table)
     ]
+
+
+def _published(study: Study, row: dict[str, Any]) -> str:
+    """Return the FID that a paper reports for a student and its own sampler, "?" behind one that was read but once; ±:
+    over samplings of one model. Empty where there is none."""
+    table = pd.read_csv(StringIO(files("consistency.report").joinpath("published.csv").read_text()), dtype={"run": str})
+    found = table[(table.study == study.name) & (table.run == row["run"]) & (table.nfe == row["nfe"])]
+    if found.empty or row["sampler"] not in OWN_SAMPLERS:
+        return ""
+    cell = found.iloc[0]
+    return wording.plus_minus(cell.fid, cell.spread) + ("" if cell.read == "twice" else " ?")
 
 
 def _step_table(histories: dict[str, list[pd.DataFrame]]) -> dict[str, Any] | None:

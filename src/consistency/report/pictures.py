@@ -19,7 +19,7 @@ from consistency.provenance.graph import shown_fits
 from consistency.provenance.inputs import read_coefficients, read_dataset
 from consistency.report import figures
 from consistency.report.results import TEXT, Results
-from consistency.report.wording import coarse, what_of
+from consistency.report.wording import varied, what_of
 from consistency.theory.generalized_ode import GeneralizedODE
 
 
@@ -67,10 +67,8 @@ def draw_pictures(job: Job, results: Results, histories: dict[str, list[pd.DataF
     for measure in dict.fromkeys(item.measure for item in found):
         images = count if measure == "fd" else study.scores.alignment_count
         caption = (
-            f"Iterations of the baseline over iterations of the student to the baseline's final "
-            f"{what_of(measure, extractor)}, {seeds}, N = {images}. Bars: 95 % bootstrap over seeds{coarse(study)}"
-            "; one that leaves the picture has no end. Triangles are bounds: up, the score was there before "
-            "training; down, it was never reached."
+            f"Speed-up over the baseline for the same {what_of(measure, extractor)}, {seeds}, N = {images}. "
+            f"{varied(study)} A bar that leaves the picture has no end; triangles lie outside what the curves cover."
         )
         bars = figures.speed_up_bars(found, runs, measure, extractor)
         pictures.append(Picture.of(f"speedup_{measure}", "speedup", caption, bars))

@@ -12,8 +12,15 @@ from consistency.base.errors import UserError
 from consistency.base.files import read_history, require_output, sha256
 from consistency.config.job import Job
 from consistency.config.measures import HEUN, MEASURES
-from consistency.config.study import Study
-from consistency.evaluation.analysis import Paired, SpeedUp, final_table, of_main_rate, paired_ratios, speed_ups
+from consistency.evaluation.analysis import (
+    Pair,
+    Paired,
+    SpeedUp,
+    final_table,
+    of_main_rate,
+    paired_ratios,
+    speed_ups,
+)
 from consistency.evaluation.scores import Score
 from consistency.provenance.card import read_card
 from consistency.provenance.graph import artifacts, verb_of
@@ -73,9 +80,8 @@ def read_results(job: Job) -> Results:
     scores = pd.concat([_table(each) for each in (job.of(), *job.trainings)], ignore_index=True)
     _require_all_measured(scores)
     main = of_main_rate(scores, {name: student.ema_rate for name, student in study.students.items()})
-    against, nfes = baselines(study), study.scores.curve_nfe
-    found = speed_ups(main, against, nfes, study.report.bootstrap)
-    return Results(scores, main, final_table(main), found, paired_ratios(main, against, nfes))
+    pairs, nfes = pairs_of(job), study.scores.curve_nfe
+    return Results(scores, main, final_table(main), speed_ups(main, pairs, nfes), paired_ratios(main, pairs, nfes))
 
 
 def records(table: pd.DataFrame) -> list[dict[str, Any]]:
@@ -128,11 +134,26 @@ def _require_all_measured(scores: pd.DataFrame) -> None:
             )
 
 
-def baselines(study: Study) -> dict[str, str]:
-    """Return the baseline of each student, if it or its objective has one."""
-    pairs = {name: study.report.baseline.get(student.objective) for name, student in study.students.items()}
-    pairs |= study.report.against
-    return {name: baseline for name, baseline in pairs.items() if baseline is not None}
+def pairs_of(job: Job) -> list[Pair]:
+    """Return the students that have a baseline, by themselves or by their objective. An iteration of another objective
+    costs something else, so such a pair is compared by network evaluations and by wall time."""
+    students, report, pairs = job.study.students, job.study.report, []
+    for name, student in students.items():
+        baseline = report.against.get(name) or report.baseline.get(student.objective)
+        if baseline is None or baseline == name:
+            continue
+        costs = {"iterations": (1.0, 1.0)}
+        if students[baseline].objective != student.objective:
+            costs = {unit: (_cost(job, baseline, unit), _cost(job, name, unit)) for unit in ("evaluations", "seconds")}
+        pairs.append(Pair(name, baseline, costs))
+    return pairs
+
+
+def _cost(job: Job, student: str, unit: str) -> float:
+    """Return the mean cost of an iteration over a student's trainings, as their cards say."""
+    name = {"evaluations": "network_evaluations", "seconds": "seconds"}[unit]
+    spent = [read_card(job.of(student, seed), "student")["measured"][name] for seed in job.study.seeds]
+    return float(np.mean(spent)) / job.study.students[student].steps
 
 
 def read_histories(job: Job) -> dict[str, list[pd.DataFrame]]:

@@ -9,9 +9,10 @@ import numpy as np
 from consistency.base.files import read_json
 from consistency.config.job import Job
 from consistency.config.measures import MEASURES
+from consistency.evaluation.analysis import Comparison
 from consistency.report.figures import measure_label
 from consistency.report.results import Results, read_results, records
-from consistency.report.wording import coarse, plus_minus, ratio, speed, teacher_line
+from consistency.report.wording import by_unit, final, plus_minus, ratio, speed, teacher_line, varied, verdict
 
 
 def print_summary(job: Job) -> None:
@@ -19,7 +20,8 @@ def print_summary(job: Job) -> None:
     study, results = job.study, read_results(job)
     label = measure_label("fd", results.extractor)
     print(f"\n{teacher_line(results.teacher, study)}")
-    print(f"\n{study.title or study.name}: mean ± half-width of the 95 % t interval over seeds{coarse(study)}\n")
+    print(f"\n{study.title or study.name}: mean ± half-width of the 95 % t interval over seeds")
+    print(f"{varied(study)}\n")
     measures = ("fd", "alignment") if results.aligned else ("fd", "kid")
     other = "alignment error" if results.aligned else "KID"
     print(f"{'student':18} {'sampler':10} {'NFE':>3}  {label:>36}  {other:>24}")
@@ -30,18 +32,23 @@ def print_summary(job: Job) -> None:
         scored = f"{known['run']} {known['sampler']}"
         print(f"{scored:29} {known['nfe'] or '':3}  {known['fd']:36.4g}  {'N = ' + format(known['images'], ','):>24}")
     if results.found:
-        print(f"\nspeed-up: the baseline's iterations to its own final score over the student's{coarse(study)}\n")
-    what = {"fd": "FD", "alignment": "alignment"}
+        print("\nspeed-up, and iterations to the baseline's final score, its over the student's\n")
     for item in results.found:
-        print(f"{item.run:18} over {item.baseline:12} {what[item.measure]:10} NFE {item.nfe:<3} {speed(item)}")
+        print(f"{_place(item)} {speed(item)}; {final(item)}; {verdict(item)}")
     if results.paired:
-        print(f"\ndifference to the baseline over the second half of training, paired by seed{coarse(study)}\n")
+        print("\ndifference to the baseline over the second half of training, paired by seed\n")
     for pair in results.paired:
-        print(f"{pair.run:18} to   {pair.baseline:12} {what[pair.measure]:10} NFE {pair.nfe:<3} {ratio(pair)}")
+        print(f"{_place(pair)} {ratio(pair)}; {verdict(pair)}")
     print(f"\nreport: {job.paths.report / 'report.html'}")
     tracked = job.paths.track / "tracked.json"
     if tracked.exists():
         print(f"MLflow: {read_json(tracked, 'track')['url_hint']}")
+
+
+def _place(item: Comparison) -> str:
+    """Say which comparison a line is."""
+    what = {"fd": "FD", "alignment": "alignment"}[item.measure]
+    return f"{item.run:18} to {item.baseline:12} {what:10} NFE {item.nfe:<3}{by_unit(item.unit)}"
 
 
 def summary_of(results: Results) -> dict[str, Any]:
@@ -49,8 +56,8 @@ def summary_of(results: Results) -> dict[str, Any]:
     measures = [name for measure in MEASURES for name in (measure, f"{measure}_half_width")]
     tables: list[tuple[str, list[dict[str, Any]], str, Sequence[str]]] = [
         ("final", records(results.table), "sampler", measures),
-        ("speed_up", [asdict(item) for item in results.found], "measure", ("bound", "value", "low", "high")),
-        ("paired", [asdict(item) for item in results.paired], "measure", ("ratio", "low", "high")),
+        ("speed_up", [asdict(item) for item in results.found], "measure", ("value", "low", "high", "p", "reached")),
+        ("paired", [asdict(item) for item in results.paired], "measure", ("value", "low", "high", "p")),
     ]
     summary: dict[str, Any] = {"extractor": results.extractor, "calibration": {}}
     for row in results.calibration:
@@ -58,7 +65,9 @@ def summary_of(results: Results) -> dict[str, Any]:
     for name, rows, label, columns in tables:
         students = summary.setdefault(name, {})
         for row in rows:
-            students.setdefault(row["run"], {})[f"{row[label]} nfe{row['nfe']}"] = _known(row, columns)
+            students.setdefault(row["run"], {})[
+                f"{row[label]} nfe{row['nfe']}{by_unit(row.get('unit', 'iterations'))}"
+            ] = _known(row, columns)
     return summary
 
 

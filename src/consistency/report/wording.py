@@ -1,19 +1,13 @@
 """The report's numbers in words. No files, no figures."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
 
 from consistency.config.networks import NoTeacher, OfficialTeacher
 from consistency.config.study import Study
-from consistency.evaluation.analysis import Paired, SpeedUp
-
-
-def coarse(study: Study) -> str:
-    """Return a caution on intervals over few seeds."""
-    count = len(study.seeds)
-    return "" if count > 4 else " (one seed: no interval)" if count == 1 else f" ({count} seeds: coarse)"
+from consistency.evaluation.analysis import Comparison, Paired, SpeedUp
 
 
 def teacher_line(row: Mapping[str, Any] | None, study: Study) -> str:
@@ -47,16 +41,18 @@ def plus_minus(mean: float, half: float) -> str:
     return f"{mean:.4g}" if np.isnan(half) else f"{mean:.4g} ± {half:.2g}"
 
 
-def speed(item: SpeedUp) -> str:
-    """Format the value with its bound and interval."""
-    value = "not defined" if item.bound == "?" else f"{item.bound and item.bound + ' '}{item.value:.2f}"
-    return value if np.isnan(item.low) else f"{value} ({_interval(item)})"
-
-
-def _interval(item: SpeedUp) -> str:
-    """Format the interval: 0 if resamples do not reach the score, ∞ if some have it before training."""
-    low = f"{item.low:.2f}" if item.low else "0"
-    return f"{low} to {item.high:.2f}" if np.isfinite(item.high) else f"{low} to ∞"
+def varied(study: Study) -> str:
+    """Say what an interval varies over, and what it holds fixed."""
+    count = len(study.seeds)
+    if count == 1:
+        return "One training seed: no interval, no verdict."
+    over = (
+        f"Intervals are 95 % over {count} training seeds"
+        if count > 2
+        else "Ranges, not intervals, over 2 training seeds"
+    )
+    made = "the teacher, the fit, " if study.taught else ""
+    return f"{over}; {made}the extractor and the noise of the samples are one each, held fixed."
 
 
 def what_of(measure: str, extractor: str) -> str:
@@ -64,38 +60,81 @@ def what_of(measure: str, extractor: str) -> str:
     return "alignment error" if measure == "alignment" else "FID" if extractor.startswith("inception") else "FD"
 
 
-def sentence(item: SpeedUp, extractor: str) -> str:
-    """Describe one speed-up, and say so if its interval does not exclude 1."""
-    final = f"{item.baseline}'s final {what_of(item.measure, extractor)}"
-    times = f"{item.value:.2f} times fewer" if item.value >= 1 else f"{1 / item.value:.2f} times as many"
-    reached = {
-        "": f"reaches {final} in {times} iterations",
-        ">": f"has {final} before training (speed-up above {item.value:.2f})",
-        "<": f"does not reach {final} in its training (speed-up below {item.value:.2f})",
-        "?": f"has no speed-up: {item.baseline} has its final {what_of(item.measure, extractor)} before training",
-    }[item.bound]
-    if np.isnan(item.low):
-        return f"At NFE {item.nfe}, {item.run} {reached}; one seed, no interval."
-    doubt = "" if item.low > 1 or item.high < 1 else "; the interval includes 1, so no difference is shown"
-    interval = f"speed-up's 95 % bootstrap interval {_interval(item)}, {item.seeds} seeds"
-    return f"At NFE {item.nfe}, {item.run} {reached} ({interval}){doubt}."
+def by_unit(unit: str) -> str:
+    """Name the unit of training's length, unless it is iterations."""
+    return {"iterations": "", "evaluations": " by network evaluations", "seconds": " by wall time"}[unit]
+
+
+def speed(item: SpeedUp) -> str:
+    """Format a speed-up with its interval."""
+    if np.isnan(item.value):
+        value = "not determined"
+    else:
+        value = {0.0: "too low to measure", np.inf: "too high to measure"}.get(item.value, f"{item.value:.2f}")
+    return value + _interval(item, lambda x: f"{x:.2f}" if x else "0")
 
 
 def ratio(item: Paired) -> str:
     """Format the difference in percent, with its interval."""
-    text = f"{100 * (item.ratio - 1):+.1f} %"
-    return text if np.isnan(item.low) else f"{text} ({100 * (item.low - 1):+.1f} to {100 * (item.high - 1):+.1f})"
+    return f"{_percent(item.value)} %{_interval(item, _percent)}"
+
+
+def _percent(ratio: float) -> str:
+    return f"{100 * (ratio - 1):+.1f}"
+
+
+def _interval(item: Comparison, form: Callable[[float], str]) -> str:
+    """Format an interval, or what is none: the range of two seeds; nothing for one. ∞, 0: open."""
+    if np.isnan(item.low) or np.isnan(item.high):
+        return ""
+    low, high = form(item.low), form(item.high) if np.isfinite(item.high) else "∞"
+    return f" ({'range ' if item.seeds == 2 else ''}{low} to {high})"
+
+
+def final(item: SpeedUp) -> str:
+    """Format the ratio of the steps to the baseline's final score; a score that is never reached is a bound below 1."""
+    value = item.baseline_steps / item.steps
+    return {"": f"{value:.2f}", "<": f"< {value:.2f}", ">": f"> {value:.2f}", "?": "not defined"}[item.reached]
+
+
+def verdict(item: Comparison) -> str:
+    """Say what a comparison shows: a difference, none, or nothing."""
+    if item.seeds < 3:
+        return f"no verdict from {item.seeds} seed{'s' if item.seeds > 1 else ''}"
+    if item.equal:
+        return f"equal within {100 * item.tolerance:g} %"
+    if item.shown:
+        return f"a difference (p = {item.p:.2g})"
+    return "no difference is shown" + (f" (p = {item.p:.2g})" if item.p < 1 else "")
+
+
+def sentence(item: SpeedUp, extractor: str) -> str:
+    """Describe one speed-up, with its verdict."""
+    what = what_of(item.measure, extractor)
+    by = f"by {what}{by_unit(item.unit)}"
+    return (
+        f"At NFE {item.nfe}, {item.run}'s speed-up over {item.baseline} {by} is {speed(item)}: {verdict(item)}. "
+        f"{_final_sentence(item, what)}"
+    )
+
+
+def _final_sentence(item: SpeedUp, what: str) -> str:
+    score = f"{item.baseline}'s final {what}"
+    if item.reached == "?":
+        return f"{item.baseline} has its final {what} before training."
+    if item.reached == ">":
+        return f"It has {score} before training (ratio {final(item)})."
+    if item.reached == "<":
+        return f"It never reaches {score} (ratio {final(item)})."
+    return f"It reaches {score} after {item.steps / item.baseline_steps:.2f} times {item.baseline}'s {item.unit}."
 
 
 def paired_sentence(item: Paired, extractor: str) -> str:
-    """Describe a paired difference."""
-    what = f"{what_of(item.measure, extractor)} over the second half of training"
-    if np.isnan(item.low):
-        return f"At NFE {item.nfe}, {item.run}'s {what} differs from {item.baseline}'s by {ratio(item)}; one seed."
-    verdict = "" if item.high < 1 or item.low > 1 else "; the interval includes 0, so no difference is shown"
+    """Describe a paired difference, with its verdict."""
+    what = f"{what_of(item.measure, extractor)} over the second half of training{by_unit(item.unit)}"
     return (
         f"At NFE {item.nfe}, {item.run}'s {what} differs from {item.baseline}'s, seed by seed, by {ratio(item)}: "
-        f"95 % t interval, {item.seeds} seeds{verdict}."
+        f"{verdict(item)}."
     )
 
 

@@ -18,7 +18,7 @@ import torch
 from scipy.interpolate import CubicSpline
 from torch import Tensor
 
-from consistency.theory.estimators import Array, CoefficientFit, require_finite, settled
+from consistency.theory.estimators import Array, CoefficientFit, require_finite, rounding_floor, settled, standard_error
 from consistency.theory.solver import DenoiserFn, every
 
 
@@ -40,7 +40,7 @@ def fit_without_derivatives(
         for part in rows:
             moments[k, :, part] = move_moments(denoiser(part), images[part], noise[part], times[k].item())
     require_finite(times, moments)
-    return solve_moves(times.double().cpu().numpy(), moments, images[0].numel())
+    return solve_moves(times.double().cpu().numpy(), moments, images[0].numel(), images.dtype)
 
 
 @torch.no_grad()
@@ -56,10 +56,13 @@ def move_moments(denoiser: DenoiserFn, images: Tensor, noise: Tensor, time: floa
     return total
 
 
-def solve_moves(times: Array, moments: Array, dimension: int) -> CoefficientFit:
-    """l_t and s_t from the per-image moments [N, 5, K] of `move_moments`, with delta-method standard errors."""
+def solve_moves(times: Array, moments: Array, dimension: int, precision: torch.dtype) -> CoefficientFit:
+    """Return l_t and s_t from the per-image moments [N, 5, K] of `move_moments`, with delta-method standard errors.
+
+    precision: the dtype in which the denoiser computed.
+    """
     rr, rx, xx, zr, zz = moments.transpose(1, 0, 2)
-    count, lam, scale = rr.shape[1], -np.log(times), dimension * times[:, None]
+    lam, scale = -np.log(times), dimension * times[:, None]
     # z . z / d - 1 has mean 0: with it the estimate is sharp at large t, without it at small t. They change over where
     # t^2 is E ||x_0||^2 / d, estimated at the smallest time: only the error depends on it.
     blend = (times**2 / (times**2 + xx[np.argmin(times)].mean() / dimension))[:, None]
@@ -68,13 +71,12 @@ def solve_moves(times: Array, moments: Array, dimension: int) -> CoefficientFit:
     c = l[:, None]
     h_h = rr + 2 * c * rx + c**2 * xx
     size = h_h.mean(1)
-    floor = 1e-12 * (rr + c**2 * xx).mean(1) + np.finfo(float).tiny
+    floor = rounding_floor(rr, xx, l, precision)
     safe = np.maximum(size, floor)
     s = CubicSpline(lam, 0.5 * np.log(safe))(lam, 1)
     influence = (h_h - size[:, None] + 2 * (rx + c * xx).mean(1, keepdims=True) * (each - c)) / safe[:, None]
-    s_se = CubicSpline(lam, 0.5 * influence)(lam, 1).std(1, ddof=1) / np.sqrt(count)
-    l_se = each.std(1, ddof=1) / np.sqrt(count)
-    return settled(times, (l, l_se), (s, s_se), size > floor)
+    s_se = standard_error(CubicSpline(lam, 0.5 * influence)(lam, 1))
+    return settled(times, (l, standard_error(each)), (s, s_se), size > floor)
 
 
 def gaussian_coefficients(mean: Tensor, covariance: Tensor, times: Tensor) -> tuple[Tensor, Tensor]:

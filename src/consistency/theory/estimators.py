@@ -63,7 +63,7 @@ def fit_coefficients(
             probe = None if signs is None else signs[:, part].to(x.dtype)
             moments[k, :, part] = image_moments(teacher(part), x, times[k].item(), probe)
     require_finite(times, moments)
-    return solve_moments(times.double().cpu().numpy(), moments, images[0].numel())
+    return solve_moments(times.double().cpu().numpy(), moments, images[0].numel(), images.dtype)
 
 
 def require_finite(times: Tensor, moments: Array) -> None:
@@ -97,24 +97,52 @@ def _dot(a: Tensor, b: Tensor) -> Tensor:
     return (a.double() * b.double()).flatten(1).sum(1)
 
 
-def solve_moments(times: Array, moments: Array, dimension: int) -> CoefficientFit:
-    """l_t and s_t from the per-image moments [N, 6, K] of `image_moments`, with delta-method standard errors."""
+def solve_moments(
+    times: Array, moments: Array, dimension: int, precision: torch.dtype, drawn: bool = True
+) -> CoefficientFit:
+    """Return l_t and s_t from the per-image moments [N, 6, K] of `image_moments`, with delta-method standard errors.
+
+    precision: the dtype in which the denoiser computed; drawn: False if the moments are a quadrature's, without error.
+    s_t = a / b, with a = E[h . h'] and b = E||h||^2, depends on l_t and its slope m_t = dl/dlambda. An image that moves
+    the mean of l by e_t (at all times) moves that of m by de/dlambda, and that of
+        s_t by (h . h' - s ||h||^2 + (da/dl - s db/dl) e + (da/dm) de/dlambda) / b.
+    """
     trace, rr, rx, xx, rj, xj = moments.transpose(1, 0, 2)
-    count = trace.shape[1]
     lam = -np.log(times)
     l = 1 - trace.mean(1) / dimension
-    l_se = trace.std(1, ddof=1) / dimension / np.sqrt(count)
     slope = CubicSpline(lam, l)(lam, 1)
     c, d = l[:, None], slope[:, None]
     # h = r + l x and h' = J - (1 - l) r + (dl/dlambda) x, expanded: no difference of large numbers at small t.
     h_h = rr + 2 * c * rx + c**2 * xx
     h_dh = rj - (1 - c) * rr + d * rx + c * xj - c * (1 - c) * rx + c * d * xx
     size = h_h.mean(1)
-    # Below rounding of the products it was formed from, ||h||^2 is noise (isotropic Gaussian data: exactly 0).
-    floor = 1e-12 * (rr + c**2 * xx).mean(1) + np.finfo(float).tiny
-    s = h_dh.mean(1) / np.maximum(size, floor)
-    s_se = (h_dh - s[:, None] * h_h).std(1, ddof=1) / np.sqrt(count) / np.maximum(size, floor)
+    floor = rounding_floor(rr, xx, l, precision)
+    safe = np.maximum(size, floor)
+    s = h_dh.mean(1) / safe
+    # The influence of each image, [N, K]. The slope of a spline is linear in its values.
+    on_l = 1 - trace / dimension - c
+    on_slope = CubicSpline(lam, on_l)(lam, 1)
+    by_slope = (rx + c * xx).mean(1)
+    by_l = (rr + xj - (1 - 2 * c) * rx + d * xx).mean(1) - 2 * s * by_slope
+    on_s = (h_dh - s[:, None] * h_h + by_l[:, None] * on_l + by_slope[:, None] * on_slope) / safe[:, None]
+    l_se, s_se = (standard_error(each) if drawn else np.zeros(len(times)) for each in (on_l, on_s))
     return settled(times, (l, l_se), (s, s_se), size > floor)
+
+
+def standard_error(values: Array) -> Array:
+    """Return the standard error of the mean over images of values [N, K]; [N]."""
+    return values.std(1, ddof=1) / np.sqrt(values.shape[1])
+
+
+def rounding_floor(rr: Array, xx: Array, l: Array, precision: torch.dtype) -> Array:
+    """Return the size [N] below which E||h||^2, h = r + l x, is rounding: rr, xx [N, K], l [N] as in `solve_moments`.
+
+    precision: the dtype in which the denoiser computed. A denoiser's rounding is relative to x, not to r = D - x.
+    """
+    # D is taken to be accurate to 4 eps |x|; the products are summed in float64, wrong by some 0.4 eps of their size.
+    computed = (4 * torch.finfo(precision).eps) ** 2 * xx
+    summed = 64 * np.finfo(float).eps * (rr + l[:, None] ** 2 * xx)
+    return (computed + summed).mean(1) + np.finfo(float).tiny
 
 
 def settled(times: Array, l: tuple[Array, Array], s: tuple[Array, Array], known: Array) -> CoefficientFit:

@@ -112,7 +112,7 @@ def mixture_coefficients(
         weight = step * MIXTURE_1D.density(x, time)
         rows = torch.from_numpy(x)[:, None]
         moments.append(image_moments(MIXTURE_1D, rows, time, None) * (weight / weight.sum() * points))
-    return solve_moments(times.numpy(), np.stack(moments), dimension=1)
+    return solve_moments(times.numpy(), np.stack(moments), 1, torch.float64, drawn=False)
 
 
 def mixture_endpoint_error(jump: Callable[[Tensor, Tensor, Tensor], Tensor], steps: int) -> float:
