@@ -59,8 +59,8 @@ ui: install ## the recorded runs in MLflow, on 127.0.0.1 (PORT=5000)
 pull: install ## the results of this commit from DVC's remote; computes nothing (STUDY=digits)
 	@dvc pull
 	dvc status --quiet || { dvc status; echo "The pull is incomplete: nothing was marked as up to date (docs/dvc.md)." >&2; exit 1; }
-	snakemake --touch --forceall --cores 1 --quiet all --config studies=$(STUDY) -- results/$(STUDY)/report/report.html
-	exec snakemake --cores 1 --quiet all --config studies=$(STUDY)
+	snakemake --touch --forceall --cores 1 --quiet all --config 'studies=[$(STUDY)]' -- results/$(STUDY)/report/report.html
+	exec snakemake --cores 1 --quiet all --config 'studies=[$(STUDY)]'
 
 archive: install ## a finished study as one zip with SHA256SUMS, archives/NAME-KEY.zip (STUDY=digits)
 	@exec python -m consistency archive --study config/studies/$(STUDY).yaml

@@ -80,7 +80,11 @@ def bootstrapped(steps: Array, baseline: Array, student: Array, resamples: int =
         first, second = (np.exp(logs[picked]).mean(0) for logs in (baseline, student))
         own, other = (iterations_to(steps, curve, first[-1]) for curve in (first, second))
         value = own.steps / other.steps if not own.bound else np.nan
-        return value, 0.0 if own.bound or other.bound == ">" else value, np.inf if own.bound or other.bound == "<" else value
+        return (
+            value,
+            0.0 if own.bound or other.bound == ">" else value,
+            np.inf if own.bound or other.bound == "<" else value,
+        )
 
     _, lows, highs = np.array([ratio(draws.integers(count, size=count)) for _ in range(resamples)]).T
     low, high = np.percentile(lows, 2.5, method="lower"), np.percentile(highs, 97.5, method="higher")
@@ -117,13 +121,19 @@ def main() -> None:
     noises = {name: committed(*place) for name, place in NOISES.items()}
     places = [
         {"statistic": statistic, "noise": noise, "shape": shape, "factor": factor, "seeds": seeds}
-        for statistic in STATISTICS for noise in noises for shape in SHAPES for factor in FACTORS for seeds in SEEDS
+        for statistic in STATISTICS
+        for noise in noises
+        for shape in SHAPES
+        for factor in FACTORS
+        for seeds in SEEDS
         if seeds > 2 or statistic != "chosen"
     ]
     rows = []
     for place in track("coverage")(places):
         name = str(place["noise"])
-        rows.append(place | row(noises[name], place["shape"], place["factor"], place["seeds"], args.studies, place["statistic"]))
+        rows.append(
+            place | row(noises[name], place["shape"], place["factor"], place["seeds"], args.studies, place["statistic"])
+        )
     pd.DataFrame(rows).to_csv(args.out, index=False, float_format="%.4g")
 
 

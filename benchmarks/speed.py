@@ -111,7 +111,7 @@ def main() -> None:
     student = student_from_teacher(teacher, dropout=0.0, seed=0).to(device).eval().requires_grad_(False)
     name = next(run for run, student in study.students.items() if student.objective == "trajectory")
     job = Job(study, StudyPaths(study.name), name)
-    noise = ImageNoise(range(batch), tuple(x.shape[1:]), teacher.label_dim)
+    noise = ImageNoise(range(batch), tuple(x.shape[1:]), [1] * teacher.label_dim)
     preconditioning = build_preconditioning("ctm", teacher.sigma_data)
     with torch.inference_mode():
         for nfe in (1, 2, 5):

@@ -243,10 +243,12 @@ def _calibration(job: Job) -> None:
     common = {"study": study.name, "kind": "calibration", "images": study.sampling.count}
     common["extractor"] = _extractor(study)
     rows = [common | {"run": "data", "sampler": "halves", "nfe": 0, "fd": 0.4, "kid": 0.0001}]
+    rows[0]["images"] = study.sampling.count // 2
     if study.taught:
         teacher = {"run": "teacher", "sampler": "heun", "nfe": 2 * held.steps - 1, "fd": 1.1, "kid": 0.0008}
         against = {"published": held.published_fid, "tolerance": held.tolerance} if held.published_fid else {}
         rows.append(common | teacher | against)
+        rows.append(common | teacher | {"sampler": "heun against half", "fd": 1.6, "images": study.sampling.count // 2})
     write_table(job.scores, rows, CALIBRATION_COLUMNS)
     write_bytes(job.paths.passed, b"")
     write_array(job.paths.endpoints, np.zeros((0, 1), np.float32))

@@ -5,6 +5,7 @@ import json
 import re
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from consistency.__main__ import main
 from consistency.config.job import Job
 from consistency.config.paths import StudyPaths
 from consistency.nets.jumps import JUMPS
-from consistency.provenance.inputs import read_preconditioning
+from consistency.provenance.inputs import read_dataset, read_preconditioning
 
 pytestmark = pytest.mark.slow
 
@@ -97,11 +98,25 @@ def test_a_jump_to_the_same_time_is_the_identity_and_times_have_a_range() -> Non
         ({"nfe": 0}, "count and nfe must be 1 or more"),
         ({"seed": -1}, "seed 0 or more"),
         ({"label": 10}, "label 10 is not one of the student's: 0 to 9"),
+        ({"labels": "odd"}, "labels are drawn as data or balanced, got 'odd'"),
         ({"gamma": 1.5}, "gamma must be from 0 to 1, got 1.5"),
     ],
 )
 def test_values_out_of_range_are_said(given: dict[str, Any], said: str) -> None:
     assert said in mistake(api.load_student(FILE, "cpu").sample, **{"count": 1, "nfe": 1, **given})
+
+
+def test_labels_are_drawn_in_the_proportions_of_the_data_or_uniformly(tiny: Tiny) -> None:
+    student, job = api.load_student(FILE, "cpu"), Job(tiny(), StudyPaths("tiny"), "analytic", 0)
+    assert student.class_counts == read_dataset(job).class_counts and sum(student.class_counts) == 200
+    balanced = student.sample(8, 1, labels="balanced")
+    assert not np.array_equal(student.sample(8, 1), balanced)
+    assert np.array_equal(replace(student, class_counts=[1] * 10).sample(8, 1), balanced)
+    rewrite(lambda metadata: metadata[JUMPS].pop("class_counts"))
+    earlier = api.load_student(FILE, "cpu")
+    assert "does not say how frequent each class is" in mistake(earlier.sample, 8, 1)
+    assert np.array_equal(earlier.sample(8, 1, labels="balanced"), balanced)
+    assert np.array_equal(earlier.sample(2, 1, label=3), student.sample(2, 1, label=3))
 
 
 def test_a_label_is_for_all_images() -> None:

@@ -83,6 +83,12 @@ COUNT = Option("--count", type=int, default=64, help="number of images (default:
 OUT = Option("--out", required=True, type=Path, metavar="FILE", help="a grid (.png), or the uint8 array (.npy)")
 FIRST_SEED = Option("--seed", dest="first_seed", type=int, default=0, help="seed of the first image (default: 0)")
 LABEL = Option("--label", type=int, help="class of all images (default: each seed draws its own)")
+LABELS = Option(
+    "--labels",
+    choices=("data", "balanced"),
+    default="data",
+    help="draw classes in the proportions of the student's data (default) or uniformly",
+)
 IMAGES = Option("--images", required=True, type=Path, metavar="FOLDER", help="a folder of png or jpg, or a .npy")
 NAMES = Option("names", nargs="*", metavar="NAME", help="file of config/resources.yaml")
 
@@ -90,7 +96,7 @@ HERE = (STUDY, RESULTS, STATE)
 COMPUTES = (*HERE, DEVICE, THREADS, TIME_LIMIT)
 RESUMES = (*COMPUTES, JOB_MINUTES)
 SHARED = (*RESUMES, PROCESSES, NODES, GRES)
-ALONE = (STUDENT_FILE, NFE, COUNT, OUT, FIRST_SEED, LABEL, DEVICE, THREADS, TIME_LIMIT)
+ALONE = (STUDENT_FILE, NFE, COUNT, OUT, FIRST_SEED, LABEL, LABELS, DEVICE, THREADS, TIME_LIMIT)
 
 VERBS = {
     "check": Verb("check a study and print it with all defaults", "config.reading:print_study", HERE),

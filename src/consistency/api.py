@@ -11,7 +11,7 @@ this module imports PyTorch.
 
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
@@ -19,9 +19,9 @@ import torch
 from PIL import Image
 from torchvision.utils import make_grid
 
-from consistency.base.arrays import write_array
+from consistency.base.arrays import read_table, write_array
 from consistency.base.errors import UserError
-from consistency.base.files import atomic, require_output
+from consistency.base.files import atomic
 from consistency.config import reading
 from consistency.config.job import Job
 from consistency.config.paths import StudyPaths
@@ -33,6 +33,7 @@ from consistency.nets.denoiser import Denoiser
 from consistency.provenance.card import read_card
 from consistency.provenance.graph import REPORT_FILES
 from consistency.provenance.inputs import read_teacher
+from consistency.report.results import TEXT
 from consistency.runtime.machine import as_in_a_stage, pick_device
 
 __all__ = [
@@ -94,9 +95,9 @@ def load_student(
 
     The student is a function, student(x, t, s), and has a method `sample`. device: auto, cpu, cuda or cuda:N;
     precision: arithmetic of its network, float32, bfloat16 or float16; batch: images an evaluation. To repeat the
-    images of a study's stage bit for bit, give the study's sampling.precision and sampling.batch. No code of the file
-    is ever run. Raises UserError for a missing, damaged or foreign file, for a teacher, and for a student of an earlier
-    version, whose file does not say how it jumps.
+    images of a study's stage bit for bit, give the study's sampling.precision and sampling.batch here, and its
+    sampling.labels to `sample`. No code of the file is ever run. Raises UserError for a missing, damaged or foreign
+    file, for a teacher, and for a student of an earlier version, whose file does not say how it jumps.
 
     Examples:
         >>> student = load_student("results/tiny/students/analytic/seed0/student.safetensors")
@@ -147,7 +148,7 @@ def read_tables(study: Study | str | Path, results: str | Path = "results") -> d
     job = _job(study, results)
     read_card(job, "report")
     paths = [job.paths.report / name for name in REPORT_FILES if name.endswith(".csv")]
-    return {path.stem: _table(require_output(path, "report")) for path in paths}
+    return {path.stem: read_table(path, "report", TEXT) for path in paths}
 
 
 def save_images(images: Images, file: str | Path) -> None:
@@ -178,13 +179,6 @@ def _device(device: str | torch.device) -> torch.device:
     return device if isinstance(device, torch.device) else pick_device(device)
 
 
-def _table(path: Path) -> pd.DataFrame:
-    try:
-        return pd.read_csv(path)
-    except pd.errors.EmptyDataError:  # no student has a baseline
-        return pd.DataFrame()
-
-
 def _writable(file: str | Path) -> Path:
     if Path(file).suffix not in (".png", ".npy"):
         raise UserError(f"{file}: images are written to a .png (a grid) or a .npy (the array)")
@@ -201,13 +195,14 @@ def write_samples(
     nfe: int,
     first_seed: int,
     label: int | None,
+    labels: Literal["data", "balanced"],
     device: torch.device,
     threads: int,
 ) -> None:
     """Sample a student from its file and write the images."""
     _writable(out)  # before the work
     student = load_student(student_file, device)
-    save_images(student.sample(count, nfe, first_seed, label, threads=threads), out)
+    save_images(student.sample(count, nfe, first_seed, label, threads=threads, labels=labels), out)
     print(f"{out}: {count} images, {nfe} jumps each, seeds {first_seed} to {first_seed + count - 1}")
 
 

@@ -13,7 +13,7 @@ from consistency.base.errors import UserError
 from consistency.config.keys import key_of
 from consistency.config.objectives import OBJECTIVES, Consistency
 from consistency.config.paths import SHIPPED
-from consistency.config.reading import find_study, load_study
+from consistency.config.reading import dump_yaml, find_study, load_studies, load_study, parse_yaml
 from consistency.config.reference import REFERENCE, write_reference
 from consistency.config.study import Study
 
@@ -502,3 +502,21 @@ def test_the_reference_is_in_step_with_the_classes(tmp_path: Path, monkeypatch: 
     monkeypatch.chdir(tmp_path)
     write_reference()
     assert (tmp_path / REFERENCE).read_text() == (ROOT / REFERENCE).read_text()
+
+
+def test_yaml_is_read_back_as_it_was_written() -> None:
+    names = ["100", "007", "08", "0o7", "1e3", "0.5", "1.", "null", "nan", "true", "2024-01-01", "1.5.2", "0x1f"]
+    content = {"names": {name: name for name in names}, "numbers": [1e-5, 1000.0, 0, -3, 0.5, True, None]}
+    text = dump_yaml(content)
+    assert parse_yaml(text, Path("any")) == yaml.safe_load(text) == content
+
+
+@pytest.mark.parametrize("names", [2024, 1000.0, ["tiny", 7], True])
+def test_a_study_that_is_named_by_a_number_is_to_be_quoted(names: Any) -> None:
+    with pytest.raises(UserError, match="is not a name: write a name that looks like a number as --config studies="):
+        load_studies(names, keep=False)
+
+
+def test_a_number_in_place_of_a_name_is_to_be_quoted(write_study: WriteStudy) -> None:
+    said = mistake(write_study({"name": 2024}))
+    assert said.endswith("key 'name': input should be a valid string, got 2024: write it in quotes")

@@ -154,12 +154,12 @@ def test_ui_shows_nobody_a_password(installed: Path) -> None:
 def test_pull_tells_snakemake_that_all_is_up_to_date(installed: Path) -> None:
     done = make(installed, "pull", "STUDY=mine")
     assert done.returncode == 0, done.stderr
-    report = "--config studies=mine -- results/mine/report/report.html"
+    report = "--config studies=[mine] -- results/mine/report/report.html"
     assert calls(installed) == [
         "dvc pull",
         "dvc status --quiet",
         f"snakemake --touch --forceall --cores 1 --quiet all {report}",
-        "snakemake --cores 1 --quiet all --config studies=mine",
+        "snakemake --cores 1 --quiet all --config studies=[mine]",
     ]
 
 

@@ -52,6 +52,12 @@ def changed_jobs(before: dict[str, Any], after: dict[str, Any]) -> set[str]:
     ("key", "value", "jobs"),
     [
         ("sampling.batch", 32, set()),
+        (
+            "sampling.labels",
+            "balanced",
+            {"samples", "scores", "report"}
+            | {f"{stage}/{run}/seed0" for stage in ("samples", "scores") for run in ("ctm", "analytic")},
+        ),
         ("coefficients.probes", 2, {"coefficients", "report"} | ANALYTIC),
         ("scores.classifier.steps", 21, {"extractor", "scores", "scores/ctm/seed0", "scores/analytic/seed0", "report"}),
         ("calibration.steps", 5, {"samples", "scores", "report"}),

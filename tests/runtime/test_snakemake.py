@@ -39,8 +39,8 @@ def told(*words: str) -> list[str]:
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        ([], "studies=tiny --"),
-        (["--rules", "student", "resource", "--", "a", "b"], "studies=tiny --allowed-rules student resource -- a b"),
+        ([], "studies=[tiny] --"),
+        (["--rules", "student", "resource", "--", "a", "b"], "studies=[tiny] --allowed-rules student resource -- a b"),
     ],
 )
 def test_snakemake_is_told_the_study_the_rules_and_the_targets(words: list[str], said: str) -> None:

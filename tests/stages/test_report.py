@@ -3,24 +3,31 @@
 import html
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import pytest
-from tests.fake_results import OFFICIAL, SMALL, SWEEP, UNTAUGHT, make_finished, make_results, make_study
+from tests.conftest import mistake
+from tests.fake_results import OFFICIAL, SMALL, SWEEP, UNTAUGHT, edit_card, make_finished, make_results, make_study
 from tests.processes import ROOT
 
+from consistency.api import read_tables
+from consistency.base.arrays import read_table, write_table
+from consistency.base.files import sha256
 from consistency.config.job import Job
 from consistency.config.paths import StudyPaths
+from consistency.config.reading import load_study
 from consistency.evaluation.analysis import SpeedUp
 from consistency.report import figures
 from consistency.report.page import write_page
-from consistency.report.results import read_cards, read_histories, read_results
+from consistency.report.results import TEXT, read_cards, read_histories, read_results
 from consistency.report.summary import print_summary, summary_of
 from consistency.report.wording import differs_in, sentence, teacher_line
 from consistency.stages.report import make_report
+from consistency.tracking.records import plan
 
 ONE_SEED = SMALL.replace("seeds: [0, 1]", "seeds: [3]")
 PLAIN = SMALL.replace("  analytic: {preconditioning: analytic}", "  bcm: {preconditioning: bcm}")
@@ -212,6 +219,12 @@ def test_an_official_teacher_and_its_published_score_come_first(tmp_path: Path) 
     assert "not FID" not in page
     calibration = summary_of(read_results(job))["calibration"]
     assert calibration["teacher heun"] == {"fd": 1.1, "kid": 0.0008, "published": 1.05}
+    # The half rows are of other numbers of images than the students'.
+    assert set(calibration) == {"data halves", "teacher heun", "teacher heun against half"}
+    rows = page.split("Calibration What the measure says")[1].split("Samples")[0]
+    assert "one half of the data against the other 0.4 0.0001 48" in rows
+    assert "teacher, Heun, NFE 35, against all the data 1.1 0.0008 96" in rows
+    assert "teacher, Heun, NFE 35, against one half of the data 1.6 0.0008 48" in rows
 
 
 def test_published_scores_stand_beside_ours_and_on_their_page(tmp_path: Path) -> None:
@@ -245,6 +258,14 @@ def test_where_the_time_of_a_step_goes_is_said(tmp_path: Path) -> None:
 def test_the_teachers_line_says_its_score_and_its_images(tmp_path: Path, published: dict[str, float]) -> None:
     says = "Teacher: FD 12.35, not FID (1,797 images, classifier features, seeds 0-1796)"
     assert teacher_line({"fd": 12.3456, "images": 1797, **published}, make_study(tmp_path)) == says
+
+
+def test_the_curves_show_the_teacher_of_all_its_images_alone(tmp_path: Path) -> None:
+    results = read_results(made(tmp_path))
+    figure = figures.learning_curves(results.main, ["ctm"], [1], "fd", results.extractor)
+    constant = [line for line in figure.axes[0].get_lines() if len(set(line.get_ydata())) == 1]
+    assert [(line.get_ydata()[0], line.get_label()) for line in constant] == [(1.1, "teacher (Heun), N = 96")]
+    figures.close(figure)
 
 
 def test_a_second_report_is_the_same_and_keeps_nothing_of_an_earlier_one(tmp_path: Path) -> None:
@@ -304,3 +325,87 @@ def test_the_summary_says_where_things_are(tmp_path: Path, capsys: pytest.Captur
     assert "not FID" in said
     assert "speed-up" in said
     assert "nan" not in said
+
+
+# --- the tables that it reads
+
+#: names that are numbers, truth values or missing values to those who guess
+NAMES = ("100", "007", "1e3", "null", "0.5", "nan", "true")
+
+
+def test_names_that_look_like_numbers_are_names(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    students = [f'  "{name}": {{preconditioning: ctm, dropout: 0.{k}}}\n' for k, name in enumerate(NAMES)]
+    text = re.sub(r"students:\n(  .*\n)+", f"varies: [preconditioning, dropout]\nstudents:\n{''.join(students)}", SMALL)
+    text = text.replace("name: small", 'name: "2024"').replace("{trajectory: ctm}", '{trajectory: "100"}')
+    path = tmp_path / "2024.yaml"
+    path.write_text(text)
+    job = Job(load_study(path), StudyPaths("2024", tmp_path / "results"))
+    make_results(job)
+    make_report(job)
+    tables = read_tables(job.study, tmp_path / "results")
+    assert {name: tuple(dict.fromkeys(table.run)) for name, table in tables.items()} == {
+        "scores": ("data", "teacher", *NAMES),
+        "table": NAMES,
+        "speedup": NAMES[1:],
+        "paired": NAMES[1:],
+    }
+    assert set(tables["scores"].study) == {"2024"} and set(tables["paired"].baseline) == {"100"}
+    assert [record.name for record in plan(job) if record.role == "student"] == list(NAMES)
+    print_summary(job)
+    said = capsys.readouterr().out
+    assert all(re.search(rf"^{re.escape(name)} +jumps", said, re.M) for name in NAMES)
+    # The study as the page prints it is the study.
+    page = html.unescape((job.paths.report / "report.html").read_text())
+    path.write_text(page.split("every default written out</summary><pre>")[1].split("</pre>")[0])
+    assert load_study(path) == job.study
+
+
+def rewrite(job: Job, change: Callable[[pd.DataFrame], object]) -> None:
+    """Change a student's table as if it had been written so."""
+    table = read_table(job.scores, "", TEXT)
+    change(table)
+    write_table(job.scores, table.to_dict("records"), list(table.columns))  # type: ignore[arg-type]
+    edit_card(job.card("scores"), lambda card: card["outputs"].update({job.scores.name: sha256(job.scores)}))
+
+
+@pytest.mark.parametrize(
+    ("column", "value", "says"),
+    [
+        ("run", "ctm", "row of study 'small', run 'ctm' seed 1, but it belongs to analytic seed 1 of study 'small'"),
+        ("study", "other", "row of study 'other', run 'analytic' seed 1, but"),
+        ("seed", 0, "run 'analytic' seed 0, but it belongs to analytic seed 1"),
+        ("fd", np.nan, "student analytic, seed 1, step 20, jumps, NFE 2: fd is missing, so no mean"),
+        ("kid", np.inf, "NFE 2: kid is inf, .* run `python -m consistency scores --student analytic --seed 1` again"),
+        ("alignment", np.nan, "student analytic, seed 1, step 20, jumps, NFE 2: alignment is missing"),
+    ],
+)
+def test_a_row_that_would_be_left_out_of_the_means_is_an_error(
+    tmp_path: Path, column: str, value: object, says: str
+) -> None:
+    job = made(tmp_path)
+    seed = job.of("analytic", 1)
+
+    def change(table: pd.DataFrame) -> None:
+        (row,) = table.index[(table.kind == "curve") & (table.step == 20) & (table.nfe == 2)]
+        table.loc[row, column] = value
+
+    rewrite(seed, change)
+    message = mistake(read_results, job)
+    assert re.search(says, message)
+    if column in ("run", "study", "seed"):
+        assert str(seed.scores) in message and "scores --student analytic --seed 1" in message
+
+
+def test_the_alignment_error_may_be_missing_where_no_seed_has_it(tmp_path: Path) -> None:
+    job = made(tmp_path)
+    for seed in job.study.seeds:
+        rewrite(job.of("ctm", seed), lambda table: table.loc.__setitem__((table.nfe == 2, "alignment"), np.nan))
+    assert np.isnan(read_results(job).table.set_index(["run", "nfe", "sampler"]).alignment["ctm", 2, "jumps"])
+    rewrite(job.of("ctm", 1), lambda table: table.__setitem__("alignment", np.nan))
+    assert "student ctm, seed 1, step 0, jumps, NFE 1: alignment is missing" in mistake(read_results, job)
+
+
+def test_text_in_a_column_of_numbers_is_damage(tmp_path: Path) -> None:
+    job = made(tmp_path)
+    rewrite(job.of("ctm", 0), lambda table: table.__setitem__("fd", "much"))
+    assert "seed0.csv is damaged (its column fd holds text)" in mistake(read_results, job)

@@ -26,11 +26,14 @@ from consistency.config.paths import StudyPaths
 from consistency.config.samplers import student_samplers
 from consistency.config.study import Study
 from consistency.data.prepared import to_bytes
+from consistency.evaluation.features import Statistics, frechet_distance
 from consistency.evaluation.samplers import Sampler, draw, heun_sampler, jump_sampler, prepared
 from consistency.nets.checkpoint import load_denoiser, save_denoiser
 from consistency.nets.denoiser import Denoiser, student_from_teacher
 from consistency.nets.mlp import MLP
+from consistency.provenance import graph
 from consistency.provenance.card import read_card
+from consistency.provenance.inputs import read_label_weights
 from consistency.runtime.stopping import Interrupted
 from consistency.stages.samples import make_samples
 from consistency.theory.preconditioning import build_preconditioning
@@ -40,7 +43,8 @@ CTM = build_preconditioning("ctm", 0.5)
 
 
 def images(study: Study, model: Denoiser, sampler: Sampler, count: int) -> torch.Tensor:
-    return torch.cat([batch for _, batch in draw(study.sampling.batch, model, sampler, count)])
+    classes = [1] * model.label_dim
+    return torch.cat([batch for _, batch in draw(study.sampling.batch, model, sampler, count, classes)])
 
 
 def of_ctm(study: Study) -> Job:
@@ -107,7 +111,7 @@ def test_no_sampler_reads_a_number_back(tiny: Tiny, name: str) -> None:
 
 def test_a_label_changes_the_image(tiny: Tiny) -> None:
     model = make_denoiser(0, label_dim=10).eval()
-    noise = ImageNoise(range(4), (1, 4, 4), 10)
+    noise = ImageNoise(range(4), (1, 4, 4), [1] * 10)
     sampler = heun_sampler(tiny(), model)
     first = sampler(noise)
     assert noise.labels is not None
@@ -187,7 +191,7 @@ def test_the_stage_writes_every_sampler_as_bytes(tiny: Tiny, results: StudyPaths
     names = {"nfe1.npy", "nfe2.npy", "nfe5.npy", "gamma1.0-nfe2.npy", "card.json"}
     assert {entry.name for entry in student.samples.iterdir()} == names
     card = read_card(student, "samples")
-    assert {Path(path).name for path in card["inputs"]} == {"student.safetensors", "coefficients.npz"}
+    assert {Path(path).name for path in card["inputs"]} == {"student.safetensors", "coefficients.npz", "labels.npy"}
     assert not student.sampling_state.exists()
 
 
@@ -204,6 +208,51 @@ def test_each_rates_samples_come_from_its_own_weights(tiny: Tiny, results: Study
     save_students(alone)
     make_samples(alone, CPU)
     assert drawn(alone)["nfe2.npy"] == found["nfe2.npy"]
+
+
+def test_labels_are_the_datas_or_balanced_in_every_sampler(tiny: Tiny, results: StudyPaths) -> None:
+    """On data of which one class in ten is missing, none of its images are drawn, unless they are balanced."""
+    jobs = {labels: Job(tiny({"sampling.labels": labels}), results, "ctm", 0) for labels in ("data", "balanced")}
+    dataset = np.load(results.labels)
+    np.save(results.labels, np.where(dataset == 3, 4, dataset))
+    save_students(jobs["data"])
+    drawn: dict[str, torch.Tensor] = {}
+    for labels, job in jobs.items():
+        model = load_denoiser(job.weights())[0]
+        weights = read_label_weights(job, model)
+        assert weights == ([20, 20, 20, 0, 40, 20, 20, 20, 20, 20] if labels == "data" else [1] * 10)
+        seen: list[torch.Tensor] = []
+
+        def keep(noise: ImageNoise, seen: list[torch.Tensor] = seen) -> torch.Tensor:
+            assert noise.labels is not None
+            seen.append(noise.labels)
+            return noise.latents
+
+        for _ in draw(16, model, keep, 80, weights):
+            pass
+        drawn[labels] = torch.cat(seen)
+        stages = ("samples", "scores")
+        for each in (job, job.of()):
+            assert {results.labels in graph.inputs(stage, each) for stage in stages} == {labels == "data"}
+    assert 3 not in drawn["data"] and 3 in drawn["balanced"]
+    keys = {stage: [job.key(stage) for job in jobs.values()] for stage in ("student", "samples", "scores")}
+    assert [len(set(found)) for found in keys.values()] == [1, 2, 2]
+    unconditional = [Job(tiny({"sampling.labels": x, "teacher.conditional": False}), results) for x in jobs]
+    assert len({job.key("samples") for job in unconditional}) == 1
+
+
+def test_a_perfect_generator_is_perfect_only_in_the_datas_proportions() -> None:
+    """Two classes 90 to 10, whose features are apart: uniform labels alone make a distance."""
+    counts, draws = [9000, 1000], np.random.default_rng(0)
+
+    def features(labels: Any) -> Statistics:
+        labels = np.asarray(labels)
+        return Statistics.of(draws.normal(size=(len(labels), 2)) + 5.0 * labels[:, None])
+
+    data = features(np.repeat([0, 1], counts))
+    right, wrong = (features(ImageNoise(range(4000), (1, 1, 1), classes).labels) for classes in (counts, [1, 1]))
+    assert frechet_distance(right, data) < 0.2
+    assert frechet_distance(wrong, data) > 5
 
 
 SMALL_BATCHES = {"sampling.batch": 7}  # 80 images in 12 batches, of 7 evaluations for the teacher

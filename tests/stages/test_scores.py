@@ -14,6 +14,7 @@ from tests.conftest import ABSENT
 from tests.stages.conftest import save_students
 
 from consistency.__main__ import main
+from consistency.base.seeding import generator
 from consistency.config.job import Job
 from consistency.config.paths import StudyPaths
 from consistency.config.study import Study
@@ -24,7 +25,7 @@ from consistency.evaluation.features import Extractor, Statistics, frechet_dista
 from consistency.evaluation.samplers import draw, jump_sampler
 from consistency.evaluation.scores import CALIBRATION_COLUMNS, COLUMNS
 from consistency.nets.checkpoint import load_denoiser
-from consistency.provenance.inputs import read_preconditioning
+from consistency.provenance.inputs import read_label_weights, read_preconditioning
 from consistency.stages.extractor import make_extractor
 from consistency.stages.samples import make_samples
 from consistency.stages.scores import make_calibration, make_scores
@@ -73,6 +74,11 @@ def test_a_table_has_a_row_for_each_sampler_rate_and_snapshot(tiny: Tiny, layout
     calibration = pd.read_csv(Job(study, layout).scores)
     assert list(calibration.columns) == CALIBRATION_COLUMNS
     assert calibration[["ema", "published", "tolerance"]].isna().all().all()
+    assert list(zip(calibration.run, calibration.sampler, calibration.images, strict=True)) == [
+        ("data", "halves", 80),
+        ("teacher", "heun", 80),
+        ("teacher", "heun against half", 80),
+    ]
     # Without further rates the main one's rows are the same.
     shutil.rmtree(Job(study, layout, "analytic", 0).samples)
     make_student(tiny(), layout)
@@ -88,7 +94,9 @@ def test_a_row_is_what_one_computes_from_all_its_images_at_once_in_whatever_batc
     job = Job(study, layout, "analytic", 0)
     model = load_denoiser(job.weights(step=3))[0]
     jumps = jump_sampler(job, model, read_preconditioning(job, model), 2)
-    images = torch.cat([batch for _, batch in draw(study.sampling.batch, model, jumps, 80)])
+    images = torch.cat(
+        [batch for _, batch in draw(study.sampling.batch, model, jumps, 80, read_label_weights(job, model))]
+    )
     features = open_extractor(job, load_images(layout.dataset), CPU)(to_bytes(images)).astype(np.float64)
     data = read_data_statistics(Job(study, layout))
     whole = Statistics(features.mean(0), np.cov(features, rowvar=False), features)
@@ -98,6 +106,27 @@ def test_a_row_is_what_one_computes_from_all_its_images_at_once_in_whatever_batc
     assert row.alignment == pytest.approx(np.square(images[:16].double().numpy() - endpoints).mean(), rel=1e-12)
     assert row.images == 80
     pd.testing.assert_frame_equal(table, scored(tiny({"sampling.batch": 7}), layout), rtol=1e-4)
+
+
+@pytest.mark.parametrize(("count", "half"), [(60, 60), (200, 100)])
+def test_data_and_teacher_are_compared_with_one_half_at_equal_numbers(
+    tiny: Tiny, layout: StudyPaths, count: int, half: int
+) -> None:
+    """200 images have halves of 100. The teacher gives the data back."""
+    job = Job(tiny({"sampling.count": count}), layout)
+    data = load_images(layout.dataset)
+    make_samples(job, CPU)
+    np.save(job.samples / "heun.npy", data.images[:count])
+    make_calibration(job, CPU)
+    table = pd.read_csv(job.scores).set_index("sampler")
+    assert table.images.to_dict() == {"halves": half, "heun": count, "heun against half": half}
+    features = open_extractor(job, data, CPU)(data.images)
+    order = torch.randperm(200, generator=generator(0, "halves")).numpy()
+    first, second = (Statistics.of(features[part[:half]]) for part in (order[:100], order[100:]))
+    assert table.fd["halves"] == pytest.approx(frechet_distance(second, first), rel=1e-6)
+    same = Statistics.of(features[:count][:half])
+    assert table.fd["heun against half"] == pytest.approx(frechet_distance(same, first), rel=1e-6)
+    assert (abs(table.fd["heun"]) < 1e-3) == (count == 200)
 
 
 def test_endpoint_students_are_aligned_at_one_jump_only(tiny: Tiny, layout: StudyPaths) -> None:
@@ -166,7 +195,7 @@ def test_a_teacher_that_is_off_stops_the_study_and_nothing_is_lost(
     # With a wider tolerance the same command goes on, and says what it was held against.
     wider = {"calibration.tolerance": abs(measured["fd"] - 1) + 0.01}
     assert verb("calibration", wider) == 0
-    teacher = pd.read_csv(table).set_index("run").loc["teacher"]
+    teacher = pd.read_csv(table).set_index("sampler").loc["heun"]
     assert (teacher.published, teacher.tolerance) == (1.0, pytest.approx(wider["calibration.tolerance"]))
     assert teacher.fd == pytest.approx(measured["fd"], rel=1e-12)
     assert not layout.measured_calibration.exists()
@@ -185,7 +214,7 @@ def test_too_few_images_for_the_features_are_warned_of_once(
     tiny: Tiny, layout: StudyPaths, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     study = tiny({"scores.extractor": "inception"})
-    words = "fewer images than the 90 features (sampling.count 80, scores.curve_count 80): their covariance is singular"
+    words = "fewer images than the 90 features (sampling.count 80, scores.curve_count 80, data halves 80): "
     for features, warned in ((4, 0), (90, 1)):
         inception_played_by(features, monkeypatch)
         make_extractor(Job(study, layout), CPU)

@@ -156,6 +156,7 @@ def test_metrics_are_the_results(small_project: Job, client: Any) -> None:
     assert {"cost/seconds", "cost/network_evaluations", "cost/images"} <= metrics.keys()
     teachers = runs["teacher"].data.metrics.keys()
     assert {"training/loss", "final/fd/heun-nfe35", "calibration/kid/data-halves"} <= teachers
+    assert "calibration/fd/teacher-heun-against-half" in teachers
     # A student carries the mean over its seeds.
     for key in ("fd/nfe1", "training/loss", "final/kid/nfe2", "cost/seconds"):
         mean, *seeds = (client.get_metric_history(ids[name], key) for name in ("ctm", "ctm seed 0", "ctm seed 1"))

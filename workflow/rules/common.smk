@@ -76,7 +76,7 @@ def job_of(wildcards) -> Job:
     study = STUDIES.get(wildcards.study)
     if study is None:
         raise WorkflowError(
-            f"{wildcards.study} is not among the studies to run: use --config studies={wildcards.study}"
+            f"{wildcards.study} is not among the studies to run: use --config studies=[{wildcards.study}]"
         )
     job = Job(study, StudyPaths(study.name))
     if wildcards.get("student") is None:

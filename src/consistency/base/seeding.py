@@ -21,16 +21,20 @@ def generator(seed: int, purpose: str, index: int = 0, device: torch.device | st
 class ImageNoise:
     """Latents, labels and fresh noise of images; image i depends on seed i alone.
 
-    They are drawn on the CPU image by image, so neither the batch size nor the device changes them.
+    They are drawn on the CPU image by image, so neither the batch size nor the device changes them. classes: the
+    relative frequency of each class, whole numbers such as the data's class counts; none: there are no labels.
     """
 
-    def __init__(self, seeds: Sequence[int], shape: tuple[int, int, int], label_dim: int = 0) -> None:
+    def __init__(self, seeds: Sequence[int], shape: tuple[int, int, int], classes: Sequence[int] = ()) -> None:
         self._generators = [generator(seed, "image") for seed in seeds]
         self.shape = shape
         self.latents = self.fresh()
         self.labels: Tensor | None = None
-        if label_dim:
-            self.labels = torch.cat([torch.randint(label_dim, (1,), generator=g) for g in self._generators])
+        if classes:
+            # A row of data that is sorted by class; with one row a class, the label is its number.
+            ends = torch.tensor(classes).cumsum(0)
+            rows = torch.cat([torch.randint(sum(classes), (1,), generator=g) for g in self._generators])
+            self.labels = torch.searchsorted(ends, rows, right=True)
 
     def fresh(self) -> Tensor:
         """Draw the next standard normal noise of every image, float32 [N, C, H, W]."""

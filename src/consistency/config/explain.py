@@ -39,7 +39,12 @@ def explain(error: ValidationError, model: type[BaseModel], content: Any = None)
         return f"unknown key '{key}'{suggest_field(location[-1], _owner(location[:-1], model))}"
     if problem["type"] == "missing":
         return f"key '{key}' is missing"
-    return f"key '{key}': {problem['msg'][0].lower() + problem['msg'][1:]}, got {problem['input']!r}"
+    quotes = (
+        ": write it in quotes"
+        if problem["type"] == "string_type" and not isinstance(problem["input"], dict | list)
+        else ""
+    )
+    return f"key '{key}': {problem['msg'][0].lower() + problem['msg'][1:]}, got {problem['input']!r}{quotes}"
 
 
 # Parts that pydantic adds to a location besides keys: the member of a union, and a mark that the key is wrong.

@@ -14,7 +14,9 @@ def settings_of(study: Study, stage: str, name: str | None = None) -> dict[str, 
     stage: dataset, teacher, extractor, coefficients, student, samples, scores, flows, report; name: the student
     for student, samples and scores; samples and scores without one are the teacher's.
     """
-    dump = study.model_dump(mode="json", exclude={"compute": True, "sampling": {"batch"}})
+    # Without labels, how they are drawn has no effect.
+    unused = {"batch"} if study.teacher.conditional else {"batch", "labels"}
+    dump = study.model_dump(mode="json", exclude={"compute": True, "sampling": unused})
     images = {key: value for key, value in dump["dataset"].items() if key != "horizontal_flip"}
     base = {part: dump[part] for part in ("dataset", "noise", "teacher")}
     match stage:

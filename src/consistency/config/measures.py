@@ -10,6 +10,9 @@ from consistency.config.fields import Count, Name, Positive, Precision, Section
 MEASURES = ("fd", "kid", "alignment")
 #: students' own samplers in the score tables; others are named gamma=...
 OWN_SAMPLERS = ("jumps", "multistep")
+#: samplers of the calibration's rows: the teacher's images against all data, and one half of the data against the other
+#: half and against the teacher's images, at equal numbers
+HEUN, HALVES, AGAINST_HALF = "heun", "halves", "heun against half"
 
 
 class Coefficients(Section):
@@ -44,6 +47,11 @@ class Sampling(Section):
         [], description="Further samplers with fresh noise between jumps; 1 is CM's multistep sampler."
     )
     gamma_nfe: list[Count] = Field([2], description="Numbers of jumps of the gamma samplers.")
+    labels: Literal["data", "balanced"] = Field(
+        "data",
+        description="Classes of a conditional network's images: drawn in the data's class proportions, or `balanced`, "
+        "uniform over the classes, as EDM, CTM and CM do.",
+    )
     precision: Precision = Field(
         "float32", description="Arithmetic of the networks; with churn the sampler's state is float64."
     )

@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -30,12 +31,32 @@ def parse_yaml(text: str, path: Path) -> Any:
         raise UserError(f"{path} is not valid YAML: {' '.join(problem.split())}{where}") from None
 
 
+class _Dumper(yaml.SafeDumper):
+    """Quotes texts that YAML 1.2, as `parse_yaml` reads it, takes for numbers, and PyYAML alone does not: 1e3, 08."""
+
+
+_NUMBER = re.compile(r"^(0o[0-7]+|0x[0-9a-fA-F]+|[-+]?(\.\d+|\d+(\.\d*)?)([eE][-+]?\d+)?)$")
+_Dumper.add_implicit_resolver("tag:yaml.org,2002:float", _NUMBER, list("-+.0123456789"))
+
+
+def dump_yaml(content: Any, **options: Any) -> str:
+    """Return plain data as YAML that `parse_yaml` and PyYAML read back alike, keys in their order. options: of
+    PyYAML."""
+    return yaml.dump(content, Dumper=_Dumper, sort_keys=False, **options)
+
+
 def load_studies(names: Any, keep: bool) -> dict[str, Study]:
     """Read the studies of a run, a name or a list of names; keep: their files are copied, and `load_study` reads the
     copies in this process and those that it starts. Raises UserError as `load_study` does, and without a name."""
     if keep:
         os.environ.pop(KEPT, None)
-    files = [Path(f"config/studies/{name}.yaml") for name in ([names] if isinstance(names, str) else names or ())]
+    wanted = names if isinstance(names, list) else [] if names is None else [names]
+    if numbers := [each for each in wanted if not isinstance(each, str)]:
+        raise UserError(
+            f"studies in the configuration has {numbers[0]!r}, which is not a name: write a name that looks like a "
+            "number as --config studies=[2024], or in quotes in a file"
+        )
+    files = [Path(f"config/studies/{name}.yaml") for name in wanted]
     if not files:
         raise UserError("studies in the configuration is empty: --config studies=digits, or studies=[digits,tiny]")
     studies = {file.stem: load_study(file) for file in files}
@@ -102,6 +123,6 @@ def build_study(content: Any) -> Study:
 
 def print_study(study: Study) -> None:
     """Print a study with every default written out, and each of its students."""
-    print(yaml.safe_dump(study.model_dump(mode="json"), sort_keys=False).rstrip())
+    print(dump_yaml(study.model_dump(mode="json")).rstrip())
     for name, student in study.students.items():
         print(f"# {name}: {student.model_dump(mode='json')}")

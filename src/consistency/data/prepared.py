@@ -33,6 +33,11 @@ class ImageData:
         """Number of classes."""
         return len(self.facts["classes"])
 
+    @property
+    def class_counts(self) -> list[int]:
+        """Number of images of each class."""
+        return [int(count) for count in np.bincount(self.labels, minlength=self.classes)]
+
     def __len__(self) -> int:
         return len(self.images)
 

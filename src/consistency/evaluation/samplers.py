@@ -1,6 +1,6 @@
 """Samplers of teachers and students; image i comes from seed i."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -24,13 +24,20 @@ Sampler = Callable[[ImageNoise], Tensor]
 
 @torch.inference_mode()
 def draw(
-    size: int, model: Denoiser, sampler: Sampler, count: int, start: int = 0, ranks: Ranks = ALONE
+    size: int,
+    model: Denoiser,
+    sampler: Sampler,
+    count: int,
+    classes: Sequence[int],
+    start: int = 0,
+    ranks: Ranks = ALONE,
 ) -> Iterator[tuple[slice, Tensor]]:
-    """Yield this process's images of seeds start to count-1 in batches of that size: (rows, float [n, C, H, W])."""
+    """Yield this process's images of seeds start to count-1 in batches of that size: (rows, float [n, C, H, W]).
+    classes: the relative frequency of each of the model's classes."""
     shape = (model.img_channels, model.img_resolution, model.img_resolution)
     for first in range(start + ranks.rank * size, count, ranks.world * size):
         rows = slice(first, min(first + size, count))
-        noise = ImageNoise(range(rows.start, rows.stop), shape, model.label_dim)
+        noise = ImageNoise(range(rows.start, rows.stop), shape, classes)
         yield rows, sampler(noise)
 
 

@@ -11,15 +11,15 @@ from consistency.base.arrays import read_array, write_table
 from consistency.base.progress import Progress
 from consistency.base.seeding import generator
 from consistency.config.job import Job
+from consistency.config.measures import AGAINST_HALF, HALVES, HEUN
 from consistency.config.samplers import StudentSampler
-from consistency.config.study import Study
 from consistency.data.prepared import to_bytes
 from consistency.evaluation.extractor import open_extractor, read_data_statistics
 from consistency.evaluation.features import Statistics, frechet_distance, kernel_distance
 from consistency.evaluation.samplers import draw, heun_sampler, jump_sampler
 from consistency.nets.denoiser import Denoiser
 from consistency.provenance.card import Card
-from consistency.provenance.inputs import preconditioning_of, read_dataset
+from consistency.provenance.inputs import preconditioning_of, read_dataset, read_label_weights
 from consistency.theory.generalized_ode import GeneralizedODE
 
 Array = np.ndarray
@@ -27,9 +27,10 @@ Array = np.ndarray
 
 @dataclass(frozen=True, kw_only=True)
 class Score:
-    """One row of a score table. run: a student, or in the calibration `teacher` or `data`; ema, step: of the weights;
-    fd, kid: distances to the data; alignment: mean squared error to the teacher's ODE endpoints, None where samples and
-    endpoints do not share their noise; published, tolerance: of the teacher's FID, in the calibration alone."""
+    """One row of a score table. run: a student, or in the calibration `teacher` or `data`; sampler: in the
+    calibration HEUN, HALVES or AGAINST_HALF; ema, step: of the weights; fd, kid: distances to the data; alignment: mean
+    squared error to the teacher's ODE endpoints, None where samples and endpoints do not share their noise; published,
+    tolerance: of the teacher's FID, in the calibration alone."""
 
     study: str
     kind: Literal["calibration", "curve", "final"]
@@ -92,18 +93,32 @@ class Scorer:
     def score(self, chunks: Iterable[Array], count: int, **place: Any) -> Score:
         """Compare `count` uint8 images, which come in chunks [n, H, W, C], with the data. place: what is scored, as
         fields of Score."""
-        pieces = self.progress.counted(self.measures.extractor.pieces(chunks))
-        images = self.measures.statistics(pieces, count)
-        return self._score(images, self.measures.data, count, **place)
+        return self._score(self._statistics(chunks, count), self.measures.data, count, **place)
 
-    def halves(self) -> Score:
-        """Compare one half of the data's kept features with the other."""
+    def calibration(self, images: Array | None) -> list[Score]:
+        """Compare one half of the data's kept features with the other and, given the teacher's images, all of them with
+        the data and as many of them as a half has with that half. The halves have sampling.count images at most."""
         features = self.measures.data.features
         # The halves must not depend on the dataset's order.
         order = torch.randperm(len(features), generator=generator(0, "halves")).numpy()
-        half = len(order) // 2
-        first, second = (Statistics.of(features[part]) for part in (order[:half], order[half:]))
-        return self._score(second, first, half, kind="calibration", run="data", sampler="halves", nfe=0)
+        half, count = len(order) // 2, self.half
+        first, second = (Statistics.of(features[part[:count]]) for part in (order[:half], order[half:]))
+        scores = [self._score(second, first, count, kind="calibration", run="data", sampler=HALVES, nfe=0)]
+        if images is not None:
+            place = {"kind": "calibration", "run": "teacher", "nfe": 2 * self.study.calibration.steps - 1}
+            drawn = self._statistics([images], len(images))
+            scores.append(self._score(drawn, self.measures.data, len(images), sampler=HEUN, **place))
+            alike = Statistics.of(drawn.features[:count])
+            scores.append(self._score(alike, first, count, sampler=AGAINST_HALF, **place))
+        return scores
+
+    @property
+    def half(self) -> int:
+        """Images on each side where halves are compared: no more than the teacher has."""
+        return min(len(self.measures.data.features) // 2, self.study.sampling.count)
+
+    def _statistics(self, chunks: Iterable[Array], count: int) -> Statistics:
+        return self.measures.statistics(self.progress.counted(self.measures.extractor.pieces(chunks)), count)
 
     def _score(self, a: Statistics, b: Statistics, images: int, **place: Any) -> Score:
         measured = asdict(self.measures.distances(a, b, images))
@@ -111,8 +126,12 @@ class Scorer:
 
     def warn_of_singular(self, samples: int) -> None:
         """Warn if there are too few images for the covariance of the features."""
-        features, half = len(self.measures.data.mean), len(self.measures.data.features) // 2
-        counts = {"sampling.count": samples, "scores.curve_count": self.study.scores.curve_count, "data halves": half}
+        features = len(self.measures.data.mean)
+        counts = {
+            "sampling.count": samples,
+            "scores.curve_count": self.study.scores.curve_count,
+            "data halves": self.half,
+        }
         few = ", ".join(f"{name} {count:,}" for name, count in counts.items() if count <= features)
         if few:
             print(
@@ -176,7 +195,7 @@ class StudentScorer:
 
     def _drawn(self, model: Denoiser, nfe: int, count: int) -> Iterator[tuple[slice, torch.Tensor]]:
         jumps = jump_sampler(self.job, model, preconditioning_of(self.settings, model, self.ode), nfe)
-        return draw(self.job.study.sampling.batch, model, jumps, count)
+        return draw(self.job.study.sampling.batch, model, jumps, count, read_label_weights(self.job, model))
 
 
 class _AlignmentError:
@@ -197,8 +216,9 @@ class _AlignmentError:
         return self._sum / self.teacher_endpoints.size
 
 
-def teacher_endpoints(study: Study, teacher: Denoiser) -> Array:
+def teacher_endpoints(job: Job, teacher: Denoiser) -> Array:
     """Draw the teacher's ODE endpoints at eps of the first alignment_count seeds, float32 [n, C, H, W]."""
+    study, classes = job.study, read_label_weights(job, teacher)
     sampler = heun_sampler(study, teacher, study.scores.alignment_nodes)
-    batches = draw(study.sampling.batch, teacher, sampler, study.scores.alignment_count)
+    batches = draw(study.sampling.batch, teacher, sampler, study.scores.alignment_count, classes)
     return torch.cat([batch.cpu() for _, batch in batches]).numpy()

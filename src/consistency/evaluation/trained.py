@@ -1,8 +1,9 @@
 """A student read from its file, ready to jump and to sample."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -28,8 +29,8 @@ BATCH: int = Sampling.model_fields["batch"].default
 class TrainedStudent:
     """A student: its network D(x,t,s), its f and g, and its range of times.
 
-    only_to_eps: it jumps to noise.sigma_min alone; batch: images an evaluation; metadata: of its file, such as study,
-    run, seed, step, ema, git and parents.
+    only_to_eps: it jumps to noise.sigma_min alone; batch: images an evaluation; class_counts: of a conditional
+    student's data; metadata: of its file, such as study, run, seed, step, ema, git and parents.
     """
 
     model: Denoiser
@@ -37,6 +38,7 @@ class TrainedStudent:
     noise: Noise
     only_to_eps: bool
     batch: int = BATCH
+    class_counts: Sequence[int] = ()
     metadata: dict[str, Any] = field(default_factory=dict)
 
     def __call__(self, x: Tensor, t: Tensor | float, s: Tensor | float, labels: Tensor | None = None) -> Tensor:
@@ -57,14 +59,22 @@ class TrainedStudent:
         return self.preconditioning.jump(self.model, x, t, s, labels)
 
     def sample(
-        self, count: int, nfe: int, seed: int = 0, label: int | None = None, gamma: float = 0.0, threads: int = 1
+        self,
+        count: int,
+        nfe: int,
+        seed: int = 0,
+        label: int | None = None,
+        gamma: float = 0.0,
+        threads: int = 1,
+        labels: Literal["data", "balanced"] = "data",
     ) -> np.ndarray[Any, np.dtype[np.uint8]]:
         """Sample uint8 images [count, H, W, C]: image i comes from seed + i, through nfe jumps.
 
-        The same seeds give the images of the stage samples, bit for bit where precision and batch are the study's and
-        the machine is the same. label: the class of all images of a conditional student; by default each seed draws its
-        own. gamma: in [0, 1], the share of fresh noise between jumps; a student that jumps only to eps always takes 1.
-        threads: CPU threads. Raises UserError for values out of range.
+        The same seeds give the images of the stage samples, bit for bit where precision, batch and labels are the
+        study's and the machine is the same. label: the class of all images of a conditional student; by default each
+        seed draws its own, in the proportions of the student's data or (labels="balanced") uniformly. gamma: in [0, 1],
+        the share of fresh noise between jumps; a student that jumps only to eps always takes 1. threads: CPU threads.
+        Raises UserError for values out of range, and if a file of an earlier version does not say the proportions.
         """
         classes = self.model.label_dim
         if count < 1 or nfe < 1 or seed < 0:
@@ -74,11 +84,19 @@ class TrainedStudent:
         if label is not None and not 0 <= label < classes:
             allowed = f"0 to {classes - 1}" if classes else "none, since it is not conditional"
             raise UserError(f"label {label} is not one of the student's: {allowed}")
+        if labels not in ("data", "balanced"):
+            raise UserError(f"labels are drawn as data or balanced, got {labels!r}")
+        weights = self.class_counts if labels == "data" and label is None else [1] * classes
+        if len(weights) != classes:
+            raise UserError(
+                "the student's file, of an earlier version, does not say how frequent each class is in its data: draw "
+                "them uniformly (labels balanced), give one label, or train the student again"
+            )
         gamma = 1.0 if self.only_to_eps else gamma
         sampler = jumps_along(self.noise, self.model, self.preconditioning, nfe, gamma)
         sampler = sampler if label is None else _labelled(sampler, label)
         with as_in_a_stage(threads):
-            batches = draw(self.batch, self.model, sampler, seed + count, seed)
+            batches = draw(self.batch, self.model, sampler, seed + count, weights, seed)
             return np.concatenate([to_bytes(images) for _, images in batches])
 
 
@@ -91,7 +109,7 @@ def open_student(path: Path, device: torch.device, precision: str, batch: int) -
         preconditioning = jumps.of(model)
     except ValueError as error:
         raise UserError(f"{path} holds no usable coefficients ({error}): train it again") from None
-    return TrainedStudent(model, preconditioning, jumps.noise, jumps.only_to_eps, batch, metadata)
+    return TrainedStudent(model, preconditioning, jumps.noise, jumps.only_to_eps, batch, jumps.class_counts, metadata)
 
 
 def _labelled(sampler: Sampler, label: int) -> Sampler:

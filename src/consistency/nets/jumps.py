@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Annotated, Any, Self
 
 import torch
-from pydantic import ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 
 from consistency.base.errors import UserError
 from consistency.config.dataset import Noise
@@ -34,12 +34,14 @@ class Fit(Section):
 
 class Jumps(Section):
     """Settings of a student's jumps. fit: of a student that uses the teacher's l_t and s_t; a student's own lie in the
-    buffer `fit` beside its weights."""
+    buffer `fit` beside its weights; class_counts: images of each class in a conditional student's data, in whose
+    proportions its labels are drawn (none in files of earlier versions)."""
 
     preconditioning: Annotated[str, OneOf(FORMS)]
     only_to_eps: bool
     noise: Noise
     fit: Fit | None = None
+    class_counts: list[Annotated[int, Field(ge=0)]] = Field(default_factory=list)
 
     def of(self, model: Denoiser) -> Preconditioning:
         """Return the preconditioning of a network. Raises ValueError if the coefficients are missing or not usable."""

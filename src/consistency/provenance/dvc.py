@@ -8,13 +8,11 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from consistency.base.errors import UserError
 from consistency.base.files import write_bytes, write_json
 from consistency.config.job import Job
 from consistency.config.paths import StudyPaths
-from consistency.config.reading import load_study
+from consistency.config.reading import dump_yaml, load_study
 from consistency.data.resources import find
 from consistency.provenance import graph
 from consistency.provenance.code_digest import code_digest
@@ -74,7 +72,7 @@ def pipeline(studies: list[str]) -> str:
     stages |= {rule.replace("_", "-"): _stage(rule, items) for rule, items in groups.items()}
     command = f"python -m consistency dvc {' '.join(studies)} > dvc.yaml"
     head = f"# Written by `{command}` (docs/dvc.md): change the study, not this file, and write it again.\n"
-    text = yaml.safe_dump({"stages": stages}, sort_keys=False, width=10_000, default_flow_style=None)
+    text = dump_yaml({"stages": stages}, width=10_000, default_flow_style=None)
     return head + text + "\n" + _shown(studies)
 
 
@@ -141,4 +139,4 @@ def _shown(studies: list[str]) -> str:
         *(f"{report}/figures/curves_{measure}.png" for report in reports for measure in ("fd", "alignment")),
     ]
     content = {"metrics": [f"{report}/summary.json" for report in reports], "plots": plots}
-    return yaml.safe_dump(content, sort_keys=False, allow_unicode=True, width=10_000, default_flow_style=None)
+    return dump_yaml(content, allow_unicode=True, width=10_000, default_flow_style=None)

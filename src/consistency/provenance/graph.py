@@ -96,6 +96,12 @@ def _learnt_from(job: Job) -> list[Path]:
     return [job.paths.images, *([job.paths.labels] if job.study.teacher.conditional else [])]
 
 
+def _label_weights(job: Job) -> list[Path]:
+    """Return the labels in whose proportions the images of a conditional network are drawn, if they are."""
+    in_proportion = job.study.teacher.conditional and job.study.sampling.labels == "data"
+    return [job.paths.labels] if in_proportion else []
+
+
 def _fit(job: Job) -> list[Path]:
     """Return the coefficients, if the job's student reads them."""
     return [job.paths.fit] if job.student is not None and job.settings.needs_coefficients else []
@@ -127,7 +133,7 @@ def _samples_outputs(job: Job) -> list[Path]:
 
 
 def _scores_inputs(job: Job) -> list[Path]:
-    scored = [*_extractor_outputs(job), *_samples_outputs(job)]
+    scored = [*_extractor_outputs(job), *_samples_outputs(job), *_label_weights(job)]
     if job.student is None:
         return [*scored, job.paths.teacher_weights]
     return [*scored, job.paths.endpoints, *_weights(job), *_snapshots(job), *_fit(job)]
@@ -198,7 +204,7 @@ STAGES = {
     ),
     "samples": Stage(
         ("stages.samples:make_samples",),
-        inputs=lambda job: _weights(job) + _fit(job),
+        inputs=lambda job: _weights(job) + _fit(job) + _label_weights(job),
         outputs=_samples_outputs,
     ),
     "scores": Stage(

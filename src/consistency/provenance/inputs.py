@@ -48,6 +48,19 @@ def require_classes(study: Study, data: ImageData, teacher: Denoiser) -> None:
         )
 
 
+def read_label_weights(job: Job, model: Denoiser) -> list[int]:
+    """Read the relative frequency of each class in which the images of the study's networks are drawn
+    (sampling.labels): the data's class counts, or 1 each; none if the model is unconditional.
+
+    Raises UserError if the dataset is missing, or has another number of classes than the model.
+    """
+    if not model.label_dim or job.study.sampling.labels == "balanced":
+        return [1] * model.label_dim
+    data = read_dataset(job)
+    require_classes(job.study, data, model)
+    return data.class_counts
+
+
 def read_student(job: Job, device: torch.device, rate: float | None = None, step: int | None = None) -> Denoiser:
     """Read a frozen student (EMA weights; rate: a further EMA rate; step: a snapshot, None for the end of training)."""
     path = require_output(job.weights(rate, step), f"student{job.options}")
@@ -81,12 +94,17 @@ def read_preconditioning(job: Job, model: Denoiser) -> Preconditioning:
     return preconditioning_of(job.settings, model, read_ode(job, next(model.parameters()).device))
 
 
-def jumps_of(job: Job) -> Jumps:
-    """Return the settings of a student's jumps, with the teacher's coefficients if it uses them."""
+def jumps_of(job: Job, data: ImageData) -> Jumps:
+    """Return the settings of a student's jumps, with the teacher's coefficients if it uses them, and the data's class
+    counts if it is conditional."""
     settings, fit = job.settings, None
     if settings.needs_coefficients:
         arrays = read_coefficients(job)
         fit = Fit(**{letter: arrays[letter].tolist() for letter in ("times", "l", "s")})
     return Jumps(
-        preconditioning=settings.preconditioning, only_to_eps=settings.only_to_eps, noise=job.study.noise, fit=fit
+        preconditioning=settings.preconditioning,
+        only_to_eps=settings.only_to_eps,
+        noise=job.study.noise,
+        fit=fit,
+        class_counts=data.class_counts if job.study.teacher.conditional else [],
     )

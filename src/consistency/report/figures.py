@@ -10,7 +10,7 @@ import pandas as pd
 import torch
 from torchvision.utils import make_grid
 
-from consistency.config.measures import OWN_SAMPLERS
+from consistency.config.measures import HEUN, OWN_SAMPLERS
 from consistency.evaluation.analysis import SpeedUp, curves_of
 from consistency.report.lines import line_of
 from consistency.theory.generalized_ode import GeneralizedODE
@@ -149,10 +149,9 @@ def learning_curves(
             shown = curves.steps > 0  # scores before training are off the scale of all later ones
             _mean_and_range(axis, curves.steps[shown], curves.values[:, shown], run, line_of(runs, run))
         if measure == "fd":
-            for run, label, style in (("teacher", "teacher (Heun)", ":"), ("data", "data halves", "-.")):
-                known = scores[(scores.kind == "calibration") & (scores.run == run)]
-                if len(known):
-                    axis.axhline(known.fd.iloc[0], color="#888888", lw=1, ls=style, label=label)
+            # Not the calibration's other rows, which are of fewer images.
+            for row in scores[scores.sampler == HEUN].itertuples():
+                axis.axhline(row.fd, color="#888888", lw=1, ls=":", label=f"teacher (Heun), N = {row.images:,}")
         axis.set(title=f"NFE {nfe}", xlabel="training iterations")
         _logarithmic(axis)
     axes[0, 0].set_ylabel(measure_label(measure, extractor))

@@ -8,11 +8,11 @@ from typing import Any
 
 import jinja2
 import pandas as pd
-import yaml
 
 from consistency.base.files import read_json
 from consistency.config.job import Job
 from consistency.config.measures import MEASURES, OWN_SAMPLERS
+from consistency.config.reading import dump_yaml
 from consistency.config.study import Study
 from consistency.evaluation.analysis import Comparison, ema_table, step_costs
 from consistency.provenance.environment import git_state
@@ -62,7 +62,7 @@ def write_page(
         commits=sorted({wording.commit(state) for state in (git_state(), *(card["git"] for card in cards.values()))}),
         key=job.key("report"),
         commands=sorted({card["command"] for card in cards.values()}),
-        resolved=yaml.safe_dump(study.model_dump(mode="json"), sort_keys=False),
+        resolved=dump_yaml(study.model_dump(mode="json")),
     )
 
 

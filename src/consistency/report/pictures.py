@@ -7,7 +7,7 @@ import pandas as pd
 import torch
 from matplotlib.figure import Figure
 
-from consistency.base.arrays import read_array, read_arrays
+from consistency.base.arrays import read_array, read_arrays, read_table
 from consistency.base.files import require_output
 from consistency.config.job import Job
 from consistency.config.measures import Flows
@@ -18,7 +18,7 @@ from consistency.nets.checkpoint import load_denoiser
 from consistency.provenance.graph import shown_fits
 from consistency.provenance.inputs import read_coefficients, read_dataset
 from consistency.report import figures
-from consistency.report.results import Results
+from consistency.report.results import TEXT, Results
 from consistency.report.wording import varied, what_of
 from consistency.theory.generalized_ode import GeneralizedODE
 
@@ -144,7 +144,7 @@ def _mu_picture(study: Study, results: Results, seeds: str) -> Picture:
 
 def _flow_pictures(job: Job, settings: Flows, seeds: str) -> list[Picture]:
     study, folder = job.study, job.paths.flows
-    tables = [pd.read_csv(require_output(folder / f"{name}.csv", "flows")) for name in ("transport", "plane", "limit")]
+    tables = [read_table(folder / f"{name}.csv", "flows", TEXT) for name in ("transport", "plane", "limit")]
     (transports, planes, limits), toys = tables, read_arrays(folder / "toy.npz", "flows")
     count = min(settings.images, len(read_dataset(job)))
     transport = (
@@ -172,7 +172,7 @@ def _flow_pictures(job: Job, settings: Flows, seeds: str) -> list[Picture]:
     figure = figures.transport_cost(transports, list(study.coupled))
     pictures = [Picture.of("transport_cost", "flows", transport, figure)]
     if settings.discrepancy:
-        found = pd.read_csv(require_output(folder / "discrepancy.csv", "flows"))
+        found = read_table(folder / "discrepancy.csv", "flows", TEXT)
         trained = (
             f"Velocity discrepancy of the couplings that students (seed {study.seeds[0]}) met at the end of their "
             f"training, by a denoiser each of {settings.denoiser_steps:,} steps, N = {count} of the images that it was "

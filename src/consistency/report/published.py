@@ -8,15 +8,16 @@ from typing import Any, Literal
 import pandas as pd
 from pydantic import BaseModel, ValidationError
 
+from consistency.base.arrays import read_table
 from consistency.base.errors import UserError
-from consistency.base.files import read_json, reading
+from consistency.base.files import read_json
 from consistency.config.explain import explain
 from consistency.config.job import Job
 from consistency.config.paths import StudyPaths
 from consistency.config.reading import build_study
 from consistency.config.study import Study
 from consistency.evaluation.analysis import Paired, SpeedUp, ema_table
-from consistency.report.results import Results, records, results_of
+from consistency.report.results import TEXT, Results, records, results_of
 
 #: the page, and the cards of all artifacts, in the folder of a study
 PAGE, CARDS = "README.md", "cards.json"
@@ -78,14 +79,14 @@ def read_published(folder: Path) -> Published:
         cards = PublishedCards.model_validate(content)
     except ValidationError as error:
         raise UserError(f"{folder / CARDS}: {explain(error, PublishedCards)}; publish the study again") from None
-    scores, students = read_table(folder / "scores.csv"), cards.study.get("students", {})
+    scores, students = read_table(folder / "scores.csv", "report", TEXT), cards.study.get("students", {})
     # Cards sort their keys; the rows have the study's order, in which the report compares students.
     ordered = {run: students[run] for run in dict.fromkeys(scores[scores.kind != "calibration"].run) if run in students}
     study = build_study(cards.study | {"students": ordered})
     job = Job(study, StudyPaths(study.name))
     again = results_of(job, scores, lambda training: cards.cards[f"student {training.label}"].measured)
     found, paired = _items(folder / "speedup.csv", SpeedUp), _items(folder / "paired.csv", Paired)
-    results = replace(again, table=read_table(folder / "table.csv"), found=found, paired=paired)
+    results = replace(again, table=read_table(folder / "table.csv", "report", TEXT), found=found, paired=paired)
     return Published(study, cards, results, again)
 
 
@@ -96,21 +97,13 @@ def tables_of(results: Results) -> dict[str, pd.DataFrame]:
     return tables | ({"ema.csv": ema_table(results.scores)} if results.several_rates else {})
 
 
-def read_table(path: Path) -> pd.DataFrame:
-    """Read a table. Raises UserError as `reading` does."""
-    with reading(path, "report"):
-        return pd.read_csv(path)
-
-
 def _table(items: Sequence[Any], kind: Any) -> pd.DataFrame:
     return pd.DataFrame([asdict(item) for item in items], columns=[field.name for field in fields(kind)])
 
 
 def _items(path: Path, kind: Any) -> list[Any]:
     """Read a table as objects of its rows. Raises UserError if it has other columns."""
-    table, columns = read_table(path), fields(kind)
-    if list(table) != [column.name for column in columns]:
+    table = read_table(path, "report", TEXT)
+    if list(table) != [column.name for column in fields(kind)]:
         raise UserError(f"{path} has other columns than this version's report: run `report` again")
-    words = [column.name for column in columns if column.type is str]
-    table[words] = table[words].astype(object).fillna("")  # an empty word is an empty cell
     return [kind(**row) for row in records(table)]

@@ -2,14 +2,17 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
+from consistency.base.arrays import read_table, text_columns
 from consistency.base.errors import UserError
 from consistency.base.files import read_history, require_output, sha256
 from consistency.config.job import Job
+from consistency.config.measures import HEUN, MEASURES
 from consistency.evaluation.analysis import (
     Pair,
     Paired,
@@ -19,10 +22,14 @@ from consistency.evaluation.analysis import (
     paired_ratios,
     speed_ups,
 )
+from consistency.evaluation.scores import Score
 from consistency.provenance.card import read_card
 from consistency.provenance.graph import artifacts, verb_of
 
 Cards = dict[str, dict[str, Any]]
+
+#: columns of the tables of scores, report and flows that hold text
+TEXT = text_columns(Score, SpeedUp, Paired) | {"coupling"}
 
 
 @dataclass(frozen=True)
@@ -60,16 +67,18 @@ class Results:
 
     @property
     def teacher(self) -> dict[str, Any] | None:
-        """The teacher's row of the calibration, if there is a teacher."""
-        return next((row for row in self.calibration if row["run"] == "teacher"), None)
+        """The calibration's row of all the teacher's images, if there is a teacher."""
+        return next((row for row in self.calibration if row["sampler"] == HEUN), None)
 
 
 def read_results(job: Job) -> Results:
     """Read all score tables of the study, the calibration first.
 
-    Raises UserError, naming the verb, if one is missing, damaged or of other settings.
+    Raises UserError, naming the verb, if one is missing, damaged or of other settings, if it has rows of another study,
+    student or seed, and if a score is missing or no finite number.
     """
     scores = pd.concat([_table(each) for each in (job.of(), *job.trainings)], ignore_index=True)
+    _require_all_measured(scores)
     return results_of(job, scores, lambda training: read_card(training, "student")["measured"])
 
 
@@ -92,7 +101,44 @@ def _table(job: Job) -> pd.DataFrame:
     path = require_output(job.scores, verb)
     if read_card(job, "scores")["outputs"].get(path.name) != sha256(path):
         raise UserError(f"{path} was changed after it was written: run `python -m consistency {verb}` again")
-    return pd.read_csv(path)
+    table = read_table(path, verb, TEXT)
+    _require_own(table, job, path)
+    return table
+
+
+def _require_own(table: pd.DataFrame, job: Job, path: Path) -> None:
+    """Raise UserError if a table has a row of another study, student or seed: it would be in no figure."""
+    runs = ("data", "teacher") if job.student is None else (job.student,)
+    own = (table.study == job.study.name) & table.run.isin(runs)
+    if job.seed is not None:
+        own &= table.seed == job.seed
+    if not own.all():
+        row = table[~own].iloc[0]
+        seed = "" if pd.isna(row.seed) else f" seed {row.seed:g}"
+        raise UserError(
+            f"{path} has a row of study {row.study!r}, run {row.run!r}{seed}, but it belongs to {job.label} of study "
+            f"{job.study.name!r}: delete it and run `python -m consistency {verb_of('scores', job)}` again"
+        )
+
+
+def _require_all_measured(scores: pd.DataFrame) -> None:
+    """Raise UserError for a score that is no finite number, and for an alignment error that some seeds or steps have
+    and others lack: means over the rest would pass for means over all seeds."""
+    aligned = scores.groupby(["kind", "run", "sampler", "nfe"]).alignment.transform("count") > 0
+    for measure in MEASURES:
+        wanted = aligned if measure == "alignment" else True
+        wrong = scores[wanted & ~np.isfinite(scores[measure])]
+        if len(wrong):
+            row = wrong.iloc[0]
+            value = "missing" if pd.isna(row[measure]) else f"{row[measure]}"
+            trained = row.kind != "calibration"
+            who = f"student {row.run}, seed {row.seed:g}, step {row.step:g}" if trained else f"calibration, {row.run}"
+            again = f"scores --student {row.run} --seed {row.seed:g}" if trained else "calibration"
+            advice = "; if it stays so, train that student with another learning rate, or take it or the seed out of "
+            raise UserError(
+                f"{who}, {row.sampler}, NFE {row.nfe}: {measure} is {value}, so no mean over the seeds is right: run "
+                f"`python -m consistency {again}` again{f'{advice}the study' if trained else ''}"
+            )
 
 
 def _pairs(job: Job, measured: Callable[[Job], Mapping[str, Any]]) -> list[Pair]:

@@ -29,7 +29,8 @@ def print_summary(job: Job) -> None:
         first, second = (plus_minus(getattr(row, m), getattr(row, f"{m}_half_width")) for m in measures)
         print(f"{row.run:18} {row.sampler:10} {row.nfe:3}  {first:>36}  {second:>24}")
     for known in results.calibration:
-        print(f"{known['run']:18} {known['sampler']:10} {known['nfe'] or '':3}  {known['fd']:36.4g}")
+        scored = f"{known['run']} {known['sampler']}"
+        print(f"{scored:29} {known['nfe'] or '':3}  {known['fd']:36.4g}  {'N = ' + format(known['images'], ','):>24}")
     if results.found:
         print("\nspeed-up, and iterations to the baseline's final score, its over the student's\n")
     for item in results.found:

@@ -40,7 +40,8 @@ def reproduce(study: Study, rules: list[str] | None, targets: list[str]) -> NoRe
     if not Path("Snakefile").is_file():
         raise UserError("no Snakefile here: run this in a checkout's root, or the stages one by one (`--help`)")
     lock = _alone()
-    snakemake, config = [sys.executable, "-m", "snakemake"], ["--config", f"studies={study.name}"]
+    # A list, because Snakemake takes a lone 007 for a number.
+    snakemake, config = [sys.executable, "-m", "snakemake"], ["--config", f"studies=[{study.name}]"]
     if LOCKS.is_dir() and any(LOCKS.iterdir()):
         if os.environ.get("SNAKEMAKE_PROFILE"):
             raise UserError(

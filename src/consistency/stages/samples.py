@@ -17,14 +17,13 @@ from consistency.base.locks import only_one
 from consistency.base.progress import Progress
 from consistency.config.job import Job
 from consistency.config.samplers import student_samplers
-from consistency.config.study import Study
 from consistency.data.prepared import to_bytes
 from consistency.evaluation.parts import Parts
 from consistency.evaluation.samplers import Sampler, draw, heun_sampler, jump_sampler, prepared
 from consistency.nets.denoiser import Denoiser
 from consistency.provenance import graph
 from consistency.provenance.card import Card
-from consistency.provenance.inputs import read_preconditioning, read_student, read_teacher
+from consistency.provenance.inputs import read_label_weights, read_preconditioning, read_student, read_teacher
 from consistency.runtime.distributed import ALONE, Ranks
 from consistency.runtime.stopping import Interrupted, stop_requests
 
@@ -51,7 +50,7 @@ def make_samples(job: Job, device: torch.device, ranks: Ranks = ALONE) -> None:
         parts = Parts(state, made_from, (study.sampling.count, size, size, study.dataset.channels), ranks, label)
         done = sum(parts.done(name) for name in names)
         progress = Progress(label, study.sampling.count * len(names), done, shown=ranks.first)
-        work = _Work(study, label, parts, ranks, requests, progress)
+        work = _Work(job, label, parts, ranks, requests, progress)
         for name, model, sampler in _samplers(job, device):
             work.draw(name, model, sampler)
         progress.close()
@@ -82,7 +81,7 @@ def _samplers(job: Job, device: torch.device) -> Iterator[tuple[str, Denoiser, S
 class _Work:
     """State that the samplers of a stage share."""
 
-    study: Study
+    job: Job
     label: str
     parts: Parts
     ranks: Ranks
@@ -91,11 +90,13 @@ class _Work:
 
     def draw(self, name: str, model: Denoiser, sampler: Sampler) -> None:
         """Draw the missing rows of an array. Raises Interrupted when asked to stop."""
-        count, done = self.study.sampling.count, self.parts.done(name)
+        sampling, done = self.job.study.sampling, self.parts.done(name)
+        count = sampling.count
         if done == count:
             return
         images = self.parts.open(name)
-        batches = draw(self.study.sampling.batch, model, sampler, count, done, self.ranks)
+        classes = read_label_weights(self.job, model)
+        batches = draw(sampling.batch, model, sampler, count, classes, done, self.ranks)
         hook = model.model.register_forward_pre_hook(self._leave)
         try:
             while done < count:
@@ -104,7 +105,7 @@ class _Work:
                     images[batch[0]] = to_bytes(batch[1])
                 # Rows count as done once all processes are here; all stop at the same round.
                 stop = self.ranks.largest(self.requests())
-                before, done = done, min(done + self.study.sampling.batch * self.ranks.world, count)
+                before, done = done, min(done + sampling.batch * self.ranks.world, count)
                 self.parts.record(name, done, images)
                 self.progress.update(done - before)
                 if stop:

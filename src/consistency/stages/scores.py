@@ -9,6 +9,7 @@ from consistency.base.arrays import read_array, write_array
 from consistency.base.errors import UserError
 from consistency.base.files import write_bytes, write_json
 from consistency.config.job import Job
+from consistency.config.measures import HEUN
 from consistency.config.samplers import student_samplers
 from consistency.evaluation.samplers import prepared
 from consistency.evaluation.scores import Score, Scorer, StudentScorer, teacher_endpoints
@@ -16,8 +17,8 @@ from consistency.provenance.inputs import read_ode, read_student, read_teacher
 
 
 def make_calibration(job: Job, device: torch.device) -> None:
-    """Write calibration.csv (data halves; teacher), endpoints.npy (the teacher's ODE endpoints, none without a
-    teacher), and their card.
+    """Write calibration.csv (data halves; teacher; teacher at the size of the halves), endpoints.npy (the teacher's ODE
+    endpoints, none without a teacher), and their card.
 
     Raises UserError, and leaves no calibration.csv, if the teacher's FID is not the published one.
     """
@@ -25,13 +26,12 @@ def make_calibration(job: Job, device: torch.device) -> None:
     images = read_array(samples, "samples")
     scorer = Scorer(job, device, f"calibration {study.name}", len(images))
     scorer.warn_of_singular(study.sampling.count)
-    scores = [scorer.halves()]
+    scores = scorer.calibration(images if study.taught else None)
     ends = np.zeros((0, study.dataset.channels, *[study.dataset.resolution] * 2), np.float32)
     if study.taught:
         teacher = prepared(study, read_teacher(job, device))
-        place = {"kind": "calibration", "run": "teacher", "sampler": "heun", "nfe": 2 * study.calibration.steps - 1}
-        scores.append(_published(job, scorer.score([images], len(images), **place)))
-        ends = teacher_endpoints(study, teacher)
+        scores = [_published(job, score) if score.sampler == HEUN else score for score in scores]
+        ends = teacher_endpoints(job, teacher)
     write_array(job.paths.endpoints, ends)
     write_bytes(job.paths.passed, b"The teacher passed its calibration.\n")
     scorer.write(scores)

@@ -1,5 +1,6 @@
 """A registered student as MLflow loads it. It samples the same images as the stage samples."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,9 @@ from consistency.config.paths import StudyPaths
 from consistency.config.reading import build_study
 from consistency.evaluation.samplers import prepared
 from consistency.evaluation.trained import TrainedStudent
-from consistency.provenance.inputs import read_preconditioning, read_student
+from consistency.nets.checkpoint import load_denoiser
+from consistency.nets.jumps import read_jumps
+from consistency.provenance.inputs import read_preconditioning
 from consistency.runtime.machine import pick_device
 
 
@@ -25,7 +28,7 @@ class RegisteredStudent:
 
     def predict(self, rows: Any) -> np.ndarray[Any, Any]:
         """Sample each row of a table with count and nfe and, optionally, seed and label. Returns uint8 [N, H, W, C]."""
-        wanted = (
+        wanted: Iterator[dict[str, Any]] = (
             {name: int(value) for name, value in row.items() if value is not None and value == value}
             for row in rows.to_dict("records")
         )
@@ -44,6 +47,11 @@ def _load_pyfunc(path: str) -> RegisteredStudent:
     except UserError as error:
         raise UserError(f"this model's study is of another version of this project: {error}") from None
     job = Job(study, StudyPaths(study.name, Path(path)), card["run"], card["seed"])
-    model = prepared(study, read_student(job, pick_device("auto")))
+    student, metadata = load_denoiser(job.weights(), job.key("student"))
+    model = prepared(study, student.to(pick_device("auto")))
     preconditioning, only_to_eps = read_preconditioning(job, model), job.settings.only_to_eps
-    return RegisteredStudent(TrainedStudent(model, preconditioning, study.noise, only_to_eps, study.sampling.batch))
+    weighted = model.label_dim and study.sampling.labels == "data"
+    classes = read_jumps(job.weights(), metadata).class_counts if weighted else [1] * model.label_dim
+    return RegisteredStudent(
+        TrainedStudent(model, preconditioning, study.noise, only_to_eps, study.sampling.batch, classes)
+    )

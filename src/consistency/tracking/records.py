@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from consistency.base.files import read_history, read_json, read_lines
 from consistency.config.job import Job
-from consistency.config.measures import MEASURES, OWN_SAMPLERS
+from consistency.config.measures import HEUN, MEASURES, OWN_SAMPLERS
 from consistency.provenance.card import read_card
 from consistency.report.lines import line_of
 
@@ -78,6 +78,7 @@ def _begun_teacher(job: Job, made: dict[str, Any]) -> Record:
     settings = job.of().depends_on("samples")
     taught = "The EDM teacher. `final/*/heun-*`: its samples;"
     what = taught if job.study.taught else "No teacher: the network of the students."
+    alike = ", `calibration/*/teacher-heun-against-half`: the teacher at the same N" if job.study.taught else ""
     return Record(
         "teacher",
         "teacher",
@@ -85,7 +86,7 @@ def _begun_teacher(job: Job, made: dict[str, Any]) -> Record:
         data=_data(job),
         params=_flat(settings["teacher"]) | _flat({name: settings[name] for name in ("noise", "dataset")}),
         tags=_origin(made),
-        first={"mlflow.note.content": f"{what} `calibration/*/data-halves`: real against real."},
+        first={"mlflow.note.content": f"{what} `calibration/*/data-halves`: real against real{alike}."},
     )
 
 
@@ -95,8 +96,8 @@ def _teacher(job: Job) -> Record:
     _finish(record, job, card)
     for row in csv.DictReader(read_lines(job.scores, "calibration")):
         # The teacher's scores stand beside the students'.
-        own = row["run"] == "teacher"
-        name = f"heun-nfe{row['nfe']}" if own else f"{row['run']}-{row['sampler']}"
+        own = row["sampler"] == HEUN
+        name = f"heun-nfe{row['nfe']}" if own else f"{row['run']}-{row['sampler']}".replace(" ", "-")
         record.points += _measured(row, "final/" if own else "calibration/", name, record.ended, 0)
     return record
 

@@ -63,7 +63,7 @@ def student_training(job: Job, data: ImageData, machine: Machine) -> Training:
         folder=job.state,
         snapshot_every=settings.snapshot_every,
         before_step=_refits(job, data, machine, student, [ema.model for ema in emas]),
-        metadata={JUMPS: jumps_of(job).model_dump(mode="json")},
+        metadata={JUMPS: jumps_of(job, data).model_dump(mode="json")},
     )
 
 
