@@ -214,7 +214,7 @@ def test_what_the_cards_do_not_have_is_found_whatever_sha256sums_says(home: Path
 
 def test_a_table_of_another_version_is_one_line(home: Path) -> None:
     folder = home / "docs/results/small"
-    replace_in(folder / "speedup.csv", "run,", "name,")
+    replace_in(folder / "speedup.csv", "value,", "speed,")
     vouch(folder)
     said = mistake(verify_published, folder, job_of(home).study)
     assert "speedup.csv has other columns than this version's report" in said

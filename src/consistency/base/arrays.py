@@ -53,7 +53,7 @@ def read_table(path: Path, verb: str, text: Container[str]) -> "pd.DataFrame":
         empty: dict[str, list[str]] = {name: [""] for name in columns if name not in text}
         table = pd.read_csv(path, dtype=kinds, na_values=empty, keep_default_na=False)
         for name in empty:
-            if not pd.api.types.is_numeric_dtype(table[name]):
+            if len(table) and not pd.api.types.is_numeric_dtype(table[name]):
                 raise ValueError(f"its column {name} holds text")
     return table
 

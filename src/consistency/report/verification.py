@@ -79,7 +79,7 @@ def _tables(folder: Path, published: Published, files: dict[str, str]) -> Iterat
         elif files[name] != made.get(copies.get(name, "")):
             yield Finding(name, ["tampered with: no card names this file"])
     for name, table in tables_of(published.again).items():
-        numbers = {column: pd.to_numeric(table[column]) for column in table if column not in TEXT}
+        numbers = {str(column): pd.to_numeric(table[column]) for column in table if column not in TEXT}
         try:
             written = read_table(folder / name, "publish", TEXT)
             assert_frame_equal(written, table.assign(**numbers), rtol=1e-9, atol=1e-12, check_dtype=False)
