@@ -44,7 +44,9 @@ CTM = build_preconditioning("ctm", 0.5)
 
 def images(study: Study, model: Denoiser, sampler: Sampler, count: int) -> torch.Tensor:
     classes = [1] * model.label_dim
-    return torch.cat([batch for _, batch in draw(study.sampling.batch, model, sampler, count, classes)])
+    return torch.cat(
+        [batch for _, batch in draw(study.sampling.batch, model, sampler, count, classes, study.sampling.first_seed)]
+    )
 
 
 def of_ctm(study: Study) -> Job:
@@ -72,8 +74,8 @@ def test_images_do_not_depend_on_the_batch_nor_on_the_count(tiny: Tiny, name: st
     # The last bits of the network grow where noise is added to values near 80.
     tolerance = 1e-4 if churn else 1e-5
 
-    def drawn(batch: int, count: int) -> torch.Tensor:
-        study = tiny({"sampling.batch": batch, "sampling.count": 80, **churn})
+    def drawn(batch: int, count: int, first: int = 0) -> torch.Tensor:
+        study = tiny({"sampling.batch": batch, "sampling.count": 80, "sampling.first_seed": first, **churn})
         return images(study, model, SAMPLERS[name](study, model), count)
 
     reference = drawn(64, 64)
@@ -85,6 +87,7 @@ def test_images_do_not_depend_on_the_batch_nor_on_the_count(tiny: Tiny, name: st
         difference = to_bytes(same).astype(int) - to_bytes(reference[:count])
         assert np.abs(difference).max() <= 1
     assert torch.equal(drawn(64, 64), reference)
+    torch.testing.assert_close(drawn(64, 9, first=20), reference[20:29], rtol=tolerance, atol=tolerance)
 
 
 class NoNumberRead(TorchDispatchMode):
@@ -228,7 +231,7 @@ def test_labels_are_the_datas_or_balanced_in_every_sampler(tiny: Tiny, results: 
             seen.append(noise.labels)
             return noise.latents
 
-        for _ in draw(16, model, keep, 80, weights):
+        for _ in draw(16, model, keep, 80, weights, 0):
             pass
         drawn[labels] = torch.cat(seen)
         stages = ("samples", "scores")

@@ -95,7 +95,7 @@ def test_a_row_is_what_one_computes_from_all_its_images_at_once_in_whatever_batc
     model = load_denoiser(job.weights(step=3))[0]
     jumps = jump_sampler(job, model, read_preconditioning(job, model), 2)
     images = torch.cat(
-        [batch for _, batch in draw(study.sampling.batch, model, jumps, 80, read_label_weights(job, model))]
+        [batch for _, batch in draw(study.sampling.batch, model, jumps, 80, read_label_weights(job, model), 0)]
     )
     features = open_extractor(job, load_images(layout.dataset), CPU)(to_bytes(images)).astype(np.float64)
     data = read_data_statistics(Job(study, layout))

@@ -39,9 +39,12 @@ class Churn(Section):
 
 
 class Sampling(Section):
-    """Samples kept and scored at the end of training. Image i always comes from seed i."""
+    """Samples kept and scored at the end of training. Image i always comes from seed first_seed + i."""
 
-    count: Count = Field(description="Images a sampler, from seeds 0 to count-1.")
+    count: Count = Field(description="Images a sampler.")
+    first_seed: Annotated[int, Field(ge=0)] = Field(
+        0, description="Seed of the first image. EDM, for one, takes the lowest FID of three: 0, 50000, 100000."
+    )
     nfe: list[Count] = Field([1, 2, 3, 5, 8], min_length=1, description="Numbers of jumps.")
     gamma: list[Annotated[float, Field(gt=0, le=1)]] = Field(
         [], description="Further samplers with fresh noise between jumps; 1 is CM's multistep sampler."

@@ -195,7 +195,8 @@ class StudentScorer:
 
     def _drawn(self, model: Denoiser, nfe: int, count: int) -> Iterator[tuple[slice, torch.Tensor]]:
         jumps = jump_sampler(self.job, model, preconditioning_of(self.settings, model, self.ode), nfe)
-        return draw(self.job.study.sampling.batch, model, jumps, count, read_label_weights(self.job, model))
+        sampling, classes = self.job.study.sampling, read_label_weights(self.job, model)
+        return draw(sampling.batch, model, jumps, count, classes, sampling.first_seed)
 
 
 class _AlignmentError:
@@ -220,5 +221,6 @@ def teacher_endpoints(job: Job, teacher: Denoiser) -> Array:
     """Draw the teacher's ODE endpoints at eps of the first alignment_count seeds, float32 [n, C, H, W]."""
     study, classes = job.study, read_label_weights(job, teacher)
     sampler = heun_sampler(study, teacher, study.scores.alignment_nodes)
-    batches = draw(study.sampling.batch, teacher, sampler, study.scores.alignment_count, classes)
+    count, sampling = study.scores.alignment_count, study.sampling
+    batches = draw(sampling.batch, teacher, sampler, count, classes, sampling.first_seed)
     return torch.cat([batch.cpu() for _, batch in batches]).numpy()

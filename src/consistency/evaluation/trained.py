@@ -96,7 +96,7 @@ class TrainedStudent:
         sampler = jumps_along(self.noise, self.model, self.preconditioning, nfe, gamma)
         sampler = sampler if label is None else _labelled(sampler, label)
         with as_in_a_stage(threads):
-            batches = draw(self.batch, self.model, sampler, seed + count, weights, seed)
+            batches = draw(self.batch, self.model, sampler, count, weights, seed)
             return np.concatenate([to_bytes(images) for _, images in batches])
 
 

@@ -122,9 +122,10 @@ def _samples_picture(job: Job) -> Picture:
             images = read_array(student.samples / f"{sampler_name(nfe)}.npy", f"samples{student.options}")
             rows.append((f"{name}, NFE {nfe}", images))
     teacher = f"Heun{' with churn' if study.calibration.churn else ''}, NFE {2 * study.calibration.steps - 1}"
+    first = study.sampling.first_seed
     reference = f"the teacher ({teacher}) and " if study.taught else ""
     caption = (
-        f"Images of seeds 0 to 15, below the first row one noise a column: {reference}"
+        f"Images of seeds {first} to {first + 15}, below the first row one noise a column: {reference}"
         f"every student (training seed {seed}). First row: 16 training images, for comparison."
     )
     return Picture.of("samples", "samples", caption, figures.sample_grid(rows))

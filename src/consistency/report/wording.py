@@ -14,13 +14,13 @@ def teacher_line(row: Mapping[str, Any] | None, study: Study) -> str:
     """Return the teacher's score, the first line of a report. row: the calibration's, None without a teacher."""
     if row is None:
         return "No teacher: students are measured against the data alone"
-    count, published = int(row["images"]), row.get("published")
+    count, first, published = int(row["images"]), study.sampling.first_seed, row.get("published")
     fid = study.scores.extractor == "inception"
     value = f"FID {row['fd']:.2f}" if fid else f"FD {row['fd']:.4g}, not FID"
     known = published is not None and not np.isnan(published)
     given = f"published {published:g}, tolerance {row['tolerance']:g}; " if known else ""
     how = f"clean-fid {study.scores.mode}" if fid else "classifier features"
-    return f"Teacher: {value} ({given}{count:,} images, {how}, seeds 0-{count - 1})"
+    return f"Teacher: {value} ({given}{count:,} images, {how}, seeds {first}-{first + count - 1})"
 
 
 def teacher_made(study: Study, parameters: int) -> str:

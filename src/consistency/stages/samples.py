@@ -96,7 +96,7 @@ class _Work:
             return
         images = self.parts.open(name)
         classes = read_label_weights(self.job, model)
-        batches = draw(sampling.batch, model, sampler, count, classes, done, self.ranks)
+        batches = draw(sampling.batch, model, sampler, count, classes, sampling.first_seed, done, self.ranks)
         hook = model.model.register_forward_pre_hook(self._leave)
         try:
             while done < count:
