@@ -1,14 +1,16 @@
 """Coverage of the speed-up's interval, and of the bootstrap that it replaced, in simulated studies: docs/statistics.md.
 
-    python benchmarks/coverage.py                     # the whole table, docs/statistics.csv; about 20 minutes on a core
-    python benchmarks/coverage.py --studies 200
+    python benchmarks/coverage.py                     # docs/statistics.csv and its table; about an hour on a core
+    python benchmarks/coverage.py --studies 100 --docs /tmp
 
 A simulated student runs through a curve `factor` times faster than its baseline. The noise of both is drawn with the
 covariance that the curves of our own seeds have, over snapshots and between the two students.
 """
 
 import argparse
+import re
 from collections.abc import Callable, Iterator
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -113,28 +115,40 @@ def row(noise: Noise, shape: str, factor: float, seeds: int, count: int, statist
     }
 
 
+def table(rows: pd.DataFrame) -> str:
+    """Return the ranges over shapes and noises as Markdown."""
+
+    def span(values: pd.Series) -> str:
+        low, high = f"{100 * values.min():.0f}", f"{100 * values.max():.0f}"
+        return low if low == high else f"{low} to {high}"
+
+    heads = [*(f"holds {factor:g}, %" for factor in FACTORS), "claims at 1, %", "bias of the median, %", "open, %"]
+    lines = [["statistic", "seeds", *heads], ["---", "---:", *["---:"] * len(heads)]]
+    for (statistic, seeds), group in rows.groupby(["statistic", "seeds"], sort=False):
+        by_factor = {factor: group[group.factor == factor] for factor in FACTORS}
+        bias = 100 * (group["median"] / group.factor - 1).abs().max()
+        cells = [*(span(by_factor[factor].held) for factor in FACTORS), span(by_factor[1.0].claimed)]
+        lines.append([str(statistic), str(seeds), *cells, f"up to {bias:.1f}", span(group.open)])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--studies", type=int, default=1000, help="simulated studies a row (default: 1000)")
-    parser.add_argument("--out", type=Path, default=Path("docs/statistics.csv"))
+    parser.add_argument("--docs", type=Path, default=Path("docs"), help="folder of statistics.csv and statistics.md")
     args = parser.parse_args()
     noises = {name: committed(*place) for name, place in NOISES.items()}
-    places = [
-        {"statistic": statistic, "noise": noise, "shape": shape, "factor": factor, "seeds": seeds}
-        for statistic in STATISTICS
-        for noise in noises
-        for shape in SHAPES
-        for factor in FACTORS
-        for seeds in SEEDS
-        if seeds > 2 or statistic != "chosen"
-    ]
-    rows = []
-    for place in track("coverage")(places):
-        name = str(place["noise"])
-        rows.append(
-            place | row(noises[name], place["shape"], place["factor"], place["seeds"], args.studies, place["statistic"])
-        )
-    pd.DataFrame(rows).to_csv(args.out, index=False, float_format="%.4g")
+    places = [place for place in product(STATISTICS, SEEDS, noises, SHAPES, FACTORS) if place[:2] != ("chosen", 2)]
+    found = []
+    for statistic, seeds, noise, shape, factor in track("coverage")(places):
+        place = {"statistic": statistic, "seeds": seeds, "noise": noise, "shape": shape, "factor": factor}
+        found.append(place | row(noises[noise], shape, factor, seeds, args.studies, statistic))
+    rows = pd.DataFrame(found)
+    rows.to_csv(args.docs / "statistics.csv", index=False, float_format="%.4g")
+    page = args.docs / "statistics.md"
+    if page.exists():
+        block = f"\\1\n\n{table(rows)}\n\n\\2"
+        page.write_text(re.sub(r"(?s)(<!-- begin: coverage -->).*?(<!-- end -->)", block, page.read_text(), count=1))
 
 
 if __name__ == "__main__":

@@ -110,7 +110,8 @@ def _made_by(published: Published) -> str:
 
 
 def _verdicts(published: Published) -> str:
-    return "\n".join(f"- {sentence}" for sentence in verdicts(published.study, published.results))
+    said = "\n".join(f"- {sentence}" for sentence in verdicts(published.study, published.results))
+    return f"{said}\n\n{wording.varied(published.study)}" if said else ""
 
 
 def _calibration(published: Published) -> str:
