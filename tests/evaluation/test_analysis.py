@@ -80,6 +80,12 @@ def test_only_seeds_of_both_are_compared() -> None:
     assert (item.seeds, item.value, item.equal, item.shown) == (3, 1, True, False)
 
 
+def test_a_distance_that_rounding_makes_negative_is_no_error() -> None:
+    perfect = Curves(STEPS, np.full((3, len(STEPS)), -1e-15), [0, 1, 2])
+    (item,) = speed_ups(table({"cm": falling(1), "other": perfect}), pair(), [2])
+    assert item.value == np.inf
+
+
 def test_many_comparisons_make_a_claim_harder() -> None:
     curves = {"cm": falling(1, 4, 0.02), "other": falling(1.6, 4, 0.02), "one": falling(1.1, 4, 0.02)}
     (alone,) = speed_ups(table(curves), pair(), [2])

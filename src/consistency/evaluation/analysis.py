@@ -87,7 +87,8 @@ class Curves:
     def trained(self) -> tuple[Array, Array]:
         """The positive steps and the logarithms of their values."""
         later = self.steps > 0
-        return self.steps[later], np.log(self.values[:, later])
+        # The Frechet distance of equal sets is 0 to rounding, of either sign.
+        return self.steps[later], np.log(np.maximum(self.values[:, later], 1e-12))
 
 
 def curves_of(scores: pd.DataFrame, run: str, nfe: int, measure: str) -> Curves | None:
