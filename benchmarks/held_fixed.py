@@ -1,0 +1,65 @@
+"""Vary what the intervals of a report hold fixed: the teacher (teacher.seed) and the noises (sampling.first_seed).
+
+    python benchmarks/held_fixed.py --study config/studies/digits.yaml --cores 2      # docs/held_fixed.csv; an hour
+
+Every combination of three teachers and three sets of noises has a report of its own, in a clone of the last commit; the
+students of a teacher are trained once. The table has the speed-ups and the paired differences of all reports.
+"""
+
+import argparse
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import yaml
+
+KEYS = ["teacher", "noises", "run", "baseline", "measure", "nfe", "kind"]
+
+
+def reported(content: dict[str, Any], teacher: int, first_seed: int, clone: Path, cores: int) -> pd.DataFrame:
+    """Run a study with that teacher and those noises in a clone. Returns its comparisons with the baseline."""
+    name = content["name"]
+    changed = content | {
+        "teacher": content["teacher"] | {"seed": teacher},
+        "sampling": content["sampling"] | {"first_seed": first_seed},
+    }
+    (clone / f"config/studies/{name}.yaml").write_text(yaml.safe_dump(changed, sort_keys=False))
+    words = [sys.executable, "-m", "snakemake", "--cores", str(cores), "--config", f"studies=[{name}]"]
+    report = f"results/{name}/report"
+    files = [f"{report}/speedup.csv", f"{report}/paired.csv"]
+    environment = os.environ | {"PYTHONPATH": str(clone / "src")}
+    subprocess.run([*words, "--", *files], cwd=clone, env=environment, check=True)
+    tables = [pd.read_csv(clone / file).assign(kind=Path(file).stem) for file in files]
+    return pd.concat(tables, ignore_index=True).assign(teacher=teacher, noises=first_seed)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--study", type=Path, default=Path("config/studies/digits.yaml"), help="default: digits")
+    parser.add_argument("--seeds", type=int, default=3, help="training seeds (default: 3)")
+    parser.add_argument("--cores", type=int, default=1)
+    parser.add_argument("--out", type=Path, default=Path("docs/held_fixed.csv"))
+    args = parser.parse_args()
+    content = yaml.safe_load(args.study.read_text()) | {"seeds": list(range(args.seeds))}
+    count, found = content["sampling"]["count"], []
+    with tempfile.TemporaryDirectory() as folder:
+        clone = Path(folder) / "clone"
+        subprocess.run(["git", "clone", "--quiet", "--shared", ".", str(clone)], check=True)
+        for teacher in range(3):
+            for first_seed in (0, count, 2 * count):
+                found.append(reported(content, teacher, first_seed, clone, args.cores))
+    table = pd.concat(found, ignore_index=True)[[*KEYS, "value", "low", "high"]]
+    table.to_csv(args.out, index=False, float_format="%.5g")
+    # How far the value moves with each: standard deviations of its logarithm would be within 1 % the same.
+    spread = table.groupby(KEYS[2:]).value.agg(["mean", "std"])
+    by_teacher = table.groupby([*KEYS[2:], "teacher"]).value.mean().groupby(KEYS[2:]).std().rename("over teachers")
+    by_noises = table.groupby([*KEYS[2:], "noises"]).value.mean().groupby(KEYS[2:]).std().rename("over noises")
+    print(pd.concat([spread, by_teacher, by_noises], axis=1).to_string(float_format="%.4f"))
+
+
+if __name__ == "__main__":
+    main()
