@@ -11,17 +11,16 @@ import pytest
 RESULTS = Path(__file__).parents[2] / "docs/results/digits"
 
 
-@pytest.mark.parametrize(("factor", "agrees"), [(1.0, True), (1 + 1e-4, True), (1 - 1e-4, True), (1.01, False)])
+@pytest.mark.parametrize(("factor", "agrees"), [(1.0, True), (1 + 1e-3, True), (1 - 1e-3, True), (1.1, False)])
 def test_a_run_agrees_with_the_page_within_the_stated_tolerance(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, factor: float, agrees: bool
 ) -> None:
     shutil.copytree(RESULTS, tmp_path / "docs/results/digits")
     report = tmp_path / "results/digits/report"
     report.mkdir(parents=True)
-    for path in RESULTS.glob("*.csv"):
-        table = pd.read_csv(path)
-        numbers = table.select_dtypes("float").columns
-        table.assign(**{name: table[name] * factor for name in numbers}).to_csv(report / path.name, index=False)
+    scores = pd.read_csv(RESULTS / "scores.csv").query("seed.isna() or seed < 2")  # as many as the demo has
+    measured = {name: scores[name] * factor for name in ("fd", "kid", "alignment")}
+    scores.assign(**measured).to_csv(report / "scores.csv", index=False)
     script = re.search(r"<<'END'\n(.*?)\n    END", (RESULTS / "README.md").read_text(), re.DOTALL)
     assert script is not None
     monkeypatch.chdir(tmp_path)
