@@ -140,7 +140,8 @@ def _final(measure: str, published: Published) -> str:
         name = "KID" if measure == "kid" else wording.what_of(measure, extractor)
         what, count = f"{name} from {_features(extractor)}", int(rows.images.iloc[0])
     scale = ", x 1000" if factor > 1 else ""
-    return f"{shown}\n\n{what}{scale}: mean ± half-width of the 95 % t interval; N = {count:,}; {_seeds(study)}."
+    said = ": mean ± half-width of the 95 % t interval" if len(study.seeds) > 1 else ""
+    return f"{shown}\n\n{what}{scale}{said}; N = {count:,}; {_seeds(study)}."
 
 
 def _compared(name: str, say: Callable[[Any], str], published: Published) -> str:
