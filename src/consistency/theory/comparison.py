@@ -43,13 +43,12 @@ def mean_interval(values: Array) -> tuple[float, float]:
 
 def mean_ratio(logs: Array) -> Estimate:
     """Return the geometric mean of ratios, given their logarithms [seeds]."""
-    value = float(np.exp(logs.mean()))
     if len(logs) < 3:
-        return _of_few(value, np.exp(logs))
+        return _of_few(np.exp(logs))
     mean, half = mean_interval(logs)
     spread = logs.std(ddof=1)
     p = 2 * stats.t.sf(np.sqrt(len(logs)) * abs(mean) / spread, len(logs) - 1) if spread else float(mean == 0)
-    return Estimate(value, float(np.exp(mean - half)), float(np.exp(mean + half)), float(p))
+    return Estimate(float(np.exp(mean)), float(np.exp(mean - half)), float(np.exp(mean + half)), float(p))
 
 
 def speed_up(steps: tuple[Array, Array], baseline: Array, student: Array) -> Estimate:
@@ -69,7 +68,7 @@ def speed_up(steps: tuple[Array, Array], baseline: Array, student: Array) -> Est
     if count > 2:
         return _of_shifts(first, second, offset)
     each = [_of_shifts(first[k : k + 1], second[k : k + 1], offset).value for k in range(count)]
-    return _of_few(_of_shifts(first, second, offset).value, np.array(each))
+    return _of_few(np.array(each))
 
 
 def holm(p: Sequence[float]) -> Array:
@@ -81,10 +80,11 @@ def holm(p: Sequence[float]) -> Array:
     return values
 
 
-def _of_few(value: float, each: Array) -> Estimate:
-    """Return the range over two seeds, which is no interval; one seed has none."""
+def _of_few(each: Array) -> Estimate:
+    """Return the geometric mean of one or two seeds, and the range of two, which is no interval."""
     low, high = (each.min(), each.max()) if len(each) > 1 else (np.nan, np.nan)
-    return Estimate(value, float(low), float(high), float("nan"))
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return Estimate(float(np.exp(np.log(each).mean())), float(low), float(high), float("nan"))
 
 
 def _lattice(steps: Array, logs: Array) -> Array:
@@ -134,7 +134,7 @@ def _differences(baseline: Array, student: Array) -> tuple[Array, Array, Array]:
         a, b = baseline[:, : baseline.shape[1] + min(shift, 0)], student[:, : student.shape[1] - max(shift, 0)]
         size = min(a.shape[1], b.shape[1])
         a, b = a[:, -size:], b[:, -size:]
-        # The weights come from the sum of both curves, whose noise is not that of the difference.
+        # The sum of both curves has another noise than their difference, so its minimum favours neither.
         end = int((a.mean(0) + b.mean(0)).argmin())
         start = max(0, end - _PER_HALVING)
         if size > _PER_HALVING and end - start >= _FEWEST:
