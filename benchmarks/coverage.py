@@ -32,8 +32,7 @@ SHAPES: dict[str, Callable[[Array], Array]] = {
 #: name: study, baseline, student, measure, NFE of the curves whose noise is drawn
 NOISES = {
     "alignment": ("digits", "ctm", "analytic", "alignment", 2),
-    "FD": ("digits", "ctm", "analytic", "fd", 2),
-    "FD, couplings": ("digits-gc", "ic", "gc", "fd", 1),
+    "FD": ("digits", "ctm", "analytic", "fd", 3),
 }
 FACTORS, SEEDS = (1.0, 1.3, 2.0), (2, 3, 5, 10)
 

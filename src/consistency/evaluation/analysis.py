@@ -18,7 +18,8 @@ from consistency.theory.comparison import holm, mean_interval, mean_ratio
 
 Array = np.ndarray
 
-_SIGNIFICANT = 0.05
+#: the largest p value that shows a difference
+SIGNIFICANT = 0.05
 
 
 def of_main_rate(scores: pd.DataFrame, rates: Mapping[str, float]) -> pd.DataFrame:
@@ -158,7 +159,7 @@ class Comparison:
     @property
     def shown(self) -> bool:
         """True if a difference is shown."""
-        return self.p < _SIGNIFICANT and (self.low > 1 + self.tolerance or self.high < 1 - self.tolerance)
+        return self.p < SIGNIFICANT and (self.low > 1 + self.tolerance or self.high < 1 - self.tolerance)
 
     @property
     def equal(self) -> bool:

@@ -7,7 +7,7 @@ import numpy as np
 
 from consistency.config.networks import NoTeacher, OfficialTeacher
 from consistency.config.study import Study
-from consistency.evaluation.analysis import Comparison, Paired, SpeedUp
+from consistency.evaluation.analysis import SIGNIFICANT, Comparison, Paired, SpeedUp
 
 
 def teacher_line(row: Mapping[str, Any] | None, study: Study) -> str:
@@ -105,6 +105,8 @@ def verdict(item: Comparison) -> str:
         return f"equal within {100 * item.tolerance:g} %"
     if item.shown:
         return f"a difference (p = {item.p:.2g})"
+    if item.p < SIGNIFICANT:
+        return f"the curves differ (p = {item.p:.2g}), but do not fix this number"
     return "no difference is shown" + (f" (p = {item.p:.2g})" if item.p < 1 else "")
 
 
