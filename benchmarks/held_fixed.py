@@ -54,7 +54,6 @@ def main() -> None:
                 found.append(reported(content, teacher, first_seed, clone, args.cores))
     table = pd.concat(found, ignore_index=True)[[*KEYS, "value", "low", "high"]]
     table.to_csv(args.out, index=False, float_format="%.5g")
-    # How far the value moves with each: standard deviations of its logarithm would be within 1 % the same.
     spread = table.groupby(KEYS[2:]).value.agg(["mean", "std"])
     by_teacher = table.groupby([*KEYS[2:], "teacher"]).value.mean().groupby(KEYS[2:]).std().rename("over teachers")
     by_noises = table.groupby([*KEYS[2:], "noises"]).value.mean().groupby(KEYS[2:]).std().rename("over noises")

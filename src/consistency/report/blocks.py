@@ -3,7 +3,6 @@
 import re
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -144,23 +143,30 @@ def _final(measure: str, published: Published) -> str:
     return f"{shown}\n\n{what}{scale}{said}; N = {count:,}; {_seeds(study)}."
 
 
-def _compared(name: str, say: Callable[[Any], str], published: Published) -> str:
-    rows, study = [], published.study
-    for item in getattr(published.results, name):
+def _comparisons(items: Sequence[Any], say: Callable[[Any], str], published: Published) -> str:
+    """Return a table of comparisons with the baseline, each as `say` says it."""
+    rows = []
+    for item in items:
         by = wording.what_of(item.measure, published.results.extractor) + wording.by_unit(item.unit)
         place = {"student": f"`{item.run}`", "over": f"`{item.baseline}`", "measure": by, "nfe": item.nfe}
-        rows.append(place | {"text": f"**{say(item)}**" if item.shown else say(item)})
+        rows.append(place | {"text": say(item)})
+    return _by_nfe(rows)
+
+
+def _judged(name: str, say: Callable[[Any], str], published: Published) -> str:
+    items, study = getattr(published.results, name), published.study
+    if not items:
+        return ""
+    table = _comparisons(items, lambda item: f"**{say(item)}**" if item.shown else say(item), published)
     bold = " Bold: a difference is shown, by Holm over the table." if len(study.seeds) > 2 else ""
-    return f"{_by_nfe(rows)}\n\n{_seeds(study).capitalize()}. {wording.varied(study)}{bold}" if rows else ""
+    return f"{table}\n\n{_seeds(study).capitalize()}. {wording.varied(study)}{bold}"
 
 
 def _final_score(published: Published) -> str:
     """Return the ratios that papers state, which have no verdict."""
-    bare = [replace(item, p=1.0) for item in published.results.found]
-    unjudged = replace(published, results=replace(published.results, found=bare))
-    table, *_ = _compared("found", wording.final, unjudged).partition("\n\n")
+    found = published.results.found
     said = "The baseline's iterations to its own final score over the student's, of the mean curves."
-    return f"{table}\n\n{said}" if bare else ""
+    return f"{_comparisons(found, wording.final, published)}\n\n{said}" if found else ""
 
 
 #: the content of each block; '' where a study has not measured it
@@ -171,7 +177,7 @@ BLOCKS: dict[str, Callable[[Published], str]] = {
     "final fd": partial(_final, "fd"),
     "final kid": partial(_final, "kid"),
     "final alignment": partial(_final, "alignment"),
-    "speed-up": partial(_compared, "found", wording.speed),
+    "speed-up": partial(_judged, "found", wording.speed),
     "final score": _final_score,
-    "paired": partial(_compared, "paired", wording.ratio),
+    "paired": partial(_judged, "paired", wording.ratio),
 }

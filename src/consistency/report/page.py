@@ -33,7 +33,11 @@ def write_page(
     for picture in pictures:
         entry = {"name": picture.name, "caption": picture.caption, "data": base64.b64encode(picture.png).decode()}
         chapters.setdefault(picture.chapter, []).append(entry)
-    rows = [row | {"published": _published(study, row)} for row in _table_rows(results.table)]
+    scored = _published(study)
+    rows = [
+        row | {"published": scored.get((row["run"], row["nfe"]), "") if row["sampler"] in OWN_SAMPLERS else ""}
+        for row in _table_rows(results.table)
+    ]
     return environment.from_string(template).render(
         study=study,
         teacher_line=wording.teacher_line(results.teacher, study),
@@ -79,15 +83,15 @@ def _table_rows(table: pd.DataFrame) -> list[dict[str, Any]]:
     ]
 
 
-def _published(study: Study, row: dict[str, Any]) -> str:
-    """Return the FID that a paper reports for a student and its own sampler, "?" behind one that was read but once; ±:
-    over samplings of one model. Empty where there is none."""
+def _published(study: Study) -> dict[tuple[str, int], str]:
+    """Return the FIDs that a paper reports, by student and number of jumps; "?" behind one that was read but once, ±:
+    over samplings of one model."""
     table = pd.read_csv(StringIO(files("consistency.report").joinpath("published.csv").read_text()), dtype={"run": str})
-    found = table[(table.study == study.name) & (table.run == row["run"]) & (table.nfe == row["nfe"])]
-    if found.empty or row["sampler"] not in OWN_SAMPLERS:
-        return ""
-    cell = found.iloc[0]
-    return wording.plus_minus(cell.fid, cell.spread) + ("" if cell.read == "twice" else " ?")
+    return {
+        (row["run"], row["nfe"]): wording.plus_minus(row["fid"], row["spread"])
+        + ("" if row["read"] == "twice" else " ?")
+        for row in records(table[table.study == study.name])
+    }
 
 
 def _step_table(histories: dict[str, list[pd.DataFrame]]) -> dict[str, Any] | None:
