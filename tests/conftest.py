@@ -226,7 +226,8 @@ def first_results(tmp_path_factory: pytest.TempPathFactory, tiny: Tiny) -> Study
     times = log_grid(16, study.noise.sigma_min, study.noise.sigma_max).numpy()
     layout.coefficients.mkdir()
     l = 1 / (1 + 1 / times)
-    np.savez(layout.fit, times=times, l=l, s=4 * l - 2)
+    centre = load_images(layout.dataset).mean()
+    np.savez(layout.fit, times=times, l=l, s=4 * l - 2, s_centred=3 * l - 2, centre=centre)
     Card(Job(study, layout), "coefficients").write()
     return layout
 

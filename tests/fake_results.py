@@ -191,6 +191,8 @@ def _coefficients(job: Job) -> None:
     l, s = GaussianTeacher(torch.tensor([0.05, 0.25, 1.0], dtype=torch.float64)).coefficients(times)
     error = 0.02 / (1 + times)
     arrays = {"times": times, "l": l, "l_se": error / 4, "s": s, "s_se": error, "determined": times > 0}
+    arrays |= {f"{name}_centred": arrays[name] for name in ("s", "determined")} | {"s_centred_se": error}
+    arrays["centre"] = torch.zeros(study.dataset.channels, *[study.dataset.resolution] * 2)
     write_arrays(path, {name: array.numpy() for name, array in arrays.items()})
     _card(job, "coefficients", seconds=3.5)
 

@@ -141,6 +141,12 @@ MISTAKES: list[tuple[dict[str, Any], str]] = [
         "scores.curve_count must exceed scores.classifier.features",
     ),
     ({"students.ctm.preconditioning": "cm"}, "preconditioning 'cm' is defined for s = eps only"),
+    (
+        {"student.objective": "endpoint", "student.max_heun_steps": ABSENT, "student.dsm_weight": ABSENT}
+        | {"students.ctm.preconditioning": "analytic-centred", "report.baseline": {}},
+        "preconditioning 'analytic-centred' is for jumps between any two times: use it with objective: trajectory",
+    ),
+    ({"student.theta": 1.5}, "student.theta"),
     ({"student.max_heun_steps": 6}, "max_heun_steps 6 is more than nodes - 1 = 5"),
     ({"student.snapshot_every": 4}, "snapshot_every 4 does not divide steps 6"),
     ({"student.log_every": 2}, "log_every 2 does not divide snapshot_every 3"),
@@ -313,8 +319,8 @@ def test_fields_without_effect_are_named() -> None:
     common: dict[str, Any] = {"steps": 50, "batch": 4, "snapshot_every": 50}
     for settings in OBJECTIVES.values():
         assert settings(**common).unused_fields <= settings.model_fields.keys()
-    assert Consistency(**common).unused_fields == {"fit", "dsm_balance", "mu", "predictor"}
-    used = Consistency(coupling="gc", preconditioning="analytic", dsm_weight=1.0, **common)
+    assert Consistency(**common).unused_fields == {"fit", "dsm_balance", "mu", "predictor", "theta"}
+    used = Consistency(coupling="gc", preconditioning="analytic-midpoint", dsm_weight=1.0, **common)
     assert not used.unused_fields
 
 

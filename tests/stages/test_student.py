@@ -11,9 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from tests.conftest import Changes, Tiny
+from tests.conftest import Changes, Tiny, mistake
 from tests.nets.small import make_denoiser
 from tests.repeatable import assert_same
 from tests.stages.conftest import OWN
@@ -25,9 +26,12 @@ from consistency.config.paths import StudyPaths
 from consistency.config.study import Study
 from consistency.data.prepared import load_images
 from consistency.nets.checkpoint import load_denoiser
+from consistency.nets.jumps import JUMPS, Jumps
+from consistency.provenance.inputs import read_preconditioning
 from consistency.runtime.machine import Machine
 from consistency.runtime.stopping import Interrupted
 from consistency.stages.student import make_student
+from consistency.theory.generalized_ode import GeneralizedODE
 from consistency.training import students
 from consistency.training.consistency_training import ConsistencyTraining
 from consistency.training.loop import Training, train
@@ -94,6 +98,29 @@ def test_students_of_a_seed_share_weights_images_times_and_noise(
                 assert torch.equal(getattr(a.draws, name), getattr(other.draws, name)), name
     assert not torch.equal(seen[0].images, seen[3].images)
     assert not torch.equal(seen[0].draws.z, seen[3].draws.z)
+
+
+def test_a_centred_student_jumps_around_the_mean_image_and_its_file_says_so(
+    tiny: Tiny, first_results: StudyPaths, tmp_path: Path
+) -> None:
+    centred = {"preconditioning": "analytic-midpoint-centred", "theta": 0.4}
+    study = tiny({"varies": ["preconditioning", "theta"], "students.centred": centred})
+    job, data = Job(study, first_results, "centred", 0), load_images(first_results.dataset)
+    begun = training(study, first_results, "centred")
+    settings, model = Jumps.model_validate_json(json.dumps(begun.metadata[JUMPS])), begun.emas[0].model
+    x, t = data.take(range(4))[0], torch.full((4,), 60.0)
+    s, labels = torch.full((4,), 2.0), torch.arange(4)
+    jump, read = (each.jump(model, x, t, s, labels) for each in (settings.of(model), read_preconditioning(job, model)))
+    assert torch.equal(jump, read)
+    fit = np.load(first_results.fit)
+    ode = GeneralizedODE(*(torch.from_numpy(fit[name]) for name in ("times", "l", "s_centred")))
+    f, g = (value.float()[:, None, None, None] for value in ode.step(t.double(), s.double(), 0.4))
+    mean = data.take(range(len(data)))[0].mean(0)
+    torch.testing.assert_close(jump, mean + f * (x - mean) + g * (model(x, t, s, labels) - mean), rtol=1e-4, atol=1e-4)
+    older = StudyPaths("tiny", tmp_path / "results", tmp_path / "state")
+    shutil.copytree(first_results.results, older.results)
+    np.savez(older.fit, **{name: fit[name] for name in ("times", "l", "s")})
+    assert "has no array" in mistake(training, study, older, "centred")
 
 
 def test_another_seed_is_another_order_and_other_second_time_weights(

@@ -187,7 +187,7 @@ class Consistency(WithDenoising):
 
     @property
     def unused_fields(self) -> set[str]:
-        unused = set() if self.fitted else {"fit"}
+        unused = super().unused_fields | (set() if self.fitted else {"fit"})
         unused |= set() if self.dsm_weight else {"dsm_balance"}
         return unused | (set() if self.coupling == "gc" else {"mu", "predictor"})
 

@@ -32,7 +32,12 @@ class Student(Section):
     objective: str = Field(
         "trajectory", description="What the student learns. Each objective has keys of its own: a table below."
     )
-    preconditioning: Annotated[str, OneOf(FORMS)] = Field("ctm", description="f(t,s) and g(t,s).")
+    preconditioning: Annotated[str, OneOf(FORMS)] = Field(
+        "ctm", description="f(t,s) and g(t,s). `midpoint` and `centred` are ours, not the papers'."
+    )
+    theta: float = Field(
+        0.5, ge=0, le=1, description="Weight of h at s in the midpoint forms: 0 is the forward form, 1 the backward."
+    )
     distance: Annotated[str, OneOf(DISTANCES)] = Field(
         "pseudo_huber", description="Distance between the two endpoints; `lpips` downloads the weights of VGG16."
     )
@@ -59,6 +64,11 @@ class Student(Section):
         if FORMS[self.preconditioning].only_to_eps and not self.only_to_eps:
             raise ValueError(
                 f"preconditioning {self.preconditioning!r} is defined for s = eps only: use it with objective: endpoint"
+            )
+        if FORMS[self.preconditioning].centred and self.only_to_eps:
+            raise ValueError(
+                f"preconditioning {self.preconditioning!r} is for jumps between any two times: use it with objective: "
+                "trajectory"
             )
         if self.steps % self.snapshot_every:
             raise ValueError(f"snapshot_every {self.snapshot_every} does not divide steps {self.steps}: use a divisor")
@@ -113,7 +123,8 @@ class Student(Section):
     @property
     def unused_fields(self) -> set[str]:
         """Fields that have no effect on this student."""
-        return set()
+        form = FORMS[self.preconditioning]
+        return set() if form.fitted and form.theta is None else {"theta"}
 
     @property
     def from_teacher(self) -> bool:

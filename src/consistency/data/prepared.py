@@ -41,6 +41,12 @@ class ImageData:
     def __len__(self) -> int:
         return len(self.images)
 
+    def mean(self) -> np.ndarray:
+        """Return the mean image, float32 [C, H, W] in [-1, 1]: exact, whatever the number of images."""
+        total = sum(self.images[i : i + 4096].sum(0, dtype=np.int64) for i in range(0, len(self), 4096))
+        mean = np.asarray(total / len(self) / 127.5 - 1, np.float32)
+        return np.ascontiguousarray(mean.transpose(2, 0, 1))
+
     def take(self, rows: np.ndarray | Tensor) -> tuple[Tensor, Tensor]:
         """Return images float32 [n, C, H, W] in [-1, 1] and labels int64 [n] of those rows."""
         rows = np.asarray(rows)

@@ -35,10 +35,9 @@ def draw(
 ) -> Iterator[tuple[slice, Tensor]]:
     """Yield this process's images start to count-1 in batches of that size: (rows, float [n, C, H, W]). classes: the
     relative frequency of each of the model's classes; first_seed: that of image 0, from which the others count up."""
-    shape = (model.img_channels, model.img_resolution, model.img_resolution)
     for first in range(start + ranks.rank * size, count, ranks.world * size):
         rows = slice(first, min(first + size, count))
-        noise = ImageNoise(range(first_seed + rows.start, first_seed + rows.stop), shape, classes)
+        noise = ImageNoise(range(first_seed + rows.start, first_seed + rows.stop), model.shape, classes)
         yield rows, sampler(noise)
 
 

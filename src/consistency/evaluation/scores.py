@@ -18,9 +18,9 @@ from consistency.evaluation.extractor import open_extractor, read_data_statistic
 from consistency.evaluation.features import Statistics, frechet_distance, kernel_distance
 from consistency.evaluation.samplers import draw, heun_sampler, jump_sampler
 from consistency.nets.denoiser import Denoiser
+from consistency.nets.jumps import Fit
 from consistency.provenance.card import Card
 from consistency.provenance.inputs import preconditioning_of, read_dataset, read_label_weights
-from consistency.theory.generalized_ode import GeneralizedODE
 
 Array = np.ndarray
 
@@ -155,7 +155,7 @@ class StudentScorer:
     scorer: Scorer
     rate: float | None
     endpoints: Array
-    ode: GeneralizedODE | None
+    fit: Fit | None
 
     def __post_init__(self) -> None:
         self.job, self.settings = self.scorer.job, self.scorer.job.settings
@@ -194,7 +194,7 @@ class StudentScorer:
         return len(self.endpoints) > 0 and (nfe == 1 or not self.settings.only_to_eps)
 
     def _drawn(self, model: Denoiser, nfe: int, count: int) -> Iterator[tuple[slice, torch.Tensor]]:
-        jumps = jump_sampler(self.job, model, preconditioning_of(self.settings, model, self.ode), nfe)
+        jumps = jump_sampler(self.job, model, preconditioning_of(self.settings, model, self.fit), nfe)
         sampling, classes = self.job.study.sampling, read_label_weights(self.job, model)
         return draw(sampling.batch, model, jumps, count, classes, sampling.first_seed)
 

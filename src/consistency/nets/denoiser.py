@@ -63,6 +63,11 @@ class Denoiser(nn.Module):
             self.set_own_fit(torch.zeros(3, self.architecture["own_fit"], dtype=torch.float64))
 
     @property
+    def shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of an image."""
+        return self.img_channels, self.img_resolution, self.img_resolution
+
+    @property
     def takes_s(self) -> bool:
         """True for a student's denoiser D(x,t,s)."""
         return bool(self.architecture["second_time"])
@@ -176,7 +181,7 @@ def forward_operations(architecture: Mapping[str, Any]) -> float:
     """Count the operations of one evaluation of one image, additions and multiplications as one each, without data."""
     with torch.device("meta"):
         denoiser = build_denoiser(architecture).eval()
-        x = torch.zeros(1, denoiser.img_channels, denoiser.img_resolution, denoiser.img_resolution)
+        x = torch.zeros(1, *denoiser.shape)
         with FlopCounterMode(display=False) as counter:
             denoiser(x, torch.ones(1))
     return float(counter.get_total_flops())

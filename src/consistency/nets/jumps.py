@@ -1,5 +1,6 @@
 """Settings of a student's jumps, which its file holds beside the weights: the file alone is enough to sample it."""
 
+import math
 from pathlib import Path
 from typing import Annotated, Any, Self
 
@@ -19,17 +20,29 @@ JUMPS = "jumps"
 
 
 class Fit(Section):
-    """The teacher's l_t and s_t on nodes t, as `coefficients.npz` has them. JSON keeps every bit of a float64."""
+    """The teacher's l_t and s_t on nodes t, as `coefficients.npz` has them; centre: the mean image of a centred form,
+    its pixels in order. JSON keeps every bit of a float64."""
 
     times: list[float]
     l: list[float]
     s: list[float]
+    centre: list[float] | None = None
 
     @model_validator(mode="after")
     def _as_long(self) -> Self:
         if not len(self.times) == len(self.l) == len(self.s):
             raise ValueError("times, l and s are not equally long")
         return self
+
+    def ode(self, shape: tuple[int, ...], device: torch.device | str) -> GeneralizedODE:
+        """Return the generalised ODE; shape: of an image. Raises ValueError for coefficients that are not usable."""
+        times, l, s = torch.tensor([self.times, self.l, self.s], dtype=torch.float64)
+        if self.centre is None:
+            return GeneralizedODE(times, l, s, device)
+        centre = torch.tensor(self.centre, dtype=torch.float32)
+        if centre.numel() != math.prod(shape):
+            raise ValueError(f"the mean image has {centre.numel()} values, an image {math.prod(shape)}")
+        return GeneralizedODE(times, l, s, device, centre.reshape(shape))
 
 
 class Jumps(Section):
@@ -38,6 +51,7 @@ class Jumps(Section):
     proportions its labels are drawn (none in files of earlier versions)."""
 
     preconditioning: Annotated[str, OneOf(FORMS)]
+    theta: Annotated[float, Field(ge=0, le=1)] = 0.5
     only_to_eps: bool
     noise: Noise
     fit: Fit | None = None
@@ -46,12 +60,15 @@ class Jumps(Section):
     def of(self, model: Denoiser) -> Preconditioning:
         """Return the preconditioning of a network. Raises ValueError if the coefficients are missing or not usable."""
         if "own_fit" in model.architecture:
-            return own_preconditioning(self.preconditioning, model)
-        ode = None
-        if self.fit is not None:
-            times, l, s = torch.tensor([self.fit.times, self.fit.l, self.fit.s], dtype=torch.float64)
-            ode = GeneralizedODE(times, l, s, next(model.parameters()).device)
-        return build_preconditioning(self.preconditioning, model.sigma_data, ode)
+            return own_preconditioning(self.preconditioning, model, self.theta)
+        return fitted_preconditioning(self.preconditioning, model, self.fit, self.theta)
+
+
+def fitted_preconditioning(name: str, model: Denoiser, fit: Fit | None, theta: float) -> Preconditioning:
+    """Return the preconditioning of that name for a network, with the teacher's coefficients if it needs them. Raises
+    ValueError if they are missing or not usable."""
+    ode = None if fit is None else fit.ode(model.shape, next(model.parameters()).device)
+    return build_preconditioning(name, model.sigma_data, ode, theta)
 
 
 def read_jumps(path: Path, metadata: dict[str, Any]) -> Jumps:

@@ -7,9 +7,9 @@ from consistency.theory.generalized_ode import GeneralizedODE
 from consistency.theory.preconditioning import Preconditioning, build_preconditioning
 
 
-def own_preconditioning(name: str, model: Denoiser) -> Preconditioning:
+def own_preconditioning(name: str, model: Denoiser, theta: float = 0.5) -> Preconditioning:
     """Return the preconditioning of that name with the model's own l_t and s_t at the time of use."""
-    return build_preconditioning(name, model.sigma_data, _OwnODE(model))
+    return build_preconditioning(name, model.sigma_data, _OwnODE(model), theta)
 
 
 class _OwnODE:

@@ -14,11 +14,10 @@ from consistency.config.study import Study
 from consistency.data.prepared import ImageData, load_images
 from consistency.nets.checkpoint import load_denoiser
 from consistency.nets.denoiser import Denoiser
-from consistency.nets.jumps import Fit, Jumps
+from consistency.nets.jumps import Fit, Jumps, fitted_preconditioning
 from consistency.nets.own_preconditioning import own_preconditioning
 from consistency.provenance.card import read_card
-from consistency.theory.generalized_ode import GeneralizedODE
-from consistency.theory.preconditioning import Preconditioning, build_preconditioning
+from consistency.theory.preconditioning import FORMS, Preconditioning
 
 
 def read_dataset(job: Job) -> ImageData:
@@ -69,42 +68,42 @@ def read_student(job: Job, device: torch.device, rate: float | None = None, step
 
 def read_coefficients(job: Job) -> dict[str, np.ndarray[Any, Any]]:
     """Read the arrays of coefficients.npz."""
-    return read_arrays(job.paths.fit, "coefficients", "times", "l", "s")
+    return read_arrays(job.paths.fit, "coefficients", "times", "l", "s", "s_centred", "centre")
 
 
-def read_ode(job: Job, device: torch.device) -> GeneralizedODE | None:
-    """Read the ODE of the coefficients fitted from the teacher, for a student that uses them."""
+def read_fit(job: Job) -> Fit | None:
+    """Read the coefficients fitted from the teacher, as the student uses them; None for a student that does not."""
     if not job.settings.needs_coefficients:
         return None
     read_card(job, "coefficients")
     arrays = read_coefficients(job)
-    times, l, s = (torch.from_numpy(arrays[letter]) for letter in ("times", "l", "s"))
-    return GeneralizedODE(times, l, s, device)
+    times, l = arrays["times"].tolist(), arrays["l"].tolist()
+    if not FORMS[job.settings.preconditioning].centred:
+        return Fit(times=times, l=l, s=arrays["s"].tolist())
+    return Fit(times=times, l=l, s=arrays["s_centred"].tolist(), centre=arrays["centre"].ravel().tolist())
 
 
-def preconditioning_of(settings: Student, model: Denoiser, ode: GeneralizedODE | None) -> Preconditioning:
+def preconditioning_of(settings: Student, model: Denoiser, fit: Fit | None) -> Preconditioning:
     """Return the preconditioning of a student's network, with these coefficients or the network's own."""
     if settings.has_own_fit:
-        return own_preconditioning(settings.preconditioning, model)
-    return build_preconditioning(settings.preconditioning, model.sigma_data, ode)
+        return own_preconditioning(settings.preconditioning, model, settings.theta)
+    return fitted_preconditioning(settings.preconditioning, model, fit, settings.theta)
 
 
 def read_preconditioning(job: Job, model: Denoiser) -> Preconditioning:
     """Read the preconditioning of a student, given its network."""
-    return preconditioning_of(job.settings, model, read_ode(job, next(model.parameters()).device))
+    return preconditioning_of(job.settings, model, read_fit(job))
 
 
 def jumps_of(job: Job, data: ImageData) -> Jumps:
     """Return the settings of a student's jumps, with the teacher's coefficients if it uses them, and the data's class
     counts if it is conditional."""
-    settings, fit = job.settings, None
-    if settings.needs_coefficients:
-        arrays = read_coefficients(job)
-        fit = Fit(**{letter: arrays[letter].tolist() for letter in ("times", "l", "s")})
+    settings = job.settings
     return Jumps(
         preconditioning=settings.preconditioning,
+        theta=settings.theta,
         only_to_eps=settings.only_to_eps,
         noise=job.study.noise,
-        fit=fit,
+        fit=read_fit(job),
         class_counts=data.class_counts if job.study.teacher.conditional else [],
     )

@@ -1,7 +1,7 @@
 """The report's figures: one function each, from arrays to a matplotlib figure. The stage report writes the files."""
 
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import matplotlib
@@ -23,6 +23,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 Array = np.ndarray
+Coefficients = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 
 plt.rc("axes", grid=True)
 plt.rc("axes.spines", right=False, top=False)
@@ -70,8 +71,9 @@ def sample_grid(rows: Sequence[tuple[str, Array]], columns: int = 16) -> Figure:
     return figure
 
 
-def coefficients(fit: dict[str, Array]) -> Figure:
-    """Plot l_t and s_t against t with +-2 standard errors; hollow points are times that do not determine s_t."""
+def coefficients(fit: dict[str, Array], centred: bool) -> Figure:
+    """Plot l_t and s_t against t with +-2 standard errors, and s_t of the centred fit; hollow points are times that do
+    not determine s_t."""
     figure, axes = plt.subplots(1, 2, figsize=(10, 3.6))
     times, known = fit["times"], fit["determined"].astype(bool)
     for axis, letter, ctm in zip(axes, "ls", (0.0, -1.0), strict=True):
@@ -80,22 +82,23 @@ def coefficients(fit: dict[str, Array]) -> Figure:
         axis.plot(times, value, color="#D55E00", marker=".", ms=3, lw=1, label=f"fitted ${letter}_t$")
         if letter == "s" and not known.all():
             axis.plot(times[~known], value[~known], "o", mfc="none", color="#D55E00", label="undetermined")
+        if letter == "s" and centred:
+            axis.plot(times, fit["s_centred"], color="#0072B2", lw=1, ls="-.", label="centred $s_t$")
         axis.axhline(ctm, color="#444444", lw=1, ls="--", label=f"ctm: {ctm:g}")
         axis.set(xscale="log", xlabel="time t (noise level)", ylabel=f"${letter}_t$")
         axis.legend()
     return figure
 
 
-def preconditioning(ode: GeneralizedODE, forward: bool) -> Figure:
-    """Plot f and g minus ctm's against s/t, for jumps from several t; forward: draw that form too."""
-    forms = {"analytic (backward Euler)": ode.backward} | ({"analytic-forward": ode.forward} if forward else {})
-    starts = [ode.sigma_max, 10.0, 2.5, 0.5, 0.1]
+def preconditioning(forms: Mapping[str, Coefficients], sigma_min: float, sigma_max: float) -> Figure:
+    """Plot f and g minus ctm's against s/t, for jumps from several t; forms: f and g of (t, s), by name."""
+    starts = [sigma_max, 10.0, 2.5, 0.5, 0.1]
     figure, axes = plt.subplots(len(forms), 2, figsize=(10, 3.4 * len(forms)), squeeze=False)
     colours = plt.get_cmap("viridis")(np.linspace(0, 0.9, len(starts)))
     for (name, form), pair in zip(forms.items(), axes, strict=True):
         for start, colour in zip(starts, colours, strict=True):
-            s = torch.logspace(np.log10(ode.sigma_min), np.log10(start), 200, dtype=torch.float64)
-            s = s.clamp(ode.sigma_min, start)
+            s = torch.logspace(np.log10(sigma_min), np.log10(start), 200, dtype=torch.float64)
+            s = s.clamp(sigma_min, start)
             t = torch.full_like(s, start)
             f, g = form(t, s)
             pair[0].plot(s / t, f - s / t, color=colour, label=f"t = {start:g}")

@@ -4,7 +4,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
-import torch
 from matplotlib.figure import Figure
 
 from consistency.base.arrays import read_array, read_arrays, read_table
@@ -12,15 +11,16 @@ from consistency.base.files import require_output
 from consistency.config.job import Job
 from consistency.config.measures import Flows
 from consistency.config.paths import sampler_name
+from consistency.config.student import Student
 from consistency.config.study import Study
 from consistency.evaluation.flows import PLANE_BATCH, TOYS
 from consistency.nets.checkpoint import load_denoiser
 from consistency.provenance.graph import shown_fits
-from consistency.provenance.inputs import read_coefficients, read_dataset
+from consistency.provenance.inputs import read_coefficients, read_dataset, read_fit
 from consistency.report import figures
 from consistency.report.results import TEXT, Results
 from consistency.report.wording import varied, what_of
-from consistency.theory.generalized_ode import GeneralizedODE
+from consistency.theory.preconditioning import FORMS, build_preconditioning
 
 
 @dataclass(frozen=True)
@@ -191,8 +191,15 @@ def _flow_pictures(job: Job, settings: Flows, seeds: str) -> list[Picture]:
 
 def _coefficient_pictures(job: Job) -> list[Picture]:
     fit, study, settings = read_coefficients(job), job.study, job.study.coefficients
-    ode = GeneralizedODE(*(torch.from_numpy(fit[name]) for name in ("times", "l", "s")))  # type: ignore[arg-type]
-    forward = any(student.preconditioning == "analytic-forward" for student in study.students.values())
+    forms, centred = {}, False
+    for name, student in study.students.items():
+        if student.needs_coefficients and (label := _form(student)) not in forms:
+            centred |= FORMS[student.preconditioning].centred
+            used = read_fit(job.of(name, study.seeds[0]))
+            assert used is not None
+            shape = (study.dataset.channels, *[study.dataset.resolution] * 2)
+            ode = used.ode(shape, "cpu")
+            forms[label] = build_preconditioning(student.preconditioning, 1.0, ode, student.theta).coefficients
     unknown = int((~fit["determined"].astype(bool)).sum())
     note = f"; {unknown} times do not determine s_t" if unknown else ""
     caption = (
@@ -204,7 +211,14 @@ def _coefficient_pictures(job: Job) -> list[Picture]:
         "f and g of the fitted preconditioning minus ctm's, for jumps from t to s. "
         f"From the fit above (N = {settings.samples}, seed {settings.seed})."
     )
+    figure = figures.preconditioning(forms, study.noise.sigma_min, study.noise.sigma_max)
     return [
-        Picture.of("coefficients", "coefficients", caption, figures.coefficients(fit)),
-        Picture.of("preconditioning", "coefficients", pair, figures.preconditioning(ode, forward)),
+        Picture.of("coefficients", "coefficients", caption, figures.coefficients(fit, centred)),
+        Picture.of("preconditioning", "coefficients", pair, figure),
     ]
+
+
+def _form(student: Student) -> str:
+    """Name a student's fitted preconditioning, with its theta if that is a setting."""
+    midpoint = FORMS[student.preconditioning].theta is None
+    return f"{student.preconditioning}, theta {student.theta:g}" if midpoint else student.preconditioning

@@ -59,7 +59,7 @@ def _tables(job: Job) -> dict[str, bytes]:
     tables, columns = {}, ["times", "l", "s"]
     if job.study.needs_coefficients:
         fit = read_coefficients(job)
-        names = ("times", "l", "l_se", "s", "s_se", "determined")
+        names = [name for name, values in fit.items() if values.ndim == 1]
         tables["coefficients.csv"] = pd.DataFrame({name: fit[name] for name in names})
     own = [(run, step, fit) for run, fits in read_own_fits(job).items() for step, fit in fits.items()]
     if own:

@@ -8,6 +8,7 @@ import numpy as np
 from consistency.config.networks import NoTeacher, OfficialTeacher
 from consistency.config.study import Study
 from consistency.evaluation.analysis import SIGNIFICANT, Comparison, Paired, SpeedUp
+from consistency.theory.preconditioning import FORMS
 
 
 def teacher_line(row: Mapping[str, Any] | None, study: Study) -> str:
@@ -171,9 +172,12 @@ def beginning(study: Study) -> str:
 
 
 def claims(study: Study) -> list[str]:
-    """Return the papers' claims about students like this study's, one sentence per paper."""
+    """Return the papers' claims about students like this study's, one sentence per paper, and the students that are of
+    no paper."""
     said = dict.fromkeys(student.claim for student in study.students.values())
-    return [claim for claim in said if claim]
+    ours = [name for name, student in study.students.items() if FORMS[student.preconditioning].ours]
+    also = [f"Ours and in no paper: the preconditioning of {', '.join(ours)}."] if ours else []
+    return [*(claim for claim in said if claim), *also]
 
 
 def commit(state: dict[str, Any]) -> str:

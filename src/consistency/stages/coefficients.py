@@ -18,7 +18,8 @@ from consistency.training.objective import with_labels
 
 
 def make_coefficients(job: Job, device: torch.device) -> None:
-    """Write coefficients.npz (times, l, l_se, s, s_se, determined) and card.json.
+    """Write card.json and coefficients.npz: times, l, l_se, s, s_se, determined; s_centred, s_centred_se and
+    determined_centred, of the fit around the mean image of the training data; and that image, centre.
 
     Raises UserError if the teacher returns NaN or the fit gives a singular jump.
     """
@@ -33,6 +34,7 @@ def make_coefficients(job: Job, device: torch.device) -> None:
     teacher = read_teacher(job, device).to(images.dtype)
     require_classes(study, data, teacher)
     probes = None if settings.probes == "exact" else settings.probes
+    centre = torch.from_numpy(data.mean())
     try:
         fit = fit_coefficients(
             lambda part: with_labels(teacher, None if labels is None else labels[part]),
@@ -43,14 +45,22 @@ def make_coefficients(job: Job, device: torch.device) -> None:
             generator(settings.seed, "probes", device=device),
             settings.batch,
             track(f"coefficients {study.name}"),
+            centre.to(device, images.dtype),
         )
     except ValueError as error:
         raise UserError(f"coefficients: {error}; train the teacher longer or use precision: float64") from None
+    around = fit.centred
+    assert around is not None
     # Every jump between fitted times must have finite coefficients.
-    times, l, s = map(torch.from_numpy, (fit.times, fit.l, fit.s))
-    if not GeneralizedODE(times, l, s).is_regular():
-        raise UserError("coefficients: the fitted l_t, s_t give a singular jump; raise coefficients.samples or probes")
-    write_arrays(path, vars(fit))
+    for each in (fit, around):
+        times, l, s = map(torch.from_numpy, (each.times, each.l, each.s))
+        if not GeneralizedODE(times, l, s).is_regular():
+            raise UserError(
+                "coefficients: the fitted l_t, s_t give a singular jump; raise coefficients.samples or probes"
+            )
+    plain = {name: value for name, value in vars(fit).items() if name != "centred"}
+    centred = {"s_centred": around.s, "s_centred_se": around.s_se, "determined_centred": around.determined}
+    write_arrays(path, {**plain, **centred, "centre": centre.numpy()})
     # An evaluation with its derivative along one direction counts 2; a residual, 1.
     passes = settings.times * settings.samples * (2 * ((probes or images[0].numel()) + 1) + 1)
     measured = {"network_evaluations": passes, "seconds": round(time.time() - card.started, 3)}

@@ -13,7 +13,7 @@ from consistency.config.measures import HEUN
 from consistency.config.samplers import student_samplers
 from consistency.evaluation.samplers import prepared
 from consistency.evaluation.scores import Score, Scorer, StudentScorer, teacher_endpoints
-from consistency.provenance.inputs import read_ode, read_student, read_teacher
+from consistency.provenance.inputs import read_fit, read_student, read_teacher
 
 
 def make_calibration(job: Job, device: torch.device) -> None:
@@ -44,11 +44,11 @@ def make_scores(job: Job, device: torch.device) -> None:
     study, settings, scores, samplers = job.study, job.settings, job.study.scores, student_samplers(job)
     curve_images = len(settings.rates) * len(settings.snapshots) * len(scores.curve_nfe) * scores.curve_count
     scorer = Scorer(job, device, f"scores {job.label}", len(samplers) * study.sampling.count + curve_images)
-    endpoints, ode = read_array(job.paths.endpoints, "calibration"), read_ode(job, device)
+    endpoints, fit = read_array(job.paths.endpoints, "calibration"), read_fit(job)
     rows = []
     for rate in settings.rates:
         student = prepared(study, read_student(job, device, rate))
-        scored = StudentScorer(scorer, rate, endpoints, ode)
+        scored = StudentScorer(scorer, rate, endpoints, fit)
         own = [sampler for sampler in samplers if sampler.rate == rate]
         rows += [scored.final(student, sampler) for sampler in own]
         for step in settings.snapshots:

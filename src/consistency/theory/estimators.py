@@ -23,7 +23,8 @@ class CoefficientFit:
     """l_t and s_t with their standard errors, each float64 [N] over the times [N].
 
     determined [N] is False where ||h|| is too small for s_t to be known; s is interpolated there (-1, the value of
-    ctm, where no time determines it) and s_se is the width of the range s can take. Never NaN.
+    ctm, where no time determines it) and s_se is the width of the range s can take. Never NaN. centred: the fit of
+    x - mu and D - mu (ours), if there is a centre mu. Its l_t is the same.
     """
 
     times: Array
@@ -32,6 +33,7 @@ class CoefficientFit:
     s: Array
     s_se: Array
     determined: Array
+    centred: "CoefficientFit | None" = None
 
 
 def fit_coefficients(
@@ -43,8 +45,9 @@ def fit_coefficients(
     generator: torch.Generator,
     batch: int,
     progress: Callable[[Iterable[int]], Iterable[int]] = lambda steps: steps,
+    centre: Tensor | None = None,
 ) -> CoefficientFit:
-    """Fit l_t (AP (15)) and s_t (AP (17)) at each time, on x_t = x_0 + t z.
+    """Fit l_t (AP (15)) and s_t (AP (17)) at each time, on x_t = x_0 + t z; with a centre [...], around it too.
 
     teacher(rows) is the denoiser of those images (with their labels bound). images, noise: [K, ...], K >= 2; times:
     [N], descending. probes: Rademacher vectors an image for the trace, or None for the exact trace (d JVPs).
@@ -56,12 +59,12 @@ def fit_coefficients(
         shape = (probes, *images.shape)
         signs = torch.randint(0, 2, shape, generator=generator, device=images.device, dtype=torch.int8) * 2 - 1
     rows = [slice(i, min(i + batch, len(images))) for i in range(0, len(images), batch)]
-    moments = np.empty((len(times), 6, len(images)))
+    moments = np.empty((len(times), 6 if centre is None else 9, len(images)))
     for k in progress(range(len(times))):
         for part in rows:
             x = images[part] + times[k].to(images.dtype) * noise[part]
             probe = None if signs is None else signs[:, part].to(x.dtype)
-            moments[k, :, part] = image_moments(teacher(part), x, times[k].item(), probe)
+            moments[k, :, part] = image_moments(teacher(part), x, times[k].item(), probe, centre)
     require_finite(times, moments)
     return solve_moments(times.double().cpu().numpy(), moments, images[0].numel(), images.dtype)
 
@@ -73,8 +76,11 @@ def require_finite(times: Tensor, moments: Array) -> None:
         raise ValueError(f"the denoiser returned NaN or infinity at t = {', '.join(bad[:5])}")
 
 
-def image_moments(denoiser: DenoiserFn, x: Tensor, time: float, probes: Tensor | None) -> Array:
-    """Per image: tr dD/dx, then r.r, r.x, x.x, r.J, x.J with r = D - x and J = dD/dlambda along the ODE. [6, K]."""
+def image_moments(
+    denoiser: DenoiserFn, x: Tensor, time: float, probes: Tensor | None, centre: Tensor | None = None
+) -> Array:
+    """Per image: tr dD/dx, then r.r, r.x, x.x, r.J, x.J with r = D - x and J = dD/dlambda along the ODE. [6, K]; with a
+    centre [...], r.y, y.y, y.J with y = x - centre as well, [9, K]."""
     t = torch.full((len(x),), time, dtype=x.dtype, device=x.device)
 
     def at_t(point: Tensor) -> Tensor:
@@ -90,6 +96,9 @@ def image_moments(denoiser: DenoiserFn, x: Tensor, time: float, probes: Tensor |
         residual = denoiser(x, t) - x
     along = jvp(denoiser, (x, t), (residual, -t))[1]
     pairs = [(residual, residual), (residual, x), (x, x), (residual, along), (x, along)]
+    if centre is not None:
+        y = x - centre
+        pairs += [(residual, y), (y, y), (y, along)]
     return torch.stack([trace, *(_dot(a, b) for a, b in pairs)]).detach().cpu().numpy()
 
 
@@ -100,33 +109,39 @@ def _dot(a: Tensor, b: Tensor) -> Tensor:
 def solve_moments(
     times: Array, moments: Array, dimension: int, precision: torch.dtype, drawn: bool = True
 ) -> CoefficientFit:
-    """Return l_t and s_t from the per-image moments [N, 6, K] of `image_moments`, with delta-method standard errors.
+    """Return l_t and s_t from the per-image moments [N, 6 or 9, K] of `image_moments`, with delta-method standard
+    errors.
 
     precision: the dtype in which the denoiser computed; drawn: False if the moments are a quadrature's, without error.
     s_t = a / b, with a = E[h . h'] and b = E||h||^2, depends on l_t and its slope m_t = dl/dlambda. An image that moves
     the mean of l by e_t (at all times) moves that of m by de/dlambda, and that of
         s_t by (h . h' - s ||h||^2 + (da/dl - s db/dl) e + (da/dm) de/dlambda) / b.
     """
-    trace, rr, rx, xx, rj, xj = moments.transpose(1, 0, 2)
+    trace, rr, rx, xx, rj, xj, *around = moments.transpose(1, 0, 2)
     lam = -np.log(times)
     l = 1 - trace.mean(1) / dimension
     slope = CubicSpline(lam, l)(lam, 1)
     c, d = l[:, None], slope[:, None]
-    # h = r + l x and h' = J - (1 - l) r + (dl/dlambda) x, expanded: no difference of large numbers at small t.
-    h_h = rr + 2 * c * rx + c**2 * xx
-    h_dh = rj - (1 - c) * rr + d * rx + c * xj - c * (1 - c) * rx + c * d * xx
-    size = h_h.mean(1)
-    floor = rounding_floor(rr, xx, l, precision)
-    safe = np.maximum(size, floor)
-    s = h_dh.mean(1) / safe
     # The influence of each image, [N, K]. The slope of a spline is linear in its values.
     on_l = 1 - trace / dimension - c
     on_slope = CubicSpline(lam, on_l)(lam, 1)
-    by_slope = (rx + c * xx).mean(1)
-    by_l = (rr + xj - (1 - 2 * c) * rx + d * xx).mean(1) - 2 * s * by_slope
-    on_s = (h_dh - s[:, None] * h_h + by_l[:, None] * on_l + by_slope[:, None] * on_slope) / safe[:, None]
-    l_se, s_se = (standard_error(each) if drawn else np.zeros(len(times)) for each in (on_l, on_s))
-    return settled(times, (l, l_se), (s, s_se), size > floor)
+    floor = rounding_floor(rr, xx, l, precision)
+    l_se = standard_error(on_l) if drawn else np.zeros(len(times))
+
+    def solve(rx: Array, xx: Array, xj: Array, centred: CoefficientFit | None = None) -> CoefficientFit:
+        # h = r + l x and h' = J - (1 - l) r + (dl/dlambda) x, expanded: no difference of large numbers at small t.
+        h_h = rr + 2 * c * rx + c**2 * xx
+        h_dh = rj - (1 - c) * rr + d * rx + c * xj - c * (1 - c) * rx + c * d * xx
+        size = h_h.mean(1)
+        safe = np.maximum(size, floor)
+        s = h_dh.mean(1) / safe
+        by_slope = (rx + c * xx).mean(1)
+        by_l = (rr + xj - (1 - 2 * c) * rx + d * xx).mean(1) - 2 * s * by_slope
+        on_s = (h_dh - s[:, None] * h_h + by_l[:, None] * on_l + by_slope[:, None] * on_slope) / safe[:, None]
+        s_se = standard_error(on_s) if drawn else np.zeros(len(times))
+        return settled(times, (l, l_se), (s, s_se), size > floor, centred)
+
+    return solve(rx, xx, xj, solve(*around) if around else None)
 
 
 def standard_error(values: Array) -> Array:
@@ -145,7 +160,13 @@ def rounding_floor(rr: Array, xx: Array, l: Array, precision: torch.dtype) -> Ar
     return (computed + summed).mean(1) + np.finfo(float).tiny
 
 
-def settled(times: Array, l: tuple[Array, Array], s: tuple[Array, Array], known: Array) -> CoefficientFit:
+def settled(
+    times: Array,
+    l: tuple[Array, Array],
+    s: tuple[Array, Array],
+    known: Array,
+    centred: CoefficientFit | None = None,
+) -> CoefficientFit:
     """Return the fit with s interpolated at undetermined times; l, s: values and standard errors; known: True at times
     with ||h|| above rounding. All [N]."""
     lam = -np.log(times)
@@ -155,4 +176,4 @@ def settled(times: Array, l: tuple[Array, Array], s: tuple[Array, Array], known:
         value = np.where(determined, value, np.interp(lam, lam[determined], value[determined]))
     else:
         value = np.full_like(value, -1.0)
-    return CoefficientFit(times, *l, value, np.where(determined, error, _S_RANGE), determined)
+    return CoefficientFit(times, *l, value, np.where(determined, error, _S_RANGE), determined, centred)

@@ -17,12 +17,20 @@ _POINTS, _WEIGHTS = (torch.from_numpy(v) for v in np.polynomial.legendre.leggaus
 class GeneralizedODE:
     """l_t and s_t on nodes, linear in lambda between them, and the two families of coefficients they give.
 
-    times: [N] > 0, strictly monotone; l, s: [N], finite. Evaluates any sigma_min <= s <= t <= sigma_max between
+    times: [N] > 0, strictly monotone; l, s: [N], finite; centre: the mean image [C, H, W], if the ODE is that of
+    x - centre. Evaluates any sigma_min <= s <= t <= sigma_max between
     the outermost nodes, on the device given. Raises ValueError for nodes that are not usable and for times
     outside them.
     """
 
-    def __init__(self, times: Tensor, l: Tensor, s: Tensor, device: torch.device | str = "cpu") -> None:
+    def __init__(
+        self,
+        times: Tensor,
+        l: Tensor,
+        s: Tensor,
+        device: torch.device | str = "cpu",
+        centre: Tensor | None = None,
+    ) -> None:
         times, l, s = (torch.as_tensor(v, dtype=torch.float64).cpu() for v in (times, l, s))
         order = torch.argsort(times, descending=True)
         times, l, s = times[order], l[order], s[order]
@@ -51,6 +59,7 @@ class GeneralizedODE:
         for k in range(len(width) - 1):
             nodes["log_Q"][k + 1] = self._log_Q(torch.tensor([k]), width[k : k + 1])[0]
         self._nodes = {name: value.to(device) for name, value in nodes.items()}
+        self.centre = None if centre is None else centre.to(device)
 
     def is_regular(self) -> bool:
         """Tell whether every jump from node to node has finite coefficients, and g >= 0, in both forms."""
@@ -60,18 +69,26 @@ class GeneralizedODE:
 
     def backward(self, t: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
         """f(t,s), g(t,s) of the backward Euler step, the form the paper trains with. t >= s, same shape."""
-        here, there = self._state(t), self._state(s)
-        q = _q(here, there)
-        damping = 1 - there["l"]
-        # 1 / (1/q + damping) is q / (1 + damping q) without inf/inf for a huge q.
-        f = torch.exp(here["log_L"] - there["log_L"] - torch.log1p(damping * q))
-        return _boundary(t, s, f, 1 / (1 / q + damping))
+        return self.step(t, s, theta=1.0)
 
     def forward(self, t: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
         """f(t,s), g(t,s) of the forward Euler step, AP (14). t >= s, same shape."""
+        return self.step(t, s, theta=0.0)
+
+    def step(self, t: Tensor, s: Tensor, theta: float) -> tuple[Tensor, Tensor]:
+        """f(t,s), g(t,s) of one step with h at both ends: weight theta, 0 to 1, at s, the rest at t (ours). t >= s.
+
+        With r = q / (theta + (1 - theta) S_t / S_s),
+            f = [L_t / L_s - (1 - theta) (1 - l_t) r] / [1 + theta (1 - l_s) r],   g = r / [1 + theta (1 - l_s) r].
+        Where D is the same at both ends the step is the exact one to second order for theta = 1/2.
+        """
         here, there = self._state(t), self._state(s)
-        g = _q(here, there) * torch.exp(there["log_S"] - here["log_S"])
-        f = torch.exp(here["log_L"] - there["log_L"]) + (here["l"] - 1) * g
+        share = theta + (1 - theta) * torch.exp((here["log_S"] - there["log_S"]).clamp(max=700))
+        r = _q(here, there) / share
+        damping = theta * (1 - there["l"])
+        # 1 / (1/r + damping) is r / (1 + damping r) without inf/inf for a huge r.
+        g = 1 / (1 / r + damping)
+        f = torch.exp(here["log_L"] - there["log_L"] - torch.log1p(damping * r)) - (1 - theta) * (1 - here["l"]) * g
         return _boundary(t, s, f, g)
 
     def _locate(self, t: Tensor) -> tuple[Tensor, Tensor]:
