@@ -54,6 +54,7 @@ def test_a_loaded_study_cannot_be_changed(tiny: Tiny) -> None:
 
 
 UNET = {"kind": "songunet", "model_channels": 16, "channel_mult": [1, 2], "num_blocks": 1, "attn_resolutions": []}
+PHOTOS = {"kind": "photos", "resolution": 8, "channels": 3}
 NO_LEVELS = "students.ctm: dropout lists levels, which only teacher.network.kind songunet has; use a number"
 FOR_COUPLINGS = {"predictor": {"run": "ctm"}, "coupling": "gc", "mu": 0.3, "curriculum": {"kind": "doubling"}}
 MISTAKES: list[tuple[dict[str, Any], str]] = [
@@ -118,6 +119,9 @@ MISTAKES: list[tuple[dict[str, Any], str]] = [
     # combinations that cannot be
     ({"dataset.resolution": 16}, "set dataset.resolution to 8"),
     ({"dataset.path": "data"}, "dataset.path is for other kinds"),
+    ({"dataset": PHOTOS | {"resolution": 24}}, "dataset.resolution 24: photos has the sizes 8, 16, 32"),
+    ({"dataset": PHOTOS | {"path": "data"}}, "remove it: photos needs no files"),
+    ({"dataset": PHOTOS | {"split": "valid"}}, "dataset.split 'valid': photos has the splits train, test"),
     ({"dataset.kind": "celeba"}, "dataset.path is missing: celeba needs to know where the images are"),
     (
         {"dataset.kind": "celeba", "dataset.path": "data", "dataset.split": "val"},

@@ -13,11 +13,13 @@ import zipfile
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
+from sklearn.datasets import load_sample_images
 from tests.conftest import mistake, vouch_for
 from tests.dangers import Call
 from tests.image_sources import (
@@ -43,7 +45,7 @@ from tests.image_sources import (
 from torchvision.transforms import CenterCrop, Compose, InterpolationMode, Resize
 
 from consistency.base.errors import UserError
-from consistency.config.dataset import Dataset
+from consistency.config.dataset import KINDS, Dataset
 from consistency.data import sources as datasets
 from consistency.data.sources import Source, open_source
 
@@ -54,6 +56,8 @@ pytestmark = [
 
 Files = dict[str, bytes]
 METHODS = [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED]
+#: columns of scikit-learn's photographs
+SPLITS = {"train": slice(512), "test": slice(512, None)}
 TRAIN = [f"data_batch_{k}" for k in range(1, 6)]
 
 
@@ -80,6 +84,59 @@ def lanczos(content: bytes, size: int) -> np.ndarray:
     side = min(height, width)
     pixels = pixels[(height - side) // 2 : (height + side) // 2, (width - side) // 2 : (width + side) // 2]
     return np.array(Image.fromarray(pixels).resize((size, size), Image.Resampling.LANCZOS))
+
+
+# --- scikit-learn's photographs
+
+
+def squares(photo: np.ndarray, side: int, size: int) -> np.ndarray:
+    """Every fourteenth square of a photograph [H, W, C] in both directions, by rounded means of its pixels."""
+    windows = np.lib.stride_tricks.sliding_window_view(photo, (side, side), (0, 1))[::14, ::14]
+    factor = side // size
+    sums = windows.reshape(-1, photo.shape[2], size, factor, size, factor).sum((3, 5))
+    return np.moveaxis((sums + factor**2 // 2) // factor**2, 1, -1).astype(np.uint8)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("size", KINDS["photos"].sizes)
+def test_photos_are_the_squares_of_a_grid_by_their_means(size: int, channels: int) -> None:
+    """On both sides of column 512, each square once; a class is a photograph and a side."""
+    mode = "RGB" if channels == 3 else "L"
+    china, flower = (np.asarray(Image.fromarray(each).convert(mode)) for each in load_sample_images().images)
+    cases = [(name, side) for name in ("china", "flower") for side in (16, 32, 64) if side >= size]
+    for split, columns in SPLITS.items():
+        opened = source("photos", None, size, channels=channels, split=split)
+        assert opened.classes == [f"{name}-{side}" for name, side in cases]
+        found = images(opened)
+        for label, (name, side) in enumerate(cases):
+            photo = (china if name == "china" else flower)[:, columns].reshape(427, -1, channels)
+            expected = squares(photo, side, size)
+            assert sorted(map(bytes, found[opened.labels == label])) == sorted(map(bytes, expected))
+        assert len(set(map(bytes, found))) == len(found)
+        if split == "train":
+            assert (len(found), len(cases)) == KINDS["photos"].sizes[size]
+
+
+def test_the_splits_of_the_photos_share_no_pixel(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The negative of one side of the photographs changes every image of its split, and none of the other."""
+    loaded, before = load_sample_images(), {split: images(source("photos", None, split=split)) for split in SPLITS}
+    for split, columns in SPLITS.items():
+        negatives = [photo.copy() for photo in loaded.images]
+        for photo in negatives:
+            photo[:, columns] ^= 255
+        made = SimpleNamespace(filenames=loaded.filenames, images=negatives)
+        monkeypatch.setattr("sklearn.datasets.load_sample_images", lambda made=made: made)
+        for each in SPLITS:
+            same = (images(source("photos", None, split=each)) == before[each]).all((1, 2, 3))
+            assert not same.any() if each == split else same.all()
+
+
+def test_the_first_photos_of_any_number_are_spread_over_the_classes() -> None:
+    labels = source("photos", None, 8).labels
+    share = np.bincount(labels) / len(labels)
+    for count in (50, 500, 5000):
+        assert np.abs(np.bincount(labels[:count], minlength=6) - count * share).max() < 5
+    assert np.bincount(source("photos", None, 8, limit=7).labels).tolist() == [7] * 6
 
 
 # --- CIFAR-10

@@ -1,11 +1,13 @@
 """What a study costs, against what its stages really count."""
 
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
 from tests.conftest import ABSENT
 
+from consistency.config.dataset import KINDS
 from consistency.config.job import Job
 from consistency.config.paths import StudyPaths
 from consistency.config.reading import load_study
@@ -75,6 +77,13 @@ def test_the_second_papers_studies_are_counted_without_data(
     assert found.operations["flows"] < 0.05 * found.operations["students"]
     print_estimate(Job(study, StudyPaths(name)), 30.0)
     assert "coefficient fit" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("size", KINDS["photos"].sizes)
+def test_photos_are_counted_without_data(tiny: Tiny, tmp_path: Path, size: int) -> None:
+    study = tiny({"dataset": {"kind": "photos", "resolution": size, "channels": 1}})
+    found = estimate(Job(study, StudyPaths("tiny", tmp_path, tmp_path)))
+    assert found.disk["dataset"] == KINDS["photos"].sizes[size][0] * size**2
 
 
 def test_a_student_that_starts_from_its_teacher_has_a_second_time() -> None:

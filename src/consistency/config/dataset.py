@@ -1,6 +1,6 @@
 """Sections `dataset` and `noise`."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
@@ -11,13 +11,14 @@ from consistency.config.fields import Count, Name, OneOf, Positive, Section
 @dataclass(frozen=True)
 class Kind:
     """An entry of KINDS; the function of that name in data/sources.py opens the images. about: for the reference; path:
-    whether dataset.path is required, optional or impossible; size: images and classes of the training set; shape: the
-    only resolution and channels; splits: the only ones; download: the file of config/resources.yaml that is read
-    without a path."""
+    whether dataset.path is required, optional or impossible; size: images and classes of the training set; sizes: the
+    same at each possible resolution, where it decides; shape: the only resolution and channels; splits: the only ones;
+    download: the file of config/resources.yaml that is read without a path."""
 
     about: str
     path: Literal["required", "optional", "none"] = "required"
     size: tuple[int, int] | None = None
+    sizes: dict[int, tuple[int, int]] = field(default_factory=dict)
     shape: tuple[int, int] | None = None
     splits: tuple[str, ...] = ()
     download: str | None = None
@@ -30,6 +31,12 @@ KINDS: dict[str, Kind] = {
         path="none",
         size=(1_797, 10),
         shape=(8, 1),
+    ),
+    "photos": Kind(
+        "squares cut out of the two colour photographs that come with scikit-learn, at `resolution` 8, 16 or 32",
+        path="none",
+        sizes={8: (5_906, 6), 16: (5_906, 6), 32: (3_746, 4)},
+        splits=("train", "test"),
     ),
     "image_folder": Kind("a tree `<path>/<split>/<class>/*.{png,jpg}`"),
     "cifar10": Kind(
@@ -62,8 +69,8 @@ class Dataset(Section):
     )
     split: Name = Field(
         "train",
-        description="Which part to read: of an image folder any, of cifar10 `train` or `test`, of celeba `train`, "
-        "`valid` or `test`.",
+        description="Which part to read: of an image folder any, of cifar10 and photos `train` or `test`, of "
+        "celeba `train`, `valid` or `test`.",
     )
     resolution: Count = Field(
         description="Side of the square images, pixels. Others are cropped (not FFHQ's, which are square) and resized."
@@ -78,6 +85,9 @@ class Dataset(Section):
         if kind.shape not in (None, (self.resolution, self.channels)):
             size, channels = kind.shape
             raise ValueError(f"{self.kind}: set dataset.resolution to {size} and dataset.channels to {channels}")
+        if kind.sizes and self.resolution not in kind.sizes:
+            sizes = ", ".join(map(str, kind.sizes))
+            raise ValueError(f"dataset.resolution {self.resolution}: {self.kind} has the sizes {sizes}")
         if kind.path == "none" and self.path is not None:
             raise ValueError(f"dataset.path is for other kinds; remove it: {self.kind} needs no files")
         if kind.path == "required" and self.path is None:

@@ -32,7 +32,7 @@ def crop_and_resize(picture: Image.Image, where: str, settings: Dataset) -> Imag
     """Crop the centred square and resize it by Lanczos on uint8 (EDM's center-crop)."""
     side = min(picture.size)
     left, top = (picture.width - side) // 2, (picture.height - side) // 2
-    square = _coloured(picture, settings).crop((left, top, left + side, top + side))
+    square = coloured(picture, settings).crop((left, top, left + side, top + side))
     return square.resize((settings.resolution, settings.resolution), Image.Resampling.LANCZOS)
 
 
@@ -56,7 +56,7 @@ def shrink_and_crop(picture: Image.Image, where: str, settings: Dataset) -> Imag
             "dataset.path to img_align_celeba, or dataset.kind to image_folder to crop any images"
         )
     size, width, height = settings.resolution, *picture.size
-    picture = _coloured(picture, settings).resize((size, size * height // width), Image.Resampling.LANCZOS)
+    picture = coloured(picture, settings).resize((size, size * height // width), Image.Resampling.LANCZOS)
     top = round((picture.height - size) / 2)
     return picture.crop((0, top, size, top + size))
 
@@ -73,5 +73,6 @@ def keep(picture: Image.Image, where: str, settings: Dataset) -> Image.Image:
     return picture
 
 
-def _coloured(picture: Image.Image, settings: Dataset) -> Image.Image:
+def coloured(picture: Image.Image, settings: Dataset) -> Image.Image:
+    """Convert a picture to the study's channels, RGB or grey."""
     return picture.convert("RGB" if settings.channels == 3 else "L")

@@ -34,6 +34,8 @@ _CELEBA_PAGE = "https://mmlab.ie.cuhk.edu.hk/projects/CelebA.html"
 _CELEBA_PARTITION = "list_eval_partition.txt"
 #: CelebA's splits in the order of their numbers in the partition, with their image counts
 _CELEBA_SPLITS = {"train": 162_770, "valid": 19_867, "test": 19_962}
+#: photos: sides of the squares, their distance, and the width of the held-out strip at the right; pixels
+_SIDES, _STEP, _STRIP = (16, 32, 64), 14, 128
 _SYNSET = re.compile(r"n\d{8}")
 _MOST_CLASSES = 100_000
 
@@ -101,6 +103,31 @@ def digits(settings: Dataset) -> Source:
     digits = load_digits()
     images = np.round(digits.images * (255 / 16)).astype(np.uint8)[..., None]
     return _arrays(images, digits.target, map(str, range(10)))
+
+
+def photos(settings: Dataset) -> Source:
+    """Cut scikit-learn's two photographs into squares of three sides on a grid, each reduced by means of its pixels.
+
+    A class is a photograph and a side. Multiples of the golden ratio, modulo 1, order the images: the first of any
+    number are spread over all classes and positions.
+    """
+    from sklearn.datasets import load_sample_images
+
+    found, classes = load_sample_images(), list[str]()
+    images, labels = list[Array](), list[int]()
+    for name, pixels in zip(found.filenames, found.images, strict=True):
+        picture = pictures.coloured(Image.fromarray(pixels), settings)
+        edge = picture.width - _STRIP
+        left, right = (0, edge) if settings.split == "train" else (edge, picture.width)
+        for side in (side for side in _SIDES if side >= settings.resolution):
+            for y in range(0, picture.height - side + 1, _STEP):
+                for x in range(left, right - side + 1, _STEP):
+                    square = picture.reduce(side // settings.resolution, (x, y, x + side, y + side))
+                    images.append(np.asarray(square).reshape(*square.size, settings.channels))
+                    labels.append(len(classes))
+            classes.append(f"{Path(name).stem}-{side}")
+    order = np.argsort(np.arange(len(labels)) * ((5**0.5 - 1) / 2) % 1)
+    return _arrays(np.stack(images)[order], np.array(labels)[order], classes)
 
 
 def cifar10(settings: Dataset) -> Source:

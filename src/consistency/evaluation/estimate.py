@@ -152,7 +152,8 @@ def _size_of(job: Job) -> tuple[int, int]:
     if (folder / "dataset.json").exists():
         data = load_images(folder)
         return len(data), data.classes
-    if size := KINDS[study.dataset.kind].size:
+    kind = KINDS[study.dataset.kind]
+    if size := kind.size or kind.sizes.get(study.dataset.resolution):
         return size
     print(f"{study.name}: the data is not there yet; taken as 50,000 images of 10 classes")
     return 50_000, 10
