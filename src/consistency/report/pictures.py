@@ -14,6 +14,7 @@ from consistency.config.paths import sampler_name
 from consistency.config.student import Student
 from consistency.config.study import Study
 from consistency.evaluation.flows import PLANE_BATCH, TOYS
+from consistency.evaluation.forecast import forecast
 from consistency.nets.checkpoint import load_denoiser
 from consistency.provenance.graph import shown_fits
 from consistency.provenance.inputs import read_coefficients, read_dataset, read_fit
@@ -207,9 +208,11 @@ def _coefficient_pictures(job: Job) -> list[Picture]:
         f"{settings.probes} probes, fit seed {settings.seed}; band: two standard errors{note}. "
         "Dashed: the values that are ctm."
     )
+    expected = forecast(fit, read_dataset(job).facts["sigma_data"], study.noise, study.sampling.nfe)
     pair = (
         "f and g of the fitted preconditioning minus ctm's, for jumps from t to s. "
-        f"From the fit above (N = {settings.samples}, seed {settings.seed})."
+        f"From the fit above (N = {settings.samples}, seed {settings.seed}). "
+        f"A rule of thumb, known before any training: {' '.join(expected)}"
     )
     figure = figures.preconditioning(forms, study.noise.sigma_min, study.noise.sigma_max)
     return [

@@ -9,6 +9,7 @@ from consistency.base.errors import UserError
 from consistency.base.progress import track
 from consistency.base.seeding import generator
 from consistency.config.job import Job
+from consistency.evaluation.forecast import forecast
 from consistency.provenance.card import Card
 from consistency.provenance.inputs import read_dataset, read_teacher, require_classes
 from consistency.theory.estimators import fit_coefficients
@@ -60,7 +61,9 @@ def make_coefficients(job: Job, device: torch.device) -> None:
             )
     plain = {name: value for name, value in vars(fit).items() if name != "centred"}
     centred = {"s_centred": around.s, "s_centred_se": around.s_se, "determined_centred": around.determined}
-    write_arrays(path, {**plain, **centred, "centre": centre.numpy()})
+    arrays = {**plain, **centred, "centre": centre.numpy()}
+    write_arrays(path, arrays)
+    print(*forecast(arrays, data.facts["sigma_data"], study.noise, study.sampling.nfe), sep="\n")
     # An evaluation with its derivative along one direction counts 2; a residual, 1.
     passes = settings.times * settings.samples * (2 * ((probes or images[0].numel()) + 1) + 1)
     measured = {"network_evaluations": passes, "seconds": round(time.time() - card.started, 3)}

@@ -91,6 +91,12 @@ class GeneralizedODE:
         f = torch.exp(here["log_L"] - there["log_L"] - torch.log1p(damping * r)) - (1 - theta) * (1 - here["l"]) * g
         return _boundary(t, s, f, g)
 
+    def shortfall(self, times: Tensor) -> float:
+        """Return how far the backward form's g is below ctm's 1 - s/t, at most, over the jumps between neighbouring
+        times [n + 1], descending: a share of ctm's, 0 if g is nowhere below."""
+        t, s = times[:-1], times[1:]
+        return max(0.0, float((1 - self.backward(t, s)[1] / (1 - s / t)).max()))
+
     def _locate(self, t: Tensor) -> tuple[Tensor, Tensor]:
         """Return the node at or above each time (index) and the offset from it in lambda."""
         t = torch.as_tensor(t, dtype=torch.float64)
