@@ -110,7 +110,9 @@ def _cards(published: Published, study: Study) -> Iterator[Finding]:
             where = "the study file" if name in cards else CARDS
             yield Finding(name, [f"stale: made with other settings: {where} has no {name}"])
             continue
-        facts = {"study": published.study.name, "settings": known[name][1].depends_on(known[name][0])}
+        stage, job = known[name]
+        # The settings as this version reads them: a key that later versions added has its default, then as now.
+        facts = {"study": published.study.name, "settings": job.depends_on(stage), "key": job.key(stage)}
         card = CheckedCard.model_validate(cards[name].model_dump() | facts)
         yield Finding(name, list(stale(card, *expected[name], _made(published))))
 
