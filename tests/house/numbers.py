@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,21 +20,22 @@ NO_PROSE = (
     r"(?m)^ {4,}\S.*$",
     r"\]\([^)\s]*\)",
     r"https?://\S+",
+    r"Python 3\.\d+",
 )
 # The level of an interval is no result.
 LEVEL = r"95\s%(?=\s(?:t|bootstrap|interval|intervals)\b)"
 
 
-def unsupported(folder: Path, study_file: Path | None = None) -> list[str]:
-    """The decimal numbers and percentages in the prose of a folder's README.md that no value of its files or its study
-    gives at the printed precision: v, 1000 v, or in percent 100 v and, of a ratio, 100 (v - 1), without its sign."""
-    values = np.array([*values_of(folder), *numbers_in(study_of(folder, study_file))], float)
+def unsupported(text: str, *folders: Path, study_file: Path | None = None) -> list[str]:
+    """The decimal numbers and percentages in prose that no value of the folders' files or studies gives at the printed
+    precision: v, 1000 v, or in percent 100 v and, of a ratio, 100 (v - 1), without its sign."""
+    found = ([*values_of(folder), *numbers_in(study_of(folder, study_file))] for folder in folders)
+    values = np.array([value for each in found for value in each], float)
     values = values[np.isfinite(values)]
     percents = (100 * values, 100 * (values[(values > 0.2) & (values < 6)] - 1))
-    text = (folder / "README.md").read_text()
     for pattern in (*NO_PROSE, LEVEL):
         text = re.sub(pattern, " ", text, flags=re.MULTILINE)
-    found = []
+    missing = []
     for match in NUMBER.finditer(text):
         whole, decimals, exponent, percent = match.groups()
         if decimals is None and exponent is None and percent is None:
@@ -44,8 +45,16 @@ def unsupported(folder: Path, study_file: Path | None = None) -> list[str]:
         forms = (*percents, *(() if percent else (values, 1000 * values)))
         number = float(whole.replace(",", ""))
         if not any((np.abs(np.abs(form) - number) <= (0.5 + 1e-6) * unit).any() for form in forms):
-            found.append(" ".join(match[0].split()))
-    return found
+            missing.append(" ".join(match[0].split()))
+    return missing
+
+
+def paragraphs(page: Path, published: Iterable[str]) -> Iterator[tuple[str, list[Path]]]:
+    """The paragraphs of a page that link to published results, each with the folders that it names."""
+    for text in re.split(r"\n\s*\n", page.read_text()):
+        named = dict.fromkeys(re.findall(r"\]\((?:[./]|docs/)*results/([\w-]+)/", text))
+        if named and named.keys() <= set(published):
+            yield text, [ROOT / "docs/results" / name for name in named]
 
 
 def values_of(folder: Path) -> Iterator[float]:

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import yaml
 from tests.conftest import TINY
-from tests.house.numbers import unsupported
+from tests.house.numbers import paragraphs, unsupported
 from tests.processes import ROOT
 
 from consistency.provenance.verification import Finding, study_of
@@ -23,7 +23,20 @@ def test_published_results_are_consistent() -> None:
 
 
 def test_every_number_in_prose_is_a_value_of_the_folder_or_of_its_study() -> None:
-    assert {folder.name: unsupported(folder) for folder in PUBLISHED} == {folder.name: [] for folder in PUBLISHED}
+    pages = {folder.name: unsupported((folder / "README.md").read_text(), folder) for folder in PUBLISHED}
+    assert pages == {folder.name: [] for folder in PUBLISHED}
+
+
+def test_every_number_beside_a_link_to_published_results_is_theirs() -> None:
+    names = [folder.name for folder in PUBLISHED]
+    pages = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "docs/results/README.md"]
+    found = [
+        (page.name, unsupported(text, *folders))
+        for page in pages
+        if page.is_file()
+        for text, folders in paragraphs(page, names)
+    ]
+    assert found and not [each for each in found if each[1]]
 
 
 @pytest.mark.parametrize(
@@ -38,9 +51,8 @@ def test_every_number_in_prose_is_a_value_of_the_folder_or_of_its_study() -> Non
     ],
 )
 def test_a_number_that_no_file_has_is_found(tmp_path: Path, prose: str, missing: list[str]) -> None:
-    (tmp_path / "README.md").write_text(prose)
     (tmp_path / "table.csv").write_text("run,fd,ratio,alignment\nctm,1.2341,0.979,0.00456\nanalytic,,1.037,\n")
     (tmp_path / "cards.json").write_text('{"measured": [{"held_out": 0.9781, "parameters": 239552}], "dirty": true}')
     study = tmp_path / "tiny.yaml"
     study.write_text(yaml.safe_dump(TINY))
-    assert unsupported(tmp_path, study) == missing
+    assert unsupported(prose, tmp_path, study_file=study) == missing
