@@ -106,7 +106,7 @@ def main() -> None:
         rows.append(("one evaluation of the teacher", batch, seconds(lambda: teacher(x, times), args.repeat, device)))
     probes = torch.randint(0, 2, (1, *x.shape)).to(x) * 2 - 1
     fit = seconds(lambda: image_moments(with_labels(teacher, None), x, 1.0, probes), args.repeat, device)
-    rows.append(("coefficient fit, one time, one probe (2 JVPs, 1 evaluation)", batch, fit))
+    rows.append(("coefficient fit, one time, one probe (1 evaluation, 3 products)", batch, fit))
 
     student = student_from_teacher(teacher, dropout=0.0, seed=0).to(device).eval().requires_grad_(False)
     name = next(run for run, student in study.students.items() if student.objective == "trajectory")

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from tests.draws import SEED, seeded
+from tests.nets.small import ARCHITECTURES, make
 from torch import Tensor
 
 from consistency.theory.derivative_free import fit_without_derivatives, gaussian_coefficients
@@ -13,6 +14,7 @@ from consistency.theory.estimators import CoefficientFit, fit_coefficients, imag
 from consistency.theory.noise import log_grid
 from consistency.theory.oracles import MIXTURE_1D, GaussianTeacher, MixtureTeacher, gaussian_fit, mixture_coefficients
 from consistency.theory.solver import DenoiserFn
+from consistency.training.objective import with_labels
 
 VARIANCES = torch.tensor([0.01, 0.1, 0.25, 1.0, 2.0], dtype=torch.float64)
 GAUSSIAN = GaussianTeacher(VARIANCES)
@@ -200,6 +202,34 @@ def test_a_denoiser_that_returns_nan_is_named_with_its_time(fit: Fit) -> None:
 def test_the_fit_does_not_depend_on_its_batch(fit: Fit) -> None:
     whole, parts = (fit(MIXTURE_1D, *draws(MIXTURE_1D, 50), log_grid(9, 0.1, 80.0), batch=n) for n in (50, 7))
     torch.testing.assert_close(vars(parts), vars(whole), rtol=1e-12, atol=0)
+
+
+# --- both modes of differentiation
+
+
+@pytest.mark.parametrize("conditional", [False, True])
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_products_from_the_left_give_the_moments_of_products_from_the_right(name: str, conditional: bool) -> None:
+    model = make(ARCHITECTURES[name], label_dim=3 * conditional).requires_grad_(False)
+    label = torch.tensor([0, 1, 2]) if conditional else None
+    for dtype, tolerance in ((torch.float64, 1e-10), (torch.float32, 2e-4)):
+        teacher = with_labels(model.to(dtype), label)
+        x, centre = torch.randn(2, 3, *model.shape, dtype=dtype, generator=seeded())
+        probes = torch.randint(0, 2, (2, *x.shape), generator=seeded(1)).to(dtype) * 2 - 1
+        for memory in (torch.contiguous_format, torch.channels_last):
+            for t in (0.01, 1.0, 50.0):
+                inputs = (teacher, x.to(memory_format=memory), t, probes, centre[0])
+                left, right = (image_moments(*inputs, mode) for mode in ("reverse", "forward"))
+                scale = np.abs(right).max(axis=1, keepdims=True)
+                np.testing.assert_allclose(left / scale, right / scale, rtol=0, atol=tolerance, err_msg=f"t = {t}")
+
+
+def test_the_exact_trace_is_the_same_in_both_modes() -> None:
+    x = draws(GAUSSIAN, 4)[0]
+    left, right = (image_moments(turned, x, 0.5, None, None, mode) for mode in ("reverse", "forward"))
+    np.testing.assert_allclose(left, right, rtol=1e-10, atol=1e-12)
+    trace = (VARIANCES / (VARIANCES + 0.25)).sum()
+    np.testing.assert_allclose(left[0], np.full(4, trace), rtol=1e-10)
 
 
 # --- centred

@@ -21,11 +21,25 @@ class Coefficients(Section):
     times: Annotated[int, Field(ge=8)] = Field(120, description="Log-spaced times from sigma_min to sigma_max.")
     samples: Annotated[int, Field(ge=2)] = Field(4096, description="Noised training images a time.")
     probes: Count | Literal["exact"] = Field(
-        4, description="Rademacher probes an image for the trace, or `exact` (one JVP a dimension)."
+        4, description="Rademacher probes an image for the trace, or `exact` (one product a dimension)."
+    )
+    mode: Literal["reverse", "forward"] = Field(
+        "reverse",
+        description="Differentiation: `reverse` works for any network and is faster; `forward` gives the same to "
+        "rounding.",
     )
     batch: Count = Field(512, description="Images an evaluation.")
     precision: Literal["float32", "float64"] = Field("float32", description="Arithmetic of the network.")
     seed: int = Field(0, description="Seed of images, noise and probes.")
+
+    def evaluations(self, dimension: int) -> int:
+        """Return the network evaluations of the whole fit, for images of that many numbers.
+
+        A vector-Jacobian product counts 1, like the evaluation before it: one for each probe, r, x and x - mu. A
+        Jacobian-vector product evaluates too and counts 2: one for each probe and for J, beside an evaluation for r.
+        """
+        probes = dimension if self.probes == "exact" else self.probes
+        return self.times * self.samples * (probes + 4 if self.mode == "reverse" else 2 * probes + 3)
 
 
 class Churn(Section):

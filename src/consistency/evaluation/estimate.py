@@ -51,8 +51,8 @@ class _Size:
 def estimate(job: Job) -> Estimate:
     """Return the cost of the whole study, all students and seeds together.
 
-    Network operations are counted on the study's own architectures (a JVP counts as 2 evaluations, a backward pass as
-    2); everything else is negligible. Raises UserError for an unknown official checkpoint.
+    Network operations are counted on the study's own architectures (a backward pass counts as 2 evaluations);
+    everything else is negligible. Raises UserError for an unknown official checkpoint.
     """
     study = job.study
     images, classes = _size_of(job)
@@ -82,9 +82,8 @@ def estimate(job: Job) -> Estimate:
 
 def _operations(study: Study, jobs: list[Job], size: _Size) -> dict[str, float]:
     """Return the floating-point operations of each stage, in the order of the workflow; jobs: one per student."""
-    forward, fit, sampling, scores = size.forward, study.coefficients, study.sampling, study.scores
+    forward, sampling, scores = size.forward, study.sampling, study.scores
     runs, seeds = list(study.students.values()), len(study.seeds)
-    probes = size.pixels if fit.probes == "exact" else fit.probes
     # Without a teacher there are no samples of it and no comparison with its trajectories.
     aligned = scores.alignment_count * (2 * scores.alignment_nodes - 2) * forward
     training = sum(training_operations(study, student, forward) for student in runs)
@@ -96,7 +95,7 @@ def _operations(study: Study, jobs: list[Job], size: _Size) -> dict[str, float]:
         "teacher": 3.0 * teacher * forward,
         "teacher's samples": study.taught * sampling.count * (2 * study.calibration.steps - 1) * forward,
         "calibration": study.taught * (aligned + sampling.count * size.extractor),
-        "coefficients": study.needs_coefficients * fit.times * fit.samples * (2 * (probes + 1) + 1) * forward,
+        "coefficients": study.needs_coefficients * study.coefficients.evaluations(size.pixels) * forward,
         "students": seeds * training,
         "samples": seeds * sampling.count * evaluations * forward,
         "scores": seeds * sum(_scoring_operations(job, size) for job in jobs),

@@ -47,6 +47,7 @@ def make_coefficients(job: Job, device: torch.device) -> None:
             settings.batch,
             track(f"coefficients {study.name}"),
             centre.to(device, images.dtype),
+            settings.mode,
         )
     except ValueError as error:
         raise UserError(f"coefficients: {error}; train the teacher longer or use precision: float64") from None
@@ -64,7 +65,5 @@ def make_coefficients(job: Job, device: torch.device) -> None:
     arrays = {**plain, **centred, "centre": centre.numpy()}
     write_arrays(path, arrays)
     print(*forecast(arrays, data.facts["sigma_data"], study.noise, study.sampling.nfe), sep="\n")
-    # An evaluation with its derivative along one direction counts 2; a residual, 1.
-    passes = settings.times * settings.samples * (2 * ((probes or images[0].numel()) + 1) + 1)
-    measured = {"network_evaluations": passes, "seconds": round(time.time() - card.started, 3)}
-    card.write(measured=measured)
+    evaluations, seconds = settings.evaluations(images[0].numel()), round(time.time() - card.started, 3)
+    card.write(measured={"network_evaluations": evaluations, "seconds": seconds})

@@ -1,7 +1,8 @@
-"""Estimates of l_t and s_t from a teacher: Jacobian-vector products on noised training images."""
+"""Estimates of l_t and s_t from a teacher: products with its Jacobian on noised training images."""
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import torch
@@ -12,6 +13,7 @@ from torch.func import jvp
 from consistency.theory.solver import DenoiserFn
 
 Array = np.ndarray
+Mode = Literal["reverse", "forward"]
 
 # s_t runs from about -2 (small t) to 2 (large t) in every closed form we know; an estimate with a standard error this
 # large is meaningless.
@@ -46,13 +48,14 @@ def fit_coefficients(
     batch: int,
     progress: Callable[[Iterable[int]], Iterable[int]] = lambda steps: steps,
     centre: Tensor | None = None,
+    mode: Mode = "reverse",
 ) -> CoefficientFit:
     """Fit l_t (AP (15)) and s_t (AP (17)) at each time, on x_t = x_0 + t z; with a centre [...], around it too.
 
     teacher(rows) is the denoiser of those images (with their labels bound). images, noise: [K, ...], K >= 2; times:
-    [N], descending. probes: Rademacher vectors an image for the trace, or None for the exact trace (d JVPs).
+    [N], descending. probes: Rademacher vectors an image for the trace, or None for the exact trace (d products).
     The same images, noise and probes serve every time, so that the error of l_t is smooth in t and dl/dlambda is not
-    swamped by it. Costs N K (probes + 2) JVP or forward passes. Raises ValueError if the teacher returns NaN.
+    swamped by it. Raises ValueError if the teacher returns NaN.
     """
     signs = None
     if probes is not None:
@@ -64,7 +67,7 @@ def fit_coefficients(
         for part in rows:
             x = images[part] + times[k].to(images.dtype) * noise[part]
             probe = None if signs is None else signs[:, part].to(x.dtype)
-            moments[k, :, part] = image_moments(teacher(part), x, times[k].item(), probe, centre)
+            moments[k, :, part] = image_moments(teacher(part), x, times[k].item(), probe, centre, mode)
     require_finite(times, moments)
     return solve_moments(times.double().cpu().numpy(), moments, images[0].numel(), images.dtype)
 
@@ -77,29 +80,70 @@ def require_finite(times: Tensor, moments: Array) -> None:
 
 
 def image_moments(
-    denoiser: DenoiserFn, x: Tensor, time: float, probes: Tensor | None, centre: Tensor | None = None
+    denoiser: DenoiserFn,
+    x: Tensor,
+    time: float,
+    probes: Tensor | None,
+    centre: Tensor | None = None,
+    mode: Mode = "reverse",
 ) -> Array:
     """Per image: tr dD/dx, then r.r, r.x, x.x, r.J, x.J with r = D - x and J = dD/dlambda along the ODE. [6, K]; with a
-    centre [...], r.y, y.y, y.J with y = x - centre as well, [9, K]."""
+    centre [...], r.y, y.y, y.J with y = x - centre as well, [9, K].
+
+    mode reverse: J is only needed in products w.J = (dD/dx^T w).r - t dD/dt^T w, so one evaluation with its graph and a
+    vector-Jacobian product for each probe, r, x and y are enough. Forward: a Jacobian-vector product for each probe and
+    for J, and an evaluation.
+    """
     t = torch.full((len(x),), time, dtype=x.dtype, device=x.device)
-
-    def at_t(point: Tensor) -> Tensor:
-        return denoiser(point, t)
-
+    ends = [x] if centre is None else [x, x - centre]
     if probes is None:
         basis = torch.eye(x[0].numel(), dtype=x.dtype, device=x.device).reshape(-1, *x.shape[1:])
-        traces = [_dot(e.expand_as(x), jvp(at_t, (x,), (e.expand_as(x),))[1]) for e in basis]
-        trace = torch.stack(traces).sum(0)
+        vectors, scale = (e.expand_as(x) for e in basis), 1.0
     else:
-        trace = torch.stack([_dot(v, jvp(at_t, (x,), (v,))[1]) for v in probes]).mean(0)
+        vectors, scale = iter(probes), 1 / len(probes)
+    products = _backward_products if mode == "reverse" else _forward_products
+    trace, residual, along = products(denoiser, x, t, vectors, ends)
+    pairs = [(residual, residual), *((a, b) for end in ends for a, b in ((residual, end), (end, end)))]
+    rr, rx, xx, *ry = (_dot(a, b) for a, b in pairs)
+    rows = [trace * scale, rr, rx, xx, along[0], along[1], *ry, *along[2:]]
+    return torch.stack(rows).detach().cpu().numpy()
+
+
+Products = tuple[Tensor, Tensor, list[Tensor]]
+
+
+def _backward_products(
+    denoiser: DenoiserFn, x: Tensor, t: Tensor, vectors: Iterable[Tensor], ends: list[Tensor]
+) -> Products:
+    """Return the sum of v . (dD/dx) v over the vectors, r, and w . J for w = r and each of the ends."""
+    with torch.enable_grad():
+        point, moment = x.detach().requires_grad_(), t.detach().requires_grad_()
+        denoised = denoiser(point, moment)
+
+    def product(w: Tensor) -> tuple[Tensor, Tensor]:
+        on_x, on_t = torch.autograd.grad(
+            denoised, (point, moment), w, retain_graph=True, allow_unused=True, materialize_grads=True
+        )
+        return on_x, on_t
+
+    residual = denoised.detach() - x
+    trace = sum((_dot(product(v)[0], v) for v in vectors), torch.zeros(len(x), dtype=torch.float64, device=x.device))
+    along = []
+    for w in (residual, *ends):
+        on_x, on_t = product(w)
+        along.append(_dot(on_x, residual) - t.double() * on_t.double())
+    return trace, residual, along
+
+
+def _forward_products(
+    denoiser: DenoiserFn, x: Tensor, t: Tensor, vectors: Iterable[Tensor], ends: list[Tensor]
+) -> Products:
+    """Return the same as `_backward_products`, by Jacobian-vector products."""
+    traces = [_dot(v, jvp(lambda point: denoiser(point, t), (x,), (v,))[1]) for v in vectors]
     with torch.no_grad():
         residual = denoiser(x, t) - x
     along = jvp(denoiser, (x, t), (residual, -t))[1]
-    pairs = [(residual, residual), (residual, x), (x, x), (residual, along), (x, along)]
-    if centre is not None:
-        y = x - centre
-        pairs += [(residual, y), (y, y), (y, along)]
-    return torch.stack([trace, *(_dot(a, b) for a, b in pairs)]).detach().cpu().numpy()
+    return torch.stack(traces).sum(0), residual, [_dot(w, along) for w in (residual, *ends)]
 
 
 def _dot(a: Tensor, b: Tensor) -> Tensor:
