@@ -21,7 +21,7 @@ class Coefficients(Section):
     times: Annotated[int, Field(ge=8)] = Field(120, description="Log-spaced times from sigma_min to sigma_max.")
     samples: Annotated[int, Field(ge=2)] = Field(4096, description="Noised training images a time.")
     probes: Count | Literal["exact"] = Field(
-        4, description="Rademacher probes an image for the trace, or `exact` (one product a dimension)."
+        1, description="Rademacher probes an image for the trace, or `exact` (one product a dimension)."
     )
     mode: Literal["reverse", "forward"] = Field(
         "reverse",

@@ -8,14 +8,17 @@ so that q(t,s) = int e^{M - M_s} dlambda = Q_s - e^{M_t - M_s} Q_t needs no larg
 
 import numpy as np
 import torch
+from scipy.interpolate import CubicSpline
 from torch import Tensor
 
-# l and s are linear between nodes, so M is quadratic there and 8 Gauss-Legendre points are exact to rounding.
+# Cubic splines through the fitted times: with 40 of them f and g err as little as with 120 joined by lines.
+_PARTS = 8
+# Between the finer nodes l and s are linear, so M is quadratic and 8 Gauss-Legendre points are exact to rounding.
 _POINTS, _WEIGHTS = (torch.from_numpy(v) for v in np.polynomial.legendre.leggauss(8))
 
 
 class GeneralizedODE:
-    """l_t and s_t on nodes, linear in lambda between them, and the two families of coefficients they give.
+    """l_t and s_t at times, splines in lambda between them, and the families of coefficients they give.
 
     times: [N] > 0, strictly monotone; l, s: [N], finite; centre: the mean image [C, H, W], if the ODE is that of
     x - centre. Evaluates any sigma_min <= s <= t <= sigma_max between
@@ -40,7 +43,7 @@ class GeneralizedODE:
             raise ValueError("l_t and s_t must be finite at every time")
         self.times = times
         self.sigma_max, self.sigma_min = times[0].item(), times[-1].item()
-        lam = -torch.log(times)
+        lam, l, s = _refined(-torch.log(times), l, s)
         width = torch.diff(lam)
         nodes = {
             "lam": lam[:-1],
@@ -135,6 +138,13 @@ class GeneralizedODE:
         local = 0.5 * offset * (nodes["weights"] * torch.exp(to_end)).sum(-1)
         carried = nodes["log_Q"][cell] - (rate * reach + 0.5 * curve * reach**2).squeeze(-1)
         return torch.logaddexp(carried, torch.log(local))
+
+
+def _refined(lam: Tensor, *values: Tensor) -> list[Tensor]:
+    """Divide each interval of lam [N] into parts; return the finer lam and cubic splines of the values on it."""
+    whole = torch.arange(_PARTS * (len(lam) - 1) + 1, dtype=torch.float64) / _PARTS
+    fine = np.interp(whole, np.arange(len(lam)), lam)
+    return [torch.from_numpy(fine), *(torch.from_numpy(CubicSpline(lam, value)(fine)) for value in values)]
 
 
 def _cumulative(values: Tensor, width: Tensor) -> Tensor:
