@@ -10,7 +10,8 @@ from tests.nets.small import ARCHITECTURES, make
 from torch import Tensor
 
 from consistency.theory.derivative_free import fit_without_derivatives, gaussian_coefficients
-from consistency.theory.estimators import CoefficientFit, fit_coefficients, image_moments, solve_moments
+from consistency.theory.estimators import CoefficientFit, fit_coefficients, image_moments, jackknife, solve_moments
+from consistency.theory.generalized_ode import GeneralizedODE
 from consistency.theory.noise import log_grid
 from consistency.theory.oracles import MIXTURE_1D, GaussianTeacher, MixtureTeacher, gaussian_fit, mixture_coefficients
 from consistency.theory.solver import DenoiserFn
@@ -173,7 +174,7 @@ def test_of_an_isotropic_gaussian_it_stays_finite_and_says_so(
 ) -> None:
     teacher = GaussianTeacher(torch.full((dimension,), variance, dtype=precision))
     found = fit(teacher, *draws(teacher, 64), log_grid(40, 0.002, 80.0))
-    assert all(np.isfinite(array).all() for array in vars(found).values() if array is not None)
+    assert all(np.isfinite(array).all() for array in vars(found).values() if isinstance(array, np.ndarray))
     if fit is derived:  # there h is 0 but for rounding
         assert not found.determined.any()
         assert bool((found.s == -1).all() and (found.s_se >= 2).all())
@@ -202,6 +203,53 @@ def test_a_denoiser_that_returns_nan_is_named_with_its_time(fit: Fit) -> None:
 def test_the_fit_does_not_depend_on_its_batch(fit: Fit) -> None:
     whole, parts = (fit(MIXTURE_1D, *draws(MIXTURE_1D, 50), log_grid(9, 0.1, 80.0), batch=n) for n in (50, 7))
     torch.testing.assert_close(vars(parts), vars(whole), rtol=1e-12, atol=0)
+
+
+# --- how many images
+
+
+@pytest.mark.statistical
+def test_the_jackknife_tells_the_spread_of_g_between_fits() -> None:
+    times, grid = log_grid(24, 0.01, 20.0), log_grid(6, 0.01, 20.0)
+
+    def jumps(fit: CoefficientFit) -> np.ndarray:
+        ode = GeneralizedODE(*(torch.from_numpy(values) for values in (fit.times, fit.l, fit.s)))
+        return torch.cat(ode.backward(grid[:-1], grid[1:])).numpy()
+
+    moments = [
+        np.stack([image_moments(turned, images @ ROTATION.T + t * noise, t, signs) for t in times.tolist()])
+        for images, noise, signs in (
+            (
+                *draws(GAUSSIAN, 256, seed),
+                torch.randint(0, 2, (1, 256, 5), generator=seeded(seed + 99)).double() * 2 - 1,
+            )
+            for seed in range(40)
+        )
+    ]
+
+    def values(some: np.ndarray) -> np.ndarray:
+        return jumps(solve_moments(times.numpy(), some, 5, torch.float64))
+
+    spread = np.std([values(each) for each in moments], axis=0, ddof=1)
+    ratio = np.mean([jackknife(values, each) for each in moments], axis=0) / spread
+    assert bool(((ratio > 0.6) & (ratio < 2)).all()), ratio
+
+
+def test_a_fit_takes_images_until_the_tolerance_is_met() -> None:
+    images, noise = draws(GAUSSIAN, 2048)
+    times = log_grid(24, 0.01, 20.0)
+
+    def fit(tolerance: float) -> CoefficientFit:
+        inputs = (lambda rows: GAUSSIAN, images, noise, times, 1, seeded(1), 512)
+        return fit_coefficients(*inputs, jumps=lambda found: found.s, tolerance=tolerance)
+
+    few, every = fit(1.0), fit(0.0)
+    enough = 0.6 * few.error  # some three times as many images
+    more = fit(enough)
+    assert few.images == 128 < more.images < every.images == 2048
+    assert every.error < more.error <= enough
+    first = fit_coefficients(lambda rows: GAUSSIAN, images[:128], noise[:128], times, 1, seeded(1), 512)
+    np.testing.assert_allclose(few.s, first.s, rtol=1e-12)
 
 
 # --- both modes of differentiation

@@ -19,7 +19,12 @@ class Coefficients(Section):
     """The fit of l_t and s_t."""
 
     times: Annotated[int, Field(ge=8)] = Field(120, description="Log-spaced times from sigma_min to sigma_max.")
-    samples: Annotated[int, Field(ge=2)] = Field(4096, description="Noised training images a time.")
+    samples: Annotated[int, Field(ge=2)] = Field(4096, description="Noised training images a time, at most.")
+    tolerance: Annotated[float, Field(ge=0)] = Field(
+        1e-3,
+        description="Fewer images do if the standard error of f and g, over all jumps of the students, is below this. "
+        "The report says how many were used.",
+    )
     probes: Count | Literal["exact"] = Field(
         1, description="Rademacher probes an image for the trace, or `exact` (one product a dimension)."
     )
@@ -32,14 +37,14 @@ class Coefficients(Section):
     precision: Literal["float32", "float64"] = Field("float32", description="Arithmetic of the network.")
     seed: int = Field(0, description="Seed of images, noise and probes.")
 
-    def evaluations(self, dimension: int) -> int:
-        """Return the network evaluations of the whole fit, for images of that many numbers.
+    def evaluations(self, dimension: int, images: int) -> int:
+        """Return the network evaluations of a fit with so many images of that many numbers.
 
         A vector-Jacobian product counts 1, like the evaluation before it: one for each probe, r, x and x - mu. A
         Jacobian-vector product evaluates too and counts 2: one for each probe and for J, beside an evaluation for r.
         """
         probes = dimension if self.probes == "exact" else self.probes
-        return self.times * self.samples * (probes + 4 if self.mode == "reverse" else 2 * probes + 3)
+        return self.times * images * (probes + 4 if self.mode == "reverse" else 2 * probes + 3)
 
 
 class Churn(Section):

@@ -95,7 +95,9 @@ def _operations(study: Study, jobs: list[Job], size: _Size) -> dict[str, float]:
         "teacher": 3.0 * teacher * forward,
         "teacher's samples": study.taught * sampling.count * (2 * study.calibration.steps - 1) * forward,
         "calibration": study.taught * (aligned + sampling.count * size.extractor),
-        "coefficients": study.needs_coefficients * study.coefficients.evaluations(size.pixels) * forward,
+        "coefficients": study.needs_coefficients
+        * study.coefficients.evaluations(size.pixels, study.coefficients.samples)
+        * forward,
         "students": seeds * training,
         "samples": seeds * sampling.count * evaluations * forward,
         "scores": seeds * sum(_scoring_operations(job, size) for job in jobs),

@@ -16,6 +16,7 @@ from consistency.config.study import Study
 from consistency.evaluation.flows import PLANE_BATCH, TOYS
 from consistency.evaluation.forecast import forecast
 from consistency.nets.checkpoint import load_denoiser
+from consistency.provenance.card import read_card
 from consistency.provenance.graph import shown_fits
 from consistency.provenance.inputs import read_coefficients, read_dataset, read_fit
 from consistency.report import figures
@@ -201,17 +202,19 @@ def _coefficient_pictures(job: Job) -> list[Picture]:
             shape = (study.dataset.channels, *[study.dataset.resolution] * 2)
             ode = used.ode(shape, "cpu")
             forms[label] = build_preconditioning(student.preconditioning, 1.0, ode, student.theta).coefficients
+    measured = read_card(job, "coefficients")["measured"]
     unknown = int((~fit["determined"].astype(bool)).sum())
     note = f"; {unknown} times do not determine s_t" if unknown else ""
     caption = (
-        f"l_t and s_t fitted from the teacher at {settings.times} times, N = {settings.samples} noised images each, "
+        f"l_t and s_t fitted from the teacher at {settings.times} times, N = {measured['images']} noised images each, "
         f"{settings.probes} probes, fit seed {settings.seed}; band: two standard errors{note}. "
         "Dashed: the values that are ctm."
     )
     expected = forecast(fit, read_dataset(job).facts["sigma_data"], study.noise, study.sampling.nfe)
     pair = (
         "f and g of the fitted preconditioning minus ctm's, for jumps from t to s. "
-        f"From the fit above (N = {settings.samples}, seed {settings.seed}). "
+        f"From the fit above (N = {measured['images']}, seed {settings.seed}); standard error of f and g, over all jumps "
+        f"of the students, at most {measured['error']:.1e} (relative where they are above 1). "
         f"A rule of thumb, known before any training: {' '.join(expected)}"
     )
     figure = figures.preconditioning(forms, study.noise.sigma_min, study.noise.sigma_max)

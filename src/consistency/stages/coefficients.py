@@ -14,7 +14,7 @@ from consistency.provenance.card import Card
 from consistency.provenance.inputs import read_dataset, read_teacher, require_classes
 from consistency.theory.estimators import fit_coefficients
 from consistency.theory.generalized_ode import GeneralizedODE
-from consistency.training.fits import fitted_images, fitted_times
+from consistency.training.fits import fitted_images, fitted_times, study_jumps
 from consistency.training.objective import with_labels
 
 
@@ -48,6 +48,8 @@ def make_coefficients(job: Job, device: torch.device) -> None:
             track(f"coefficients {study.name}"),
             centre.to(device, images.dtype),
             settings.mode,
+            study_jumps(study),
+            settings.tolerance,
         )
     except ValueError as error:
         raise UserError(f"coefficients: {error}; train the teacher longer or use precision: float64") from None
@@ -60,10 +62,11 @@ def make_coefficients(job: Job, device: torch.device) -> None:
             raise UserError(
                 "coefficients: the fitted l_t, s_t give a singular jump; raise coefficients.samples or probes"
             )
-    plain = {name: value for name, value in vars(fit).items() if name != "centred"}
+    plain = {name: getattr(fit, name) for name in ("times", "l", "l_se", "s", "s_se", "determined")}
     centred = {"s_centred": around.s, "s_centred_se": around.s_se, "determined_centred": around.determined}
     arrays = {**plain, **centred, "centre": centre.numpy()}
     write_arrays(path, arrays)
     print(*forecast(arrays, data.facts["sigma_data"], study.noise, study.sampling.nfe), sep="\n")
-    evaluations, seconds = settings.evaluations(images[0].numel()), round(time.time() - card.started, 3)
-    card.write(measured={"network_evaluations": evaluations, "seconds": seconds})
+    evaluations, seconds = settings.evaluations(images[0].numel(), fit.images), round(time.time() - card.started, 3)
+    measured = {"network_evaluations": evaluations, "seconds": seconds, "images": fit.images, "error": fit.error}
+    card.write(measured=measured)

@@ -1,7 +1,8 @@
 """Estimates of l_t and s_t from a teacher: products with its Jacobian on noised training images."""
 
+import math
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -18,6 +19,8 @@ Mode = Literal["reverse", "forward"]
 # s_t runs from about -2 (small t) to 2 (large t) in every closed form we know; an estimate with a standard error this
 # large is meaningless.
 _S_RANGE = 2.0
+#: images of a fit at first, and groups of images that are left out in turn
+_FIRST, _GROUPS = 128, 16
 
 
 @dataclass(frozen=True)
@@ -26,7 +29,8 @@ class CoefficientFit:
 
     determined [N] is False where ||h|| is too small for s_t to be known; s is interpolated there (-1, the value of
     ctm, where no time determines it) and s_se is the width of the range s can take. Never NaN. centred: the fit of
-    x - mu and D - mu (ours), if there is a centre mu. Its l_t is the same.
+    x - mu and D - mu (ours), if there is a centre mu. Its l_t is the same. images: the number used; error: the largest
+    standard error of f and g at the jumps that were given.
     """
 
     times: Array
@@ -36,6 +40,8 @@ class CoefficientFit:
     s_se: Array
     determined: Array
     centred: "CoefficientFit | None" = None
+    images: int = 0
+    error: float = math.inf
 
 
 def fit_coefficients(
@@ -49,8 +55,13 @@ def fit_coefficients(
     progress: Callable[[Iterable[int]], Iterable[int]] = lambda steps: steps,
     centre: Tensor | None = None,
     mode: Mode = "reverse",
+    jumps: Callable[[CoefficientFit], Array] | None = None,
+    tolerance: float = 0.0,
 ) -> CoefficientFit:
     """Fit l_t (AP (15)) and s_t (AP (17)) at each time, on x_t = x_0 + t z; with a centre [...], around it too.
+
+    jumps(fit) is f and g at the jumps that matter: the fit begins with some of the images and takes twice as many until
+    the standard error of each of these numbers (relative, above 1) is at most the tolerance, or until it has all.
 
     teacher(rows) is the denoiser of those images (with their labels bound). images, noise: [K, ...], K >= 2; times:
     [N], descending. probes: Rademacher vectors an image for the trace, or None for the exact trace (d products).
@@ -61,15 +72,33 @@ def fit_coefficients(
     if probes is not None:
         shape = (probes, *images.shape)
         signs = torch.randint(0, 2, shape, generator=generator, device=images.device, dtype=torch.int8) * 2 - 1
-    rows = [slice(i, min(i + batch, len(images))) for i in range(0, len(images), batch)]
     moments = np.empty((len(times), 6 if centre is None else 9, len(images)))
-    for k in progress(range(len(times))):
-        for part in rows:
-            x = images[part] + times[k].to(images.dtype) * noise[part]
-            probe = None if signs is None else signs[:, part].to(x.dtype)
-            moments[k, :, part] = image_moments(teacher(part), x, times[k].item(), probe, centre, mode)
-    require_finite(times, moments)
-    return solve_moments(times.double().cpu().numpy(), moments, images[0].numel(), images.dtype)
+    nodes, dimension, seen, count = times.double().cpu().numpy(), images[0].numel(), 0, min(_FIRST, len(images))
+
+    def solve(some: Array) -> CoefficientFit:
+        return solve_moments(nodes, some, dimension, images.dtype)
+
+    while True:
+        rows = [slice(i, min(i + batch, count)) for i in range(seen, count, batch)]
+        for k in progress(range(len(times))):
+            for part in rows:
+                x = images[part] + times[k].to(images.dtype) * noise[part]
+                probe = None if signs is None else signs[:, part].to(x.dtype)
+                moments[k, :, part] = image_moments(teacher(part), x, times[k].item(), probe, centre, mode)
+        used = moments[:, :, :count]
+        require_finite(times, used)
+        error = math.inf if jumps is None else float(jackknife(lambda some: jumps(solve(some)), used).max())
+        if count == len(images) or error <= tolerance:
+            return replace(solve(used), images=count, error=error)
+        seen, count = count, min(2 * count, len(images))
+
+
+def jackknife(values: Callable[[Array], Array], moments: Array) -> Array:
+    """Return the standard errors of values(moments), moments [..., K], over images, relative where a value is above 1:
+    each sixteenth of the images is left out once."""
+    parts = np.array_split(np.arange(moments.shape[-1]), min(_GROUPS, moments.shape[-1]))
+    left = np.stack([values(np.delete(moments, part, axis=-1)) for part in parts])
+    return np.asarray(left.std(0) * np.sqrt(len(parts) - 1) / np.maximum(1, np.abs(left.mean(0))))
 
 
 def require_finite(times: Tensor, moments: Array) -> None:

@@ -45,22 +45,24 @@ class GeneralizedODE:
         self.sigma_max, self.sigma_min = times[0].item(), times[-1].item()
         lam, l, s = _refined(-torch.log(times), l, s)
         width = torch.diff(lam)
+        log_L, log_S = _cumulative(l, width), _cumulative(s, width)
         nodes = {
             "lam": lam[:-1],
             "l": l[:-1],
             "l_slope": torch.diff(l) / width,
             "s": s[:-1],
             "s_slope": torch.diff(s) / width,
-            "log_L": _cumulative(l, width)[:-1],
-            "log_S": _cumulative(s, width)[:-1],
-            "log_Q": torch.zeros(len(width), dtype=torch.float64),
+            "log_L": log_L[:-1],
+            "log_S": log_S[:-1],
             # On the nodes' device, so that no step copies them there again.
             "points": _POINTS,
             "weights": _WEIGHTS,
         }
         self._nodes = nodes
-        for k in range(len(width) - 1):
-            nodes["log_Q"][k + 1] = self._log_Q(torch.tensor([k]), width[k : k + 1])[0]
+        # Q e^M is a sum over the intervals before; Q(lambda_T), which cancels in q, is 1.
+        M = log_L + log_S
+        terms = torch.cat([M[:1], M[1:] + self._log_local(torch.arange(len(width)), width)])
+        nodes["log_Q"] = (torch.logcumsumexp(terms, 0) - M)[:-1]
         self._nodes = {name: value.to(device) for name, value in nodes.items()}
         self.centre = None if centre is None else centre.to(device)
 
@@ -130,14 +132,19 @@ class GeneralizedODE:
     def _log_Q(self, cell: Tensor, offset: Tensor) -> Tensor:
         """Return log Q at an offset from a node: the node's value, damped, plus the integral over the offset."""
         nodes = self._nodes
+        rate, curve = (nodes["l"] + nodes["s"])[cell], (nodes["l_slope"] + nodes["s_slope"])[cell]
+        carried = nodes["log_Q"][cell] - (rate * offset + 0.5 * curve * offset**2)
+        return torch.logaddexp(carried, self._log_local(cell, offset))
+
+    def _log_local(self, cell: Tensor, offset: Tensor) -> Tensor:
+        """Return the logarithm of int e^{M' - M} dlambda' from a node to an offset from it, where M is."""
+        nodes = self._nodes
         rate = (nodes["l"] + nodes["s"])[cell].unsqueeze(-1)
         curve = (nodes["l_slope"] + nodes["s_slope"])[cell].unsqueeze(-1)
         reach = offset.unsqueeze(-1)
         u = 0.5 * reach * (nodes["points"] + 1)
         to_end = rate * (u - reach) + 0.5 * curve * (u**2 - reach**2)  # M(u) - M(end)
-        local = 0.5 * offset * (nodes["weights"] * torch.exp(to_end)).sum(-1)
-        carried = nodes["log_Q"][cell] - (rate * reach + 0.5 * curve * reach**2).squeeze(-1)
-        return torch.logaddexp(carried, torch.log(local))
+        return torch.log(0.5 * offset * (nodes["weights"] * torch.exp(to_end)).sum(-1))
 
 
 def _refined(lam: Tensor, *values: Tensor) -> list[Tensor]:

@@ -1,5 +1,8 @@
 """Times and images of a study: the rho grid of its jumps, and the data of its coefficient fits."""
 
+from collections.abc import Callable
+
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -7,7 +10,12 @@ from consistency.base.seeding import generator
 from consistency.config.dataset import Noise
 from consistency.config.study import Study
 from consistency.data.prepared import ImageData
+from consistency.theory.estimators import CoefficientFit
+from consistency.theory.generalized_ode import GeneralizedODE
 from consistency.theory.noise import log_grid, rho_grid
+from consistency.theory.preconditioning import FORMS, build_preconditioning
+
+_NODES = 18
 
 
 def time_grid(noise: Noise, nodes: int, device: torch.device | str = "cpu") -> Tensor:
@@ -18,6 +26,28 @@ def time_grid(noise: Noise, nodes: int, device: torch.device | str = "cpu") -> T
 def fitted_times(study: Study) -> Tensor:
     """The times [N] of the study's fits."""
     return log_grid(study.coefficients.times, study.noise.sigma_min, study.noise.sigma_max)
+
+
+def study_jumps(study: Study) -> Callable[[CoefficientFit], np.ndarray]:
+    """Return a function from a fit to f and g, in one row, for the study's students that use it: at the jumps between
+    all nodes of a grid, or to eps."""
+    users = [student for student in study.students.values() if student.needs_coefficients]
+    forms = sorted({(student.preconditioning, student.theta, student.only_to_eps) for student in users})
+    grid = time_grid(study.noise, _NODES)
+    first, last = torch.triu_indices(_NODES, _NODES, 1)
+
+    def values(fit: CoefficientFit) -> np.ndarray:
+        found: list[Tensor] = []
+        for name, theta, only_to_eps in forms:
+            s = grid[-1].expand(len(first)) if only_to_eps else grid[last]
+            around = fit.centred if FORMS[name].centred else fit
+            assert around is not None
+            times, l, rate = map(torch.from_numpy, (around.times, around.l, around.s))
+            ode = GeneralizedODE(times, l, rate, centre=torch.zeros(1))  # no mean image is needed for f and g
+            found += build_preconditioning(name, 1.0, ode, theta).coefficients(grid[first], s)
+        return torch.cat(found).numpy()
+
+    return values
 
 
 def fitted_images(study: Study, data: ImageData, device: torch.device) -> tuple[Tensor, Tensor | None, Tensor]:
