@@ -213,7 +213,7 @@ def _coefficient_pictures(job: Job) -> list[Picture]:
     expected = forecast(fit, read_dataset(job).facts["sigma_data"], study.noise, study.sampling.nfe)
     pair = (
         "f and g of the fitted preconditioning minus ctm's, for jumps from t to s. "
-        f"From the fit above (N = {measured['images']}, seed {settings.seed}); standard error of f and g, over all jumps "
+        f"From the fit above (N = {measured['images']}, seed {settings.seed}); standard error of f and g at all jumps "
         f"of the students, at most {measured['error']:.1e} (relative where they are above 1). "
         f"A rule of thumb, known before any training: {' '.join(expected)}"
     )
