@@ -33,6 +33,7 @@ SHAPES: dict[str, Callable[[Array], Array]] = {
 NOISES = {
     "alignment": ("digits", "ctm", "analytic", "alignment", 2),
     "FD": ("digits", "ctm", "analytic", "fd", 3),
+    "FD of couplings": ("digits-gc", "ic", "gc", "fd", 1),
 }
 FACTORS, SEEDS = (1.0, 1.3, 2.0), (2, 3, 5, 10)
 

@@ -22,8 +22,10 @@ def test_published_results_are_consistent() -> None:
     assert found == {folder.name: [] for folder in PUBLISHED}
 
 
-def test_every_number_in_prose_is_a_value_of_the_folder_or_of_its_study() -> None:
-    pages = {folder.name: unsupported((folder / "README.md").read_text(), folder) for folder in PUBLISHED}
+def test_every_number_in_prose_is_a_value_of_the_folder_or_of_one_that_it_links_to() -> None:
+    texts = {folder: (folder / "README.md").read_text() for folder in PUBLISHED}
+    linked = {folder: [each for each in PUBLISHED if f"](../{each.name}/" in texts[folder]] for folder in PUBLISHED}
+    pages = {folder.name: unsupported(texts[folder], folder, *linked[folder]) for folder in PUBLISHED}
     assert pages == {folder.name: [] for folder in PUBLISHED}
 
 
