@@ -2,8 +2,8 @@
 
     python benchmarks/fit.py [--device cpu] [--threads 1] [--repeat 5]
 
-Untrained networks serve: speed does not depend on the weights. Each figure is a ratio of medians of --repeat runs after a
-warm-up, one of each kind in turn.
+Untrained networks serve: speed does not depend on the weights. Each figure is a ratio of medians of --repeat runs,
+one of each kind in turn, after a warm-up.
 """
 
 import argparse
