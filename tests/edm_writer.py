@@ -95,7 +95,11 @@ class _Writer:
         given = denoiser.architecture
         names = ("img_resolution", "img_channels", "label_dim", "sigma_data")
         wrapper = {name: given[name] for name in names}
-        inner = {name: value for name, value in given.items() if name not in (*names, "network", "second_time")}
+        inner = {
+            name: value
+            for name, value in given.items()
+            if name not in (*names, "network", "second_time", "noise_scale")
+        }
         made_with = {
             "img_resolution": given["img_resolution"],
             "in_channels": given["img_channels"],

@@ -68,7 +68,12 @@ MISTAKES: list[tuple[dict[str, Any], str]] = [
     ({"scores.classifier.feature": 9}, "unknown key 'scores.classifier.feature'; did you mean 'features'?"),
     ({"varies": ["preconditionin"]}, "varies names 'preconditionin'"),
     ({"flows": {"toy_step": 5}}, "unknown key 'flows.toy_step'; did you mean 'toy_steps'?"),
+    (
+        {"teacher": {"kind": "safetensors", "path": "x", "netwrok": {"kind": "mlp"}}},
+        "unknown key 'teacher.netwrok'; did you mean 'network'?",
+    ),
     # wrong values
+    ({"teacher": {"kind": "safetensors", "path": "x", "sha256": "abc"}}, "key 'teacher.sha256': string should match"),
     ({"teacher.steps": "ten"}, "key 'teacher.steps': input should be a valid integer, got 'ten'"),
     ({"teacher.steps": 60.0}, "key 'teacher.steps': input should be a valid integer, got 60.0"),
     ({"teacher.steps": 0}, "key 'teacher.steps': input should be greater than or equal to 1, got 0"),

@@ -27,9 +27,9 @@ def test_operations_are_those_of_the_layers() -> None:
     assert forward_operations(architecture) == 2 * sum(p.numel() for p in weights)
 
 
-@pytest.mark.parametrize("name", [name for name in registry() if name.startswith("edm-")])
+@pytest.mark.parametrize("name", [name for name in registry() if name.startswith("edm")])
 def test_every_official_checkpoint_has_its_published_size(name: str) -> None:
-    """The parameters of NVIDIA's networks."""
+    """The parameters of NVIDIA's networks; OpenAI's has those of its ADM."""
     with torch.device("meta"):
         parameters = sum(p.numel() for p in build_denoiser(official_architecture(name)).parameters())
     assert parameters in {55_733_891, 55_735_299, 56_397_827, 56_400_643, 61_805_571, 62_761_091, 295_899_267}

@@ -156,7 +156,7 @@ def rewritten(path: Path, change: Callable[[dict[str, torch.Tensor], dict[str, A
 )
 def test_tensors_that_do_not_fit_the_architecture_are_refused(saved: Path, change: Callable[..., None]) -> None:
     rewritten(saved, change)
-    refused(saved, "does not fit the architecture it names")
+    refused(saved, "does not fit its architecture")
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

@@ -12,7 +12,8 @@ from consistency.config.networks import NoTeacher
 from consistency.config.reading import load_study
 
 #: downloads and trainings
-FIRST_PAPER = {"cifar10-uncond": (4, 15), "cifar10-cond": (4, 15), "ffhq64": (3, 15), "imagenet64": (3, 15)}
+FIRST_PAPER = {"cifar10-uncond": (4, 18), "cifar10-cond": (4, 18), "ffhq64": (3, 18)}
+FIRST_PAPER |= {"imagenet64": (3, 18), "imagenet64-openai": (3, 18)}
 SECOND_PAPER = {"cifar10-gc": (2, 27), "imagenet32-gc": (1, 12), "celeba64-gc": (1, 12), "cifar10-ect": (3, 12)}
 #: of the released GC and ECT configurations: rate, batch, steps, blocks, attention, baseline's dropout
 RELEASED = {

@@ -89,14 +89,15 @@ def job_of(wildcards) -> Job:
 
 
 def inputs(stage: str):
-    """Return an input function: the files that the graph lists for a job of the stage, its downloads, and the mark that
-    makes it run again when its settings or code change."""
+    """Return an input function: the files that the graph lists for a job of the stage, its downloads and given files, and the
+    mark that makes it run again when its settings or code change."""
 
     def needed(wildcards):
         job = job_of(wildcards)
         settled = graph.settled(stage, job)
         # The gate is the calibration's table, because results of earlier versions have no calibration.passed.
         files = [*graph.needed(stage, job, job.of().scores), *map(resource_path, graph.fetched(stage, job))]
+        files += graph.given(stage, job)
         marks = [] if DECIDED else [str(due_mark(stage, job))]
         return [ancient(str(path)) if DECIDED or path in settled else str(path) for path in files] + marks
 

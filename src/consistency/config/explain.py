@@ -7,7 +7,7 @@ from pydantic import BaseModel, ValidationError
 
 from consistency.base.errors import suggestion
 from consistency.config.fields import Section
-from consistency.config.networks import NETWORKS, NoTeacher, OfficialTeacher, Teacher
+from consistency.config.networks import NETWORKS, GivenTeacher, NoTeacher, OfficialTeacher, Teacher
 from consistency.config.objectives import OBJECTIVES, Doubling, Shrinking, objective_of
 from consistency.config.student import Frozen
 
@@ -51,7 +51,8 @@ def explain(error: ValidationError, model: type[BaseModel], content: Any = None)
 _UNION_MEMBER = re.compile(r"^(constrained-\w+|(literal|list)\[.*\]|\[key\])$")
 # The unions' members that are sections, by their discriminator.
 _MEMBERS: dict[str, type[Section]] = {
-    cls.model_fields["kind"].default: cls for cls in (Teacher, OfficialTeacher, NoTeacher, Doubling, Shrinking)
+    cls.model_fields["kind"].default: cls
+    for cls in (Teacher, OfficialTeacher, GivenTeacher, NoTeacher, Doubling, Shrinking)
 } | {"Frozen": Frozen}
 
 

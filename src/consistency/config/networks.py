@@ -119,10 +119,24 @@ class Teacher(Section):
 
 
 class OfficialTeacher(Section):
-    """An official EDM checkpoint, downloaded and converted."""
+    """An official checkpoint, NVIDIA's of EDM or OpenAI's, downloaded and converted."""
 
     kind: Literal["edm"] = "edm"
     checkpoint: Name = Field(description="Its file name in config/resources.yaml: edm-cifar10-32x32-uncond-vp.pkl, ...")
+    conditional: bool = Field(False, description="Whether it is conditioned on the class; must agree with the file.")
+
+
+class GivenTeacher(Section):
+    """A safetensors file of your own: a teacher of another study, or weights with this project's parameter names."""
+
+    kind: Literal["safetensors"] = "safetensors"
+    path: str = Field(description="The file; a relative path starts at the project's root.")
+    sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")] | None = Field(
+        None, description="Its digest: a file with another is refused. Without, any file is taken and its digest noted."
+    )
+    network: AnyNetwork | None = Field(
+        None, description="The network inside the denoiser, for a file that another program wrote."
+    )
     conditional: bool = Field(False, description="Whether it is conditioned on the class; must agree with the file.")
 
 

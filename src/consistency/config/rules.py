@@ -111,7 +111,8 @@ def _teacher_fits_the_images(study: Study) -> Iterator[str]:
         if study.noise.sigma_data == "measured":
             yield "noise.sigma_data cannot be measured: an EDM teacher has its own, 0.5"
         return
-    if problem := study.teacher.network.refuses(study.dataset.resolution, study.dataset.channels):
+    network = study.teacher.network
+    if network and (problem := network.refuses(study.dataset.resolution, study.dataset.channels)):
         yield problem
 
 

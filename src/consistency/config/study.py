@@ -14,7 +14,7 @@ from consistency.config.compute import Compute
 from consistency.config.dataset import Dataset, Noise
 from consistency.config.fields import Name, Section
 from consistency.config.measures import Calibration, Coefficients, Flows, Sampling, Scores
-from consistency.config.networks import NoTeacher, OfficialTeacher, Teacher
+from consistency.config.networks import GivenTeacher, NoTeacher, OfficialTeacher, Teacher
 from consistency.config.objectives import AnyStudent, Consistency, merged
 from consistency.config.report import Report
 from consistency.config.student import Student
@@ -27,7 +27,7 @@ class Study(Section):
     title: str = Field("", description="A heading for the report.")
     dataset: Dataset
     noise: Noise = Field(default_factory=Noise)
-    teacher: Teacher | OfficialTeacher | NoTeacher = Field(
+    teacher: Teacher | OfficialTeacher | GivenTeacher | NoTeacher = Field(
         discriminator="kind", description="The EDM denoiser that is distilled, or that students are measured against."
     )
     coefficients: Coefficients = Field(default_factory=Coefficients)

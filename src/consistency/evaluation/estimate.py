@@ -1,6 +1,7 @@
 """The verb estimate: a study's cost in operations (counted on its networks), GPU-hours and disk."""
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -8,12 +9,13 @@ from consistency.config.dataset import KINDS
 from consistency.config.distances import DISTANCES
 from consistency.config.job import Job
 from consistency.config.measures import Flows
-from consistency.config.networks import OfficialTeacher, Teacher
+from consistency.config.networks import GivenTeacher, OfficialTeacher, Teacher
 from consistency.config.objectives import Consistency
 from consistency.config.samplers import student_samplers
 from consistency.config.student import Student
 from consistency.config.study import Study
 from consistency.data.prepared import load_images
+from consistency.nets.checkpoint import load_given
 from consistency.nets.denoiser import build_denoiser, forward_operations
 from consistency.nets.official import official_architecture
 from consistency.training.consistency_training import schedule_of
@@ -164,6 +166,8 @@ def _network(study: Study, classes: int) -> tuple[float, int]:
     """Return the operations of one evaluation of one image by the student, and its parameters."""
     if isinstance(study.teacher, OfficialTeacher):
         architecture = official_architecture(study.teacher.checkpoint) | {"augment_dim": 0}
+    elif isinstance(study.teacher, GivenTeacher) and study.teacher.network is None:
+        architecture = load_given(Path(study.teacher.path), None)[0].architecture
     else:
         architecture = architecture_of(study, study.teacher, classes, 0.5)
     # A student with random initial weights has its teacher's architecture.

@@ -31,7 +31,8 @@ class DhariwalUNet(ConditionedNetwork):
 
     Every block at the levels listed in attn_resolutions, and the first block of the decoder, has attention with
     one head per 64 channels, rounded down: below 64 channels there is none. label_dropout and second_time work as
-    in SongUNet, except that the label's embedding is added after the two layers.
+    in SongUNet, except that the label's embedding is added after the two layers. noise_scale multiplies the noise
+    labels before their sinusoidal embedding: 1 in EDM's network, 1000 in OpenAI's.
 
     Shapes: x [N,in_channels,R,R] -> [N,out_channels,R,R]; noise_labels and second_noise_labels [N] or [1],
     ln(t)/4 and ln(s)/4; class_labels [N or 1, label_dim], one-hot; augment_labels [N or 1, augment_dim].
@@ -53,9 +54,11 @@ class DhariwalUNet(ConditionedNetwork):
         attn_resolutions: Sequence[int] = (32, 16, 8),
         dropout: float = 0.1,
         label_dropout: float = 0.0,
+        noise_scale: float = 1.0,
         second_time: bool = False,
     ) -> None:
         super().__init__(label_dim, augment_dim, label_dropout, second_time)
+        self.noise_scale = noise_scale
         geometry = img_resolution, model_channels, channel_mult, attn_resolutions
         levels = levels_of(*geometry, num_blocks, dropout, _CHANNELS_PER_HEAD)
         emb_channels = model_channels * channel_mult_emb
@@ -85,7 +88,7 @@ class DhariwalUNet(ConditionedNetwork):
     def embed(
         self, noise: Tensor, labels: Tensor | None, augment: Tensor | None, layer0: nn.Module, layer1: nn.Module
     ) -> Tensor:
-        emb = self.map_noise(noise)
+        emb = self.map_noise(noise * self.noise_scale)
         if augment is not None:
             emb = emb + self.map_augment(augment.to(emb.dtype))
         emb = layer1(F.silu(layer0(emb)))

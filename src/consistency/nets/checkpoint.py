@@ -1,6 +1,8 @@
 """Self-describing checkpoints: weights, architecture and origin in one safetensors file."""
 
 import json
+import pickle
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -8,6 +10,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch import Tensor
 
 from consistency.base.errors import UserError
 from consistency.base.files import write_with
@@ -15,6 +18,8 @@ from consistency.nets.denoiser import Denoiser, build_denoiser
 
 #: format of this project's checkpoints
 CHECKPOINT = "consistency-denoiser-1"
+#: errors of torch.load on files that are truncated, overwritten or foreign
+DAMAGED = (OSError, RuntimeError, EOFError, ValueError, LookupError, TypeError, pickle.UnpicklingError)
 
 
 def save_denoiser(path: Path, denoiser: Denoiser, metadata: dict[str, Any]) -> None:
@@ -43,20 +48,25 @@ def _sort_metadata(path: Path) -> None:
 
 def read_metadata(path: Path) -> dict[str, Any]:
     """Read a checkpoint's metadata. Raises UserError for a missing, damaged or foreign file."""
+    metadata = _metadata(path, "run the stage that makes it first", "delete it and run its stage again")
+    if not metadata:
+        raise UserError(f"{path} was not written by this project (no {CHECKPOINT} metadata): run its stage again")
+    return metadata
+
+
+def _metadata(path: Path, absent: str, damaged: str) -> dict[str, Any]:
+    """Read the metadata of a safetensors file, none if another program wrote it. absent, damaged: advice."""
     try:
         with safe_open(path, "pt") as file:
             texts = file.metadata() or {}
     except FileNotFoundError:
-        raise UserError(f"{path} is missing: run the stage that makes it first") from None
+        raise UserError(f"{path} is missing: {absent}") from None
     except (SafetensorError, OSError) as error:
-        message = f"{path} is not a whole safetensors file ({error}): delete it and run its stage again"
-        raise UserError(message) from None
+        raise UserError(f"{path} is not a whole safetensors file ({error}): {damaged}") from None
     metadata: dict[str, Any] = {}
     with suppress(ValueError):
         metadata = {name: json.loads(text) for name, text in texts.items()}
-    if metadata.get("format") != CHECKPOINT:
-        raise UserError(f"{path} was not written by this project (no {CHECKPOINT} metadata): run its stage again")
-    return metadata
+    return metadata if metadata.get("format") == CHECKPOINT else {}
 
 
 def load_denoiser(path: Path, key: str | None = None) -> tuple[Denoiser, dict[str, Any]]:
@@ -71,14 +81,55 @@ def load_denoiser(path: Path, key: str | None = None) -> tuple[Denoiser, dict[st
             f"{path} was made by study {metadata.get('study')!r} with other settings: "
             "run its stage again, or give this study another --results folder"
         )
+    return _build(path, metadata.get("architecture"), "run its stage again"), metadata
+
+
+def load_given(path: Path, architecture: Mapping[str, Any] | None) -> tuple[Denoiser, dict[str, Any]]:
+    """Build the teacher of a person's own safetensors file, in eval mode, and return it with its metadata.
+
+    architecture: needed for the file of another program, whose metadata lack it. Raises UserError as load_denoiser.
+    """
+    metadata = _metadata(path, "correct teacher.path in the study", "name another one as teacher.path")
+    if not (architecture or metadata):
+        raise UserError(f"{path} does not say what its network is: describe it in teacher.network")
+    advice = "name another teacher.path" + (", or correct teacher.network" if architecture else "")
+    return _build(path, architecture or metadata.get("architecture"), advice), metadata
+
+
+def _build(path: Path, architecture: Any, advice: str) -> Denoiser:
     try:
-        denoiser = build_denoiser(metadata["architecture"])
+        denoiser = build_denoiser(architecture)
         with safe_open(path, "pt") as file:
-            denoiser.load_state_dict({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        if wrong := misfit(tensors, denoiser.state_dict()):
+            raise ValueError(wrong)
+        denoiser.load_state_dict(tensors)
     except (KeyError, TypeError, ValueError, RuntimeError, SafetensorError) as error:
         reason = " ".join(str(error).split())[:300]
-        raise UserError(f"{path} does not fit the architecture it names ({reason}): run its stage again") from None
-    bad = [name for name, value in denoiser.state_dict().items() if not bool(torch.isfinite(value).all())]
-    if bad:
-        raise UserError(f"{path} holds NaN or infinity in {bad[0]}: run its stage again")
-    return denoiser.eval().requires_grad_(False), metadata
+        raise UserError(f"{path} does not fit its architecture ({reason}): {advice}") from None
+    if bad := not_finite(denoiser):
+        raise UserError(f"{path} holds NaN or infinity in {bad}: {advice}")
+    return denoiser.eval().requires_grad_(False)
+
+
+def misfit(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> str:
+    """Name the first tensor that is missing, too many or of another shape, and count them; '' if there is none."""
+
+    def shown(tensors: Mapping[str, Tensor], name: str) -> str:
+        return str(list(tensors[name].shape)) if name in tensors else "none"
+
+    names = sorted(found.keys() | wanted.keys())
+    wrong = [name for name in names if shown(found, name) != shown(wanted, name)]
+    if not wrong:
+        return ""
+    first = wrong[0]
+    return (
+        f"{len(wrong)} of {len(names)} tensors differ, first {ascii(first)[:100]}: the file has {shown(found, first)}, "
+        f"the network {shown(wanted, first)}"
+    )
+
+
+def not_finite(denoiser: Denoiser) -> str:
+    """Name the first tensor with NaN or infinity; '' if there is none."""
+    bad = (name for name, value in denoiser.state_dict().items() if not bool(torch.isfinite(value).all()))
+    return next(bad, "")

@@ -1,4 +1,4 @@
-"""Architectures of EDM's official checkpoints without the files, for estimates and benchmarks."""
+"""Architectures of the official checkpoints without the files, for estimates and benchmarks."""
 
 import re
 from typing import Any
@@ -15,12 +15,17 @@ _DATASETS: dict[str, dict[str, Any]] = {
 _NCSN = {"embedding_type": "fourier", "encoder_type": "residual", "resample_filter": [1, 3, 3, 1]}
 _VARIANTS: dict[str, dict[str, Any]] = {"vp": {}, "ve": {**_NCSN, "channel_mult_noise": 2}, "adm": {}}
 
+#: OpenAI's teacher of Consistency Models: EDM's ADM in all but the noise level's embedding, that of 250 ln(t)
+OPENAI = "edm_imagenet64_ema.pt"
+
 
 def official_architecture(checkpoint: str) -> dict[str, Any]:
-    """Return the `build_denoiser` architecture of edm-<dataset>-<resolution>-<condition>-<variant>.pkl.
+    """Return the `build_denoiser` architecture of edm-<dataset>-<resolution>-<condition>-<variant>.pkl, or of OPENAI.
 
     Raises UserError for an unknown name.
     """
+    if checkpoint == OPENAI:
+        return official_architecture("edm-imagenet-64x64-cond-adm.pkl") | {"noise_scale": 1000.0}
     match = re.fullmatch(r"edm-(cifar10-32x32|ffhq-64x64|imagenet-64x64)-(uncond|cond)-(vp|ve|adm)\.pkl", checkpoint)
     if match is None:
         raise UserError(

@@ -52,6 +52,7 @@ class Card:
             return {p.relative_to(folder).as_posix(): (known or {}).get(p) or digest_of(p, job.paths) for p in paths}
 
         opened = {f"resources/{name}": known_sha256(name) for name in graph.downloads(job, stage)}
+        opened |= {f"given/{file.name}": sha256(file) for file in graph.given(stage, job)}
         card = {
             "format": CARD,
             "stage": stage,

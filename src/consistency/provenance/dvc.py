@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from consistency.base.errors import UserError
-from consistency.base.files import write_bytes, write_json
+from consistency.base.files import sha256, write_bytes, write_json
 from consistency.config.job import Job
 from consistency.config.paths import StudyPaths
 from consistency.config.reading import dump_yaml, load_study
@@ -24,7 +24,8 @@ _FETCHING = ("dataset", "teacher", "extractor", "student")
 
 def write_plan(job: Job, unused: int = 0) -> None:
     """Write results/<study>/plan/: one JSON file per job with the key of its settings, the digest of its code and the
-    sha256 of its downloads. unused: number of empty files that fill up shorter lists of dependencies in dvc.yaml.
+    sha256 of its downloads and given files. unused: number of empty files that fill up shorter lists of dependencies in
+    dvc.yaml.
 
     Raises UserError if dvc.yaml was not written for the study as it is.
     """
@@ -33,6 +34,7 @@ def write_plan(job: Job, unused: int = 0) -> None:
     shutil.rmtree(plan, ignore_errors=True)
     for stage, each in graph.artifacts(job).values():
         downloads = {name: find(name).sha256 for name in graph.downloads(each, stage)}
+        downloads |= {file.name: sha256(file) for file in graph.given(stage, each) if file.exists()}
         content = {"settings": each.key(stage), "code": code_digest(stage), "downloads": downloads}
         write_json(_plan_file(stage, each), content)
     for k in range(unused):

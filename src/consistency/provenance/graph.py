@@ -11,7 +11,7 @@ from typing import Any
 from consistency.config.dataset import KINDS
 from consistency.config.distances import DISTANCES
 from consistency.config.job import PER_STUDENT, Job
-from consistency.config.networks import OfficialTeacher, Teacher
+from consistency.config.networks import GivenTeacher, OfficialTeacher, Teacher
 from consistency.config.paths import sampler_name
 from consistency.config.samplers import student_samplers
 from consistency.data.resources import INCEPTION
@@ -249,6 +249,12 @@ def seeds_of(job: Job, stage: str) -> dict[str, Any]:
 def fetched(stage: str, job: Job) -> list[str]:
     """Return the downloads that a rule waits for; scores take the extractor's."""
     return [] if stage == "scores" else downloads(job, stage)
+
+
+def given(stage: str, job: Job) -> list[Path]:
+    """Return the files of a person's own, beside the images, that a job of a stage opens."""
+    teacher = job.study.teacher
+    return [Path(teacher.path)] if stage == "teacher" and isinstance(teacher, GivenTeacher) else []
 
 
 def downloads(job: Job, stage: str) -> list[str]:

@@ -155,8 +155,8 @@ def stale(card: CheckedCard, stage: str, job: Job, made: dict[str, str]) -> Iter
         yield f"stale: made for study {card.study!r}; run its stage again"
     if card.key != settings_key(stage, job.seed, settings) or card.settings != settings:
         yield f"stale: made with other settings{first_difference(card.settings, settings)}; run its stage again"
-    for name, digest in card.inputs.items():  # a download's digest was checked when it was read
-        if not name.startswith("resources/") and made.get(name) != digest:
+    for name, digest in card.inputs.items():  # a foreign file's digest was taken when it was read
+        if not name.startswith(("resources/", "given/")) and made.get(name) != digest:
             yield f"stale: no card names the {name} that it was made from; run its stage again"
 
 

@@ -1,11 +1,12 @@
 """The report's numbers in words. No files, no figures."""
 
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from consistency.config.networks import NoTeacher, OfficialTeacher
+from consistency.config.networks import GivenTeacher, NoTeacher, OfficialTeacher
 from consistency.config.study import Study
 from consistency.evaluation.analysis import SIGNIFICANT, Comparison, Paired, SpeedUp
 from consistency.theory.preconditioning import FORMS
@@ -31,6 +32,8 @@ def teacher_made(study: Study, parameters: int) -> str:
         return f"none; the students' network is {teacher.network.kind}, {parameters:,} parameters"
     if isinstance(teacher, OfficialTeacher):
         return f"official EDM checkpoint {teacher.checkpoint}, {parameters:,} parameters"
+    if isinstance(teacher, GivenTeacher):
+        return f"the given file {Path(teacher.path).name}, {parameters:,} parameters"
     steps = f"{teacher.steps:,} steps of {teacher.batch} images"
     return f"{teacher.network.kind}, {parameters:,} parameters, {steps}"
 

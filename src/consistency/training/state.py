@@ -1,6 +1,5 @@
 """The saved state of a training (torch, weights only)."""
 
-import pickle
 from pathlib import Path
 from typing import Any
 
@@ -8,9 +7,7 @@ import torch
 
 from consistency.base.errors import UserError
 from consistency.base.files import write_with
-
-# Errors of torch.load on files that are truncated, overwritten or foreign.
-_DAMAGED = (OSError, RuntimeError, EOFError, ValueError, LookupError, TypeError, pickle.UnpicklingError)
+from consistency.nets.checkpoint import DAMAGED
 
 
 def save_state(path: Path, state: dict[str, Any]) -> None:
@@ -24,7 +21,7 @@ def load_state(path: Path) -> dict[str, Any] | None:
         state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         return None
-    except _DAMAGED as error:
+    except DAMAGED as error:
         # The first sentence only: PyTorch goes on to advise loading the file unsafely.
         reason = str(error).split(". ")[0].splitlines()[0] if str(error) else type(error).__name__
         raise UserError(f"the training state {path} is damaged ({reason}): delete it to start over") from None

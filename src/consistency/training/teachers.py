@@ -3,7 +3,7 @@
 from typing import Any
 
 from consistency.config.job import Job
-from consistency.config.networks import NoTeacher, Teacher
+from consistency.config.networks import GivenTeacher, NoTeacher, Teacher
 from consistency.config.study import Study
 from consistency.data.prepared import ImageData
 from consistency.nets.denoiser import init_denoiser
@@ -53,13 +53,16 @@ def teacher_training(job: Job, settings: Teacher, data: ImageData, machine: Mach
     )
 
 
-def architecture(study: Study, settings: Teacher | NoTeacher, data: ImageData) -> dict[str, Any]:
+def architecture(study: Study, settings: Teacher | GivenTeacher | NoTeacher, data: ImageData) -> dict[str, Any]:
     """Return the denoiser's description, as build_denoiser takes it."""
     return architecture_of(study, settings, data.classes, sigma_data(study, data))
 
 
-def architecture_of(study: Study, settings: Teacher | NoTeacher, classes: int, data_std: float) -> dict[str, Any]:
+def architecture_of(
+    study: Study, settings: Teacher | GivenTeacher | NoTeacher, classes: int, data_std: float
+) -> dict[str, Any]:
     """Return the same from known facts about the data: its classes and its standard deviation."""
     shape = {"img_resolution": study.dataset.resolution, "img_channels": study.dataset.channels}
     labels = {"label_dim": classes if settings.conditional else 0}
+    assert settings.network is not None
     return {**settings.network.architecture(), **shape, **labels, "sigma_data": data_std, "second_time": False}
