@@ -1,5 +1,6 @@
 """Consistency distillation with analytically fitted preconditioning: a reproducibility workflow."""
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -21,7 +22,4 @@ def __getattr__(name: str) -> Any:
     """Import a name of __all__ when it is first used: torch takes seconds."""
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from consistency import api
-    from consistency.nets import adapters
-
-    return getattr(adapters if name.startswith("from_") else api, name)
+    return getattr(import_module(f"{__name__}.{'nets.adapters' if name.startswith('from_') else 'api'}"), name)

@@ -188,7 +188,7 @@ def save_images(images: Images, file: str | Path) -> None:
 
 
 class FittedODE(GeneralizedODE):
-    """The generalised ODE of a fit: coefficients f, g by `forward`, `backward` and `step(t, s, theta)`.
+    """Generalised ODE of a fit: its `forward`, `backward` and `step` give the coefficients f and g of a jump.
 
     They take times float64 [N], sigma_min <= s <= t <= sigma_max (attributes), on the device given, and return f and g
     [N] of a jump from t to s, f x + g D(x, t), or around `centre` with (1 - f - g) centre added. fit: l_t, s_t and
@@ -263,11 +263,12 @@ def fit_preconditioning(
     device, sigma [B] > 0. It must be differentiable in x and in sigma, and not random (.eval()); `consistency.nets.
     adapters` makes one of networks of diffusers, k-diffusion, EDM and flow matching. images: x_0, float32 or float64
     [N, ...], N >= 2, on the denoiser's device, in its units: pixels, latents or vectors. condition: tensors of N rows.
-    samples: images to use, 2 to N, drawn without replacement (None: all); 1,000 give f and g to 1e-3 or so. times:
-    noise levels, 4 or more, even in log sigma. probes: Rademacher vectors an image, 1 or more, or None for the exact
-    trace. batch: images an evaluation, by memory. centred: around the mean of the images (`FittedODE.centre`). mode:
-    reverse, an evaluation and probes + 3 vector-Jacobian products an image and time, or forward, Jacobian-vector
-    products. Raises UserError, one line, for what cannot be used, for NaN and for a singular jump.
+    samples: images to use, 2 to N, drawn without replacement (None: all); on the digits 1,000 give the backward f and g
+    to 1e-3, the forward ones to 1e-2. times: noise levels, 4 or more, even in log sigma. probes: Rademacher vectors an
+    image, 1 or more, or None for the exact trace. batch: images an evaluation, by memory. centred: around the mean of
+    the images (`FittedODE.centre`). mode: reverse, an evaluation and probes + 3 vector-Jacobian products an image and
+    time, or forward, Jacobian-vector products. Raises UserError, one line, for what cannot be used, for NaN and for a
+    singular jump.
 
     Examples:
         >>> teacher = load_teacher("tiny", device="cpu")
