@@ -107,7 +107,10 @@ def test_a_denoiser_knows_the_noise_levels_of_its_schedule() -> None:
     ends = diffusers("epsilon")
     assert (round(ends.sigma_min, 4), round(ends.sigma_max, 1)) == (0.01, 157.4)
     said = mistake(fit_preconditioning, ends, GAUSSIAN.sample(4, seeded()))
-    assert "the denoiser knows sigma from 0.0100005 to 157.407: choose sigma_min and sigma_max within" in said
+    assert f"the denoiser knows sigma from {ends.sigma_min} to {ends.sigma_max}: choose sigma_min and" in said
+    x, sigma = torch.ones(2, 5).double(), torch.tensor([ends.sigma_min, ends.sigma_max]).requires_grad_()  # rounded
+    slopes = [torch.autograd.grad(each(x, sigma.double()).sum(), sigma)[0] for each in (ends, GAUSSIAN)]
+    torch.testing.assert_close(*slopes)
     silent = from_diffusers(edm, scheduler("epsilon", torch.cat([KEPT, torch.zeros(1)])))  # zero terminal SNR
     assert silent.sigma_max == ends.sigma_max
 

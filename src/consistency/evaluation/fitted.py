@@ -93,7 +93,7 @@ def _require_numbers(
     first, last = sigma_range(denoiser)  # type: ignore[arg-type]
     if not first <= low < high <= last:
         raise UserError(
-            f"the denoiser knows sigma from {first:.6g} to {last:.6g}: choose sigma_min and sigma_max within, "
+            f"the denoiser knows sigma from {first} to {last}: choose sigma_min and sigma_max within, "
             f"not {low:g} and {high:g}"
         )
     if times < 4 or batch < 1 or (probes is not None and probes < 1) or mode not in ("reverse", "forward"):
@@ -116,7 +116,9 @@ def _require_denoiser(denoiser: DenoiserFn, x: Tensor, time: Tensor, mode: Mode)
         ("device", denoised.device, x.device),
     ):
         if found != wanted:
-            raise UserError(f"the denoiser returned {name} {found} for images of {wanted}: return D like x")
+            raise UserError(
+                f"the denoiser returned {name} {found} for images of {wanted}: return D like x, or give other images"
+            )
     with torch.no_grad():
         again = denoiser(x, sigma.detach())
     if bool(((denoised - again).abs() > 1e-3 * again.abs().amax()).any()):

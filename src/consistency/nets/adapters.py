@@ -27,8 +27,8 @@ class Adapted:
     sigma_max: float = float("inf")
 
     def __call__(self, x: Tensor, sigma: Tensor, **condition: Any) -> Tensor:
-        """Return D, of the shape and dtype of x [N, ...]; sigma: [N]."""
-        return self.denoiser(x, sigma, **condition).to(x.dtype)
+        """Return D, of the shape of x [N, ...]; sigma: [N]."""
+        return self.denoiser(x, sigma, **condition)
 
 
 def sigma_range(denoiser: Network) -> tuple[float, float]:
@@ -40,7 +40,7 @@ def sigma_range(denoiser: Network) -> tuple[float, float]:
 def from_edm(module: Network) -> Adapted:
     """Adapt a module of EDM or EDM2, module(x, sigma, class_labels=one-hot [N, K]), which is D itself.
 
-    Karras et al. 2022, eq. (7). Such modules compute in float32, or float16 inside, whatever the dtype of x.
+    Karras et al. 2022, eq. (7). Such modules return float32 whatever the dtype of x: give float32.
     """
     return Adapted(module, *sigma_range(module))
 
@@ -79,8 +79,7 @@ def from_diffusers(unet: Network, scheduler: Any) -> Adapted:
     """Adapt a network of diffusers, unet(x_k, k, **condition).sample, trained with a scheduler that has alphas_cumprod.
 
     Step k is x_k = sqrt(a_k) x_0 + sqrt(1 - a_k) z, so sigma_k = sqrt((1 - a_k) / a_k) and x_k = x / sqrt(1 + sigma^2).
-    Between steps k is a real number, linear in log sigma; beyond the first and last it stays theirs. By the
-    scheduler's prediction_type,
+    Between steps k is a real number, linear in log sigma. By the scheduler's prediction_type,
         epsilon: D = x - sigma unet    sample: D = unet    v_prediction: D = (x_k - sigma unet) / sqrt(1 + sigma^2).
     The scheduler's clipping and thresholding are left out. Raises UserError for a scheduler without alphas_cumprod
     and for another prediction_type.
@@ -98,7 +97,8 @@ def from_diffusers(unet: Network, scheduler: Any) -> Adapted:
     def step(sigma: Tensor) -> Tensor:
         grid, log = ramp.to(sigma.device), sigma.double().log()
         low = (torch.searchsorted(grid, log.detach()) - 1).clamp(0, len(grid) - 2)
-        return (low + ((log - grid[low]) / (grid[low + 1] - grid[low])).clamp(0, 1)).to(sigma.dtype)
+        # Not clamped: an end in float32 may lie beyond the grid's by rounding, and a clamp would take its derivative.
+        return (low + (log - grid[low]) / (grid[low + 1] - grid[low])).to(sigma.dtype)
 
     def denoiser(x: Tensor, sigma: Tensor, **condition: Any) -> Tensor:
         level, scale = expand(sigma, x), expand((1 + sigma.square()).rsqrt(), x)

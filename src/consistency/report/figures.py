@@ -15,7 +15,8 @@ from consistency.evaluation.analysis import SpeedUp, curves_of
 from consistency.report.lines import line_of
 from consistency.theory.generalized_ode import GeneralizedODE
 
-matplotlib.use("Agg")
+if matplotlib.get_backend(auto_select=False) is None:  # a notebook has chosen its own
+    matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
