@@ -104,7 +104,7 @@ format: install ## let ruff and snakefmt rewrite what they can
 docs: .venv-docs/.installed ## the documentation as a site, build/site/index.html; a warning is an error
 	@rm -rf build/docs
 	mkdir -p build/docs
-	cp -r --parents *.md CITATION.cff LICENSE NOTICE dvc.yaml environment.yml config docs src workflow build/docs
+	cp -r --parents *.md CITATION.cff LICENSE NOTICE dvc.yaml environment.yml config docs examples src workflow build/docs
 	.venv-docs/bin/zensical build --strict --clean
 	echo "build/site/index.html"
 

@@ -80,6 +80,13 @@ def test_the_coefficients_in_the_file_are_those_of_the_fit_to_the_bit(tiny: Tiny
         assert torch.equal(torch.stack(found), torch.stack(expected))
 
 
+def test_the_fit_of_a_study_is_opened_as_one_s_own(tiny: Tiny) -> None:
+    student = api.load_student(FILE, "cpu")
+    ode = api.FittedODE.load(Job(tiny(), StudyPaths("tiny")).paths.fit)
+    t = torch.logspace(-2, 1.9, 50, dtype=torch.float64)
+    assert torch.equal(torch.stack(ode.backward(t, t / 2)), torch.stack(student.preconditioning.coefficients(t, t / 2)))
+
+
 def test_a_jump_to_the_same_time_is_the_identity_and_times_have_a_range() -> None:
     student = api.load_student(FILE, "cpu")
     x = torch.randn(3, 1, 8, 8)
@@ -255,7 +262,7 @@ def test_the_page_runs_as_it_is_written() -> None:
     namespace: dict[str, Any] = {}
     for block in blocks:
         exec(compile(block, "python.md", "exec"), namespace)
-    used = set(re.findall(r"api\.(\w+)", "".join(blocks)))
+    used = set(re.findall(r"(?:api\.|FittedODE, )(\w+)", "".join(blocks)))
     assert used == {name for name in api.__all__ if name[0].islower()}
     assert set(namespace["tables"]) == {"scores", "table", "speedup", "paired"}
 
@@ -263,6 +270,7 @@ def test_the_page_runs_as_it_is_written() -> None:
 def test_every_function_has_an_example_that_runs() -> None:
     namespace = dict(vars(api))
     names = ["load_study", "load_teacher", "load_student", "save_images", "score_images", "read_tables"]
+    names.append("fit_preconditioning")
     assert sorted(names) == sorted(name for name in api.__all__ if name[0].islower())
     for name in names:
         examples = doctest.DocTestParser().get_examples(getattr(api, name).__doc__)

@@ -90,6 +90,14 @@ LABELS = Option(
     help="draw classes in the proportions of the student's data (default) or uniformly",
 )
 IMAGES = Option("--images", required=True, type=Path, metavar="FOLDER", help="a folder of png or jpg, or a .npy")
+DENOISER = Option("--denoiser", required=True, metavar="MODULE:NAME", help="a callable, or a function that returns one")
+FIT = Option("--out", required=True, type=Path, metavar="FILE", help="the fit (.npz)")
+SIGMA_MIN = Option("--sigma-min", type=float, default=0.002, help="smallest noise level (default: 0.002)")
+SIGMA_MAX = Option("--sigma-max", type=float, default=80.0, help="largest noise level (default: 80)")
+TIMES = Option("--times", type=int, default=40, help="noise levels of the fit (default: 40)")
+SAMPLES = Option("--samples", type=int, help="images to use (default: all)")
+PROBES = Option("--probes", type=int, default=1, help="random vectors an image (default: 1)")
+BATCH = Option("--batch", type=int, default=64, help="images an evaluation (default: 64)")
 NAMES = Option("names", nargs="*", metavar="NAME", help="file of config/resources.yaml")
 
 HERE = (STUDY, RESULTS, STATE)
@@ -97,6 +105,7 @@ COMPUTES = (*HERE, DEVICE, THREADS, TIME_LIMIT)
 RESUMES = (*COMPUTES, JOB_MINUTES)
 SHARED = (*RESUMES, PROCESSES, NODES, GRES)
 ALONE = (STUDENT_FILE, NFE, COUNT, OUT, FIRST_SEED, LABEL, LABELS, DEVICE, THREADS, TIME_LIMIT)
+OF_OWN = (DENOISER, IMAGES, FIT, SIGMA_MIN, SIGMA_MAX, TIMES, SAMPLES, PROBES, BATCH, FIRST_SEED)
 
 VERBS = {
     "check": Verb("check a study and print it with all defaults", "config.reading:print_study", HERE),
@@ -113,6 +122,7 @@ VERBS = {
     "report": Verb("write tables, figures and report.html", "stages.report:make_report", HERE),
     "sample": Verb("sample a student from its file alone", "api:write_samples", ALONE),
     "score": Verb("score images of your own by a study's measure", "api:print_score", (*COMPUTES, IMAGES)),
+    "fit": Verb("fit l_t and s_t of a denoiser of your own", "api:write_fit", (*OF_OWN, DEVICE, THREADS, TIME_LIMIT)),
     "track": Verb("upload the results to MLflow (idempotent)", "tracking.upload:track_study", HERE),
     "summary": Verb("print the score table and the report's path", "report.summary:print_summary", HERE),
     "archive": Verb("pack a study as a zip", "provenance.archive:make_archive", (*HERE, ARCHIVES, SNAPSHOTS)),

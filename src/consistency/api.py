@@ -1,4 +1,4 @@
-"""The Python interface: open studies, networks and results, sample, and score images.
+"""The Python interface: open studies, networks and results, sample, score images, and fit anybody's denoiser.
 
     from consistency import api
 
@@ -9,24 +9,34 @@ Every error that its caller can mend is a `UserError` with a message of one line
 this module imports PyTorch.
 """
 
+import importlib
+import inspect
 import math
+import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 import numpy as np
 import pandas as pd
 import torch
 from PIL import Image
+from torch import Tensor
 from torchvision.utils import make_grid
 
-from consistency.base.arrays import read_table, write_array
+from consistency.base import files
+from consistency.base.arrays import read_arrays, read_table, write_array, write_arrays
 from consistency.base.errors import UserError
 from consistency.base.files import atomic
+from consistency.base.progress import track
 from consistency.config import reading
+from consistency.config.dataset import Noise
 from consistency.config.job import Job
 from consistency.config.paths import StudyPaths
 from consistency.config.study import Study
-from consistency.data.given import open_given
+from consistency.data.given import open_given, read_given
+from consistency.evaluation.fitted import fit_denoiser
+from consistency.evaluation.forecast import forecast
 from consistency.evaluation.scores import Distances, Measures
 from consistency.evaluation.trained import BATCH, TrainedStudent, open_student
 from consistency.nets.denoiser import Denoiser
@@ -35,13 +45,20 @@ from consistency.provenance.graph import REPORT_FILES
 from consistency.provenance.inputs import read_teacher
 from consistency.report.results import TEXT
 from consistency.runtime.machine import as_in_a_stage, pick_device
+from consistency.theory.estimators import CoefficientFit, Mode
+from consistency.theory.generalized_ode import GeneralizedODE
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 __all__ = [
     "Denoiser",
     "Distances",
+    "FittedODE",
     "Study",
     "TrainedStudent",
     "UserError",
+    "fit_preconditioning",
     "load_student",
     "load_study",
     "load_teacher",
@@ -170,6 +187,103 @@ def save_images(images: Images, file: str | Path) -> None:
         Image.fromarray(grid.permute(1, 2, 0).numpy()).save(temporary, "PNG")
 
 
+class FittedODE(GeneralizedODE):
+    """Generalised ODE of a fit: its `forward`, `backward` and `step` give the coefficients f and g of a jump.
+
+    They take times float64 [N], sigma_min <= s <= t <= sigma_max (attributes), on the device given, and return f and g
+    [N] of a jump from t to s, f x + g D(x, t), or around `centre` with (1 - f - g) centre added. fit: l_t, s_t and
+    their standard errors, around 0 and (`fit.centred`) around the mean image; centre: that image [...], or None for
+    the coefficients around 0. AP (11)-(14).
+    """
+
+    def __init__(
+        self, fit: CoefficientFit, mean: Tensor, centred: bool = False, device: torch.device | str = "cpu"
+    ) -> None:
+        self.fit, self.mean = fit, mean
+        used = fit.centred if centred and fit.centred is not None else fit
+        times, l, s = map(torch.from_numpy, (used.times, used.l, used.s))
+        super().__init__(times, l, s, device, mean if centred else None)
+
+    def arrays(self) -> dict[str, np.ndarray[Any, Any]]:
+        """Return the arrays of a study's coefficients.npz."""
+        around = self.fit.centred
+        assert around is not None
+        plain = {name: value for name, value in vars(self.fit).items() if name != "centred"}
+        centred = {"s_centred": around.s, "s_centred_se": around.s_se, "determined_centred": around.determined}
+        return {**plain, **centred, "centre": self.mean.cpu().numpy()}
+
+    def save(self, path: str | Path) -> None:
+        """Write both fits and the mean image as .npz, atomically. Raises UserError where that fails."""
+        if Path(path).suffix != ".npz":
+            raise UserError(f"{path}: a fit is written to a .npz")
+        write_arrays(Path(path), self.arrays())
+
+    @classmethod
+    def load(cls, path: str | Path, centred: bool = False, device: torch.device | str = "cpu") -> Self:
+        """Read what `save` wrote, or a study's coefficients.npz; no code of the file is ever run.
+
+        Raises UserError for a missing, damaged or foreign file.
+        """
+        names = ("times", "l", "l_se", "s", "s_se", "determined", "s_centred", "s_centred_se", "determined_centred")
+        with files.reading(Path(path), "fit"):
+            arrays = read_arrays(Path(path), "fit", *names, "centre")
+            times, l, l_se, s, s_se, known, c, c_se, c_known = (arrays[name] for name in names)
+            fit = CoefficientFit(times, l, l_se, s, s_se, known, CoefficientFit(times, l, l_se, c, c_se, c_known))
+            return cls(fit, torch.from_numpy(arrays["centre"]), centred, device)
+
+    def plot(self) -> "Figure":
+        """Draw l_t and s_t with two standard errors, and f and g of both forms minus ctm's, against s/t."""
+        from consistency.report import figures
+
+        here = FittedODE(self.fit, self.mean, self.centre is not None)
+        fit = self.fit if self.centre is None else self.fit.centred
+        forms = {"backward": here.backward, "forward": here.forward}
+        return figures.fitted(vars(fit), forms, self.sigma_min, self.sigma_max)
+
+
+def fit_preconditioning(
+    denoiser: Callable[..., Tensor],
+    images: Tensor,
+    *,
+    sigma_min: float = 0.002,
+    sigma_max: float = 80.0,
+    times: int = 40,
+    samples: int | None = None,
+    probes: int | None = 1,
+    batch: int = 64,
+    seed: int = 0,
+    centred: bool = False,
+    mode: Mode = "reverse",
+    progress: bool = True,
+    **condition: Tensor,
+) -> FittedODE:
+    """Fit l_t (AP (15)) and s_t (AP (17)) of any denoiser: neither a study nor a workflow is needed.
+
+    denoiser(x, sigma, **condition) -> D = E[x_0 | x] with x = x_0 + sigma z: x, D float [B, ...] of one dtype and
+    device, sigma [B] > 0. It must be differentiable in x and in sigma, and not random (.eval()); `consistency.nets.
+    adapters` makes one of networks of diffusers, k-diffusion, EDM and flow matching. images: x_0, float32 or float64
+    [N, ...], N >= 2, on the denoiser's device, in its units: pixels, latents or vectors. condition: tensors of N rows.
+    samples: images to use, 2 to N, drawn without replacement (None: all); on the digits 1,000 give the backward f and g
+    to 1e-3, the forward ones to 1e-2. times: noise levels, 4 or more, even in log sigma. probes: Rademacher vectors an
+    image, 1 or more, or None for the exact trace. batch: images an evaluation, by memory. centred: around the mean of
+    the images (`FittedODE.centre`). mode: reverse, an evaluation and probes + 3 vector-Jacobian products an image and
+    time, or forward, Jacobian-vector products. Raises UserError, one line, for what cannot be used, for NaN and for a
+    singular jump.
+
+    Examples:
+        >>> teacher = load_teacher("tiny", device="cpu")
+        >>> ode = fit_preconditioning(teacher, torch.rand(64, 1, 8, 8) * 2 - 1, times=10)
+        >>> f, g = ode.backward(torch.tensor([80.0]).double(), torch.tensor([0.5]).double())
+    """
+    shown = track("fit") if progress else lambda steps: steps
+    fit, mean = fit_denoiser(
+        *(denoiser, images, (sigma_min, sigma_max), times, samples, probes, batch, seed, mode, shown, condition)
+    )
+    if not all(FittedODE(fit, mean, around).is_regular() for around in (False, True)):
+        raise UserError("the fitted l_t and s_t give a singular jump: use more images or probes")
+    return FittedODE(fit, mean, centred, images.device)
+
+
 def _job(study: Study | str | Path, results: str | Path) -> Job:
     study = study if isinstance(study, Study) else load_study(study)
     return Job(study, StudyPaths(study.name, Path(results)))
@@ -185,7 +299,7 @@ def _writable(file: str | Path) -> Path:
     return Path(file)
 
 
-# --- the verbs sample and score
+# --- the verbs sample, score and fit
 
 
 def write_samples(
@@ -212,3 +326,55 @@ def print_score(study: Study, results: Path, images: Path, device: torch.device,
     name = "FID" if found.extractor.startswith("inception") else "FD (classifier features, not Inception FID)"
     print(f"{name} {found.fd:.6g}, KID {found.kid:.6g}, N = {found.images:,}, extractor {found.extractor}, ", end="")
     print(f"against the dataset of {study.name}")
+
+
+def write_fit(
+    denoiser: str,
+    images: Path,
+    out: Path,
+    sigma_min: float,
+    sigma_max: float,
+    times: int,
+    samples: int | None,
+    probes: int,
+    batch: int,
+    first_seed: int,
+    device: torch.device,
+) -> None:
+    """Fit a denoiser of the user's own code, write the fit and print the rule of thumb."""
+    if out.suffix != ".npz":  # before the work
+        raise UserError(f"{out}: a fit is written to a .npz")
+    given = read_given(images).to(device)
+    ode = fit_preconditioning(
+        _own_denoiser(denoiser, device),
+        given,
+        sigma_min=sigma_min,
+        sigma_max=sigma_max,
+        times=times,
+        samples=samples,
+        probes=probes,
+        batch=batch,
+        seed=first_seed,
+    )
+    ode.save(out)
+    noise = Noise(sigma_min=sigma_min, sigma_max=sigma_max)
+    print(*forecast(ode.arrays(), given.std().item(), noise, [1, 2, 3, 5]), sep="\n")
+
+
+def _own_denoiser(name: str, device: torch.device) -> Callable[..., Tensor]:
+    """Import MODULE:ATTRIBUTE from the working directory; a function without parameters is called for its result."""
+    module, _, attribute = name.partition(":")
+    if not module or not attribute:
+        raise UserError(f"--denoiser is MODULE:ATTRIBUTE, of MODULE.py in the working directory; got {name!r}")
+    sys.path.insert(0, "")
+    try:
+        found = getattr(importlib.import_module(module), attribute, None)
+    except ImportError as error:
+        raise UserError(f"--denoiser {name}: {error}; run the command where {module} can be imported") from None
+    finally:
+        sys.path.remove("")
+    if not callable(found):
+        raise UserError(f"--denoiser {name}: {module} has no function, class or module {attribute}")
+    if not isinstance(found, torch.nn.Module) and not inspect.signature(found).parameters:
+        found = found()
+    return found.to(device) if isinstance(found, torch.nn.Module) else found

@@ -25,6 +25,7 @@ RUN = {
     r"(python -m )?consistency verify": "workflow/test_provenance.py",
     r"(python -m )?consistency publish": "report/test_publish.py",
     r"consistency (sample|score)\b": "test_api.py",
+    r"consistency fit\b": "evaluation/test_fitted.py",
     r"snakemake (--cores all|-n)( --config studies=\S+)?$": "workflow/test_run.py",
     r"snakemake --cores all --profile slurm( --dry-run| --config \S+)?$": "workflow/slurm/test_submitted.py",
     r"snakemake --cores 1 --config '.*' --until resource": "workflow/test_cifar10.py",

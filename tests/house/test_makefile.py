@@ -114,7 +114,7 @@ def test_lock_compiles_for_every_platform_with_hashes(installed: Path) -> None:
 
 
 def test_docs_builds_the_pages_in_an_environment_of_its_own(checkout: Path) -> None:
-    for name in ["config", "docs", "src", "workflow"]:
+    for name in ["config", "docs", "examples", "src", "workflow"]:
         (checkout / name).mkdir()
     for name in ["README.md", "CITATION.cff", "LICENSE", "NOTICE", "dvc.yaml", "environment.yml"]:
         (checkout / name).touch()

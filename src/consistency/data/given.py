@@ -1,9 +1,11 @@
-"""Images that a person gives to be scored: an array, a .npy file, or a folder of pictures."""
+"""Images that a person gives to be scored or fitted: an array, a .npy file, or a folder of pictures."""
 
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from consistency.base.errors import UserError
 from consistency.config.dataset import Dataset
@@ -37,6 +39,29 @@ def open_given(images: Array | str | Path, settings: Dataset) -> tuple[int, Iter
     return len(images), [images]
 
 
+def read_given(path: Path) -> Tensor:
+    """Return the images [N, ...] of a folder of pictures or a .npy: uint8 [N, H, W, C] as float32 [N, C, H, W] in
+    [-1, 1], float32 and float64 as they are.
+
+    Raises UserError if there are none, if one is unreadable, and if the pictures differ in size or mode.
+    """
+    if not path.is_dir():
+        array = _array_of(path)
+    else:
+        names = sorted(images_below(path))
+        if not names:
+            raise UserError(f"{path} has no *.png or *.jpg in it")
+        folder = open_folder(path, names)
+        first = decode(folder.read(0), folder.where(0))
+        shape = (first.height, first.width, 1 if first.mode == "L" else 3)
+        array = np.concatenate(list(_decoded(folder, shape)))
+    if array.dtype == np.uint8 and array.ndim == 4:
+        return torch.from_numpy(array.copy()).permute(0, 3, 1, 2).float() / 127.5 - 1
+    if array.dtype not in (np.float32, np.float64):
+        raise UserError(f"{path} is {array.dtype} {list(array.shape)}: save uint8 [N, H, W, C], or floats [N, ...]")
+    return torch.from_numpy(array.copy())
+
+
 def _array_of(path: Path) -> Array:
     try:
         array: Array = np.load(path, mmap_mode="r")  # refuses pickles
@@ -53,7 +78,7 @@ def _decoded(folder: Folder, shape: tuple[int, int, int]) -> Iterator[Array]:
         picture = decode(folder.read(row), folder.where(row))
         if (picture.mode, *picture.size) != wanted:
             raise UserError(
-                f"{folder.where(row)} has {picture.width}x{picture.height} pixels of mode {picture.mode}, the study's "
-                f"images have {width}x{height} of {wanted[0]}: convert it first"
+                f"{folder.where(row)} has {picture.width}x{picture.height} pixels of mode {picture.mode}, not "
+                f"{width}x{height} of {wanted[0]}, as all images must: convert it first"
             )
         yield np.array(picture).reshape(1, *shape)

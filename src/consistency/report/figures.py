@@ -15,7 +15,8 @@ from consistency.evaluation.analysis import SpeedUp, curves_of
 from consistency.report.lines import line_of
 from consistency.theory.generalized_ode import GeneralizedODE
 
-matplotlib.use("Agg")
+if matplotlib.get_backend(auto_select=False) is None:  # a notebook has chosen its own
+    matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -75,6 +76,12 @@ def coefficients(fit: dict[str, Array], centred: bool) -> Figure:
     """Plot l_t and s_t against t with +-2 standard errors, and s_t of the centred fit; hollow points are times that do
     not determine s_t."""
     figure, axes = plt.subplots(1, 2, figsize=(10, 3.6))
+    _fit(axes, fit, centred)
+    return figure
+
+
+def _fit(axes: Sequence[Axes], fit: Mapping[str, Array], centred: bool) -> None:
+    """Draw `coefficients` on two axes."""
     times, known = fit["times"], fit["determined"].astype(bool)
     for axis, letter, ctm in zip(axes, "ls", (0.0, -1.0), strict=True):
         value, error = fit[letter], 2 * fit[f"{letter}_se"]
@@ -87,13 +94,26 @@ def coefficients(fit: dict[str, Array], centred: bool) -> Figure:
         axis.axhline(ctm, color="#444444", lw=1, ls="--", label=f"ctm: {ctm:g}")
         axis.set(xscale="log", xlabel="time t (noise level)", ylabel=f"${letter}_t$")
         axis.legend()
-    return figure
 
 
 def preconditioning(forms: Mapping[str, Coefficients], sigma_min: float, sigma_max: float) -> Figure:
     """Plot f and g minus ctm's against s/t, for jumps from several t; forms: f and g of (t, s), by name."""
-    starts = [sigma_max, 10.0, 2.5, 0.5, 0.1]
     figure, axes = plt.subplots(len(forms), 2, figsize=(10, 3.4 * len(forms)), squeeze=False)
+    _forms(axes, forms, sigma_min, sigma_max)
+    return figure
+
+
+def fitted(fit: Mapping[str, Array], forms: Mapping[str, Coefficients], sigma_min: float, sigma_max: float) -> Figure:
+    """Draw `coefficients` above `preconditioning`."""
+    figure, axes = plt.subplots(1 + len(forms), 2, figsize=(10, 3.5 * (1 + len(forms))))
+    _fit(axes[0], fit, centred=False)
+    _forms(axes[1:], forms, sigma_min, sigma_max)
+    return figure
+
+
+def _forms(axes: Any, forms: Mapping[str, Coefficients], sigma_min: float, sigma_max: float) -> None:
+    """Draw `preconditioning` on axes [forms, 2]."""
+    starts = [sigma_max, *(t for t in (10.0, 2.5, 0.5, 0.1) if sigma_min < t < sigma_max)]
     colours = plt.get_cmap("viridis")(np.linspace(0, 0.9, len(starts)))
     for (name, form), pair in zip(forms.items(), axes, strict=True):
         for start, colour in zip(starts, colours, strict=True):
@@ -109,7 +129,6 @@ def preconditioning(forms: Mapping[str, Coefficients], sigma_min: float, sigma_m
         if max(np.ptp(line.get_ydata()) for line in pair[1].get_lines()) > 2:
             pair[1].set_yscale("symlog", linthresh=0.1)  # the forward form's g may reach 1e3 and hide all else
         pair[0].legend()
-    return figure
 
 
 def own_fits(fits: Mapping[str, Mapping[int, Array]], teacher: Array | None) -> Figure:
