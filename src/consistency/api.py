@@ -206,11 +206,7 @@ class FittedODE(GeneralizedODE):
 
     def arrays(self) -> dict[str, np.ndarray[Any, Any]]:
         """Return the arrays of a study's coefficients.npz."""
-        around = self.fit.centred
-        assert around is not None
-        plain = {name: value for name, value in vars(self.fit).items() if name != "centred"}
-        centred = {"s_centred": around.s, "s_centred_se": around.s_se, "determined_centred": around.determined}
-        return {**plain, **centred, "centre": self.mean.cpu().numpy()}
+        return {**self.fit.arrays(), "centre": self.mean.cpu().numpy()}
 
     def save(self, path: str | Path) -> None:
         """Write both fits and the mean image as .npz, atomically. Raises UserError where that fails."""

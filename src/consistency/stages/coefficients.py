@@ -62,9 +62,7 @@ def make_coefficients(job: Job, device: torch.device) -> None:
             raise UserError(
                 "coefficients: the fitted l_t, s_t give a singular jump; raise coefficients.samples or probes"
             )
-    plain = {name: getattr(fit, name) for name in ("times", "l", "l_se", "s", "s_se", "determined")}
-    centred = {"s_centred": around.s, "s_centred_se": around.s_se, "determined_centred": around.determined}
-    arrays = {**plain, **centred, "centre": centre.numpy()}
+    arrays = {**fit.arrays(), "centre": centre.numpy()}
     write_arrays(path, arrays)
     print(*forecast(arrays, data.facts["sigma_data"], study.noise, study.sampling.nfe), sep="\n")
     evaluations, seconds = settings.evaluations(images[0].numel(), fit.images), round(time.time() - card.started, 3)

@@ -43,6 +43,13 @@ class CoefficientFit:
     images: int = 0
     error: float = math.inf
 
+    def arrays(self) -> dict[str, Array]:
+        """Return the arrays of coefficients.npz, all but the mean image: those of the centred fit with that ending."""
+        around = self.centred
+        assert around is not None
+        shared = {name: getattr(self, name) for name in ("times", "l", "l_se", "s", "s_se", "determined")}
+        return shared | {"s_centred": around.s, "s_centred_se": around.s_se, "determined_centred": around.determined}
+
 
 def fit_coefficients(
     teacher: Callable[[slice], DenoiserFn],
