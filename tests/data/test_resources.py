@@ -80,7 +80,8 @@ def test_the_projects_registry_is_valid_and_has_what_the_studies_use(monkeypatch
     assert set(teachers) == {f"edm-{each}-{arch}.pkl" for each in data for arch in ("vp", "ve")} | {
         "edm-imagenet-64x64-cond-adm.pkl"
     }
-    assert set(known) - set(teachers) == {"cifar-10-python.tar.gz", "inception-2015-12-05.pt", "vgg16-397923af.pth"}
+    others = {"cifar-10-python.tar.gz", "inception-2015-12-05.pt", "vgg16-397923af.pth", "edm_imagenet64_ema.pt"}
+    assert set(known) - set(teachers) == others
     assert all(
         resource.url.startswith("https://") and resource.url.endswith(f"/{name}") for name, resource in known.items()
     )

@@ -21,7 +21,7 @@ def test_ffhq_runs_from_a_zip_with_every_student(checkout: Checkout, site: Site,
     assert run_verbs(ffhq) == 0
     results = ffhq.path / "results/ffhq64"
     scores = pd.concat(pd.read_csv(file) for file in (results / "scores").glob("*/seed0.csv"))
-    assert set(scores["run"]) == {"ctm", "bcm", "analytic", "analytic-forward", "cm"}
+    assert set(scores["run"]) == {"ctm", "bcm", "analytic", "analytic-forward", "analytic-centred", "cm"}
     assert set(scores["ema"]) == {0.999, 0.5}
     assert read_metadata(results / "students/cm/seed0/student-ema0.5.safetensors")["ema"] == 0.5
     assert (results / "report/report.html").exists()
