@@ -340,9 +340,10 @@ def write_fit(
     """Fit a denoiser of the user's own code, write the fit and print the rule of thumb."""
     if out.suffix != ".npz":  # before the work
         raise UserError(f"{out}: a fit is written to a .npz")
+    found = _own_denoiser(denoiser, device)
     given = read_given(images).to(device)
     ode = fit_preconditioning(
-        _own_denoiser(denoiser, device),
+        found,
         given,
         sigma_min=sigma_min,
         sigma_max=sigma_max,
