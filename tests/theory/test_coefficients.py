@@ -10,7 +10,14 @@ from tests.nets.small import ARCHITECTURES, make
 from torch import Tensor
 
 from consistency.theory.derivative_free import fit_without_derivatives, gaussian_coefficients
-from consistency.theory.estimators import CoefficientFit, fit_coefficients, image_moments, jackknife, solve_moments
+from consistency.theory.estimators import (
+    CoefficientFit,
+    Mode,
+    fit_coefficients,
+    image_moments,
+    jackknife,
+    solve_moments,
+)
 from consistency.theory.generalized_ode import GeneralizedODE
 from consistency.theory.noise import log_grid
 from consistency.theory.oracles import MIXTURE_1D, GaussianTeacher, MixtureTeacher, gaussian_fit, mixture_coefficients
@@ -20,6 +27,7 @@ from consistency.training.objective import with_labels
 VARIANCES = torch.tensor([0.01, 0.1, 0.25, 1.0, 2.0], dtype=torch.float64)
 GAUSSIAN = GaussianTeacher(VARIANCES)
 TIMES = log_grid(120, 0.002, 80.0)
+MODES: tuple[Mode, Mode] = ("reverse", "forward")
 ROTATION = torch.linalg.qr(torch.randn(5, 5, dtype=torch.float64, generator=seeded(3)))[0]
 
 
@@ -267,14 +275,27 @@ def test_products_from_the_left_give_the_moments_of_products_from_the_right(name
         for memory in (torch.contiguous_format, torch.channels_last):
             for t in (0.01, 1.0, 50.0):
                 inputs = (teacher, x.to(memory_format=memory), t, probes, centre[0])
-                left, right = (image_moments(*inputs, mode) for mode in ("reverse", "forward"))
+                left, right = (image_moments(*inputs, mode) for mode in MODES)
                 scale = np.abs(right).max(axis=1, keepdims=True)
                 np.testing.assert_allclose(left / scale, right / scale, rtol=0, atol=tolerance, err_msg=f"t = {t}")
 
 
+def test_under_bfloat16_both_modes_agree_to_its_rounding_and_sum_in_float64() -> None:
+    model = make(ARCHITECTURES["ddpmpp"]).requires_grad_(False)
+    x, centre = torch.randn(2, 3, *model.shape, generator=seeded())
+    signs = torch.randint(0, 2, (2, *x.shape), generator=seeded(1)).float() * 2 - 1
+    exact = image_moments(model, x, 1.0, signs, centre[0])
+    model.compute_in("bfloat16")
+    for mode in MODES:
+        found = image_moments(model, x, 1.0, signs, centre[0], mode)
+        assert found.dtype == np.float64
+        np.testing.assert_allclose(found, exact, rtol=0, atol=0.05 * np.abs(exact).max())
+        assert np.abs(found / exact - 1).max() > 1e-5  # the networks did compute in bfloat16
+
+
 def test_the_exact_trace_is_the_same_in_both_modes() -> None:
     x = draws(GAUSSIAN, 4)[0]
-    left, right = (image_moments(turned, x, 0.5, None, None, mode) for mode in ("reverse", "forward"))
+    left, right = (image_moments(turned, x, 0.5, None, None, mode) for mode in MODES)
     np.testing.assert_allclose(left, right, rtol=1e-10, atol=1e-12)
     trace = (VARIANCES / (VARIANCES + 0.25)).sum()
     np.testing.assert_allclose(left[0], np.full(4, trace), rtol=1e-10)

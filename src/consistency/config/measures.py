@@ -33,7 +33,9 @@ class Coefficients(Section):
         description="Differentiation: `reverse` works for any network and is faster; `forward` gives the same to "
         "rounding.",
     )
-    batch: Count = Field(512, description="Images an evaluation.")
+    batch: Count = Field(
+        512, description="Images an evaluation, whose graph is kept; never more than compute.batch_per_device."
+    )
     precision: Literal["float32", "float64"] = Field("float32", description="Arithmetic of the network.")
     seed: int = Field(0, description="Seed of images, noise and probes.")
 

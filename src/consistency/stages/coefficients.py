@@ -44,7 +44,7 @@ def make_coefficients(job: Job, device: torch.device) -> None:
             fitted_times(study),
             probes,
             generator(settings.seed, "probes", device=device),
-            settings.batch,
+            min(settings.batch, study.compute.batch_per_device or settings.batch),
             track(f"coefficients {study.name}"),
             centre.to(device, images.dtype),
             settings.mode,
