@@ -201,8 +201,7 @@ class FittedODE(GeneralizedODE):
     ) -> None:
         self.fit, self.mean = fit, mean
         used = fit.centred if centred and fit.centred is not None else fit
-        times, l, s = map(torch.from_numpy, (used.times, used.l, used.s))
-        super().__init__(times, l, s, device, mean if centred else None)
+        super().__init__(*used.nodes, device, mean if centred else None)
 
     def arrays(self) -> dict[str, np.ndarray[Any, Any]]:
         """Return the arrays of a study's coefficients.npz."""

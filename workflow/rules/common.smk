@@ -89,8 +89,8 @@ def job_of(wildcards) -> Job:
 
 
 def inputs(stage: str):
-    """Return an input function: the files that the graph lists for a job of the stage, its downloads and given files, and the
-    mark that makes it run again when its settings or code change."""
+    """Return an input function: the files that the graph lists for a job of the stage, its downloads and given files,
+    and the mark that makes it run again when its settings or code change."""
 
     def needed(wildcards):
         job = job_of(wildcards)

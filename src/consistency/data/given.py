@@ -11,6 +11,7 @@ from consistency.base.errors import UserError
 from consistency.config.dataset import Dataset
 from consistency.data.containers import Folder, images_below, open_folder
 from consistency.data.pictures import decode
+from consistency.data.prepared import to_signed
 
 Array = np.ndarray
 
@@ -56,7 +57,7 @@ def read_given(path: Path) -> Tensor:
         shape = (first.height, first.width, 1 if first.mode == "L" else 3)
         array = np.concatenate(list(_decoded(folder, shape)))
     if array.dtype == np.uint8 and array.ndim == 4:
-        return torch.from_numpy(array.copy()).permute(0, 3, 1, 2).float() / 127.5 - 1
+        return to_signed(torch.from_numpy(array.copy()))
     if array.dtype not in (np.float32, np.float64):
         raise UserError(f"{path} is {array.dtype} {list(array.shape)}: save uint8 [N, H, W, C], or floats [N, ...]")
     return torch.from_numpy(array.copy())

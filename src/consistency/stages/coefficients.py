@@ -57,8 +57,7 @@ def make_coefficients(job: Job, device: torch.device) -> None:
     assert around is not None
     # Every jump between fitted times must have finite coefficients.
     for each in (fit, around):
-        times, l, s = map(torch.from_numpy, (each.times, each.l, each.s))
-        if not GeneralizedODE(times, l, s).is_regular():
+        if not GeneralizedODE(*each.nodes).is_regular():
             raise UserError(
                 "coefficients: the fitted l_t, s_t give a singular jump; raise coefficients.samples or probes"
             )

@@ -43,6 +43,11 @@ class CoefficientFit:
     images: int = 0
     error: float = math.inf
 
+    @property
+    def nodes(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Times, l and s as tensors [N], as `GeneralizedODE` takes them."""
+        return torch.from_numpy(self.times), torch.from_numpy(self.l), torch.from_numpy(self.s)
+
     def arrays(self) -> dict[str, Array]:
         """Return the arrays of coefficients.npz, all but the mean image: those of the centred fit with that ending."""
         around = self.centred

@@ -158,7 +158,7 @@ def mixture_table(fit: CoefficientFit) -> dict[str, dict[int, float]]:
 
     Returns {preconditioning: {steps: error}}.
     """
-    ode = GeneralizedODE(torch.from_numpy(fit.times), torch.from_numpy(fit.l), torch.from_numpy(fit.s))
+    ode = GeneralizedODE(*fit.nodes)
     table = {}
     for name, row in MIXTURE_TABLE.items():
         preconditioning = build_preconditioning(name, sigma_data=0.5, ode=ode)

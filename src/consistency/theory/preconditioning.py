@@ -84,6 +84,10 @@ class Form:
         """True if f and g are made from the fitted l_t and s_t."""
         return self.coefficients is None
 
+    def weight(self, theta: float) -> float:
+        """Return the weight of h at s, for a student with that `theta`."""
+        return theta if self.theta is None else self.theta
+
 
 #: preconditionings by their names in a study
 FORMS: dict[str, Form] = {
@@ -120,5 +124,5 @@ def build_preconditioning(
     centre = current().centre if form.centred else None
     if form.centred and centre is None:
         raise ValueError(f"{name} needs a fit around the mean image, and this one has none: run `coefficients` again")
-    weight = theta if form.theta is None else form.theta
+    weight = form.weight(theta)
     return Preconditioning(name, form.acts_on, lambda t, s: current().step(t, s, weight), centre)

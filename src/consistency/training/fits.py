@@ -13,7 +13,7 @@ from consistency.data.prepared import ImageData
 from consistency.theory.estimators import CoefficientFit
 from consistency.theory.generalized_ode import GeneralizedODE
 from consistency.theory.noise import log_grid, rho_grid
-from consistency.theory.preconditioning import FORMS, build_preconditioning
+from consistency.theory.preconditioning import FORMS
 
 _NODES = 18
 
@@ -32,19 +32,18 @@ def study_jumps(study: Study) -> Callable[[CoefficientFit], np.ndarray]:
     """Return a function from a fit to f and g, in one row, for the study's students that use it: at the jumps between
     all nodes of a grid, or to eps."""
     users = [student for student in study.students.values() if student.needs_coefficients]
-    forms = sorted({(student.preconditioning, student.theta, student.only_to_eps) for student in users})
+    used = [(FORMS[student.preconditioning], student) for student in users]
+    steps = sorted({(form.centred, form.weight(student.theta), student.only_to_eps) for form, student in used})
     grid = time_grid(study.noise, _NODES)
     first, last = torch.triu_indices(_NODES, _NODES, 1)
 
     def values(fit: CoefficientFit) -> np.ndarray:
         found: list[Tensor] = []
-        for name, theta, only_to_eps in forms:
-            s = grid[-1].expand(len(first)) if only_to_eps else grid[last]
-            around = fit.centred if FORMS[name].centred else fit
+        for centred, weight, only_to_eps in steps:
+            around = fit.centred if centred else fit
             assert around is not None
-            times, l, rate = map(torch.from_numpy, (around.times, around.l, around.s))
-            ode = GeneralizedODE(times, l, rate, centre=torch.zeros(1))  # no mean image is needed for f and g
-            found += build_preconditioning(name, 1.0, ode, theta).coefficients(grid[first], s)
+            s = grid[-1].expand(len(first)) if only_to_eps else grid[last]
+            found += GeneralizedODE(*around.nodes).step(grid[first], s, weight)
         return torch.cat(found).numpy()
 
     return values
