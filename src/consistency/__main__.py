@@ -112,7 +112,7 @@ VERBS = {
     "estimate": Verb("estimate operations, GPU-hours and disk", "evaluation.estimate:print_estimate", (*HERE, TFLOPS)),
     "dataset": Verb("prepare the images", "stages.dataset:make_dataset", (*HERE, READERS)),
     "teacher": Verb("train or convert the EDM teacher (resumes)", "stages.teacher:make_teacher", SHARED),
-    "coefficients": Verb("fit l_t and s_t from the teacher", "stages.coefficients:make_coefficients", COMPUTES),
+    "coefficients": Verb("fit l_t and s_t (resumes)", "stages.coefficients:make_coefficients", SHARED),
     "student": Verb("train one student (resumes)", "stages.student:make_student", (*SHARED, STUDENT, SEED)),
     "samples": Verb("sample a student or the teacher", "stages.samples:make_samples", (*SHARED, ANY_STUDENT, ANY_SEED)),
     "extractor": Verb("prepare the extractor and the data's features", "stages.extractor:make_extractor", COMPUTES),

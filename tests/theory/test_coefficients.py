@@ -7,7 +7,7 @@ import pytest
 import torch
 from tests.draws import SEED, seeded
 from tests.nets.small import ARCHITECTURES, make
-from torch import Tensor
+from torch import Tensor, nn
 
 from consistency.theory.derivative_free import fit_without_derivatives, gaussian_coefficients
 from consistency.theory.estimators import (
@@ -263,6 +263,32 @@ def test_a_fit_takes_images_until_the_tolerance_is_met() -> None:
 # --- both modes of differentiation
 
 
+class Exponential(nn.Module):
+    """Overflows where its input is large."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x * 10).exp()
+
+
+class SquareRoot(nn.Module):
+    """Has no derivative at 0, its value for every input."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (0 * x).sqrt()
+
+
+class Network(nn.Module):
+    """A denoiser with that layer."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.network = layer.double()
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        denoised: Tensor = self.network(x)
+        return denoised
+
+
 @pytest.mark.parametrize("conditional", [False, True])
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_products_from_the_left_give_the_moments_of_products_from_the_right(name: str, conditional: bool) -> None:
@@ -291,6 +317,29 @@ def test_under_bfloat16_both_modes_agree_to_its_rounding_and_sum_in_float64() ->
         assert found.dtype == np.float64
         np.testing.assert_allclose(found, exact, rtol=0, atol=0.05 * np.abs(exact).max())
         assert np.abs(found / exact - 1).max() > 1e-5  # the networks did compute in bfloat16
+
+
+def test_a_compiled_network_has_the_moments_of_the_plain_one() -> None:
+    model = make(ARCHITECTURES["mlp"]).requires_grad_(False)
+    x, centre = torch.randn(2, 3, *model.shape, generator=seeded())
+    signs = torch.randint(0, 2, (1, *x.shape), generator=seeded(1)).float() * 2 - 1
+    # The backend traces the network and its derivatives, as the default does, but compiles no C++.
+    compiled = torch.compile(model, backend="aot_eager")
+    expected, found = (image_moments(each, x, 1.0, signs, centre[0]) for each in (model, compiled))
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-6 * np.abs(expected).max())
+
+
+@pytest.mark.parametrize(
+    ("layer", "where"),
+    [
+        (nn.Sequential(nn.Linear(5, 5), nn.Softplus(), Exponential()), "t = 500, first in its layer network.2"),
+        (SquareRoot(), "t = 500, in no layer's output: in its derivatives, or outside its layers"),
+    ],
+)
+def test_nan_is_named_with_its_time_and_its_layer(layer: nn.Module, where: str) -> None:
+    images, noise = draws(GAUSSIAN, 8)
+    with pytest.raises(ValueError, match=f"^the denoiser returned NaN or infinity at {where}$"):
+        fit_coefficients(lambda part: Network(layer), images, noise, log_grid(8, 0.01, 500.0), 1, seeded(), 4)
 
 
 def test_the_exact_trace_is_the_same_in_both_modes() -> None:

@@ -1,5 +1,4 @@
-# dataset, extractor, calibration and scores inherit from this rule.
-rule coefficients:
+use rule teacher as coefficients with:
     input:
         inputs("coefficients"),
     output:
@@ -9,14 +8,5 @@ rule coefficients:
         "logs/{study}/coefficients.log",
     benchmark:
         "logs/{study}/coefficients.tsv"
-    conda:
-        environment
-    resources:
-        mem_mb=16000,
-        runtime=240,
-        gpu=0,
     params:
         verb=verb("coefficients"),
-    shell:
-        "python -m consistency {params.verb} --study config/studies/{wildcards.study}.yaml"
-        " --threads {threads} 2>&1 | tee -i {log}"

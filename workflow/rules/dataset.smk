@@ -1,4 +1,4 @@
-use rule coefficients as dataset with:
+use rule extractor as dataset with:
     input:
         inputs("dataset"),
     output:

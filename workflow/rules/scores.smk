@@ -1,4 +1,5 @@
-use rule coefficients as extractor with:
+# dataset, calibration and scores inherit from this rule.
+rule extractor:
     input:
         inputs("extractor"),
     output:
@@ -7,12 +8,21 @@ use rule coefficients as extractor with:
         "logs/{study}/extractor.log",
     benchmark:
         "logs/{study}/extractor.tsv"
+    conda:
+        environment
+    resources:
+        mem_mb=16000,
+        runtime=240,
+        gpu=0,
     params:
         verb=verb("extractor"),
+    shell:
+        "python -m consistency {params.verb} --study config/studies/{wildcards.study}.yaml"
+        " --threads {threads} 2>&1 | tee -i {log}"
 
 
 # Scores data against data and the teacher against data, before any student is trained or scored.
-use rule coefficients as calibration with:
+use rule extractor as calibration with:
     input:
         inputs("scores"),
     output:
@@ -28,7 +38,7 @@ use rule coefficients as calibration with:
         verb=verb("scores"),
 
 
-use rule coefficients as scores with:
+use rule extractor as scores with:
     input:
         inputs("scores"),
     output:

@@ -1,4 +1,4 @@
-# student, teacher_samples and samples inherit from this rule.
+# coefficients, student, teacher_samples and samples inherit from this rule.
 rule teacher:
     input:
         inputs("teacher"),

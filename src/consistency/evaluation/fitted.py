@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -56,7 +57,7 @@ def fit_denoiser(
             probes,
             generator(seed, "probes", device=images.device),
             batch,
-            progress,
+            lambda name, count, row: np.stack([row(k) for k in progress(range(count))]),
             centre,
             mode,
         )

@@ -18,7 +18,7 @@ import torch
 from scipy.interpolate import CubicSpline
 from torch import Tensor
 
-from consistency.theory.estimators import Array, CoefficientFit, require_finite, rounding_floor, settled, standard_error
+from consistency.theory.estimators import Array, CoefficientFit, rounding_floor, settled, standard_error
 from consistency.theory.solver import DenoiserFn, every
 
 
@@ -39,7 +39,11 @@ def fit_without_derivatives(
     for k in range(len(times)):
         for part in rows:
             moments[k, :, part] = move_moments(denoiser(part), images[part], noise[part], times[k].item())
-    require_finite(times, moments)
+    if not np.isfinite(moments).all():
+        bad = ", ".join(
+            f"{t:g}" for t, each in zip(times.tolist(), moments, strict=True) if not np.isfinite(each).all()
+        )
+        raise ValueError(f"the denoiser returned NaN or infinity at t = {bad}")
     return solve_moves(times.double().cpu().numpy(), moments, images[0].numel(), images.dtype)
 
 

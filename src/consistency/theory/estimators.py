@@ -3,18 +3,22 @@
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
-from typing import Literal
+from functools import partial
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from scipy.interpolate import CubicSpline
-from torch import Tensor
+from torch import Tensor, nn
 from torch.func import jvp
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 
 from consistency.theory.solver import DenoiserFn
 
 Array = np.ndarray
 Mode = Literal["reverse", "forward"]
+#: rows("name", N, row) is row(0) to row(N - 1), stacked; the name is that of no other table of a fit
+Rows = Callable[[str, int, Callable[[int], Array]], Array]
 
 # s_t runs from about -2 (small t) to 2 (large t) in every closed form we know; an estimate with a standard error this
 # large is meaningless.
@@ -56,6 +60,11 @@ class CoefficientFit:
         return shared | {"s_centred": around.s, "s_centred_se": around.s_se, "determined_centred": around.determined}
 
 
+def one_by_one(name: str, count: int, row: Callable[[int], Array]) -> Array:
+    """Compute `Rows` one after the other."""
+    return np.stack([row(k) for k in range(count)])
+
+
 def fit_coefficients(
     teacher: Callable[[slice], DenoiserFn],
     images: Tensor,
@@ -64,7 +73,7 @@ def fit_coefficients(
     probes: int | None,
     generator: torch.Generator,
     batch: int,
-    progress: Callable[[Iterable[int]], Iterable[int]] = lambda steps: steps,
+    rows: Rows = one_by_one,
     centre: Tensor | None = None,
     mode: Mode = "reverse",
     jumps: Callable[[CoefficientFit], Array] | None = None,
@@ -75,30 +84,40 @@ def fit_coefficients(
     jumps(fit) is f and g at the jumps that matter: the fit begins with some of the images and takes twice as many until
     the standard error of each of these numbers (relative, above 1) is at most the tolerance, or until it has all.
 
-    teacher(rows) is the denoiser of those images (with their labels bound). images, noise: [K, ...], K >= 2; times:
+    teacher(part) is the denoiser of those images (with their labels bound). images, noise: [K, ...], K >= 2; times:
     [N], descending. probes: Rademacher vectors an image for the trace, or None for the exact trace (d products).
-    The same images, noise and probes serve every time, so that the error of l_t is smooth in t and dl/dlambda is not
-    swamped by it. Raises ValueError if the teacher returns NaN.
+    rows: may keep what it computes, and share it between processes. The same images, noise and probes serve every time,
+    so that the error of l_t is smooth in t and dl/dlambda is not swamped by it. Raises ValueError, naming the time and
+    the layer, if the teacher returns NaN.
     """
     signs = None
     if probes is not None:
         shape = (probes, *images.shape)
         signs = torch.randint(0, 2, shape, generator=generator, device=images.device, dtype=torch.int8) * 2 - 1
-    moments = np.empty((len(times), 6 if centre is None else 9, len(images)))
-    nodes, dimension, seen, count = times.double().cpu().numpy(), images[0].numel(), 0, min(_FIRST, len(images))
+    nodes, dimension = times.double().cpu().numpy(), images[0].numel()
+    found: list[Array] = []
+    seen, count = 0, min(_FIRST, len(images))
+
+    def measured(seen: int, count: int, k: int) -> Array:
+        """Return the moments [6 or 9, count - seen] of those images at time k."""
+        parts = []
+        for first in range(seen, count, batch):
+            part = slice(first, min(first + batch, count))
+            x = images[part] + times[k].to(images.dtype) * noise[part]
+            probe = None if signs is None else signs[:, part].to(x.dtype)
+            denoiser, time = teacher(part), times[k].item()
+            parts.append(image_moments(denoiser, x, time, probe, centre, mode))
+            if not np.isfinite(parts[-1]).all():
+                where = bad_layer(partial(denoiser, x, torch.full((len(x),), time).to(x)))
+                raise ValueError(f"the denoiser returned NaN or infinity at t = {time:g}, {where}")
+        return np.concatenate(parts, axis=1)
 
     def solve(some: Array) -> CoefficientFit:
         return solve_moments(nodes, some, dimension, images.dtype)
 
     while True:
-        rows = [slice(i, min(i + batch, count)) for i in range(seen, count, batch)]
-        for k in progress(range(len(times))):
-            for part in rows:
-                x = images[part] + times[k].to(images.dtype) * noise[part]
-                probe = None if signs is None else signs[:, part].to(x.dtype)
-                moments[k, :, part] = image_moments(teacher(part), x, times[k].item(), probe, centre, mode)
-        used = moments[:, :, :count]
-        require_finite(times, used)
+        found.append(rows(f"{seen}", len(times), partial(measured, seen, count)))
+        used = np.concatenate(found, axis=2)
         error = math.inf if jumps is None else float(jackknife(lambda some: jumps(solve(some)), used).max())
         if count == len(images) or error <= tolerance:
             return replace(solve(used), images=count, error=error)
@@ -113,11 +132,23 @@ def jackknife(values: Callable[[Array], Array], moments: Array) -> Array:
     return np.asarray(left.std(0) * np.sqrt(len(parts) - 1) / np.maximum(1, np.abs(left.mean(0))))
 
 
-def require_finite(times: Tensor, moments: Array) -> None:
-    """Raise ValueError, naming the times [N], unless the moments [N, ...] of a denoiser are finite."""
-    if not np.isfinite(moments).all():
-        bad = [f"{t:g}" for t, m in zip(times.tolist(), moments, strict=True) if not np.isfinite(m).all()]
-        raise ValueError(f"the denoiser returned NaN or infinity at t = {', '.join(bad[:5])}")
+@torch.no_grad()
+def bad_layer(evaluate: Callable[[], object]) -> str:
+    """Return 'first in its layer NAME' for the first module whose output is not finite, by its path in the network."""
+    names: dict[nn.Module, str] = {}
+    found: list[str] = []
+
+    def enter(module: nn.Module, inputs: Any) -> None:
+        if not names:  # the outermost module is entered first
+            names.update((each, name) for name, each in module.named_modules())
+
+    def leave(module: nn.Module, inputs: Any, output: Any) -> None:
+        if isinstance(output, Tensor) and not bool(output.isfinite().all()):
+            found.append(f"first in its layer {names.get(module) or type(module).__name__}")
+
+    with register_module_forward_pre_hook(enter), register_module_forward_hook(leave):
+        evaluate()
+    return found[0] if found else "in no layer's output: in its derivatives, or outside its layers"
 
 
 def image_moments(
