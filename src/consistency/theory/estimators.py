@@ -24,7 +24,7 @@ Rows = Callable[[str, int, Callable[[int], Array]], Array]
 # large is meaningless.
 _S_RANGE = 2.0
 #: images of a fit at first, and groups of images that are left out in turn
-_FIRST, _GROUPS = 128, 16
+_FIRST, _GROUPS = 128, 8
 
 
 @dataclass(frozen=True)
@@ -126,7 +126,7 @@ def fit_coefficients(
 
 def jackknife(values: Callable[[Array], Array], moments: Array) -> Array:
     """Return the standard errors of values(moments), moments [..., K], over images, relative where a value is above 1:
-    each sixteenth of the images is left out once."""
+    each eighth of the images is left out once."""
     parts = np.array_split(np.arange(moments.shape[-1]), min(_GROUPS, moments.shape[-1]))
     left = np.stack([values(np.delete(moments, part, axis=-1)) for part in parts])
     return np.asarray(left.std(0) * np.sqrt(len(parts) - 1) / np.maximum(1, np.abs(left.mean(0))))

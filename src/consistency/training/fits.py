@@ -38,12 +38,12 @@ def study_jumps(study: Study) -> Callable[[CoefficientFit], np.ndarray]:
     first, last = torch.triu_indices(_NODES, _NODES, 1)
 
     def values(fit: CoefficientFit) -> np.ndarray:
+        fits = {False: fit} | ({True: fit.centred} if fit.centred else {})
+        odes = {centred: GeneralizedODE(*fits[centred].nodes) for centred in {step[0] for step in steps}}
         found: list[Tensor] = []
         for centred, weight, only_to_eps in steps:
-            around = fit.centred if centred else fit
-            assert around is not None
             s = grid[-1].expand(len(first)) if only_to_eps else grid[last]
-            found += GeneralizedODE(*around.nodes).step(grid[first], s, weight)
+            found += odes[centred].step(grid[first], s, weight)
         return torch.cat(found).numpy()
 
     return values
