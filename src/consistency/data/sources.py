@@ -245,12 +245,13 @@ def _by_class(container: Container, classes: list[str], settings: Dataset, empty
     error where there are none."""
     images, classes = container.images(), sorted(classes)
     labels = {os.fsencode(name): k for k, name in enumerate(classes)}
-    paths = [name.split(b"/") for name in images.names.tolist()]
-    rows = sorted((row for row, path in enumerate(paths) if path[0] in labels and path[1:]), key=paths.__getitem__)
+    names = images.names.tolist()
+    rows = [row for row, name in enumerate(names) if b"/" in name and name.partition(b"/")[0] in labels]
+    rows.sort(key=lambda row: names[row].replace(b"/", b"\0"))  # folder by folder
     if not rows:
         raise UserError(empty)
     tell_left_out(container.path, "images outside of the class folders", np.delete(images.names, rows).tolist())
-    found = np.array([labels[paths[row][0]] for row in rows])
+    found = np.array([labels[names[row].partition(b"/")[0]] for row in rows])
     return _files(images.pick(np.array(rows)), found, classes, pictures.crop_and_resize, settings)
 
 
