@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from tests.conftest import ABSENT, Changes, WriteStudy
 from tests.processes import ROOT, SOURCE, environment, run_light
 
 from consistency import __main__ as cli
@@ -20,6 +21,7 @@ from consistency.config.job import Job
 pytestmark = pytest.mark.usefixtures("handlers")
 
 TINY = str(ROOT / "config/studies/tiny.yaml")
+IMAGES = {"dataset.path": "data/nowhere", "dataset.limit": ABSENT}
 SAMPLES = ["samples", "--study", TINY, "--device", "cpu"]
 
 
@@ -96,6 +98,26 @@ def test_check_prints_every_default_and_every_student(capsys: pytest.CaptureFixt
     assert "sigma_min: 0.002" in out
     assert "# ctm: {'objective': 'trajectory'" in out
     assert "# analytic: " in out
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        (IMAGES | {"dataset.kind": "image_folder"}, "error: dataset.path: there is no data/nowhere/train"),
+        (IMAGES | {"dataset.kind": "edm_zip"}, "error: dataset.path: there is no data/nowhere"),
+        (
+            {"teacher": {"kind": "safetensors", "path": "nowhere.safetensors", "conditional": True}},
+            "error: teacher.path: there is no nowhere.safetensors",
+        ),
+    ],
+)
+def test_check_names_files_that_are_not_there(
+    write_study: WriteStudy, changes: Changes, said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["check", "--study", str(write_study(changes))]) == 2
+    out, err = capsys.readouterr()
+    assert err.startswith(said) and f"start at {os.getcwd()}" in err
+    assert "sigma_min: 0.002" in out
 
 
 def test_a_verb_gets_the_study_and_where_its_files_lie(monkeypatch: pytest.MonkeyPatch) -> None:

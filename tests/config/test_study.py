@@ -121,6 +121,10 @@ MISTAKES: list[tuple[dict[str, Any], str]] = [
         | {"teacher": {"kind": "edm", "checkpoint": "edm-cifar10-32x32-uncond-vp.pkl"}},
         NO_LEVELS,
     ),
+    # numbers without which nothing can be measured
+    ({"sampling.count": 1}, "key 'sampling.count': input should be greater than or equal to 2"),
+    ({"scores.curve_count": 1}, "key 'scores.curve_count': input should be greater than or equal to 2"),
+    ({"scores.kid_images": 3}, "key 'scores.kid_images': input should be greater than or equal to 4"),
     # combinations that cannot be
     ({"dataset.resolution": 16}, "set dataset.resolution to 8"),
     ({"dataset.path": "data"}, "dataset.path is for other kinds"),

@@ -1,9 +1,11 @@
 """Every source of images against what Pillow, pickle and the archive say of it, and the errors of damaged ones."""
 
+import errno
 import hashlib
 import io
 import os
 import pickle
+import pkgutil
 import re
 import resource
 import struct
@@ -600,3 +602,176 @@ def test_the_identity_of_a_source_changes_with_its_files(tmp_path: Path) -> None
     one = write_zip(tmp_path / "one.zip", edm_files(noise(3, 16, 16, 3), [0, 1, 2]))
     two = write_zip(tmp_path / "two.zip", edm_files(255 - noise(3, 16, 16, 3), [0, 1, 2]))
     assert source("edm_zip", one).identity != source("edm_zip", two).identity
+
+
+# --- what is left out, in every kind
+
+#: what systems and tools leave beside images; a folder counts once, or once a file of an archive
+HIDDEN = [".ipynb_checkpoints/a.png", "._a.png", "__MACOSX/a.jpg", "Thumbs.db", "desktop.ini", "@eaDir/a.png"]
+
+
+def tree_files() -> Files:
+    """An image folder of two classes."""
+    return {f"train/{name}/{k}.png": encoded(noise(16, 16, 3, seed=k)) for name in ("cat", "dog") for k in range(3)}
+
+
+def folder_of(path: Path, files: Files) -> Path:
+    return write_folder(path / "train", {name.removeprefix("train/"): content for name, content in files.items()})
+
+
+def celeba_folder(path: Path, files: Files) -> Path:
+    return write_folder(path, files | celeba_partition())
+
+
+def celeba_zip(path: Path, files: Files) -> Path:
+    write_folder(path, celeba_partition())
+    return write_zip(path / "img_align_celeba.zip", files)
+
+
+EVERY_KIND: list[tuple[str, Callable[[Path, Files], Path], Files, list[str]]] = [
+    ("image_folder", write_folder, tree_files(), ["train/", "train/cat/", "train/dog/deep/"]),
+    ("imagenet", write_folder, imagenet_files(), ["", f"{SYNSETS[0]}/", f"{SYNSETS[1]}/deep/"]),
+    ("imagenet", imagenet_tar, imagenet_files(), [f"{SYNSETS[0]}/", f"{SYNSETS[2]}/"]),
+    ("ffhq", write_folder, ffhq_files(), ["", "00000/"]),
+    ("ffhq", write_zip, ffhq_files(), ["", "00000/"]),
+    ("celeba", celeba_folder, celeba_files(), ["", "img_align_celeba/"]),
+    ("celeba", celeba_zip, celeba_files(), ["", "img_align_celeba/"]),
+    ("edm_zip", write_zip, edm_files(noise(3, 16, 16, 3), [0, 1, 2]), ["", "00000/"]),
+]
+
+
+@pytest.fixture
+def ten_of_celeba(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(datasets, "_CELEBA_SPLITS", CELEBA_SPLITS)
+
+
+@pytest.mark.usefixtures("ten_of_celeba")
+@pytest.mark.parametrize(("kind", "write", "files", "folders"), EVERY_KIND)
+def test_hidden_files_and_others_are_left_out_and_counted(
+    tmp_path: Path,
+    kind: str,
+    write: Callable[[Path, Files], Path],
+    files: Files,
+    folders: list[str],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    plain = source(kind, write(tmp_path / "plain", files))
+    assert capsys.readouterr().out == ""
+    hidden = {f"{folder}{name}": b"" for folder in folders for name in HIDDEN}
+    path = write(tmp_path / "more", files | hidden | {f"{folders[-1]}notes.txt": b"", f"{folders[-1]}old.heic": b""})
+    opened = source(kind, path)
+    assert (opened.classes, opened.labels.tolist()) == (plain.classes, plain.labels.tolist())
+    assert np.array_equal(images(opened), images(plain))
+    first, second = capsys.readouterr().out.splitlines()
+    assert f"hidden files or folders left out: {len(hidden)} (" in first
+    assert "files that are no images left out: 2 (" in second and "notes.txt" in second
+
+
+@pytest.mark.parametrize(
+    ("kind", "write", "files", "name"),
+    [
+        ("image_folder", write_folder, tree_files() | {"train/empty/.x.png": b""}, "empty"),
+        ("imagenet", write_folder, imagenet_files() | {"n00000001/notes.txt": b""}, "n00000001"),
+        ("imagenet", imagenet_tar, imagenet_files() | {"n00000001/._x.JPEG": b""}, "n00000001"),
+        ("edm_zip", write_zip, edm_files(noise(3, 16, 16, 3), [0, 1, 3]), "2"),
+    ],
+)
+def test_a_class_without_images_is_named(
+    tmp_path: Path, kind: str, write: Callable[[Path, Files], Path], files: Files, name: str
+) -> None:
+    assert f"classes without an image, first {name}:" in refused(kind, write(tmp_path / "empty", files))
+
+
+@pytest.mark.parametrize(
+    ("kind", "files"), [("image_folder", tree_files()), ("imagenet", imagenet_files()), ("ffhq", ffhq_files())]
+)
+def test_links_to_folders_are_followed_and_loops_are_not(tmp_path: Path, kind: str, files: Files) -> None:
+    """A link in the class folder to images elsewhere, and links around it, to its parents and to itself."""
+    moved = sorted(files)[0]
+    plain = source(kind, write_folder(tmp_path / "plain", files))
+    linked = write_folder(tmp_path / "linked", {name: content for name, content in files.items() if name != moved})
+    write_folder(tmp_path / "elsewhere", {"0/" + moved.split("/")[-1]: files[moved]})
+    place = linked / moved
+    place.parent.mkdir(exist_ok=True)
+    (place.parent / "0").symlink_to(tmp_path / "elsewhere/0")
+    for name, target in {"up": linked, "here": place.parent, "self": place.parent / "self"}.items():
+        (place.parent / name).symlink_to(target)
+    (tmp_path / "elsewhere/0/back").symlink_to(linked)
+    assert sorted(map(bytes, images(source(kind, linked)))) == sorted(map(bytes, images(plain)))
+
+
+def test_images_outside_of_the_classes_are_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = write_folder(tmp_path, tree_files() | {"train/lost.png": b"", "train/also.jpg": b""})
+    assert len(source("image_folder", path)) == 6
+    assert (
+        f"{path}/train: images outside of the class folders left out: 2 (also.jpg, lost.png)" in capsys.readouterr().out
+    )
+    path = imagenet_tar(tmp_path / "train.tar", imagenet_files() | {"readme/a.JPEG": b""})
+    assert len(source("imagenet", path)) == 13
+    assert f"{path}: images outside of the class folders left out: 1 (readme/a.JPEG)" in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("ten_of_celeba")
+@pytest.mark.parametrize("asked", ["os.stat", "os.scandir", "os.listdir", "io.open", "builtins.open"])
+@pytest.mark.parametrize(
+    ("kind", "write", "files"),
+    [*(each[:3] for each in EVERY_KIND), ("cifar10", write_folder, cifar10_files())],
+)
+def test_what_cannot_be_read_is_one_line(
+    tmp_path: Path,
+    known: Files,
+    monkeypatch: pytest.MonkeyPatch,
+    asked: str,
+    kind: str,
+    write: Callable[[Path, Files], Path],
+    files: Files,
+) -> None:
+    path = write(tmp_path / "locked", files)
+    function, calls = pkgutil.resolve_name(asked), []
+
+    def locked(place: Any = ".", *more: Any, **options: Any) -> Any:
+        if str(tmp_path) in os.fsdecode(place if isinstance(place, bytes) else str(place)):
+            calls.append(place)
+            raise PermissionError(errno.EACCES, "Permission denied", place)
+        return function(place, *more, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(asked, locked)
+        try:
+            source(kind, path, 32 if kind == "cifar10" else 16)
+        except UserError as error:
+            assert "Permission denied" in str(error) and "\n" not in str(error)
+            assert str(tmp_path / "locked") in str(error)
+        else:
+            assert not calls
+
+
+# --- Kaggle's CelebA
+
+
+def kaggle_partition() -> Files:
+    """list_eval_partition.csv, with the same content as the original."""
+    text = celeba_partition()["list_eval_partition.txt"].replace(b" ", b",").replace(b"\n", b"\r\n")
+    return {"list_eval_partition.csv": b"image_id,partition\r\n" + text}
+
+
+@pytest.mark.usefixtures("ten_of_celeba")
+@pytest.mark.parametrize("split", ["train", "valid", "test"])
+@pytest.mark.parametrize("below", ["", "img_align_celeba", "img_align_celeba/img_align_celeba"])
+def test_kaggles_celeba_is_read(tmp_path: Path, split: str, below: str) -> None:
+    original = source("celeba", write_folder(tmp_path / "original", celeba_files() | celeba_partition()), split=split)
+    write_folder(tmp_path / "kaggle", celeba_files("img_align_celeba/img_align_celeba/") | kaggle_partition())
+    assert np.array_equal(images(source("celeba", tmp_path / "kaggle" / below, split=split)), images(original))
+
+
+@pytest.mark.usefixtures("ten_of_celeba")
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda text: text.partition(b"\n")[2], "lists 4 different images for train"),
+        (lambda text: text.replace(b",", b";"), "has a line that is not of the form"),
+    ],
+)
+def test_a_csv_of_another_form_is_refused(tmp_path: Path, change: Callable[[bytes], bytes], words: str) -> None:
+    files = {name: change(content) for name, content in kaggle_partition().items()}
+    assert words in refused("celeba", write_folder(tmp_path, celeba_files() | files))

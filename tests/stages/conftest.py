@@ -48,8 +48,9 @@ def tree(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def prepare(tiny: Tiny, tmp_path: Path) -> Prepare:
-    """prepare(channels=3, ...): run the stage dataset on that image folder and load what it wrote."""
+def prepare(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Prepare:
+    """prepare(channels=3, ...): run the stage dataset on that image folder and load what it wrote; few images do."""
+    monkeypatch.setattr("consistency.stages.dataset.require_enough", lambda study, images: None)
 
     def run(workers: int = 1, **settings: Any) -> ImageData:
         path = str(tmp_path / "images")

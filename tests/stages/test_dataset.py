@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
-from tests.conftest import Tiny
+from tests.conftest import Tiny, mistake
 from tests.image_sources import noise
+from tests.made import make_all
 from tests.stages.conftest import Prepare, Refusal
 
 from consistency.config.job import Job
@@ -110,7 +111,8 @@ def palette() -> Image.Image:
     return Image.fromarray(pixels).quantize(3)
 
 
-GREY, COLOUR, TRANSPARENT = noise(8, 8), noise(8, 8, 3), noise(8, 8, 4)
+GREY, COLOUR = noise(8, 8), noise(8, 8, 3)
+OPAQUE = np.dstack([COLOUR, np.full((8, 8), 255, np.uint8)])
 
 
 @pytest.mark.parametrize(
@@ -118,11 +120,11 @@ GREY, COLOUR, TRANSPARENT = noise(8, 8), noise(8, 8, 3), noise(8, 8, 4)
     [
         (Image.fromarray(GREY), "L", np.repeat(GREY[..., None], 3, 2)),
         (Image.fromarray(COLOUR), "RGB", np.asarray(Image.fromarray(COLOUR).convert("L"))[..., None]),
-        (Image.fromarray(TRANSPARENT), "RGBA", TRANSPARENT[..., :3]),
+        (Image.fromarray(OPAQUE), "RGBA", COLOUR),
         (palette(), "P", np.asarray(palette().convert("RGB"))),
         (Image.fromarray(GREY > 127), "1", np.where(GREY > 127, 255, 0)[..., None]),
     ],
-    ids=["grey is repeated", "colour by Pillow's luma", "transparency is dropped", "palette", "black and white"],
+    ids=["grey is repeated", "colour by Pillow's luma", "opaque alpha is dropped", "palette", "black and white"],
 )
 def test_an_image_of_another_mode_is_converted(
     tree: Path, prepare: Prepare, picture: Image.Image, mode: str, expected: np.ndarray
@@ -131,6 +133,12 @@ def test_an_image_of_another_mode_is_converted(
     (tree / "a").mkdir()
     picture.save(tree / "a/1.png")
     assert np.array_equal(prepare(channels=expected.shape[-1]).images[0], expected)
+
+
+@pytest.mark.parametrize("suffix", ["png", "PNG", "bmp", "tif", "TIFF", "ppm", "WebP"])
+def test_images_of_every_format_are_read(tree: Path, prepare: Prepare, suffix: str) -> None:
+    save(tree / f"a/1.{suffix}", COLOUR, **({"lossless": True} if suffix == "WebP" else {}))
+    assert np.array_equal(prepare().images[0], COLOUR)
 
 
 # --- what cannot be read
@@ -165,3 +173,51 @@ def test_a_file_that_is_no_whole_image_is_named(
     path = save(tree / name, noise(64, 64, 3))
     path.write_bytes(damaged(path.read_bytes()))
     assert f"{path} is not a readable image" in refusal()
+
+
+@pytest.mark.parametrize(("workers", "bad"), [(1, 2), (4, 2), (1, 25), (3, 25)])
+def test_all_bad_images_are_told_in_one_run(tree: Path, refusal: Refusal, workers: int, bad: int) -> None:
+    """The first 20 in their order, and how many more there are, over several batches of a thread."""
+    for k in range(150):
+        save(tree / f"a/{k:03}.png", noise(8, 8, 3))
+    wrong = [tree / f"a/{k:03}.png" for k in range(0, 150, 6)][:bad]
+    for path in wrong:
+        path.write_bytes(b"no image")
+    message = refusal(workers=workers)
+    assert message.startswith(f"{wrong[0]} is not a readable image")
+    assert [f"{path} is not a readable image" in message for path in wrong] == [k < 20 for k in range(bad)]
+    assert f"in all, {bad} images cannot be used" in message
+
+
+# --- what the study needs of its images
+
+
+def few(tree: Path, tiny: Tiny, images: list[np.ndarray], **changes: Any) -> Job:
+    """The job of a study with only these images."""
+    for k, pixels in enumerate(images):
+        save(tree / f"a/{k}.png", pixels)
+    dataset = {"kind": "image_folder", "path": str(tree.parent), "resolution": 8, "channels": 1, **changes}
+    study = tiny({"dataset": dataset})
+    return Job(study, StudyPaths(study.name, tree.parent / "results", tree.parent / "state"))
+
+
+@pytest.mark.parametrize(("count", "changes"), [(1, {}), (3, {}), (9, {"limit": 1}), (9, {"limit": 3})])
+def test_too_few_images_for_the_calibration_are_said_before_any_is_read(
+    tree: Path, tiny: Tiny, count: int, changes: dict[str, int]
+) -> None:
+    job = few(tree, tiny, [noise(8, 8)] * count, **changes)
+    (tree / "a/0.png").write_bytes(b"no image")
+    left = changes.get("limit", count)
+    assert f"the dataset has {left} images, a study needs 4" in mistake(make_dataset, job)
+
+
+def test_four_images_are_enough(tree: Path, tiny: Tiny) -> None:
+    job = few(tree, tiny, [noise(8, 8, seed=k) for k in range(4)])
+    make_all(job)
+    assert (job.paths.report / "report.html").exists()
+
+
+def test_images_of_one_colour_have_no_measured_sigma_data(tree: Path, tiny: Tiny) -> None:
+    job = few(tree, tiny, [np.full((8, 8), 7, np.uint8)] * 4)
+    assert "noise.sigma_data measures 0" in mistake(make_dataset, job)
+    assert not job.paths.images.exists()

@@ -3,6 +3,8 @@
 import difflib
 from collections.abc import Iterable
 
+_MOST = 20  # errors told in one line
+
 
 class UserError(Exception):
     """Error that the user can fix. The message is one line that says what to change; the exit code is 2."""
@@ -13,3 +15,11 @@ def suggestion(word: object, known: Iterable[str]) -> str:
     names = list(known)
     near = difflib.get_close_matches(str(word), names, 1, cutoff=0.5)
     return f"; did you mean {near[0]!r}?" if near else f"; there are {', '.join(names)}" if names else ""
+
+
+def raise_all(errors: list[str], what: str) -> None:
+    """Raise UserError if there are errors, with the first 20 of them and their number."""
+    if errors:
+        named = f", of which {_MOST} are named here" if len(errors) > _MOST else ""
+        number = f"; in all, {len(errors):,} {what} cannot be used{named}" if len(errors) > 1 else ""
+        raise UserError("; ".join(errors[:_MOST]) + number)

@@ -65,7 +65,7 @@ class Dataset(Section):
         description="; ".join(f"`{name}`: {kind.about}" for name, kind in KINDS.items()) + "."
     )
     path: str | None = Field(
-        None, description="Where the images are: a folder, zip or tar; relative paths start at the project's root."
+        None, description="Where the images are: a folder, zip or tar; a relative path starts at the working directory."
     )
     split: Name = Field(
         "train",

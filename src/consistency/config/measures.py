@@ -62,7 +62,7 @@ class Churn(Section):
 class Sampling(Section):
     """Samples kept and scored at the end of training. Image i always comes from seed first_seed + i."""
 
-    count: Count = Field(description="Images a sampler.")
+    count: Annotated[int, Field(ge=2)] = Field(description="Images a sampler.")
     first_seed: Annotated[int, Field(ge=0)] = Field(
         0, description="Seed of the first image. EDM, for one, takes the lowest FID of three: 0, 50000, 100000."
     )
@@ -115,8 +115,10 @@ class Scores(Section):
     )
     classifier: Classifier = Field(default_factory=Classifier, description="Settings of the classifier.")
     curve_nfe: list[Count] = Field([1, 2, 3], min_length=1, description="Numbers of jumps of the learning curves.")
-    curve_count: Count = Field(description="Images a point of the learning curves.")
-    kid_images: Count = Field(50_000, description="Images of the data, at most, whose features are kept for KID.")
+    curve_count: Annotated[int, Field(ge=2)] = Field(description="Images a point of the learning curves.")
+    kid_images: Annotated[int, Field(ge=4)] = Field(
+        50_000, description="Images of the data, at most, whose features are kept for KID."
+    )
     kid_subsets: Count = Field(100, description="Subsets of KID.")
     kid_subset_size: Annotated[int, Field(ge=2)] = Field(1000, description="Images a subset of KID.")
     alignment_count: Count = Field(512, description="Noises of the alignment error.")

@@ -130,7 +130,7 @@ class GivenTeacher(Section):
     """A safetensors file of your own: a teacher of another study, or weights with this project's parameter names."""
 
     kind: Literal["safetensors"] = "safetensors"
-    path: str = Field(description="The file; a relative path starts at the project's root.")
+    path: str = Field(description="The file; a relative path starts at the working directory.")
     sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")] | None = Field(
         None, description="Its digest: a file with another is refused. Without, any file is taken and its digest noted."
     )

@@ -122,7 +122,15 @@ def build_study(content: Any) -> Study:
 
 
 def print_study(study: Study) -> None:
-    """Print a study with every default written out, and each of its students."""
+    """Print a study with every default written out, and each of its students. Raises UserError if a file or folder that
+    it names is not there."""
     print(dump_yaml(study.model_dump(mode="json")).rstrip())
     for name, student in study.students.items():
         print(f"# {name}: {student.model_dump(mode='json')}")
+    dataset, teacher = study.dataset, getattr(study.teacher, "path", None)
+    images = (
+        os.path.join(dataset.path, dataset.split) if dataset.path and dataset.kind == "image_folder" else dataset.path
+    )
+    for key, path in {"dataset.path": images, "teacher.path": teacher}.items():
+        if path and not os.path.exists(path):
+            raise UserError(f"{key}: there is no {path}, or it cannot be read; relative paths start at {os.getcwd()}")

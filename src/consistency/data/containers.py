@@ -6,7 +6,8 @@ import tarfile
 import zipfile
 import zlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Self
@@ -18,7 +19,8 @@ from consistency.base.progress import track
 
 Array = np.ndarray
 
-SUFFIXES = (b".png", b".jpg", b".jpeg")
+SUFFIXES = (b".png", b".jpg", b".jpeg", b".webp", b".bmp", b".tif", b".tiff", b".ppm")
+_LEFT_BEHIND = (b"__macosx", b"thumbs.db", b"desktop.ini", b"@eadir")  # by macOS, Windows and Synology
 _LARGEST = 1 << 28  # bytes of a file in an archive; anything larger is not an image
 
 
@@ -44,9 +46,19 @@ class Container(ABC):
         """Return a container of only those files."""
         return replace(self, members=self.members[rows])
 
-    def images(self) -> Self:
-        """Return a container of only the files with an image's suffix."""
-        return self.pick(np.flatnonzero([is_image(name) for name in self.names.tolist()]))
+    def images(self, *used: str) -> Self:
+        """Return a container of only the images; print how many files are left out. used: names that are read apart."""
+        images, hidden, others = [], [], []
+        for row, name in enumerate(self.names.tolist()):
+            if is_hidden(name):
+                hidden.append(name)
+            elif name.lower().endswith(SUFFIXES):
+                images.append(row)
+            elif os.fsdecode(name.rpartition(b"/")[2]) not in used:
+                others.append(name)
+        tell_left_out(self.path, "hidden files or folders", hidden)
+        tell_left_out(self.path, "files that are no images", others)
+        return self.pick(np.array(images, np.int64))
 
     @abstractmethod
     def read(self, row: int) -> bytes:
@@ -94,8 +106,9 @@ class Zip(Container):
 
 @dataclass(frozen=True)
 class Tar(Container):
-    """Files in an uncompressed tar. members: name, offset of the content, size."""
+    """Files in the tars inside a tar. members: name, offset of the content, size; parts: names of the inner tars."""
 
+    parts: list[str]
     file: int  # descriptor
 
     def read(self, row: int) -> bytes:
@@ -115,27 +128,48 @@ def shown(name: bytes | str) -> str:
     return "".join(letter if letter.isprintable() else "?" for letter in text)
 
 
-def is_image(name: bytes) -> bool:
-    """Tell whether a name has an image's suffix."""
-    return name.lower().endswith(SUFFIXES)
+@contextmanager
+def opening(path: str | Path | None) -> Iterator[None]:
+    """Raise UserError, naming the file or folder, where the system refuses access to it or what is in it."""
+    try:
+        yield
+    except OSError as error:
+        name = shown(os.fsdecode(error.filename or path or "the images"))
+        raise UserError(f"cannot open {name} ({error.strerror}): fix its permission, or the disk it is on") from None
 
 
-def open_folder(root: Path, names: Iterable[bytes]) -> Folder:
-    """Open those files of a folder, in the given order."""
-    return Folder(root, _table([(name,) for name in names], []))
+def is_hidden(name: bytes) -> bool:
+    """Tell whether a path is one of the files and folders that systems and tools leave beside images."""
+    parts = name.replace(b"\\", b"/").split(b"/")
+    return any(part.lower() in _LEFT_BEHIND or (part[:1] == b"." and part not in (b".", b"..")) for part in parts)
 
 
-def images_below(folder: Path) -> list[bytes]:
-    """List the relative paths of the images below a folder, unordered. Raises UserError if a folder is unreadable."""
-    root, found = os.fsencode(folder), []
+def tell_left_out(path: Path, what: str, names: list[bytes]) -> None:
+    """Print one line, if any are left out, with their number and two of them."""
+    if names:
+        print(f"{path}: {what} left out: {len(names):,} ({', '.join(map(shown, names[:2]))})", flush=True)
 
-    def fail(error: OSError) -> None:
-        raise UserError(f"cannot read the folder {shown(error.filename)} ({error.strerror}): fix its permission")
 
-    for place, _, files in os.walk(root, onerror=fail):
-        below = os.path.relpath(place, root)
-        found += [name if below == b"." else os.path.join(below, name) for name in files if is_image(name)]
-    return found
+def open_folder(root: Path) -> Folder:
+    """Open all files below a folder, sorted by path; links are followed, a hidden folder counts as one file. Raises
+    OSError if a folder is unreadable."""
+    return Folder(root, _table([(name,) for name in sorted(_files_below(os.fsencode(root), b"", frozenset()))], []))
+
+
+def _files_below(root: bytes, below: bytes, above: frozenset[tuple[int, int]]) -> Iterator[bytes]:
+    """Yield the paths of the files in the folder root/below, none if a link leads to one of those above."""
+    place = os.path.join(root, below)
+    here = os.stat(place)
+    if (here.st_dev, here.st_ino) in above:
+        return
+    with os.scandir(place) as entries:
+        for entry in entries:
+            name = os.path.join(below, entry.name)
+            linked = entry.is_symlink() and os.path.isdir(entry.path)
+            if (linked or entry.is_dir(follow_symlinks=False)) and not is_hidden(entry.name):
+                yield from _files_below(root, name, above | {(here.st_dev, here.st_ino)})
+            else:
+                yield name
 
 
 def open_zip(path: Path) -> Zip:
@@ -145,6 +179,8 @@ def open_zip(path: Path) -> Zip:
         files = [info for info in archive.infolist() if not info.is_dir()]
         rows = [(info.filename.encode(), info.file_size, info.CRC) for info in files]
         members = _table(rows, [("size", np.int64), ("crc", np.uint32)])
+    except PermissionError:
+        raise
     except (zipfile.BadZipFile, OSError, NotImplementedError, ValueError, OverflowError) as error:
         raise UserError(f"{path} is not a whole zip file ({error}): download it again") from None
     members.sort(order="name")
@@ -155,31 +191,34 @@ def open_zip(path: Path) -> Zip:
 
 
 def open_tar_of_tars(path: Path, label: str) -> Tar:
-    """Open the images in the tars inside a tar, sorted and named <name of the inner tar>/<name in it>.
+    """Open the files in the tars inside a tar, sorted and named <name of the inner tar>/<name in it>.
 
     Reads the headers once, and no content. Raises UserError for a truncated or compressed tar.
     """
     try:
         with tarfile.open(path, "r:") as outer:
             parts = [part for part in outer.getmembers() if part.isreg() and part.name.endswith(".tar")]
+            parts = [part for part in parts if not is_hidden(part.name.encode(errors="surrogateescape"))]
             tables = [_inner(outer, part) for part in track(label)(parts)]
+    except PermissionError:
+        raise
     except (tarfile.TarError, EOFError, OSError, ValueError, OverflowError) as error:
         raise UserError(f"{path} is not a whole, uncompressed tar of tars ({error}): download it again") from None
     members = np.concatenate([_table([], _PLACE), *tables])
     members.sort(order="name")
-    return Tar(path, members, os.open(path, os.O_RDONLY | os.O_CLOEXEC))
+    return Tar(path, members, [Path(part.name).stem for part in parts], os.open(path, os.O_RDONLY | os.O_CLOEXEC))
 
 
 _PLACE = [("offset", np.int64), ("size", np.int64)]
 
 
 def _inner(outer: tarfile.TarFile, part: tarfile.TarInfo) -> Array:
-    """Return the images of an inner tar, with their offsets in the outer tar."""
+    """Return the files of an inner tar, with their offsets in the outer tar."""
     folder, start, rows = Path(part.name).stem, part.offset_data, []
     with tarfile.open(fileobj=outer.extractfile(part), mode="r:") as inner:
         for member in inner:
             name = f"{folder}/{member.name}".encode(errors="surrogateescape")
-            if member.isreg() and not member.issparse() and is_image(name):
+            if member.isreg() and not member.issparse():
                 rows.append((name, start + member.offset_data, member.size))
     return _table(rows, _PLACE)
 

@@ -7,9 +7,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from consistency.base.errors import UserError
+from consistency.base.errors import UserError, raise_all
 from consistency.config.dataset import Dataset
-from consistency.data.containers import Folder, images_below, open_folder
+from consistency.data.containers import Folder, open_folder, opening
 from consistency.data.pictures import decode
 from consistency.data.prepared import to_signed
 
@@ -26,11 +26,8 @@ def open_given(images: Array | str | Path, settings: Dataset) -> tuple[int, Iter
     shape = (settings.resolution, settings.resolution, settings.channels)
     if isinstance(images, str | Path):
         path = Path(images)
-        if path.is_dir():
-            names = sorted(images_below(path))
-            if not names:
-                raise UserError(f"{path} has no *.png or *.jpg in it")
-            return len(names), _decoded(open_folder(path, names), shape)
+        if folder := _pictures(path):
+            return len(folder.names), _decoded(folder, shape)
         images, where = _array_of(path), str(path)
     else:
         where = "the array"
@@ -46,13 +43,9 @@ def read_given(path: Path) -> Tensor:
 
     Raises UserError if there are none, if one is unreadable, and if the pictures differ in size or mode.
     """
-    if not path.is_dir():
+    if (folder := _pictures(path)) is None:
         array = _array_of(path)
     else:
-        names = sorted(images_below(path))
-        if not names:
-            raise UserError(f"{path} has no *.png or *.jpg in it")
-        folder = open_folder(path, names)
         first = decode(folder.read(0), folder.where(0))
         shape = (first.height, first.width, 1 if first.mode == "L" else 3)
         array = np.concatenate(list(_decoded(folder, shape)))
@@ -61,6 +54,17 @@ def read_given(path: Path) -> Tensor:
     if array.dtype not in (np.float32, np.float64):
         raise UserError(f"{path} is {array.dtype} {list(array.shape)}: save uint8 [N, H, W, C], or floats [N, ...]")
     return torch.from_numpy(array.copy())
+
+
+def _pictures(path: Path) -> Folder | None:
+    """Open the pictures of a folder; None for a path that is no folder."""
+    with opening(path):
+        if not path.is_dir():
+            return None
+        folder = open_folder(path).images()
+    if not len(folder.names):
+        raise UserError(f"{path} has no *.png or *.jpg in it")
+    return folder
 
 
 def _array_of(path: Path) -> Array:
@@ -75,11 +79,22 @@ def _array_of(path: Path) -> Array:
 def _decoded(folder: Folder, shape: tuple[int, int, int]) -> Iterator[Array]:
     height, width, channels = shape
     wanted = ("RGB" if channels == 3 else "L", width, height)
-    for row in range(len(folder.names)):
+
+    def decoded(row: int) -> Array:
         picture = decode(folder.read(row), folder.where(row))
         if (picture.mode, *picture.size) != wanted:
             raise UserError(
                 f"{folder.where(row)} has {picture.width}x{picture.height} pixels of mode {picture.mode}, not "
                 f"{width}x{height} of {wanted[0]}, as all images must: convert it first"
             )
-        yield np.array(picture).reshape(1, *shape)
+        return np.array(picture).reshape(1, *shape)
+
+    errors: list[str] = []
+    for row in range(len(folder.names)):
+        try:
+            found = decoded(row)
+        except UserError as error:
+            errors.append(str(error))
+        if not errors:
+            yield found
+    raise_all(errors, "images")

@@ -1,31 +1,75 @@
 """Decoding of one image with Pillow and conversion to the study's size, as in EDM's dataset tool; CelebA as in GC."""
 
 from io import BytesIO
+from typing import Any
 
-from PIL import Image
+from PIL import ExifTags, Image
+from PIL.Image import Transpose
 
 from consistency.base.errors import UserError
 from consistency.config.dataset import Dataset
 
 # Pillow ignores the file's name and would start external programs for some other formats.
-_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
+_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 _BIT_DEPTH = 24  # its offset in a PNG
+_BITS_PER_SAMPLE = 258  # a TIFF's tag
+#: EXIF orientations of pictures that are not upright, and what brings them there
+_UPRIGHT = {
+    2: Transpose.FLIP_LEFT_RIGHT,
+    3: Transpose.ROTATE_180,
+    4: Transpose.FLIP_TOP_BOTTOM,
+    5: Transpose.TRANSPOSE,
+    6: Transpose.ROTATE_270,
+    7: Transpose.TRANSVERSE,
+    8: Transpose.ROTATE_90,
+}
 _ALIGNED_CELEBA = (178, 218)
 
 
-def decode(content: bytes, where: str) -> Image.Image:
-    """Decode a picture of at most 8 bits per channel. Raises UserError, which names the file by `where`."""
+def decode(content: bytes, where: str, *, as_stored: bool = False) -> Image.Image:
+    """Decode one opaque picture of at most 8 bits per channel, upright by its EXIF. as_stored: as EDM's tool, which
+    ignores EXIF and transparency. Raises UserError, which names the file by `where`."""
     try:
         picture = Image.open(BytesIO(content), formats=_FORMATS)
+        deep, frames, kind = _is_deep(picture, content), getattr(picture, "n_frames", 1), picture.format
         picture.load()
+        if picture.mode == "LAB":
+            raise ValueError("its colours are L*a*b*")
+        checked = picture.has_transparency_data and not (as_stored or deep)
+        opaque = not checked or picture.convert("RGBA").getchannel("A").getextrema() == (255, 255)
     except Exception as error:
         # On arbitrary bytes the decoders may raise anything.
         reason = " ".join(str(error).split())
         raise UserError(f"{where} is not a readable image ({reason}): repair or remove it") from None
-    if picture.mode.startswith(("I", "F")) or (picture.format == "PNG" and content[_BIT_DEPTH] == 16):
-        # Pillow would silently clip grey levels at 255, or drop a colour's lower byte.
+    if deep:
         raise UserError(f"{where} has more than 8 bits per channel: convert it to 8 bits")
-    return picture
+    if frames > 1 and kind != "MPO":  # a camera's JPEG, whose further pictures are previews
+        raise UserError(f"{where} holds {frames} pictures: save the one that is meant as a file of its own")
+    if not opaque:
+        raise UserError(f"{where} has transparent pixels: put it on a background and save it without transparency")
+    return picture if as_stored else _upright(picture)
+
+
+def _is_deep(picture: Any, content: bytes) -> bool:
+    """Tell whether a picture has more than 8 bits per channel: Pillow would silently clip grey levels at 255, or drop a
+    colour's lower byte."""
+    if picture.mode.startswith(("I", "F")):
+        return True
+    if picture.format == "PPM":
+        arguments = picture.tile[0].args
+        return isinstance(arguments, tuple) and int(arguments[1]) > 255
+    if picture.format == "TIFF":
+        return max(picture.tag_v2.get(_BITS_PER_SAMPLE, (1,))) > 8
+    return picture.format == "PNG" and content[_BIT_DEPTH] == 16
+
+
+def _upright(picture: Image.Image) -> Image.Image:
+    """Turn a picture as its EXIF says. A broken EXIF says nothing."""
+    try:
+        turn = _UPRIGHT.get(picture.getexif().get(ExifTags.Base.Orientation, 1))
+    except Exception:  # on arbitrary bytes it may be anything
+        return picture
+    return picture if turn is None else picture.transpose(turn)
 
 
 def crop_and_resize(picture: Image.Image, where: str, settings: Dataset) -> Image.Image:

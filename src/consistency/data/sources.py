@@ -20,7 +20,16 @@ from PIL import Image
 from consistency.base.errors import UserError
 from consistency.config.dataset import KINDS, Dataset
 from consistency.data import pictures
-from consistency.data.containers import Container, images_below, open_folder, open_tar_of_tars, open_zip, shown
+from consistency.data.containers import (
+    Container,
+    is_hidden,
+    open_folder,
+    open_tar_of_tars,
+    open_zip,
+    opening,
+    shown,
+    tell_left_out,
+)
 from consistency.data.resources import open_resource
 
 Array = np.ndarray
@@ -31,7 +40,7 @@ _CIFAR10_ARCHIVE = str(KINDS["cifar10"].download)
 _CIFAR10_PAGE = "https://www.cs.toronto.edu/~kriz/cifar.html"
 _BATCH_BYTES = 1 << 26  # larger than any file of CIFAR-10
 _CELEBA_PAGE = "https://mmlab.ie.cuhk.edu.hk/projects/CelebA.html"
-_CELEBA_PARTITION = "list_eval_partition.txt"
+_CELEBA_PARTITIONS = ("list_eval_partition.txt", "list_eval_partition.csv")  # the original, Kaggle's
 #: CelebA's splits in the order of their numbers in the partition, with their image counts
 _CELEBA_SPLITS = {"train": 162_770, "valid": 19_867, "test": 19_962}
 #: photos: sides of the squares, their distance, and the width of the held-out strip at the right; pixels
@@ -59,7 +68,8 @@ class Source:
 
 def open_source(settings: Dataset) -> Source:
     """Open a study's images; with a limit, the first `limit` of each class. Raises UserError."""
-    opened: Source = pkgutil.resolve_name(f"{__name__}:{settings.kind}")(settings)
+    with opening(settings.path):
+        opened: Source = pkgutil.resolve_name(f"{__name__}:{settings.kind}")(settings)
     if settings.limit is None:
         return opened
     import pandas as pd
@@ -83,11 +93,19 @@ def _arrays(images: Array, labels: Array, classes: Iterable[str]) -> Source:
 
 
 def _files(container: Container, labels: Array, classes: list[str], fit: Fit, settings: Dataset) -> Source:
-    """Return a source of image files, decoded when read."""
+    """Return a source of image files, decoded when read. Raises UserError for a class without images, which a
+    conditional network would sample all the same."""
+    empty = np.flatnonzero(np.bincount(labels, minlength=len(classes)) == 0)
+    if len(empty):
+        raise UserError(
+            f"dataset.path: {container.path} has {len(empty)} of {len(classes)} classes without an image, first "
+            f"{shown(classes[empty[0]])}: add its images, or take the class out"
+        )
 
     def read(row: int) -> Array:
         where = container.where(row)
-        square = fit(pictures.decode(container.read(row), where), where, settings)
+        picture = pictures.decode(container.read(row), where, as_stored=settings.kind == "imagenet")
+        square = fit(picture, where, settings)
         return np.asarray(square).reshape(settings.resolution, settings.resolution, settings.channels)
 
     return Source(classes, labels, container.identity.hex(), read)
@@ -158,6 +176,8 @@ def _unpack_cifar10(archive: Path, folder: Path) -> None:
         with tarfile.open(archive, "r:gz") as tar:
             members = (each for each in tar if each.name in wanted and each.isreg() and each.size <= _BATCH_BYTES)
             tar.extractall(folder, members, filter="data")
+    except PermissionError:
+        raise
     except (tarfile.TarError, EOFError, OSError, zlib.error) as error:
         raise UserError(f"{archive} cannot be unpacked ({error}): download it again from {_CIFAR10_PAGE}") from None
 
@@ -174,6 +194,8 @@ def _read_cifar10(batches: Path, settings: Dataset, given: Path, vouched: bool) 
     here = type("CIFAR10Here", (CIFAR10,), attributes)
     try:
         data = here(batches.parent, train=settings.split == "train")
+    except PermissionError:
+        raise
     except (RuntimeError, OSError, EOFError, KeyError, ValueError, pickle.UnpicklingError):
         raise UserError(
             f"{given} does not hold the CIFAR-10 of {_CIFAR10_PAGE} (a file is missing or has another md5): "
@@ -193,42 +215,44 @@ def image_folder(settings: Dataset) -> Source:
             f"dataset.path: there is no folder {root} (it must hold one folder of images per class); "
             "set dataset.path and dataset.split in the study"
         )
-    classes = sorted(entry.name for entry in root.iterdir() if entry.is_dir())
-    return _class_folders(root, classes, settings, f"dataset.path: {root} has no <class>/*.png or *.jpg in it")
+    folders = (entry.name for entry in root.iterdir() if entry.is_dir())
+    classes = [name for name in folders if not is_hidden(os.fsencode(name))]
+    empty = f"dataset.path: {root} has no <class>/*.png or *.jpg in it"
+    return _by_class(open_folder(root), classes, settings, empty)
 
 
 def imagenet(settings: Dataset) -> Source:
     """Open ILSVRC2012's training images: the tree nXXXXXXXX/*.JPEG or the tar of tars, with the same result."""
     path = Path(settings.path or "")
     if path.is_dir():
-        classes = sorted(entry.name for entry in path.iterdir() if entry.is_dir() and _SYNSET.fullmatch(entry.name))
-        return _class_folders(path, classes, settings, f"dataset.path: {path} has no nXXXXXXXX/*.JPEG in it")
-    if not path.is_file():
+        container: Container = open_folder(path)
+        folders = [entry.name for entry in path.iterdir() if entry.is_dir()]
+        empty = f"dataset.path: {path} has no nXXXXXXXX/*.JPEG in it"
+    elif path.is_file():
+        container = tar = open_tar_of_tars(path, f"index of {path.name}")
+        folders = tar.parts
+        empty = f"dataset.path: {path} has no nXXXXXXXX.tar with images in it: is it the training set's tar?"
+    else:
         raise UserError(
             f"dataset.path: there is no {path}: put ILSVRC2012_img_train.tar of https://image-net.org there, or the "
             "folder it unpacks to (one folder nXXXXXXXX per class)"
         )
-    tar = open_tar_of_tars(path, f"index of {path.name}")
-    synsets = np.array([name.partition(b"/")[0].decode(errors="replace") for name in tar.names.tolist()], dtype="U")
-    rows = np.flatnonzero([_SYNSET.fullmatch(synset) is not None for synset in synsets])
-    if not len(rows):
-        raise UserError(f"dataset.path: {path} has no nXXXXXXXX.tar with images in it: is it the training set's tar?")
-    found, labels = np.unique(synsets[rows], return_inverse=True)
-    return _files(tar.pick(rows), labels, found.tolist(), pictures.crop_and_resize, settings)
+    return _by_class(container, [name for name in folders if _SYNSET.fullmatch(name)], settings, empty)
 
 
-def _class_folders(root: Path, classes: list[str], settings: Dataset, empty: str) -> Source:
-    """Open images in one folder per class: classes in the given order, images sorted by path."""
-    names: list[bytes] = []
-    labels: list[int] = []
-    for label, name in enumerate(classes):
-        # The limit is applied here too, to keep no more names than needed.
-        below = sorted(images_below(root / name), key=lambda path: path.split(b"/"))[: settings.limit]
-        names += [os.path.join(os.fsencode(name), path) for path in below]
-        labels += [label] * len(below)
-    if not names:
+def _by_class(container: Container, classes: list[str], settings: Dataset, empty: str) -> Source:
+    """Open the images whose first folder is one of the classes: classes in sorted order, images by path. empty: the
+    error where there are none."""
+    images, classes = container.images(), sorted(classes)
+    labels = {os.fsencode(name): k for k, name in enumerate(classes)}
+    names = images.names.tolist()
+    rows = [row for row, name in enumerate(names) if b"/" in name and name.partition(b"/")[0] in labels]
+    rows.sort(key=lambda row: names[row].replace(b"/", b"\0"))  # folder by folder
+    if not rows:
         raise UserError(empty)
-    return _files(open_folder(root, names), np.array(labels), classes, pictures.crop_and_resize, settings)
+    tell_left_out(container.path, "images outside of the class folders", np.delete(images.names, rows).tolist())
+    found = np.array([labels[names[row].partition(b"/")[0]] for row in rows])
+    return _files(images.pick(np.array(rows)), found, classes, pictures.crop_and_resize, settings)
 
 
 def ffhq(settings: Dataset) -> Source:
@@ -258,22 +282,26 @@ def celeba(settings: Dataset) -> Source:
 
 
 def _celeba_partition(images: Path) -> Path:
-    """Find the partition: in the images' folder, beside it or its zip, or where the original tree has it."""
-    for place in (images, images.parent, images.parent.parent / "Eval"):
-        if (place / _CELEBA_PARTITION).is_file():
-            return place / _CELEBA_PARTITION
+    """Find the partition: in the images' folder, beside it or its zip, or where the original or Kaggle's tree
+    has it."""
+    for place in (images, images.parent, images.parent.parent, images.parent.parent / "Eval"):
+        for name in _CELEBA_PARTITIONS:
+            if (place / name).is_file():
+                return place / name
     raise UserError(
-        f"{_CELEBA_PARTITION}, which defines CelebA's splits, is not in {images.parent}: put it beside "
+        f"{_CELEBA_PARTITIONS[0]}, which defines CelebA's splits, is not in {images.parent}: put it beside "
         f"{images.name} (folder Eval of {_CELEBA_PAGE})"
     )
 
 
 def _celeba_names(partition: Path, split: str) -> list[bytes]:
-    """Read the image names of a split from the partition's lines `000001.jpg 0`."""
+    """Read the image names of a split from the partition's lines `000001.jpg 0`, in a .csv `000001.jpg,0` below a
+    header."""
     import pandas as pd
 
+    form: dict[str, Any] = {"sep": r"\s+", "header": None} if partition.suffix == ".txt" else {"header": 0}
     try:
-        table = pd.read_csv(partition, sep=r"\s+", header=None, names=["name", "split"], dtype={"split": int})
+        table = pd.read_csv(partition, names=["name", "split"], dtype={"split": int}, **form)
     except OSError as error:
         raise UserError(f"cannot read {partition} ({error.strerror}): fix its permission") from None
     except ValueError:
@@ -291,11 +319,12 @@ def _celeba_names(partition: Path, split: str) -> list[bytes]:
 def _folder_or_zip(path: Path, what: str) -> Container:
     """Open the images below a folder or in a zip, sorted. what: the remedy. Raises UserError if there are none."""
     if path.is_dir():
-        container: Container = open_folder(path, sorted(images_below(path)))
+        container: Container = open_folder(path)
     elif path.is_file():
-        container = open_zip(path).images()
+        container = open_zip(path)
     else:
         raise UserError(f"dataset.path: there is no {path}: put {what}")
+    container = container.images(*_CELEBA_PARTITIONS)
     if not len(container.names):
         raise UserError(f"dataset.path: {path} has no *.png or *.jpg in it")
     return container
@@ -320,7 +349,7 @@ def edm_zip(settings: Dataset) -> Source:
     meta = np.flatnonzero(everything.names == b"dataset.json")
     if not len(meta):
         raise UserError(f"{path} has no dataset.json: make the zip with EDM's dataset_tool.py")
-    images = everything.images()
+    images = everything.images("dataset.json")
     if not len(images.names):
         raise UserError(f"{path} has no images in it: make the zip again with EDM's dataset_tool.py")
     labels = _edm_labels(everything.read(int(meta[0])), images.names, path)

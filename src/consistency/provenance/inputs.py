@@ -38,6 +38,16 @@ def read_teacher(job: Job, device: torch.device) -> Denoiser:
     return load_denoiser(path, job.key("teacher"))[0].to(device)
 
 
+def require_enough(study: Study, images: int) -> None:
+    """Raise UserError if the calibration cannot compare two halves of so many images."""
+    if images < 4:
+        limit = "" if study.dataset.limit is None else "raise dataset.limit, or "
+        raise UserError(
+            f"the dataset has {images} images, a study needs 4: the calibration compares one half with the other, and "
+            f"a covariance takes two; {limit}add images"
+        )
+
+
 def require_classes(study: Study, data: ImageData, teacher: Denoiser) -> None:
     """Raise UserError if a conditional teacher has another number of classes than the data."""
     if study.teacher.conditional and teacher.label_dim != data.classes:
