@@ -16,6 +16,7 @@ from consistency import __main__ as cli
 from consistency import __version__
 from consistency.base.errors import UserError
 from consistency.config.job import Job
+from consistency.runtime import slurm_job
 
 pytestmark = pytest.mark.usefixtures("handlers")
 
@@ -128,13 +129,14 @@ def test_exit_codes_say_what_happened(
 @pytest.mark.parametrize(
     ("job", "signum", "refusal", "said"),
     [
-        ("12", signal.SIGALRM, "", "time limit reached: Slurm has requeued the job, which will resume"),
-        ("12", signal.SIGALRM, "off", "Slurm did not requeue this job (off); its exit code is 142"),
-        ("12", signal.SIGTERM, "", ""),
+        ("12 4", signal.SIGALRM, "", "time limit reached: Slurm has requeued the job, which will resume"),
+        ("12 4", signal.SIGALRM, "off", "Slurm did not requeue this job (off); its exit code is 142"),
+        ("12 4", signal.SIGTERM, "", ""),
+        ("11 4", signal.SIGALRM, "", ""),
         ("", signal.SIGALRM, "", ""),
     ],
 )
-def test_only_a_slurm_job_whose_time_is_over_asks_to_go_on(
+def test_only_a_slurm_job_of_its_own_whose_time_is_over_asks_to_go_on(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
     job: str,
@@ -147,8 +149,8 @@ def test_only_a_slurm_job_whose_time_is_over_asks_to_go_on(
         error.signum = signum
         raise error
 
-    if job:
-        monkeypatch.setenv("SLURM_JOB_ID", job)
+    monkeypatch.setenv("SLURM_JOB_ID", "12")
+    monkeypatch.setenv(slurm_job.OWN, job)
     monkeypatch.setattr("consistency.runtime.slurm_job.requeue", lambda: refusal)
     monkeypatch.setattr("consistency.stages.samples.make_samples", stop)
     assert cli.main([*SAMPLES, "--job-minutes", "60"]) == 128 + signum

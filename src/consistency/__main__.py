@@ -65,7 +65,9 @@ DEVICE = Option("--device", default="auto", help="auto, cpu, cuda or cuda:N (def
 THREADS = Option("--threads", type=int, default=1, help="CPU threads (default: 1)")
 READERS = Option("--threads", dest="workers", type=int, default=1, help="threads that read images (default: 1)")
 TIME_LIMIT = Option("--time-limit", type=float, metavar="MINUTES", help="save, stop and exit with 142 after this time")
-JOB_MINUTES = Option("--job-minutes", type=float, metavar="MINUTES", help="Slurm time limit: save before it, requeue")
+JOB_MINUTES = Option(
+    "--job-minutes", type=float, metavar="MINUTES", help="time limit of its own Slurm job: save, requeue"
+)
 PROCESSES = Option("--processes", type=int, default=1, help="number of processes, one GPU each (default: 1)")
 NODES = Option("--nodes", type=int, default=1, help="nodes of the Slurm job, which share the processes evenly")
 GRES = Option("--gres", default="", help="GPUs per node, gpu:4 or gpu:a100:4: a process each, instead of --processes")
@@ -178,8 +180,8 @@ def main(words: list[str] | None = None) -> int:
 
 
 def _job_minutes(args: Arguments) -> float | None:
-    """Return the Slurm job's time limit in minutes for a resumable verb, else None."""
-    return getattr(args, "job_minutes", None) if slurm_job.in_job() else None
+    """Return the time limit in minutes of a Slurm job that is a resumable verb's own, else None."""
+    return getattr(args, "job_minutes", None) if slurm_job.owned() else None
 
 
 def _ask_for_more(code: int) -> None:

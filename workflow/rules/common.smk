@@ -29,6 +29,7 @@ try:
     from consistency.provenance import graph
     from consistency.provenance.due import due_mark, mark_due
     from consistency.runtime.cluster import require_cluster
+    from consistency.runtime.slurm_job import note_own
     from consistency.runtime.snakemake import TAKEN, join_run
 except ModuleNotFoundError as error:
     origin = f"git+https://{HERE.host}/{HERE.repo}@{HERE.ref}" if hasattr(HERE, "repo") else SOURCE.parent
@@ -37,6 +38,7 @@ except ModuleNotFoundError as error:
     ) from None
 
 join_run()
+note_own()
 
 
 @contextmanager
