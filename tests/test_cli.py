@@ -10,13 +10,16 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from tests.processes import ROOT, SOURCE, environment, run_light
+from threadpoolctl import threadpool_info, threadpool_limits
 
 from consistency import __main__ as cli
 from consistency import __version__
 from consistency.base.errors import UserError
 from consistency.config.job import Job
 from consistency.runtime import slurm_job
+from consistency.runtime.machine import as_in_a_stage
 
 pytestmark = pytest.mark.usefixtures("handlers")
 
@@ -157,6 +160,25 @@ def test_only_a_slurm_job_of_its_own_whose_time_is_over_asks_to_go_on(
     signal.setitimer(signal.ITIMER_REAL, 0)
     printed = capsys.readouterr()
     assert sorted((printed.out + printed.err).splitlines()) == sorted(filter(None, ["stopped at step 3", said]))
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_threads_rule_every_pool(monkeypatch: pytest.MonkeyPatch, threads: int) -> None:
+    """Those of OpenMP and of both BLAS libraries, beside PyTorch's: a last bit of an FD depends on them."""
+    pools: list[set[int]] = []
+
+    def look() -> None:
+        pools.append({each["num_threads"] for each in threadpool_info()} | {torch.get_num_threads()})
+
+    monkeypatch.setattr("consistency.stages.samples.make_samples", look)
+    with threadpool_limits(2):
+        assert cli.main([*SAMPLES, "--threads", str(threads)]) == 0
+    with threadpool_limits(2):
+        with as_in_a_stage(threads):
+            look()
+        look()
+    assert pools[:2] == [{threads}] * 2
+    assert 2 in pools[2]
 
 
 def test_a_bug_is_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None:

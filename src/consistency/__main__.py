@@ -296,9 +296,9 @@ def _prepare(args: Arguments) -> None:
     import torch
 
     from consistency.runtime.distributed import join
-    from consistency.runtime.machine import Machine, pick_device
+    from consistency.runtime.machine import Machine, limit_threads, pick_device
 
-    torch.set_num_threads(args.threads)
+    limit_threads(args.threads)
     torch.backends.cuda.matmul.allow_tf32 = False
     torch.backends.cudnn.benchmark = True
     # float32 excludes TF32, except for LPIPS beside lower-precision networks, where it is a third of the step's time.

@@ -4,7 +4,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+import scipy.linalg  # noqa: F401 - its BLAS is not NumPy's, and must be there to be limited
 import torch
+from threadpoolctl import threadpool_limits
 
 from consistency.base.errors import UserError
 from consistency.runtime.distributed import ALONE, Ranks
@@ -18,14 +20,21 @@ class Machine:
     ranks: Ranks = ALONE
 
 
+def limit_threads(threads: int) -> threadpool_limits:
+    """Limit every pool of threads: PyTorch's, OpenMP's and those of the two BLAS libraries, whatever the environment
+    asks for. Returns the limits; leaving them as a context restores all but PyTorch's."""
+    torch.set_num_threads(threads)
+    return threadpool_limits(threads)
+
+
 @contextmanager
 def as_in_a_stage(threads: int = 1) -> Iterator[None]:
     """Compute in the block as a stage does: the number of threads affects a CPU's last bits, TF32 those of a GPU."""
     before, tf32 = torch.get_num_threads(), torch.backends.cudnn.allow_tf32
-    torch.set_num_threads(threads)
     torch.backends.cudnn.allow_tf32 = False
     try:
-        yield
+        with limit_threads(threads):
+            yield
     finally:
         torch.set_num_threads(before)
         torch.backends.cudnn.allow_tf32 = tf32
