@@ -17,6 +17,7 @@ from threadpoolctl import threadpool_info, threadpool_limits
 from consistency import __main__ as cli
 from consistency import __version__
 from consistency.base.errors import UserError
+from consistency.base.progress import SUPERVISOR
 from consistency.config.job import Job
 from consistency.runtime import slurm_job
 from consistency.runtime.machine import as_in_a_stage
@@ -160,6 +161,18 @@ def test_only_a_slurm_job_of_its_own_whose_time_is_over_asks_to_go_on(
     signal.setitimer(signal.ITIMER_REAL, 0)
     printed = capsys.readouterr()
     assert sorted((printed.out + printed.err).splitlines()) == sorted(filter(None, ["stopped at step 3", said]))
+
+
+@pytest.mark.parametrize(("variables", "code"), [({}, 0), ({SUPERVISOR: "nowhere:1"}, 143)])
+def test_an_ignored_sigterm_stays_ignored_outside_the_workflow(variables: dict[str, str], code: int) -> None:
+    """The shell of the workflow's jobs ignores it, so that tee outlives the verb."""
+    script = (
+        "import os, signal, sys; from consistency import __main__ as cli; "
+        "signal.signal(signal.SIGTERM, signal.SIG_IGN); "
+        "cli._run = lambda args: os.kill(os.getpid(), signal.SIGTERM) or 0; sys.exit(cli.main(['validate']))"
+    )
+    command = [sys.executable, "-c", script]
+    assert subprocess.run(command, env=environment(PYTHONPATH=SOURCE, **variables)).returncode == code
 
 
 @pytest.mark.parametrize("threads", [1, 3])

@@ -20,6 +20,7 @@ from consistency import __version__
 from consistency.base.errors import UserError
 from consistency.base.progress import SUPERVISOR
 from consistency.runtime import launch, slurm_job
+from consistency.runtime.stopping import heeded
 from consistency.runtime.supervision import watch_supervisor
 
 Arguments = argparse.Namespace
@@ -164,7 +165,8 @@ def main(words: list[str] | None = None) -> int:
     """Run a verb. Returns the exit code: 0, 2 for an error the user can correct, 128 + signal when interrupted."""
     args = build_parser().parse_args(words)
     args.words = sys.argv[1:] if words is None else words
-    signal.signal(signal.SIGTERM, _terminated)
+    if SUPERVISOR in os.environ or heeded(signal.SIGTERM):  # the workflow's shell ignores it, for its tee
+        signal.signal(signal.SIGTERM, _terminated)
     signal.signal(signal.SIGALRM, _too_late)
     watch_supervisor()
     if launch.is_worker():

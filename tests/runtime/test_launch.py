@@ -157,6 +157,20 @@ def test_each_nodes_task_gets_the_cpus_of_the_job(
     assert f" {asked} --export=ALL {sys.executable}" in (tmp_path / "words").read_text()
 
 
+@pytest.mark.parametrize("start", ["run_on_nodes(2, [])", "run_processes(2, [])"])
+def test_launchers_leave_an_ignored_signal_ignored(start: str, tmp_path: Path) -> None:
+    """As by nohup; torchrun is told which signals it may handle."""
+    (tmp_path / "srun").symlink_to("/bin/true")
+    script = (
+        "import signal, torch.distributed.run as torchrun; from consistency.runtime.launch import *; "
+        "signal.signal(signal.SIGHUP, signal.SIG_IGN); torchrun.main = print; "
+        f"{start}; print(signal.getsignal(signal.SIGHUP) == signal.SIG_IGN)"
+    )
+    done = run_python("-c", script, PATH=f"{tmp_path}:{os.environ['PATH']}", SLURM_JOB_ID="7").stdout
+    assert done.endswith("True\n")
+    assert "SIGHUP" not in done
+
+
 @pytest.mark.parametrize("none", ["", "-1", "NoDevFiles"])
 def test_a_job_that_sees_no_gpu_claims_none(monkeypatch: pytest.MonkeyPatch, none: str) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", none)

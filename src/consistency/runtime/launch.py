@@ -18,11 +18,13 @@ from stat import S_IWOTH
 
 from consistency.base.errors import UserError
 from consistency.runtime import slurm_job
+from consistency.runtime.stopping import heeded
 
 #: set for each node's task to "nodes host:port": the number of nodes and the rendezvous address
 _RENDEZVOUS = "CONSISTENCY_RENDEZVOUS"
 #: seconds to save before torchrun kills a process
 _TO_SAVE = 600
+_FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 _POLL = 1.0  # seconds
 #: folder of the GPUs' locks: one place for all users, whatever their TMPDIR; /tmp is cleaned now and then
 LOCKS = next((each for each in [Path("/run/lock")] if each.is_dir() and each.stat().st_mode & S_IWOTH), Path("/tmp"))
@@ -140,7 +142,7 @@ def run_on_nodes(nodes: int, words: Sequence[str]) -> int:
         process = subprocess.Popen(command, stdin=subprocess.DEVNULL, env={**os.environ, **meeting})
     except FileNotFoundError:
         raise UserError(f"--nodes {nodes} needs Slurm's srun: put it on the PATH") from None
-    for signum in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
+    for signum in heeded(*_FORWARDED):
         signal.signal(signum, lambda signum, frame: process.send_signal(signum))
     return process.wait()
 
@@ -161,7 +163,7 @@ def run_processes(processes: int, words: Sequence[str]) -> int:
         meeting = [f"--nnodes={nodes}", "--rdzv-backend=c10d", f"--rdzv-endpoint={endpoint}"]
         meeting += [f"--rdzv-id={slurm_job.number()}"]
     options = [*meeting, f"--nproc-per-node={processes}", f"--shutdown-timeout={_TO_SAVE}"]
-    options += ["--signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGUSR1"]
+    options += [f"--signals-to-handle={','.join(each.name for each in heeded(*_FORWARDED))}"]
     try:
         # torchrun does not parse options after the dashes.
         torchrun.main([*options, "-m", "--", "consistency", *words])
