@@ -118,7 +118,12 @@ class Stopped(Exception):
 
 @pytest.mark.parametrize(
     ("error", "code"),
-    [(UserError("mend it"), 2), (KeyboardInterrupt(), 130), (Stopped("stopped at step 3"), 128 + signal.SIGUSR1)],
+    [
+        (UserError("mend it"), 2),
+        (PermissionError(13, "Permission denied", "a file"), 2),
+        (KeyboardInterrupt(), 130),
+        (Stopped("stopped at step 3"), 128 + signal.SIGUSR1),
+    ],
 )
 def test_exit_codes_say_what_happened(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], error: BaseException, code: int

@@ -17,7 +17,7 @@ from typing import Any
 import shtab
 
 from consistency import __version__
-from consistency.base.errors import UserError
+from consistency.base.errors import NoPermission, UserError
 from consistency.base.progress import SUPERVISOR
 from consistency.runtime import launch, slurm_job
 from consistency.runtime.stopping import heeded
@@ -232,8 +232,9 @@ def _run(args: Arguments) -> int:
                 return launch.run_processes(processes, args.words)
             _prepare(args)
         return verb.run(args)
-    except UserError as error:
-        print(f"error{launch.whose()}: {error}", file=sys.stderr)
+    except (UserError, PermissionError) as error:
+        said = error if isinstance(error, UserError) else NoPermission(error)
+        print(f"error{launch.whose()}: {said}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted; run the same command again to resume", file=sys.stderr)

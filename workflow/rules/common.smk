@@ -46,7 +46,7 @@ def in_one_line():
     """Turn a UserError into one line; Snakemake would print a WorkflowError within a traceback."""
     try:
         yield
-    except UserError as error:
+    except (UserError, PermissionError) as error:
         raise SystemExit(f"error: {error}") from None
 
 

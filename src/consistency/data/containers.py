@@ -13,7 +13,7 @@ from typing import Any, Self
 
 import numpy as np
 
-from consistency.base.errors import UserError
+from consistency.base.errors import NoPermission, UserError
 from consistency.base.progress import track
 
 Array = np.ndarray
@@ -145,6 +145,8 @@ def open_zip(path: Path) -> Zip:
         files = [info for info in archive.infolist() if not info.is_dir()]
         rows = [(info.filename.encode(), info.file_size, info.CRC) for info in files]
         members = _table(rows, [("size", np.int64), ("crc", np.uint32)])
+    except PermissionError as error:
+        raise NoPermission(error) from None
     except (zipfile.BadZipFile, OSError, NotImplementedError, ValueError, OverflowError) as error:
         raise UserError(f"{path} is not a whole zip file ({error}): download it again") from None
     members.sort(order="name")
@@ -163,6 +165,8 @@ def open_tar_of_tars(path: Path, label: str) -> Tar:
         with tarfile.open(path, "r:") as outer:
             parts = [part for part in outer.getmembers() if part.isreg() and part.name.endswith(".tar")]
             tables = [_inner(outer, part) for part in track(label)(parts)]
+    except PermissionError as error:
+        raise NoPermission(error) from None
     except (tarfile.TarError, EOFError, OSError, ValueError, OverflowError) as error:
         raise UserError(f"{path} is not a whole, uncompressed tar of tars ({error}): download it again") from None
     members = np.concatenate([_table([], _PLACE), *tables])

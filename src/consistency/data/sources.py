@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from consistency.base.errors import UserError
+from consistency.base.errors import NoPermission, UserError
 from consistency.config.dataset import KINDS, Dataset
 from consistency.data import pictures
 from consistency.data.containers import Container, images_below, open_folder, open_tar_of_tars, open_zip, shown
@@ -158,6 +158,8 @@ def _unpack_cifar10(archive: Path, folder: Path) -> None:
         with tarfile.open(archive, "r:gz") as tar:
             members = (each for each in tar if each.name in wanted and each.isreg() and each.size <= _BATCH_BYTES)
             tar.extractall(folder, members, filter="data")
+    except PermissionError as error:
+        raise NoPermission(error) from None
     except (tarfile.TarError, EOFError, OSError, zlib.error) as error:
         raise UserError(f"{archive} cannot be unpacked ({error}): download it again from {_CIFAR10_PAGE}") from None
 
@@ -174,6 +176,8 @@ def _read_cifar10(batches: Path, settings: Dataset, given: Path, vouched: bool) 
     here = type("CIFAR10Here", (CIFAR10,), attributes)
     try:
         data = here(batches.parent, train=settings.split == "train")
+    except PermissionError as error:
+        raise NoPermission(error) from None
     except (RuntimeError, OSError, EOFError, KeyError, ValueError, pickle.UnpicklingError):
         raise UserError(
             f"{given} does not hold the CIFAR-10 of {_CIFAR10_PAGE} (a file is missing or has another md5): "

@@ -73,7 +73,7 @@ def join_run() -> None:
 
 def _open() -> int:
     AT_WORK.parent.mkdir(exist_ok=True)
-    return os.open(AT_WORK, os.O_RDWR | os.O_CREAT)
+    return os.open(AT_WORK, os.O_RDWR | os.O_CREAT, 0o666)
 
 
 def _alone() -> int:
