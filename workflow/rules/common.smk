@@ -1,3 +1,4 @@
+import getpass
 import os
 import platform
 import re
@@ -19,6 +20,10 @@ if SOURCE.is_dir():
 SUPERVISOR = f"{platform.node()}:{os.getpid()}"
 PATH = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
 os.environ.update(PATH=PATH, CONSISTENCY_SUPERVISOR=SUPERVISOR)
+try:
+    getpass.getuser()
+except (KeyError, OSError):  # a uid without a name, as in a container: Snakemake and its Slurm plugin ask for one
+    os.environ["LOGNAME"] = f"uid{os.getuid()}"
 
 try:
     from consistency.base.errors import UserError
