@@ -165,7 +165,9 @@ def test_only_a_slurm_job_of_its_own_whose_time_is_over_asks_to_go_on(
     assert cli.main([*SAMPLES, "--job-minutes", "60"]) == 128 + signum
     signal.setitimer(signal.ITIMER_REAL, 0)
     printed = capsys.readouterr()
-    assert sorted((printed.out + printed.err).splitlines()) == sorted(filter(None, ["stopped at step 3", said]))
+    assert sorted((printed.out + printed.err).splitlines()) == sorted(
+        filter(None, ["device: cpu", "stopped at step 3", said])
+    )
 
 
 @pytest.mark.parametrize(("variables", "code"), [({}, 0), ({SUPERVISOR: "nowhere:1"}, 143)])
@@ -197,6 +199,24 @@ def test_threads_rule_every_pool(monkeypatch: pytest.MonkeyPatch, threads: int) 
         look()
     assert pools[:2] == [{threads}] * 2
     assert 2 in pools[2]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is there")
+@pytest.mark.parametrize("asked", ["--processes 1", "--gpu 1", "--gres gpu:1", "CUDA_VISIBLE_DEVICES=7"])
+def test_a_gpu_that_is_asked_for_and_absent_is_an_error(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], asked: str
+) -> None:
+    monkeypatch.setattr("consistency.stages.samples.make_samples", lambda: None)
+    monkeypatch.setattr("consistency.runtime.launch.claim_gpus", lambda count: None)
+    value = asked.partition("=")[2]
+    words = [] if value else asked.split()
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", value)
+    assert cli.main(["samples", "--study", TINY, *words]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: {asked} asks for a GPU: ") and error.count("\n") == 1
+    assert "driver" in error or "CUDA enabled" in error
+    assert cli.main([*SAMPLES, *words]) == 0
+    assert capsys.readouterr().err == "device: cpu\n"
 
 
 def test_a_bug_is_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -112,8 +112,12 @@ def inputs(stage: str):
 
 
 def verb(stage: str):
-    """Return a params function: the verb of a job of the stage, with its options."""
-    return lambda wildcards: graph.verb_of(stage, job_of(wildcards))
+    """Return a params function: the verb of a job of the stage, with its options; a GPU of the job must be there."""
+
+    def words(wildcards, resources):
+        return graph.verb_of(stage, job_of(wildcards)) + (" --gpu 1" if resources.get("gpu") else "")
+
+    return words
 
 
 def environment(wildcards) -> str | None:

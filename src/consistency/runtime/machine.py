@@ -40,13 +40,22 @@ def as_in_a_stage(threads: int = 1) -> Iterator[None]:
         torch.backends.cudnn.allow_tf32 = tf32
 
 
-def pick_device(name: str) -> torch.device:
-    """Return the device; 'auto' is a GPU if there is one. Raises UserError if the device does not exist."""
-    if name == "auto":
+def pick_device(name: str, asked: str = "") -> torch.device:
+    """Return the device; 'auto' is a GPU if there is one. asked: a setting, if any, that makes 'auto' a GPU. Raises
+    UserError, which names the driver or the build, if the device does not exist."""
+    if name == "auto" and not asked:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        device = torch.device(name)
+        device = torch.device("cuda" if name == "auto" else name)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise UserError(f"--device {name} cannot be used here: {str(error).splitlines()[0]}") from None
+        reason = str(error).splitlines()[0]
+        if name != "auto":
+            raise UserError(f"--device {name} cannot be used here: {reason}") from None
+        raise UserError(f"{asked} asks for a GPU: {reason}; mend that, or use --device cpu") from None
     return device
+
+
+def described(device: torch.device) -> str:
+    """Return a device's name, with that of the GPU."""
+    return f"{device}, {torch.cuda.get_device_name(device)}" if device.type == "cuda" else str(device)
