@@ -26,6 +26,11 @@ export DO_NOT_TRACK := 1
 export DVC_NO_ANALYTICS := 1
 export MLFLOW_DISABLE_TELEMETRY := true
 unexport PYTHONPATH PYTHONHOME VIRTUAL_ENV
+# The environment is installed into .venv, whatever pip is told to do elsewhere; --no-user overrules a pip.conf too.
+unexport PIP_USER PIP_TARGET PIP_PREFIX PIP_ROOT
+# The targets run on this machine; `snakemake` and `dvc repro` go on using a cluster's profile.
+unexport SNAKEMAKE_PROFILE
+SAY_LOCAL = $(if $(SNAKEMAKE_PROFILE),echo "SNAKEMAKE_PROFILE=$(SNAKEMAKE_PROFILE) is left out: make runs on this machine; run snakemake to use it." >&2)
 # Container images set it, and then each of a study's processes compiles torch again, 3 s.
 unexport PYTHONDONTWRITEBYTECODE
 
@@ -41,7 +46,8 @@ demo demo-gc:
 	@exec python -m consistency summary --study config/studies/$(STUDY).yaml
 
 reproduce: install
-	@CORES=$(CORES) exec python -m consistency reproduce --study config/studies/$(STUDY).yaml
+	@$(SAY_LOCAL)
+	CORES=$(CORES) exec python -m consistency reproduce --study config/studies/$(STUDY).yaml
 
 ui: install ## the recorded runs in MLflow, on 127.0.0.1 (PORT=5000)
 	@store=$${MLFLOW_TRACKING_URI:-sqlite:///mlflow.db}
@@ -57,7 +63,8 @@ ui: install ## the recorded runs in MLflow, on 127.0.0.1 (PORT=5000)
 
 # Snakemake compares times, which are arbitrary in a clone: files are touched once DVC reports them up to date.
 pull: install ## the results of this commit from DVC's remote; computes nothing (STUDY=digits)
-	@dvc pull
+	@$(SAY_LOCAL)
+	dvc pull
 	dvc status --quiet || { dvc status; echo "The pull is incomplete: nothing was marked as up to date (docs/dvc.md)." >&2; exit 1; }
 	snakemake --touch --forceall --cores 1 --quiet all --config 'studies=[$(STUDY)]' -- results/$(STUDY)/report/report.html
 	exec snakemake --cores 1 --quiet all --config 'studies=[$(STUDY)]'
@@ -110,7 +117,7 @@ docs: .venv-docs/.installed ## the documentation as a site, build/site/index.htm
 
 .venv-docs/.installed: requirements-docs.lock
 	@"$(PYTHON)" -m venv --clear .venv-docs
-	.venv-docs/bin/python -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements-docs.lock
+	.venv-docs/bin/python -m pip install --no-user --quiet --disable-pip-version-check --require-hashes -r requirements-docs.lock
 	touch $@
 
 install: $(STAMP) ## the environment in .venv (every target does this first, once)
@@ -143,7 +150,7 @@ $(STAMP):
 	export VIRTUAL_ENV="$$(pwd)/.venv"
 	{
 	  echo "[1/3] the installer (uv $(UV_VERSION))"
-	  .venv/bin/python -m pip install --quiet --disable-pip-version-check uv==$(UV_VERSION) &&
+	  .venv/bin/python -m pip install --no-user --quiet --disable-pip-version-check uv==$(UV_VERSION) &&
 	  echo "[2/3] the packages of requirements.lock, each checked against its hash" &&
 	  .venv/bin/uv pip sync --python .venv/bin/python --require-hashes requirements.lock &&
 	  echo "[3/3] this repository's own package, in place" &&

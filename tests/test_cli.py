@@ -10,13 +10,18 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from tests.conftest import ABSENT, Changes, WriteStudy
 from tests.processes import ROOT, SOURCE, environment, run_light
+from threadpoolctl import threadpool_info, threadpool_limits
 
 from consistency import __main__ as cli
 from consistency import __version__
 from consistency.base.errors import UserError
+from consistency.base.progress import SUPERVISOR
 from consistency.config.job import Job
+from consistency.runtime import slurm_job
+from consistency.runtime.machine import as_in_a_stage
 
 pytestmark = pytest.mark.usefixtures("handlers")
 
@@ -135,7 +140,12 @@ class Stopped(Exception):
 
 @pytest.mark.parametrize(
     ("error", "code"),
-    [(UserError("mend it"), 2), (KeyboardInterrupt(), 130), (Stopped("stopped at step 3"), 128 + signal.SIGUSR1)],
+    [
+        (UserError("mend it"), 2),
+        (PermissionError(13, "Permission denied", "a file"), 2),
+        (KeyboardInterrupt(), 130),
+        (Stopped("stopped at step 3"), 128 + signal.SIGUSR1),
+    ],
 )
 def test_exit_codes_say_what_happened(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], error: BaseException, code: int
@@ -150,13 +160,14 @@ def test_exit_codes_say_what_happened(
 @pytest.mark.parametrize(
     ("job", "signum", "refusal", "said"),
     [
-        ("12", signal.SIGALRM, "", "time limit reached: Slurm has requeued the job, which will resume"),
-        ("12", signal.SIGALRM, "off", "Slurm did not requeue this job (off); its exit code is 142"),
-        ("12", signal.SIGTERM, "", ""),
+        ("12 4", signal.SIGALRM, "", "time limit reached: Slurm has requeued the job, which will resume"),
+        ("12 4", signal.SIGALRM, "off", "Slurm did not requeue this job (off); its exit code is 142"),
+        ("12 4", signal.SIGTERM, "", ""),
+        ("11 4", signal.SIGALRM, "", ""),
         ("", signal.SIGALRM, "", ""),
     ],
 )
-def test_only_a_slurm_job_whose_time_is_over_asks_to_go_on(
+def test_only_a_slurm_job_of_its_own_whose_time_is_over_asks_to_go_on(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
     job: str,
@@ -169,14 +180,65 @@ def test_only_a_slurm_job_whose_time_is_over_asks_to_go_on(
         error.signum = signum
         raise error
 
-    if job:
-        monkeypatch.setenv("SLURM_JOB_ID", job)
+    monkeypatch.setenv("SLURM_JOB_ID", "12")
+    monkeypatch.setenv(slurm_job.OWN, job)
     monkeypatch.setattr("consistency.runtime.slurm_job.requeue", lambda: refusal)
     monkeypatch.setattr("consistency.stages.samples.make_samples", stop)
     assert cli.main([*SAMPLES, "--job-minutes", "60"]) == 128 + signum
     signal.setitimer(signal.ITIMER_REAL, 0)
     printed = capsys.readouterr()
-    assert sorted((printed.out + printed.err).splitlines()) == sorted(filter(None, ["stopped at step 3", said]))
+    assert sorted((printed.out + printed.err).splitlines()) == sorted(
+        filter(None, ["device: cpu", "stopped at step 3", said])
+    )
+
+
+@pytest.mark.parametrize(("variables", "code"), [({}, 0), ({SUPERVISOR: "nowhere:1"}, 143)])
+def test_an_ignored_sigterm_stays_ignored_outside_the_workflow(variables: dict[str, str], code: int) -> None:
+    """The shell of the workflow's jobs ignores it, so that tee outlives the verb."""
+    script = (
+        "import os, signal, sys; from consistency import __main__ as cli; "
+        "signal.signal(signal.SIGTERM, signal.SIG_IGN); "
+        "cli._run = lambda args: os.kill(os.getpid(), signal.SIGTERM) or 0; sys.exit(cli.main(['validate']))"
+    )
+    command = [sys.executable, "-c", script]
+    assert subprocess.run(command, env=environment(PYTHONPATH=SOURCE, **variables)).returncode == code
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_threads_rule_every_pool(monkeypatch: pytest.MonkeyPatch, threads: int) -> None:
+    """Those of OpenMP and of both BLAS libraries, beside PyTorch's: a last bit of an FD depends on them."""
+    pools: list[set[int]] = []
+
+    def look() -> None:
+        pools.append({each["num_threads"] for each in threadpool_info()} | {torch.get_num_threads()})
+
+    monkeypatch.setattr("consistency.stages.samples.make_samples", look)
+    with threadpool_limits(2):
+        assert cli.main([*SAMPLES, "--threads", str(threads)]) == 0
+    with threadpool_limits(2):
+        with as_in_a_stage(threads):
+            look()
+        look()
+    assert pools[:2] == [{threads}] * 2
+    assert 2 in pools[2]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is there")
+@pytest.mark.parametrize("asked", ["--processes 1", "--gpu 1", "--gres gpu:1", "CUDA_VISIBLE_DEVICES=7"])
+def test_a_gpu_that_is_asked_for_and_absent_is_an_error(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], asked: str
+) -> None:
+    monkeypatch.setattr("consistency.stages.samples.make_samples", lambda: None)
+    monkeypatch.setattr("consistency.runtime.launch.claim_gpus", lambda count: None)
+    value = asked.partition("=")[2]
+    words = [] if value else asked.split()
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", value)
+    assert cli.main(["samples", "--study", TINY, *words]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: {asked} asks for a GPU: ") and error.count("\n") == 1
+    assert "driver" in error or "CUDA enabled" in error
+    assert cli.main([*SAMPLES, *words]) == 0
+    assert capsys.readouterr().err == "device: cpu\n"
 
 
 def test_a_bug_is_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None:

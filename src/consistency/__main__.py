@@ -17,9 +17,10 @@ from typing import Any
 import shtab
 
 from consistency import __version__
-from consistency.base.errors import UserError
+from consistency.base.errors import NoPermission, UserError
 from consistency.base.progress import SUPERVISOR
 from consistency.runtime import launch, slurm_job
+from consistency.runtime.stopping import heeded
 from consistency.runtime.supervision import watch_supervisor
 
 Arguments = argparse.Namespace
@@ -61,12 +62,19 @@ STUDENT = Option("--student", required=True, metavar="NAME", help="student")
 SEED = Option("--seed", type=int, required=True, help="seed of the student")
 ANY_STUDENT = Option("--student", metavar="NAME", help="student (default: the teacher)")
 ANY_SEED = Option("--seed", type=int, help="seed of the student")
-DEVICE = Option("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
+DEVICE = Option(
+    "--device",
+    default=os.environ.get("CONSISTENCY_DEVICE", "auto"),
+    help="auto, cpu, cuda or cuda:N (default: CONSISTENCY_DEVICE, or auto: a GPU if there is one or one is asked for)",
+)
+GPU = Option("--gpu", type=int, default=0, help="1: without a GPU the verb ends with an error (default: 0)")
 THREADS = Option("--threads", type=int, default=1, help="CPU threads (default: 1)")
 READERS = Option("--threads", dest="workers", type=int, default=1, help="threads that read images (default: 1)")
 TIME_LIMIT = Option("--time-limit", type=float, metavar="MINUTES", help="save, stop and exit with 142 after this time")
-JOB_MINUTES = Option("--job-minutes", type=float, metavar="MINUTES", help="Slurm time limit: save before it, requeue")
-PROCESSES = Option("--processes", type=int, default=1, help="number of processes, one GPU each (default: 1)")
+JOB_MINUTES = Option(
+    "--job-minutes", type=float, metavar="MINUTES", help="time limit of its own Slurm job: save, requeue"
+)
+PROCESSES = Option("--processes", type=int, default=0, help="processes, one GPU each (default: one, on a GPU or not)")
 NODES = Option("--nodes", type=int, default=1, help="nodes of the Slurm job, which share the processes evenly")
 GRES = Option("--gres", default="", help="GPUs per node, gpu:4 or gpu:a100:4: a process each, instead of --processes")
 SNAPSHOTS = Option("--snapshots", action="store_true", help="include the students' snapshots")
@@ -101,7 +109,7 @@ BATCH = Option("--batch", type=int, default=64, help="images an evaluation (defa
 NAMES = Option("names", nargs="*", metavar="NAME", help="file of config/resources.yaml")
 
 HERE = (STUDY, RESULTS, STATE)
-COMPUTES = (*HERE, DEVICE, THREADS, TIME_LIMIT)
+COMPUTES = (*HERE, DEVICE, GPU, THREADS, TIME_LIMIT)
 RESUMES = (*COMPUTES, JOB_MINUTES)
 SHARED = (*RESUMES, PROCESSES, NODES, GRES)
 ALONE = (STUDENT_FILE, NFE, COUNT, OUT, FIRST_SEED, LABEL, LABELS, DEVICE, THREADS, TIME_LIMIT)
@@ -162,7 +170,8 @@ def main(words: list[str] | None = None) -> int:
     """Run a verb. Returns the exit code: 0, 2 for an error the user can correct, 128 + signal when interrupted."""
     args = build_parser().parse_args(words)
     args.words = sys.argv[1:] if words is None else words
-    signal.signal(signal.SIGTERM, _terminated)
+    if SUPERVISOR in os.environ or heeded(signal.SIGTERM):  # the workflow's shell ignores it, for its tee
+        signal.signal(signal.SIGTERM, _terminated)
     signal.signal(signal.SIGALRM, _too_late)
     watch_supervisor()
     if launch.is_worker():
@@ -178,8 +187,8 @@ def main(words: list[str] | None = None) -> int:
 
 
 def _job_minutes(args: Arguments) -> float | None:
-    """Return the Slurm job's time limit in minutes for a resumable verb, else None."""
-    return getattr(args, "job_minutes", None) if slurm_job.in_job() else None
+    """Return the time limit in minutes of a Slurm job that is a resumable verb's own, else None."""
+    return getattr(args, "job_minutes", None) if slurm_job.owned() else None
 
 
 def _ask_for_more(code: int) -> None:
@@ -220,16 +229,18 @@ def _run(args: Arguments) -> int:
             _open_study(args)
         if verb.computes:
             processes, nodes = _shares(args)
+            asked = _asked_gpu(args)  # before the claim, which names every GPU that there is
             if nodes > 1 and not launch.is_task():
                 return launch.run_on_nodes(nodes, args.words)
             if args.device in ("auto", "cuda") and not launch.is_worker():  # its node has claimed the GPUs
                 launch.claim_gpus(processes)
             if (processes > 1 or nodes > 1) and not launch.is_worker():
                 return launch.run_processes(processes, args.words)
-            _prepare(args)
+            _prepare(args, asked)
         return verb.run(args)
-    except UserError as error:
-        print(f"error{launch.whose()}: {error}", file=sys.stderr)
+    except (UserError, PermissionError) as error:
+        said = error if isinstance(error, UserError) else NoPermission(error)
+        print(f"error{launch.whose()}: {said}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted; run the same command again to resume", file=sys.stderr)
@@ -285,7 +296,19 @@ def _shares(args: Arguments) -> tuple[int, int]:
     return max(processes // nodes, launch.gpus_of_gres(getattr(args, "gres", "")), 1), nodes
 
 
-def _prepare(args: Arguments) -> None:
+def _asked_gpu(args: Arguments) -> str:
+    """Return the option or variable that asks for a GPU, '' for none."""
+    given, visible = vars(args), os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    asks = {
+        f"--processes {given.get('processes')}": given.get("processes", 0),
+        f"--gpu {given.get('gpu')}": given.get("gpu", 0),
+        f"--gres {given.get('gres')}": launch.gpus_of_gres(given.get("gres", "")),
+        f"CUDA_VISIBLE_DEVICES={visible}": len(launch.visible_gpus()) if visible else 0,
+    }
+    return next((asked for asked, count in asks.items() if count > 0), "")
+
+
+def _prepare(args: Arguments, asked: str) -> None:
     """Set up the device and threads, one by default: the number of threads affects the last bit of a result."""
     limits = [args.time_limit, None if _job_minutes(args) is None else slurm_job.working_minutes(args.job_minutes)]
     if minutes := min((limit for limit in limits if limit is not None), default=None):
@@ -294,9 +317,9 @@ def _prepare(args: Arguments) -> None:
     import torch
 
     from consistency.runtime.distributed import join
-    from consistency.runtime.machine import Machine, pick_device
+    from consistency.runtime.machine import Machine, described, limit_threads, pick_device
 
-    torch.set_num_threads(args.threads)
+    limit_threads(args.threads)
     torch.backends.cuda.matmul.allow_tf32 = False
     torch.backends.cudnn.benchmark = True
     # float32 excludes TF32, except for LPIPS beside lower-precision networks, where it is a third of the step's time.
@@ -304,9 +327,11 @@ def _prepare(args: Arguments) -> None:
     torch.backends.cudnn.allow_tf32 = low
     if launch.is_worker() and args.device in ("auto", "cuda") and torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    ranks, args.device = join(pick_device(args.device))
+    ranks, args.device = join(pick_device(args.device, asked))
     if args.device.index is not None:
         torch.cuda.set_device(args.device)
+    if ranks.first:
+        print(f"device: {described(args.device)}", file=sys.stderr, flush=True)
     args.ranks, args.machine = ranks, Machine(args.device, ranks)
 
 

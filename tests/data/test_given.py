@@ -40,5 +40,5 @@ def test_an_unreadable_folder_is_one_line(tmp_path: Path, monkeypatch: pytest.Mo
         patch.setattr(asked, locked)
         messages = [mistake(open_given, tmp_path, SETTINGS), mistake(read_given, tmp_path)]
     assert all(
-        str(tmp_path) in message and "(Permission denied): fix its permission" in message for message in messages
+        str(tmp_path) in message and ": ask its owner for it, or run as the owner" in message for message in messages
     )

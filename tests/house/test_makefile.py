@@ -93,6 +93,17 @@ def test_demo_runs_the_study_then_the_summary(installed: Path, target: str, stud
     assert calls(installed) == [RUN_STUDY.format(study), summary]
 
 
+@pytest.mark.parametrize("target", ["demo", "demo-gc", "pull"])
+def test_a_clusters_profile_is_left_out_and_named(installed: Path, target: str) -> None:
+    for name in ["python", "snakemake"]:
+        script(installed / f".venv/bin/{name}", 'echo "$0 ${SNAKEMAKE_PROFILE-none}" >>"$PWD/calls"')
+    done = make(installed, target, variables={"SNAKEMAKE_PROFILE": "slurm"})
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.startswith("SNAKEMAKE_PROFILE=slurm is left out: make runs on this machine")
+    ran = [call for call in calls(installed) if not call.startswith("dvc")]
+    assert ran and all(call.endswith(" none") for call in ran)
+
+
 def test_lint_runs_every_tool_and_changes_nothing(installed: Path) -> None:
     assert make(installed, "lint").returncode == 0
     assert calls(installed) == [
@@ -125,7 +136,9 @@ def test_docs_builds_the_pages_in_an_environment_of_its_own(checkout: Path) -> N
     assert make(checkout, "docs", path=f"{checkout}/fake:{SYSTEM_PATH}").returncode == 0
     assert (checkout / "build/docs/docs/page.md").exists()
     build = "zensical build --strict --clean"
-    install = "python -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements-docs.lock"
+    install = (
+        "python -m pip install --no-user --quiet --disable-pip-version-check --require-hashes -r requirements-docs.lock"
+    )
     assert calls(checkout) == ["python3 -m venv --clear .venv-docs", install, build]
     assert make(checkout, "docs").returncode == 0
     assert calls(checkout)[3:] == [build]
@@ -260,6 +273,14 @@ def test_a_changed_lock_asks_for_another_installation(checkout: Path) -> None:
     with (checkout / "requirements.lock").open("a") as lock:
         lock.write("# changed\n")
     assert stamp(checkout) != before
+
+
+def test_pip_installs_into_the_environment_whatever_it_is_told(checkout: Path) -> None:
+    script(checkout / ".venv/bin/python", '[ "$1" = -c ] || echo "$* ${PIP_USER-}${PIP_TARGET-}" >>calls')
+    (checkout / ".venv/.installed-0000000000000000").write_text(f"{checkout}\n")
+    make(checkout, "install", variables={"PIP_USER": "1", "PIP_TARGET": "/elsewhere"})
+    assert [call for call in calls(checkout) if call.startswith("-m pip install --no-user ")] == calls(checkout) != []
+    assert "1/elsewhere" not in "".join(calls(checkout))
 
 
 @pytest.mark.parametrize("left", [".installing", ".installed-0000000000000000"])

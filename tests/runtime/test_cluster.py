@@ -118,6 +118,23 @@ def test_a_controller_that_is_down_is_named(answer: Answer, profile: Path, tmp_p
         require_cluster()
 
 
+@pytest.mark.parametrize(
+    ("words", "owned"),
+    [
+        ("--cores all", False),
+        ("--executor slurm --jobs 9", False),
+        ("--executor slurm-jobstep --jobs 1", True),
+        ("--local-groupid 1 --executor slurm-jobstep --jobs 1", False),
+    ],
+)
+def test_only_a_job_step_of_one_rule_owns_its_job(monkeypatch: pytest.MonkeyPatch, words: str, owned: bool) -> None:
+    monkeypatch.setenv("SLURM_JOB_ID", "12")
+    monkeypatch.setenv(slurm_job.OWN, "")
+    monkeypatch.setattr("sys.argv", ["snakemake", *words.split()])
+    slurm_job.note_own()
+    assert slurm_job.owned() == owned
+
+
 @pytest.mark.parametrize(("minutes", "working"), [(1, 0.5), (10, 9), (60, 54), (240, 230), (1440, 1430)])
 def test_a_job_saves_before_its_end(minutes: float, working: float) -> None:
     assert slurm_job.working_minutes(minutes) == pytest.approx(working)

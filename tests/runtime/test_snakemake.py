@@ -112,9 +112,10 @@ os.environ["CONSISTENCY_CALLER"] = str(os.getpid())
 subprocess.Popen([sys.executable, "-c", sys.argv[1]]).wait()
 """
 SNAKEMAKE = """
-import subprocess
+import signal, subprocess
 from consistency.runtime.snakemake import join_run
 join_run()
+assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
 subprocess.run(["bash", "-c", "sleep 60; true"])
 """
 

@@ -236,6 +236,17 @@ def test_every_polite_signal_saves_and_is_named(job: Job, tmp_path: Path, signum
     assert saved_step(tmp_path / "seed0") == 1
 
 
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP])
+def test_what_was_ignored_at_the_start_stays_ignored(job: Job, signum: signal.Signals) -> None:
+    """As by nohup, or behind a shell's `&`."""
+    before = signal.signal(signum, signal.SIG_IGN)
+    try:
+        train(job(hook=at(0, lambda: signal_self(signum))))
+        assert signal.getsignal(signum) == signal.SIG_IGN
+    finally:
+        signal.signal(signum, before)
+
+
 def test_a_signal_in_the_last_step_does_not_undo_it(job: Job, tmp_path: Path) -> None:
     train(job(hook=at(STEPS - 1, signal_self)))
     assert history(tmp_path / "seed0")[-1]["step"] == STEPS

@@ -43,7 +43,8 @@ class Checkout:
     def environment(self) -> dict[str, str]:
         """The outside's, without what a surrounding workflow, make or MLflow would bring in."""
         # Snakemake asks an installed Slurm at every start; one that is not running answers after 9 seconds.
-        return environment() | self.variables
+        # A job with simulated GPUs, or one per process, computes on the CPU, and says so.
+        return environment(CONSISTENCY_DEVICE="cpu") | self.variables
 
     def start(self, *words: str) -> subprocess.Popen[str]:
         """Snakemake in a process group of its own, as a shell starts it; its output goes to output.txt."""

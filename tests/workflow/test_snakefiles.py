@@ -1,6 +1,7 @@
 """The two files that Snakemake can be started with: the root's and the main one."""
 
 import json
+from pathlib import Path
 
 import pytest
 from tests.processes import run_python
@@ -15,6 +16,15 @@ def test_both_files_make_the_same_graph_up_to_the_rule_all(checkout: Checkout) -
     assert json.loads(root) == json.loads(main)
     rules = [node["value"]["rule"] for node in json.loads(root)["nodes"]]
     assert rules.count("all") == rules.count("track") == 1
+
+
+def test_a_user_without_a_name_can_run_it(checkout: Checkout, tmp_path: Path) -> None:
+    """As a container started with any uid; Snakemake and its Slurm plugin ask for the name."""
+    nameless = "import pwd\ndef unknown(uid): raise KeyError(uid)\npwd.getpwuid = unknown\n"
+    (tmp_path / "sitecustomize.py").write_text(nameless)
+    names = dict.fromkeys(["LOGNAME", "USER", "LNAME", "USERNAME"], "")
+    words = ["-m", "snakemake", "--cores", "1", "--dry-run", "--config", "studies=tiny"]
+    assert "dry-run" in run_python(*words, folder=checkout.path, PYTHONPATH=str(tmp_path), **names).stdout
 
 
 @pytest.mark.slow

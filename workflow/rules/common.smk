@@ -1,3 +1,4 @@
+import getpass
 import os
 import platform
 import re
@@ -19,6 +20,10 @@ if SOURCE.is_dir():
 SUPERVISOR = f"{platform.node()}:{os.getpid()}"
 PATH = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
 os.environ.update(PATH=PATH, CONSISTENCY_SUPERVISOR=SUPERVISOR)
+try:
+    getpass.getuser()
+except (KeyError, OSError):  # a uid without a name, as in a container: Snakemake and its Slurm plugin ask for one
+    os.environ["LOGNAME"] = f"uid{os.getuid()}"
 
 try:
     from consistency.base.errors import UserError
@@ -29,6 +34,7 @@ try:
     from consistency.provenance import graph
     from consistency.provenance.due import due_mark, mark_due
     from consistency.runtime.cluster import require_cluster
+    from consistency.runtime.slurm_job import note_own
     from consistency.runtime.snakemake import TAKEN, join_run
 except ModuleNotFoundError as error:
     origin = f"git+https://{HERE.host}/{HERE.repo}@{HERE.ref}" if hasattr(HERE, "repo") else SOURCE.parent
@@ -37,6 +43,7 @@ except ModuleNotFoundError as error:
     ) from None
 
 join_run()
+note_own()
 
 
 @contextmanager
@@ -44,7 +51,7 @@ def in_one_line():
     """Turn a UserError into one line; Snakemake would print a WorkflowError within a traceback."""
     try:
         yield
-    except UserError as error:
+    except (UserError, PermissionError) as error:
         raise SystemExit(f"error: {error}") from None
 
 
@@ -105,8 +112,12 @@ def inputs(stage: str):
 
 
 def verb(stage: str):
-    """Return a params function: the verb of a job of the stage, with its options."""
-    return lambda wildcards: graph.verb_of(stage, job_of(wildcards))
+    """Return a params function: the verb of a job of the stage, with its options; a GPU of the job must be there."""
+
+    def words(wildcards, resources):
+        return graph.verb_of(stage, job_of(wildcards)) + (" --gpu 1" if resources.get("gpu") else "")
+
+    return words
 
 
 def environment(wildcards) -> str | None:

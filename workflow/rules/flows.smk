@@ -21,4 +21,4 @@ rule flows:
         gpu=0,
     shell:
         "python -m consistency flows --study config/studies/{wildcards.study}.yaml --threads {threads}"
-        " --job-minutes {resources.runtime} 2>&1 | tee -i {log}"
+        " --gpu {resources.gpu} --job-minutes {resources.runtime} 2>&1 | tee -i {log}"

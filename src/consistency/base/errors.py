@@ -10,6 +10,14 @@ class UserError(Exception):
     """Error that the user can fix. The message is one line that says what to change; the exit code is 2."""
 
 
+class NoPermission(UserError):
+    """A file or folder that this user may not open. place: its path, or the system's error."""
+
+    def __init__(self, place: object) -> None:
+        place = getattr(place, "filename", None) or place
+        super().__init__(f"no permission for {place}: ask its owner for it, or run as the owner")
+
+
 def suggestion(word: object, known: Iterable[str]) -> str:
     """Return '; did you mean ...?' with the nearest known word, or all known words if none is near."""
     names = list(known)

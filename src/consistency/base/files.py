@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 from zipfile import BadZipFile
 
-from consistency.base.errors import UserError
+from consistency.base.errors import NoPermission, UserError
 
 
 @contextmanager
@@ -51,18 +51,26 @@ def write_json(path: Path, content: Any) -> None:
 
 
 def require_output(path: Path, verb: str) -> Path:
-    """Return the path of a stage's output. Raises UserError, naming the verb that makes it, if it is missing."""
-    if not path.exists():
-        raise UserError(f"{path} is missing: run `python -m consistency {verb}` first")
+    """Return the path of a stage's output. Raises UserError if it is missing, naming the verb that makes it, or may not
+    be read."""
+    try:
+        if not path.is_dir():
+            path.open("rb").close()
+    except PermissionError as error:
+        raise NoPermission(error) from None
+    except OSError:
+        raise UserError(f"{path} is missing: run `python -m consistency {verb}` first") from None
     return path
 
 
 @contextmanager
 def reading(path: Path, verb: str) -> Iterator[None]:
-    """Raise UserError, naming the verb that makes it, if a stage's output is missing or the block cannot read it."""
+    """Raise UserError as `require_output` does, or if the block cannot read a stage's output."""
     require_output(path, verb)
     try:
         yield
+    except PermissionError as error:
+        raise NoPermission(error) from None
     except (OSError, ValueError, EOFError, BadZipFile) as error:
         raise UserError(f"{path} is damaged ({error}): delete it and run `{verb}` again") from None
 
@@ -92,10 +100,13 @@ def sha256(path: Path) -> str:
 
 
 def write_with(path: Path, writer: Callable[[Path], None]) -> None:
-    """Write a file atomically with a function that takes its path."""
+    """Write a file atomically with a function that takes its path and may replace the file there."""
     with atomic(path) as temporary:
         try:
+            temporary.touch()
+            mode = temporary.stat().st_mode
             writer(temporary)
+            temporary.chmod(mode)  # as umask says: safetensors makes files that only their owner may read
         except OSError:
             raise
         except Exception as error:

@@ -14,7 +14,7 @@ from typing import Any, Self
 
 import numpy as np
 
-from consistency.base.errors import UserError
+from consistency.base.errors import NoPermission, UserError
 from consistency.base.progress import track
 
 Array = np.ndarray
@@ -133,9 +133,11 @@ def opening(path: str | Path | None) -> Iterator[None]:
     """Raise UserError, naming the file or folder, where the system refuses access to it or what is in it."""
     try:
         yield
+    except PermissionError as error:
+        raise NoPermission(shown(os.fsdecode(error.filename or path or "the images"))) from None
     except OSError as error:
         name = shown(os.fsdecode(error.filename or path or "the images"))
-        raise UserError(f"cannot open {name} ({error.strerror}): fix its permission, or the disk it is on") from None
+        raise UserError(f"cannot open {name} ({error.strerror}): mend its disk or mount") from None
 
 
 def is_hidden(name: bytes) -> bool:

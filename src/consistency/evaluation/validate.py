@@ -4,6 +4,7 @@ import torch
 
 from consistency.base.errors import UserError
 from consistency.base.progress import track
+from consistency.runtime.machine import limit_threads
 from consistency.theory.noise import log_grid
 from consistency.theory.oracles import (
     MIXTURE_TABLE,
@@ -18,7 +19,7 @@ from consistency.theory.oracles import (
 
 def validate() -> None:
     """Print measured against known values. Raises UserError when one is off."""
-    torch.set_num_threads(1)  # on tensors this small, threads that wait for a busy core cost five times the work
+    limit_threads(1)  # on tensors this small, threads that wait for a busy core cost five times the work
     wrong = []
     print("1. l_t and s_t of a 1-D mixture of two Gaussians at 1,000 times, by quadrature", flush=True)
     fit = mixture_coefficients(log_grid(1000, SIGMA_MIN, SIGMA_MAX), progress=track("coefficients"))

@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from consistency.base.errors import UserError
+from consistency.base.errors import NoPermission, UserError
 from consistency.base.files import write_with
 from consistency.nets.denoiser import Denoiser, build_denoiser
 
@@ -57,8 +57,11 @@ def read_metadata(path: Path) -> dict[str, Any]:
 def _metadata(path: Path, absent: str, damaged: str) -> dict[str, Any]:
     """Read the metadata of a safetensors file, none if another program wrote it. absent, damaged: advice."""
     try:
+        path.open("rb").close()  # safetensors says of any file that it cannot open that there is none
         with safe_open(path, "pt") as file:
             texts = file.metadata() or {}
+    except PermissionError as error:
+        raise NoPermission(error) from None
     except FileNotFoundError:
         raise UserError(f"{path} is missing: {absent}") from None
     except (SafetensorError, OSError) as error:

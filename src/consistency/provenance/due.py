@@ -8,7 +8,7 @@ import os
 import time
 from pathlib import Path
 
-from consistency.base.errors import UserError
+from consistency.base.errors import NoPermission, UserError
 from consistency.base.files import read_json, write_bytes
 from consistency.config.job import Job
 from consistency.provenance.card import other_settings
@@ -47,6 +47,8 @@ def _reason(stage: str, job: Job) -> str:
         return ""
     try:
         card = dict(read_json(job.card(stage), stage))
+    except NoPermission:
+        raise
     except (UserError, TypeError, ValueError):
         return "its card is damaged"
     # Cards of earlier versions do not name their code.

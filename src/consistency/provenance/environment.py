@@ -3,6 +3,7 @@
 import os
 import platform
 import subprocess
+import sys
 from contextlib import suppress
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
@@ -19,18 +20,26 @@ _PACKAGES = (
 
 @cache
 def git_state() -> dict[str, Any]:
-    """Commit of the source tree and whether it has uncommitted changes; both None outside a git checkout."""
-    here = Path(__file__).parent
+    """Commit of the running source and whether anything differs from it; both None, with a warning, where git does not
+    track the source or cannot tell."""
+    package = Path(__file__).parents[1]
+    # A hook's GIT_DIR is another repository's, and a user's own commit must not meet a lock of ours.
+    env = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
 
-    def git(*words: str) -> str | None:
-        try:
-            done = subprocess.run(["git", *words], cwd=here, capture_output=True, text=True, timeout=30)
-        except (OSError, subprocess.TimeoutExpired):
-            return None
-        return done.stdout.strip() if done.returncode == 0 else None
+    def git(*words: str) -> str:
+        command = ["git", "--no-optional-locks", *words]
+        options: dict[str, Any] = {"cwd": package, "env": env, "timeout": 30, "check": True}
+        return str(subprocess.run(command, **options, capture_output=True, text=True).stdout.strip())
 
-    commit, status = git("rev-parse", "HEAD"), git("status", "--porcelain", "--untracked-files=no")
-    return {"commit": commit, "dirty": None if status is None else bool(status)}
+    try:
+        if git("ls-files", "*.py"):
+            differs = git("status", "--porcelain", "--untracked-files=no") or git("ls-files", "--others", "*.py")
+            return {"commit": git("rev-parse", "HEAD"), "dirty": bool(differs)}
+        reason = f"the repository around {package} does not track it: run a clone"
+    except (OSError, subprocess.SubprocessError) as error:
+        reason = " ".join(str(getattr(error, "stderr", "") or error).split())
+    print(f"warning: the results name no commit of the code ({reason})", file=sys.stderr, flush=True)
+    return {"commit": None, "dirty": None}
 
 
 @cache

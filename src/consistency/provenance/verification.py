@@ -1,5 +1,6 @@
 """Check of a study's results against their cards, one another and the study file."""
 
+import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -7,7 +8,7 @@ from typing import Any, NamedTuple
 
 from pydantic import BaseModel, ValidationError
 
-from consistency.base.errors import UserError
+from consistency.base.errors import NoPermission, UserError
 from consistency.base.files import sha256
 from consistency.config.explain import explain
 from consistency.config.job import Job
@@ -104,7 +105,12 @@ def require_none(root: Path, findings: Sequence[Finding]) -> None:
 
 def result_files(root: Path) -> list[str]:
     """List the results and cards in a study's folder by relative path, without hidden files."""
-    paths = [path.relative_to(root) for path in sorted(root.rglob("*")) if path.is_file()]
+
+    def fail(error: OSError) -> None:
+        raise error
+
+    found = sorted(Path(place, name) for place, _, names in os.walk(root, onerror=fail) for name in names)
+    paths = [path.relative_to(root) for path in found if path.is_file()]
     return [path.as_posix() for path in paths if path.parts[0] not in _RECEIPTS and not path.name.startswith(".")]
 
 
@@ -131,6 +137,8 @@ def _read(root: Path, place: Path) -> CheckedCard | str:
     """Read a card, its outputs named relative to the study's folder like its inputs. Returns the fault of a bad one."""
     try:
         card = CheckedCard.model_validate_json((root / place).read_bytes())
+    except PermissionError as error:
+        return str(NoPermission(error))
     except OSError as error:
         return f"missing: {place} ({error.strerror}); pull it, or run its stage"
     except ValidationError as error:

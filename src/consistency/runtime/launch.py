@@ -9,24 +9,27 @@ import signal
 import socket
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Sequence
 from contextlib import suppress
 from itertools import islice
 from pathlib import Path
-from typing import IO
+from stat import S_IWOTH
 
 from consistency.base.errors import UserError
 from consistency.runtime import slurm_job
+from consistency.runtime.stopping import heeded
 
 #: set for each node's task to "nodes host:port": the number of nodes and the rendezvous address
 _RENDEZVOUS = "CONSISTENCY_RENDEZVOUS"
 #: seconds to save before torchrun kills a process
 _TO_SAVE = 600
+_FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 _POLL = 1.0  # seconds
+#: folder of the GPUs' locks: one place for all users, whatever their TMPDIR; /tmp is cleaned now and then
+LOCKS = next((each for each in [Path("/run/lock")] if each.is_dir() and each.stat().st_mode & S_IWOTH), Path("/tmp"))
 # Locks of the claimed GPUs, held while this process, or one that it started, is alive.
-_held: list[IO[str]] = []
+_held: list[int] = []
 
 
 def is_worker() -> bool:
@@ -52,10 +55,11 @@ def whose() -> str:
 
 
 def claim_gpus(count: int) -> None:
-    """Claim GPUs that no other job of ours on this machine holds, waiting if need be, and let CUDA see only those.
+    """Claim GPUs that no other job of this project holds, whoever runs it on this machine, waiting if need be, and let
+    CUDA see only those.
 
-    Does nothing without GPUs. Under Slurm the GPUs of CUDA_VISIBLE_DEVICES already belong to the job. Raises UserError
-    if there are fewer than count.
+    Does nothing without GPUs. Those of a Slurm job that this process owns need no lock. Raises UserError if there are
+    fewer than count, and if a lock of another user cannot be opened.
     """
     gpus = visible_gpus()
     if not gpus:
@@ -63,7 +67,7 @@ def claim_gpus(count: int) -> None:
     if len(gpus) < count:
         there = f"this job sees {len(gpus)} ({', '.join(gpus)})"
         raise UserError(f"--processes {count} needs {count} GPUs, {there}: lower it or request more GPUs")
-    mine = gpus[:count] if slurm_job.in_job() else _free(gpus, count)
+    mine = gpus[:count] if slurm_job.owned() else _free(gpus, count)
     os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(mine)
 
 
@@ -78,33 +82,45 @@ def visible_gpus() -> list[str]:
 
 def _free(gpus: Sequence[str], count: int) -> list[str]:
     """Wait until count of the GPUs are free, and lock them."""
-    folder = Path(tempfile.gettempdir()) / f"consistency-gpus-{os.getuid()}"
-    folder.mkdir(mode=0o700, exist_ok=True)
+    # Within cgroups every allocation counts its GPUs from 0; Slurm also tells their numbers on the machine.
+    given = (os.environ.get("SLURM_STEP_GPUS") or os.environ.get("SLURM_JOB_GPUS", "")).split(",")
+    numbers = dict(zip(gpus, given if len(given) == len(gpus) and all(given) else gpus, strict=True))
     told = False
     while True:
-        free = ((name, lock) for name in gpus if (lock := _try_lock(folder / f"{name}.lock")))
+        free = ((name, lock) for name in gpus if (lock := _try_lock(LOCKS / f"consistency-gpu-{numbers[name]}.lock")))
         locks = dict(islice(free, count))
         if len(locks) == count:
             for lock in locks.values():
-                os.set_inheritable(lock.fileno(), True)
+                os.set_inheritable(lock, True)
             _held.extend(locks.values())
             return list(locks)
         # Two jobs that each hold some GPUs and wait for more would deadlock.
         for lock in locks.values():
-            lock.close()
+            os.close(lock)
         if not told:
             print(f"waiting for {count} of {len(gpus)} GPUs: other jobs hold {len(gpus) - len(locks)}", flush=True)
             told = True
         time.sleep(_POLL)
 
 
-def _try_lock(path: Path) -> IO[str] | None:
-    lock = path.open("a")
-    with suppress(BlockingIOError):
+def _try_lock(path: Path) -> int | None:
+    """Lock a file, made for every user where it is missing; None if it is locked. Another user's is only read."""
+    try:
+        umask = os.umask(0)
+        try:
+            with suppress(FileExistsError):
+                path.touch(exist_ok=False)
+        finally:
+            os.umask(umask)
+        lock = os.open(path, os.O_RDONLY)
+    except PermissionError:
+        raise UserError(f"no permission to open {path}, the lock of a GPU: remove it, or ask its owner to") from None
+    try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        return lock
-    lock.close()
-    return None
+    except BlockingIOError:
+        os.close(lock)
+        return None
+    return lock
 
 
 def run_on_nodes(nodes: int, words: Sequence[str]) -> int:
@@ -115,6 +131,8 @@ def run_on_nodes(nodes: int, words: Sequence[str]) -> int:
     # When a task fails, the others get the time to save before they are killed.
     patience = ["--kill-on-bad-exit=0", f"--wait={_TO_SAVE}"]
     command = ["srun", f"--nodes={nodes}", f"--ntasks={nodes}", "--ntasks-per-node=1", *patience]
+    # Since 22.05 srun does not take --cpus-per-task over from sbatch, and binds a task that asks for none to one CPU.
+    command.append(f"--cpus-per-task={cpus}" if (cpus := slurm_job.cpus_per_task()) else "--cpu-bind=none")
     command += ["--export=ALL", sys.executable, "-m", "consistency", *words]
     with socket.create_server(("", 0)) as unused:
         port = unused.getsockname()[1]
@@ -124,7 +142,7 @@ def run_on_nodes(nodes: int, words: Sequence[str]) -> int:
         process = subprocess.Popen(command, stdin=subprocess.DEVNULL, env={**os.environ, **meeting})
     except FileNotFoundError:
         raise UserError(f"--nodes {nodes} needs Slurm's srun: put it on the PATH") from None
-    for signum in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
+    for signum in heeded(*_FORWARDED):
         signal.signal(signum, lambda signum, frame: process.send_signal(signum))
     return process.wait()
 
@@ -145,7 +163,7 @@ def run_processes(processes: int, words: Sequence[str]) -> int:
         meeting = [f"--nnodes={nodes}", "--rdzv-backend=c10d", f"--rdzv-endpoint={endpoint}"]
         meeting += [f"--rdzv-id={slurm_job.number()}"]
     options = [*meeting, f"--nproc-per-node={processes}", f"--shutdown-timeout={_TO_SAVE}"]
-    options += ["--signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGUSR1"]
+    options += [f"--signals-to-handle={','.join(each.name for each in heeded(*_FORWARDED))}"]
     try:
         # torchrun does not parse options after the dashes.
         torchrun.main([*options, "-m", "--", "consistency", *words])

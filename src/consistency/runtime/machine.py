@@ -4,7 +4,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+import scipy.linalg  # noqa: F401 - its BLAS is not NumPy's, and must be there to be limited
 import torch
+from threadpoolctl import threadpool_limits
 
 from consistency.base.errors import UserError
 from consistency.runtime.distributed import ALONE, Ranks
@@ -18,26 +20,42 @@ class Machine:
     ranks: Ranks = ALONE
 
 
+def limit_threads(threads: int) -> threadpool_limits:
+    """Limit every pool of threads: PyTorch's, OpenMP's and those of the two BLAS libraries, whatever the environment
+    asks for. Returns the limits; leaving them as a context restores all but PyTorch's."""
+    torch.set_num_threads(threads)
+    return threadpool_limits(threads)
+
+
 @contextmanager
 def as_in_a_stage(threads: int = 1) -> Iterator[None]:
     """Compute in the block as a stage does: the number of threads affects a CPU's last bits, TF32 those of a GPU."""
     before, tf32 = torch.get_num_threads(), torch.backends.cudnn.allow_tf32
-    torch.set_num_threads(threads)
     torch.backends.cudnn.allow_tf32 = False
     try:
-        yield
+        with limit_threads(threads):
+            yield
     finally:
         torch.set_num_threads(before)
         torch.backends.cudnn.allow_tf32 = tf32
 
 
-def pick_device(name: str) -> torch.device:
-    """Return the device; 'auto' is a GPU if there is one. Raises UserError if the device does not exist."""
-    if name == "auto":
+def pick_device(name: str, asked: str = "") -> torch.device:
+    """Return the device; 'auto' is a GPU if there is one. asked: a setting, if any, that makes 'auto' a GPU. Raises
+    UserError, which names the driver or the build, if the device does not exist."""
+    if name == "auto" and not asked:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        device = torch.device(name)
+        device = torch.device("cuda" if name == "auto" else name)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise UserError(f"--device {name} cannot be used here: {str(error).splitlines()[0]}") from None
+        reason = str(error).splitlines()[0]
+        if name != "auto":
+            raise UserError(f"--device {name} cannot be used here: {reason}") from None
+        raise UserError(f"{asked} asks for a GPU: {reason}; mend that, or use --device cpu") from None
     return device
+
+
+def described(device: torch.device) -> str:
+    """Return a device's name, with that of the GPU."""
+    return f"{device}, {torch.cuda.get_device_name(device)}" if device.type == "cuda" else str(device)

@@ -26,6 +26,7 @@ PATIENCE = 60.0  # seconds for a run whose caller was killed to notice, save and
 #: set for a Snakemake that accepts existing files whatever their age and settings
 TAKEN = "CONSISTENCY_TAKEN"
 _POLL = 0.5
+_INTERRUPT = signal.SIGUSR2  # a shell's `&` has SIGINT ignored, and it stays so
 #: set for Snakemake to the process that it ends with; set for `snakemake --unlock`, which runs with the lock held
 _CALLER, _UNLOCKING = "CONSISTENCY_CALLER", "CONSISTENCY_UNLOCKING"
 
@@ -62,7 +63,7 @@ def reproduce(study: Study, rules: list[str] | None, targets: list[str]) -> NoRe
 def join_run() -> None:
     """Mark this directory as in use until this process ends; interrupt it when its caller is gone."""
     if caller := os.environ.pop(_CALLER, ""):
-        signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's `&` ignores it
+        signal.signal(_INTERRUPT, signal.default_int_handler)
         watch(int(caller), _interrupt)
     if _UNLOCKING not in os.environ:
         # reproduce() reports a disk that has no locks or is not writable.
@@ -72,7 +73,7 @@ def join_run() -> None:
 
 def _open() -> int:
     AT_WORK.parent.mkdir(exist_ok=True)
-    return os.open(AT_WORK, os.O_RDWR | os.O_CREAT)
+    return os.open(AT_WORK, os.O_RDWR | os.O_CREAT, 0o666)
 
 
 def _alone() -> int:
@@ -98,8 +99,8 @@ def _alone() -> int:
 
 
 def _interrupt() -> None:
-    """Send SIGINT to this process and its descendants, as Ctrl-C does."""
-    process = psutil.Process()
-    for each in [*process.children(recursive=True), process]:
+    """Interrupt this process as Ctrl-C does, and ask its descendants to save and exit."""
+    for each in psutil.Process().children(recursive=True):
         with suppress(psutil.NoSuchProcess):
-            each.send_signal(signal.SIGINT)
+            each.terminate()
+    os.kill(os.getpid(), _INTERRUPT)

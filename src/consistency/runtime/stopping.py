@@ -17,15 +17,20 @@ class Interrupted(Exception):
         self.signum = signum
 
 
+def heeded(*signals: signal.Signals) -> list[signal.Signals]:
+    """Return those that this process does not ignore: nohup protects it from SIGHUP, a shell's `&` from SIGINT."""
+    return [each for each in signals if signal.getsignal(each) is not signal.SIG_IGN]
+
+
 @contextmanager
 def stop_requests() -> Iterator[Callable[[], int]]:
-    """Yield a function that returns the first signal received, or 0."""
+    """Yield a function that returns the first signal received, or 0. Ignored signals stay ignored."""
     received: list[int] = []
 
     def note(signum: int, frame: FrameType | None) -> None:
         received.append(signum)
 
-    old: dict[int, Any] = {signum: signal.signal(signum, note) for signum in _SIGNALS}
+    old: dict[int, Any] = {signum: signal.signal(signum, note) for signum in heeded(*_SIGNALS)}
     try:
         yield lambda: received[0] if received else 0
     finally:
