@@ -8,16 +8,13 @@ from tempfile import TemporaryDirectory
 import numpy as np
 import pytest
 import torch
-import torchvision.datasets  # noqa: F401 - imported before the permission is taken away
 from safetensors.torch import save_file
 from tests.dangers import forbidden
 
 from consistency.base.arrays import read_array, read_arrays, read_table, write_array, write_table
 from consistency.base.errors import NoPermission
 from consistency.base.files import link_file, read_json, require_output, write_with
-from consistency.data.containers import open_tar_of_tars, open_zip
 from consistency.data.given import read_given
-from consistency.data.sources import _unpack_cifar10
 from consistency.nets.checkpoint import load_given, read_metadata
 from consistency.nets.openai import read_openai
 from consistency.runtime.snakemake import _open
@@ -49,10 +46,8 @@ def test_files_have_the_mode_that_umask_says(tmp_path: Path, umask: int, monkeyp
             for read in (require_output, read_json, read_array, read_arrays)
         ),
         lambda path: read_table(path, "scores", ()),
-        *(read_metadata, load_state, read_openai, open_zip, read_given),
+        *(read_metadata, load_state, read_openai, read_given),
         lambda path: load_given(path, None),
-        lambda path: open_tar_of_tars(path, "index"),
-        lambda path: _unpack_cifar10(path, path.parent),
     ],
 )
 def test_a_missing_permission_is_said_to_be_one(read: Callable[[Path], object]) -> None:
