@@ -1,6 +1,6 @@
-"""What the coefficients depend on, and what a fit by parts of an image is worth: docs/coefficients.md.
+"""The coefficients of a study under changes of its teacher, and a fit by parts of an image: two tables.
 
-    python benchmarks/coefficients.py --study config/studies/digits.yaml [--out docs/coefficients]      # ten minutes
+    python benchmarks/coefficients.py --study config/studies/digits.yaml [--out results/coefficients]    # ten minutes
 
 Trains the study's teacher and variants of it (one key changed) in a temporary folder and fits each on the same images
 and noise. Then it fits l_t and s_t for parts of the image apart (channels, bands of frequencies, principal components),
@@ -232,7 +232,7 @@ def solved(denoiser: DenoiserFn, images: Tensor, noise: Tensor) -> dict[tuple[in
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--study", type=Path, default=Path("config/studies/digits.yaml"), help="default: digits")
-    parser.add_argument("--out", type=Path, default=Path("docs/coefficients"), help="folder of the tables")
+    parser.add_argument("--out", type=Path, default=Path("results/coefficients"), help="of the tables")
     args = parser.parse_args()
     torch.set_num_threads(1)
     content = yaml.safe_load(args.study.read_text())
