@@ -20,7 +20,7 @@ from consistency import __version__
 from consistency.base.errors import NoPermission, UserError
 from consistency.base.progress import SUPERVISOR
 from consistency.runtime import launch, slurm_job
-from consistency.runtime.stopping import heeded
+from consistency.runtime.stopping import Interrupted, heeded
 from consistency.runtime.supervision import watch_supervisor
 
 Arguments = argparse.Namespace
@@ -248,13 +248,9 @@ def _run(args: Arguments) -> int:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
-    except Exception as error:
-        # The class Interrupted is not imported here, since its module imports torch.
-        signum = getattr(error, "signum", None)
-        if signum is None:
-            raise
+    except Interrupted as error:
         print(f"{error}{launch.whose()}", file=sys.stderr)
-        return 128 + int(signum)
+        return 128 + error.signum
 
 
 def _open_study(args: Arguments) -> None:
