@@ -22,6 +22,7 @@ from consistency.base.progress import SUPERVISOR
 from consistency.config.job import Job
 from consistency.runtime import slurm_job
 from consistency.runtime.machine import as_in_a_stage
+from consistency.runtime.stopping import Interrupted
 
 pytestmark = pytest.mark.usefixtures("handlers")
 
@@ -134,17 +135,13 @@ def test_a_verb_gets_the_study_and_where_its_files_lie(monkeypatch: pytest.Monke
     assert job.of("ctm", 0).state == Path("here/tiny/ctm/seed0")
 
 
-class Stopped(Exception):
-    signum = signal.SIGUSR1
-
-
 @pytest.mark.parametrize(
     ("error", "code"),
     [
         (UserError("mend it"), 2),
         (PermissionError(13, "Permission denied", "a file"), 2),
         (KeyboardInterrupt(), 130),
-        (Stopped("stopped at step 3"), 128 + signal.SIGUSR1),
+        (Interrupted("stopped at step 3", signal.SIGUSR1), 128 + signal.SIGUSR1),
     ],
 )
 def test_exit_codes_say_what_happened(
@@ -176,9 +173,7 @@ def test_only_a_slurm_job_of_its_own_whose_time_is_over_asks_to_go_on(
     said: str,
 ) -> None:
     def stop() -> None:
-        error = Stopped("stopped at step 3")
-        error.signum = signum
-        raise error
+        raise Interrupted("stopped at step 3", signum)
 
     monkeypatch.setenv("SLURM_JOB_ID", "12")
     monkeypatch.setenv(slurm_job.OWN, job)
