@@ -58,7 +58,7 @@ SchedulerParameters=sched_interval=2,bf_interval=1,sched_min_interval=0,batch_sc
 ReturnToService=2
 KillWait=20
 OverTimeLimit=10
-MinJobAge=600
+MinJobAge=7200
 GresTypes=gpu
 SlurmdParameters=config_overrides
 {nodes}
@@ -130,7 +130,7 @@ class Cluster:
         return {node for node, state in map(str.split, lines) if state == "idle"}
 
     def jobs(self) -> list[dict[str, str]]:
-        """The fields that `scontrol show job` has of all that ran in the last minutes, oldest first."""
+        """The fields that `scontrol show job` has of all that ran in the last two hours, oldest first."""
         lines = self.ask("scontrol", "--oneliner", "show", "job").splitlines()
         fields = [dict(re.findall(r"(\S+?)=(.*?) *(?= \S+=|$)", line)) for line in lines]
         return sorted((job for job in fields if "JobId" in job), key=lambda job: int(job["JobId"]))
