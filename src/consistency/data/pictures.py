@@ -1,10 +1,10 @@
 """Decoding of one image with Pillow and conversion to the study's size, as in EDM's dataset tool; CelebA as in GC."""
 
+from contextlib import suppress
 from io import BytesIO
 from typing import Any
 
-from PIL import ExifTags, Image
-from PIL.Image import Transpose
+from PIL import Image, ImageOps
 
 from consistency.base.errors import UserError
 from consistency.config.dataset import Dataset
@@ -13,16 +13,6 @@ from consistency.config.dataset import Dataset
 _FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 _BIT_DEPTH = 24  # its offset in a PNG
 _BITS_PER_SAMPLE = 258  # a TIFF's tag
-#: EXIF orientations of pictures that are not upright, and what brings them there
-_UPRIGHT = {
-    2: Transpose.FLIP_LEFT_RIGHT,
-    3: Transpose.ROTATE_180,
-    4: Transpose.FLIP_TOP_BOTTOM,
-    5: Transpose.TRANSPOSE,
-    6: Transpose.ROTATE_270,
-    7: Transpose.TRANSVERSE,
-    8: Transpose.ROTATE_90,
-}
 _ALIGNED_CELEBA = (178, 218)
 
 
@@ -65,11 +55,9 @@ def _is_deep(picture: Any, content: bytes) -> bool:
 
 def _upright(picture: Image.Image) -> Image.Image:
     """Turn a picture as its EXIF says. A broken EXIF says nothing."""
-    try:
-        turn = _UPRIGHT.get(picture.getexif().get(ExifTags.Base.Orientation, 1))
-    except Exception:  # on arbitrary bytes it may be anything
-        return picture
-    return picture if turn is None else picture.transpose(turn)
+    with suppress(Exception):  # on arbitrary bytes it may be anything
+        ImageOps.exif_transpose(picture, in_place=True)
+    return picture
 
 
 def crop_and_resize(picture: Image.Image, where: str, settings: Dataset) -> Image.Image:
