@@ -40,11 +40,13 @@ def reported(content: dict[str, Any], teacher: int, first_seed: int, clone: Path
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--study", type=Path, default=Path("config/studies/digits.yaml"), help="default: digits")
+    parser.add_argument("--students", nargs="+", default=["ctm", "analytic"], help="default: ctm analytic")
     parser.add_argument("--seeds", type=int, default=3, help="training seeds (default: 3)")
     parser.add_argument("--cores", type=int, default=1)
     parser.add_argument("--out", type=Path, default=Path("docs/held_fixed.csv"))
     args = parser.parse_args()
     content = yaml.safe_load(args.study.read_text()) | {"seeds": list(range(args.seeds))}
+    content["students"] = {name: content["students"][name] for name in args.students}
     count, found = content["sampling"]["count"], []
     with tempfile.TemporaryDirectory() as folder:
         clone = Path(folder) / "clone"

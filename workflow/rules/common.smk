@@ -23,7 +23,7 @@ os.environ.update(PATH=PATH, CONSISTENCY_SUPERVISOR=SUPERVISOR)
 try:
     getpass.getuser()
 except (KeyError, OSError):  # a uid without a name, as in a container: Snakemake and its Slurm plugin ask for one
-    os.environ["LOGNAME"] = f"uid{os.getuid()}"
+    os.environ.update(LOGNAME=f"uid{os.getuid()}")
 
 try:
     from consistency.base.errors import UserError
