@@ -18,6 +18,7 @@ LAST = {"report", "track"}
 CTM = {"student ctm", "samples ctm", "scores ctm"}
 ANALYTIC = {"student analytic", "samples analytic", "scores analytic"}
 SCORED = {"calibration", "scores ctm", "scores analytic"}
+SAMPLED = {"teacher_samples", "samples ctm", "samples analytic"}
 
 
 def test_a_run_makes_what_lies_in_its_folders_and_leaves_nothing_behind(finished: Checkout) -> None:
@@ -59,6 +60,8 @@ AGAIN: dict[str, tuple[Any, set[str]]] = {
     "coefficients.probes": (2, {"coefficients"} | ANALYTIC | LAST),
     "calibration.tolerance": (0.2, {"calibration"} | LAST),
     "scores.classifier.steps": (21, {"extractor"} | SCORED | LAST),
+    "scores.kid_subset_size": (8, SCORED | LAST),
+    "sampling.first_seed": (100, SAMPLED | SCORED | LAST),
     "seeds": ([0, 1], CTM | ANALYTIC | LAST),
 }
 

@@ -32,7 +32,7 @@ try:
     from consistency.config.reading import load_studies
     from consistency.data.resources import registry, resource_path
     from consistency.provenance import graph
-    from consistency.provenance.due import due_mark, mark_due
+    from consistency.provenance.due import due_mark, is_due, mark_due
     from consistency.runtime.cluster import require_cluster
     from consistency.runtime.slurm_job import note_own
     from consistency.runtime.snakemake import TAKEN, join_run
@@ -101,12 +101,18 @@ def inputs(stage: str):
 
     def needed(wildcards):
         job = job_of(wildcards)
-        settled = graph.settled(stage, job)
         # The gate is the calibration's table, because results of earlier versions have no calibration.passed.
-        files = [*graph.needed(stage, job, job.of().scores), *map(resource_path, graph.fetched(stage, job))]
+        gate, mark = job.of().scores, due_mark(stage, job)
+        files = [*graph.needed(stage, job, gate), *map(resource_path, graph.fetched(stage, job))]
         files += graph.given(stage, job)
-        marks = [] if DECIDED else [str(due_mark(stage, job))]
-        return [ancient(str(path)) if DECIDED or path in settled else str(path) for path in files] + marks
+        if DECIDED:
+            return [ancient(str(path)) for path in files]
+        settled = graph.settled(stage, job)
+        # Snakemake ignores a mark if any ancestor runs, and takes the job to run because of it; it does not beyond an
+        # ancient file. So what is due beyond the gate waits for the gate itself.
+        if is_due(mark) and graph.beyond_gate(stage, job):
+            files, settled = [*files, gate], []
+        return [ancient(str(path)) if path in settled else str(path) for path in files] + [str(mark)]
 
     return needed
 

@@ -41,6 +41,11 @@ def mark_due(job: Job) -> dict[str, str]:
     return reasons
 
 
+def is_due(mark: Path) -> bool:
+    """Return whether a mark is newer than any artifact."""
+    return mark.stat().st_mtime > 0
+
+
 def _reason(stage: str, job: Job) -> str:
     """Return the reason to make an artifact again, or '' if it is up to date or has no card."""
     if not job.card(stage).exists():

@@ -67,6 +67,11 @@ def settled(stage: str, job: Job) -> list[Path]:
     return [job.of().scores, job.paths.endpoints] if stage in ("student", "scores") else []
 
 
+def beyond_gate(stage: str, job: Job) -> bool:
+    """Return whether a job reads what a student made, or makes it; the report reads the calibration itself."""
+    return job.student is not None or stage == "flows"
+
+
 def declared(job: Job, path: Path) -> Path:
     """Return the rule's output that holds this file: the file, or its folder if the content depends on the study."""
     kind, *below = path.relative_to(job.paths.root).parts
