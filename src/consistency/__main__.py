@@ -17,7 +17,7 @@ from typing import Any
 import shtab
 
 from consistency import __version__
-from consistency.base.errors import NoPermission, UserError
+from consistency.base.errors import UserError, user_error
 from consistency.base.progress import SUPERVISOR
 from consistency.runtime import launch, slurm_job
 from consistency.runtime.stopping import Interrupted, heeded
@@ -239,8 +239,7 @@ def _run(args: Arguments) -> int:
             _prepare(args, asked)
         return verb.run(args)
     except (UserError, PermissionError) as error:
-        said = error if isinstance(error, UserError) else NoPermission(error)
-        print(f"error{launch.whose()}: {said}", file=sys.stderr)
+        print(f"error{launch.whose()}: {user_error(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted; run the same command again to resume", file=sys.stderr)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 from zipfile import BadZipFile
 
-from consistency.base.errors import NoPermission, UserError
+from consistency.base.errors import UserError, user_error
 
 
 @contextmanager
@@ -56,10 +56,8 @@ def require_output(path: Path, verb: str) -> Path:
     try:
         if not path.is_dir():
             path.open("rb").close()
-    except PermissionError as error:
-        raise NoPermission(error) from None
-    except OSError:
-        raise UserError(f"{path} is missing: run `python -m consistency {verb}` first") from None
+    except OSError as error:
+        raise user_error(error, f"{path} is missing: run `python -m consistency {verb}` first") from None
     return path
 
 
@@ -69,10 +67,8 @@ def reading(path: Path, verb: str) -> Iterator[None]:
     require_output(path, verb)
     try:
         yield
-    except PermissionError as error:
-        raise NoPermission(error) from None
     except (OSError, ValueError, EOFError, BadZipFile) as error:
-        raise UserError(f"{path} is damaged ({error}): delete it and run `{verb}` again") from None
+        raise user_error(error, f"{path} is damaged ({error}): delete it and run `{verb}` again") from None
 
 
 def read_json(path: Path, verb: str) -> Any:

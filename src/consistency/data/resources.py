@@ -11,7 +11,7 @@ from typing import Annotated
 
 from pydantic import Field, TypeAdapter, ValidationError
 
-from consistency.base.errors import UserError, suggestion
+from consistency.base.errors import UserError, suggestion, user_error
 from consistency.base.files import atomic, sha256, write_bytes
 from consistency.base.locks import held
 from consistency.base.progress import Progress
@@ -63,7 +63,7 @@ def registry() -> dict[str, Resource]:
         content = parse_yaml(file.read_text(), file)
         return TypeAdapter(dict[FileName, Resource]).validate_python(content)
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read {file}: {error}") from None
+        raise user_error(error, f"cannot read {file}: {error}") from None
     except ValidationError as error:
         raise UserError(f"{file}: {explain(error, Resource)}") from None
 
