@@ -1,6 +1,7 @@
 """The commands: `consistency VERB --study config/studies/digits.yaml`, one per stage and a few tools."""
 
 import argparse
+import io
 import os
 import platform
 import signal
@@ -168,6 +169,10 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(words: list[str] | None = None) -> int:
     """Run a verb. Returns the exit code: 0, 2 for an error the user can correct, 128 + signal when interrupted."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a file or pipe gets UTF-8, a terminal what it can show
+            stream.reconfigure(encoding=stream.encoding if stream.isatty() else "utf-8", errors="backslashreplace")
+    os.environ["MPLBACKEND"] = "Agg"  # a terminal of Jupyter names a backend that may not be installed here
     args = build_parser().parse_args(words)
     args.words = sys.argv[1:] if words is None else words
     if SUPERVISOR in os.environ or heeded(signal.SIGTERM):  # the workflow's shell ignores it, for its tee

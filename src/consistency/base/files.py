@@ -74,19 +74,19 @@ def reading(path: Path, verb: str) -> Iterator[None]:
 def read_json(path: Path, verb: str) -> Any:
     """Read JSON. Raises UserError as `reading` does."""
     with reading(path, verb):
-        return json.loads(path.read_text())
+        return json.loads(path.read_text(encoding="utf-8"))
 
 
 def read_lines(path: Path, verb: str) -> list[str]:
     """Read the lines of a text file. Raises UserError as `reading` does."""
     with reading(path, verb):
-        return path.read_text().splitlines()
+        return path.read_text(encoding="utf-8").splitlines()
 
 
 def read_history(path: Path, verb: str) -> list[dict[str, Any]]:
     """Read a training's history.jsonl; empty for a teacher not trained here. Raises UserError as `reading` does."""
     with reading(path, verb):
-        return [json.loads(line) for line in path.read_text().splitlines()]
+        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 def sha256(path: Path) -> str:

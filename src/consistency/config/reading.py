@@ -90,7 +90,7 @@ def load_study(given: str | Path) -> Study:
     kept = Path(os.environ.get(KEPT, ""), path.name)
     path = kept if KEPT in os.environ and kept.is_file() else path
     try:
-        content = parse_yaml(path.read_text(), path)
+        content = parse_yaml(path.read_text(encoding="utf-8"), path)
     except FileNotFoundError:
         beside = sorted(each.name for each in path.parent.glob("*.yaml"))
         shipped = sorted(each.stem for each in (SHIPPED / "studies").glob("*.yaml"))

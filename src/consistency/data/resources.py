@@ -60,7 +60,7 @@ def registry() -> dict[str, Resource]:
     """Return the resources by file name. Raises UserError with the file and the key if the registry is not valid."""
     file = registry_file()
     try:
-        content = parse_yaml(file.read_text(), file)
+        content = parse_yaml(file.read_text(encoding="utf-8"), file)
         return TypeAdapter(dict[FileName, Resource]).validate_python(content)
     except (OSError, UnicodeDecodeError) as error:
         raise user_error(error, f"cannot read {file}: {error}") from None
@@ -204,7 +204,7 @@ def _fault(name: str, resource: Resource, path: Path, record: bool = True) -> st
 
 def recorded() -> dict[str, str]:
     """Read the recorded digests by file name. Raises UserError if config/resources.lock is damaged."""
-    text = RECORDED.read_text(errors="replace") if RECORDED.exists() else ""
+    text = RECORDED.read_text(encoding="utf-8", errors="replace") if RECORDED.exists() else ""
     digests: dict[str, str] = {}
     for number, line in enumerate(text.splitlines(), 1):
         entry = re.fullmatch(r"([0-9a-f]{64})  (\S+)|#.*|\s*", line)

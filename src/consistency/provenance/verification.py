@@ -149,7 +149,7 @@ def _left_out(root: Path, absent: set[str]) -> set[str]:
     """Find the absent files that the archive of these results never held, as its SHA256SUMS says."""
     folder = root.resolve()
     sums, prefix = folder.parent.parent / SUMS, f"results/{folder.name}/"
-    held = {line[66:] for line in sums.read_text().splitlines()} if sums.is_file() else set()
+    held = {line[66:] for line in sums.read_text(encoding="utf-8").splitlines()} if sums.is_file() else set()
     archived = any(name.startswith(prefix) for name in held)
     return {name for name in absent if archived and stays_out(name) and prefix + name not in held}
 
