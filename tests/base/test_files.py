@@ -25,6 +25,13 @@ def test_every_text_has_an_encoding() -> None:
             assert "encoding" in words or not text, f"{path}, line {call.lineno}"
 
 
+def test_a_file_that_the_disk_refuses_is_not_called_missing(tmp_path: Path) -> None:
+    path = tmp_path / "link"
+    path.symlink_to(path)
+    with pytest.raises(UserError, match=rf"cannot read {path} \(Too many levels of symbolic links\)"):
+        read_json(path, "dataset")
+
+
 def test_a_file_appears_when_the_block_ends_and_not_before(tmp_path: Path) -> None:
     path = tmp_path / "deep" / "file"
     with atomic(path) as temporary:

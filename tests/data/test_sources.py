@@ -23,7 +23,7 @@ import pytest
 from PIL import Image
 from sklearn.datasets import load_sample_images
 from tests.conftest import mistake, vouch_for
-from tests.dangers import Call
+from tests.dangers import Call, file_size_limit
 from tests.image_sources import (
     CELEBA_SPLITS,
     CIFAR10_CLASSES,
@@ -228,6 +228,13 @@ def test_an_incomplete_or_truncated_cifar10_is_named(tmp_path: Path, known: File
     assert f"{archive} cannot be unpacked" in refused("cifar10", archive, 32)
     archive.write_bytes(b"<html>404</html>")
     assert f"{archive} cannot be unpacked" in refused("cifar10", archive, 32)
+
+
+def test_a_full_disk_of_temporary_files_is_no_broken_cifar10(tmp_path: Path, known: Files) -> None:
+    archive = tmp_path / "whole.tar.gz"
+    cifar10_archive(archive, known)
+    with file_size_limit(1000):
+        assert f"cannot unpack {archive} into {tempfile.gettempdir()}/cifar10-" in refused("cifar10", archive, 32)
 
 
 def test_what_else_is_in_a_cifar10_archive_goes_nowhere(tmp_path: Path, known: Files) -> None:

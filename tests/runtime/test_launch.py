@@ -1,5 +1,6 @@
 """GPUs are handed out to the jobs of one machine without collision; no GPU is needed to see it."""
 
+import errno
 import os
 import signal
 import subprocess
@@ -8,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from tests.dangers import refused
 from tests.processes import run_python, start_python
 
 from consistency.base.errors import UserError
@@ -106,6 +108,12 @@ def test_the_gpus_of_a_rules_own_slurm_job_need_no_locks(monkeypatch: pytest.Mon
     launch.claim_gpus(2)
     assert os.environ["CUDA_VISIBLE_DEVICES"] == ",".join(GPUS[:2])
     assert locks() == []
+
+
+def test_a_disk_without_locks_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fcntl.flock", refused(errno.ENOLCK))
+    with pytest.raises(UserError, match=r"cannot lock .*-gpu-.*: No locks available; mend"):
+        launch.claim_gpus(1)
 
 
 @pytest.mark.parametrize("own", ["", "6 4"])

@@ -57,6 +57,18 @@ def test_any_number_of_workers_makes_the_same_bytes(big: Path, prepared: Callabl
     assert prepared(workers) == prepared(1)
 
 
+def test_without_threads_images_are_read_one_by_one(
+    big: Path, prepared: Callable[..., Contents], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse(*_: object) -> None:
+        raise RuntimeError("can't start new thread")
+
+    expected = prepared()
+    monkeypatch.setattr("threading.Thread.start", refuse)
+    assert prepared(4) == expected
+    assert "dataset tiny: can't start new thread: images are read one by one\n" in capsys.readouterr().out
+
+
 def stopped_at_line(number: float, prepare: Prepare) -> int:
     """Run with Ctrl-C pressed before the stage executes its line of that number. Returns how many it executed."""
     lines = 0

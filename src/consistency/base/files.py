@@ -56,8 +56,10 @@ def require_output(path: Path, verb: str) -> Path:
     try:
         if not path.is_dir():
             path.open("rb").close()
+    except FileNotFoundError:
+        raise UserError(f"{path} is missing: run `python -m consistency {verb}` first") from None
     except OSError as error:
-        raise user_error(error, f"{path} is missing: run `python -m consistency {verb}` first") from None
+        raise user_error(error, f"cannot read {path} ({error.strerror}): mend its disk or mount") from None
     return path
 
 

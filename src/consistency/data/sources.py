@@ -1,5 +1,6 @@
 """Datasets: their images, order and classes."""
 
+import gzip
 import hashlib
 import json
 import os
@@ -175,10 +176,11 @@ def _unpack_cifar10(archive: Path, folder: Path) -> None:
         with tarfile.open(archive, "r:gz") as tar:
             members = (each for each in tar if each.name in wanted and each.isreg() and each.size <= _BATCH_BYTES)
             tar.extractall(folder, members, filter="data")
-    except (tarfile.TarError, EOFError, OSError, zlib.error) as error:
-        raise user_error(
-            error, f"{archive} cannot be unpacked ({error}): download it again from {_CIFAR10_PAGE}"
-        ) from None
+    except (tarfile.TarError, EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise UserError(f"{archive} cannot be unpacked ({error}): download it again from {_CIFAR10_PAGE}") from None
+    except OSError as error:
+        advice = "make room there, or set TMPDIR to a folder on another disk"
+        raise user_error(error, f"cannot unpack {archive} into {folder} ({error.strerror}): {advice}") from None
 
 
 def _read_cifar10(batches: Path, settings: Dataset, given: Path, vouched: bool) -> Source:

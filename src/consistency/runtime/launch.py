@@ -113,14 +113,15 @@ def _try_lock(path: Path) -> int | None:
         finally:
             os.umask(umask)
         lock = os.open(path, os.O_RDONLY)
+        with suppress(BlockingIOError):
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return lock
     except PermissionError:
         raise UserError(f"no permission to open {path}, the lock of a GPU: remove it, or ask its owner to") from None
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(lock)
-        return None
-    return lock
+    except OSError as error:
+        raise UserError(f"cannot lock {path}, the lock of a GPU: {error.strerror}; mend that disk or mount") from None
+    os.close(lock)
+    return None
 
 
 def run_on_nodes(nodes: int, words: Sequence[str]) -> int:

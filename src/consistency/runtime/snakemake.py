@@ -16,7 +16,7 @@ from typing import NoReturn
 
 import psutil
 
-from consistency.base.errors import UserError
+from consistency.base.errors import UserError, user_error
 from consistency.config.study import Study
 from consistency.runtime.supervision import watch
 
@@ -95,7 +95,8 @@ def _alone() -> int:
                 )
             time.sleep(_POLL)
     except OSError as error:
-        raise UserError(f"cannot lock {AT_WORK}: {error.strerror}; work on a disk that has file locks") from None
+        message = f"cannot lock {AT_WORK}: {error.strerror}; work on a disk that has file locks and can be written"
+        raise user_error(error, message) from None
 
 
 def _interrupt() -> None:

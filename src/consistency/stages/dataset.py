@@ -91,7 +91,12 @@ def _write_images(study: Study, source: Source, path: Path, workers: int) -> tup
         # Pillow and zlib run in parallel threads: they release the interpreter's lock.
         pool = ThreadPoolExecutor(max(workers, 1))
         try:
-            for rows, (more, more_squares, wrong) in zip(batches, pool.map(write, batches), strict=True):
+            try:
+                written = pool.map(write, batches)
+            except RuntimeError as error:  # a limit on processes (ulimit -u) forbids threads too
+                print(f"dataset {study.name}: {error}: images are read one by one", flush=True)
+                written = map(write, batches)
+            for rows, (more, more_squares, wrong) in zip(batches, written, strict=True):
                 values, squares = values + more, squares + more_squares
                 errors += wrong
                 progress.update(len(rows))
