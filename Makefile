@@ -2,6 +2,10 @@
 # Requires Debian or Ubuntu with python3 >= 3.11 (and python3-venv), make and git. Everything else is installed into
 # .venv, once, from requirements.lock.
 
+ifneq ($(shell uname),Linux)
+$(error make needs Linux here: use WSL on Windows, a Linux container or virtual machine on macOS)
+endif
+
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .ONESHELL:
@@ -128,7 +132,11 @@ $(STAMP):
 	@export PATH="$(OUTSIDE_PATH)"
 	fail() { echo "error: $$*" >&2; exit 1; }
 	exec 8>>.install.lock
-	flock -n 8 || { echo "Waiting: another make is installing the environment of this directory."; flock 8; }
+	flock -n 8 || {
+	  [ $$? = 1 ] || fail "flock cannot lock .install.lock: install util-linux, or work on a disk that has file locks."
+	  echo "Waiting: another make is installing the environment of this directory."
+	  flock 8
+	}
 	if [ -e $@ ]; then exit 0; fi
 	if [ -e .venv ] && { [ -e $(INSTALLING) ] || ! grep -qsxF -- "$$(pwd -P)" .venv/.installed-* ||
 	    ! .venv/bin/python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; }; then
@@ -155,9 +163,14 @@ $(STAMP):
 	  .venv/bin/uv pip sync --python .venv/bin/python --require-hashes requirements.lock &&
 	  echo "[3/3] this repository's own package, in place" &&
 	  .venv/bin/uv pip install --quiet --python .venv/bin/python --no-deps --no-build-isolation --offline --editable .
-	} || fail "the installation stopped; the reason stands above." \
-	  "It needs access to the package registry and 6 GB of free disk (free here:$$(df -h --output=avail . | tail -n 1))." \
-	  "Run the same command again; earlier downloads are kept."
+	} || {
+	  cache=$${UV_CACHE_DIR:-$${XDG_CACHE_HOME:-$${HOME-}/.cache}/uv}
+	  free() { df -Ph "$$1" 2>/dev/null | awk 'NR == 2 { free = $$4 " free" } END { print free ? free : "missing" }'; }
+	  fail "the installation stopped; the reason stands above." \
+	    "It needs access to the package registry and 6 GB of disk here ($$(free .)), as much for uv's cache if that is on" \
+	    "another disk ($$cache, $$(free "$$cache"); UV_CACHE_DIR moves it), and some in $${TMPDIR:-/tmp}" \
+	    "($$(free "$${TMPDIR:-/tmp}")). Run the same command again; earlier downloads are kept."
+	}
 	rm -f .venv/.installed-*
 	pwd -P >$@
 	rm $(INSTALLING)
@@ -173,5 +186,5 @@ clean: ## remove results/, state/, mlflow.db and mlruns/ (requires CONFIRM=yes)
 	@[ "$(CONFIRM)" = yes ] || { echo "This removes results/, state/, mlflow.db and mlruns/, trained networks included." \
 	  "To do it: make clean CONFIRM=yes" >&2; exit 1; }
 	mkdir -p .snakemake
-	flock -n .snakemake/at-work.lock rm -rf results state mlruns mlflow.db mlflow.db-* ||
-	  { echo "A run is at work in this directory; stop it first." >&2; exit 1; }
+	flock -n -E 9 .snakemake/at-work.lock rm -rf results state mlruns mlflow.db mlflow.db-* ||
+	  { code=$$?; [ $$code != 9 ] || echo "A run is at work in this directory; stop it first." >&2; exit $$code; }

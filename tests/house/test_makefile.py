@@ -208,6 +208,8 @@ def test_nothing_is_removed_while_a_run_is_at_work(installed: Path) -> None:
     assert refused.returncode != 0
     assert "A run is at work in this directory" in refused.stderr
     assert (installed / "results").exists()
+    script(installed / "fake/flock", "exit 65")
+    assert "at work" not in make(installed, "clean", "CONFIRM=yes", path=f"{installed}/fake:{SYSTEM_PATH}").stderr
 
 
 def test_a_failed_study_fails_the_demo_without_a_summary(installed: Path) -> None:
@@ -263,6 +265,24 @@ def test_a_missing_python_gets_a_message_that_names_its_packages(checkout: Path)
     assert "apt-get install python3.99 python3.99-venv" in done.stderr
 
 
+@pytest.mark.parametrize(
+    ("tool", "body", "said"),
+    [
+        ("uname", "echo Darwin", "make needs Linux here: use WSL on Windows"),
+        (
+            "flock",
+            "exit 65",
+            "flock cannot lock .install.lock: install util-linux, or work on a disk that has file locks",
+        ),
+    ],
+)
+def test_a_system_that_lacks_something_gets_one_line(checkout: Path, tool: str, body: str, said: str) -> None:
+    script(checkout / "fake" / tool, body)
+    done = make(checkout, "install", path=f"{checkout}/fake:{SYSTEM_PATH}")
+    assert done.returncode != 0
+    assert said in done.stderr and "another make" not in done.stdout
+
+
 def test_an_installed_environment_is_left_alone(installed: Path) -> None:
     done = make(installed, "install")
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
@@ -299,8 +319,10 @@ def test_a_failed_installation_says_so_and_is_repaired_next_time(checkout: Path)
         'case "$*" in *version_info*) exit 0 ;; *) echo "no network" >&2; exit 1 ;; esac',
     )
     (checkout / ".venv/.installed-0000000000000000").write_text(f"{checkout}\n")
-    failed = make(checkout, "install")
+    failed = make(checkout, "install", variables={"UV_CACHE_DIR": "/dev/shm"})
     assert failed.returncode != 0
     assert "no network" in failed.stderr
+    places = r"6 GB of disk here \(\S+ free\), .* \(/dev/shm, \S+ free; UV_CACHE_DIR .* in /\S+ \(\S+ free\)"
+    assert re.search(places, failed.stderr)
     assert "Run the same command again" in failed.stderr
     assert (checkout / ".venv/.installing").exists()

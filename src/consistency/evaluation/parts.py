@@ -48,7 +48,8 @@ class Parts:
                 np.lib.format.open_memmap(temporary, mode="w+", dtype=np.uint8, shape=self.shape)
                 with temporary.open("r+b") as file:
                     # A full disk would otherwise show only as SIGBUS, in the middle of the sampling.
-                    os.posix_fallocate(file.fileno(), 0, temporary.stat().st_size)
+                    if hasattr(os, "posix_fallocate"):  # not on macOS
+                        os.posix_fallocate(file.fileno(), 0, temporary.stat().st_size)
         self.ranks.wait()
         return np.lib.format.open_memmap(self.path(name), mode="r+")
 
