@@ -260,6 +260,23 @@ def test_results_of_another_folder_are_left_alone(small_project: Job, client: An
     assert client.get_run(first["ctm seed 1"]).data.tags["state"] == "current"
 
 
+def test_a_copied_project_records_in_its_own_folder(
+    small_project: Job, client: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old = track(small_project)["runs"]
+    here = Path(shutil.copytree(tmp_path, tmp_path.with_name(f"{tmp_path.name} copied")))
+    before = set(tmp_path.rglob("*"))
+    monkeypatch.chdir(here)
+    make_student(small_project.of("ctm", 1), level=0.5)
+    new = track(small_project)["runs"]
+    assert set(tmp_path.rglob("*")) == before
+    copied = tracking.connect(tracking_uri())
+    for run_id in {*old.values(), *new.values()}:
+        assert copied.get_run(run_id).info.artifact_uri == f"{here}/mlruns/1/{run_id}/artifacts"
+    assert copied.get_run(old["ctm seed 1"]).data.tags["state"] == "superseded"
+    assert artifacts(copied, new["ctm seed 1"]) > {"card.json", "seed1.csv"}
+
+
 def test_values_that_are_not_finite_are_left_out(small_project: Job, client: Any) -> None:
     path = LAYOUT.root / "scores/ctm/seed0.csv"
     rows: list[dict[str, Any]] = list(read_scores(path))
