@@ -277,6 +277,13 @@ def test_a_copied_project_records_in_its_own_folder(
     assert artifacts(copied, new["ctm seed 1"]) > {"card.json", "seed1.csv"}
 
 
+def test_no_two_studies_share_a_model(client: Any, tmp_path: Path) -> None:
+    text = SMALL.replace("  ctm:", "  x-ctm:").replace("trajectory: ctm", "trajectory: x-ctm")
+    jobs = [make_finished(tmp_path / "one", text), make_finished(tmp_path / "other", name="small-x")]
+    models = [address.split("/")[1] for job in jobs for address in track(job)["models"].values()]
+    assert len(set(models)) == 4
+
+
 def test_values_that_are_not_finite_are_left_out(small_project: Job, client: Any) -> None:
     path = LAYOUT.root / "scores/ctm/seed0.csv"
     rows: list[dict[str, Any]] = list(read_scores(path))
