@@ -369,7 +369,7 @@ def test_a_server_that_is_down_is_one_line_soon(small_project: Job, monkeypatch:
 POSTGRES = "postgresql://me:hunter2@127.0.0.1:1/db?x=hunter2"
 
 
-@pytest.mark.parametrize("uri", ["file:///tmp/nowhere", "nonsense://x", "sqlite:///broken.db", POSTGRES])
+@pytest.mark.parametrize("uri", ["sqlite:///broken.db", POSTGRES])
 def test_an_address_mlflow_cannot_use_is_one_line(
     small_project: Job, monkeypatch: pytest.MonkeyPatch, uri: str
 ) -> None:
@@ -402,7 +402,7 @@ def test_errors_are_cleaned_of_credentials() -> None:
     )
 
 
-def test_a_sqlite_address_is_absolute(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_sqlite_address_is_absolute_and_others_name_a_server(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
     for given, uri in {
         "": f"sqlite:///{tmp_path}/mlflow.db",
@@ -411,10 +411,15 @@ def test_a_sqlite_address_is_absolute(monkeypatch: pytest.MonkeyPatch, tmp_path:
     }.items():
         monkeypatch.setenv("MLFLOW_TRACKING_URI", given)
         assert tracking_uri() == uri
-    for nowhere in ("sqlite://", "sqlite:///:memory:"):
-        monkeypatch.setenv("MLFLOW_TRACKING_URI", nowhere)
-        with pytest.raises(UserError, match="names no file"):
-            tracking_uri()
+    for given, said in {
+        "sqlite://": "names no file",
+        "sqlite:///:memory:": "names no file",
+        "sqlite:///~/m.db": f"use sqlite:///{Path.home()}/m.db",
+        "file:///tmp/nowhere": "is neither a server nor a database",
+        "nonsense://me:hunter2@x": "nonsense://x is neither",
+    }.items():
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", given)
+        assert said in mistake(tracking_uri)
 
 
 def test_nothing_phones_home() -> None:

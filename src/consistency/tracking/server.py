@@ -19,6 +19,7 @@ BATCH = 1000  # metrics that MLflow takes in a call
 # Tags: digest of a run's content, folder of its results, and state: live (not tracked yet), current or superseded.
 DIGEST, FOLDER, STATE = "consistency.digest", "consistency.folder", "state"
 
+_DATABASES = ("postgresql", "mysql", "mssql")
 # Columns of MLflow's database that name files and folders of the project.
 _PLACES = {"experiments": "artifact_location", "runs": "artifact_uri", "tags": "value"}
 
@@ -34,13 +35,21 @@ _ENVIRONMENT = {
 
 
 def tracking_uri() -> str:
-    """Return MLFLOW_TRACKING_URI, or mlflow.db in the working directory; a SQLite path is made absolute."""
+    """Return MLFLOW_TRACKING_URI, or mlflow.db in the working directory; a SQLite path is made absolute. Raises
+    UserError if it is the address of no server and no database."""
     uri = os.environ.get("MLFLOW_TRACKING_URI", "").strip() or "sqlite:///mlflow.db"
-    if not uri.startswith("sqlite:"):
+    if uri.startswith(("http://", "https://", *_DATABASES)):
         return uri
+    if not uri.startswith("sqlite:"):
+        raise UserError(
+            f"MLFLOW_TRACKING_URI {without_credentials(uri)} is neither a server nor a database: "
+            "use http://HOST:5000, postgresql://... or sqlite:///mlflow.db"
+        )
     path = uri.removeprefix("sqlite:///")
     if path in ("", uri, ":memory:"):
         raise UserError(f"MLFLOW_TRACKING_URI {uri} names no file: use sqlite:///mlflow.db")
+    if (full := os.path.expanduser(path)) != path:
+        raise UserError(f"MLFLOW_TRACKING_URI {uri} would make a folder named ~: use sqlite:///{full}")
     return f"sqlite:///{Path.cwd() / path}"
 
 
@@ -79,7 +88,7 @@ def connect(uri: str) -> Any:
         logging.getLogger(name).setLevel(logging.CRITICAL)
     if uri.startswith("sqlite:"):
         _sqlite_file(uri).parent.mkdir(parents=True, exist_ok=True)
-    elif uri.startswith(("postgresql", "mysql", "mssql")):
+    elif uri.startswith(_DATABASES):
         # Fail at once if the database does not answer: MLflow would try for two minutes.
         from sqlalchemy import create_engine
         from sqlalchemy.pool import NullPool
