@@ -228,6 +228,10 @@ def _run(args: Arguments) -> int:
         verb = VERBS[args.verb]
         if STUDY in verb.options:
             _open_study(args)
+        if args.verb in ("check", "reproduce"):
+            from consistency.tracking.server import tracking_uri
+
+            tracking_uri()  # a wrong address is an error before the work, not in the verb track at its end
         if verb.computes:
             processes, nodes = _shares(args)
             asked = _asked_gpu(args)  # before the claim, which names every GPU that there is
