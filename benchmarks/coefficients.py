@@ -76,7 +76,9 @@ def trained(content: dict[str, Any], folder: Path) -> Job:
     """Prepare the data and train the teacher of a study in a folder."""
     file = folder / f"{content['name']}.yaml"
     file.parent.mkdir(parents=True)
-    file.write_text(yaml.safe_dump({key: value for key, value in content.items() if key != "quarter"}))
+    file.write_text(
+        yaml.safe_dump({key: value for key, value in content.items() if key != "quarter"}), encoding="utf-8"
+    )
     study = load_study(file)
     job = Job(study, StudyPaths(study.name, folder / "results", folder / "state"))
     make_dataset(job, 1)
@@ -235,7 +237,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("results/coefficients"), help="of the tables")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    content = yaml.safe_load(args.study.read_text())
+    content = yaml.safe_load(args.study.read_text(encoding="utf-8"))
     with tempfile.TemporaryDirectory() as folder:
         job = trained(content, Path(folder) / "base")
         data = read_dataset(job)

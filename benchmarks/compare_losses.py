@@ -24,8 +24,8 @@ def losses(commit: str, study: Path, folder: Path, cores: int) -> Curves:
     """Train the study's students at a commit. Returns {student and seed: {step: loss}}."""
     subprocess.run(["git", "clone", "--quiet", "--shared", "--no-checkout", ".", str(folder)], check=True)
     subprocess.run(["git", "checkout", "--quiet", "--detach", commit], cwd=folder, check=True)
-    content = yaml.safe_load(study.read_text())
-    (folder / "config/studies" / study.name).write_text(study.read_text())
+    content = yaml.safe_load(study.read_text(encoding="utf-8"))
+    (folder / "config/studies" / study.name).write_bytes(study.read_bytes())
     students = Path("results") / content["name"] / "students"
     files = [students / name / f"seed{seed}/history.jsonl" for name in content["students"] for seed in content["seeds"]]
     words = [sys.executable, "-m", "snakemake", "--cores", str(cores), "--config", f"studies={content['name']}", "--"]
@@ -33,7 +33,7 @@ def losses(commit: str, study: Path, folder: Path, cores: int) -> Curves:
     subprocess.run([*words, *map(str, files)], cwd=folder, env=environment, check=True)
     curves: Curves = {}
     for file in files:
-        lines = map(json.loads, (folder / file).read_text().splitlines())
+        lines = map(json.loads, (folder / file).read_text(encoding="utf-8").splitlines())
         curves[str(file.parent.relative_to(students))] = {line["step"]: line["loss"] for line in lines}
     return curves
 
@@ -48,7 +48,7 @@ def main() -> int:
     args = parser.parse_args()
     commits = [
         subprocess.run(
-            ["git", "rev-parse", "--short", commit], check=True, capture_output=True, text=True
+            ["git", "rev-parse", "--short", commit], check=True, capture_output=True, encoding="utf-8", errors="replace"
         ).stdout.strip()
         for commit in (args.before, args.after)
     ]

@@ -154,7 +154,10 @@ def main() -> None:
     page = args.docs / "statistics.md"
     if page.exists():
         block = f"\\1\n\n{table(rows)}\n\n\\2"
-        page.write_text(re.sub(r"(?s)(<!-- begin: coverage -->).*?(<!-- end -->)", block, page.read_text(), count=1))
+        text = re.sub(
+            r"(?s)(<!-- begin: coverage -->).*?(<!-- end -->)", block, page.read_text(encoding="utf-8"), count=1
+        )
+        page.write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -159,7 +159,9 @@ def rung(args: argparse.Namespace, name: str) -> dict[str, float]:
     command = [sys.executable, __file__, "--rung", name]
     for key in ("device", "batch", "heun_steps", "steps", "warm_up", "distance", "threads", "checkpoint"):
         command += [f"--{key.replace('_', '-')}", str(getattr(args, key))]
-    found: dict[str, float] = json.loads(subprocess.run(command, stdout=subprocess.PIPE, check=True, text=True).stdout)
+    found: dict[str, float] = json.loads(
+        subprocess.run(command, stdout=subprocess.PIPE, check=True, encoding="utf-8").stdout
+    )
     return found
 
 

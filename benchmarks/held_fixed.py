@@ -31,7 +31,7 @@ def reported(content: dict[str, Any], teacher: int, first_seed: int, clone: Path
         "teacher": content["teacher"] | {"seed": teacher},
         "sampling": content["sampling"] | {"first_seed": first_seed},
     }
-    (clone / f"config/studies/{name}.yaml").write_text(yaml.safe_dump(changed, sort_keys=False))
+    (clone / f"config/studies/{name}.yaml").write_text(yaml.safe_dump(changed, sort_keys=False), encoding="utf-8")
     words = [sys.executable, "-m", "snakemake", "--cores", str(cores), "--config", f"studies=[{name}]"]
     report = f"results/{name}/report"
     files = [f"{report}/speedup.csv", f"{report}/paired.csv"]
@@ -69,7 +69,7 @@ def main() -> None:
     parser.add_argument("--clone", type=Path, default=Path("build/held_fixed"), help="the clone's folder")
     parser.add_argument("--docs", type=Path, default=Path("docs"), help="folder of held_fixed.csv and statistics.md")
     args = parser.parse_args()
-    content = yaml.safe_load(args.study.read_text()) | {"seeds": list(range(args.seeds))}
+    content = yaml.safe_load(args.study.read_text(encoding="utf-8")) | {"seeds": list(range(args.seeds))}
     content["students"] = {name: content["students"][name] for name in args.students}
     count, found = content["sampling"]["count"], []
     if not args.clone.exists():

@@ -136,7 +136,7 @@ def make_student(job: Job, level: float = 1.0) -> None:
 
 def edit_card(path: Path, change: Callable[[dict[str, Any]], Any]) -> None:
     """Change what a card says."""
-    card = json.loads(path.read_text())
+    card = json.loads(path.read_text(encoding="utf-8"))
     change(card)
     write_json(path, card)
 

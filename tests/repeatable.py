@@ -21,6 +21,6 @@ def repeatable(file: Path) -> Any:
         arrays = load_file(file) if file.suffix == ".safetensors" else np.load(file)
         return {name: array.tobytes() for name, array in arrays.items()}
     if file.suffix == ".jsonl":
-        lines = [json.loads(line) for line in file.read_text().splitlines()]
+        lines = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
         return [{k: v for k, v in line.items() if not k.startswith(UNREPEATABLE)} for line in lines]
     return file.read_bytes()

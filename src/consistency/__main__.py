@@ -1,6 +1,7 @@
 """The commands: `consistency VERB --study config/studies/digits.yaml`, one per stage and a few tools."""
 
 import argparse
+import io
 import os
 import platform
 import signal
@@ -17,7 +18,7 @@ from typing import Any
 import shtab
 
 from consistency import __version__
-from consistency.base.errors import NoPermission, UserError
+from consistency.base.errors import UserError, user_error
 from consistency.base.progress import SUPERVISOR
 from consistency.runtime import launch, slurm_job
 from consistency.runtime.stopping import Interrupted, heeded
@@ -169,6 +170,10 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(words: list[str] | None = None) -> int:
     """Run a verb. Returns the exit code: 0, 2 for an error the user can correct, 128 + signal when interrupted."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a file or pipe gets UTF-8, a terminal what it can show
+            stream.reconfigure(encoding=stream.encoding if stream.isatty() else "utf-8", errors="backslashreplace")
+    os.environ["MPLBACKEND"] = "Agg"  # a terminal of Jupyter names a backend that may not be installed here
     args = build_parser().parse_args(words)
     args.words = sys.argv[1:] if words is None else words
     if SUPERVISOR in os.environ or heeded(signal.SIGTERM):  # the workflow's shell ignores it, for its tee
@@ -244,8 +249,7 @@ def _run(args: Arguments) -> int:
             _prepare(args, asked)
         return verb.run(args)
     except (UserError, PermissionError) as error:
-        said = error if isinstance(error, UserError) else NoPermission(error)
-        print(f"error{launch.whose()}: {said}", file=sys.stderr)
+        print(f"error{launch.whose()}: {user_error(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted; run the same command again to resume", file=sys.stderr)

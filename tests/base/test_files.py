@@ -1,9 +1,11 @@
 """Files are whole or absent, and what is cut short is named."""
 
+import ast
 from pathlib import Path
 
 import numpy as np
 import pytest
+from tests.processes import SOURCE
 
 from consistency.base.arrays import read_arrays, write_arrays
 from consistency.base.errors import UserError
@@ -12,6 +14,15 @@ from consistency.base.files import atomic, read_json, write_bytes, write_json, w
 
 def names(folder: Path) -> list[str]:
     return sorted(entry.name for entry in folder.iterdir())
+
+
+def test_every_text_has_an_encoding() -> None:
+    # ruff's PLW1514 sees only those whose type it can tell.
+    for path in Path(SOURCE).rglob("*.py"):
+        for call in (node for node in ast.walk(ast.parse(path.read_bytes())) if isinstance(node, ast.Call)):
+            words = {word.arg for word in call.keywords}
+            text = getattr(call.func, "attr", "") in ("read_text", "write_text") or "text" in words
+            assert "encoding" in words or not text, f"{path}, line {call.lineno}"
 
 
 def test_a_file_appears_when_the_block_ends_and_not_before(tmp_path: Path) -> None:

@@ -163,7 +163,7 @@ def read_at_random(folder: Path, seed: int) -> tuple[int, int]:
         images, labels = data.take(rng.integers(0, len(data), 50))
         assert images.shape == (50, 3, 64, 64) and not labels.any()
         if batch in (9, 49):
-            status = Path("/proc/self/status").read_text()
+            status = Path("/proc/self/status").read_text(encoding="utf-8")
             found.append(int(status.split("RssAnon:")[1].split()[0]))
     return found[0], found[1]
 

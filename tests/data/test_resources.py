@@ -61,7 +61,7 @@ def server(monkeypatch: pytest.MonkeyPatch, pauses: list[float]) -> Iterator[Ser
 def register(**entries: dict[str, Any]) -> None:
     """Write the registry, of names with '.' as '_'."""
     content = {name.replace("_", "."): ENTRY | entry for name, entry in entries.items()}
-    Path("config/resources.yaml").write_text(yaml.safe_dump(content))
+    Path("config/resources.yaml").write_text(yaml.safe_dump(content), encoding="utf-8")
 
 
 def by_hand(content: bytes = CONTENT, name: str = NAME) -> None:
@@ -117,7 +117,7 @@ def test_a_mistake_in_the_registry_is_named(change: dict[str, Any], message: str
     ],
 )
 def test_a_registry_of_another_form_is_refused(text: str, message: str) -> None:
-    Path("config/resources.yaml").write_text(text)
+    Path("config/resources.yaml").write_text(text, encoding="utf-8")
     assert mistake(registry).startswith(message)
 
 
@@ -288,7 +288,7 @@ def test_the_first_digest_is_recorded_and_enforced_ever_after(
 @pytest.mark.parametrize("line", ["<<<<<<< HEAD", f"{DIGEST} a.pt", f"{DIGEST[:-1]}  a.pt", f"{DIGEST}  b.pt"])
 def test_a_damaged_lock_file_is_named_with_its_line(line: str) -> None:
     register(weights_pt={})
-    LOCK.write_text(f"# digests\n{DIGEST}  b.pt\n{line}\n")
+    LOCK.write_text(f"# digests\n{DIGEST}  b.pt\n{line}\n", encoding="utf-8")
     by_hand()
     assert mistake(open_resource, NAME).startswith(f"{LOCK}, line 3: ")
 
@@ -345,7 +345,7 @@ def test_first_digests_of_several_files_are_all_recorded_in_order(server: Server
     register(**{name.replace(".", "_"): {"url": server.url} for name in names})
     with ThreadPoolExecutor(len(names)) as pool:
         list(pool.map(fetch, reversed(names)))
-    lines = [line for line in LOCK.read_text().splitlines() if not line.startswith("#")]
+    lines = [line for line in LOCK.read_text(encoding="utf-8").splitlines() if not line.startswith("#")]
     assert lines == [f"{DIGEST}  {name}" for name in names]
     subprocess.run(["sha256sum", "-c", "--quiet", "../config/resources.lock"], cwd="resources", check=True)
 

@@ -198,7 +198,7 @@ def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
     """The verb in a folder with a module and pictures, in a process that forgets the module again."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.delitem(sys.modules, "own_network", raising=False)
-    Path("own_network.py").write_text(MODULE)
+    Path("own_network.py").write_text(MODULE, encoding="utf-8")
     Path("pictures").mkdir()
     pixels = torch.randint(0, 256, (8, 2, 3), generator=seeded(), dtype=torch.uint8).numpy()
     for k, picture in enumerate(pixels):

@@ -51,7 +51,7 @@ def unsupported(text: str, *folders: Path, study_file: Path | None = None) -> li
 
 def paragraphs(page: Path, published: Iterable[str]) -> Iterator[tuple[str, list[Path]]]:
     """The paragraphs of a page that link to published results, each with the folders that it names."""
-    for text in re.split(r"\n\s*\n", page.read_text()):
+    for text in re.split(r"\n\s*\n", page.read_text(encoding="utf-8")):
         named = dict.fromkeys(re.findall(r"\]\((?:[./]|docs/)*results/([\w-]+)/", text))
         if named and named.keys() <= set(published):
             yield text, [ROOT / "docs/results" / name for name in named]

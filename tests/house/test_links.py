@@ -21,7 +21,9 @@ def prose(text: str) -> str:
 def anchors(page: Path) -> set[str]:
     """The anchors of a page's headings, as GitHub makes them."""
     found: set[str] = set()
-    for heading in re.findall(r"(?m)^#{1,6} +(.+?) *$", re.sub(r"(?ms)^ *```.*?^ *```", "", page.read_text())):
+    for heading in re.findall(
+        r"(?m)^#{1,6} +(.+?) *$", re.sub(r"(?ms)^ *```.*?^ *```", "", page.read_text(encoding="utf-8"))
+    ):
         words = re.sub(r"\[([^]]*)\]\([^)]*\)", r"\1", heading).lower()
         slug = re.sub(r"[^\w\- ]", "", words).replace(" ", "-")
         found.add(next(name for name in (slug, *(f"{slug}-{k}" for k in range(1, 99))) if name not in found))
@@ -30,7 +32,7 @@ def anchors(page: Path) -> set[str]:
 
 def broken(page: Path) -> Iterator[str]:
     """The links of a page that lead nowhere."""
-    for target in re.findall(r"\]\(([^)\s]+)\)", prose(page.read_text())):
+    for target in re.findall(r"\]\(([^)\s]+)\)", prose(page.read_text(encoding="utf-8"))):
         if target.startswith(ELSEWHERE):
             continue
         name, _, anchor = target.partition("#")

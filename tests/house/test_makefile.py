@@ -20,7 +20,7 @@ RUN_STUDY = "python -m consistency reproduce --study config/studies/{}.yaml"
 
 def script(path: Path, body: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(f"#!/bin/bash\n{body}\n")
+    path.write_text(f"#!/bin/bash\n{body}\n", encoding="utf-8")
     path.chmod(0o755)
 
 

@@ -23,7 +23,7 @@ def modules(source: Path) -> dict[str, Path]:
 
 def imports(path: Path, known: dict[str, Path]) -> Iterator[str]:
     """The modules of this package that a file imports, inside functions too."""
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             assert not any(name.name.startswith("consistency") for name in node.names), f"{path}: import by `from`"
         if isinstance(node, ast.ImportFrom):

@@ -33,8 +33,8 @@ def plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Plan:
 
     def write(changes: Changes | None = None) -> dict[str, Any]:
         content = changed(changes or {})
-        Path("config/studies/tiny.yaml").write_text(yaml.safe_dump(content))
-        Path("dvc.yaml").write_text(pipeline(["tiny"]))
+        Path("config/studies/tiny.yaml").write_text(yaml.safe_dump(content), encoding="utf-8")
+        Path("dvc.yaml").write_text(pipeline(["tiny"]), encoding="utf-8")
         paths = StudyPaths("tiny")
         write_plan(Job(build_study(content), paths), unused=2)
         folder = paths.root / "plan"
@@ -69,7 +69,7 @@ def test_a_key_changes_the_jobs_that_depend_on_it(plan: Plan, key: str, value: A
 
 def test_two_jobs_of_one_name_are_refused(plan: Plan) -> None:
     plan({"students.x-ctm": {"preconditioning": "ctm"}})
-    Path("config/studies/tiny-x.yaml").write_text(yaml.safe_dump(changed({"name": "tiny-x"})))
+    Path("config/studies/tiny-x.yaml").write_text(yaml.safe_dump(changed({"name": "tiny-x"})), encoding="utf-8")
     assert "student@tiny-x-ctm-0" in mistake(pipeline, ["tiny", "tiny-x"])
 
 
@@ -96,7 +96,7 @@ def test_flows_are_a_job_that_depends_on_the_students(plan: Plan, couplings: Cha
 
 def test_a_pipeline_of_other_students_is_refused_with_the_command_that_writes_it(plan: Plan) -> None:
     plan({"seeds": [0, 1]})
-    Path("config/studies/tiny.yaml").write_text(yaml.safe_dump(changed({})))
+    Path("config/studies/tiny.yaml").write_text(yaml.safe_dump(changed({})), encoding="utf-8")
     job = Job(load_study("config/studies/tiny.yaml"), StudyPaths("tiny"))
     with pytest.raises(UserError, match=r"does not match study tiny: run `python -m consistency dvc tiny > dvc.yaml`"):
         write_plan(job)

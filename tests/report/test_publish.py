@@ -80,9 +80,9 @@ def vouch(folder: Path) -> None:
 
 
 def replace_in(path: Path, old: str, new: str) -> None:
-    text = path.read_text()
+    text = path.read_text(encoding="utf-8")
     assert old in text
-    path.write_text(text.replace(old, new, 1))
+    path.write_text(text.replace(old, new, 1), encoding="utf-8")
 
 
 def test_a_page_holds_all_that_its_numbers_come_from(published: Path) -> None:

@@ -71,29 +71,34 @@ def test_the_profile_as_it_comes_is_submitted(answer: Answer, profile: Path) -> 
 def test_what_would_wait_for_ever_is_not_submitted(
     answer: Answer, profile: Path, before: str, after: str, message: str
 ) -> None:
-    text = profile.read_text()
+    text = profile.read_text(encoding="utf-8")
     assert before in text
-    profile.write_text(text.replace(before, after))
+    profile.write_text(text.replace(before, after), encoding="utf-8")
     with pytest.raises(UserError, match=f"^slurm/config.yaml: {message}"):
         require_cluster()
 
 
 @pytest.mark.parametrize("partition", ['"short,gpu"', '\'"short" if wildcards.student == "a" else "gpu"\''])
 def test_several_partitions_and_expressions_are_left_to_slurm(answer: Answer, profile: Path, partition: str) -> None:
-    profile.write_text(profile.read_text().replace('slurm_partition: "gpu"', f"slurm_partition: {partition}"))
+    profile.write_text(
+        profile.read_text(encoding="utf-8").replace('slurm_partition: "gpu"', f"slurm_partition: {partition}"),
+        encoding="utf-8",
+    )
     require_cluster()
 
 
 def test_lists_are_left_to_slurm_and_defaults_are_checked(answer: Answer, profile: Path) -> None:
-    profile.write_text("default-resources:\n  - slurm_partition=main\nset-resources:\n  - student:runtime=60\n")
+    profile.write_text(
+        "default-resources:\n  - slurm_partition=main\nset-resources:\n  - student:runtime=60\n", encoding="utf-8"
+    )
     require_cluster()
-    profile.write_text("default-resources:\n  slurm_partition: main\n")
+    profile.write_text("default-resources:\n  slurm_partition: main\n", encoding="utf-8")
     with pytest.raises(UserError, match="default-resources asks for partition main"):
         require_cluster()
 
 
 def test_the_profile_of_the_environment_is_read(answer: Answer, profile: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    profile.write_text(profile.read_text().replace('"cpu"', '"main"'))
+    profile.write_text(profile.read_text(encoding="utf-8").replace('"cpu"', '"main"'), encoding="utf-8")
     monkeypatch.setattr("sys.argv", ["snakemake", "--cores", "all"])
     require_cluster()
     monkeypatch.setenv("SNAKEMAKE_PROFILE", "slurm")

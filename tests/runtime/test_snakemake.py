@@ -30,10 +30,10 @@ def told(*words: str) -> list[str]:
     program = Path("fake/snakemake/__main__.py")
     program.parent.mkdir(parents=True)
     program.with_name("__init__.py").touch()
-    program.write_text("import sys; print(' '.join(sys.argv[1:]), file=open('told', 'a'))")
+    program.write_text("import sys; print(' '.join(sys.argv[1:]), file=open('told', 'a'))", encoding="utf-8")
     verb = ["-m", "consistency", "reproduce", "--study", ROOT / "config/studies/tiny.yaml", *words]
     run_python(*verb, PYTHONPATH=f"fake:{SOURCE}", CORES="3")
-    return Path("told").read_text().splitlines()
+    return Path("told").read_text(encoding="utf-8").splitlines()
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ import pandas as pd
 import pytest
 from tests.conftest import mistake
 from tests.fake_results import OFFICIAL, SMALL, SWEEP, UNTAUGHT, edit_card, make_finished, make_results, make_study
-from tests.processes import ROOT
+from tests.processes import ROOT, run_python
 
 from consistency.api import read_tables
 from consistency.base.arrays import read_table, write_table
@@ -86,6 +86,20 @@ def test_the_page_is_whole_and_loads_nothing(tmp_path: Path, text: str) -> None:
     assert "not FID" in page
     words = re.sub(r"base64,[^\"]+", "", page)
     assert not re.search(r"\bnan\b", words, re.I)
+
+
+def test_the_report_is_the_same_whatever_the_users_locale_and_matplotlib(tmp_path: Path) -> None:
+    job = reported(tmp_path, SMALL.replace("A small study", "Größe ∞"))
+    made = {path: path.read_bytes() for path in job.paths.report.rglob("*") if path.suffix not in ("", ".json")}
+    assert "Größe ∞" in made[job.paths.report / "report.html"].decode()
+    (tmp_path / "matplotlibrc").write_text("text.usetex: true\nlines.linewidth: 9\naxes.facecolor: red\n")
+    drawing = {"MATPLOTLIBRC": str(tmp_path), "MPLBACKEND": "module://nowhere"}
+    ascii_alone = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "PYTHONIOENCODING": "ascii"}
+    for verb in ("report", "summary"):
+        words = ("-m", "consistency", verb, "--study", tmp_path / "small.yaml", "--results", tmp_path / "results")
+        said = run_python(*words, **drawing, **ascii_alone).stdout
+    assert "Größe ∞: mean ±" in said
+    assert {path: path.read_bytes() for path in made} == made
 
 
 def test_without_a_teacher_nothing_speaks_of_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

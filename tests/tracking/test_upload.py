@@ -373,7 +373,9 @@ POSTGRES = "postgresql://me:hunter2@127.0.0.1:1/db?x=hunter2"
 def test_an_address_mlflow_cannot_use_is_one_line(
     small_project: Job, monkeypatch: pytest.MonkeyPatch, uri: str
 ) -> None:
-    Path("broken.db").write_text("this is not a database, and it is long enough to be looked at " * 20)
+    Path("broken.db").write_text(
+        "this is not a database, and it is long enough to be looked at " * 20, encoding="utf-8"
+    )
     monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
     with pytest.raises(UserError, match=r"cannot be used.*results are safe") as caught:
         track(small_project)

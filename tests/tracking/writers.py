@@ -8,8 +8,8 @@ import os
 import sys
 import time
 
-import mlflow.store.tracking.rest_store
-import mlflow.store.tracking.sqlalchemy_store
+import mlflow.store.tracking.rest_store  # noqa: F401
+import mlflow.store.tracking.sqlalchemy_store  # noqa: F401
 import mlflow.system_metrics.system_metrics_monitor  # noqa: F401
 from tests.tracking.trainings import replayed
 

@@ -65,7 +65,7 @@ def test_the_couplings_that_are_compared_differ_in_nothing_else(name: str) -> No
 
 
 def test_every_rule_that_computes_has_a_gpu_on_the_cluster() -> None:
-    resources = yaml.safe_load(PROFILE.read_text())["set-resources"]
+    resources = yaml.safe_load(PROFILE.read_text(encoding="utf-8"))["set-resources"]
     computing = {"teacher", "coefficients", "student", "teacher_samples", "samples", "extractor", "calibration"}
     for rule in computing | {"scores", "flows"}:
         assert resources[rule]["slurm_partition"] == "gpu"

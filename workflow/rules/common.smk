@@ -26,7 +26,7 @@ except (KeyError, OSError):  # a uid without a name, as in a container: Snakemak
     os.environ.update(LOGNAME=f"uid{os.getuid()}")
 
 try:
-    from consistency.base.errors import UserError
+    from consistency.base.errors import UserError, user_error
     from consistency.config.job import Job
     from consistency.config.paths import StudyPaths
     from consistency.config.reading import load_studies
@@ -53,7 +53,7 @@ def in_one_line():
     try:
         yield
     except (UserError, PermissionError) as error:
-        raise SystemExit(f"error: {error}") from None
+        raise SystemExit(f"error: {user_error(error)}") from None
 
 
 # SIGTERM asks a job to save and exit; its shell and tee must outlive it. The first half is Snakemake's default.

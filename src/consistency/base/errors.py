@@ -1,6 +1,7 @@
 """Errors that the user can fix, and spelling suggestions for them."""
 
 import difflib
+import os
 from collections.abc import Iterable
 
 _MOST = 20  # errors told in one line
@@ -11,11 +12,22 @@ class UserError(Exception):
 
 
 class NoPermission(UserError):
-    """A file or folder that this user may not open. place: its path, or the system's error."""
+    """A file or folder that this user may not open."""
 
-    def __init__(self, place: object) -> None:
-        place = getattr(place, "filename", None) or place
-        super().__init__(f"no permission for {place}: ask its owner for it, or run as the owner")
+
+def user_error(error: Exception, message: str = "") -> UserError:
+    """Return what a reader raises instead of an error: NoPermission if the system refused access, else a UserError with
+    the message."""
+    if isinstance(error, PermissionError):
+        place = shown(error.filename or error)
+        return NoPermission(f"no permission for {place}: ask its owner for it, or run as the owner")
+    return UserError(message or str(error))
+
+
+def shown(name: object) -> str:
+    """Return a file name as printable text for a one-line message."""
+    text = os.fsdecode(bytes(name)) if isinstance(name, bytes) else str(name)
+    return "".join(letter if letter.isprintable() else "?" for letter in text)
 
 
 def suggestion(word: object, known: Iterable[str]) -> str:

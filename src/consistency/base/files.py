@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 from zipfile import BadZipFile
 
-from consistency.base.errors import NoPermission, UserError
+from consistency.base.errors import UserError, user_error
 
 
 @contextmanager
@@ -56,10 +56,8 @@ def require_output(path: Path, verb: str) -> Path:
     try:
         if not path.is_dir():
             path.open("rb").close()
-    except PermissionError as error:
-        raise NoPermission(error) from None
-    except OSError:
-        raise UserError(f"{path} is missing: run `python -m consistency {verb}` first") from None
+    except OSError as error:
+        raise user_error(error, f"{path} is missing: run `python -m consistency {verb}` first") from None
     return path
 
 
@@ -69,28 +67,26 @@ def reading(path: Path, verb: str) -> Iterator[None]:
     require_output(path, verb)
     try:
         yield
-    except PermissionError as error:
-        raise NoPermission(error) from None
     except (OSError, ValueError, EOFError, BadZipFile) as error:
-        raise UserError(f"{path} is damaged ({error}): delete it and run `{verb}` again") from None
+        raise user_error(error, f"{path} is damaged ({error}): delete it and run `{verb}` again") from None
 
 
 def read_json(path: Path, verb: str) -> Any:
     """Read JSON. Raises UserError as `reading` does."""
     with reading(path, verb):
-        return json.loads(path.read_text())
+        return json.loads(path.read_text(encoding="utf-8"))
 
 
 def read_lines(path: Path, verb: str) -> list[str]:
     """Read the lines of a text file. Raises UserError as `reading` does."""
     with reading(path, verb):
-        return path.read_text().splitlines()
+        return path.read_text(encoding="utf-8").splitlines()
 
 
 def read_history(path: Path, verb: str) -> list[dict[str, Any]]:
     """Read a training's history.jsonl; empty for a teacher not trained here. Raises UserError as `reading` does."""
     with reading(path, verb):
-        return [json.loads(line) for line in path.read_text().splitlines()]
+        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 def sha256(path: Path) -> str:

@@ -45,7 +45,7 @@ def held(path: Path, doing: str, patience: float = math.inf, advice: str = "", q
         ) from None
     try:
         with suppress(OSError):  # A full disk is reported by the block's own writes.
-            path.write_text(f"pid {os.getpid()} on {platform.node()}")
+            path.write_text(f"pid {os.getpid()} on {platform.node()}", encoding="utf-8")
         yield
     finally:
         lock.release()
@@ -68,5 +68,5 @@ def only_one(folder: Path, doing: str) -> Iterator[None]:
 
 def _owner(path: Path) -> str:
     with suppress(OSError):
-        return path.read_text()
+        return path.read_text(encoding="utf-8")
     return ""

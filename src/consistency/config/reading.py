@@ -10,7 +10,7 @@ import yaml
 from pydantic import ValidationError
 from ruamel.yaml import YAML, YAMLError
 
-from consistency.base.errors import UserError, suggestion
+from consistency.base.errors import UserError, suggestion, user_error
 from consistency.base.files import write_bytes
 from consistency.config.explain import explain
 from consistency.config.paths import SHIPPED
@@ -90,14 +90,14 @@ def load_study(given: str | Path) -> Study:
     kept = Path(os.environ.get(KEPT, ""), path.name)
     path = kept if KEPT in os.environ and kept.is_file() else path
     try:
-        content = parse_yaml(path.read_text(), path)
+        content = parse_yaml(path.read_text(encoding="utf-8"), path)
     except FileNotFoundError:
         beside = sorted(each.name for each in path.parent.glob("*.yaml"))
         shipped = sorted(each.stem for each in (SHIPPED / "studies").glob("*.yaml"))
         near = suggestion(path.name, beside) if beside and path.suffix else suggestion(path.stem, shipped)
         raise UserError(f"no study file {path}{near}") from None
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read the study file {path}: {error}") from None
+        raise user_error(error, f"cannot read the study file {path}: {error}") from None
     if not isinstance(content, dict):
         raise UserError(f"{path} must hold keys and values, such as `name: {path.stem}`")
     try:

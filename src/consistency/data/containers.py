@@ -14,7 +14,7 @@ from typing import Any, Self
 
 import numpy as np
 
-from consistency.base.errors import NoPermission, UserError
+from consistency.base.errors import UserError, shown, user_error
 from consistency.base.progress import track
 
 Array = np.ndarray
@@ -80,7 +80,7 @@ class Folder(Container):
         try:
             return self._file(row).read_bytes()
         except OSError as error:
-            raise UserError(f"cannot read {self.where(row)} ({error.strerror}): repair or remove it") from None
+            raise user_error(error, f"cannot read {self.where(row)} ({error.strerror}): repair or remove it") from None
 
     def _file(self, row: int) -> Path:
         return self.path / os.fsdecode(bytes(self.names[row]))
@@ -122,22 +122,14 @@ class Tar(Container):
         return content
 
 
-def shown(name: bytes | str) -> str:
-    """Return a file name as printable text for a one-line message."""
-    text = os.fsdecode(bytes(name)) if isinstance(name, bytes) else name
-    return "".join(letter if letter.isprintable() else "?" for letter in text)
-
-
 @contextmanager
 def opening(path: str | Path | None) -> Iterator[None]:
     """Raise UserError, naming the file or folder, where the system refuses access to it or what is in it."""
     try:
         yield
-    except PermissionError as error:
-        raise NoPermission(shown(os.fsdecode(error.filename or path or "the images"))) from None
     except OSError as error:
-        name = shown(os.fsdecode(error.filename or path or "the images"))
-        raise UserError(f"cannot open {name} ({error.strerror}): mend its disk or mount") from None
+        name = shown(error.filename or path or "the images")
+        raise user_error(error, f"cannot open {name} ({error.strerror}): mend its disk or mount") from None
 
 
 def is_hidden(name: bytes) -> bool:
@@ -181,10 +173,8 @@ def open_zip(path: Path) -> Zip:
         files = [info for info in archive.infolist() if not info.is_dir()]
         rows = [(info.filename.encode(), info.file_size, info.CRC) for info in files]
         members = _table(rows, [("size", np.int64), ("crc", np.uint32)])
-    except PermissionError:
-        raise
     except (zipfile.BadZipFile, OSError, NotImplementedError, ValueError, OverflowError) as error:
-        raise UserError(f"{path} is not a whole zip file ({error}): download it again") from None
+        raise user_error(error, f"{path} is not a whole zip file ({error}): download it again") from None
     members.sort(order="name")
     twice = members["name"][1:][members["name"][1:] == members["name"][:-1]]
     if len(twice):
@@ -202,10 +192,10 @@ def open_tar_of_tars(path: Path, label: str) -> Tar:
             parts = [part for part in outer.getmembers() if part.isreg() and part.name.endswith(".tar")]
             parts = [part for part in parts if not is_hidden(part.name.encode(errors="surrogateescape"))]
             tables = [_inner(outer, part) for part in track(label)(parts)]
-    except PermissionError:
-        raise
     except (tarfile.TarError, EOFError, OSError, ValueError, OverflowError) as error:
-        raise UserError(f"{path} is not a whole, uncompressed tar of tars ({error}): download it again") from None
+        raise user_error(
+            error, f"{path} is not a whole, uncompressed tar of tars ({error}): download it again"
+        ) from None
     members = np.concatenate([_table([], _PLACE), *tables])
     members.sort(order="name")
     return Tar(path, members, [Path(part.name).stem for part in parts], os.open(path, os.O_RDONLY | os.O_CLOEXEC))

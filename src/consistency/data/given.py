@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from consistency.base.errors import NoPermission, UserError, raise_all
+from consistency.base.errors import UserError, raise_all, user_error
 from consistency.config.dataset import Dataset
 from consistency.data.containers import Folder, open_folder, opening
 from consistency.data.pictures import decode
@@ -71,11 +71,9 @@ def _array_of(path: Path) -> Array:
     try:
         array: Array = np.load(path, mmap_mode="r")  # refuses pickles
         return array if isinstance(array, np.ndarray) else np.empty(0)
-    except PermissionError as error:
-        raise NoPermission(error) from None
     except (OSError, ValueError, EOFError) as error:
         reason = " ".join(str(error).split())
-        raise UserError(f"{path} is neither a folder of images nor a .npy file ({reason})") from None
+        raise user_error(error, f"{path} is neither a folder of images nor a .npy file ({reason})") from None
 
 
 def _decoded(folder: Folder, shape: tuple[int, int, int]) -> Iterator[Array]:

@@ -11,7 +11,7 @@ from typing import Annotated
 
 from pydantic import Field, TypeAdapter, ValidationError
 
-from consistency.base.errors import UserError, suggestion
+from consistency.base.errors import UserError, suggestion, user_error
 from consistency.base.files import atomic, sha256, write_bytes
 from consistency.base.locks import held
 from consistency.base.progress import Progress
@@ -60,10 +60,10 @@ def registry() -> dict[str, Resource]:
     """Return the resources by file name. Raises UserError with the file and the key if the registry is not valid."""
     file = registry_file()
     try:
-        content = parse_yaml(file.read_text(), file)
+        content = parse_yaml(file.read_text(encoding="utf-8"), file)
         return TypeAdapter(dict[FileName, Resource]).validate_python(content)
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read {file}: {error}") from None
+        raise user_error(error, f"cannot read {file}: {error}") from None
     except ValidationError as error:
         raise UserError(f"{file}: {explain(error, Resource)}") from None
 
@@ -204,7 +204,7 @@ def _fault(name: str, resource: Resource, path: Path, record: bool = True) -> st
 
 def recorded() -> dict[str, str]:
     """Read the recorded digests by file name. Raises UserError if config/resources.lock is damaged."""
-    text = RECORDED.read_text(errors="replace") if RECORDED.exists() else ""
+    text = RECORDED.read_text(encoding="utf-8", errors="replace") if RECORDED.exists() else ""
     digests: dict[str, str] = {}
     for number, line in enumerate(text.splitlines(), 1):
         entry = re.fullmatch(r"([0-9a-f]{64})  (\S+)|#.*|\s*", line)

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from consistency.base.errors import UserError
+from consistency.base.errors import UserError, shown, user_error
 from consistency.config.dataset import KINDS, Dataset
 from consistency.data import pictures
 from consistency.data.containers import (
@@ -27,7 +27,6 @@ from consistency.data.containers import (
     open_tar_of_tars,
     open_zip,
     opening,
-    shown,
     tell_left_out,
 )
 from consistency.data.resources import open_resource
@@ -176,10 +175,10 @@ def _unpack_cifar10(archive: Path, folder: Path) -> None:
         with tarfile.open(archive, "r:gz") as tar:
             members = (each for each in tar if each.name in wanted and each.isreg() and each.size <= _BATCH_BYTES)
             tar.extractall(folder, members, filter="data")
-    except PermissionError:
-        raise
     except (tarfile.TarError, EOFError, OSError, zlib.error) as error:
-        raise UserError(f"{archive} cannot be unpacked ({error}): download it again from {_CIFAR10_PAGE}") from None
+        raise user_error(
+            error, f"{archive} cannot be unpacked ({error}): download it again from {_CIFAR10_PAGE}"
+        ) from None
 
 
 def _read_cifar10(batches: Path, settings: Dataset, given: Path, vouched: bool) -> Source:
@@ -194,12 +193,11 @@ def _read_cifar10(batches: Path, settings: Dataset, given: Path, vouched: bool) 
     here = type("CIFAR10Here", (CIFAR10,), attributes)
     try:
         data = here(batches.parent, train=settings.split == "train")
-    except PermissionError:
-        raise
-    except (RuntimeError, OSError, EOFError, KeyError, ValueError, pickle.UnpicklingError):
-        raise UserError(
+    except (RuntimeError, OSError, EOFError, KeyError, ValueError, pickle.UnpicklingError) as error:
+        raise user_error(
+            error,
             f"{given} does not hold the CIFAR-10 of {_CIFAR10_PAGE} (a file is missing or has another md5): "
-            f"download {_CIFAR10_ARCHIVE} again"
+            f"download {_CIFAR10_ARCHIVE} again",
         ) from None
     return _arrays(data.data, np.array(data.targets), data.classes)
 
@@ -303,7 +301,7 @@ def _celeba_names(partition: Path, split: str) -> list[bytes]:
     try:
         table = pd.read_csv(partition, names=["name", "split"], dtype={"split": int}, **form)
     except OSError as error:
-        raise UserError(f"cannot read {partition} ({error.strerror}): fix its permission") from None
+        raise user_error(error, f"cannot read {partition} ({error.strerror}): mend its disk or mount") from None
     except ValueError:
         raise UserError(f"{partition} has a line that is not of the form `000001.jpg 0`: download it again") from None
     names = [name.encode() for name in table.name[table.split == list(_CELEBA_SPLITS).index(split)]]

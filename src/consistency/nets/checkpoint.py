@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from consistency.base.errors import NoPermission, UserError
+from consistency.base.errors import UserError, user_error
 from consistency.base.files import write_with
 from consistency.nets.denoiser import Denoiser, build_denoiser
 
@@ -60,12 +60,10 @@ def _metadata(path: Path, absent: str, damaged: str) -> dict[str, Any]:
         path.open("rb").close()  # safetensors says of any file that it cannot open that there is none
         with safe_open(path, "pt") as file:
             texts = file.metadata() or {}
-    except PermissionError as error:
-        raise NoPermission(error) from None
     except FileNotFoundError:
         raise UserError(f"{path} is missing: {absent}") from None
     except (SafetensorError, OSError) as error:
-        raise UserError(f"{path} is not a whole safetensors file ({error}): {damaged}") from None
+        raise user_error(error, f"{path} is not a whole safetensors file ({error}): {damaged}") from None
     metadata: dict[str, Any] = {}
     with suppress(ValueError):
         metadata = {name: json.loads(text) for name, text in texts.items()}

@@ -24,7 +24,7 @@ import torch
 from pydantic import BaseModel, Field, ValidationError
 from torch import Tensor
 
-from consistency.base.errors import UserError
+from consistency.base.errors import UserError, user_error
 from consistency.nets.denoiser import Denoiser, build_denoiser
 from consistency.nets.layers import Conv2d
 
@@ -60,7 +60,7 @@ def read_edm_pickle(path: Path) -> Denoiser:
     except FileNotFoundError:
         raise UserError(f"{path} is missing: download an official EDM checkpoint (edm-*.pkl) to it") from None
     except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror}): make it a readable file") from None
+        raise user_error(error, f"{path} cannot be read ({error.strerror}): make it a readable file") from None
     except _Refused as error:
         reason = str(error)
     except EOFError:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from consistency.base.errors import NoPermission, UserError
+from consistency.base.errors import UserError, user_error
 from consistency.nets.adm import DhariwalUNet
 from consistency.nets.checkpoint import DAMAGED, misfit, not_finite
 from consistency.nets.denoiser import Denoiser, build_denoiser
@@ -33,11 +33,9 @@ def read_openai(path: Path, architecture: Mapping[str, Any] | None = None) -> De
     advice = f"download {OPENAI} again"
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except PermissionError as error:
-        raise NoPermission(error) from None
     except DAMAGED as error:
         # The text of torch goes on to advise loading the file unsafely.
-        raise UserError(f"{path} is not a whole state dict ({type(error).__name__}): {advice}") from None
+        raise user_error(error, f"{path} is not a whole state dict ({type(error).__name__}): {advice}") from None
     if not isinstance(state, dict) or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in state.items()):
         raise UserError(f"{path} holds something else than a state dict of tensors: {advice}")
     names = openai_names(described)

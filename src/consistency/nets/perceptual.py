@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn.functional import interpolate
 from torchmetrics.functional.image.lpips import _LPIPS, _normalize_tensor
 
-from consistency.base.errors import UserError
+from consistency.base.errors import UserError, user_error
 
 # As in CTM, images smaller than 256 pixels are resized to VGG's 224.
 _SMALL, _SIZE = 256, 224
@@ -72,8 +72,10 @@ def _read_convolutions(slices: nn.ModuleList, path: Path) -> None:
     """Load the convolutions from torchvision's state dict, whose keys are features.<layer>.weight and .bias."""
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception:  # errors of unpickling a foreign file have no common class; torch's text suggests unsafe loading
-        raise UserError(f"{path} is not a file of VGG16 weights: it is damaged or holds more than tensors") from None
+    except Exception as error:
+        # Errors of unpickling a foreign file have no common class; torch's text suggests unsafe loading.
+        message = f"{path} is not a file of VGG16 weights: it is damaged or holds more than tensors"
+        raise user_error(error, message) from None
     if not isinstance(content, dict):
         raise UserError(f"{path} is not a file of VGG16 weights: it holds no state dict")
     for name, parameter in (named for layers in slices for named in layers.named_parameters()):

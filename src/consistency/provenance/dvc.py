@@ -88,11 +88,12 @@ def _require_in_step(job: Job) -> None:
     """Raise UserError unless dvc.yaml is the pipeline of its studies, this one among them."""
     name = job.study.name
     try:
-        words = PIPELINE.read_text().partition("`python -m consistency dvc ")[2].partition(" > dvc.yaml`")[0].split()
+        text = PIPELINE.read_text(encoding="utf-8")
     except FileNotFoundError:
         raise UserError(f"no {PIPELINE} here: run this in the project's root") from None
+    words = text.partition("`python -m consistency dvc ")[2].partition(" > dvc.yaml`")[0].split()
     studies = words if name in words else [name]
-    if PIPELINE.read_text() != pipeline(studies):
+    if text != pipeline(studies):
         raise UserError(
             f"{PIPELINE} does not match study {name}: run `python -m consistency dvc {' '.join(studies)} > {PIPELINE}`"
         )

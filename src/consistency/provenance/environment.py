@@ -28,8 +28,9 @@ def git_state() -> dict[str, Any]:
 
     def git(*words: str) -> str:
         command = ["git", "--no-optional-locks", *words]
-        options: dict[str, Any] = {"cwd": package, "env": env, "timeout": 30, "check": True}
-        return str(subprocess.run(command, **options, capture_output=True, text=True).stdout.strip())
+        text = {"capture_output": True, "encoding": "utf-8", "errors": "replace"}
+        options: dict[str, Any] = {"cwd": package, "env": env, "timeout": 30, "check": True, **text}
+        return str(subprocess.run(command, **options).stdout.strip())
 
     try:
         if git("ls-files", "*.py"):
@@ -70,7 +71,7 @@ def hardware() -> dict[str, Any]:
 
 def _processor() -> str:
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
         return platform.processor()
     return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from pydantic import BaseModel, ValidationError
 
-from consistency.base.errors import NoPermission, UserError
+from consistency.base.errors import UserError, user_error
 from consistency.base.files import sha256
 from consistency.config.explain import explain
 from consistency.config.job import Job
@@ -155,10 +155,8 @@ def _read(root: Path, place: Path) -> CheckedCard | str:
     """Read a card, its outputs named relative to the study's folder like its inputs. Returns the fault of a bad one."""
     try:
         card = CheckedCard.model_validate_json((root / place).read_bytes())
-    except PermissionError as error:
-        return str(NoPermission(error))
     except OSError as error:
-        return f"missing: {place} ({error.strerror}); pull it, or run its stage"
+        return str(user_error(error, f"missing: {place} ({error.strerror}); pull it, or run its stage"))
     except ValidationError as error:
         return f"damaged: {place}: {explain(error, CheckedCard):.200}; run its stage again"
     outputs = {(place.parent / name).as_posix(): digest for name, digest in card.outputs.items()}
@@ -169,7 +167,7 @@ def _left_out(root: Path, absent: set[str]) -> set[str]:
     """Find the absent files that the archive of these results never held, as its SHA256SUMS says."""
     folder = root.resolve()
     sums, prefix = folder.parent.parent / SUMS, f"results/{folder.name}/"
-    held = {line[66:] for line in sums.read_text().splitlines()} if sums.is_file() else set()
+    held = {line[66:] for line in sums.read_text(encoding="utf-8").splitlines()} if sums.is_file() else set()
     archived = any(name.startswith(prefix) for name in held)
     return {name for name in absent if archived and stays_out(name) and prefix + name not in held}
 

@@ -18,6 +18,7 @@ from consistency.theory.generalized_ode import GeneralizedODE
 if matplotlib.get_backend(auto_select=False) is None:  # a notebook has chosen its own
     matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+from matplotlib import style
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
@@ -26,14 +27,11 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 Array = np.ndarray
 Coefficients = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 
-plt.rc("axes", grid=True)
-plt.rc("axes.spines", right=False, top=False)
-plt.rc("figure", dpi=110)
-plt.rc("figure.constrained_layout", use=True)
-plt.rc("font", size=10)
-plt.rc("grid", alpha=0.25)
-plt.rc("legend", frameon=False)
-plt.rc("svg", hashsalt="consistency")  # the same figure gives the same file
+_STYLE: dict[str, Any] = {"axes.grid": True, "axes.spines.right": False, "axes.spines.top": False, "grid.alpha": 0.25}
+_STYLE |= {"figure.dpi": 110, "figure.constrained_layout.use": True, "font.size": 10, "legend.frameon": False}
+_STYLE |= {"svg.hashsalt": "consistency"}  # the same figure gives the same file
+#: decorator of what draws: matplotlib's defaults and this style, whatever the user's matplotlibrc says
+styled = style.context(_STYLE, after_reset=True)
 
 
 def drawn(figure: Figure, suffix: str) -> bytes:
@@ -103,6 +101,7 @@ def preconditioning(forms: Mapping[str, Coefficients], sigma_min: float, sigma_m
     return figure
 
 
+@styled
 def fitted(fit: Mapping[str, Array], forms: Mapping[str, Coefficients], sigma_min: float, sigma_max: float) -> Figure:
     """Draw `coefficients` above `preconditioning`."""
     figure, axes = plt.subplots(1 + len(forms), 2, figsize=(10, 3.5 * (1 + len(forms))))

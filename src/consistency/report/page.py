@@ -3,7 +3,7 @@
 import base64
 from dataclasses import asdict
 from importlib.resources import files
-from io import StringIO
+from io import BytesIO
 from typing import Any
 
 import jinja2
@@ -27,7 +27,7 @@ def write_page(
 ) -> str:
     """Render the page as text. Raises UserError if the dataset's facts are missing."""
     study, extractor = job.study, results.extractor
-    template = files("consistency.report").joinpath("templates/report.html.j2").read_text()
+    template = files("consistency.report").joinpath("templates/report.html.j2").read_text(encoding="utf-8")
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
     chapters: dict[str, list[dict[str, str]]] = {}
     for picture in pictures:
@@ -86,7 +86,7 @@ def _table_rows(table: pd.DataFrame) -> list[dict[str, Any]]:
 def _published(study: Study) -> dict[tuple[str, int], str]:
     """Return the FIDs that a paper reports, by student and number of jumps; "?" behind one that was read but once, ±:
     over samplings of one model."""
-    table = pd.read_csv(StringIO(files("consistency.report").joinpath("published.csv").read_text()), dtype={"run": str})
+    table = pd.read_csv(BytesIO(files("consistency.report").joinpath("published.csv").read_bytes()), dtype={"run": str})
     return {
         (row["run"], row["nfe"]): wording.plus_minus(row["fid"], row["spread"])
         + ("" if row["read"] == "twice" else " ?")

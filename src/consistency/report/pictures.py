@@ -43,6 +43,7 @@ class Picture:
         return cls(name, chapter, caption, png, svg)
 
 
+@figures.styled
 def draw_pictures(job: Job, results: Results, histories: dict[str, list[pd.DataFrame]]) -> list[Picture]:
     """Draw every figure of the report; captions state N and the seeds."""
     study, extractor, scores, found = job.study, results.extractor, results.main, results.found

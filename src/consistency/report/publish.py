@@ -34,7 +34,8 @@ def publish(job: Job, pages: Path, archives: Path) -> None:
     root, folder = job.paths.root, pages / job.study.name
     require_consistent(root, job.study)
     page, cards = folder / PAGE, _cards(job, archives)
-    text, figures = page.read_text() if page.exists() else None, {name for name in cards.copies if name[-4:] == ".png"}
+    text = page.read_text(encoding="utf-8") if page.exists() else None
+    figures = {name for name in cards.copies if name[-4:] == ".png"}
     wanted = figures if text is None else figures_named(text)
     if missing := sorted(wanted - figures):
         raise UserError(f"{page} names {missing[0]}; the report has {', '.join(sorted(figures))}")

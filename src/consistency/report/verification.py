@@ -59,7 +59,7 @@ def verify_published(folder: Path, study: Study) -> list[Finding]:
 def _sums(folder: Path, files: dict[str, str]) -> Iterator[Finding]:
     """Compare the files, name -> digest, with SHA256SUMS."""
     with reading(folder / SUMS, "publish"):
-        listed = {line[66:]: line[:64] for line in (folder / SUMS).read_text().splitlines()}
+        listed = {line[66:]: line[:64] for line in (folder / SUMS).read_text(encoding="utf-8").splitlines()}
     for name in sorted(files.keys() | listed.keys()):
         if name not in listed:
             yield Finding(name, [f"not in {SUMS}: {_AGAIN}"])
@@ -92,7 +92,7 @@ def _page(folder: Path, published: Published, files: dict[str, str]) -> Finding:
     """Compare a page's blocks with what publish writes, and the figures that it names with those that are there."""
     page = folder / PAGE
     with reading(page, "publish"):
-        text = page.read_text()
+        text = page.read_text(encoding="utf-8")
     blocks, pictures = blocks_of(text, page), {name for name in files if name.endswith(".png")}
     again = blocks_of(filled(text, published), page)
     faults = [f"block {name!r} is not what publish writes" for name in blocks if blocks[name] != again[name]]

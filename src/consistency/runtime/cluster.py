@@ -29,7 +29,8 @@ def require_cluster() -> None:
 def partition_limits() -> dict[str, float]:
     """Return the time limits, in minutes, of this user's partitions. Raises UserError if Slurm does not answer."""
     try:
-        done = subprocess.run(["sinfo", "-h", "-o", "%R %l"], capture_output=True, text=True, check=True, timeout=60)
+        command = ["sinfo", "-h", "-o", "%R %l"]
+        done = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace", check=True, timeout=60)
     except (OSError, subprocess.SubprocessError) as error:
         said = " ".join(str(getattr(error, "stderr", "") or error).split())
         raise UserError(f"Slurm does not answer ({said}): try again when `sinfo` does") from None
@@ -48,7 +49,7 @@ def require_possible(profile: Path, limits: dict[str, float]) -> None:
 
     Slurm itself judges lists of name=value, and expressions other than `60 * attempt`.
     """
-    settings = yaml.safe_load(profile.read_text()) or {}
+    settings = yaml.safe_load(profile.read_text(encoding="utf-8")) or {}
     parts = [settings.get(key) or {} for key in ("default-resources", "set-resources")]
     if not all(isinstance(part, dict) for part in parts):  # lists of name=value
         return

@@ -55,7 +55,9 @@ def requeue() -> str:
     job's processes. Returns Slurm's error message, '' on success."""
     words = ["scontrol", "requeue", os.environ[_JOB]]
     try:
-        done = subprocess.run(words, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=_PATIENCE)
+        done = subprocess.run(
+            words, stdin=subprocess.DEVNULL, capture_output=True, encoding="utf-8", errors="replace", timeout=_PATIENCE
+        )
     except (OSError, subprocess.TimeoutExpired) as error:
         return str(error)
     return " ".join(done.stderr.split()) or f"exit code {done.returncode}" if done.returncode else ""

@@ -37,7 +37,7 @@ def prepare(folder: Path, key: str, label: str) -> dict[str, Any] | None:
         write_bytes(history, b"")
         return None
     step = state["clock"]["step"]
-    written = history.read_text().splitlines() if history.exists() else []
+    written = history.read_text(encoding="utf-8").splitlines() if history.exists() else []
     write_bytes(history, "".join(line + "\n" for line in written if _line_step(line) <= step).encode())
     print(f"{label}: continues from step {step}", flush=True)
     return state
@@ -63,7 +63,7 @@ def publish_training(state: Path, folder: Path) -> list[Path]:
 
 def append(folder: Path, line: dict[str, float]) -> None:
     """Add a line to history.jsonl."""
-    with (folder / "history.jsonl").open("a") as file:
+    with (folder / "history.jsonl").open("a", encoding="utf-8") as file:
         file.write(json.dumps(line) + "\n")
 
 

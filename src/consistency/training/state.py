@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from consistency.base.errors import NoPermission, UserError
+from consistency.base.errors import UserError, user_error
 from consistency.base.files import write_with
 from consistency.nets.checkpoint import DAMAGED
 
@@ -21,12 +21,10 @@ def load_state(path: Path) -> dict[str, Any] | None:
         state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         return None
-    except PermissionError as error:
-        raise NoPermission(error) from None
     except DAMAGED as error:
         # The first sentence only: PyTorch goes on to advise loading the file unsafely.
         reason = str(error).split(". ")[0].splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"the training state {path} is damaged ({reason}): delete it to start over") from None
+        raise user_error(error, f"the training state {path} is damaged ({reason}): delete it to start over") from None
     if not isinstance(state, dict):
         raise UserError(f"the training state {path} is damaged (it holds no state): delete it to start over")
     return state

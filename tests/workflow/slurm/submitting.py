@@ -128,7 +128,7 @@ def thaw_when_called(trainers: list[psutil.Process], signum: int) -> None:
 def _called(process: psutil.Process, signum: int) -> bool:
     """Tell whether a signal waits for a process, or the process is gone."""
     try:
-        status = Path(f"/proc/{process.pid}/status").read_text()
+        status = Path(f"/proc/{process.pid}/status").read_text(encoding="utf-8")
     except FileNotFoundError:
         return True
     pending = next(line for line in status.splitlines() if line.startswith("ShdPnd:"))

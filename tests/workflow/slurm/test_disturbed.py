@@ -70,7 +70,7 @@ def restarts(node: LoginNode, run: str) -> list[int]:
 
 def logs_of(node: LoginNode, run: str) -> list[str]:
     """The output of a student's jobs, every time that they were started."""
-    return [Path(job["StdOut"]).read_text() for job in node.jobs(f"_{run}_")]
+    return [Path(job["StdOut"]).read_text(encoding="utf-8") for job in node.jobs(f"_{run}_")]
 
 
 def test_daemons_that_restart_disturb_no_job(disturbed: LoginNode) -> None:

@@ -50,7 +50,7 @@ def wide(cluster: Cluster, finished: Checkout, tmp_path_factory: pytest.TempPath
 def test_two_nodes_are_two_processes_whose_time_may_be_over(wide: LoginNode, two_processes: dict[str, Any]) -> None:
     job = wide.jobs("_ctm_")[0]
     assert (job["NumNodes"], job["NumTasks"], job["TresPerNode"]) == ("2", "2", "gres:gpu:1")
-    assert "student ctm seed 0: stopped at step" in Path(job["StdOut"]).read_text()
+    assert "student ctm seed 0: stopped at step" in Path(job["StdOut"]).read_text(encoding="utf-8")
     assert int(job["Restarts"]) >= 1
     assert differing(scored(wide, "ctm"), two_processes) == []
 
