@@ -277,6 +277,16 @@ def test_a_copied_project_records_in_its_own_folder(
     assert artifacts(copied, new["ctm seed 1"]) > {"card.json", "seed1.csv"}
 
 
+def test_a_project_that_records_into_anothers_database_keeps_its_files(
+    small_project: Job, client: Any, tmp_path: Path
+) -> None:
+    place = tmp_path.with_name(f"{tmp_path.name} other") / "mlruns/1"
+    place.mkdir(parents=True)
+    client.create_experiment("small", str(place))
+    report = track(small_project)["runs"]["report"]
+    assert client.get_run(report).info.artifact_uri == f"{place}/{report}/artifacts"
+
+
 def test_no_two_studies_share_a_model(client: Any, tmp_path: Path) -> None:
     text = SMALL.replace("  ctm:", "  x-ctm:").replace("trajectory: ctm", "trajectory: x-ctm")
     jobs = [make_finished(tmp_path / "one", text), make_finished(tmp_path / "other", name="small-x")]
