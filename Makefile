@@ -56,8 +56,15 @@ reproduce: install
 ui: install ## the recorded runs in MLflow, on 127.0.0.1 (PORT=5000)
 	@store=$${MLFLOW_TRACKING_URI:-sqlite:///mlflow.db}
 	case "$$store" in http*) echo "MLFLOW_TRACKING_URI names a running server: open its address"; exit 0 ;; esac
-	[ "$$store" != sqlite:///mlflow.db ] || [ -e mlflow.db ] ||
-	  { echo "Nothing is recorded here yet: run \`make demo\` first." >&2; exit 1; }
+	[ "$$store" != sqlite:///mlflow.db ] || [ -e mlflow.db ] || {
+	  track=
+	  for report in results/*/report/report.html; do
+	    study=$${report#*/}
+	    [ ! -e "$$report" ] || track+=$$'\n'"  .venv/bin/python -m consistency track --study config/studies/$${study%%/*}.yaml"
+	  done
+	  echo "Nothing is recorded here yet: $${track:+record the results that are here by}$${track:-run \`make demo\` first.}" >&2
+	  exit 1
+	}
 	echo "MLflow: http://127.0.0.1:$(PORT)/#/experiments?workflowType=machine_learning"
 	echo "(Ctrl-C ends it; another port: make ui PORT=5001)"
 	# An address may hold a password, and everybody can read a command line.
@@ -186,5 +193,7 @@ clean: ## remove results/, state/, mlflow.db and mlruns/ (requires CONFIRM=yes)
 	@[ "$(CONFIRM)" = yes ] || { echo "This removes results/, state/, mlflow.db and mlruns/, trained networks included." \
 	  "To do it: make clean CONFIRM=yes" >&2; exit 1; }
 	mkdir -p .snakemake
+	links=$$(find results state mlruns mlflow.db -type l \( -xtype d -o -name mlflow.db \) -printf '  %p -> %l\n' 2>/dev/null ||:)
 	flock -n -E 9 .snakemake/at-work.lock rm -rf results state mlruns mlflow.db mlflow.db-* ||
 	  { code=$$?; [ $$code != 9 ] || echo "A run is at work in this directory; stop it first." >&2; exit $$code; }
+	[ -z "$$links" ] || printf 'Of these, only the links were removed; what they name is kept:\n%s\n' "$$links"

@@ -136,14 +136,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--studies", type=int, default=1000, help="simulated studies a row (default: 1000)")
     parser.add_argument("--docs", type=Path, default=Path("docs"), help="folder of statistics.csv and statistics.md")
+    parser.add_argument("--only", choices=STATISTICS, help="simulate this one; keep the other rows of statistics.csv")
     args = parser.parse_args()
     noises = {name: committed(*place) for name, place in NOISES.items()}
-    places = [place for place in product(STATISTICS, SEEDS, noises, SHAPES, FACTORS) if place[:2] != ("chosen", 2)]
+    statistics = [args.only] if args.only else list(STATISTICS)
+    places = [place for place in product(statistics, SEEDS, noises, SHAPES, FACTORS) if place[:2] != ("chosen", 2)]
     found = []
     for statistic, seeds, noise, shape, factor in track("coverage")(places):
         place = {"statistic": statistic, "seeds": seeds, "noise": noise, "shape": shape, "factor": factor}
         found.append(place | row(noises[noise], shape, factor, seeds, args.studies, statistic))
     rows = pd.DataFrame(found)
+    if args.only:
+        kept = pd.read_csv(args.docs / "statistics.csv")
+        rows = pd.concat([rows, kept[kept.statistic != args.only]])
+        rows = rows.sort_values("statistic", key=lambda names: names.map(list(STATISTICS).index), kind="stable")
     rows.to_csv(args.docs / "statistics.csv", index=False, float_format="%.4g")
     page = args.docs / "statistics.md"
     if page.exists():

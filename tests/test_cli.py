@@ -98,6 +98,14 @@ def test_a_users_mistake_is_2_and_one_line(words: list[str], message: str, capsy
     assert out == ""
 
 
+@pytest.mark.parametrize("verb", ["check", "reproduce"])
+def test_a_wrong_tracking_address_stops_before_the_work(
+    verb: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "./mlruns")
+    test_a_users_mistake_is_2_and_one_line([verb, "--study", TINY], "error: MLFLOW_TRACKING_URI ./mlruns is", capsys)
+
+
 def test_check_prints_every_default_and_every_student(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["check", "--study", TINY]) == 0
     out = capsys.readouterr().out

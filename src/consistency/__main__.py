@@ -105,6 +105,7 @@ SIGMA_MIN = Option("--sigma-min", type=float, default=0.002, help="smallest nois
 SIGMA_MAX = Option("--sigma-max", type=float, default=80.0, help="largest noise level (default: 80)")
 TIMES = Option("--times", type=int, default=40, help="noise levels of the fit (default: 40)")
 SAMPLES = Option("--samples", type=int, help="images to use (default: all)")
+TOLERANCE = Option("--tolerance", type=float, default=0.0, help="take more images until f, g are known to this")
 PROBES = Option("--probes", type=int, default=1, help="random vectors an image (default: 1)")
 BATCH = Option("--batch", type=int, default=64, help="images an evaluation (default: 64)")
 NAMES = Option("names", nargs="*", metavar="NAME", help="file of config/resources.yaml")
@@ -114,7 +115,7 @@ COMPUTES = (*HERE, DEVICE, GPU, THREADS, TIME_LIMIT)
 RESUMES = (*COMPUTES, JOB_MINUTES)
 SHARED = (*RESUMES, PROCESSES, NODES, GRES)
 ALONE = (STUDENT_FILE, NFE, COUNT, OUT, FIRST_SEED, LABEL, LABELS, DEVICE, THREADS, TIME_LIMIT)
-OF_OWN = (DENOISER, IMAGES, FIT, SIGMA_MIN, SIGMA_MAX, TIMES, SAMPLES, PROBES, BATCH, FIRST_SEED)
+OF_OWN = (DENOISER, IMAGES, FIT, SIGMA_MIN, SIGMA_MAX, TIMES, SAMPLES, PROBES, BATCH, TOLERANCE, FIRST_SEED)
 
 VERBS = {
     "check": Verb("check a study and print it with all defaults", "config.reading:print_study", HERE),
@@ -232,6 +233,10 @@ def _run(args: Arguments) -> int:
         verb = VERBS[args.verb]
         if STUDY in verb.options:
             _open_study(args)
+        if args.verb in ("check", "reproduce"):
+            from consistency.tracking.server import tracking_uri
+
+            tracking_uri()  # a wrong address is an error before the work, not in the verb track at its end
         if verb.computes:
             processes, nodes = _shares(args)
             asked = _asked_gpu(args)  # before the claim, which names every GPU that there is

@@ -57,6 +57,13 @@ def test_it_is_the_fit_of_the_stage() -> None:
         np.testing.assert_array_equal(getattr(found.fit, name), getattr(expected, name))
 
 
+def test_a_tolerance_decides_how_many_images_are_used() -> None:
+    images = GAUSSIAN.sample(1024, seeded())
+    near, far = (fit(images=images, tolerance=tolerance).fit for tolerance in (1e-9, 0.1))
+    assert near.images == 1024 and 1e-9 < near.error < far.error <= 0.1
+    assert far.images in (128, 256, 512)
+
+
 @pytest.mark.parametrize("shape", [(6,), (1, 2, 3), (3, 2, 1, 1)])
 def test_images_have_any_shape_and_range(shape: tuple[int, ...]) -> None:
     """Vectors, pictures that are not square, latents: the same numbers in another shape, 100 times as large."""

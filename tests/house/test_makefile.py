@@ -149,6 +149,10 @@ def test_ui_serves_the_local_database_on_the_loopback(installed: Path) -> None:
     refused = make(installed, "ui")
     assert refused.returncode != 0
     assert "make demo" in refused.stderr
+    for study in ("digits", "mine"):
+        script(installed / f"results/{study}/report/report.html", "")
+    commands = [f"  .venv/bin/python -m consistency track --study config/studies/{x}.yaml" for x in ("digits", "mine")]
+    assert make(installed, "ui").stderr.splitlines()[1:3] == commands
     (installed / "mlflow.db").touch()
     script(installed / ".venv/bin/mlflow", 'printf "%s\\n" "mlflow $*" "$MLFLOW_BACKEND_STORE_URI" >>"$PWD/calls"')
     assert make(installed, "ui", "PORT=5055").returncode == 0
@@ -194,6 +198,17 @@ def test_clean_asks_first(installed: Path) -> None:
     assert (installed / "state").exists()
     assert make(installed, "clean", "CONFIRM=yes").returncode == 0
     assert not any((installed / name).exists() for name in ["results", "state", "mlruns", "mlflow.db"])
+
+
+def test_clean_names_what_it_leaves_behind_links(installed: Path) -> None:
+    for place in ("results", "state/tiny"):
+        scratch = installed / "scratch" / place
+        scratch.mkdir(parents=True)
+        (installed / place).parent.mkdir(exist_ok=True)
+        (installed / place).symlink_to(scratch)
+    lines = make(installed, "clean", "CONFIRM=yes").stdout.splitlines()
+    assert lines[1:] == [f"  {place} -> {installed}/scratch/{place}" for place in ("results", "state/tiny")]
+    assert (installed / "scratch/results").exists() and not (installed / "results").is_symlink()
 
 
 # --- interrupted and failed runs ----------------------------------------------------------------

@@ -67,6 +67,13 @@ def test_snapshots_come_if_wanted(home: Path, capsys: pytest.CaptureFixture[str]
     assert f"MiB, sha256 {sha256(path)}" in capsys.readouterr().out
 
 
+def test_what_was_taken_out_of_the_study_stays_out(home: Path) -> None:
+    student = home / "results/small/students/ctm"
+    shutil.copytree(student / "seed1", student / "seed9")
+    with zipfile.ZipFile(pack(home)) as archive:
+        assert not any("seed9" in name for name in archive.namelist())
+
+
 def test_sha256sum_checks_every_file(unzipped: Path) -> None:
     check = ["sha256sum", "-c", "--quiet", "--strict", "SHA256SUMS"]
     assert subprocess.run(check, cwd=unzipped, capture_output=True).returncode == 0

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import yaml
-from tests.conftest import Changes, changed
+from tests.conftest import Changes, changed, mistake
 from tests.processes import ROOT, run_python
 
 from consistency.base.errors import UserError
@@ -65,6 +65,12 @@ def changed_jobs(before: dict[str, Any], after: dict[str, Any]) -> set[str]:
 )
 def test_a_key_changes_the_jobs_that_depend_on_it(plan: Plan, key: str, value: Any, jobs: set[str]) -> None:
     assert changed_jobs(plan(), plan({key: value})) == jobs
+
+
+def test_two_jobs_of_one_name_are_refused(plan: Plan) -> None:
+    plan({"students.x-ctm": {"preconditioning": "ctm"}})
+    Path("config/studies/tiny-x.yaml").write_text(yaml.safe_dump(changed({"name": "tiny-x"})), encoding="utf-8")
+    assert "student@tiny-x-ctm-0" in mistake(pipeline, ["tiny", "tiny-x"])
 
 
 def test_another_seed_keeps_the_first_and_leaves_no_file_behind(plan: Plan) -> None:

@@ -55,9 +55,8 @@ def test_flows_are_judged_like_everything_else(tmp_path: Path) -> None:
     found = faults(layout.root, finer)
     assert found.keys() == {"flows", "report"}
     assert "(flows.times: there 24, here 30)" in found["flows"]
-    # Where the study asks for none, what is left of them is a stray.
     none = make_study(tmp_path / "none", text=UNTAUGHT)
-    assert "nothing in this study made it" in faults(layout.root, none)["flows/card.json"]
+    assert verify(layout.root, none)[-1].said == "not checked: 6 files of flows"
     shutil.rmtree(layout.flows)
     assert "flows" not in faults(layout.root, none)
     assert faults(layout.root, study)["flows"].startswith("missing: flows/card.json")
@@ -147,9 +146,12 @@ def test_a_changed_study_file_makes_stale_what_depends_on_it(
     assert fresh not in found
 
 
-def test_results_of_a_seed_that_the_study_has_no_longer_are_named(root: Path) -> None:
-    found = faults(root, make_study(root.parents[1] / "fewer", text=SMALL.replace("seeds: [0, 1]", "seeds: [0]")))
-    assert "students/ctm/seed1/student.safetensors" in found
+def test_what_was_taken_out_of_the_study_is_counted(root: Path) -> None:
+    text = SMALL.replace("seeds: [0, 1]", "seeds: [0]").replace("  analytic: {preconditioning: analytic}\n", "")
+    fewer = make_study(root.parents[1] / "fewer", text=text)
+    assert faults(root, fewer).keys() == {"report"}
+    said = verify(root, fewer)[-1].said
+    assert said == "not checked: 44 files of analytic seed 0, analytic seed 1, coefficients, ctm seed 1"
 
 
 def test_what_was_made_from_an_older_parent_is_stale(root: Path) -> None:

@@ -116,6 +116,8 @@ def test_without_a_teacher_nothing_speaks_of_one(tmp_path: Path, capsys: pytest.
     print_summary(job)
     said = capsys.readouterr().out
     assert "alignment" not in said and "KID" in said
+    absent = Job(job.study, StudyPaths("ic", tmp_path / "elsewhere"))
+    assert "has no results yet" in mistake(print_summary, absent)
 
 
 def test_a_sweep_of_mu_has_a_figure_and_a_chapter(tmp_path: Path) -> None:

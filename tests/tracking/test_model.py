@@ -71,7 +71,7 @@ def load(address: str) -> Any:
 def test_a_registered_student_samples_what_the_stage_samples(tiny: Tiny, client: Any, layout: StudyPaths) -> None:
     study = tiny()
     addresses = register(client, study, layout)
-    assert addresses == {run: f"models:/tiny-{run}/1" for run in study.students}
+    assert addresses == {run: f"models:/tiny~{run}/1" for run in study.students}
     layout.results.rename("results-of-old")  # the models need nothing of it
     for run, address in addresses.items():
         model = load(address)
@@ -103,8 +103,8 @@ def test_a_content_has_one_version(tiny: Tiny, client: Any, layout: StudyPaths) 
     assert register(client, tiny({"report.grid_nfe": [1]}), layout) == first
     card = layout.root / "students/ctm/seed0/card.json"
     edit_card(card, lambda content: content["outputs"].update({"student.safetensors": 64 * "0"}))
-    assert register(client, study, layout) == first | {"ctm": "models:/tiny-ctm/2"}
-    version = client.get_model_version("tiny-ctm", "2")
+    assert register(client, study, layout) == first | {"ctm": "models:/tiny~ctm/2"}
+    version = client.get_model_version("tiny~ctm", "2")
     assert (version.tags["seed"], version.tags["sha256"]) == ("0", 64 * "0")
     assert "Seed 0: the first of the study's seeds" in version.description
 

@@ -260,6 +260,40 @@ def test_results_of_another_folder_are_left_alone(small_project: Job, client: An
     assert client.get_run(first["ctm seed 1"]).data.tags["state"] == "current"
 
 
+def test_a_copied_project_records_in_its_own_folder(
+    small_project: Job, client: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old = track(small_project)["runs"]
+    here = Path(shutil.copytree(tmp_path, tmp_path.with_name(f"{tmp_path.name} copied")))
+    before = set(tmp_path.rglob("*"))
+    monkeypatch.chdir(here)
+    make_student(small_project.of("ctm", 1), level=0.5)
+    new = track(small_project)["runs"]
+    assert set(tmp_path.rglob("*")) == before
+    copied = tracking.connect(tracking_uri())
+    for run_id in {*old.values(), *new.values()}:
+        assert copied.get_run(run_id).info.artifact_uri == f"{here}/mlruns/1/{run_id}/artifacts"
+    assert copied.get_run(old["ctm seed 1"]).data.tags["state"] == "superseded"
+    assert artifacts(copied, new["ctm seed 1"]) > {"card.json", "seed1.csv"}
+
+
+def test_a_project_that_records_into_anothers_database_keeps_its_files(
+    small_project: Job, client: Any, tmp_path: Path
+) -> None:
+    place = tmp_path.with_name(f"{tmp_path.name} other") / "mlruns/1"
+    place.mkdir(parents=True)
+    client.create_experiment("small", str(place))
+    report = track(small_project)["runs"]["report"]
+    assert client.get_run(report).info.artifact_uri == f"{place}/{report}/artifacts"
+
+
+def test_no_two_studies_share_a_model(client: Any, tmp_path: Path) -> None:
+    text = SMALL.replace("  ctm:", "  x-ctm:").replace("trajectory: ctm", "trajectory: x-ctm")
+    jobs = [make_finished(tmp_path / "one", text), make_finished(tmp_path / "other", name="small-x")]
+    models = [address.split("/")[1] for job in jobs for address in track(job)["models"].values()]
+    assert len(set(models)) == 4
+
+
 def test_values_that_are_not_finite_are_left_out(small_project: Job, client: Any) -> None:
     path = LAYOUT.root / "scores/ctm/seed0.csv"
     rows: list[dict[str, Any]] = list(read_scores(path))
@@ -345,7 +379,7 @@ def test_a_server_that_is_down_is_one_line_soon(small_project: Job, monkeypatch:
 POSTGRES = "postgresql://me:hunter2@127.0.0.1:1/db?x=hunter2"
 
 
-@pytest.mark.parametrize("uri", ["file:///tmp/nowhere", "nonsense://x", "sqlite:///broken.db", POSTGRES])
+@pytest.mark.parametrize("uri", ["sqlite:///broken.db", POSTGRES])
 def test_an_address_mlflow_cannot_use_is_one_line(
     small_project: Job, monkeypatch: pytest.MonkeyPatch, uri: str
 ) -> None:
@@ -380,7 +414,7 @@ def test_errors_are_cleaned_of_credentials() -> None:
     )
 
 
-def test_a_sqlite_address_is_absolute(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_sqlite_address_is_absolute_and_others_name_a_server(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
     for given, uri in {
         "": f"sqlite:///{tmp_path}/mlflow.db",
@@ -389,10 +423,15 @@ def test_a_sqlite_address_is_absolute(monkeypatch: pytest.MonkeyPatch, tmp_path:
     }.items():
         monkeypatch.setenv("MLFLOW_TRACKING_URI", given)
         assert tracking_uri() == uri
-    for nowhere in ("sqlite://", "sqlite:///:memory:"):
-        monkeypatch.setenv("MLFLOW_TRACKING_URI", nowhere)
-        with pytest.raises(UserError, match="names no file"):
-            tracking_uri()
+    for given, said in {
+        "sqlite://": "names no file",
+        "sqlite:///:memory:": "names no file",
+        "sqlite:///~/m.db": f"use sqlite:///{Path.home()}/m.db",
+        "file:///tmp/nowhere": "is neither a server nor a database",
+        "nonsense://me:hunter2@x": "nonsense://x is neither",
+    }.items():
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", given)
+        assert said in mistake(tracking_uri)
 
 
 def test_nothing_phones_home() -> None:

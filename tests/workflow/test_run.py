@@ -122,6 +122,11 @@ def test_a_misspelt_key_stops_before_any_job(checkout: Checkout) -> None:
     assert line.endswith("unknown key 'student.batchh'; did you mean 'batch'?")
 
 
+def test_a_wrong_tracking_address_stops_before_any_job(checkout: Checkout) -> None:
+    checkout.variables["MLFLOW_TRACKING_URI"] = "./mlruns"
+    assert says_one_line(checkout).startswith("error: MLFLOW_TRACKING_URI ./mlruns is neither")
+
+
 def test_an_unknown_configuration_key_stops_before_any_job(checkout: Checkout) -> None:
     (checkout.path / "config/config.yaml").write_text("studies: tiny\nstudys: tiny\n")
     assert "unknown key 'studys'" in says_one_line(checkout)

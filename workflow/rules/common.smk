@@ -36,6 +36,7 @@ try:
     from consistency.runtime.cluster import require_cluster
     from consistency.runtime.slurm_job import note_own
     from consistency.runtime.snakemake import TAKEN, join_run
+    from consistency.tracking.server import tracking_uri
 except ModuleNotFoundError as error:
     origin = f"git+https://{HERE.host}/{HERE.repo}@{HERE.ref}" if hasattr(HERE, "repo") else SOURCE.parent
     raise SystemExit(
@@ -63,6 +64,8 @@ with in_one_line():
         raise UserError(f"unknown key {name!r} in config/config.yaml or --config: the only key is 'studies'")
     # The jobs of a run read a copy of the study; edits take effect in the next run.
     STUDIES = load_studies(config.get("studies"), keep=workflow.is_main_process)
+    if workflow.is_main_process:
+        tracking_uri()  # the rule track would refuse a wrong address only after all other work
     RESOURCES = "|".join(map(re.escape, registry()))
     # DVC decides what is made again; everything else is up to date.
     DECIDED = TAKEN in os.environ

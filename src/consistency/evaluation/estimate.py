@@ -134,19 +134,24 @@ def _scoring_operations(job: Job, size: _Size) -> float:
 
 def print_estimate(job: Job, tflops: float) -> None:
     """Print the table. tflops: sustained 10^12 operations per second of one GPU, from benchmarks/distill_step.py."""
-    study, found = job.study, estimate(job)
-    hour = tflops * 1e12 * 3600
-    print(f"{study.name}: {len(study.students)} students, {len(study.seeds)} seeds, at {tflops:g} TFLOP/s sustained")
+    study, hour = job.study, tflops * 1e12 * 3600
+    students, seeds = len(study.students), len(study.seeds)
+    print(f"{study.name}: {students} students, {seeds} seeds, at {tflops:g} TFLOP/s sustained", flush=True)
+    found = estimate(job)  # half a minute for a large network
     print(f"{'stage':20}{'operations':>12}{'GPU-hours':>12}{'GB on disk':>12}")
     rows = [(stage, operations, found.disk.get(stage, 0.0)) for stage, operations in found.operations.items()]
     rows.append(("total", sum(row[1] for row in rows), sum(row[2] for row in rows)))
     for stage, operations, size in rows:
-        print(f"{stage:20}{operations:12.2g}{operations / hour:12,.1f}{size / 1e9:12,.1f}")
-    print(f"Of the students' disk, {found.snapshots / 1e9:,.1f} GB are the snapshots of the learning curves.")
-    print(f"A running training keeps a state of {found.state / 1e9:,.1f} GB, twice that while it is written.")
+        print(f"{stage:20}{operations:12.2g}{_short(operations / hour):>12}{_short(size / 1e9):>12}")
+    print(f"Of the students' disk, {_short(found.snapshots / 1e9)} GB are the snapshots of the learning curves.")
+    print(f"A running training keeps a state of {_short(found.state / 1e9)} GB, twice that while it is written.")
     if study.needs_coefficients:
         share = found.operations["coefficients"] / found.operations["students"] * len(study.trainings)
         print(f"The coefficient fit is {share:.2%} of the mean training of one student, and is made once for all.")
+
+
+def _short(value: float) -> str:
+    return f"{value:,.1f}" if value >= 10 else f"{value:.2g}"
 
 
 def _size_of(job: Job) -> tuple[int, int]:

@@ -12,8 +12,9 @@ from consistency.base.errors import UserError
 from consistency.base.seeding import generator
 from consistency.nets.adapters import sigma_range
 from consistency.theory.estimators import CoefficientFit, Mode, fit_coefficients
-from consistency.theory.noise import log_grid
+from consistency.theory.noise import log_grid, rho_grid
 from consistency.theory.solver import DenoiserFn
+from consistency.training.fits import NODES, jump_values
 
 Progress = Callable[[Iterable[int]], Iterable[int]]
 
@@ -28,12 +29,14 @@ def fit_denoiser(
     batch: int,
     seed: int,
     mode: Mode,
+    tolerance: float,
+    centred: bool,
     progress: Progress,
     condition: dict[str, Any],
 ) -> tuple[CoefficientFit, Tensor]:
     """Return the fit, around 0 and around the mean image, and that image [...]: see `api.fit_preconditioning`."""
     count = _require_images(images, samples, condition)
-    _require_numbers(denoiser, sigmas, times, probes, batch, mode)
+    _require_numbers(denoiser, sigmas, times, probes, batch, mode, tolerance)
     draws = generator(seed, "coefficients")
     rows = (torch.randperm(len(images), generator=draws)[:count] if samples else torch.arange(count)).to(images.device)
     given = {name: value[rows.to(value.device)] for name, value in condition.items()}
@@ -60,6 +63,8 @@ def fit_denoiser(
             lambda name, count, row: np.stack([row(k) for k in progress(range(count))]),
             centre,
             mode,
+            jump_values(rho_grid(NODES, *sigmas), [(centred, 1.0, False)]) if tolerance else None,
+            tolerance,
         )
     except ValueError as error:
         raise UserError(f"{error}: exclude such times by sigma_min and sigma_max, or mend the network there") from None
@@ -85,7 +90,13 @@ def _require_images(images: Any, samples: int | None, condition: dict[str, Any])
 
 
 def _require_numbers(
-    denoiser: object, sigmas: tuple[float, float], times: int, probes: int | None, batch: int, mode: str
+    denoiser: object,
+    sigmas: tuple[float, float],
+    times: int,
+    probes: int | None,
+    batch: int,
+    mode: str,
+    tolerance: float,
 ) -> None:
     """Raise UserError for numbers out of range."""
     low, high = sigmas
@@ -102,6 +113,8 @@ def _require_numbers(
             "times must be 4 or more, batch and probes (or None) 1 or more, mode reverse or forward; "
             f"got {times}, {batch}, {probes} and {mode}"
         )
+    if not 0 <= tolerance < math.inf:
+        raise UserError(f"tolerance must be 0 (use all images) or more, got {tolerance:g}")
 
 
 def _require_denoiser(denoiser: DenoiserFn, x: Tensor, time: Tensor, mode: Mode) -> None:

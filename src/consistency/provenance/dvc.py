@@ -42,7 +42,8 @@ def write_plan(job: Job, unused: int = 0) -> None:
 
 
 def print_pipeline(studies: list[str]) -> None:
-    """Print dvc.yaml for studies named by their files in config/studies. Raises UserError for a bad study."""
+    """Print dvc.yaml for studies named by their files in config/studies. Raises UserError for a bad study, and if two
+    jobs would have one name."""
     print(pipeline(studies), end="")
 
 
@@ -56,7 +57,12 @@ def pipeline(studies: list[str]) -> str:
         study = load_study(f"config/studies/{name}.yaml")
         for stage, each in graph.artifacts(Job(study, StudyPaths(study.name))).values():
             label = name if each.student is None else f"{name}-{each.student}-{each.seed}"
-            groups.setdefault(graph.rule_of(stage, each), {})[label] = _item(stage, each)
+            items = groups.setdefault(rule := graph.rule_of(stage, each), {})
+            if label in items:
+                raise UserError(
+                    f"two jobs would be the DVC stage {rule}@{label}: rename a student, or leave a study out"
+                )
+            items[label] = _item(stage, each)
     unused = 0
     for items in groups.values():
         longest = max(len(item["deps"]) for item in items.values())

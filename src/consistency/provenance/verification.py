@@ -1,6 +1,7 @@
 """Check of a study's results against their cards, one another and the study file."""
 
 import os
+import re
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -23,14 +24,15 @@ from consistency.provenance.graph import artifacts
 SUMS = "SHA256SUMS"
 # Receipts of uploads and DVC's plan are no results; no card names them.
 _RECEIPTS = ("track", "plan")
+_OF_A_SEED = re.compile(r"(?:students|samples|scores)/([^/]+)/seed(\d+)[./]")
 
 
 class Finding(NamedTuple):
-    """Faults of an artifact, none if it is consistent. left_out: its files that its archive does not hold."""
+    """Faults of an artifact, none if it is consistent. said: its line without faults."""
 
     artifact: str
     faults: list[str]
-    left_out: int = 0
+    said: str = "consistent"
 
 
 class CheckedCard(BaseModel):
@@ -44,7 +46,8 @@ class CheckedCard(BaseModel):
 
 
 def verify(root: Path, study: Study) -> list[Finding]:
-    """Check every artifact of the study in its folder of results. A file that no card names is a finding too.
+    """Check every artifact of the study in its folder of results. A file that no card names is a finding too. What was
+    taken out of the study is not checked, and is counted.
 
     Raises UserError when root is no folder.
     """
@@ -65,11 +68,27 @@ def verify(root: Path, study: Study) -> list[Finding]:
     for name, card in cards.items():
         if isinstance(card, CheckedCard):
             faults = [*stale(card, *expected[name], made), *_damaged(card, files, left_out)]
-            findings.append(Finding(name, faults, len(left_out & card.outputs.keys())))
+            absent = len(left_out & card.outputs.keys())
+            also = f" (left out of the archive: {absent} files)" if absent else ""
+            findings.append(Finding(name, faults, f"consistent{also}"))
         else:
             findings.append(Finding(name, [card]))
     strays = sorted(files.keys() - made.keys() - {place.as_posix() for place in places.values()})
+    former = {name: owner for name in strays if (owner := taken_out(name, study))}
+    if former:
+        owners = ", ".join(sorted(set(former.values())))
+        findings.append(Finding("not in the study", [], f"not checked: {len(former)} files of {owners}"))
+    strays = [name for name in strays if name not in former]
     return findings + [Finding(name, ["has no card: nothing in this study made it"]) for name in strays]
+
+
+def taken_out(name: str, study: Study) -> str:
+    """Return whose result a file is, if that is a student, seed or section that the study has no longer; else ''."""
+    if found := _OF_A_SEED.match(name):
+        return "" if (found[1], int(found[2])) in study.trainings else f"{found[1]} seed {found[2]}"
+    folder = name.partition("/")[0]
+    unneeded = {"coefficients": not study.needs_coefficients, "flows": not study.flows}
+    return folder if unneeded.get(folder) else ""
 
 
 def study_of(root: Path, study_file: Path | None) -> Study:
@@ -95,8 +114,7 @@ def require_none(root: Path, findings: Sequence[Finding]) -> None:
     """Print findings. Raises UserError unless none has a fault."""
     width = max(len(finding.artifact) for finding in findings)
     for finding in findings:
-        left_out = f" (left out of the archive: {finding.left_out} files)" if finding.left_out else ""
-        for said in finding.faults or [f"consistent{left_out}"]:
+        for said in finding.faults or [finding.said]:
             print(f"{finding.artifact:{width}}  {said}")
     wrong = sum(bool(finding.faults) for finding in findings)
     if wrong:

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from consistency.base.errors import UserError
 from consistency.base.files import read_json
 from consistency.config.job import Job
 from consistency.config.measures import MEASURES
@@ -16,8 +17,12 @@ from consistency.report.wording import by_unit, final, plus_minus, ratio, speed,
 
 
 def print_summary(job: Job) -> None:
-    """Print the scores of teacher and students, the speed-ups, and where the report and the MLflow page are."""
-    study, results = job.study, read_results(job)
+    """Print the scores of teacher and students, the speed-ups, and where the report and the MLflow page are. Raises
+    UserError if a score is missing."""
+    study = job.study
+    if not job.paths.root.exists():
+        raise UserError(f"{study.name} has no results yet, {job.paths.root}: run it by `snakemake` or `reproduce`")
+    results = read_results(job)
     label = measure_label("fd", results.extractor)
     print(f"\n{teacher_line(results.teacher, study)}")
     print(f"\n{study.title or study.name}: mean ± half-width of the 95 % t interval over seeds")

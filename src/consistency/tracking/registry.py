@@ -14,10 +14,10 @@ from consistency.tracking.server import DIGEST
 
 
 def register_students(client: Any, job: Job, runs: dict[str, str]) -> dict[str, str]:
-    """Register each student as the model `<study>-<student>`: always the study's first seed, so that none is selected.
+    """Register each student as the model `<study>~<student>`: always the study's first seed, so that none is selected.
     Content that is registered keeps its version. runs: the ids of the runs by name.
 
-    Returns each student's model address, such as models:/digits-analytic/1. Raises UserError for a missing checkpoint.
+    Returns each student's model address, such as models:/digits~analytic/1. Raises UserError for a missing checkpoint.
     """
     first = [job.of(name, job.study.seeds[0]) for name in job.study.students]
     return {str(student.student): _register(client, student, runs[student.label]) for student in first}
@@ -26,7 +26,8 @@ def register_students(client: Any, job: Job, runs: dict[str, str]) -> dict[str, 
 def _register(client: Any, job: Job, run_id: str) -> str:
     from mlflow.exceptions import MlflowException
 
-    study, name, files = job.study, f"{job.study.name}-{job.student}", _files(job)
+    # No study or student has a ~ in its name, so no two pairs make one model.
+    study, name, files = job.study, f"{job.study.name}~{job.student}", _files(job)
     digest = digest_of([job.key("samples"), *files.values()])[:16]
     for version in client.search_model_versions(f"name = '{name}'"):
         if version.tags.get(DIGEST) == digest:

@@ -19,6 +19,10 @@ BATCH = 1000  # metrics that MLflow takes in a call
 # Tags: digest of a run's content, folder of its results, and state: live (not tracked yet), current or superseded.
 DIGEST, FOLDER, STATE = "consistency.digest", "consistency.folder", "state"
 
+_DATABASES = ("postgresql", "mysql", "mssql")
+# Columns of MLflow's database that name files and folders of the project.
+_PLACES = {"experiments": "artifact_location", "runs": "artifact_uri", "tags": "value"}
+
 # No telemetry, no printed address, which may hold a password, and short timeouts for an absent server.
 _ENVIRONMENT = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
@@ -31,13 +35,21 @@ _ENVIRONMENT = {
 
 
 def tracking_uri() -> str:
-    """Return MLFLOW_TRACKING_URI, or mlflow.db in the working directory; a SQLite path is made absolute."""
+    """Return MLFLOW_TRACKING_URI, or mlflow.db in the working directory; a SQLite path is made absolute. Raises
+    UserError if it is the address of no server and no database."""
     uri = os.environ.get("MLFLOW_TRACKING_URI", "").strip() or "sqlite:///mlflow.db"
-    if not uri.startswith("sqlite:"):
+    if uri.startswith(("http://", "https://", *_DATABASES)):
         return uri
+    if not uri.startswith("sqlite:"):
+        raise UserError(
+            f"MLFLOW_TRACKING_URI {without_credentials(uri)} is neither a server nor a database: "
+            "use http://HOST:5000, postgresql://... or sqlite:///mlflow.db"
+        )
     path = uri.removeprefix("sqlite:///")
     if path in ("", uri, ":memory:"):
         raise UserError(f"MLFLOW_TRACKING_URI {uri} names no file: use sqlite:///mlflow.db")
+    if (full := os.path.expanduser(path)) != path:
+        raise UserError(f"MLFLOW_TRACKING_URI {uri} would make a folder named ~: use sqlite:///{full}")
     return f"sqlite:///{Path.cwd() / path}"
 
 
@@ -76,7 +88,7 @@ def connect(uri: str) -> Any:
         logging.getLogger(name).setLevel(logging.CRITICAL)
     if uri.startswith("sqlite:"):
         _sqlite_file(uri).parent.mkdir(parents=True, exist_ok=True)
-    elif uri.startswith(("postgresql", "mysql", "mssql")):
+    elif uri.startswith(_DATABASES):
         # Fail at once if the database does not answer: MLflow would try for two minutes.
         from sqlalchemy import create_engine
         from sqlalchemy.pool import NullPool
@@ -170,6 +182,27 @@ def _sqlite_file(uri: str) -> Path:
     return Path(uri.removeprefix("sqlite:///").partition("?")[0])
 
 
+def _follow_project(client: Any, experiment: str, uri: str) -> None:
+    """Rename the places in a database that was moved or copied with its project; MLflow keeps them absolute and would
+    write into the old folder. A project elsewhere that records into this one's database keeps its own."""
+    from sqlalchemy import create_engine, text
+    from sqlalchemy.pool import NullPool
+
+    here, database = Path.cwd(), _sqlite_file(uri)
+    place: str = client.get_experiment(experiment).artifact_location
+    there = place.removesuffix(f"/mlruns/{experiment}")
+    if there in (str(here), place) or not database.is_relative_to(here):
+        return
+    if os.access(place, os.F_OK) and not os.access(Path(there, database.relative_to(here)), os.F_OK):
+        return
+    names = {"here": f"{here}/", "there": f"{there}/"}
+    with create_engine(uri, poolclass=NullPool).begin() as connection:
+        for table, column in _PLACES.items():
+            moved = f"{column} = :here || substr({column}, length(:there) + 1)"
+            within = f"substr({column}, 1, length(:there)) = :there"
+            connection.execute(text(f"UPDATE {table} SET {moved} WHERE {within}"), names)
+
+
 @contextmanager
 def session(job: Job, uri: str, quiet: bool = False) -> Iterator[tuple[Any, str]]:
     """Yield a client and the id of the study's experiment, for one process at a time.
@@ -182,7 +215,10 @@ def session(job: Job, uri: str, quiet: bool = False) -> Iterator[tuple[Any, str]
     advice = "; correct that or set MLFLOW_TRACKING_URI"
     with held(path, f"uploads to MLflow and holds {path}", 600.0, advice, quiet), readable_errors(uri):
         client = connect(uri)
-        yield client, open_experiment(client, job.study.name, job.study.title)
+        experiment = open_experiment(client, job.study.name, job.study.title)
+        if uri.startswith("sqlite:"):
+            _follow_project(client, experiment, uri)
+        yield client, experiment
 
 
 @contextmanager

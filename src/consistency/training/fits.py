@@ -1,6 +1,6 @@
 """Times and images of a study: the rho grid of its jumps, and the data of its coefficient fits."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -15,7 +15,8 @@ from consistency.theory.generalized_ode import GeneralizedODE
 from consistency.theory.noise import log_grid, rho_grid
 from consistency.theory.preconditioning import FORMS
 
-_NODES = 18
+#: nodes of the grid at whose jumps the error of a fit is known
+NODES = 18
 
 
 def time_grid(noise: Noise, nodes: int, device: torch.device | str = "cpu") -> Tensor:
@@ -34,8 +35,15 @@ def study_jumps(study: Study) -> Callable[[CoefficientFit], np.ndarray]:
     users = [student for student in study.students.values() if student.needs_coefficients]
     used = [(FORMS[student.preconditioning], student) for student in users]
     steps = sorted({(form.centred, form.weight(student.theta), student.only_to_eps) for form, student in used})
-    grid = time_grid(study.noise, _NODES)
-    first, last = torch.triu_indices(_NODES, _NODES, 1)
+    return jump_values(time_grid(study.noise, NODES), steps)
+
+
+def jump_values(grid: Tensor, steps: Sequence[tuple[bool, float, bool]]) -> Callable[[CoefficientFit], np.ndarray]:
+    """Return a function from a fit to f and g, in one row, at the jumps between all nodes of a grid.
+
+    steps: whether around the mean image, the weight at s, and whether only to the last node.
+    """
+    first, last = torch.triu_indices(len(grid), len(grid), 1)
 
     def values(fit: CoefficientFit) -> np.ndarray:
         fits = {False: fit} | ({True: fit.centred} if fit.centred else {})
