@@ -1,5 +1,6 @@
 """The upload to MLflow: what arrives, that nothing arrives twice, and what a person reads when it cannot arrive."""
 
+import errno
 import itertools
 import json
 import os
@@ -374,6 +375,14 @@ def test_a_server_that_is_down_is_one_line_soon(small_project: Job, monkeypatch:
     assert time.monotonic() - started < 30
     assert "hunter2" not in str(caught.value) and "\n" not in str(caught.value)
     assert not (LAYOUT.track / "tracked.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("number", "said"), [(errno.ENOSPC, "make room on its disk and"), (errno.EACCES, "no permission")]
+)
+def test_what_a_disk_refuses_is_not_the_servers_fault(number: int, said: str) -> None:
+    with pytest.raises(UserError, match=said), tracking.readable_errors("sqlite:///mlflow.db"):
+        raise OSError(number, os.strerror(number), "a file")
 
 
 POSTGRES = "postgresql://me:hunter2@127.0.0.1:1/db?x=hunter2"

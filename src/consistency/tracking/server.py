@@ -1,5 +1,6 @@
 """Access to MLflow: address, client, experiment, runs, one upload at a time, readable errors."""
 
+import errno
 import logging
 import math
 import os
@@ -10,7 +11,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote, unquote
 
-from consistency.base.errors import UserError
+from consistency.base.errors import UserError, user_error
 from consistency.base.locks import held
 from consistency.config.job import Job
 from consistency.tracking.records import Point, Record
@@ -238,7 +239,10 @@ def readable_errors(uri: str) -> Iterator[None]:
         reason = without_secrets(" ".join(str(error).split()) or type(error).__name__, uri)
         down = re.search(r"Connection|Max retries|timed out|resolve", reason)
         advice = "start it, or set MLFLOW_TRACKING_URI to another" if down else "correct that"
-        raise UserError(
+        if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
+            advice = "make room on its disk and on that of temporary files (TMPDIR)"
+        raise user_error(
+            error,
             f"the tracking server {without_credentials(uri)} {'does not answer' if down else 'cannot be used'}: "
-            f"{advice}. The results are safe: `track` sends what is missing ({reason[:400]})"
+            f"{advice}. The results are safe: `track` sends what is missing ({reason[:400]})",
         ) from None
