@@ -336,6 +336,15 @@ def test_a_disk_that_is_too_small_is_said_before_anything_is_drawn(
         make_samples(Job(tiny(), results), CPU)
 
 
+def test_where_no_space_can_be_reserved_it_is_drawn_all_the_same(
+    tiny: Tiny, results: StudyPaths, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delattr(os, "posix_fallocate")  # as on macOS
+    monkeypatch.setattr(MLP, "forward", refused(errno.EIO))
+    with pytest.raises(OSError, match="Input/output error"):
+        make_samples(Job(tiny(), results), CPU)
+
+
 PROCESS = """
 import os, signal, sys
 from pathlib import Path
