@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 from zipfile import BadZipFile
 
-from consistency.base.errors import NoPermission, UserError
+from consistency.base.errors import NoPermission, UserError, command_of
 
 
 @contextmanager
@@ -59,7 +59,7 @@ def require_output(path: Path, verb: str) -> Path:
     except PermissionError as error:
         raise NoPermission(error) from None
     except OSError:
-        raise UserError(f"{path} is missing: run `python -m consistency {verb}` first") from None
+        raise UserError(f"{path} is missing: run {command_of(verb)} first") from None
     return path
 
 
@@ -72,7 +72,7 @@ def reading(path: Path, verb: str) -> Iterator[None]:
     except PermissionError as error:
         raise NoPermission(error) from None
     except (OSError, ValueError, EOFError, BadZipFile) as error:
-        raise UserError(f"{path} is damaged ({error}): delete it and run `{verb}` again") from None
+        raise UserError(f"{path} is damaged ({error}): delete it and run {command_of(verb)} again") from None
 
 
 def read_json(path: Path, verb: str) -> Any:
