@@ -144,7 +144,7 @@ def rewrite(change: Callable[[dict[str, Any]], object]) -> None:
     [
         (
             lambda metadata: metadata.pop(JUMPS),
-            "does not say how it jumps: it is a teacher, or a student of an",
+            r"does not say how it jumps: it is a teacher, whose images `python .* samples --study FILE` draws",
         ),
         (lambda metadata: metadata[JUMPS].update(preconditioning="x"), r"rightly how it jumps \(preconditioning: "),
         (lambda metadata: metadata[JUMPS].update(fit=None), "holds no usable coefficients"),
@@ -229,7 +229,9 @@ def test_pictures_of_another_size_are_refused_and_not_resized() -> None:
 def test_a_study_that_is_not_prepared_names_the_stage() -> None:
     images = np.zeros((4, 8, 8, 1), np.uint8)
     shutil.rmtree("results/tiny/scores/extractor")
-    assert "run `python -m consistency extractor`" in mistake(api.score_images, "tiny", images, device="cpu")
+    assert "run `python -m consistency extractor --study FILE`" in mistake(
+        api.score_images, "tiny", images, device="cpu"
+    )
     assert "missing" in mistake(api.read_tables, "tiny", "elsewhere")
     assert "missing" in mistake(api.load_teacher, "tiny", "elsewhere", "cpu")
 

@@ -118,7 +118,7 @@ def test_a_missing_file_names_the_verb_that_makes_it(
     path = spoilt.path(gone)
     shutil.rmtree(path) if path.is_dir() else path.unlink()
     error = spoilt.error(*words)
-    assert "is missing" in error and f"run `python -m consistency {verb}`" in error
+    assert "is missing" in error and f"run `python -m consistency {verb} --study FILE` first" in error
 
 
 @pytest.mark.filterwarnings("ignore::ResourceWarning")  # numpy leaves a damaged archive open
@@ -152,7 +152,7 @@ def test_a_changed_score_table_is_named(spoilt: Project) -> None:
     table = spoilt.path("scores/ctm/seed0.csv")
     table.write_text(table.read_text() + "\n")
     error = spoilt.error("report")
-    assert str(table) in error and "scores --student ctm --seed 0` again" in error
+    assert str(table) in error and "scores --student ctm --seed 0 --study FILE` again" in error
 
 
 @pytest.mark.parametrize(

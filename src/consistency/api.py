@@ -220,8 +220,8 @@ class FittedODE(GeneralizedODE):
         Raises UserError for a missing, damaged or foreign file.
         """
         names = ("times", "l", "l_se", "s", "s_se", "determined", "s_centred", "s_centred_se", "determined_centred")
-        with files.reading(Path(path), "fit"):
-            arrays = read_arrays(Path(path), "fit", *names, "centre")
+        with files.reading(Path(path), "coefficients"):
+            arrays = read_arrays(Path(path), "coefficients", *names, "centre")
             times, l, l_se, s, s_se, known, c, c_se, c_known = (arrays[name] for name in names)
             fit = CoefficientFit(times, l, l_se, s, s_se, known, CoefficientFit(times, l, l_se, c, c_se, c_known))
             return cls(fit, torch.from_numpy(arrays["centre"]), centred, device)

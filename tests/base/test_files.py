@@ -96,11 +96,13 @@ def test_json_is_sorted_so_that_equal_content_is_equal_bytes(tmp_path: Path) -> 
 
 def test_json_that_is_missing_or_damaged_names_the_verb_that_writes_it(tmp_path: Path) -> None:
     path = tmp_path / "card.json"
-    with pytest.raises(UserError, match=f"{path} is missing: run `python -m consistency teacher` first"):
+    with pytest.raises(UserError, match=f"{path} is missing: run `python -m consistency teacher --study FILE` first"):
         read_json(path, "teacher")
     for content in (b"", b'{"a": ', b"\xff\xfe"):
         path.write_bytes(content)
-        with pytest.raises(UserError, match=r"is damaged .*: delete it and run `teacher` again"):
+        with pytest.raises(
+            UserError, match=r"is damaged .*: delete it and run `python -m consistency teacher --study FILE` again"
+        ):
             read_json(path, "teacher")
 
 
@@ -110,8 +112,13 @@ def test_arrays_that_are_cut_short_anywhere_name_the_verb_that_writes_them(tmp_p
     path = tmp_path / "coefficients.npz"
     write_arrays(path, {"l": np.arange(5.0), "s": np.arange(5.0)})
     assert read_arrays(path, "coefficients", "l", "s")["s"].tolist() == [0, 1, 2, 3, 4]
-    with pytest.raises(UserError, match=r"is damaged .*it has no array t.*: delete it and run `coefficients` again"):
+    with pytest.raises(
+        UserError,
+        match=r"is damaged .*it has no array t.*: delete it and run `python .* coefficients --study FILE` again",
+    ):
         read_arrays(path, "coefficients", "t")
     path.write_bytes(path.read_bytes()[:keep])
-    with pytest.raises(UserError, match=r"is damaged .*: delete it and run `coefficients` again"):
+    with pytest.raises(
+        UserError, match=r"is damaged .*: delete it and run `python .* coefficients --study FILE` again"
+    ):
         read_arrays(path, "coefficients")

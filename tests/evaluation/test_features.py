@@ -205,7 +205,10 @@ def test_the_extractor_stage_is_deterministic_and_keeps_some_features_and_the_st
         assert np.array_equal(other.mean, whole.mean)
         assert np.array_equal(other.covariance, whole.covariance)
     (layout.extractor / "statistics.npz").write_bytes(b"PK")
-    with pytest.raises(UserError, match=r"statistics\.npz is damaged .*: delete it and run `extractor` again"):
+    with pytest.raises(
+        UserError,
+        match=r"statistics\.npz is damaged .*: delete it and run `python -m consistency extractor --study FILE` again",
+    ):
         read_data_statistics(Job(some, layout))
 
 

@@ -113,5 +113,8 @@ def test_what_only_another_name_changes_is_said_to_be_that(study: Study, layout:
 
 def test_another_studys_card_is_refused_with_the_first_difference(study: Study, layout: StudyPaths, tiny: Tiny) -> None:
     Card(Job(study, layout), "dataset").write([])
-    with pytest.raises(UserError, match=r"\(dataset\.limit: there None, here 20\): run `dataset` again"):
+    with pytest.raises(
+        UserError,
+        match=r"\(dataset\.limit: there None, here 20\): run `python -m consistency dataset --study FILE` again",
+    ):
         read_card(Job(tiny(), layout), "dataset")

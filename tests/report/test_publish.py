@@ -205,11 +205,11 @@ def test_what_the_cards_do_not_have_is_found_whatever_sha256sums_says(home: Path
     shutil.copy(folder / "losses.png", folder / "mine.png")
     replace_in(folder / "README.md", "(losses.png)", "(gone.png)")
     vouch(folder)
+    again = "run `python -m consistency publish --study FILE` again"
     assert faults(home) == {
-        "summary.json": "missing: publish the study again",
+        "summary.json": f"missing: {again}",
         "mine.png": "tampered with: no card names this file",
-        "README.md": "gone.png is missing\nlosses.png is not named: publish the study again\n"
-        "mine.png is not named: publish the study again",
+        "README.md": f"gone.png is missing\nlosses.png is not named: {again}\nmine.png is not named: {again}",
     }
 
 

@@ -117,7 +117,7 @@ def test_without_a_teacher_nothing_speaks_of_one(tmp_path: Path, capsys: pytest.
     said = capsys.readouterr().out
     assert "alignment" not in said and "KID" in said
     absent = Job(job.study, StudyPaths("ic", tmp_path / "elsewhere"))
-    assert "has no results yet" in mistake(print_summary, absent)
+    assert "has no results yet" in (said := mistake(print_summary, absent)) and "reproduce --study FILE`" in said
 
 
 def test_a_sweep_of_mu_has_a_figure_and_a_chapter(tmp_path: Path) -> None:
@@ -391,7 +391,11 @@ def rewrite(job: Job, change: Callable[[pd.DataFrame], object]) -> None:
         ("study", "other", "row of study 'other', run 'analytic' seed 1, but"),
         ("seed", 0, "run 'analytic' seed 0, but it belongs to analytic seed 1"),
         ("fd", np.nan, "student analytic, seed 1, step 20, jumps, NFE 2: fd is missing, so no mean"),
-        ("kid", np.inf, "NFE 2: kid is inf, .* run `python -m consistency scores --student analytic --seed 1` again"),
+        (
+            "kid",
+            np.inf,
+            "NFE 2: kid is inf, .* run `python -m consistency scores --student analytic --seed 1 --study FILE` again",
+        ),
         ("alignment", np.nan, "student analytic, seed 1, step 20, jumps, NFE 2: alignment is missing"),
     ],
 )

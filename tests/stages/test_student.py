@@ -293,7 +293,7 @@ def test_a_frozen_predictor_is_the_other_students_and_stays_what_it_is(
     }
     changes = couplings | {"varies": ["coupling", "mu", "predictor"], "students": couplings["students"] | arms}
     study = tiny(changes)
-    with pytest.raises(UserError, match="run `python -m consistency student --student ic --seed 0` first"):
+    with pytest.raises(UserError, match="run `python -m consistency student --student ic --seed 0 --study FILE` first"):
         training(study, results, "full")
     make_student(Job(study, results, "ic", 0), CPU)
     ended = weights(load_denoiser(Job(study, results, "ic", 0).weights())[0])

@@ -97,7 +97,7 @@ def test_a_training_does_not_notice_its_server(
     lines = [line for line in capfd.readouterr().err.splitlines() if "live tracking" in line]
     if server:
         (line,) = lines
-        assert address in line and "`track` sends what is missing" in line and PASSWORD not in line
+        assert address in line and "track --study FILE` sends what is missing" in line and PASSWORD not in line
     else:
         assert lines == []
         client = connect(f"sqlite:///{tmp_path}/mlflow.db")

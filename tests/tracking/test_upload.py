@@ -351,7 +351,7 @@ def test_an_official_teacher_has_no_history_and_no_training_time(tmp_path: Path)
 )
 def test_missing_results_name_the_verb(small_project: Job, missing: str, verb: str) -> None:
     (LAYOUT.root / missing).unlink()
-    with pytest.raises(UserError, match=f"`python -m consistency {verb}`"):
+    with pytest.raises(UserError, match=f"`python -m consistency {verb} --study FILE`"):
         track(small_project)
 
 

@@ -30,6 +30,11 @@ def shown(name: object) -> str:
     return "".join(letter if letter.isprintable() else "?" for letter in text)
 
 
+def command_of(verb: str) -> str:
+    """Return the command of a study's verb, with its options, for an error's advice; '' is the one that runs."""
+    return f"`python -m consistency {verb} --study FILE`" if verb else "the same command"
+
+
 def suggestion(word: object, known: Iterable[str]) -> str:
     """Return '; did you mean ...?' with the nearest known word, or all known words if none is near."""
     names = list(known)

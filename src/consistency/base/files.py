@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 from zipfile import BadZipFile
 
-from consistency.base.errors import UserError, user_error
+from consistency.base.errors import UserError, command_of, user_error
 
 
 @contextmanager
@@ -57,7 +57,7 @@ def require_output(path: Path, verb: str) -> Path:
         if not path.is_dir():
             path.open("rb").close()
     except FileNotFoundError:
-        raise UserError(f"{path} is missing: run `python -m consistency {verb}` first") from None
+        raise UserError(f"{path} is missing: run {command_of(verb)} first") from None
     except OSError as error:
         raise user_error(error, f"cannot read {path} ({error.strerror}): mend its disk or mount") from None
     return path
@@ -70,7 +70,7 @@ def reading(path: Path, verb: str) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError, EOFError, BadZipFile) as error:
-        raise user_error(error, f"{path} is damaged ({error}): delete it and run `{verb}` again") from None
+        raise user_error(error, f"{path} is damaged ({error}): delete it and run {command_of(verb)} again") from None
 
 
 def read_json(path: Path, verb: str) -> Any:

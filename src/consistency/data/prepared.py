@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from consistency.base.arrays import read_array
-from consistency.base.errors import UserError
+from consistency.base.errors import UserError, command_of
 from consistency.base.files import read_json
 
 
@@ -71,5 +71,5 @@ def load_images(folder: Path) -> ImageData:
     # Rows are drawn at random, so read-ahead (megabytes, on some machines) would fill the memory with unused rows.
     images.base.madvise(mmap.MADV_RANDOM)
     if images.dtype != np.uint8 or images.ndim != 4 or len(images) != facts.get("count") or len(labels) != len(images):
-        raise UserError(f"the dataset in {folder} does not match its dataset.json: run `dataset` again")
+        raise UserError(f"the dataset in {folder} does not match its dataset.json: run {command_of('dataset')} again")
     return ImageData(images, labels, facts)

@@ -137,9 +137,11 @@ def print_estimate(job: Job, tflops: float) -> None:
     study, hour = job.study, tflops * 1e12 * 3600
     students, seeds = len(study.students), len(study.seeds)
     print(f"{study.name}: {students} students, {seeds} seeds, at {tflops:g} TFLOP/s sustained", flush=True)
-    found = estimate(job)  # half a minute for a large network
+    print("counting the operations of its networks: up to half a minute", flush=True)
+    found = estimate(job)
     print(f"{'stage':20}{'operations':>12}{'GPU-hours':>12}{'GB on disk':>12}")
     rows = [(stage, operations, found.disk.get(stage, 0.0)) for stage, operations in found.operations.items()]
+    rows = [row for row in rows if any(row[1:])]
     rows.append(("total", sum(row[1] for row in rows), sum(row[2] for row in rows)))
     for stage, operations, size in rows:
         print(f"{stage:20}{operations:12.2g}{_short(operations / hour):>12}{_short(size / 1e9):>12}")

@@ -6,7 +6,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from consistency.base.arrays import read_array, read_arrays
-from consistency.base.errors import UserError
+from consistency.base.errors import UserError, command_of
 from consistency.base.files import require_output
 from consistency.base.progress import Progress
 from consistency.base.seeding import derived_seed, generator
@@ -32,7 +32,7 @@ def open_extractor(job: Job, data: ImageData, device: torch.device) -> Extractor
         model.load_state_dict(load_file(path))
     except (SafetensorError, RuntimeError) as error:
         reason = " ".join(str(error).split())
-        raise UserError(f"{path} is damaged ({reason}): run `extractor` again") from None
+        raise UserError(f"{path} is damaged ({reason}): run {command_of('extractor')} again") from None
     return classifier_extractor(model, device)
 
 

@@ -17,15 +17,13 @@ class Parts:
     """uint8 arrays of one shape in a folder. made_from: identifies their inputs; parts made from others are removed.
     Several processes may fill them together; the first makes the files and records progress."""
 
-    def __init__(
-        self, folder: Path, made_from: dict[str, str], shape: tuple[int, ...], ranks: Ranks, made_by: str
-    ) -> None:
+    def __init__(self, folder: Path, made_from: dict[str, str], shape: tuple[int, ...], ranks: Ranks) -> None:
         self.folder, self.shape, self.ranks = folder, shape, ranks
         self._note = folder / "progress.json"
         self._content: dict[str, Any] = {"made_from": made_from, "shape": list(shape), "done": {}}
         self._recorded = time.monotonic()
         if self._note.exists():
-            found = read_json(self._note, made_by)
+            found = read_json(self._note, "")
             if self._content | {"done": found.get("done")} == found:
                 self._content = found
         ranks.wait()  # no process writes before all have read

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Self
 import torch
 from pydantic import Field, ValidationError, model_validator
 
-from consistency.base.errors import UserError
+from consistency.base.errors import UserError, command_of
 from consistency.config.dataset import Noise
 from consistency.config.fields import OneOf, Section
 from consistency.nets.denoiser import Denoiser
@@ -75,8 +75,8 @@ def read_jumps(path: Path, metadata: dict[str, Any]) -> Jumps:
     """Read the settings of a student's jumps from its metadata. Raises UserError if it has none, or wrong ones."""
     if JUMPS not in metadata:
         raise UserError(
-            f"{path} does not say how it jumps: it is a teacher, or a student of an earlier version; train the student "
-            "again (`python -m consistency student`), or draw its images by `python -m consistency samples`"
+            f"{path} does not say how it jumps: it is a teacher, whose images {command_of('samples')} draws, or a "
+            f"student of an earlier version: run {command_of('student --student NAME --seed N')} again"
         )
     try:
         return Jumps.model_validate(metadata[JUMPS])

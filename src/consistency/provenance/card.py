@@ -8,7 +8,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from consistency.base.errors import UserError
+from consistency.base.errors import UserError, command_of
 from consistency.base.files import read_json, sha256, write_json
 from consistency.config.job import Job
 from consistency.config.paths import StudyPaths
@@ -93,7 +93,8 @@ def read_card(job: Job, stage: str) -> dict[str, Any]:
     card: dict[str, Any] = read_json(path, made_by)
     if difference := other_settings(card, job, stage):
         made = job.scores if stage == "scores" else path.parent
-        raise UserError(f"{made} was {difference}: run `{made_by}` again, or give this study another --results folder")
+        again = f"run {command_of(made_by)} again, or give this study another --results folder"
+        raise UserError(f"{made} was {difference}: {again}")
     return card
 
 

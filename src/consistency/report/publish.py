@@ -12,7 +12,7 @@ from consistency.base.errors import UserError
 from consistency.base.files import read_json, sha256, write_bytes, write_json
 from consistency.config.job import Job
 from consistency.provenance.archive import archive_of
-from consistency.provenance.graph import FLOW_FILES, REPORT_FILES, artifacts
+from consistency.provenance.graph import FLOW_FILES, REPORT_FILES, artifacts, verb_of
 from consistency.provenance.inputs import read_coefficients
 from consistency.provenance.verification import SUMS, require_consistent
 from consistency.report.blocks import blocks_of, figures_named, filled, first_page
@@ -75,7 +75,7 @@ def _cards(job: Job, archives: Path) -> PublishedCards:
     machines: list[dict[str, Any]] = []
     packages: list[dict[str, str]] = []
     for name, (stage, each) in artifacts(job).items():
-        card = read_json(each.card(stage), stage)
+        card = read_json(each.card(stage), verb_of(stage, each))
         folder = each.card(stage).parent.relative_to(job.paths.root)
         public = {
             "student": card["run"],

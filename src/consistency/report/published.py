@@ -9,7 +9,7 @@ import pandas as pd
 from pydantic import BaseModel, ValidationError
 
 from consistency.base.arrays import read_table
-from consistency.base.errors import UserError
+from consistency.base.errors import UserError, command_of
 from consistency.base.files import read_json
 from consistency.config.explain import explain
 from consistency.config.job import Job
@@ -78,7 +78,9 @@ def read_published(folder: Path) -> Published:
     try:
         cards = PublishedCards.model_validate(content)
     except ValidationError as error:
-        raise UserError(f"{folder / CARDS}: {explain(error, PublishedCards)}; publish the study again") from None
+        raise UserError(
+            f"{folder / CARDS}: {explain(error, PublishedCards)}; run {command_of('publish')} again"
+        ) from None
     scores, students = read_table(folder / "scores.csv", "report", TEXT), cards.study.get("students", {})
     # Cards sort their keys; the rows have the study's order, in which the report compares students.
     ordered = {run: students[run] for run in dict.fromkeys(scores[scores.kind != "calibration"].run) if run in students}
@@ -105,5 +107,5 @@ def _items(path: Path, kind: Any) -> list[Any]:
     """Read a table as objects of its rows. Raises UserError if it has other columns."""
     table = read_table(path, "report", TEXT)
     if list(table) != [column.name for column in fields(kind)]:
-        raise UserError(f"{path} has other columns than this version's report: run `report` again")
+        raise UserError(f"{path} has other columns than this version's report: run {command_of('report')} again")
     return [kind(**row) for row in records(table)]

@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 
 from consistency.base.arrays import read_table, text_columns
-from consistency.base.errors import UserError
+from consistency.base.errors import UserError, command_of
 from consistency.base.files import read_history, require_output, sha256
 from consistency.config.job import Job
 from consistency.config.measures import HEUN, MEASURES
@@ -100,7 +100,7 @@ def _table(job: Job) -> pd.DataFrame:
     verb = verb_of("scores", job)
     path = require_output(job.scores, verb)
     if read_card(job, "scores")["outputs"].get(path.name) != sha256(path):
-        raise UserError(f"{path} was changed after it was written: run `python -m consistency {verb}` again")
+        raise UserError(f"{path} was changed after it was written: run {command_of(verb)} again")
     table = read_table(path, verb, TEXT)
     _require_own(table, job, path)
     return table
@@ -117,7 +117,7 @@ def _require_own(table: pd.DataFrame, job: Job, path: Path) -> None:
         seed = "" if pd.isna(row.seed) else f" seed {row.seed:g}"
         raise UserError(
             f"{path} has a row of study {row.study!r}, run {row.run!r}{seed}, but it belongs to {job.label} of study "
-            f"{job.study.name!r}: delete it and run `python -m consistency {verb_of('scores', job)}` again"
+            f"{job.study.name!r}: delete it and run {command_of(verb_of('scores', job))} again"
         )
 
 
@@ -137,7 +137,7 @@ def _require_all_measured(scores: pd.DataFrame) -> None:
             advice = "; if it stays so, train that student with another learning rate, or take it or the seed out of "
             raise UserError(
                 f"{who}, {row.sampler}, NFE {row.nfe}: {measure} is {value}, so no mean over the seeds is right: run "
-                f"`python -m consistency {again}` again{f'{advice}the study' if trained else ''}"
+                f"{command_of(again)} again{f'{advice}the study' if trained else ''}"
             )
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from consistency.base.errors import UserError
+from consistency.base.errors import UserError, command_of
 from consistency.base.files import read_json
 from consistency.config.job import Job
 from consistency.config.measures import MEASURES
@@ -21,7 +21,7 @@ def print_summary(job: Job) -> None:
     UserError if a score is missing."""
     study = job.study
     if not job.paths.root.exists():
-        raise UserError(f"{study.name} has no results yet, {job.paths.root}: run it by `snakemake` or `reproduce`")
+        raise UserError(f"{study.name} has no results yet, {job.paths.root}: run {command_of('reproduce')}")
     results = read_results(job)
     label = measure_label("fd", results.extractor)
     print(f"\n{teacher_line(results.teacher, study)}")

@@ -7,6 +7,7 @@ import pandas as pd
 from pandas.testing import assert_frame_equal
 
 from consistency.base.arrays import read_table
+from consistency.base.errors import command_of
 from consistency.base.files import reading
 from consistency.config.job import Job
 from consistency.config.paths import StudyPaths
@@ -26,7 +27,7 @@ from consistency.report.blocks import blocks_of, figures_named, filled
 from consistency.report.published import CARDS, PAGE, Published, read_published, tables_of
 from consistency.report.results import TEXT
 
-_AGAIN = "publish the study again"
+_AGAIN = f"run {command_of('publish')} again"
 
 
 def print_verified(root: Path, study_file: Path | None) -> None:

@@ -47,7 +47,7 @@ def make_samples(job: Job, device: torch.device, ranks: Ranks = ALONE) -> None:
         parents = graph.inputs_made_by("samples", job).items()
         digests = {path: sha256(require_output(path, graph.verb_of(*parent))) for path, parent in parents}
         made_from = {"key": job.key("samples")} | {path.name: digests[path] for path in digests}
-        parts = Parts(state, made_from, (study.sampling.count, size, size, study.dataset.channels), ranks, label)
+        parts = Parts(state, made_from, (study.sampling.count, size, size, study.dataset.channels), ranks)
         done = sum(parts.done(name) for name in names)
         progress = Progress(label, study.sampling.count * len(names), done, shown=ranks.first)
         work = _Work(job, label, parts, ranks, requests, progress)

@@ -123,6 +123,6 @@ def build_preconditioning(
     current = ode if callable(ode) else lambda: cast("GeneralizedODE", ode)
     centre = current().centre if form.centred else None
     if form.centred and centre is None:
-        raise ValueError(f"{name} needs a fit around the mean image, and this one has none: run `coefficients` again")
+        raise ValueError(f"{name} needs a fit around the mean image, and this one has none: fit it again")
     weight = form.weight(theta)
     return Preconditioning(name, form.acts_on, lambda t, s: current().step(t, s, weight), centre)

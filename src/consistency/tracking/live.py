@@ -14,7 +14,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from consistency.base.errors import UserError
+from consistency.base.errors import UserError, command_of
 from consistency.config.job import Job
 from consistency.provenance.environment import git_state, hardware
 from consistency.runtime import slurm_job
@@ -109,7 +109,7 @@ class Follower(threading.Thread):
         self.status = status
         self.over.set()
         self.join(GRACE)
-        late = f"the tracking server did not take everything within {GRACE:g} s; `track` sends what is missing"
+        late = f"the tracking server did not take all within {GRACE:g} s; {command_of('track')} sends what is missing"
         trouble = self.trouble or (late if self.is_alive() else "")
         if trouble:
             # The reader of a pipe may be gone.

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote, unquote
 
-from consistency.base.errors import UserError, user_error
+from consistency.base.errors import UserError, command_of, user_error
 from consistency.base.locks import held
 from consistency.config.job import Job
 from consistency.tracking.records import Point, Record
@@ -109,7 +109,7 @@ def open_experiment(client: Any, name: str, title: str) -> str:
     if found.lifecycle_stage == "deleted":
         raise UserError(
             f"the MLflow experiment {name!r} was deleted: restore it with "
-            f"`mlflow experiments restore --experiment-id {found.experiment_id}` and run track again"
+            f"`mlflow experiments restore --experiment-id {found.experiment_id}` and run {command_of('track')}"
         )
     return str(found.experiment_id)
 
@@ -244,5 +244,5 @@ def readable_errors(uri: str) -> Iterator[None]:
         raise user_error(
             error,
             f"the tracking server {without_credentials(uri)} {'does not answer' if down else 'cannot be used'}: "
-            f"{advice}. The results are safe: `track` sends what is missing ({reason[:400]})",
+            f"{advice}. The results are safe: {command_of('track')} sends what is missing ({reason[:400]})",
         ) from None

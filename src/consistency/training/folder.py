@@ -28,7 +28,7 @@ def prepare(folder: Path, key: str, label: str) -> dict[str, Any] | None:
         print(f"{label}: the settings changed, so this starts over; the old state is in {aside}", flush=True)
         state = None
     path = folder / _IDENTITY
-    if not path.exists() or read_json(path, label).get("key") != key:
+    if not path.exists() or read_json(path, "").get("key") != key:
         write_json(path, {"key": key, "id": uuid.uuid4().hex, "started": round(1000 * time.time())})
     history = folder / "history.jsonl"
     if state is None:
@@ -46,7 +46,7 @@ def prepare(folder: Path, key: str, label: str) -> dict[str, Any] | None:
 def read_identity(folder: Path) -> dict[str, Any]:
     """Read the training's random id, by which MLflow's run is found again, and its start: started, milliseconds since
     1970. Both stay the same however often it is interrupted."""
-    found = read_json(folder / _IDENTITY, "the training")
+    found = read_json(folder / _IDENTITY, "")
     return {"id": found["id"], "started": found["started"]}
 
 
