@@ -129,7 +129,7 @@ def test_python_ends_while_the_thread_is_busy(module: str, tmp_path: Path) -> No
         ended = run_python("-c", ENDING, module, folder=tmp_path, **variables)
     assert ended.stdout == "done\n"
     (line,) = ended.stderr.splitlines()
-    assert line.startswith("live tracking: the tracking server did not take everything within 0.2 s")
+    assert line.startswith("live tracking: the tracking server did not take all within 0.2 s")
 
 
 def test_a_server_that_comes_back_gets_what_is_missing(
