@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.fx.experimental.symbolic_shapes  # noqa: F401 - autograd imports it at its first product: half a second
 
 from consistency.base.arrays import read_array, write_array, write_arrays
 from consistency.base.errors import UserError
