@@ -1,11 +1,16 @@
 """Questions to Slurm, against commands that answer as its own do; tests/workflow/slurm has the real ones."""
 
+import inspect
 import math
+import re
 import shutil
 from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
+import yaml
+from snakemake_executor_plugin_slurm import ExecutorSettings
 
 from consistency.base.errors import UserError
 from consistency.runtime import slurm_job
@@ -55,6 +60,21 @@ def test_slurms_times_are_read_as_minutes(limit: str, minutes: float) -> None:
 
 
 def test_the_profile_as_it_comes_is_submitted(answer: Answer, profile: Path) -> None:
+    require_cluster()
+
+
+def test_what_the_profile_has_commented_out_is_known_to_the_plugin(answer: Answer, profile: Path) -> None:
+    commented = re.compile(r"^( *)# ([a-z_-]+)(: .*)$", re.MULTILINE)
+    text = profile.read_text(encoding="utf-8")
+    names = {match[2] for match in commented.finditer(text)} - {"runtime", "attempt"}
+    settings = {f"slurm-{field.name.replace('_', '-')}" for field in fields(ExecutorSettings)}
+    resources = "".join(path.read_text("utf-8") for path in Path(inspect.getfile(ExecutorSettings)).parent.glob("*.py"))
+    assert {name for name in names if name.startswith("slurm-")} <= settings
+    unknown = [name for name in names if not name.startswith("slurm-") and f'"{name}"' not in resources]
+    assert unknown == []
+    profile.write_text(commented.sub(r"\1\2\3", text), encoding="utf-8")
+    given = yaml.safe_load(profile.read_text(encoding="utf-8"))
+    assert names <= given.keys() | given["default-resources"].keys() | given["set-resources"]["student"].keys()
     require_cluster()
 
 

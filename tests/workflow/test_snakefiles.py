@@ -1,6 +1,7 @@
 """The two files that Snakemake can be started with: the root's and the main one."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -25,6 +26,20 @@ def test_a_user_without_a_name_can_run_it(checkout: Checkout, tmp_path: Path) ->
     names = dict.fromkeys(["LOGNAME", "USER", "LNAME", "USERNAME"], "")
     words = ["-m", "snakemake", "--cores", "1", "--dry-run", "--config", "studies=tiny"]
     assert "dry-run" in run_python(*words, folder=checkout.path, PYTHONPATH=str(tmp_path), **names).stdout
+
+
+def test_the_stages_run_in_the_container_that_is_named(checkout: Checkout, tmp_path: Path) -> None:
+    """With a stand-in for Apptainer, which notes its words and runs the stage outside."""
+    stand_in = tmp_path / "apptainer"
+    script = 'if [ "$1" = --version ]; then echo apptainer version 1.3.0; exit; fi\necho "$@" > "$(dirname "$0")/words"\n'
+    stand_in.write_text(f'#!/bin/bash\n{script}while [ "$1" != "bash" ]; do shift; done\nexec "$@"\n')
+    stand_in.chmod(0o755)
+    (checkout.path / "own.sif").touch()
+    words = ["-m", "snakemake", "--cores", "1", "--sdm", "apptainer", "--config", "studies=tiny", "container=own.sif"]
+    path = f"{tmp_path}{os.pathsep}{os.environ['PATH']}"
+    run_python(*words, "--", "results/tiny/dataset/images.npy", folder=checkout.path, PATH=path)
+    assert "own.sif bash -c" in (tmp_path / "words").read_text()
+    assert (checkout.path / "results/tiny/dataset/images.npy").exists()
 
 
 @pytest.mark.slow

@@ -60,8 +60,8 @@ def in_one_line():
 shell.prefix("set -euo pipefail; trap '' TERM; ")
 
 with in_one_line():
-    for name in set(config) - {"studies"}:
-        raise UserError(f"unknown key {name!r} in config/config.yaml or --config: the only key is 'studies'")
+    for name in set(config) - {"studies", "container"}:
+        raise UserError(f"unknown key {name!r} in config/config.yaml or --config: there are 'studies' and 'container'")
     # The jobs of a run read a copy of the study; edits take effect in the next run.
     STUDIES = load_studies(config.get("studies"), keep=workflow.is_main_process)
     if workflow.is_main_process:

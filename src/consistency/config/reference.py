@@ -18,7 +18,7 @@ _HEAD = """# Configuration
 These files say what a run makes, and where it runs. Used as a module (`docs/module.md`), the workflow reads those in
 your folder.
 
-- `config/config.yaml` has one key, `studies`: the name of a study, or a list of names. The command line replaces it:
+- `config/config.yaml` has the key `studies`: the name of a study, or a list of names. The command line replaces it:
   `--config studies=tiny`, `--config 'studies=[digits,tiny]'`.
 - `config/studies/NAME.yaml` is a study: one dataset, one teacher, and the students distilled from it. The tables below
   have its keys.

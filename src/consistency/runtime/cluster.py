@@ -47,7 +47,7 @@ def minutes_of(limit: str) -> float:
 def require_possible(profile: Path, limits: dict[str, float]) -> None:
     """Raise UserError if a partition of the profile does not exist, or its limit is below a rule's last attempt.
 
-    Slurm itself judges lists of name=value, and expressions other than `60 * attempt`.
+    Slurm itself judges lists of name=value, expressions other than `60 * attempt`, and partitions of another cluster.
     """
     settings = yaml.safe_load(profile.read_text(encoding="utf-8")) or {}
     parts = [settings.get(key) or {} for key in ("default-resources", "set-resources")]
@@ -55,6 +55,8 @@ def require_possible(profile: Path, limits: dict[str, float]) -> None:
         return
     for rule, own in [("default-resources", {}), *((f"rule {rule}", own) for rule, own in parts[1].items())]:
         asked = {"slurm_partition": "", "runtime": ""} | parts[0] | own
+        if asked.keys() & {"cluster", "clusters", "slurm_cluster"}:
+            continue
         names = [name for name in str(asked["slurm_partition"]).split(",") if re.fullmatch(r"[\w.-]+", name)]
         if missing := set(names) - set(limits):
             there = ", ".join(limits)
