@@ -142,6 +142,7 @@ VERBS = {
     "dvc": Verb("print dvc.yaml of some studies", "provenance.dvc:print_pipeline", (STUDIES,)),
     "reproduce": Verb("run Snakemake for a study (resumes)", "runtime.snakemake:reproduce", (*HERE, RULES, TARGETS)),
     "fetch": Verb("download and check files of resources/, or list them", "data.resources:fetch_all", (NAMES,)),
+    "doctor": Verb("say what is right and wrong on this machine", "stages.doctor:doctor"),
     "validate": Verb("check this machine against the method's closed-form oracles", "evaluation.validate:validate"),
     "reference": Verb("write the reference of the configuration", "config.reference:write_reference"),
 }

@@ -128,12 +128,18 @@ def fetch_all(names: list[str]) -> None:
     if names:
         return
     known = registry()
-    for name, resource in known.items():
-        path, state = resource_path(name), "missing"
-        if path.is_file():
-            there = "there" if _known(name, resource) else "there; its digest is recorded at its first use"
-            state = f"damaged: {fault}" if (fault := _fault(name, resource, path, record=False)) else there
-        print(f"{name:{max(map(len, known))}}  {state}")
+    for name in known:
+        print(f"{name:{max(map(len, known))}}  {state_of(name)}")
+
+
+def state_of(name: str) -> str:
+    """Return 'missing', 'there...' or 'damaged: ...' for a file of the registry, recording nothing."""
+    resource, path = find(name), resource_path(name)
+    if not path.is_file():
+        return "missing"
+    if fault := _fault(name, resource, path, record=False):
+        return f"damaged: {fault}"
+    return "there" if _known(name, resource) else "there; its digest is recorded at its first use"
 
 
 def _download(name: str, resource: Resource, part: Path) -> None:

@@ -79,7 +79,7 @@ def connect(uri: str) -> Any:
     for name in ("mlflow", "alembic", "urllib3"):  # errors come as exceptions
         logging.getLogger(name).setLevel(logging.CRITICAL)
     if uri.startswith("sqlite:"):
-        _sqlite_file(uri).parent.mkdir(parents=True, exist_ok=True)
+        sqlite_file(uri).parent.mkdir(parents=True, exist_ok=True)
     elif uri.startswith(_DATABASES):
         # Fail at once if the database does not answer: MLflow would try for two minutes.
         from sqlalchemy import create_engine
@@ -170,7 +170,8 @@ def send_points(client: Any, run_id: str, points: Iterable[Point], there: set[tu
 # --- sessions
 
 
-def _sqlite_file(uri: str) -> Path:
+def sqlite_file(uri: str) -> Path:
+    """Return the file of a SQLite address."""
     return Path(uri.removeprefix("sqlite:///").partition("?")[0])
 
 
@@ -180,7 +181,7 @@ def _follow_project(client: Any, experiment: str, uri: str) -> None:
     from sqlalchemy import create_engine, text
     from sqlalchemy.pool import NullPool
 
-    here, database = Path.cwd(), _sqlite_file(uri)
+    here, database = Path.cwd(), sqlite_file(uri)
     place: str = client.get_experiment(experiment).artifact_location
     there = place.removesuffix(f"/mlruns/{experiment}")
     if there in (str(here), place) or not database.is_relative_to(here):
@@ -202,7 +203,7 @@ def session(job: Job, uri: str, quiet: bool = False) -> Iterator[tuple[Any, str]
     The lock lies beside a SQLite file, whose schema two processes must not create at once, or in the study's folder.
     Raises UserError if another upload holds it for 10 minutes, and for any trouble with the server.
     """
-    database = _sqlite_file(uri)
+    database = sqlite_file(uri)
     path = database.with_name(f"{database.name}-lock") if uri.startswith("sqlite:") else job.paths.track / ".lock"
     advice = "; correct that or set MLFLOW_TRACKING_URI"
     with held(path, f"uploads to MLflow and holds {path}", 600.0, advice, quiet), readable_errors(uri):
