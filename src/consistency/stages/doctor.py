@@ -34,7 +34,12 @@ _LOCK = Path("requirements.lock")
 
 def doctor() -> None:
     """Print the findings. Raises UserError if something is wrong."""
-    wrong = sum(_tell(name, status, fact) for name, check in CHECKS.items() for status, fact in _found(check))
+    wrong = 0
+    for name, check in CHECKS.items():
+        for status, fact in _found(check):
+            clear = without_secrets(" ".join(fact.split()), os.environ.get("MLFLOW_TRACKING_URI", ""))
+            print(f"{status:6}{name:10} {clear}", flush=True)
+            wrong += status == "wrong"
     if wrong:
         raise UserError(f"{wrong} wrong: each line above that begins with `wrong` says what to change")
 
@@ -47,12 +52,6 @@ def _found(check: Callable[[], Iterator[Finding]]) -> Iterator[Finding]:
         yield "wrong", str(error)
     except Exception as error:  # whatever is wrong here, the other checks are made too
         yield "wrong", f"{user_error(error)} ({type(error).__name__}): correct that, or install {_LOCK} again"
-
-
-def _tell(name: str, status: str, fact: str) -> bool:
-    clear = without_secrets(" ".join(fact.split()), os.environ.get("MLFLOW_TRACKING_URI", ""))
-    print(f"{status:6}{name:10} {clear}", flush=True)
-    return status == "wrong"
 
 
 def _python() -> Iterator[Finding]:
@@ -78,7 +77,7 @@ def _python() -> Iterator[Finding]:
         yield "ok", f"the {len(asked)} packages of {_LOCK}"
 
 
-def _gpus() -> Iterator[Finding]:
+def _gpu() -> Iterator[Finding]:
     import torch
 
     from consistency.runtime.machine import pick_device
@@ -141,37 +140,27 @@ def _cgroup(*names: str) -> Iterator[str]:
                     yield file.read_text(encoding="utf-8")
 
 
-def _disks() -> Iterator[Finding]:
+def _disk() -> Iterator[Finding]:
     places = {"this folder": ".", "results": "results", "state": "state", "home": os.path.expanduser("~")}
     seen = set[Path]()
-    for name, path in ((name, Path(path)) for name, path in (places | {"temporary": tempfile.gettempdir()}).items()):
+    for name, path in (places | {"temporary": tempfile.gettempdir(), "shared memory": "/dev/shm"}).items():
+        shared = name == "shared memory"  # only several GPUs need it
         try:
-            place = path.resolve(strict=path.is_symlink())
-            place = next(each for each in (place, *place.parents) if each.exists())
+            whole = Path(path).resolve(strict=shared or Path(path).is_symlink())
+            place = next(each for each in (whole, *whole.parents) if each.exists())
             if place in seen:
                 continue
             seen.add(place)
             free = shutil.disk_usage(place).free / 2**30
-            said = f"{name}: {place}, {free:.1f} GiB free"
             if name != "home":  # a node's may be read-only
                 with tempfile.TemporaryFile(dir=place) as file:
                     fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                said += ", written, with file locks"
-            yield ("ok", said) if free > _ROOM else ("wrong", f"{said}: make room")
+            told, advice = f"{name}: {place}, {free:.1f} GiB free", "make room (a container: --shm-size)"
+            failed = free < _ROOM
         except OSError as error:
-            told = f"{name}: {path.absolute()} cannot be written or locked ({error.strerror})"
-            yield "wrong", f"{told}: mend that, or work on a disk that has file locks"
-
-
-def _shared_memory() -> Iterator[Finding]:
-    try:
-        with tempfile.TemporaryFile(dir="/dev/shm"):
-            size = shutil.disk_usage("/dev/shm").total / 2**30
-    except OSError as error:
-        yield "note", f"cannot be written ({error.strerror}): several GPUs need it"
-    else:
-        little = "" if size >= 1 else ": little for several GPUs, raise it (a container's --shm-size)"
-        yield "note" if little else "ok", f"{size:.1f} GiB{little}"
+            told, failed = f"{name}: {Path(path).absolute()} cannot be written or locked ({error.strerror})", True
+            advice = "mend that, or work on a disk that has file locks"
+        yield ("note" if shared else "wrong", f"{told}: {advice}") if failed else ("ok", told)
 
 
 def _git() -> Iterator[Finding]:
@@ -225,7 +214,7 @@ def _dvc() -> Iterator[Finding]:
         yield "note", f"the default remote is {default or 'not set'}: run `dvc remote default NAME`"
 
 
-def _downloads() -> Iterator[Finding]:
+def _resources() -> Iterator[Finding]:
     until, right, absent, unread = time.monotonic() + _PATIENCE, list[str](), list[str](), list[str]()
     for name in registry():
         late = time.monotonic() > until
@@ -254,17 +243,5 @@ def _runs() -> Iterator[Finding]:
         yield "ok", "no Snakemake at work here, and no lock of one"
 
 
-CHECKS: dict[str, Callable[[], Iterator[Finding]]] = {
-    "python": _python,
-    "gpu": _gpus,
-    "cores": _cores,
-    "memory": _memory,
-    "disk": _disks,
-    "/dev/shm": _shared_memory,
-    "git": _git,
-    "slurm": _slurm,
-    "mlflow": _mlflow,
-    "dvc": _dvc,
-    "resources": _downloads,
-    "runs": _runs,
-}
+_ALL = (_python, _gpu, _cores, _memory, _disk, _git, _slurm, _mlflow, _dvc, _resources, _runs)
+CHECKS: dict[str, Callable[[], Iterator[Finding]]] = {each.__name__[1:]: each for each in _ALL}
