@@ -65,6 +65,9 @@ ui: install ## the recorded runs in MLflow, on 127.0.0.1 (PORT=5000)
 	  echo "Nothing is recorded here yet: $${track:+record the results that are here by}$${track:-run \`make demo\` first.}" >&2
 	  exit 1
 	}
+	case "$$store" in sqlite:///*) ;; *)
+	  python -c 'from consistency.tracking.server import require_store; require_store()'
+	esac
 	echo "MLflow: http://127.0.0.1:$(PORT)/#/experiments?workflowType=machine_learning"
 	echo "(Ctrl-C ends it; another port: make ui PORT=5001)"
 	# An address may hold a password, and everybody can read a command line.

@@ -244,6 +244,43 @@ def test_a_gpu_that_is_asked_for_and_absent_is_an_error(
     assert capsys.readouterr().err == "device: cpu\n"
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is there")
+def test_an_absent_gpu_is_one_line_before_any_process_starts(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    started: list[int] = []
+    monkeypatch.setattr("consistency.runtime.launch.claim_gpus", lambda count: None)
+    monkeypatch.setattr("consistency.runtime.launch.run_processes", lambda count, words: started.append(count) or 0)
+    words = ["samples", "--study", TINY, "--processes", "2", "--device"]
+    assert cli.main([*words, "auto"]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: --processes 2 asks for a GPU: ") and error.count("\n") == 1
+    assert started == []
+    assert cli.main([*words, "cpu"]) == 0
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    assert cli.main([*words, "auto"]) == 2
+    assert "--processes 2 needs 2 GPUs here, torch sees 1" in capsys.readouterr().err
+    assert started == [2]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["teacher", "--processes", "3"], "a batch of 64 cannot be shared by 3 processes"),
+        (["student", "--student", "ctm", "--seed", "0", "--gres", "gpu:3"], "cannot be shared by 3 processes"),
+        (["student", "--student", "ctm", "--seed", "0"], "compute.batch_per_device 5 does not divide"),
+    ],
+)
+def test_a_batch_that_cannot_be_shared_is_refused_before_anything_starts(
+    words: list[str], message: str, write_study: WriteStudy, capsys: pytest.CaptureFixture[str]
+) -> None:
+    changes = {} if "3" in " ".join(words) else {"compute": {"batch_per_device": 5}}
+    assert cli.main([*words, "--study", str(write_study(changes)), "--device", "cpu"]) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
+
+
 def test_a_bug_is_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail() -> None:
         raise ZeroDivisionError

@@ -142,6 +142,7 @@ VERBS = {
     "dvc": Verb("print dvc.yaml of some studies", "provenance.dvc:print_pipeline", (STUDIES,)),
     "reproduce": Verb("run Snakemake for a study (resumes)", "runtime.snakemake:reproduce", (*HERE, RULES, TARGETS)),
     "fetch": Verb("download and check files of resources/, or list them", "data.resources:fetch_all", (NAMES,)),
+    "doctor": Verb("say what is right and wrong on this machine", "stages.doctor:doctor"),
     "validate": Verb("check this machine against the method's closed-form oracles", "evaluation.validate:validate"),
     "reference": Verb("write the reference of the configuration", "config.reference:write_reference"),
 }
@@ -239,12 +240,19 @@ def _run(args: Arguments) -> int:
             tracking_uri()  # a wrong address is an error before the work, not in the verb track at its end
         if verb.computes:
             processes, nodes = _shares(args)
+            if args.verb in ("teacher", "student") and not launch.is_worker():
+                from consistency.training.update import require_shares
+
+                require_shares(args.job, processes * nodes)
             asked = _asked_gpu(args)  # before the claim, which names every GPU that there is
             if nodes > 1 and not launch.is_task():
                 return launch.run_on_nodes(nodes, args.words)
             if args.device in ("auto", "cuda") and not launch.is_worker():  # its node has claimed the GPUs
                 launch.claim_gpus(processes)
             if (processes > 1 or nodes > 1) and not launch.is_worker():
+                from consistency.runtime.machine import require_device
+
+                require_device(args.device, asked, processes)
                 return launch.run_processes(processes, args.words)
             _prepare(args, asked)
         return verb.run(args)
@@ -295,10 +303,7 @@ def _shares(args: Arguments) -> tuple[int, int]:
         if getattr(args, option, None) is not None and getattr(args, option) <= 0:
             raise UserError(f"--{option.replace('_', '-')} must be positive, got {getattr(args, option):g}")
     nodes = getattr(args, "nodes", 1)
-    processes = max(getattr(args, "processes", 1), 1)
-    if processes > 1 and processes % nodes:
-        raise UserError(f"--processes {processes} cannot be shared evenly by --nodes {nodes}")
-    return max(processes // nodes, launch.gpus_of_gres(getattr(args, "gres", "")), 1), nodes
+    return launch.per_node(getattr(args, "processes", 1), nodes, getattr(args, "gres", "")), nodes
 
 
 def _asked_gpu(args: Arguments) -> str:

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import yaml
+from tests.addresses import LOGINS, hidden
 from tests.conftest import mistake
 from tests.dangers import file_size_limit
 from tests.loopback import CONTENT, Server
@@ -244,6 +245,19 @@ def test_a_password_in_an_address_is_not_told(server: Server, capsys: pytest.Cap
     assert f"cannot download {server.url} (HTTP 404 Not Found)" in messages[0]
     assert not [message for message in messages if "secret" in message or "me:" in message]
     assert "Authorization" in server.requests[0]
+
+
+@pytest.mark.parametrize("login", LOGINS)
+def test_no_message_about_a_download_tells_a_secret(
+    login: str, pauses: list[float], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Neither that of its address, at a closed port, nor that of a proxy."""
+    register(weights_pt={"url": f"http://{login}"})
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    hidden(mistake(fetch, NAME) + mistake(open_resource, NAME))
+    register(weights_pt={"url": "http://nowhere.invalid/x"})
+    monkeypatch.setenv("http_proxy", f"http://{login}")
+    hidden(mistake(fetch, NAME) + "".join(capsys.readouterr()))
 
 
 def test_a_full_disk_is_not_the_networks_fault(server: Server) -> None:

@@ -22,6 +22,7 @@ RUN = {
     r"(python -m )?consistency (check|estimate|track|dvc|fetch)\b": "test_cli.py",
     r"(python -m )?consistency (dataset|student)\b": "house/test_installed.py",
     r"(python -m )?consistency validate": "house/test_installed.py",
+    r"(python -m )?consistency doctor": "stages/test_doctor.py",
     r"(python -m )?consistency verify": "workflow/test_provenance.py",
     r"(python -m )?consistency publish": "report/test_publish.py",
     r"consistency (sample|score)\b": "test_api.py",

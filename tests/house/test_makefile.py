@@ -7,10 +7,12 @@ import re
 import shutil
 import signal
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
-from tests.processes import ROOT, environment, start_in, wait_until
+from tests.addresses import LOGINS, hidden
+from tests.processes import ROOT, SOURCE, environment, start_in, wait_until
 
 from consistency.runtime.snakemake import AT_WORK
 
@@ -160,12 +162,20 @@ def test_ui_serves_the_local_database_on_the_loopback(installed: Path) -> None:
 
 
 def test_ui_shows_nobody_a_password(installed: Path) -> None:
+    """MLflow, which quotes an address that it cannot use, does not begin before the database has answered."""
     script(installed / ".venv/bin/mlflow", 'echo "mlflow $*" >>"$PWD/calls"')
-    for address in ("http://me:very-secret@127.0.0.1:5000", "postgresql://me:very-secret@127.0.0.1/mlflow"):
+    for address in ("http://me:hunter2@127.0.0.1:5000", "postgresql://me:hunter2@127.0.0.1/mlflow"):
         done = make(installed, "ui", variables={"MLFLOW_TRACKING_URI": address})
         assert done.returncode == 0, done.stderr
-        assert "secret" not in done.stdout + done.stderr
-    assert calls(installed) == ["mlflow ui --host 127.0.0.1 --port 5000 --workers 1"]
+        hidden(done.stdout + done.stderr)
+    check, ui = calls(installed)
+    assert check.startswith("python -c ") and ui == "mlflow ui --host 127.0.0.1 --port 5000 --workers 1"
+    script(installed / ".venv/bin/python", f'PYTHONPATH={SOURCE} exec {sys.executable} "$@"')
+    for address in (LOGINS[0], f"postgresql://{LOGINS[2]}"):
+        done = make(installed, "ui", variables={"MLFLOW_TRACKING_URI": address})
+        assert done.returncode != 0
+        assert hidden(done.stdout + done.stderr).startswith("error: ")
+    assert calls(installed) == [check, ui]
 
 
 def test_pull_tells_snakemake_that_all_is_up_to_date(installed: Path) -> None:

@@ -127,6 +127,20 @@ def test_classes_of_data_and_teacher_must_agree(
         students.student_training(Job(tiny(), first_results, "ctm", 0), data, CPU)
 
 
+def test_an_official_networks_classes_are_compared_once_the_dataset_is_there(
+    tiny: Tiny, checkpoint: Path, first_results: StudyPaths, tmp_path: Path
+) -> None:
+    conditional = init_denoiser(ARCHITECTURES["ddpmpp"] | {"model_channels": 8, "augment_dim": 9, "label_dim": 7}, 0)
+    write_edm_pickle(checkpoint, conditional)
+    shutil.rmtree(REGISTRY.parent)
+    vouch_for(checkpoint)
+    study = study_of(tiny, **{"teacher.conditional": True})
+    layout = StudyPaths("tiny", tmp_path / "there")
+    make_teacher(Job(study, layout), CPU)
+    shutil.copytree(first_results.dataset, layout.dataset)
+    assert "conditioned on 7 classes, the dataset has 10" in mistake(make_teacher, Job(study, layout), CPU)
+
+
 # --- a given file
 
 MLP = {"kind": "mlp", "width": 16, "depth": 1, "embedding": 8}
@@ -159,6 +173,25 @@ def test_a_given_file_is_taken_with_its_digest(
     assert card["inputs"][f"given/{file.name}"] == sha256(file)
     made = {name: digest for name, digest in card["inputs"].items() if name.startswith("dataset/")}
     assert list(stale(CheckedCard.model_validate(card), "teacher", job, made)) == []
+
+
+def test_a_given_file_is_hashed_once(
+    tiny: Tiny, first_results: StudyPaths, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file, hashed = tmp_path / "mine.safetensors", list[Path]()
+    save_denoiser(file, make_denoiser(3, **SHAPE), {})
+    study = given(tiny, file, **{"teacher.sha256": sha256(file)})
+
+    def noted(path: Path) -> str:
+        hashed.append(path)
+        return sha256(path)
+
+    for module in ("provenance.card", "stages.teacher"):
+        monkeypatch.setattr(f"consistency.{module}.sha256", noted, raising=False)
+    layout = StudyPaths("tiny", tmp_path / "results")
+    shutil.copytree(first_results.dataset, layout.dataset)
+    make_teacher(Job(study, layout), CPU)
+    assert hashed.count(file) == 1
 
 
 @pytest.mark.parametrize(

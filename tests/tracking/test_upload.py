@@ -4,6 +4,7 @@ import errno
 import itertools
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.addresses import LOGINS, hidden
 from tests.conftest import mistake
 from tests.fake_results import (
     OFFICIAL,
@@ -38,7 +40,7 @@ from consistency.config.paths import StudyPaths
 from consistency.evaluation.scores import COLUMNS
 from consistency.tracking import server as tracking
 from consistency.tracking.records import Record, plan
-from consistency.tracking.server import tracking_uri, without_credentials
+from consistency.tracking.server import tracking_uri
 from consistency.tracking.upload import track_study
 
 NAMES = {"teacher", "ctm", "ctm seed 0", "ctm seed 1", "analytic", "analytic seed 0", "analytic seed 1", "report"}
@@ -401,26 +403,26 @@ def test_an_address_mlflow_cannot_use_is_one_line(
     assert "hunter2" not in str(caught.value)
 
 
-@pytest.mark.parametrize(
-    ("uri", "clean"),
-    [
-        ("http://me:pass@host:5000/base", "http://host:5000/base"),
-        ("https://me:p#a/s@s@host", "https://host"),
-        ("postgresql://me:pass@host/db?password=pass", "postgresql://host/db"),
-        ("http://host:5000", "http://host:5000"),
-        ("sqlite:////home/a@b/mlflow.db", "sqlite:////home/a@b/mlflow.db"),
-    ],
-)
-def test_credentials_are_taken_out(uri: str, clean: str) -> None:
-    assert without_credentials(uri) == clean
+def test_errors_are_cleaned_of_what_mlflow_reads_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_TOKEN", "t0ken")
+    assert tracking.without_secrets("http://me:pass@host said t0ken", "") == "http://host said ***"
 
 
-def test_errors_are_cleaned_of_credentials() -> None:
-    text = "API request to http://me:p%40ss@host/api failed; password p@ss"
-    assert (
-        tracking.without_secrets(text, "http://me:p%40ss@host")
-        == "API request to http://***host/api failed; password ***"
-    )
+@pytest.mark.parametrize("address", LOGINS)
+def test_no_message_about_an_address_tells_its_secrets(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A wrong address, and one where nobody listens, by what MLflow, its database and requests say themselves."""
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"ftp://{address}")
+    assert "is neither a server nor a database" in hidden(mistake(tracking_uri))
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", address)
+    assert "is neither a server nor a database" in hidden(mistake(tracking_uri))
+    for scheme in ("http", "postgresql"):
+        uri = f"{scheme}://{address}"
+
+        def opened(uri: str = uri) -> None:
+            with tracking.readable_errors(uri):
+                tracking.connect(uri).search_experiments()
+
+        assert re.search("cannot be used|does not answer", hidden(mistake(opened)))
 
 
 def test_a_sqlite_address_is_absolute_and_others_name_a_server(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

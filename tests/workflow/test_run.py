@@ -127,6 +127,16 @@ def test_a_wrong_tracking_address_stops_before_any_job(checkout: Checkout) -> No
     assert says_one_line(checkout).startswith("error: MLFLOW_TRACKING_URI ./mlruns is neither")
 
 
+def test_a_batch_that_its_processes_cannot_share_stops_before_any_job(checkout: Checkout) -> None:
+    """The student's: the teacher's training would come first."""
+    odd = checkout.change({"student.batch": 15}, "odd")
+    assert odd.run("--set-resources", "student:gpu=2") != 0
+    assert "error: a batch of 15 cannot be shared by 2 processes" in odd.output
+    assert "Traceback" not in odd.output
+    assert not (odd.path / "results/odd").exists()
+    assert list((odd.path / ".snakemake/locks").glob("*")) == []
+
+
 def test_an_unknown_configuration_key_stops_before_any_job(checkout: Checkout) -> None:
     (checkout.path / "config/config.yaml").write_text("studies: tiny\nstudys: tiny\n")
     assert "unknown key 'studys'" in says_one_line(checkout)

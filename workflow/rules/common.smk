@@ -34,6 +34,7 @@ try:
     from consistency.provenance import graph
     from consistency.provenance.due import due_mark, is_due, mark_due
     from consistency.runtime.cluster import require_cluster
+    from consistency.runtime.launch import per_node
     from consistency.runtime.slurm_job import note_own
     from consistency.runtime.snakemake import TAKEN, join_run
     from consistency.tracking.server import tracking_uri
@@ -127,6 +128,18 @@ def verb(stage: str):
         return graph.verb_of(stage, job_of(wildcards)) + (" --gpu 1" if resources.get("gpu") else "")
 
     return words
+
+
+def require_shares_of_jobs():
+    """Raise UserError before any job runs if the batch of a training that is to come cannot be divided over its rule's
+    processes: a student's would be found only after the teacher was trained."""
+    for each in workflow.dag.needrun_jobs():
+        job = job_of(each.wildcards) if each.rule.name in ("teacher", "student") else None
+        if job and (each.resources.gpu > 1 or each.resources.gres or job.study.compute.batch_per_device):
+            from consistency.training.update import require_shares  # torch takes seconds
+
+            nodes = each.resources.nodes
+            require_shares(job, nodes * per_node(each.resources.gpu, nodes, each.resources.gres))
 
 
 def environment(wildcards) -> str | None:

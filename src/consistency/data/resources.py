@@ -8,6 +8,7 @@ import sys
 import time
 from pathlib import Path
 from typing import Annotated
+from urllib.request import getproxies
 
 from pydantic import Field, TypeAdapter, ValidationError
 
@@ -15,6 +16,7 @@ from consistency.base.errors import UserError, suggestion, user_error
 from consistency.base.files import atomic, sha256, write_bytes
 from consistency.base.locks import held
 from consistency.base.progress import Progress
+from consistency.base.urls import masked, without_secrets
 from consistency.config.explain import explain
 from consistency.config.fields import Section
 from consistency.config.paths import SHIPPED
@@ -99,7 +101,7 @@ def fetch(name: str) -> Path:
         with atomic(path) as part:
             _download(name, resource, part)
             if fault := _fault(name, resource, part):
-                problem = f"{resource.url} gave a file that {fault}: it was removed. Do not use that source;"
+                problem = f"{masked(resource.url)} gave a file that {fault}: it was removed. Do not use that source;"
                 raise _error(name, resource, problem)
     return path
 
@@ -113,7 +115,7 @@ def open_resource(name: str) -> Path:
     resource, path = find(name), resource_path(name)
     if fault := _fault(name, resource, path) if path.is_file() else "is missing":
         command = f"run `python -m consistency fetch {name}` where there is a network"
-        raise _error(name, resource, f"{path} {fault}: {command}, or get {resource.url} elsewhere and")
+        raise _error(name, resource, f"{path} {fault}: {command}, or get {masked(resource.url)} elsewhere and")
     return path
 
 
@@ -126,12 +128,18 @@ def fetch_all(names: list[str]) -> None:
     if names:
         return
     known = registry()
-    for name, resource in known.items():
-        path, state = resource_path(name), "missing"
-        if path.is_file():
-            there = "there" if _known(name, resource) else "there; its digest is recorded at its first use"
-            state = f"damaged: {fault}" if (fault := _fault(name, resource, path, record=False)) else there
-        print(f"{name:{max(map(len, known))}}  {state}")
+    for name in known:
+        print(f"{name:{max(map(len, known))}}  {state_of(name)}")
+
+
+def state_of(name: str) -> str:
+    """Return 'missing', 'there...' or 'damaged: ...' for a file of the registry, recording nothing."""
+    resource, path = find(name), resource_path(name)
+    if not path.is_file():
+        return "missing"
+    if fault := _fault(name, resource, path, record=False):
+        return f"damaged: {fault}"
+    return "there" if _known(name, resource) else "there; its digest is recorded at its first use"
 
 
 def _download(name: str, resource: Resource, part: Path) -> None:
@@ -147,8 +155,9 @@ def _download(name: str, resource: Resource, part: Path) -> None:
                 return HTTPDownloader(progress, _CHUNK, **options)(resource.url, str(part), None)
         except (RequestException, ValueError) as error:  # ValueError: an invalid address or header
             reason, passing = _reason(error)
+            reason = without_secrets(reason, resource.url, *getproxies().values())
         if pause is None or not passing:
-            problem = f"cannot download {resource.url} ({reason}). Run the same command again, or"
+            problem = f"cannot download {masked(resource.url)} ({reason}). Run the same command again, or"
             raise _error(name, resource, problem)
         print(f"download {name}: {reason}; trying again in {pause:g} s", file=sys.stderr, flush=True)
         time.sleep(pause)
@@ -166,11 +175,10 @@ def _reason(error: Exception) -> tuple[str, bool]:
 
 
 def _error(name: str, resource: Resource, problem: str) -> UserError:
-    """Build the error for a missing or wrong file, without the user and password of its address."""
+    """Build the error for a missing or wrong file."""
     known = _known(name, resource)
     digest = f"sha256 {known}" if known else f"no sha256 is published; that of the first file goes to {RECORDED}"
-    message = f"{problem} put the file ({digest}) at {resource_path(name)} by hand"
-    return UserError(re.sub(r"//[^/\s]*@", "//", message))
+    return UserError(f"{problem} put the file ({digest}) at {resource_path(name)} by hand")
 
 
 # --- digests

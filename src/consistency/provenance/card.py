@@ -5,6 +5,7 @@ import sys
 import time
 from collections.abc import Iterable
 from datetime import UTC, datetime
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,11 @@ class Card:
         for maker, each in {each.card(maker): (maker, each) for maker, each in makers}.values():
             read_card(each, maker)
 
+    @cached_property
+    def given(self) -> dict[Path, str]:
+        """Digests of the person's own files that the stage opens, read once."""
+        return {file: sha256(file) for file in graph.given(self.stage, self.job)}
+
     def write(
         self,
         outputs: Iterable[Path] | None = None,
@@ -52,7 +58,7 @@ class Card:
             return {p.relative_to(folder).as_posix(): (known or {}).get(p) or digest_of(p, job.paths) for p in paths}
 
         opened = {f"resources/{name}": known_sha256(name) for name in graph.downloads(job, stage)}
-        opened |= {f"given/{file.name}": sha256(file) for file in graph.given(stage, job)}
+        opened |= {f"given/{file.name}": digest for file, digest in self.given.items()}
         card = {
             "format": CARD,
             "stage": stage,

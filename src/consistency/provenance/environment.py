@@ -22,6 +22,15 @@ _PACKAGES = (
 def git_state() -> dict[str, Any]:
     """Commit of the running source and whether anything differs from it; both None, with a warning, where git does not
     track the source or cannot tell."""
+    state, reason = find_commit()
+    if reason:
+        print(f"warning: the results name no commit of the code ({reason})", file=sys.stderr, flush=True)
+    return state
+
+
+@cache
+def find_commit() -> tuple[dict[str, Any], str]:
+    """Return the same without a warning, and the reason why there is no commit, '' if there is one."""
     package = Path(__file__).parents[1]
     # A hook's GIT_DIR is another repository's, and a user's own commit must not meet a lock of ours.
     env = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
@@ -35,12 +44,11 @@ def git_state() -> dict[str, Any]:
     try:
         if git("ls-files", "*.py"):
             differs = git("status", "--porcelain", "--untracked-files=no") or git("ls-files", "--others", "*.py")
-            return {"commit": git("rev-parse", "HEAD"), "dirty": bool(differs)}
+            return {"commit": git("rev-parse", "HEAD"), "dirty": bool(differs)}, ""
         reason = f"the repository around {package} does not track it: run a clone"
     except (OSError, subprocess.SubprocessError) as error:
         reason = " ".join(str(getattr(error, "stderr", "") or error).split())
-    print(f"warning: the results name no commit of the code ({reason})", file=sys.stderr, flush=True)
-    return {"commit": None, "dirty": None}
+    return {"commit": None, "dirty": None}, reason
 
 
 @cache

@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -26,11 +27,13 @@ def require_cluster() -> None:
             require_possible(file, limits)
 
 
-def partition_limits() -> dict[str, float]:
-    """Return the time limits, in minutes, of this user's partitions. Raises UserError if Slurm does not answer."""
+def partition_limits(patience: float = 60.0) -> dict[str, float]:
+    """Return the time limits, in minutes, of this user's partitions. Raises UserError if Slurm does not answer within
+    so many seconds."""
     try:
         command = ["sinfo", "-h", "-o", "%R %l"]
-        done = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace", check=True, timeout=60)
+        text: dict[str, Any] = {"capture_output": True, "encoding": "utf-8", "errors": "replace"}
+        done = subprocess.run(command, check=True, timeout=patience, **text)
     except (OSError, subprocess.SubprocessError) as error:
         said = " ".join(str(getattr(error, "stderr", "") or error).split())
         raise UserError(f"Slurm does not answer ({said}): try again when `sinfo` does") from None

@@ -48,6 +48,13 @@ def gpus_of_gres(gres: str) -> int:
     return int(found[1] or 1) if found else 0
 
 
+def per_node(processes: int, nodes: int, gres: str) -> int:
+    """Return the processes of each node. Raises UserError if the nodes cannot share them evenly."""
+    if processes > 1 and processes % nodes:
+        raise UserError(f"--processes {processes} cannot be shared evenly by --nodes {nodes}")
+    return max(processes // nodes, gpus_of_gres(gres), 1)
+
+
 def whose() -> str:
     """Return ' (process k)' for messages of process k of a training, '' for the first."""
     rank = os.environ.get("RANK", "0") if is_worker() else "0"

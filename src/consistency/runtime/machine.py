@@ -56,6 +56,15 @@ def pick_device(name: str, asked: str = "") -> torch.device:
     return device
 
 
+def require_device(name: str, asked: str, count: int) -> None:
+    """Raise UserError as `pick_device` does, or if there are fewer GPUs than count, without starting CUDA on one: this
+    process, the launcher of others, would keep some of its memory."""
+    if name == "cpu" or not torch.cuda.is_available():
+        pick_device(name, asked)
+    elif (there := torch.cuda.device_count()) < count:
+        raise UserError(f"{asked or name} needs {count} GPUs here, torch sees {there}: lower it or mend the others")
+
+
 def described(device: torch.device) -> str:
     """Return a device's name, with that of the GPU."""
     return f"{device}, {torch.cuda.get_device_name(device)}" if device.type == "cuda" else str(device)

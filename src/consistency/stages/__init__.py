@@ -1,1 +1,1 @@
-"""One module for each word of the pipeline: it reads files, calls the rooms below, and writes files and a card."""
+"""One module a word of the pipeline: it reads files, calls the rooms below, writes files and a card; and a doctor."""

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from consistency.base.errors import UserError
-from consistency.base.files import sha256, write_bytes
+from consistency.base.files import write_bytes
 from consistency.config.job import Job
 from consistency.config.networks import GivenTeacher, OfficialTeacher, Teacher
 from consistency.config.study import Study
@@ -20,7 +20,7 @@ from consistency.nets.official import OPENAI
 from consistency.nets.openai import read_openai
 from consistency.provenance.card import Card, digest_of
 from consistency.provenance.environment import git_state
-from consistency.provenance.graph import downloads, given
+from consistency.provenance.graph import downloads
 from consistency.provenance.inputs import read_dataset, require_classes, sigma_data
 from consistency.runtime.machine import Machine
 from consistency.tracking.live import followed
@@ -46,9 +46,9 @@ def make_teacher(job: Job, machine: Machine) -> None:
     elif not machine.ranks.first:
         return
     elif isinstance(settings, OfficialTeacher):
-        _write(card, _converted(job.study, settings))
+        _write(card, _converted(job, settings))
     elif isinstance(settings, GivenTeacher):
-        _write(card, _given(job, settings))
+        _write(card, _given(card, settings))
     else:
         # A placeholder: the students' network with all weights zero.
         network = init_denoiser(architecture(job.study, settings, read_dataset(job)), 0)
@@ -58,8 +58,9 @@ def make_teacher(job: Job, machine: Machine) -> None:
         _write(card, network)
 
 
-def _converted(study: Study, settings: OfficialTeacher) -> Denoiser:
+def _converted(job: Job, settings: OfficialTeacher) -> Denoiser:
     """Read an official checkpoint."""
+    study = job.study
     source = open_resource(settings.checkpoint)
     try:
         teacher = (read_openai if settings.checkpoint == OPENAI else read_edm_pickle)(source)
@@ -67,13 +68,16 @@ def _converted(study: Study, settings: OfficialTeacher) -> Denoiser:
         forget(settings.checkpoint)
         raise
     _require_described(study, settings.checkpoint, teacher, study.noise.sigma_data)
+    if job.paths.facts.exists():  # the stage dataset, which may come later, knows an official network by its name
+        require_classes(study, read_dataset(job), teacher)
     return teacher
 
 
-def _given(job: Job, settings: GivenTeacher) -> Denoiser:
+def _given(card: Card, settings: GivenTeacher) -> Denoiser:
     """Read a teacher from a person's own file."""
-    study, data, path = job.study, read_dataset(job), Path(settings.path)
-    if settings.sha256 and path.is_file() and (found := sha256(path)) != settings.sha256:
+    job, path = card.job, Path(settings.path)
+    study, data = job.study, read_dataset(job)
+    if settings.sha256 and path.is_file() and (found := card.given[path]) != settings.sha256:
         raise UserError(f"{path} has sha256 {found}, not teacher.sha256: get the right file, or correct the study")
     teacher, metadata = load_given(path, architecture(study, settings, data) if settings.network else None)
     if teacher.takes_s or JUMPS in metadata:
@@ -109,7 +113,7 @@ def _write(
     study, paths = card.job.study, card.job.paths
     path, history = paths.teacher_weights, paths.teacher / "history.jsonl"
     parents = {name: known_sha256(name) for name in downloads(card.job, "teacher")}
-    parents |= {file.name: sha256(file) for file in given("teacher", card.job)}
+    parents |= {file.name: digest for file, digest in card.given.items()}
     parents = parents or {"images.npy": digest_of(paths.images, paths)}
     metadata = {"study": study.name, "stage": "teacher", "key": card.job.key("teacher"), "git": git_state()}
     save_denoiser(path, teacher, metadata | {"parents": parents} | ({"step": training.steps} if training else {}))

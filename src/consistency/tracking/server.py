@@ -9,10 +9,12 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote, unquote
+from urllib.parse import quote
 
+from consistency.base import urls
 from consistency.base.errors import UserError, command_of, user_error
 from consistency.base.locks import held
+from consistency.base.urls import masked
 from consistency.config.job import Job
 from consistency.tracking.records import Point, Record
 
@@ -43,33 +45,22 @@ def tracking_uri() -> str:
         return uri
     if not uri.startswith("sqlite:"):
         raise UserError(
-            f"MLFLOW_TRACKING_URI {without_credentials(uri)} is neither a server nor a database: "
+            f"MLFLOW_TRACKING_URI {masked(uri)} is neither a server nor a database: "
             "use http://HOST:5000, postgresql://... or sqlite:///mlflow.db"
         )
     path = uri.removeprefix("sqlite:///")
     if path in ("", uri, ":memory:"):
-        raise UserError(f"MLFLOW_TRACKING_URI {uri} names no file: use sqlite:///mlflow.db")
+        raise UserError(f"MLFLOW_TRACKING_URI {masked(uri)} names no file: use sqlite:///mlflow.db")
     if (full := os.path.expanduser(path)) != path:
-        raise UserError(f"MLFLOW_TRACKING_URI {uri} would make a folder named ~: use sqlite:///{full}")
+        raise UserError(f"MLFLOW_TRACKING_URI {masked(uri)} would make a folder named ~: use sqlite:///{masked(full)}")
     return f"sqlite:///{Path.cwd() / path}"
 
 
-def without_credentials(uri: str) -> str:
-    """Return the URI without user, password and query."""
-    return uri if uri.startswith("sqlite:") else re.sub(r"://.*@", "://", uri).partition("?")[0]
-
-
 def without_secrets(text: str, uri: str) -> str:
-    """Remove from a text the URI's login (between '://' and '@') and query, and the password and token that MLflow
-    reads from the environment."""
-    secrets = [os.environ.get(f"MLFLOW_TRACKING_{name}", "") for name in ("PASSWORD", "TOKEN")]
-    if not uri.startswith("sqlite:"):
-        login = uri.partition("://")[2].rpartition("@")[0]
-        password = login.partition(":")[2]
-        secrets += [f"{login}@" if login else "", password, unquote(password), uri.partition("?")[2]]
-    for secret in filter(None, secrets):
-        text = text.replace(secret, "***")
-    return text
+    """Return a text without the URI's secrets, and without the password and token that MLflow reads from the
+    environment."""
+    own = (os.environ.get(f"MLFLOW_TRACKING_{name}", "") for name in ("PASSWORD", "TOKEN"))
+    return urls.without_secrets(text, uri, secrets=tuple(own))
 
 
 def be_quiet() -> None:
@@ -88,7 +79,7 @@ def connect(uri: str) -> Any:
     for name in ("mlflow", "alembic", "urllib3"):  # errors come as exceptions
         logging.getLogger(name).setLevel(logging.CRITICAL)
     if uri.startswith("sqlite:"):
-        _sqlite_file(uri).parent.mkdir(parents=True, exist_ok=True)
+        sqlite_file(uri).parent.mkdir(parents=True, exist_ok=True)
     elif uri.startswith(_DATABASES):
         # Fail at once if the database does not answer: MLflow would try for two minutes.
         from sqlalchemy import create_engine
@@ -179,7 +170,8 @@ def send_points(client: Any, run_id: str, points: Iterable[Point], there: set[tu
 # --- sessions
 
 
-def _sqlite_file(uri: str) -> Path:
+def sqlite_file(uri: str) -> Path:
+    """Return the file of a SQLite address."""
     return Path(uri.removeprefix("sqlite:///").partition("?")[0])
 
 
@@ -189,7 +181,7 @@ def _follow_project(client: Any, experiment: str, uri: str) -> None:
     from sqlalchemy import create_engine, text
     from sqlalchemy.pool import NullPool
 
-    here, database = Path.cwd(), _sqlite_file(uri)
+    here, database = Path.cwd(), sqlite_file(uri)
     place: str = client.get_experiment(experiment).artifact_location
     there = place.removesuffix(f"/mlruns/{experiment}")
     if there in (str(here), place) or not database.is_relative_to(here):
@@ -211,7 +203,7 @@ def session(job: Job, uri: str, quiet: bool = False) -> Iterator[tuple[Any, str]
     The lock lies beside a SQLite file, whose schema two processes must not create at once, or in the study's folder.
     Raises UserError if another upload holds it for 10 minutes, and for any trouble with the server.
     """
-    database = _sqlite_file(uri)
+    database = sqlite_file(uri)
     path = database.with_name(f"{database.name}-lock") if uri.startswith("sqlite:") else job.paths.track / ".lock"
     advice = "; correct that or set MLFLOW_TRACKING_URI"
     with held(path, f"uploads to MLflow and holds {path}", 600.0, advice, quiet), readable_errors(uri):
@@ -234,7 +226,9 @@ def readable_errors(uri: str) -> Iterator[None]:
         from requests import RequestException
         from sqlalchemy.exc import SQLAlchemyError
 
-        if not isinstance(error, MlflowException | RequestException | SQLAlchemyError | OSError | ImportError):
+        if not isinstance(
+            error, MlflowException | RequestException | SQLAlchemyError | OSError | ImportError | ValueError
+        ):
             raise
         reason = without_secrets(" ".join(str(error).split()) or type(error).__name__, uri)
         down = re.search(r"Connection|Max retries|timed out|resolve", reason)
@@ -243,6 +237,17 @@ def readable_errors(uri: str) -> Iterator[None]:
             advice = "make room on its disk and on that of temporary files (TMPDIR)"
         raise user_error(
             error,
-            f"the tracking server {without_credentials(uri)} {'does not answer' if down else 'cannot be used'}: "
+            f"the tracking server {masked(uri)} {'does not answer' if down else 'cannot be used'}: "
             f"{advice}. The results are safe: {command_of('track')} sends what is missing ({reason[:400]})",
         ) from None
+
+
+def require_store() -> None:
+    """Exit with one line, for `make ui`, if the address is wrong or its database cannot be opened: MLflow would retry
+    for minutes and quote the address."""
+    try:
+        uri = tracking_uri()
+        with readable_errors(uri):
+            connect(uri)
+    except UserError as error:
+        raise SystemExit(f"error: {error}") from None

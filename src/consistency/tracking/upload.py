@@ -8,6 +8,7 @@ machine. A run created during its training is completed, not created again.
 from typing import Any
 
 from consistency.base.files import write_json
+from consistency.base.urls import masked
 from consistency.config.job import Job
 from consistency.tracking import server
 from consistency.tracking.records import TRAINING, Record, plan
@@ -33,7 +34,7 @@ def track_study(job: Job) -> None:
             new += sent
         _supersede(client, known, set(ids.values()), str(paths.root.resolve()))
         models = register_students(client, job, ids)
-    clean = server.without_credentials(uri)
+    clean = masked(uri)
     address = clean.rstrip("/") if clean.startswith("http") else "`make ui`, then http://127.0.0.1:5000"
     hint = f"{address}/{server.charts(experiment)}"
     content = {"tracking_uri": clean, "experiment": study.name, "experiment_id": experiment, "models": models}
