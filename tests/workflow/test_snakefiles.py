@@ -9,6 +9,12 @@ from tests.processes import run_python
 from tests.workflow.checkout import Checkout
 
 MAIN = ("-s", "workflow/Snakefile")
+STAND_IN = """#!/bin/bash
+if [ "$1" = --version ]; then echo apptainer version 1.3.0; exit; fi
+echo "$@" > "$(dirname "$0")/words"
+while [ "$1" != bash ]; do shift; done
+exec "$@"
+"""
 
 
 def test_both_files_make_the_same_graph_up_to_the_rule_all(checkout: Checkout) -> None:
@@ -31,8 +37,7 @@ def test_a_user_without_a_name_can_run_it(checkout: Checkout, tmp_path: Path) ->
 def test_the_stages_run_in_the_container_that_is_named(checkout: Checkout, tmp_path: Path) -> None:
     """With a stand-in for Apptainer, which notes its words and runs the stage outside."""
     stand_in = tmp_path / "apptainer"
-    script = 'if [ "$1" = --version ]; then echo apptainer version 1.3.0; exit; fi\necho "$@" > "$(dirname "$0")/words"\n'
-    stand_in.write_text(f'#!/bin/bash\n{script}while [ "$1" != "bash" ]; do shift; done\nexec "$@"\n')
+    stand_in.write_text(STAND_IN)
     stand_in.chmod(0o755)
     (checkout.path / "own.sif").touch()
     words = ["-m", "snakemake", "--cores", "1", "--sdm", "apptainer", "--config", "studies=tiny", "container=own.sif"]
