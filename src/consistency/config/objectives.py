@@ -201,8 +201,61 @@ class Consistency(WithDenoising):
         return self.from_teacher or self.dsm_weight > 0
 
 
+class FlowMap(Student):
+    """Keys of `objective: flow_map`, ours: a flow map in continuous time, by the derivative of a jump instead of a
+    solver (docs/flow-maps.md). One evaluation of the teacher and one derivative of the student a step."""
+
+    loss: ClassVar[str] = "training.flow_map:FlowMap"
+    terms: ClassVar[dict[str, str]] = {"flow": "flow term", "diagonal": "term at s = t"}
+    only_to_eps: ClassVar[bool] = False
+
+    objective: Literal["flow_map"] = "flow_map"
+    form: Literal["lagrangian", "eulerian"] = Field(
+        "lagrangian", description="Derivative by the jump's end s, or along the teacher's ODE by its start t."
+    )
+    diagonal: Annotated[float, Field(ge=0, lt=1)] = Field(
+        0.25, description="Share of images with s = t, on which the student is the denoiser."
+    )
+    diagonal_target: Literal["teacher", "data"] = Field(
+        "teacher", description="What the denoiser is compared with there: the teacher's, or the image."
+    )
+    draw: Literal["rho", "lognormal"] = Field(
+        "rho", description="t and s: two points of the rho grid's continuous form, or ln t and ln s normal(-1.1, 2)."
+    )
+    adaptive_power: Annotated[float, Field(ge=0, le=1)] = Field(
+        0.0, description="Each image's distance is divided by (its value + 1e-3)^p: MeanFlow's weight."
+    )
+    tangent_bound: Positive | None = Field(
+        None, description="c: the student's derivative v is replaced by v / (|v| / c + 1), |v| its root mean square."
+    )
+    tangent_warm_up: Annotated[int, Field(ge=0)] = Field(
+        0, description="Steps in which the student's derivative is brought in, from 0 to its full weight."
+    )
+
+    @model_validator(mode="after")
+    def _possible(self) -> Self:
+        if DISTANCES[self.distance].weights:
+            raise ValueError(f"distance {self.distance} is for endpoints: compare derivatives by pseudo_huber or l2")
+        return self
+
+    @property
+    def derivative(self) -> int:
+        """Evaluations of a student with its derivative: two, and by the Lagrangian form the gradient of both."""
+        return 2 + (4 if self.form == "lagrangian" else 2)
+
+    @property
+    def evaluations(self) -> float:
+        taught = 1 if self.diagonal_target == "teacher" else 0
+        return (1 - self.diagonal) * (1 + self.derivative) + self.diagonal * (taught + 3)
+
+
 #: objectives by their names in a study; a new one is a class and a line here
-OBJECTIVES: dict[str, type[Student]] = {"trajectory": Trajectory, "endpoint": Endpoint, "consistency": Consistency}
+OBJECTIVES: dict[str, type[Student]] = {
+    "trajectory": Trajectory,
+    "endpoint": Endpoint,
+    "consistency": Consistency,
+    "flow_map": FlowMap,
+}
 
 
 def objective_of(settings: dict[str, Any]) -> type[Student]:

@@ -1,6 +1,6 @@
 """The settings that every student has. Those of an objective are in objectives.py."""
 
-from typing import Annotated, ClassVar, Self
+from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -46,7 +46,10 @@ class Student(Section):
     )
     steps: Count = Field(description="Optimiser steps.")
     batch: Count = Field(description="Images a step.")
-    learning_rate: Positive = Field(4e-4, description="Constant learning rate.")
+    learning_rate: Positive = Field(4e-4, description="Learning rate, of the first step if it decays.")
+    learning_rate_decay: Literal["none", "cosine"] = Field(
+        "none", description="`cosine` brings the rate to zero by half a cosine over all steps."
+    )
     ema_rate: Fraction = Field(0.999, description="EMA of target and evaluation, per step.")
     ema_warm_up: Positive | None = Field(
         None, description="The rates are at most 1 - step^-ema_warm_up, so that first weights leave no trace."

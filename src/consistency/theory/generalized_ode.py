@@ -13,6 +13,7 @@ from torch import Tensor
 
 # Cubic splines through the fitted times: with 40 of them f and g err as little as with 120 joined by lines.
 _PARTS = 8
+_TINY = 1e-300
 # Between the finer nodes l and s are linear, so M is quadratic and 8 Gauss-Legendre points are exact to rounding.
 _POINTS, _WEIGHTS = (torch.from_numpy(v) for v in np.polynomial.legendre.leggauss(8))
 
@@ -144,7 +145,8 @@ class GeneralizedODE:
         reach = offset.unsqueeze(-1)
         u = 0.5 * reach * (nodes["points"] + 1)
         to_end = rate * (u - reach) + 0.5 * curve * (u**2 - reach**2)  # M(u) - M(end)
-        return torch.log(0.5 * offset * (nodes["weights"] * torch.exp(to_end)).sum(-1))
+        # The smallest of offsets: at a node the logarithm of 0 has no derivative, but that of Q does.
+        return torch.log(0.5 * (offset + _TINY) * (nodes["weights"] * torch.exp(to_end)).sum(-1))
 
 
 def _refined(lam: Tensor, *values: Tensor) -> list[Tensor]:

@@ -1,6 +1,8 @@
 """The training of a student: its networks, its objective, its refits."""
 
+import math
 import pkgutil
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -8,6 +10,7 @@ import torch
 from consistency.base.seeding import derived_seed
 from consistency.config.job import Job
 from consistency.config.objectives import Consistency
+from consistency.config.student import Student
 from consistency.data.prepared import ImageData
 from consistency.nets.denoiser import Denoiser, init_denoiser, student_from_teacher
 from consistency.nets.jumps import JUMPS
@@ -61,10 +64,18 @@ def student_training(job: Job, data: ImageData, machine: Machine) -> Training:
         steps=settings.steps,
         log_every=settings.log_every,
         folder=job.state,
+        learning_rate=rate_of(settings),
         snapshot_every=settings.snapshot_every,
         before_step=_refits(job, data, machine, student, [ema.model for ema in emas]),
         metadata={JUMPS: jumps_of(job, data).model_dump(mode="json")},
     )
+
+
+def rate_of(settings: Student) -> Callable[[int], float] | None:
+    """Return the learning rate of a step (from 0), None for a constant one."""
+    if settings.learning_rate_decay == "none":
+        return None
+    return lambda step: 0.5 * settings.learning_rate * (1 + math.cos(math.pi * step / settings.steps))
 
 
 def build_objective(job: Job, models: Models, device: torch.device, stopwatch: Stopwatch | None = None) -> Any:
