@@ -1,5 +1,7 @@
 """Speed-ups and intervals on curves whose answers are known."""
 
+from dataclasses import replace
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -8,6 +10,7 @@ from tests.draws import numpy_draws
 from consistency.evaluation.analysis import (
     Curves,
     Pair,
+    Paired,
     SpeedUp,
     curves_of,
     ema_table,
@@ -20,6 +23,7 @@ from consistency.evaluation.analysis import (
     step_costs,
     to_final_score,
 )
+from consistency.report import wording
 from consistency.theory.comparison import mean_interval
 
 STEPS = np.arange(0, 1100, 100)
@@ -134,6 +138,17 @@ def test_only_the_second_half_counts() -> None:
     baseline = falling(1)
     student = Curves(STEPS, baseline.values * np.where(STEPS > 500, 0.5, 7), baseline.seeds)
     assert paired_ratio(baseline, student).value == pytest.approx(0.5)
+
+
+def test_a_baseline_that_ends_before_the_first_snapshot_determines_no_ratio() -> None:
+    """By evaluations or seconds the one may end before the other begins."""
+    student = falling(1)
+    found = paired_ratio(replace(student, steps=student.steps / 1e4), student)
+    assert np.isnan([found.value, found.low, found.high, found.p]).all()
+    place = {"run": "a", "baseline": "b", "measure": "fd", "nfe": 1, "unit": "seconds", "seeds": 5}
+    item = Paired(**place, **vars(found))  # type: ignore[arg-type]
+    assert wording.ratio(item) == "not determined"
+    assert "no snapshots in common" in wording.paired_sentence(item, "classifier")
 
 
 def several_rates() -> pd.DataFrame:

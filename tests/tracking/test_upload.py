@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shutil
+import sqlite3
 import subprocess
 import sys
 import time
@@ -451,3 +452,20 @@ def test_nothing_phones_home() -> None:
     command = "from consistency.tracking.server import connect; connect('sqlite:///mlflow.db')\n"
     command += "from mlflow.telemetry import get_telemetry_client; assert get_telemetry_client() is None"
     subprocess.run([sys.executable, "-c", command], env=shell | {"PYTHONPATH": SOURCE}, check=True)
+
+
+def test_a_schema_that_was_cut_off_is_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A training may end while its thread makes the database; MLflow cannot go on with half of a schema."""
+    file = tmp_path / "mlflow.db"
+
+    def half(uri: str) -> None:
+        with sqlite3.connect(uri.removeprefix("sqlite:///")) as database:
+            database.execute("CREATE TABLE alembic_version (version_num)")
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("mlflow.MlflowClient", half)
+        tracking.connect(f"sqlite:///{file}")
+    assert not file.exists()
+    assert tracking.connect(f"sqlite:///{file}").search_experiments()
+    assert [path.name for path in tmp_path.iterdir() if path.is_file()] == ["mlflow.db"]

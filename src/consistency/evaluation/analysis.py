@@ -217,14 +217,17 @@ def speed_up(baseline: Curves, student: Curves) -> comparison.Estimate:
 
 
 def paired_ratio(baseline: Curves, student: Curves) -> comparison.Estimate:
-    """Return the estimate of `Paired`, at the student's snapshots in the second half of what both were trained for.
+    """Return the estimate of `Paired`, at the student's snapshots in the second half of what both were trained for;
+    without one that lies within the baseline's, NaN.
 
     Students of one seed see the same images, noise and times, so most of the variation is common to both curves and
     cancels in the ratio. It shows differences far below the noise of either curve.
     """
     (steps, values), (own_steps, own_values) = baseline.trained, student.trained
     end = min(steps[-1], own_steps[-1])
-    late = (own_steps > end / 2) & (own_steps <= end)
+    late = (own_steps > end / 2) & (own_steps <= end) & (own_steps >= steps[0])
+    if not late.any():  # by evaluations or seconds, where one ends before the other's first snapshot
+        return comparison.Estimate(*[float("nan")] * 4)
     there = np.stack([np.interp(own_steps[late], steps, each) for each in values])
     return mean_ratio((own_values[:, late] - there).mean(1))
 

@@ -80,6 +80,8 @@ def speed(item: SpeedUp) -> str:
 
 def ratio(item: Paired) -> str:
     """Format the difference in percent, with its interval."""
+    if np.isnan(item.value):
+        return "not determined"
     return f"{_percent(item.value)} %{_interval(item, _percent)}"
 
 
@@ -138,6 +140,8 @@ def _final_sentence(item: SpeedUp, what: str) -> str:
 def paired_sentence(item: Paired, extractor: str) -> str:
     """Describe a paired difference, with its verdict."""
     what = f"{what_of(item.measure, extractor)} over the second half of training{by_unit(item.unit)}"
+    if np.isnan(item.value):
+        return f"At NFE {item.nfe}, {item.run} and {item.baseline} have no snapshots in common for {what}."
     return (
         f"At NFE {item.nfe}, {item.run}'s {what} differs from {item.baseline}'s, seed by seed, by {ratio(item)}: "
         f"{verdict(item)}."

@@ -79,7 +79,7 @@ def connect(uri: str) -> Any:
     for name in ("mlflow", "alembic", "urllib3"):  # errors come as exceptions
         logging.getLogger(name).setLevel(logging.CRITICAL)
     if uri.startswith("sqlite:"):
-        sqlite_file(uri).parent.mkdir(parents=True, exist_ok=True)
+        _make_database(sqlite_file(uri))
     elif uri.startswith(_DATABASES):
         # Fail at once if the database does not answer: MLflow would try for two minutes.
         from sqlalchemy import create_engine
@@ -87,6 +87,20 @@ def connect(uri: str) -> Any:
 
         create_engine(uri, poolclass=NullPool).connect().close()
     return MlflowClient(uri)
+
+
+def _make_database(path: Path) -> None:
+    """Create a SQLite file with MLflow's schema, unless it exists. A process may end within the seconds that this
+    takes, and MLflow cannot go on with half of a schema: the file gets its name when it is whole."""
+    from mlflow import MlflowClient
+
+    if path.exists():
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    new = path.with_name(f"{path.name}-new")
+    new.unlink(missing_ok=True)
+    MlflowClient(f"sqlite:///{new}")
+    new.replace(path)
 
 
 def open_experiment(client: Any, name: str, title: str) -> str:
