@@ -80,6 +80,17 @@ def test_the_second_papers_studies_are_counted_without_data(
     assert "counting the operations" in said and "calibration" not in said and "coefficient" not in said
 
 
+@pytest.mark.parametrize(("name", "tflops"), [("cifar10-day", 50), ("ffhq64-day", 50), ("cifar10-gc-day", 30)])
+def test_a_study_of_a_day_takes_less_and_says_how_long(name: str, tflops: float) -> None:
+    file = Path(f"config/studies/{name}.yaml")
+    found = estimate(Job(load_study(file), StudyPaths(name)))
+    hours = sum(found.operations.values()) / (tflops * 1e12 * 3600)
+    assert hours < 24
+    assert f"--tflops {tflops}`: {hours:.0f} GPU-hours" in file.read_text(encoding="utf-8")
+    scoring = sum(found.operations[stage] for stage in ("extractor", "calibration", "scores"))
+    assert scoring < 0.05 * sum(found.operations.values())
+
+
 @pytest.mark.parametrize("size", KINDS["photos"].sizes)
 def test_photos_are_counted_without_data(tiny: Tiny, tmp_path: Path, size: int) -> None:
     study = tiny({"dataset": {"kind": "photos", "resolution": size, "channels": 1}})
