@@ -38,7 +38,7 @@ SAY_LOCAL = $(if $(SNAKEMAKE_PROFILE),echo "SNAKEMAKE_PROFILE=$(SNAKEMAKE_PROFIL
 # Container images set it, and then each of a study's processes compiles torch again, 3 s.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help demo demo-gc reproduce ui pull archive test test-all test-processors lint format docs install lock clean
+.PHONY: help demo demo-gc reproduce ui pull archive test test-all test-processors fuzz lint format docs install lock clean
 
 help: ## this list
 	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' Makefile | expand -t 18
@@ -96,6 +96,9 @@ test-all: install ## every test, with the branch coverage, as continuous integra
 test test-all:
 	@export OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1}
 	exec python -m pytest -n $(PYTEST_WORKERS) --dist loadfile --no-loadscope-reorder $(SELECTED) $(PYTEST_ARGS)
+
+fuzz: install ## damaged files for every reader, a minute each (SECONDS=60); what is found is kept in tests/fuzzed/
+	@OMP_NUM_THREADS=1 CONSISTENCY_FUZZ=$(or $(SECONDS),60) exec python -m pytest -q -n 0 tests/test_fuzz.py
 
 test-processors: install ## the statistical tests with 20 seeds and each instruction set of this processor
 	@export OMP_NUM_THREADS=1

@@ -4,6 +4,7 @@ from collections.abc import Container, Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_origin, get_type_hints
+from zipfile import ZipFile
 
 import numpy as np
 
@@ -11,6 +12,9 @@ from consistency.base.files import atomic, reading
 
 if TYPE_CHECKING:
     import pandas as pd
+
+
+_LONGEST_HEADER = 1 << 16  # bytes of a table's first line: pandas makes an object of each column
 
 
 def read_array(path: Path, verb: str) -> np.ndarray[Any, Any]:
@@ -45,6 +49,9 @@ def read_table(path: Path, verb: str, text: Container[str]) -> "pd.DataFrame":
     import pandas as pd
 
     with reading(path, verb):
+        with path.open("rb") as file:
+            if len(file.readline(_LONGEST_HEADER)) == _LONGEST_HEADER:
+                raise ValueError("it has no header of a table")
         try:
             columns = [str(name) for name in pd.read_csv(path, nrows=0)]
         except pd.errors.EmptyDataError:
@@ -61,6 +68,9 @@ def read_table(path: Path, verb: str, text: Container[str]) -> "pd.DataFrame":
 def read_arrays(path: Path, verb: str, *names: str) -> dict[str, np.ndarray[Any, Any]]:
     """Read the arrays of a .npz file, which must include these names. Raises UserError as `reading` does."""
     with reading(path, verb):
+        with ZipFile(path) as archive:
+            if sum(member.file_size for member in archive.infolist()) > path.stat().st_size:
+                raise ValueError("it is compressed, which no such file is")
         with np.load(path) as arrays:
             found = dict(arrays)
         if missing := set(names) - found.keys():

@@ -5,14 +5,31 @@ import os
 from collections.abc import Iterable
 
 _MOST = 20  # errors told in one line
+_LONGEST = 2000  # characters of a message
 
 
 class UserError(Exception):
-    """Error that the user can fix. The message is one line that says what to change; the exit code is 2."""
+    """Error that the user can fix. The message is one line that says what to change; the exit code is 2.
+
+    A message may quote a file of a stranger's: what a terminal would obey is escaped, and a long text is cut.
+    """
+
+    def __str__(self) -> str:
+        return one_line(super().__str__())
 
 
 class NoPermission(UserError):
     """A file or folder that this user may not open."""
+
+
+def one_line(text: str) -> str:
+    """Return a text as one printable line of bounded length."""
+    line = "".join(each if each.isprintable() else _escaped(each) for each in text[:_LONGEST])
+    return line if len(text) <= _LONGEST else f"{line} [{len(text) - _LONGEST:,} more characters]"
+
+
+def _escaped(letter: str) -> str:
+    return " " if letter.isspace() else letter.encode("unicode_escape").decode()
 
 
 def user_error(error: Exception, message: str = "") -> UserError:

@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shutil
+import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -69,13 +70,20 @@ def reading(path: Path, verb: str) -> Iterator[None]:
     require_output(path, verb)
     try:
         yield
-    except (OSError, ValueError, EOFError, BadZipFile) as error:
+    except (OSError, ValueError, EOFError, BadZipFile, zlib.error, RuntimeError, MemoryError) as error:
+        # RuntimeError: of deep brackets, an encrypted zip or one of a later version.
         raise user_error(error, f"{path} is damaged ({error}): delete it and run {command_of(verb)} again") from None
+
+
+#: bytes of a JSON file; a published page's cards have 100,000. Parsed, a byte may take 60.
+_MOST_JSON = 1 << 23
 
 
 def read_json(path: Path, verb: str) -> Any:
     """Read JSON. Raises UserError as `reading` does."""
     with reading(path, verb):
+        if (size := path.stat().st_size) > _MOST_JSON:
+            raise ValueError(f"it has {size:,} bytes, more than such a file can have")
         return json.loads(path.read_text(encoding="utf-8"))
 
 

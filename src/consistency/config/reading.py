@@ -21,14 +21,38 @@ from consistency.config.study import Study
 KEPT = "CONSISTENCY_STUDIES"
 
 
+#: characters of a file, and values in it with each alias counted as what it stands for; a long study has 5,000 and 500
+_MOST_TEXT, _MOST_VALUES = 1 << 17, 20_000
+
+
 def parse_yaml(text: str, path: Path) -> Any:
-    """Parse the text of a file. Raises UserError with the file's name if it is not YAML or has a key twice."""
+    """Parse the text of a file. Raises UserError with the file's name if it is not YAML, has a key twice or is too
+    large."""
     try:
+        if len(text) > _MOST_TEXT or _exceeds(YAML(typ="safe", pure=True).compose(text), _MOST_VALUES):
+            raise UserError(
+                f"{path} is too large for such a file: it may have {_MOST_VALUES:,} values, aliases counted"
+            )
         return YAML(typ="safe", pure=True).load(text)
+    except RecursionError:
+        raise UserError(f"{path} is not valid YAML: its brackets are too deep") from None
+    except (ValueError, TypeError, LookupError, ArithmeticError, AttributeError) as error:
+        # Of a date that is none, a number of thousands of digits, a tag on a value of another kind.
+        raise UserError(f"{path} is not valid YAML: a value cannot be read ({error})") from None
     except YAMLError as error:
         mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", str(error))
         where = f" (line {mark.line + 1})" if mark else ""
         raise UserError(f"{path} is not valid YAML: {' '.join(problem.split())}{where}") from None
+
+
+def _exceeds(node: Any, most: int) -> bool:
+    """Tell whether a tree of YAML's nodes has more than so many, an alias being its whole subtree each time."""
+    waiting, count = [node], 0
+    while waiting and count <= most:
+        value, count = getattr(waiting.pop(), "value", None), count + 1
+        if isinstance(value, list):
+            waiting += [each for item in value for each in (item if isinstance(item, tuple) else (item,))]
+    return count > most
 
 
 class _Dumper(yaml.SafeDumper):

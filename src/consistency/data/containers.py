@@ -21,6 +21,7 @@ Array = np.ndarray
 
 SUFFIXES = (b".png", b".jpg", b".jpeg", b".webp", b".bmp", b".tif", b".tiff", b".ppm")
 _LEFT_BEHIND = (b"__macosx", b"thumbs.db", b"desktop.ini", b"@eadir")  # by macOS, Windows and Synology
+_LONGEST_NAME = 1 << 12  # bytes, what Linux allows in a path
 _LARGEST = 1 << 28  # bytes of a file in an archive; anything larger is not an image
 
 
@@ -216,6 +217,9 @@ def _inner(outer: tarfile.TarFile, part: tarfile.TarInfo) -> Array:
 
 
 def _table(rows: list[tuple[Any, ...]], numbers: list[tuple[str, Any]]) -> Array:
-    """Return a structured array whose first field is as wide as the longest name."""
+    """Return a structured array whose first field is as wide as the longest name. Raises ValueError for a name so long
+    that the array would be much larger than the names."""
     width = max((len(row[0]) for row in rows), default=1)
+    if width > _LONGEST_NAME:
+        raise ValueError(f"a name in it has {width:,} bytes")
     return np.array(rows, [("name", f"S{max(width, 1)}"), *numbers])

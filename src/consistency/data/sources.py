@@ -9,6 +9,7 @@ import pkgutil
 import re
 import tarfile
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -352,6 +353,12 @@ def edm_zip(settings: Dataset) -> Source:
     images = everything.images("dataset.json")
     if not len(images.names):
         raise UserError(f"{path} has no images in it: make the zip again with EDM's dataset_tool.py")
+    # A name and a class for each image; JSON may write a letter in six.
+    size, most = int(everything.members["size"][meta[0]]), (1 << 20) + 64 * len(images.names)
+    if size > most + 6 * int(np.char.str_len(images.names).sum()):
+        raise UserError(
+            f"dataset.json in {path} has {size:,} bytes for {len(images.names):,} images: make the zip again"
+        )
     labels = _edm_labels(everything.read(int(meta[0])), images.names, path)
     return _files(images, labels, [str(k) for k in range(int(labels.max()) + 1)], pictures.keep, settings)
 
@@ -362,10 +369,15 @@ def _edm_labels(content: bytes, names: Array, path: Path) -> Array:
         pairs = json.loads(content)["labels"]
         if pairs is None:
             return np.zeros(len(names), np.int64)
+        if not isinstance(pairs, list):
+            raise TypeError
         classes: dict[str, Any] = dict(pairs)
+        twice = Counter(name for name, _ in pairs).most_common(1)
     except (ValueError, KeyError, TypeError, RecursionError):
         message = f'dataset.json in {path} is not of the form {{"labels": [[name, class], ...]}}: make the zip again'
         raise UserError(message) from None
+    if twice and twice[0][1] > 1:
+        raise UserError(f"dataset.json in {path} has {shown(twice[0][0])} twice: make the zip again")
     labels = np.empty(len(names), np.int64)
     for row, raw in enumerate(names.tolist()):
         label = classes.get(raw.decode().replace("\\", "/"))

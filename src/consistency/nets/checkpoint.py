@@ -22,6 +22,9 @@ CHECKPOINT = "consistency-denoiser-1"
 DAMAGED = (OSError, RuntimeError, EOFError, ValueError, LookupError, TypeError, pickle.UnpicklingError)
 
 
+_MOST_HEADER = 1 << 22  # bytes; a tensor takes about 100. Parsed, a byte may take 60.
+
+
 def save_denoiser(path: Path, denoiser: Denoiser, metadata: dict[str, Any]) -> None:
     """Write weights with their architecture and metadata (key, study, step, git commit, parents)."""
     described = {"format": CHECKPOINT, "architecture": denoiser.architecture, **metadata}
@@ -57,15 +60,17 @@ def read_metadata(path: Path) -> dict[str, Any]:
 def _metadata(path: Path, absent: str, damaged: str) -> dict[str, Any]:
     """Read the metadata of a safetensors file, none if another program wrote it. absent, damaged: advice."""
     try:
-        path.open("rb").close()  # safetensors says of any file that it cannot open that there is none
+        with path.open("rb") as start:  # safetensors says of any file that it cannot open that there is none
+            if (size := int.from_bytes(start.read(8), "little")) > _MOST_HEADER:
+                raise ValueError(f"its header has {size:,} bytes")
         with safe_open(path, "pt") as file:
             texts = file.metadata() or {}
     except FileNotFoundError:
         raise UserError(f"{path} is missing: {absent}") from None
-    except (SafetensorError, OSError) as error:
+    except (SafetensorError, OSError, ValueError) as error:
         raise user_error(error, f"{path} is not a whole safetensors file ({error}): {damaged}") from None
     metadata: dict[str, Any] = {}
-    with suppress(ValueError):
+    with suppress(ValueError, RecursionError):
         metadata = {name: json.loads(text) for name, text in texts.items()}
     return metadata if metadata.get("format") == CHECKPOINT else {}
 

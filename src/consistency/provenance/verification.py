@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from pydantic import BaseModel, ValidationError
 
-from consistency.base.errors import UserError, user_error
+from consistency.base.errors import UserError, one_line, user_error
 from consistency.base.files import sha256
 from consistency.config.explain import explain
 from consistency.config.job import Job
@@ -115,7 +115,7 @@ def require_none(root: Path, findings: Sequence[Finding]) -> None:
     width = max(len(finding.artifact) for finding in findings)
     for finding in findings:
         for said in finding.faults or [finding.said]:
-            print(f"{finding.artifact:{width}}  {said}")
+            print(one_line(f"{finding.artifact:{width}}  {said}"))
     wrong = sum(bool(finding.faults) for finding in findings)
     if wrong:
         raise UserError(f"{root}: {wrong} of {len(findings)} are not consistent; the reasons are above")
