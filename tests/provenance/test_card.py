@@ -1,6 +1,7 @@
 """Cards: what one says, where it lies, and that it says the same of the same study anywhere."""
 
 import json
+import platform
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -63,6 +64,16 @@ def test_a_card_says_what_made_it_from_what_and_where(write: Write, study: Study
     assert {"python", "torch", "numpy"} <= card["versions"].keys()
     assert {"host", "processor", "gpus"} <= card["hardware"].keys()
     assert card["seconds"] >= 0
+
+
+def test_a_card_is_silent_about_the_machines_name_if_the_study_says_so(tiny: Tiny, layout: StudyPaths) -> None:
+    job = Job(tiny({"compute": {"name_host": False}}), layout)
+    for path in outputs("dataset", job):
+        write_bytes(path, b'{"sha256": "of the images"}')
+    Card(job, "dataset").write()
+    card = json.loads(job.card("dataset").read_text(encoding="utf-8"))
+    assert card["hardware"]["host"] == ""
+    assert platform.node() not in json.dumps(card["hardware"])
 
 
 def test_files_have_their_names_on_any_machine(write: Write, layout: StudyPaths) -> None:

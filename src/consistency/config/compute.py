@@ -17,3 +17,4 @@ class Compute(Section):
     data_on_device: bool | None = Field(
         None, description="Keep the whole dataset in the GPU's memory. Without: if it takes less than a 16th of it."
     )
+    name_host: bool = Field(True, description="Name the machine in cards and MLflow; published pages never do.")

@@ -80,7 +80,7 @@ class Card:
             "outputs": digests(graph.outputs(stage, job) if outputs is None else outputs, path.parent),
             "git": git_state(),
             "versions": versions(),
-            "hardware": hardware(),
+            "hardware": hardware(job.study.compute.name_host),
         }
         write_json(path, card)
 

@@ -62,12 +62,12 @@ def versions() -> dict[str, str]:
 
 
 @cache
-def hardware() -> dict[str, Any]:
-    """Host, processor, cores, memory and GPUs of this machine."""
+def hardware(named: bool = True) -> dict[str, Any]:
+    """Host ('' unless named), processor, cores, memory and GPUs of this machine."""
     import torch
 
     return {
-        "host": platform.node(),
+        "host": platform.node() if named else "",
         "processor": _processor(),
         "cores": os.cpu_count(),
         "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),

@@ -80,7 +80,8 @@ class Follower(threading.Thread):
     def __init__(self, job: Job, state: Path, every: float) -> None:
         super().__init__(name="live tracking", daemon=True)
         command = shlex.join(["python", "-m", "consistency", *sys.argv[1:]])
-        made = {"git": git_state(), "hardware": hardware(), "command": command, "training": read_identity(state)}
+        machine = hardware(job.study.compute.name_host)
+        made = {"git": git_state(), "hardware": machine, "command": command, "training": read_identity(state)}
         self.job, self.every = job, every
         self.records = plan_live(job, made)
         self.own = self.records[-1]
