@@ -281,6 +281,19 @@ def test_a_batch_that_cannot_be_shared_is_refused_before_anything_starts(
     assert message in error and error.count("\n") == 1
 
 
+@pytest.mark.parametrize("error", [MemoryError(), torch.OutOfMemoryError("CUDA out of memory. Tried to allocate ...")])
+def test_a_full_memory_names_the_key(
+    error: Exception, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], handlers: None
+) -> None:
+    def fill() -> None:
+        raise error
+
+    monkeypatch.setattr("consistency.stages.samples.make_samples", fill)
+    assert cli.main(["samples", "--study", "tiny", "--device", "cpu"]) == 2
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert "memory is full: halve compute.batch_per_device" in said
+
+
 def test_a_bug_is_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail() -> None:
         raise ZeroDivisionError

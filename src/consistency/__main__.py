@@ -259,6 +259,13 @@ def _run(args: Arguments) -> int:
     except (UserError, PermissionError) as error:
         print(f"error{launch.whose()}: {user_error(error)}", file=sys.stderr)
         return 2
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError) and type(error).__name__ != "OutOfMemoryError":  # torch's, of a GPU
+            raise
+        full = "this machine's memory is full" if isinstance(error, MemoryError) else "the GPU's memory is full"
+        smaller = "halve compute.batch_per_device (training, fit) or sampling.batch (samples, scores) in the study"
+        print(f"error{launch.whose()}: {full}: {smaller}, and run the same command again", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         print("interrupted; run the same command again to resume", file=sys.stderr)
         return 130
