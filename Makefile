@@ -38,7 +38,7 @@ SAY_LOCAL = $(if $(SNAKEMAKE_PROFILE),echo "SNAKEMAKE_PROFILE=$(SNAKEMAKE_PROFIL
 # Container images set it, and then each of a study's processes compiles torch again, 3 s.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help demo demo-gc reproduce ui pull archive test test-all test-processors fuzz lint format docs install lock clean
+.PHONY: help demo demo-gc reproduce ui pull archive release test test-all test-processors fuzz lint format docs install lock clean
 
 help: ## this list
 	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' Makefile | expand -t 18
@@ -85,6 +85,10 @@ pull: install ## the results of this commit from DVC's remote; computes nothing 
 
 archive: install ## a finished study as one zip with SHA256SUMS, archives/NAME-KEY.zip (STUDY=digits)
 	@exec python -m consistency archive --study config/studies/$(STUDY).yaml
+
+release: install ## a finished study's students with a model card, release/NAME; nothing is uploaded (STUDY=digits)
+	@python -m consistency archive --study config/studies/$(STUDY).yaml
+	exec python -m consistency release --study config/studies/$(STUDY).yaml
 
 # The last -m counts, so PYTEST_ARGS may select others.
 test: SELECTED := -m "not slow"

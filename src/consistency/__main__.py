@@ -59,6 +59,7 @@ RESULTS = Option("--results", type=Path, default=Path("results"), metavar="DIR",
 STATE = Option("--state", type=Path, default=Path("state"), metavar="DIR", help="default: state")
 ARCHIVES = Option("--archives", type=Path, default=Path("archives"), metavar="DIR", help="default: archives")
 PAGES = Option("--pages", type=Path, default=Path("docs/results"), metavar="DIR", help="default: docs/results")
+RELEASES = Option("--releases", type=Path, default=Path("release"), metavar="DIR", help="default: release")
 STUDENT = Option("--student", required=True, metavar="NAME", help="student")
 SEED = Option("--seed", type=int, required=True, help="seed of the student")
 ANY_STUDENT = Option("--student", metavar="NAME", help="student (default: the teacher)")
@@ -86,7 +87,14 @@ UNUSED = Option("--unused", type=int, default=0, help="number of empty files for
 STUDIES = Option("studies", nargs="+", metavar="NAME", help="studies, each config/studies/NAME.yaml")
 RULES = Option("--rules", nargs="+", metavar="RULE", help="rules of workflow/rules that may run (default: all)")
 TARGETS = Option("targets", nargs="*", metavar="FILE", help="files to make (default: all)")
-STUDENT_FILE = Option("--student", dest="student_file", required=True, type=Path, metavar="FILE", help="its file")
+STUDENT_FILE = Option(
+    "--student",
+    dest="student_file",
+    required=True,
+    type=Path,
+    metavar="FILE",
+    help="its file, or digits: a shipped one",
+)
 NFE = Option("--nfe", type=int, default=1, help="number of jumps (default: 1)")
 COUNT = Option("--count", type=int, default=64, help="number of images (default: 64)")
 OUT = Option("--out", required=True, type=Path, metavar="FILE", help="a grid (.png), or the uint8 array (.npy)")
@@ -138,6 +146,7 @@ VERBS = {
     "archive": Verb("pack a study as a zip", "provenance.archive:make_archive", (*HERE, ARCHIVES, SNAPSHOTS)),
     "verify": Verb("check results against their cards", "report.verification:print_verified", (FOLDER, STUDY_FILE)),
     "publish": Verb("write a study's page of results", "report.publish:publish", (*HERE, ARCHIVES, PAGES)),
+    "release": Verb("write students with a model card", "report.release:release", (*HERE, ARCHIVES, RELEASES)),
     "plan": Verb("write the files that DVC compares", "provenance.dvc:write_plan", (*HERE, UNUSED)),
     "dvc": Verb("print dvc.yaml of some studies", "provenance.dvc:print_pipeline", (STUDIES,)),
     "reproduce": Verb("run Snakemake for a study (resumes)", "runtime.snakemake:reproduce", (*HERE, RULES, TARGETS)),

@@ -32,7 +32,7 @@ from consistency.base.progress import track
 from consistency.config import reading
 from consistency.config.dataset import Noise
 from consistency.config.job import Job
-from consistency.config.paths import StudyPaths
+from consistency.config.paths import SHIPPED, StudyPaths
 from consistency.config.study import Study
 from consistency.data.given import open_given, read_given
 from consistency.evaluation.fitted import fit_denoiser
@@ -109,6 +109,7 @@ def load_student(
     file: str | Path, device: str | torch.device = "auto", precision: str = "float32", batch: int = BATCH
 ) -> TrainedStudent:
     """Load a student from its file alone, final weights or a snapshot; no study and no results folder are needed.
+    Without such a file, `digits` names the student that the package ships.
 
     The student is a function, student(x, t, s), and has a method `sample`. device: auto, cpu, cuda or cuda:N;
     precision: arithmetic of its network, float32, bfloat16 or float16; batch: images an evaluation. To repeat the
@@ -122,7 +123,9 @@ def load_student(
     """
     if precision not in ("float32", "bfloat16", "float16") or batch < 1:
         raise UserError(f"precision is float32, bfloat16 or float16, batch 1 or more; got {precision} and {batch}")
-    return open_student(Path(file), _device(device), precision, batch)
+    path, shipped = Path(file), SHIPPED / "students" / f"{file}.safetensors"
+    named = path.name == str(file) and not path.exists() and shipped.is_file()
+    return open_student(shipped if named else path, _device(device), precision, batch)
 
 
 def score_images(

@@ -18,7 +18,7 @@ COMMAND = re.compile(rf"^(?: {{4,}}|)((?:{PROGRAMS}) .*?)(?:  +#.*|\s+#[^{{].*)?
 
 #: the beginning of a command, and the test that runs it (or one that differs from it in names and numbers alone)
 RUN = {
-    r"make (demo|archive|ui|pull|test|docs)\b": "house/test_makefile.py",
+    r"make (demo|archive|release|ui|pull|test|docs)\b": "house/test_makefile.py",
     r"(python -m )?consistency (check|estimate|track|dvc|fetch)\b": "test_cli.py",
     r"(python -m )?consistency (dataset|student)\b": "house/test_installed.py",
     r"(python -m )?consistency validate": "house/test_installed.py",

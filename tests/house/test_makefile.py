@@ -190,6 +190,12 @@ def test_pull_tells_snakemake_that_all_is_up_to_date(installed: Path) -> None:
     ]
 
 
+def test_release_packs_then_writes_the_folder(installed: Path) -> None:
+    assert make(installed, "release", "STUDY=mine").returncode == 0
+    verbs = [f"python -m consistency {verb} --study config/studies/mine.yaml" for verb in ("archive", "release")]
+    assert calls(installed) == verbs
+
+
 def test_a_partial_pull_marks_nothing_as_up_to_date(installed: Path) -> None:
     script(installed / ".venv/bin/dvc", 'echo "dvc $*" >>"$PWD/calls"; [ "$*" != "status --quiet" ]')
     done = make(installed, "pull")

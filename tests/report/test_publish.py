@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+import yaml
 from tests.conftest import mistake
 from tests.fake_results import SMALL, edit_card, make_results, make_study
 
@@ -21,6 +22,7 @@ from consistency.config.study import Study
 from consistency.provenance.archive import archive_of
 from consistency.report.blocks import BLOCKS
 from consistency.report.publish import publish
+from consistency.report.release import licence_of, release
 from consistency.report.verification import verify_published
 from consistency.stages.report import make_report
 
@@ -67,6 +69,32 @@ def faults(home: Path, study: Study | None = None) -> dict[str, str]:
     """The faults by file and artifact."""
     findings = verify_published(home / "docs/results/small", study or job_of(home).study)
     return {finding.artifact: "\n".join(finding.faults) for finding in findings if finding.faults}
+
+
+def test_a_release_has_students_a_model_card_and_what_it_rests_on(home: Path, tmp_path: Path) -> None:
+    job = job_of(home)
+    release(job, home / "archives", tmp_path / "release")
+    folder = tmp_path / "release/small"
+    students = {f"{run}-seed{seed}.safetensors" for run, seed in job.study.trainings}
+    assert students | {"README.md", "SHA256SUMS", "cards.json", "table.csv"} <= {path.name for path in folder.iterdir()}
+    subprocess.run(CHECK, cwd=folder, check=True)
+    _, front, text = (folder / "README.md").read_text(encoding="utf-8").split("---\n", 2)
+    assert yaml.safe_load(front)["license"] == licence_of(job.study) == "mit"
+    (code,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    (named,) = re.findall(r"load_student\(.(.+).\)", code)
+    assert named in students
+    assert text.count("<!-- begin:") == text.count("<!-- end -->") > 3
+    assert "**which is not FID**" in text
+    before = contents(folder)
+    release(job, home / "archives", tmp_path / "release")
+    assert contents(folder) == before
+
+
+def test_an_unfinished_study_is_not_released(home: Path, tmp_path: Path) -> None:
+    job = job_of(home)
+    job.card("report").unlink()
+    assert "not consistent" in mistake(release, job, home / "archives", tmp_path / "release")
+    assert not (tmp_path / "release").exists()
 
 
 def contents(folder: Path) -> dict[str, bytes]:
