@@ -44,7 +44,6 @@ NOT_RUN = {
     r"dvc exp (show|apply)": "shows and applies what `dvc exp run` made; DVC's own",
     r"dvc queue start": "starts what `dvc exp run --queue` has queued; DVC's own",
     r"dvc add": "DVC's own; `dvc import-url` is run",
-    r"pip install uv==": "a line of a container's recipe; `make` installs the same lock",
     r"pip install 'git\+": "needs a public address; the same package is installed from a wheel",
 }
 

@@ -125,3 +125,12 @@ def test_one_python_version_everywhere() -> None:
     assert PYPROJECT["project"]["requires-python"] == f">={minor}"
     assert PYPROJECT["tool"]["mypy"]["python_version"] == minor
     assert PYPROJECT["tool"]["ruff"]["target-version"] == f"py{minor.replace('.', '')}"
+
+
+def test_the_container_has_the_same_lock_and_installer() -> None:
+    recipe = (ROOT / "workflow/consistency.def").read_text(encoding="utf-8")
+    version = re.search(r"(?m)^UV_VERSION := (.+)$", (ROOT / "Makefile").read_text(encoding="utf-8"))[1]
+    assert f"uv=={version}\n" in recipe
+    assert "requirements.lock /opt/requirements.lock\n" in recipe
+    assert "--require-hashes -r /opt/requirements.lock" in recipe
+    assert (ROOT / "requirements.lock").is_file()
