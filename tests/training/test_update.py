@@ -4,13 +4,15 @@ from typing import Any
 
 import pytest
 import torch
+from tests.conftest import mistake
 from tests.draws import SEED
 from tests.nets.small import ARCHITECTURES, make_denoiser
 from torch import Tensor
 
 from consistency.base.errors import UserError
 from consistency.base.seeding import generator
-from consistency.nets.denoiser import init_denoiser, student_from_teacher
+from consistency.nets.denoiser import build_denoiser, init_denoiser, student_from_teacher
+from consistency.nets.official import official_architecture
 from consistency.runtime.distributed import Ranks
 from consistency.theory.distance import squared_l2
 from consistency.theory.noise import rho_grid
@@ -127,13 +129,36 @@ def test_the_balance_is_bounded() -> None:
 
 
 @pytest.mark.parametrize(
-    ("network", "name"), [("ddpmpp", "aux_conv.weight"), ("adm", "out_conv.weight"), ("mlp", "linear_out.weight")]
+    ("network", "name", "at_block"),
+    [
+        ("ddpmpp", "aux_conv.weight", False),
+        ("adm", "out_conv.weight", False),
+        ("mlp", "linear_out.weight", False),
+        ("ddpmpp", "dec.8x8_block1.conv1.weight", True),
+        ("adm", "dec.8x8_block1.conv1.weight", True),
+    ],
 )
-def test_the_last_layer_is_the_one_that_gives_the_output(network: str, name: str) -> None:
+def test_the_layer_of_the_balance_is_the_output_or_ends_the_last_residual_block(
+    network: str, name: str, at_block: bool
+) -> None:
     teacher = init_denoiser(ARCHITECTURES[network], 0)
     for model in (teacher, student_from_teacher(teacher)):
-        one = Update(model, None, None, None)  # type: ignore[arg-type]
+        one = Update(model, None, None, None, at_block=at_block)  # type: ignore[arg-type]
         assert [full for full, _ in model.named_parameters()][one._last].endswith(name)
+
+
+def test_the_official_adm_is_balanced_where_ctm_s_code_balances() -> None:
+    """output_blocks[15][0].out_layers[3] there: of sixteen decoder blocks the last, its second convolution."""
+    with torch.device("meta"):
+        model = build_denoiser(official_architecture("edm-imagenet-64x64-cond-adm.pkl"))
+    names = [name for name, _ in model.named_parameters()]
+    one = Update(model, None, None, None, at_block=True)  # type: ignore[arg-type]
+    assert names[one._last] == [name for name in names if ".dec." in name and "conv1.weight" in name][-1]
+    assert "64x64_block3" in names[one._last]
+
+
+def test_a_perceptron_has_no_block_to_balance_at() -> None:
+    assert "is for U-Nets" in mistake(update, adaptive=True, at_block=True)
 
 
 # --- precision

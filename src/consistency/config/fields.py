@@ -13,7 +13,8 @@ Count = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 Precision = Literal["float32", "bfloat16", "float16"]
 # One number for all levels of a U-Net, or a list with one for each, from full resolution down.
-Blocks = Count | list[Count]
+FewBlocks = Annotated[int, Field(ge=1, le=256)]
+Blocks = FewBlocks | list[FewBlocks]
 Dropout = Fraction | list[Fraction]
 
 

@@ -35,7 +35,9 @@ class SongUNet(Network):
     kind: Literal["songunet"] = "songunet"
     variant: Literal["ddpmpp", "ncsnpp"] = Field("ddpmpp", description="DDPM++ (the -vp teachers) or NCSN++ (-ve).")
     model_channels: Count = Field(128, description="Channels at full resolution before the multiplier.")
-    channel_mult: list[Count] = Field([2, 2, 2], min_length=1, description="Channel multiplier of each level.")
+    channel_mult: list[Count] = Field(
+        [2, 2, 2], min_length=1, max_length=16, description="Channel multiplier of each level."
+    )
     num_blocks: Blocks = Field(4, description="Residual blocks a level; a list: one number for each level.")
     attn_resolutions: list[Count] = Field(
         [16], description="Resolutions with self-attention, pixels; the decoder's first block always has it."
@@ -73,7 +75,7 @@ class MLP(Network):
 
     kind: Literal["mlp"] = "mlp"
     width: Count = Field(256, description="Units a layer.")
-    depth: Count = Field(4, description="Residual blocks.")
+    depth: Count = Field(4, le=1024, description="Residual blocks.")
     embedding: Count = Field(64, description="Size of the noise embedding.")
     dropout: Fraction = Field(0.0, description="Dropout probability.")
 

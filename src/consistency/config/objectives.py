@@ -34,21 +34,22 @@ class WithDenoising(Student):
     """The settings of a denoising score matching (DSM) term."""
 
     dsm_weight: Annotated[float, Field(ge=0)] = Field(0.0, description="Weight of the DSM term.")
-    dsm_balance: Literal["fixed", "adaptive"] = Field(
+    dsm_balance: Literal["fixed", "adaptive", "adaptive-block"] = Field(
         "fixed",
-        description="`adaptive` multiplies the weight by the ratio of the two terms' gradient norms at the last layer, "
-        "as CTM's code does.",
+        description="`adaptive` multiplies the weight by the ratio of the two terms' gradient norms at the output "
+        "layer, as CTM's code does on CIFAR-10; `adaptive-block` at the last convolution of the last block, as on "
+        "ImageNet (for U-Nets).",
     )
 
     @model_validator(mode="after")
     def _balanced(self) -> Self:
-        if self.balanced and not self.dsm_weight:
-            raise ValueError("dsm_balance adaptive needs a DSM term: set dsm_weight above 0")
+        if self.balance != "fixed" and not self.dsm_weight:
+            raise ValueError(f"dsm_balance {self.balance} needs a DSM term: set dsm_weight above 0")
         return self
 
     @property
-    def balanced(self) -> bool:
-        return self.dsm_balance == "adaptive"
+    def balance(self) -> str:
+        return self.dsm_balance
 
 
 class Trajectory(Distillation, WithDenoising):
@@ -260,7 +261,8 @@ OBJECTIVES: dict[str, type[Student]] = {
 
 def objective_of(settings: dict[str, Any]) -> type[Student]:
     """Return the class of a student's settings, given as plain data; Student itself for an unknown objective."""
-    return OBJECTIVES.get(settings.get("objective", Student.model_fields["objective"].default), Student)
+    name = settings.get("objective", Student.model_fields["objective"].default)
+    return OBJECTIVES.get(name, Student) if isinstance(name, str) else Student
 
 
 def _of_its_objective(given: Any, build: ValidatorFunctionWrapHandler) -> Student:

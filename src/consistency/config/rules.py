@@ -8,11 +8,22 @@ from consistency.config.networks import OfficialTeacher, SongUNet
 from consistency.config.objectives import OBJECTIVES, Shrinking
 from consistency.config.study import Study
 
+_MOST = 10_000
+
 
 def _names_are_free(study: Study) -> Iterator[str]:
     """Yield the students whose names are taken by folders of the workflow."""
     for name in sorted({"teacher", "report", "extractor", "dataset", "samples", "flows"} & study.students.keys()):
         yield f"students.{name}: that name is taken by the workflow; choose another"
+
+
+def _jobs_can_be_listed(study: Study) -> Iterator[str]:
+    """Yield numbers of trainings and snapshots that no list of jobs and files can hold."""
+    if len(study.trainings) > _MOST:
+        yield f"students and seeds are {len(study.trainings):,} trainings; {_MOST:,} are possible: list fewer seeds"
+    for name, student in study.students.items():
+        if student.steps // student.snapshot_every * len(student.rates) > _MOST:
+            yield f"students.{name}: there are more than {_MOST:,} snapshots: raise snapshot_every"
 
 
 def _students_differ_as_declared(study: Study) -> Iterator[str]:
@@ -148,6 +159,7 @@ def _scores_can_be_measured(study: Study) -> Iterator[str]:
 
 RULES: tuple[Callable[[Study], Iterator[str]], ...] = (
     _names_are_free,
+    _jobs_can_be_listed,
     _students_differ_as_declared,
     _there_is_a_teacher,
     _dropout_has_its_levels,

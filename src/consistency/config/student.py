@@ -140,6 +140,6 @@ class Student(Section):
         return True
 
     @property
-    def balanced(self) -> bool:
-        """True if the DSM term is scaled to the other's gradient."""
-        return False
+    def balance(self) -> str:
+        """Scale of the DSM term, a value of `dsm_balance`."""
+        return "fixed"

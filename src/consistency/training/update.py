@@ -61,9 +61,9 @@ class Stream:
 class Update:
     """One optimiser step of a training.
 
-    adaptive: the DSM term is scaled by ||grad distillation|| / (||grad dsm|| + 1e-4) at the last layer, at most 1e4, as
-    in CTM's code, but over the whole batch: there, each micro-batch has a ratio of its own. scaler: of float16's
-    losses.
+    adaptive: the DSM term is scaled by ||grad distillation|| / (||grad dsm|| + 1e-4) at the output layer (at_block: at
+    the last convolution of the last residual block), at most 1e4, as in CTM's code, but over the whole batch: there,
+    each micro-batch has a ratio of its own. scaler: of float16's losses. Raises UserError if there is no such block.
     """
 
     model: Denoiser
@@ -71,6 +71,7 @@ class Update:
     objective: Objective
     stream: Stream
     adaptive: bool = False
+    at_block: bool = False
     ranks: Ranks = field(default_factory=Ranks)
     stopwatch: Stopwatch = field(default_factory=Stopwatch)
     scaler: torch.amp.GradScaler = field(default_factory=lambda: torch.amp.GradScaler("cpu", enabled=False))
@@ -78,8 +79,13 @@ class Update:
     def __post_init__(self) -> None:
         self._parameters = list(self.model.parameters())
         self._aside: list[Tensor | None] = [None] * len(self._parameters)
-        # The output layer.
-        self._last = [k for k, weight in enumerate(self._parameters) if weight.ndim > 1][-1]
+        end = ".conv1.weight" if self.at_block else ""
+        layers = [k for k, (name, w) in enumerate(self.model.named_parameters()) if w.ndim > 1 and name.endswith(end)]
+        if not layers:
+            raise UserError(
+                "dsm_balance adaptive-block is for U-Nets: this network has no residual blocks; use adaptive"
+            )
+        self._last = layers[-1]
 
     def step(self, step: int) -> tuple[dict[str, Tensor], int]:
         """Take one optimiser step. Returns its terms, with "loss" and "grad_norm", and this process's evaluations.
