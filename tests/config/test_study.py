@@ -115,6 +115,10 @@ MISTAKES: list[tuple[dict[str, Any], str]] = [
         {"teacher.network": UNET, "student.dropout": [0.1]},
         "students.ctm: dropout lists 1 levels, teacher.network.channel_mult 2",
     ),
+    (
+        {"student.dsm_balance": "adaptive-block"},
+        "students.ctm: dsm_balance adaptive-block is for U-Nets, the network is",
+    ),
     ({"student.dropout": [0.0, 0.2]}, NO_LEVELS),
     (
         {"student.dropout": [0.0, 0.2], "noise.sigma_data": 0.5}

@@ -62,6 +62,14 @@ def _dropout_has_its_levels(study: Study) -> Iterator[str]:
             yield f"students.{name}: dropout lists levels, which only teacher.network.kind songunet has; use a number"
 
 
+def _balance_has_its_block(study: Study) -> Iterator[str]:
+    """Yield students whose DSM term is balanced at a block that their network lacks."""
+    network = None if isinstance(study.teacher, OfficialTeacher) else study.teacher.network
+    for name, student in study.students.items():
+        if student.balance == "adaptive-block" and network and network.kind == "mlp":
+            yield f"students.{name}: dsm_balance adaptive-block is for U-Nets, the network is an mlp: use adaptive"
+
+
 def _predictor_comes_first(study: Study) -> Iterator[str]:
     """Yield students made from one that is missing, not alike, or made from them."""
     for name, student in study.students.items():
@@ -163,6 +171,7 @@ RULES: tuple[Callable[[Study], Iterator[str]], ...] = (
     _students_differ_as_declared,
     _there_is_a_teacher,
     _dropout_has_its_levels,
+    _balance_has_its_block,
     _predictor_comes_first,
     _levels_can_be_drawn,
     _compared_students_are_alike,
