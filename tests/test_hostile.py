@@ -1,6 +1,7 @@
 """Small files that would cost much: each reader is bounded by its input. The memory is limited while each is read."""
 
 import json
+import os
 import struct
 import zipfile
 from collections.abc import Callable
@@ -82,6 +83,23 @@ def nested_metadata(path: Path) -> None:
     path.write_bytes(struct.pack("<Q", len(text)) + text)
 
 
+def huge_network(path: Path) -> None:
+    """Metadata that describe a network of 10 GB."""
+    network = {"network": "mlp", "img_resolution": 8, "img_channels": 1, "width": 16_000, "depth": 6}
+    metadata = {"format": "consistency-denoiser-1", "architecture": network}
+    texts = {name: json.dumps(value) for name, value in metadata.items()}
+    text = json.dumps({"__metadata__": texts}).encode()
+    path.write_bytes(struct.pack("<Q", len(text)) + text)
+
+
+def a_pipe(path: Path) -> None:
+    os.mkfifo(path)
+
+
+def a_list(path: Path) -> None:
+    path.write_text("[]", encoding="utf-8")
+
+
 def brackets(path: Path) -> None:
     path.write_text("[" * 20_000, encoding="utf-8")
 
@@ -111,6 +129,7 @@ ZIP = (
 )
 PICKLE = ("consistency.nets.edm_pickle", "consistency.nets.edm_pickle.read_edm_pickle(Path(sys.argv[1]))")
 WEIGHTS = ("consistency.nets.checkpoint", "consistency.nets.checkpoint.read_metadata(Path(sys.argv[1]))")
+NETWORK = ("consistency.nets.checkpoint", "consistency.nets.checkpoint.load_denoiser(Path(sys.argv[1]))")
 JSON = ("consistency.base.files", "consistency.base.files.read_json(Path(sys.argv[1]), 'report')")
 ARRAYS = ("consistency.base.arrays", "consistency.base.arrays.read_arrays(Path(sys.argv[1]), 'coefficients', 'times')")
 TABLE = ("consistency.base.arrays, pandas", "consistency.base.arrays.read_table(Path(sys.argv[1]), 'scores', set())")
@@ -126,6 +145,10 @@ CASES: list[tuple[Make, str, tuple[str, str], str]] = [
     (twice, "a.zip", ZIP, "has a.png twice"),
     (header, "a.safetensors", WEIGHTS, "its header has"),
     (nested_metadata, "a.safetensors", WEIGHTS, "was not written by this project"),
+    (huge_network, "a.safetensors", NETWORK, "does not fit its architecture"),
+    (a_pipe, "a.safetensors", WEIGHTS, "it is no file"),
+    (a_pipe, "a.json", JSON, "is no file"),
+    (a_list, "a.json", JSON, "it holds no keys and values"),
     (brackets, "a.json", JSON, "is damaged"),
     (large_json, "a.json", JSON, "more than such a file can have"),
     (compressed_arrays, "a.npz", ARRAYS, "it is compressed"),

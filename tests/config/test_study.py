@@ -115,6 +115,12 @@ MISTAKES: list[tuple[dict[str, Any], str]] = [
         {"teacher.network": UNET, "student.dropout": [0.1]},
         "students.ctm: dropout lists 1 levels, teacher.network.channel_mult 2",
     ),
+    ({"student.objective": ["trajectory"]}, "unknown objective ['trajectory']"),
+    ({"seeds": list(range(5001))}, "students and seeds are 10,002 trainings; 10,000 are possible: list fewer seeds"),
+    (
+        {"student.steps": 10_001, "student.snapshot_every": 1, "student.log_every": 1},
+        "students.ctm: there are more than 10,000 snapshots: raise snapshot_every",
+    ),
     (
         {"student.dsm_balance": "adaptive-block"},
         "students.ctm: dsm_balance adaptive-block is for U-Nets, the network is",

@@ -56,6 +56,8 @@ def require_output(path: Path, verb: str) -> Path:
     be read."""
     try:
         if not path.is_dir():
+            if path.exists() and not path.is_file():  # a pipe would be waited for
+                raise UserError(f"{path} is no file: remove it and run {command_of(verb)} again")
             path.open("rb").close()
     except FileNotFoundError:
         raise UserError(f"{path} is missing: run {command_of(verb)} first") from None
@@ -79,12 +81,15 @@ def reading(path: Path, verb: str) -> Iterator[None]:
 _MOST_JSON = 1 << 23
 
 
-def read_json(path: Path, verb: str) -> Any:
-    """Read JSON. Raises UserError as `reading` does."""
+def read_json(path: Path, verb: str) -> dict[str, Any]:
+    """Read a JSON object. Raises UserError as `reading` does."""
     with reading(path, verb):
         if (size := path.stat().st_size) > _MOST_JSON:
             raise ValueError(f"it has {size:,} bytes, more than such a file can have")
-        return json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(content, dict):
+            raise ValueError("it holds no keys and values")
+        return content
 
 
 def read_lines(path: Path, verb: str) -> list[str]:

@@ -19,9 +19,6 @@ from consistency.config.objectives import AnyStudent, Consistency, merged
 from consistency.config.report import Report
 from consistency.config.student import Student
 
-#: several times those of the largest study; each has the values that all share
-MOST_STUDENTS = 256
-
 
 class Study(Section):
     """One dataset, one teacher, its students."""

@@ -22,6 +22,7 @@ CHECKPOINT = "consistency-denoiser-1"
 DAMAGED = (OSError, RuntimeError, EOFError, ValueError, LookupError, TypeError, pickle.UnpicklingError)
 
 
+_MOST_UNITS = 1 << 14  # of a layer, or layers
 _MOST_HEADER = 1 << 22  # bytes; a tensor takes about 100. Parsed, a byte may take 60.
 
 
@@ -60,6 +61,8 @@ def read_metadata(path: Path) -> dict[str, Any]:
 def _metadata(path: Path, absent: str, damaged: str) -> dict[str, Any]:
     """Read the metadata of a safetensors file, none if another program wrote it. absent, damaged: advice."""
     try:
+        if path.exists() and not path.is_file():  # a pipe would be waited for
+            raise ValueError("it is no file")
         with path.open("rb") as start:  # safetensors says of any file that it cannot open that there is none
             if (size := int.from_bytes(start.read(8), "little")) > _MOST_HEADER:
                 raise ValueError(f"its header has {size:,} bytes")
@@ -104,13 +107,17 @@ def load_given(path: Path, architecture: Mapping[str, Any] | None) -> tuple[Deno
 
 def _build(path: Path, architecture: Any, advice: str) -> Denoiser:
     try:
-        denoiser = build_denoiser(architecture)
+        if max((each for each in architecture.values() if type(each) is int), default=0) > _MOST_UNITS:
+            raise ValueError("a number in it is too large for a network")
+        with torch.device("meta"):  # allocates no weights, whatever the file describes
+            denoiser = build_denoiser(architecture)
+        wanted = denoiser.state_dict()
         with safe_open(path, "pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        if wrong := misfit(tensors, denoiser.state_dict()):
+        if wrong := misfit(tensors, wanted):
             raise ValueError(wrong)
-        denoiser.load_state_dict(tensors)
-    except (KeyError, TypeError, ValueError, RuntimeError, SafetensorError) as error:
+        denoiser.load_state_dict({name: each.to(wanted[name].dtype) for name, each in tensors.items()}, assign=True)
+    except (AttributeError, KeyError, TypeError, ValueError, RuntimeError, SafetensorError) as error:
         reason = " ".join(str(error).split())[:300]
         raise UserError(f"{path} does not fit its architecture ({reason}): {advice}") from None
     if bad := not_finite(denoiser):
