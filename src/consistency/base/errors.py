@@ -5,7 +5,7 @@ import os
 from collections.abc import Iterable
 
 _MOST = 20  # errors told in one line
-_LONGEST = 2000  # characters of a message
+_LONGEST = 8000  # characters of a message
 
 
 class UserError(Exception):
