@@ -116,7 +116,9 @@ def _build(path: Path, architecture: Any, advice: str) -> Denoiser:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         if wrong := misfit(tensors, wanted):
             raise ValueError(wrong)
-        denoiser.load_state_dict({name: each.to(wanted[name].dtype) for name, each in tensors.items()}, assign=True)
+        # Copies, for the last bits of a product depend on where in memory its weights begin.
+        copies = {name: each.to(wanted[name].dtype, copy=True) for name, each in tensors.items()}
+        denoiser.load_state_dict(copies, assign=True)
     except (AttributeError, KeyError, TypeError, ValueError, RuntimeError, SafetensorError) as error:
         reason = " ".join(str(error).split())[:300]
         raise UserError(f"{path} does not fit its architecture ({reason}): {advice}") from None
