@@ -1,5 +1,6 @@
 """Decoding of one image with Pillow and conversion to the study's size, as in EDM's dataset tool; CelebA as in GC."""
 
+import re
 from contextlib import suppress
 from io import BytesIO
 from typing import Any
@@ -29,7 +30,7 @@ def decode(content: bytes, where: str, *, as_stored: bool = False) -> Image.Imag
         opaque = not checked or picture.convert("RGBA").getchannel("A").getextrema() == (255, 255)
     except Exception as error:
         # On arbitrary bytes the decoders may raise anything.
-        reason = " ".join(str(error).split())
+        reason = " ".join(re.sub(r" <_io\.BytesIO object at \w+>", "", str(error)).split())
         raise UserError(f"{where} is not a readable image ({reason}): repair or remove it") from None
     if deep:
         raise UserError(f"{where} has more than 8 bits per channel: convert it to 8 bits")
