@@ -211,18 +211,6 @@ def test_too_few_images_for_the_calibration_are_said_before_any_is_read(
     assert f"the dataset has {left} images, a study needs 4" in mistake(make_dataset, job)
 
 
-def test_another_number_of_classes_than_an_official_network_has_is_said_before_any_is_read(
-    tree: Path, tiny: Tiny
-) -> None:
-    job = few(tree, tiny, [noise(8, 8)] * 4)
-    (tree / "a/0.png").write_bytes(b"no image")
-    teacher = {"kind": "edm", "checkpoint": "edm-imagenet-64x64-cond-adm.pkl", "conditional": True}
-    dataset = job.study.dataset.model_dump(exclude_unset=True)
-    study = tiny({"dataset": dataset, "teacher": teacher, "noise.sigma_data": 0.5})
-    wrong = "edm-imagenet-64x64-cond-adm.pkl is conditioned on 1000 classes, the dataset has 1"
-    assert wrong in mistake(make_dataset, Job(study, job.paths))
-
-
 def test_four_images_are_enough(tree: Path, tiny: Tiny) -> None:
     job = few(tree, tiny, [noise(8, 8, seed=k) for k in range(4)])
     make_all(job)

@@ -9,14 +9,12 @@ from consistency.base.arrays import read_arrays
 from consistency.base.errors import UserError
 from consistency.base.files import require_output
 from consistency.config.job import Job
-from consistency.config.networks import OfficialTeacher
 from consistency.config.student import Student
 from consistency.config.study import Study
 from consistency.data.prepared import ImageData, load_images
 from consistency.nets.checkpoint import load_denoiser
 from consistency.nets.denoiser import Denoiser
 from consistency.nets.jumps import Fit, Jumps, fitted_preconditioning
-from consistency.nets.official import official_architecture
 from consistency.nets.own_preconditioning import own_preconditioning
 from consistency.provenance.card import read_card
 from consistency.theory.preconditioning import FORMS, Preconditioning
@@ -57,20 +55,6 @@ def require_classes(study: Study, data: ImageData, teacher: Denoiser) -> None:
             f"the teacher is conditioned on {teacher.label_dim} classes, the dataset has {data.classes}: "
             "change dataset or teacher in the study (an unlabelled dataset needs an unconditional teacher)"
         )
-
-
-def require_official_classes(study: Study, classes: int) -> None:
-    """Raise UserError if the official teacher of a conditional study has, by its name, another number of classes."""
-    teacher = study.teacher
-    if not isinstance(teacher, OfficialTeacher) or not teacher.conditional:
-        return
-    try:
-        known = official_architecture(teacher.checkpoint)["label_dim"]
-    except (UserError, KeyError):  # of another name, or without classes: the stage teacher compares the file
-        return
-    if known != classes:
-        told = f"{teacher.checkpoint} is conditioned on {known} classes, the dataset has {classes}"
-        raise UserError(f"{told}: change dataset or teacher in the study")
 
 
 def read_label_weights(job: Job, model: Denoiser) -> list[int]:

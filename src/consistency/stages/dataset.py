@@ -17,7 +17,7 @@ from consistency.config.job import Job
 from consistency.config.study import Study
 from consistency.data.sources import Source, open_source
 from consistency.provenance.card import Card
-from consistency.provenance.inputs import require_enough, require_official_classes
+from consistency.provenance.inputs import require_enough
 
 _BATCH = 64  # most images that a thread reads at once
 _BATCH_BYTES = 1 << 20
@@ -33,7 +33,6 @@ def make_dataset(job: Job, workers: int = 1) -> None:
     with only_one(job.paths.state / study.name / "dataset", "prepares the dataset"):
         source = open_source(study.dataset)
         require_enough(study, len(source))
-        require_official_classes(study, len(source.classes))
         images = job.paths.images
         for left in folder.glob(f".{images.name}.*.tmp"):  # by a run that was killed
             with suppress(OSError):
