@@ -250,7 +250,7 @@ def _run(args: Arguments) -> int:
         if verb.computes:
             processes, nodes = _shares(args)
             if args.verb in ("teacher", "student") and not launch.is_worker():
-                from consistency.training.update import require_shares
+                from consistency.training.shares import require_shares
 
                 require_shares(args.job, processes * nodes)
             asked = _asked_gpu(args)  # before the claim, which names every GPU that there is

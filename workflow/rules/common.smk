@@ -136,7 +136,7 @@ def require_shares_of_jobs():
     for each in workflow.dag.needrun_jobs():
         job = job_of(each.wildcards) if each.rule.name in ("teacher", "student") else None
         if job and (each.resources.gpu > 1 or each.resources.gres or job.study.compute.batch_per_device):
-            from consistency.training.update import require_shares  # torch takes seconds
+            from consistency.training.shares import require_shares  # torch takes seconds
 
             nodes = each.resources.nodes
             require_shares(job, nodes * per_node(each.resources.gpu, nodes, each.resources.gres))

@@ -51,6 +51,7 @@ INERT = {
     "runtime.stopping",
     "runtime.supervision",
     "tracking",
+    "training.shares",
     "training.stopwatch",
 }
 

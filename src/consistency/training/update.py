@@ -9,7 +9,6 @@ from torch import Tensor
 
 from consistency.base.errors import UserError
 from consistency.base.seeding import derived_seed, generator
-from consistency.config.job import Job
 from consistency.nets.denoiser import Denoiser
 from consistency.runtime.distributed import Ranks
 from consistency.training.objective import Objective, Shape, Term, WholeBatch
@@ -36,13 +35,6 @@ def share_of(batch: int, batch_per_device: int | None, ranks: Ranks) -> tuple[sl
             f"{ranks.world}): use a divisor of {share}"
         )
     return slice(ranks.rank * share, (ranks.rank + 1) * share), part
-
-
-def require_shares(job: Job, processes: int) -> None:
-    """Raise UserError if the batch of a student's training, or the teacher's, cannot be divided like that."""
-    settings, compute = job.study.teacher if job.student is None else job.settings, job.study.compute
-    if (batch := getattr(settings, "batch", None)) is not None:  # a teacher that is trained here
-        share_of(batch, compute.batch_per_device, Ranks(0, processes))
 
 
 @dataclass(frozen=True)
